@@ -1,0 +1,1 @@
+"""Checkpoints: whole or nothing, verified, readable at any topology, free of pickles."""

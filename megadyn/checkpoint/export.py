@@ -1,0 +1,62 @@
+"""A run's checkpoint as a Hugging Face folder."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadyn.checkpoint.layout import damage, read_manifest
+from megadyn.checkpoint.merge import ShardedTensors, thresholds
+from megadyn.config import load_config
+from megadyn.errors import UserError
+from megadyn.hf.convert import write_hf_folder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARD_BYTES = 5 * 10**9
+
+
+def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision: str | None = None,
+           shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> dict[str, Any]:
+    """Merges a checkpoint's shards into `output`, which appears complete or not at all; returns a summary.
+
+    Args:
+        style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
+        precision: of the weights; the run's own when left out.
+
+    Raises:
+        UserError: damaged checkpoint, a routed model as Qwen2, an existing output.
+    """
+    manifest = read_manifest(checkpoint)
+    if problem := damage(checkpoint, sorted(manifest["files"])):
+        raise UserError(problem)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; pass --overwrite to replace it")
+    config = load_config(checkpoint / "config.yaml")
+    kind = config.model.routing.kind
+    if style == "qwen2" and kind != "dense":
+        raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
+    precision = precision or config.precision
+    temporary = output.with_name(f".writing-{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        summary = write_hf_folder(
+            temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=config.tokenizer.path,
+            style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes)
+        shutil.rmtree(output, ignore_errors=True)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
+
+
+def whole_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, one at a time: weights in `dtype`, thresholds in fp32."""
+    weights = ShardedTensors(checkpoint, "weights")
+    for name in sorted(weights.names()):
+        yield name, weights.whole(name).to(dtype)
+    for layer, threshold in thresholds(read_manifest(checkpoint)).items():
+        yield f"model.layers.{layer}.causal_router.threshold", threshold.value.reshape(1)

@@ -1,0 +1,135 @@
+"""What a checkpoint is on disk, and how one becomes visible.
+
+    checkpoints/
+      latest                                  name of the newest, replaced atomically
+      iteration-00000100/
+        manifest.json                         format, iteration, topology, routing state, size and sha256 of each file
+        config.yaml                           the run's resolved configuration
+        weights-pp00-tp00-dp00.safetensors    fp32 weights under their Hugging Face names
+        optimizer-pp00-tp00-dp00.safetensors  NAME/exp_avg and NAME/exp_avg_sq, fp32
+
+A tensor that is cut over tensor ranks has a part in each rank's file, others stand in tensor rank 0's. The
+data-parallel ranks of a stage share its tensors out among them, so that all write at once.
+
+A checkpoint is written under a temporary name beside its place, synced to disk and renamed: under its own name
+it is complete. `latest` is a convenience; a reader that finds it missing takes the highest iteration.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megadyn.errors import UserError
+
+FORMAT = 1
+NAME = re.compile(r"iteration-(\d{8})$")
+
+
+def folder_name(iteration: int) -> str:
+    return f"iteration-{iteration:08d}"
+
+
+def shard_file(kind: str, pp: int, tp: int, dp: int) -> str:
+    """kind: `weights` or `optimizer`."""
+    return f"{kind}-pp{pp:02d}-tp{tp:02d}-dp{dp:02d}.safetensors"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints under `root`, best to resume from first: `latest`, then those before it, newest first.
+
+    What lies beyond `latest` was left by a run that has since gone back; it is neither used nor removed.
+    """
+    found = [path for path in root.glob("iteration-*") if NAME.match(path.name)] if root.is_dir() else []
+    found.sort(key=lambda path: path.name, reverse=True)
+    try:
+        latest = (root / "latest").read_text().strip()
+    except OSError:
+        return found                      # a convenience only: see the head of this file
+    return [path for path in found if path.name <= latest]
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames and new names inside `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, text: str) -> None:
+    """`path` holds either what it held before or all of `text`, also after a crash."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    sync_file(temporary)
+    temporary.replace(path)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Gives a finished checkpoint its name and points `latest` at it."""
+    sync_folder(temporary)
+    if final.exists():                    # a run that went back and reached the iteration again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    write_file(final.parent / "latest", final.name + "\n")
+    sync_folder(final.parent)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints; 0 keeps all."""
+    for path in complete_checkpoints(root)[keep:] if keep else []:
+        dying = path.with_name(f".removing-{path.name}")     # a half-removed checkpoint must not look like one
+        path.rename(dying)
+        shutil.rmtree(dying)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises UserError unless `folder` holds a checkpoint of this format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{folder}: not a checkpoint ({path.name}: {error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: damaged: not valid JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
+    return manifest
+
+
+def damage(folder: Path, names: list[str]) -> str | None:
+    """What is wrong with the named files against the manifest, or None."""
+    manifest = read_manifest(folder)
+    for name in names:
+        path, want = folder / name, manifest["files"][name]
+        if not path.exists():
+            return f"{path}: missing"
+        if path.stat().st_size != want["bytes"]:
+            return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
+        if file_digest(path)["sha256"] != want["sha256"]:
+            return f"{path}: damaged (its sha256 is not the manifest's)"
+    return None
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint's folder from itself, a `checkpoints/` folder or a run's output folder."""
+    if (path / "manifest.json").exists() or NAME.match(path.name):
+        return path
+    for root in (path, path / "checkpoints"):
+        if found := complete_checkpoints(root):
+            return found[0]
+    raise UserError(f"{path}: no checkpoint found there" if path.exists() else f"{path}: no such folder")

@@ -1,0 +1,62 @@
+"""Whole tensors from the parts that ranks wrote, one at a time."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megadyn.checkpoint.layout import read_manifest
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.causal import RunningThreshold
+
+
+class TensorSource(Protocol):
+    """Where whole tensors come from: a checkpoint, or a Hugging Face folder."""
+
+    def names(self) -> set[str]: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
+
+class ShardedTensors:
+    """The tensors of one kind (`weights` or `optimizer`) of a checkpoint, read lazily."""
+
+    def __init__(self, folder: Path, kind: str):
+        manifest: dict[str, Any] = read_manifest(folder)
+        model = manifest["model"]
+        self.sharding = Sharding(manifest["topology"]["tensor"], model["num_kv_heads"])
+        self.vocab_size: int = model["vocab_size"]
+        self._parts: dict[str, dict[int, Any]] = {}
+        for file_name in manifest["files"]:
+            if file_name.startswith(f"{kind}-"):
+                rank = int(file_name.split("-tp")[1].split("-")[0])
+                handle = safe_open(folder / file_name, framework="pt")
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    self._parts.setdefault(name, {})[rank] = handle
+
+    def names(self) -> set[str]:
+        return set(self._parts)
+
+    def whole(self, name: str) -> Tensor:
+        """The tensor without any cut or vocabulary padding. Optimizer states are cut like their parameter."""
+        parts = self._parts[name]
+        return self.sharding.join(parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that `NAME/exp_avg` belongs to; a weight's own name stays."""
+    return name.partition("/")[0]
+
+
+def part_for(source: TensorSource, name: str, sharding: Sharding, rank: int) -> Tensor:
+    """This rank's part of a tensor in fp32, whatever the topology it was written under."""
+    return sharding.cut(parameter_of(name), source.whole(name), rank).to(torch.float32)
+
+
+def thresholds(manifest: dict[str, Any]) -> dict[int, RunningThreshold]:
+    """The running thresholds of a checkpoint, by layer."""
+    momentum = manifest["model"]["routing"]["threshold_momentum"]
+    return {int(layer): RunningThreshold(momentum, torch.tensor(average), steps)
+            for layer, (average, steps) in manifest["thresholds"].items()}

@@ -1,0 +1,287 @@
+"""Engine <-> checkpoint.
+
+Weights and optimizer states pass through DeepSpeed's per-parameter access, so that what is written is free of
+ZeRO partitions and loads under any ZeRO stage, data-parallel size and topology.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megadyn.checkpoint import layout
+from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, thresholds
+from megadyn.config import Config, save_config
+from megadyn.errors import UserError
+from megadyn.log import log
+from megadyn.parallel.params import counts_here, name_of
+from megadyn.routing.dtf import DynamicLayer
+
+if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
+    from megadyn.training.engine import Engine
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FREE_TO_CHANGE = {"attention", "max_position"}
+"""Keys of the model section that may differ when a run is resumed."""
+DATA_ORDER = ("seed", "sequence_length")
+"""Keys of the training section that decide which samples come in which order."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+
+class OptimizerAccess:
+    """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks, under any ZeRO stage."""
+
+    def __init__(self, engine: "Engine"):
+        self.zero_stage = engine.zero_stage
+        wrapper = engine.engine.optimizer
+        self.adam: torch.optim.Optimizer = wrapper if self.zero_stage == 0 else wrapper.optimizer
+        self.dp = engine.grid.dp
+        self._allocate(wrapper)
+
+    def _allocate(self, wrapper: Any) -> None:
+        """Makes the moments that Adam would make in its first step, so that they can be read and set before it."""
+        held = next((getattr(wrapper, name) for name in (
+            "single_partition_of_fp32_groups",      # ZeRO-1 and 2
+            "fp32_groups_flat_partition",           # the bf16 optimizer
+            "fp32_partitioned_groups_flat",         # ZeRO-3
+        ) if hasattr(wrapper, name)), None)
+        if held is None:
+            held = [param for group in self.adam.param_groups for param in group["params"]]
+        self.states = []
+        for tensor in held:
+            state = self.adam.state[tensor]
+            if "step" not in state:
+                state |= {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
+                state |= {key: torch.zeros_like(tensor) for key in MOMENTS}
+            self.states.append(state)
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            # DeepSpeed links parameters to their moments after the first group's first step, when the other
+            # groups have none yet, and never again: ask for it now that all exist.
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def steps(self) -> float:
+        return float(self.states[0]["step"])
+
+    @steps.setter
+    def steps(self, value: float) -> None:
+        for state in self.states:
+            state["step"].fill_(value)
+
+    def get(self, param: nn.Parameter) -> dict[str, Tensor]:
+        """`weight` and the moments, fp32. Collective over data-parallel ranks."""
+        if self.zero_stage == 0:
+            return {"weight": param.detach()} | {key: self.adam.state[param][key] for key in MOMENTS}
+        return {"weight": safe_get_full_fp32_param(param)} | {
+            key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+
+    def set(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
+        """Sets any of `weight`, `exp_avg`, `exp_avg_sq` from this tensor rank's part."""
+        values = {key: value.to(param.device) for key, value in values.items()}
+        if self.zero_stage == 3:
+            self._set_partition(param, values)
+            return
+        for key, value in values.items():
+            if key == "weight":
+                param.data.copy_(value)
+                if self.zero_stage:
+                    safe_set_full_fp32_param(param, value)
+            elif self.zero_stage:
+                safe_set_full_optimizer_state(param, value, key)
+            else:
+                self.adam.state[param][key].copy_(value)
+
+    def _set_partition(self, param: Any, values: dict[str, Tensor]) -> None:
+        size = param.ds_tensor.numel()
+        for key, value in values.items():
+            padded = value.new_zeros(size * self.dp.size)
+            padded[: value.numel()] = value.flatten()
+            mine = padded[self.dp.rank * size : (self.dp.rank + 1) * size]
+            if key == "weight":
+                param.ds_tensor.data.copy_(mine)
+                if param.numel() == param.ds_numel:      # small parameters stay gathered
+                    param.data.copy_(value.view(param.ds_shape))
+                safe_set_local_fp32_param(param, mine)
+            else:
+                safe_set_local_optimizer_state(param, mine, key)
+
+
+def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int) -> Path:
+    """Writes a checkpoint under `root` and returns its folder. Collective.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write. Nothing of the attempt remains.
+    """
+    final = root / layout.folder_name(iteration)
+    temporary = root / f".writing-{final.name}"
+    _together(lambda: _fresh_folder(temporary) if dist.get_rank() == 0 else None, temporary)
+    try:
+        shards = _together(lambda: _write_shards(engine, temporary), temporary)
+        states = [state for state in _all_gather(_routing_state(engine)) if state]
+        manifest = {
+            "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
+            "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
+                         "zero": engine.zero_stage},
+            "model": asdict(engine.config.model),
+            "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
+            "optimizer_steps": OptimizerAccess(engine).steps,
+            "loss_scaler": engine.loss_scaler_state(),
+            "thresholds": {index: state for record in states for index, state in record.items()},
+            "files": {name: digest for shard in shards for name, digest in shard.items()},
+        }
+        _together(lambda: _finish(manifest, engine.config, temporary, final) if dist.get_rank() == 0 else None, temporary)
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _fresh_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _finish(manifest: dict[str, Any], config: Config, temporary: Path, final: Path) -> None:
+    save_config(config, temporary / "config.yaml")
+    layout.write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    layout.publish(temporary, final)
+    layout.prune(final.parent, config.checkpoint.keep)
+
+
+def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
+    """Writes this rank's share and returns {file name: size and digest}."""
+    grid, access = engine.grid, OptimizerAccess(engine)
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for turn, param in enumerate(engine.parameters()):
+        values = {key: value.cpu() for key, value in access.get(param).items()}
+        if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
+            weights[name_of(param)] = values["weight"].contiguous().clone()
+            moments |= {f"{name_of(param)}/{key}": values[key].contiguous().clone() for key in MOMENTS}
+    written = {}
+    for kind, tensors in (("weights", weights), ("optimizer", moments)):
+        if tensors:
+            path = folder / layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank)
+            save_file(tensors, path)
+            layout.sync_file(path)
+            written[path.name] = layout.file_digest(path)
+    return written
+
+
+def _routing_state(engine: "Engine") -> dict[str, list[float]]:
+    """Running thresholds by layer, from one rank of each stage."""
+    if engine.grid.tp.rank or engine.grid.dp.rank:
+        return {}
+    return {str(layer.index): [float(layer.threshold.average), layer.threshold.steps]
+            for layer in engine.routed if isinstance(layer, DynamicLayer)}
+
+
+def load(engine: "Engine", folder: Path) -> dict[str, Any]:
+    """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest.
+
+    Raises UserError when the checkpoint is of another model.
+    """
+    manifest = layout.read_manifest(folder)
+    check_same_run(engine.config, manifest, folder)
+    load_weights(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
+    OptimizerAccess(engine).steps = manifest["optimizer_steps"]
+    engine.set_loss_scaler_state(manifest["loss_scaler"])
+    saved = thresholds(manifest)
+    for layer in engine.routed:
+        if isinstance(layer, DynamicLayer):
+            layer.threshold = saved[layer.index]
+            layer.threshold.average = layer.threshold.average.to(engine.device)
+    return manifest
+
+
+def load_weights(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:
+    """Sets every parameter that `weights` has, with its moments where given."""
+    access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
+    known = weights.names()
+    for param in engine.parameters():
+        name = name_of(param)
+        if name in known:
+            values = {"weight": part_for(weights, name, sharding, rank)}
+            if moments is not None:
+                values |= {key: part_for(moments, f"{name}/{key}", sharding, rank) for key in MOMENTS}
+            access.set(param, values)
+
+
+def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses a checkpoint whose model or data order differs from the configuration's."""
+    differences = _differences("model", manifest["model"], asdict(config.model))
+    differences += [f"training.{key} is {was!r} there and {getattr(config.training, key)!r} here"
+                    for key, was in manifest["training"].items() if getattr(config.training, key) != was]
+    if differences:
+        raise UserError(f"{folder} is a checkpoint of another run: {'; '.join(differences)}. "
+                        "Change the configuration, or set checkpoint.resume=never with another output_dir")
+
+
+def _differences(section: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    found = []
+    for key, value in here.items():
+        if key in FREE_TO_CHANGE:
+            continue
+        if isinstance(value, dict):
+            found += _differences(f"{section}.{key}", there.get(key, {}), value)
+        elif there.get(key) != value:
+            found.append(f"{section}.{key} is {there.get(key)!r} there and {value!r} here")
+    return found
+
+
+def newest_good(root: Path) -> Path | None:
+    """The best checkpoint under `root` that is whole; damaged ones are named and passed over. Collective."""
+    for folder in layout.complete_checkpoints(root):
+        problem = verify(folder)
+        if problem is None:
+            return folder
+        log.warning("checkpoint passed over: %s", problem)
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; its files are read once, shared out over the ranks. Collective."""
+    try:
+        names = sorted(layout.read_manifest(folder)["files"])
+        problem = layout.damage(folder, names[dist.get_rank() :: dist.get_world_size()])
+    except UserError as error:
+        problem = str(error)
+    return next((found for found in _all_gather(problem) if found), None)
+
+
+def _all_gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _together(action: Any, where: Path) -> list[Any]:
+    """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
+    try:
+        outcome: tuple[str | None, Any] = (None, action())
+    except (OSError, RuntimeError) as error:          # safetensors reports a full disk as a RuntimeError of its own
+        outcome = (f"{type(error).__name__}: {error}", None)
+    outcomes = _all_gather(outcome)
+    failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
+    if failed:
+        raise CheckpointError(f"{where.parent}: checkpoint not written ({failed[0]})")
+    return [result for _, result in outcomes]

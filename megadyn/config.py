@@ -1,0 +1,425 @@
+"""The configuration of a run: typed sections, read from YAML and `key=value`, refused early.
+
+`load_config` runs on one CPU before any process group exists. Every check names the key, what it
+holds and what it must be. Relative paths are relative to the working directory.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from megadyn.errors import ConfigError, UserError, did_you_mean
+
+
+def one_of(key: str, got: str, allowed: Sequence[str]) -> None:
+    if got not in allowed:
+        raise ConfigError(key, got, f"one of {', '.join(allowed)}{did_you_mean(got, allowed)}")
+
+
+def at_least(key: str, got: float | None, least: float) -> None:
+    if got is not None and not got >= least:
+        raise ConfigError(key, got, f"at least {least}")
+
+
+def in_range(key: str, got: float, low: float, high: float) -> None:
+    """Refuses what is outside (low, high]."""
+    if not low < got <= high:
+        raise ConfigError(key, got, f"in ({low}, {high}]")
+
+
+@dataclass
+class RoutingConfig:
+    kind: str = "dense"
+    """`dense` or `dtf` (Decision / Dynamic pairs of layers)."""
+    capacity: float = 0.5
+    """Share of each sequence's tokens that a routed layer processes under top-k, in (0, 1]."""
+    causal: str = "threshold"
+    """The rule that stands in for top-k where the future is unknown: `threshold`."""
+    threshold_momentum: float = 0.99
+    """Momentum, per training step, of the running average that becomes the threshold."""
+    ma_window: int = 100
+    """DTF: tokens in the moving average of the static surprise."""
+    prior_factor: float = 0.0625
+    """DTF: inner width of the prior's feed-forward, as a share of the hidden size."""
+    prior_loss_weight: float = 0.05
+    beta_ce_init: float = -0.3
+    beta_cu_init: float = -0.6
+    ce_offset_init: float = 1.025
+    cu_multiplier_init: float = 1.1
+
+    def check(self) -> None:
+        one_of("model.routing.kind", self.kind, ("dense", "dtf"))
+        in_range("model.routing.capacity", self.capacity, 0, 1)
+        one_of("model.routing.causal", self.causal, ("threshold",))
+        if not 0 <= self.threshold_momentum < 1:
+            raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
+        at_least("model.routing.ma_window", self.ma_window, 1)
+        in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
+        at_least("model.routing.prior_loss_weight", self.prior_loss_weight, 0)
+
+
+@dataclass
+class ModelConfig:
+    """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
+
+    hidden_size: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); all heads when left out."""
+    head_dim: int | None = None
+    ffn_size: int | None = None
+    """Inner width of the SwiGLU; 8/3 of the hidden size, rounded up to 64, when left out."""
+    vocab_size: int | None = None
+    """The tokenizer's when left out. Larger is allowed; the excess ids never occur in the data."""
+    max_position: int | None = None
+    """Longest sequence the model is meant for; `training.sequence_length` when left out."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    normalization: str = "pre"
+    attention: str = "auto"
+    """Attention backend: `auto`, `flash` (the flash-attn package) or `sdpa` (torch's own)."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+    def check(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
+                     "vocab_size", "max_position"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ConfigError("model.hidden_size", self.hidden_size,
+                                  f"a multiple of model.num_heads = {self.num_heads} (or give model.head_dim)")
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.head_dim % 2:
+            raise ConfigError("model.head_dim", self.head_dim, "even, because rotary positions turn pairs")
+        if self.ffn_size is None:
+            self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
+        one_of("model.normalization", self.normalization, ("pre",))
+        one_of("model.attention", self.attention, ("auto", "flash", "sdpa"))
+        in_range("model.norm_eps", self.norm_eps, 0, 1)
+        in_range("model.rope_theta", self.rope_theta, 1, math.inf)
+        at_least("model.init_std", self.init_std, 0)
+        if self.routing.kind == "dtf" and self.num_layers < 2:
+            raise ConfigError("model.num_layers", self.num_layers, "at least 2 with model.routing.kind = dtf (pairs of layers)")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer is, first to last. DTF: odd layers decide, even ones skip; a last odd one is dense."""
+        if self.routing.kind == "dtf":
+            pairs = ["dtf_decision", "dtf_dynamic"] * (self.num_layers // 2)
+            return pairs + ["dense"] * (self.num_layers % 2)
+        return ["dense"] * self.num_layers
+
+    @property
+    def prior_size(self) -> int:
+        """Inner width of a DTF prior: max(2, ceil(d f) made even) (DTF thesis, section 3)."""
+        width = math.ceil(self.hidden_size * self.routing.prior_factor)
+        return max(2, width + width % 2)
+
+
+@dataclass
+class DataConfig:
+    train: str = "???"
+    """Prefix of an indexed dataset: PREFIX.bin and PREFIX.idx."""
+    validation: str | None = None
+    """Prefix of a separate validation set; else `validation_fraction` of the documents of `train`."""
+    validation_fraction: float = 0.01
+    """Share of the training set's documents kept for validation when no separate set is given; 0 for none."""
+    cache: str | None = None
+    """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
+
+    def check(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError("data.validation_fraction", self.validation_fraction, "in [0, 1)")
+
+
+@dataclass
+class TokenizerConfig:
+    path: str = "???"
+    """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
+
+
+@dataclass
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+    def check(self) -> None:
+        at_least("parallel.tensor", self.tensor, 1)
+        at_least("parallel.pipeline", self.pipeline, 1)
+        if self.sequence:
+            raise ConfigError("parallel.sequence", True, "false: sequence parallelism is not built yet")
+
+
+@dataclass
+class MultipliersConfig:
+    """Learning-rate multipliers of the parameter groups."""
+
+    base: float = 1.0
+    router: float = 1.0
+    prior: float = 1.0
+
+    def check(self) -> None:
+        for name in ("base", "router", "prior"):
+            at_least(f"optimizer.multipliers.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 3e-5
+    schedule: str = "cosine"
+    """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
+    warmup_iterations: int = 100
+    decay_iterations: int | None = None
+    """wsd: length of the closing decay; a tenth of the run when left out."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only: not to norms, biases, embeddings-of-one-row or router scalars."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
+
+    def check(self) -> None:
+        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        for name in ("learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay",
+                     "clip_grad"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        in_range("optimizer.eps", self.eps, 0, 1)
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError("optimizer.min_learning_rate", self.min_learning_rate,
+                              f"at most optimizer.learning_rate = {self.learning_rate}")
+
+
+@dataclass
+class TrainingConfig:
+    iterations: int | None = None
+    tokens: int | None = None
+    """Length of the run in tokens, instead of `iterations`; rounded up to whole steps."""
+    global_batch_size: int = 32
+    """Samples in a step, over all data-parallel ranks and micro-batches."""
+    micro_batch_size: int = 1
+    """Samples that one rank runs at once."""
+    sequence_length: int = 1024
+    seed: int = 1234
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_samples: int = 64
+    """Validation samples in an evaluation; fewer if the set is smaller."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def check(self) -> None:
+        for name in ("iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        at_least("training.eval_interval", self.eval_interval, 0)
+        at_least("training.seed", self.seed, 0)
+        if (self.iterations is None) == (self.tokens is None):
+            raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, one of the two")
+        if self.tokens is not None:
+            self.iterations = math.ceil(self.tokens / self.tokens_per_step)
+            self.tokens = None       # the resolved config states the length once
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 0
+    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM)."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    resume: str = "auto"
+    """`auto` (the newest in output_dir, if any), `never`, or the path of a checkpoint."""
+    init_from: str | None = None
+    """Hugging Face folder whose weights the run starts from."""
+
+    def check(self) -> None:
+        at_least("checkpoint.interval", self.interval, 0)
+        at_least("checkpoint.keep", self.keep, 0)
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 10
+    """Steps between log lines and metrics."""
+    tensorboard: bool = True
+
+    def check(self) -> None:
+        at_least("logging.interval", self.interval, 1)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    precision: str = "bf16"
+    """`fp32`, or `bf16` / `fp16` with fp32 master weights."""
+    deepspeed_config: str = "ds_configs/zero1.json"
+    """JSON with DeepSpeed's engine settings; batch sizes, precision and optimizer come from here instead."""
+    output_dir: str = "???"
+
+    def checked(self) -> "Config":
+        """Itself, with what was left out filled in. Raises ConfigError for what cannot be.
+
+        Not done on construction: OmegaConf builds every section from its defaults first.
+        """
+        one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+        for section in (self.model.routing, self.model, self.data, self.parallel, self.optimizer.multipliers, self.optimizer,
+                        self.training, self.checkpoint, self.logging):
+            section.check()
+        check_together(self)
+        return self
+
+
+def check_together(config: Config) -> None:
+    """Rules that span sections; one function, so that they can be read in a minute."""
+    model, parallel, training = config.model, config.parallel, config.training
+    if model.num_heads % parallel.tensor:
+        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor of model.num_heads = {model.num_heads}")
+    kv_heads = model.num_kv_heads or model.num_heads
+    if kv_heads % parallel.tensor and parallel.tensor % kv_heads:
+        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor or a multiple of model.num_kv_heads = {kv_heads}")
+    if (model.ffn_size or 0) % parallel.tensor:
+        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}")
+    if parallel.pipeline > model.num_layers:
+        raise ConfigError("parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}")
+    if model.max_position is None:
+        model.max_position = training.sequence_length
+    if training.sequence_length > model.max_position:
+        raise ConfigError("training.sequence_length", training.sequence_length,
+                          f"at most model.max_position = {model.max_position}")
+    if training.global_batch_size % training.micro_batch_size:
+        raise ConfigError("training.global_batch_size", training.global_batch_size,
+                          f"a multiple of training.micro_batch_size = {training.micro_batch_size}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked configuration from a YAML file and `key=value` overrides.
+
+    Raises:
+        UserError: missing or malformed file, unknown key, wrong type, impossible value or combination.
+    """
+    try:
+        from_file = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:           # the YAML library has no common base for its errors
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(f"{word!r} on the command line: must be of the form key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, OmegaConf.from_dotlist(list(overrides)))
+        config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise _unknown_key(str(error.full_key)) from None
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise UserError(f"{error.full_key or path}: {reason}") from None
+    assert isinstance(config, Config)
+    return config.checked()
+
+
+def _unknown_key(full_key: str) -> UserError:
+    section: Any = Config
+    *path, name = full_key.split(".")
+    for part in path:
+        section = next(f.default_factory for f in fields(section) if f.name == part)
+        assert is_dataclass(section)
+    where = f"section {'.'.join(path)!r}" if path else "the configuration"
+    return UserError(f"{full_key}: {where} has no such key{did_you_mean(name, [f.name for f in fields(section)])}")
+
+
+def save_config(config: Config, path: Path) -> None:
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step's samples are spread."""
+
+    global_batch: int
+    micro_batch: int
+    micro_batches: int
+    """Micro-batches that each data-parallel rank runs in a step."""
+    data_parallel: int
+
+
+def batch_plan(config: Config, world_size: int) -> BatchPlan:
+    """Raises ConfigError when `world_size` processes cannot be laid out as configured."""
+    parallel, training = config.parallel, config.training
+    model_parallel = parallel.tensor * parallel.pipeline
+    if world_size % model_parallel:
+        raise ConfigError("number of processes", world_size, "a multiple of parallel.tensor * parallel.pipeline = "
+                          f"{parallel.tensor} * {parallel.pipeline} = {model_parallel}")
+    data_parallel = world_size // model_parallel
+    per_round = training.micro_batch_size * data_parallel
+    if training.global_batch_size % per_round:
+        raise ConfigError("training.global_batch_size", training.global_batch_size,
+                          f"a multiple of training.micro_batch_size * data-parallel size = "
+                          f"{training.micro_batch_size} * {data_parallel} = {per_round}")
+    return BatchPlan(training.global_batch_size, training.micro_batch_size,
+                     training.global_batch_size // per_round, data_parallel)
+
+
+DECIDED_HERE = {
+    "train_batch_size": "training.global_batch_size", "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "the training section", "gradient_clipping": "optimizer.clip_grad",
+    "optimizer": "the optimizer section", "scheduler": "the optimizer section", "bf16": "precision", "fp16": "precision",
+    "data_types": "precision", "activation_checkpointing": "training.activation_checkpointing",
+}
+
+
+def engine_settings(config: Config) -> dict[str, Any]:
+    """DeepSpeed's JSON as the user wrote it: engine settings only, checked against the rest of `config`."""
+    path = config.deepspeed_config
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError("deepspeed_config", path, f"a readable file ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    for key in DECIDED_HERE.keys() & settings.keys():
+        raise ConfigError(f"{path}: {key}", settings[key], f"left out; it follows from {DECIDED_HERE[key]}")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3")
+    if config.parallel.pipeline > 1 and stage > 1:
+        raise ConfigError(f"{path}: zero_optimization.stage", stage,
+                          "0 or 1 with parallel.pipeline > 1 (gradients and weights of a pipeline stage stay whole); "
+                          "use ds_configs/zero1.json, or parallel.pipeline=1")
+    if config.precision != "fp32" and stage == 0:
+        raise ConfigError(f"{path}: zero_optimization.stage", stage,
+                          f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "
+                          "use ds_configs/zero1.json")
+    return settings

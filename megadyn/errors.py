@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend: one sentence, exit status 2, no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input. Its text is the one sentence the user sees after `error: `."""
+
+
+class ConfigError(UserError):
+    """A key of the configuration, what it holds, and what it must be."""
+
+    def __init__(self, key: str, got: object, want: str) -> None:
+        super().__init__(f"{key} = {got!r}: must be {want}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """" (did you mean 'x'?)" for the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def run_tool(main: Callable[[], int | None]) -> int:
+    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

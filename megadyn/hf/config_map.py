@@ -1,0 +1,71 @@
+"""The model's configuration, ours <-> Hugging Face's config.json. Weights need no such map: they bear HF's names throughout."""
+
+from typing import Any
+
+from megadyn.config import ModelConfig, RoutingConfig
+from megadyn.errors import UserError
+
+FIELDS = {
+    "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_size": "intermediate_size",
+    "vocab_size": "vocab_size", "max_position": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    "qkv_bias": "attention_bias", "tie_embeddings": "tie_word_embeddings", "init_std": "initializer_range",
+}
+"""Ours: theirs."""
+
+DENSE_TYPES = ("qwen2", "llama", "mistral")
+
+
+def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a megadyn export."""
+    routing = model.routing
+    described: dict[str, Any] = {"kind": routing.kind}
+    if routing.kind == "dtf":
+        described |= {"capacity": routing.capacity, "ma_window": routing.ma_window, "prior_size": model.prior_size,
+                      "prior_factor": routing.prior_factor, "gate": "score", "router_type": "surprise",
+                      "causal": routing.causal, "threshold_momentum": routing.threshold_momentum}
+    return {
+        "model_type": "megadyn", "architectures": ["MegadynForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_megadyn.MegadynConfig",
+                     "AutoModelForCausalLM": "modeling_megadyn.MegadynForCausalLM"},
+        **_shared_fields(model, dtype),
+        "normalization": model.normalization, "routing_mode": "causal", "layer_types": model.layer_types, "routing": described,
+    }
+
+
+def to_qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a dense model as plain Qwen2, whose q, k and v always have a bias."""
+    fields = _shared_fields(model, dtype)
+    del fields["attention_bias"]
+    return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **fields, "use_sliding_window": False}
+
+
+def _shared_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()} | {
+        "hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "dtype": dtype,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
+
+
+def from_hf_config(config: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json of megadyn, Qwen2, Llama or Mistral describes. UserError for what we cannot run."""
+    kind = config.get("model_type")
+    if kind != "megadyn" and kind not in DENSE_TYPES:
+        raise UserError(f"model_type {kind!r} in config.json: must be one of megadyn, {', '.join(DENSE_TYPES)}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"rope_type {rope.get('rope_type')!r} in config.json: only default rotary positions are supported")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    if missing := [theirs for theirs in needed if theirs not in config]:
+        raise UserError(f"config.json has no {missing[0]}")
+    values = {ours: config[theirs] for ours, theirs in FIELDS.items() if config.get(theirs) is not None}
+    values["qkv_bias"] = kind == "qwen2" or bool(config.get("attention_bias"))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    model = ModelConfig(**values, rope_theta=float(theta), routing=_from_hf_routing(config.get("routing", {})))
+    model.routing.check()
+    model.check()
+    return model
+
+
+def _from_hf_routing(routing: dict[str, Any]) -> RoutingConfig:
+    known = ("kind", "capacity", "ma_window", "prior_factor", "causal", "threshold_momentum")
+    return RoutingConfig(**{key: routing[key] for key in known if key in routing})

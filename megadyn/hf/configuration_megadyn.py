@@ -1,0 +1,128 @@
+"""Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
+
+Qwen2's fields, and four of its own:
+
+    normalization   where the RMSNorms stand: `pre`
+    routing_mode    how routed layers choose their tokens: `causal` (usable for generation) or `topk`
+    layer_types     per layer: `dense`, `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are neighbours)
+    routing         a dict; keys by its `kind`:
+        dense         none
+        dtf           capacity    share of a sequence's tokens that a dynamic layer processes under top-k, in (0, 1]
+                      ma_window   tokens in the moving average of the static surprise
+                      prior_size  inner width of the prior's feed-forward
+                      gate, router_type, causal   `score`, `surprise`, `threshold`: the only ones there are
+                      any other key is a record of the training run and changes nothing here
+"""
+
+from dataclasses import field
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PretrainedConfig
+
+LAYER_TYPES: dict[str, tuple[str, ...]] = {"dense": ("dense",), "dtf": ("dense", "dtf_decision", "dtf_dynamic")}
+"""By kind of routing, what a layer can be."""
+
+ROUTING_MODES = ("causal", "topk")
+
+REQUIRED: dict[str, tuple[str, ...]] = {"dense": (), "dtf": ("capacity", "ma_window", "prior_size")}
+"""By kind of routing, the keys of `routing` that the weights alone do not tell."""
+
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "dense": {},
+    "dtf": {"gate": ("score",), "router_type": ("surprise",), "causal": ("threshold",)},
+}
+"""By kind of routing, the keys with a fixed set of values; the first is the default."""
+
+
+def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
+
+
+def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
+    """`routing` with its defaults filled in; ValueError for what this file cannot run."""
+    kind: str = routing.get("kind", "")
+    one_of("routing.kind", kind, tuple(LAYER_TYPES))
+    if missing := [key for key in REQUIRED[kind] if key not in routing]:
+        raise ValueError(f"routing.{missing[0]} is missing: routing.kind = {kind} needs {', '.join(REQUIRED[kind])}")
+    for key, allowed in CHOICES[kind].items():
+        one_of(f"routing.{key}", routing.get(key, allowed[0]), allowed)
+    if kind == "dtf":
+        if not 0 < routing["capacity"] <= 1:
+            raise ValueError(f"routing.capacity = {routing['capacity']!r}: must be in (0, 1]")
+        for key in ("ma_window", "prior_size"):
+            if not (isinstance(routing[key], int) and routing[key] >= 1):
+                raise ValueError(f"routing.{key} = {routing[key]!r}: must be a whole number, at least 1")
+    return {key: allowed[0] for key, allowed in CHOICES[kind].items()} | routing
+
+
+def check_layer_types(layer_types: list[str], kind: str, num_layers: int) -> None:
+    if len(layer_types) != num_layers:
+        raise ValueError(f"layer_types has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
+    for i, layer_type in enumerate(layer_types):
+        one_of(f"layer_types[{i}] with routing.kind = {kind}", layer_type, LAYER_TYPES[kind])
+        follows_decision = i > 0 and layer_types[i - 1] == "dtf_decision"
+        if (layer_type == "dtf_dynamic") != follows_decision:
+            raise ValueError(f"layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, and only it")
+    if layer_types[-1] == "dtf_decision":
+        raise ValueError("layer_types ends in a dtf_decision without its dtf_dynamic")
+
+
+@strict
+class MegadynConfig(PretrainedConfig):
+    """Fields as in Qwen2Config unless the module's docstring has them; `rope_theta` may stand at the top level too."""
+
+    model_type = "megadyn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    rope_parameters: dict | None = None
+    """Filled in from `rope_theta` (else 10000) if left out."""
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    """Whether q, k and v have a bias (the output projection has none)."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    normalization: str = "pre"
+    routing_mode: str = "causal"
+    layer_types: list[str] = field(default_factory=list)
+    """May be left out if all layers are dense."""
+    routing: dict = field(default_factory=lambda: {"kind": "dense"})
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.routing = check_routing(self.routing)
+        if self.routing["kind"] == "dense":
+            self.layer_types = self.layer_types or ["dense"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+        one_of("hidden_act", self.hidden_act, ("silu",))
+        one_of("normalization", self.normalization, ("pre",))
+        one_of("routing_mode", self.routing_mode, ROUTING_MODES)
+        one_of("rope_parameters.rope_type", (self.rope_parameters or {}).get("rope_type"), ("default",))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: must divide "
+                             f"num_attention_heads = {self.num_attention_heads}")
+        self.validate_layer_type()
+
+    def validate_layer_type(self) -> None:
+        """Stands in for transformers' own check, which knows no routed layers; called by it on saving too."""
+        check_layer_types(self.layer_types, self.routing["kind"], self.num_hidden_layers)
+
+
+MegadynConfig.register_for_auto_class("AutoConfig")

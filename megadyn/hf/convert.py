@@ -1,0 +1,87 @@
+"""Writes a Hugging Face folder that loads with megadyn uninstalled."""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megadyn.config import ModelConfig
+from megadyn.data.tokenizer import load_tokenizer
+from megadyn.hf.config_map import to_hf_config, to_qwen2_config
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+
+
+def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
+                    dtype: str, shard_bytes: int) -> dict[str, Any]:
+    """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the modelling files.
+
+    Args:
+        tensors: whole tensors under their Hugging Face names, taken one at a time.
+        style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
+        dtype: torch's name of the weights' type, for config.json.
+    """
+    summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
+    special = copy_tokenizer(tokenizer, folder)
+    described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
+    write_json(folder / "config.json", described | special)
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    if style == "megadyn":
+        for name in ("configuration_megadyn.py", "modeling_megadyn.py"):
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    return summary
+
+
+def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Qwen2 always has q, k and v biases: zeros for a model without."""
+    for name, tensor in tensors:
+        yield name, tensor
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            yield name.replace(".weight", ".bias"), tensor.new_zeros(tensor.shape[0])
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> dict[str, Any]:
+    """Writes model.safetensors, or numbered shards of about `shard_bytes` and their index. One shard is held at a time."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = parameters = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        pending[name] = tensor.contiguous()
+        total, parameters = total + tensor.nbytes, parameters + tensor.numel()
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):              # a shard's name holds their number, known only now
+        final = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {"parameters": parameters, "bytes": total, "shards": len(shards)}
+
+
+def copy_tokenizer(path: str, folder: Path) -> dict[str, int]:
+    """Copies the tokenizer's files (the byte tokenizer has none); returns the special ids for config.json."""
+    source = Path(path)
+    if source.is_file():
+        shutil.copyfile(source, folder / "tokenizer.model")
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    eod = load_tokenizer(path).eod_or_none
+    return {} if eod is None else {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,615 @@
+"""The exported model: a Qwen2-style transformer whose routed layers process only some of the tokens.
+
+Stand-alone: shipped beside the weights with `configuration_megadyn.py`, imports nothing of megadyn. The mathematics
+is megadyn's design/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Qwen2.
+
+One idea carries the file: tokens are PACKED. At the entrance each row's real tokens are pushed to the left, which
+removes the padding; at each routed layer the chosen ones are pushed to the left again. In a packed row plain causal
+attention is right whatever was left out, each token keeps its original position for RoPE, and a layer's cache holds
+the packed tokens of each row: those that the layer processed, and nothing for the others.
+
+A new kind of layer is a subclass of DenseLayer in LAYERS, and its keys in the configuration's tables.
+"""
+
+# Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
+#       P packed tokens in a layer's cache, W moving-average window.
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_megadyn import ROUTING_MODES, MegadynConfig, one_of
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Some tokens of each row, pushed to the left in their order. Columns beyond a row's count hold other tokens."""
+
+    index_BC: Tensor      # the column each came from; distinct in a row
+    valid_BC: Tensor      # False beyond the row's count
+    counts: list[int]     # per row
+
+
+def pack(mask_BT: Tensor, least: int = 0) -> Packed:
+    """The tokens where the mask is True, in as many columns as the longest row needs, and at least `least`."""
+    counts = mask_BT.sum(1).tolist()
+    width = max(least, *counts)
+    index_BT = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    valid_BT = torch.arange(width, device=mask_BT.device) < torch.tensor(counts, device=mask_BT.device)[:, None]
+    return Packed(index_BT[:, :width], valid_BT, counts)
+
+
+def take(x: Tensor, packed: Packed) -> Tensor:
+    """[B, T] -> [B, C], or [B, T, D] -> [B, C, D]."""
+    return x.gather(1, _index_like(x, packed))
+
+
+def put_back(base: Tensor, packed: Packed, x: Tensor) -> Tensor:
+    """`base` [B, T, ...] with its packed tokens replaced by `x` [B, C, ...]."""
+    valid = packed.valid_BC if base.dim() == 2 else packed.valid_BC.unsqueeze(-1)
+    return base.scatter(1, _index_like(base, packed), torch.where(valid, x, take(base, packed)))
+
+
+def _index_like(x: Tensor, packed: Packed) -> Tensor:
+    return packed.index_BC if x.dim() == 2 else packed.index_BC.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+def best_of_each_row(score_BC: Tensor, tokens: Packed, capacity: float) -> Tensor:
+    """Mask [B, C] of exactly k = max(1, floor(capacity * tokens of the row)) best scores; ties go to the earlier token."""
+    wanted = [max(1, math.floor(capacity * count)) for count in tokens.counts]
+    best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank_C = torch.arange(score_BC.shape[1], device=score_BC.device)
+    chosen_BC = rank_C < torch.tensor(wanted, device=score_BC.device)[:, None]
+    return torch.zeros_like(tokens.valid_BC).scatter(1, best_first_BC, chosen_BC) & tokens.valid_BC
+
+
+# ---- cache ---------------------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of the tokens that one layer processed, packed; DTF decisions keep their last surprises too."""
+
+    def __init__(self) -> None:
+        self.key_BPGK: Tensor | None = None
+        self.value_BPGK: Tensor | None = None
+        self.recent_BW: Tensor | None = None      # the W - 1 latest static surprises
+        self.counts: list[int] = []               # tokens held, per row
+
+    def append(self, key_BCGK: Tensor, value_BCGK: Tensor, new: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores the new tokens; returns the keys, values and mask [B, C, P] that they attend with (None: plain causal)."""
+        is_first = self.key_BPGK is None
+        before = [0] * len(new.counts) if is_first else self.counts
+        self.counts = [old + count for old, count in zip(before, new.counts, strict=True)]
+        row, column = new.valid_BC.nonzero(as_tuple=True)
+        before_B = torch.tensor(before, device=key_BCGK.device)
+        slot = before_B[row] + column
+        self.key_BPGK = self._grown(self.key_BPGK, key_BCGK)
+        self.value_BPGK = self._grown(self.value_BPGK, value_BCGK)
+        self.key_BPGK[row, slot] = key_BCGK[row, column]
+        self.value_BPGK[row, slot] = value_BCGK[row, column]
+        if is_first:
+            return key_BCGK, value_BCGK, None
+        last_BC = before_B[:, None] + torch.arange(key_BCGK.shape[1], device=key_BCGK.device)
+        mask_BCP = torch.arange(self.key_BPGK.shape[1], device=key_BCGK.device) <= last_BC[..., None]
+        return self.key_BPGK, self.value_BPGK, mask_BCP
+
+    def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
+        """A copy of `old` with room for the longest row."""
+        grown = like.new_zeros(like.shape[0], max(self.counts), *like.shape[2:])
+        if old is not None:
+            grown[:, :old.shape[1]] = old
+        return grown
+
+    def select_rows(self, rows: list[int]) -> None:
+        if self.recent_BW is not None:
+            self.recent_BW = self.recent_BW[rows]
+        if self.key_BPGK is not None and self.value_BPGK is not None:
+            self.counts = [self.counts[row] for row in rows]
+            longest = max(self.counts)      # the row that was longest may be gone
+            self.key_BPGK, self.value_BPGK = self.key_BPGK[rows, :longest], self.value_BPGK[rows, :longest]
+
+
+class MegadynCache(Cache):
+    """A LayerCache per layer, in the form that `generate` uses. Its length counts columns, padding included."""
+
+    layers: list[LayerCache]
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[LayerCache() for _ in range(num_layers)])
+        self.columns = 0
+        self.seen: list[int] = []      # real tokens so far, per row
+
+    def advance(self, columns: int, counts: list[int]) -> None:
+        """Called once all layers have taken up a call's tokens."""
+        self.columns += columns
+        self.seen = [old + count for old, count in zip(self.seen, counts, strict=True)]
+
+    def tokens_per_layer(self) -> list[list[int]]:
+        """How many tokens each layer holds, for each row of the batch."""
+        return [layer.counts or [0] * len(self.seen) for layer in self.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1      # no limit
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a routed model's cache cannot be cropped: layers hold different tokens")
+
+    def reset(self) -> None:
+        self.layers = [LayerCache() for _ in self.layers]
+        self.columns, self.seen = 0, []
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.tolist()
+        self.seen = [self.seen[row] for row in rows]
+        for layer in self.layers:
+            layer.select_rows(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+
+# ---- one transformer layer -----------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """What a layer hands to the next."""
+
+    hidden_BCD: Tensor
+    gate_BC: Tensor | None = None      # DTF: a decision layer's score for its dynamic layer
+
+
+class Routing(NamedTuple):
+    """What a layer did, for reports."""
+
+    processed_BC: Tensor
+    gate_BC: Tensor | None = None
+
+
+class Context(NamedTuple):
+    """What all layers of one call share."""
+
+    tokens: Packed           # the real tokens of each row
+    cos_BCK: Tensor
+    sin_BCK: Tensor
+    started_B: Tensor        # rows with tokens in earlier calls
+    topk: bool
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or in float64 if it is: the precision of norms, surprises, gates and thresholds."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rotary_table(position_BC: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, C, K] of rotary positions, computed in at least float32."""
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    exponent = torch.arange(0, head_size, 2, device=position_BC.device).to(precision) / head_size
+    angle = position_BC.to(precision)[..., None] * (1.0 / theta**exponent)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BCHK: Tensor, cos_BCK: Tensor, sin_BCK: Tensor) -> Tensor:
+    """Dimension i turns with dimension i + K/2, Qwen2's convention."""
+    first, second = x_BCHK.chunk(2, dim=-1)
+    return x_BCHK * cos_BCK.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin_BCK.unsqueeze(2)
+
+
+def attend(q_BCHK: Tensor, k_BPGK: Tensor, v_BPGK: Tensor, mask_BCP: Tensor | None, implementation: str) -> Tensor:
+    """Grouped-query attention [B, C, H, K]; without a mask it is causal, and P = C."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BCHK, k_BPGK, v_BPGK))
+    mask = None if mask_BCP is None else mask_BCP.unsqueeze(1)
+    if implementation == "sdpa":
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.transpose(1, 2)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    score = wide(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+    return (score.softmax(dim=-1).to(q.dtype) @ v).transpose(1, 2)
+
+
+class MegadynRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_size = cast(int, config.head_dim)
+        q_size = config.num_attention_heads * self.head_size
+        kv_size = cast(int, config.num_key_value_heads) * self.head_size
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None) -> Tensor:
+        heads = (-1, self.head_size)
+        q_BCHK = rotate(self.q_proj(x_BCD).unflatten(-1, heads), cos_BCK, sin_BCK)
+        k_BPGK = rotate(self.k_proj(x_BCD).unflatten(-1, heads), cos_BCK, sin_BCK)
+        v_BPGK = self.v_proj(x_BCD).unflatten(-1, heads)
+        mask_BCP = None
+        if cache is not None:
+            k_BPGK, v_BPGK, mask_BCP = cache.append(k_BPGK, v_BPGK, tokens)
+        out_BCHK = attend(q_BCHK, k_BPGK, v_BPGK, mask_BCP, self.config._attn_implementation)
+        return self.o_proj(out_BCHK.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner_size, bias=False)
+        self.up_proj = nn.Linear(size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DenseLayer(nn.Module):
+    """Every token goes through attention and feed-forward."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]      # both are set by PreTrainedModel
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def branches(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
+                 cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """What attention and feed-forward add to h; their sum is Block(h)."""
+        attention = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, tokens, cache)
+        return attention, self.mlp(self.post_attention_layernorm(h_BCD + attention))
+
+    def run(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
+            cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """`branches`, recomputed in the backward pass if asked for. `tokens` is chosen outside: it is never chosen again."""
+        if self.gradient_checkpointing and self.training and cache is None:
+            return self._gradient_checkpointing_func(self.branches, h_BCD, cos_BCK, sin_BCK, tokens, None)
+        return self.branches(h_BCD, cos_BCK, sin_BCK, tokens, cache)
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        attention, mlp = self.run(stream.hidden_BCD, context.cos_BCK, context.sin_BCK, context.tokens, cache)
+        return Stream(stream.hidden_BCD + attention + mlp), Routing(context.tokens.valid_BC)
+
+
+# ---- DTF -----------------------------------------------------------------------------------------
+
+
+class Prior(SwiGLU):
+    """PriorFFN(RMSNorm(h)): a cheap prediction of what the layer adds."""
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__(config.hidden_size, config.routing["prior_size"])
+        self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(self.norm(h))
+
+
+class Float32Module(nn.Module):
+    """Keeps its tensors in float32 through `.half()` and `.bfloat16()`: a rounded threshold routes other tokens."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+
+        return super()._apply(moved, recurse)
+
+
+class SurpriseRouter(Float32Module):
+    """The gate G from the static surprise D_st, the change surprise D_ch and the moving average of D_st."""
+
+    INITIAL = {"beta_ce": -0.3, "beta_cu": -0.6, "ce_offset": 1.025, "cu_multiplier": 1.1}
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.INITIAL:
+            self.register_parameter(name, nn.Parameter(torch.empty(1)))
+
+    def reset_parameters(self) -> None:
+        for name, value in self.INITIAL.items():
+            nn.init.constant_(getattr(self, name), value)
+
+    def forward(self, static_BC: Tensor, change_BC: Tensor, average_BC: Tensor) -> Tensor:
+        beta_ce, beta_cu, ce_offset, cu_multiplier = (wide(getattr(self, name)) for name in self.INITIAL)
+        expected = static_BC - (change_BC - (ce_offset + 1e-10).log())
+        unexpected = static_BC - cu_multiplier * average_BC
+        s_ce = (F.softplus(beta_ce) * expected).sigmoid()
+        s_cu = (F.softplus(beta_cu) * unexpected).sigmoid()
+        return s_ce + s_cu - s_ce * s_cu
+
+
+class ThresholdRule(Float32Module):
+    """Causal stand-in for top-k: a token is routed if its score reaches the threshold."""
+
+    threshold: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.threshold)
+
+    def forward(self, score_BC: Tensor) -> Tensor:
+        return score_BC >= self.threshold
+
+
+def moving_average(value_BC: Tensor, window: int, context: Context, cache: LayerCache | None) -> Tensor:
+    """Mean of the last `window` values including the own; before a row's start its first value counts."""
+    history_BW = value_BC[:, :1].expand(-1, window - 1)
+    if cache is not None and cache.recent_BW is not None:
+        history_BW = torch.where(context.started_B[:, None], cache.recent_BW, history_BW)
+    values = torch.cat((history_BW, value_BC), dim=1)
+    if cache is not None:
+        count_B = torch.tensor(context.tokens.counts, device=values.device)
+        cache.recent_BW = values.gather(1, count_B[:, None] + torch.arange(window - 1, device=values.device))
+    return values.unfold(1, window, 1).mean(-1)
+
+
+class DecisionLayer(DenseLayer):
+    """Dense for every token; scores each for the dynamic layer that follows."""
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__(config)
+        self.window = config.routing["ma_window"]
+        self.prior = Prior(config)
+        self.router = SurpriseRouter()
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        (post, _), routing = super().forward(stream, context, cache)
+        h = stream.hidden_BCD
+        prior = h + self.prior(h)
+        static_BC = (wide(post) - wide(h)).square().mean(-1)
+        change_BC = (wide(post) - wide(prior)).square().mean(-1)
+        average_BC = moving_average(static_BC.detach(), self.window, context, cache)
+        return Stream(post, self.router(static_BC, change_BC, average_BC)), routing
+
+
+class DynamicLayer(DenseLayer):
+    """Only tokens that the decision layer's gate selects are processed, and attend to each other; the rest pass."""
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__(config)
+        self.capacity = config.routing["capacity"]
+        self.causal_router = ThresholdRule()
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        h_BTD, gate_BT = stream.hidden_BCD, cast(Tensor, stream.gate_BC)
+        chosen_BT = self.choose(gate_BT.detach(), context)
+        routing = Routing(chosen_BT, gate_BT.detach())
+        chosen = pack(chosen_BT)
+        if not any(chosen.counts):
+            return Stream(h_BTD), routing
+        h_BCD = take(h_BTD, chosen)
+        attention, mlp = self.run(h_BCD, take(context.cos_BCK, chosen), take(context.sin_BCK, chosen), chosen, cache)
+        h_BCD = h_BCD + take(gate_BT, chosen).unsqueeze(-1) * (attention + mlp)
+        return Stream(put_back(h_BTD, chosen, h_BCD.type_as(h_BTD))), routing
+
+    def choose(self, score_BT: Tensor, context: Context) -> Tensor:
+        if context.topk:
+            return best_of_each_row(score_BT, context.tokens, self.capacity)
+        return self.causal_router(score_BT) & context.tokens.valid_BC
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+LAYERS = {"dense": DenseLayer, "dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer}
+
+
+@dataclass
+class MegadynModelOutput(BaseModelOutputWithPast):
+    routing: tuple[Tensor, ...] | None = None
+    """With output_routing: per layer, bool [B, T], the tokens that it processed."""
+    gates: tuple[Tensor | None, ...] | None = None
+    """With output_routing: per layer, float [B, T], the score of each token (0 for padding); None where all are processed."""
+
+
+@dataclass
+class MegadynOutput(CausalLMOutputWithPast):
+    routing: tuple[Tensor, ...] | None = None
+    """As in MegadynModelOutput."""
+    gates: tuple[Tensor | None, ...] | None = None
+    """As in MegadynModelOutput."""
+
+
+class MegadynPreTrainedModel(PreTrainedModel):
+    config_class = MegadynConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DenseLayer", "DecisionLayer", "DynamicLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["router", "causal_router"]
+    _supports_sdpa = True
+    _is_stateful = True      # the cache cannot be rolled back, so assisted generation is refused
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SurpriseRouter | ThresholdRule):
+            module.reset_parameters()
+
+
+class MegadynModel(MegadynPreTrainedModel):
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LAYERS[kind](config) for kind in config.layer_types)
+        self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegadynCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_routing: bool = False,
+    ) -> MegadynModelOutput:
+        """`attention_mask` [B, past + T] or [B, T] is 0 at padding, on whichever side; `position_ids` count real tokens."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: routed layers attend among different tokens")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self.cache_of_call(past_key_values, use_cache, rows=x_BTD.shape[0])
+        context = self.context_of_call(x_BTD, attention_mask, position_ids, cache)
+        tokens = context.tokens
+
+        def unpacked(x_BC: Tensor) -> Tensor:
+            return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
+
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(unpacked(stream.hidden_BCD))
+            stream, routing = layer(stream, context, None if cache is None else cache.layers[i])
+            routings.append(routing)
+        last_hidden_state = unpacked(self.norm(stream.hidden_BCD))
+        if cache is not None:
+            cache.advance(x_BTD.shape[1], tokens.counts)
+        return MegadynModelOutput(
+            last_hidden_state=last_hidden_state,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
+            routing=tuple(unpacked(r.processed_BC) for r in routings) if output_routing else None,
+            gates=tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings) if output_routing else None,
+        )
+
+    @property
+    def topk(self) -> bool:
+        """Whether layers choose by top-k; read at each call, because the mode may be changed on a loaded model."""
+        one_of("config.routing_mode", self.config.routing_mode, ROUTING_MODES)
+        return self.config.routing_mode == "topk" and self.config.routing["kind"] != "dense"
+
+    def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
+        """The given cache, a new one, or none; top-k routing cannot have one, because it looks at the whole sequence."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not self.topk
+        if given is None and not use_cache:
+            return None
+        if self.topk:
+            raise ValueError("routing_mode = 'topk' looks at the whole sequence, so it cannot decode with a cache: "
+                             "pass use_cache=False, or set config.routing_mode = 'causal'")
+        cache = MegadynCache(len(self.layers)) if given is None else given
+        if not isinstance(cache, MegadynCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}: must be a MegadynCache")
+        cache.seen = cache.seen or [0] * rows
+        if len(cache.seen) != rows:
+            raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
+        return cache
+
+    def context_of_call(self, x_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None,
+                        cache: MegadynCache | None) -> Context:
+        rows, columns = x_BTD.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(rows, columns, device=x_BTD.device)
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]")
+        real_BT = attention_mask[:, -columns:] != 0
+        seen_B = torch.tensor([0] * rows if cache is None else cache.seen, device=x_BTD.device)
+        if position_ids is None:
+            position_ids = seen_B[:, None] + (real_BT.cumsum(1) - 1).clamp(min=0)
+        tokens = pack(real_BT, least=1)
+        position_BC = take(position_ids.expand(rows, -1), tokens)
+        theta = cast(dict, self.config.rope_parameters)["rope_theta"]
+        cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
+        return Context(tokens, cos_BCK, sin_BCK, seen_B > 0, self.topk)
+
+
+class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__(config)
+        self.model = MegadynModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: MegadynCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_routing: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MegadynOutput:
+        """`labels` [B, T] are the input ids (-100: not counted); they are shifted here, as in all of transformers."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions, output_routing=output_routing)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MegadynOutput(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
+                             hidden_states=outputs.hidden_states, routing=outputs.routing, gates=outputs.gates)
+
+    def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """transformers' hook: without it `generate` would build a DynamicCache, which holds every token in every layer."""
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: a routed model has its own")
+        model_kwargs["past_key_values"] = MegadynCache(self.config.num_hidden_layers)
+
+
+MegadynModel.register_for_auto_class("AutoModel")
+MegadynForCausalLM.register_for_auto_class("AutoModelForCausalLM")

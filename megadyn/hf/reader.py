@@ -1,0 +1,47 @@
+"""A Hugging Face folder as a source of whole tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from megadyn.config import ModelConfig
+from megadyn.errors import UserError
+from megadyn.hf.config_map import from_hf_config
+
+
+class HfFolder:
+    """config.json and safetensors of a folder; a tensor is read when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model: ModelConfig = from_hf_config(read_json(folder / "config.json"))
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        self._where: dict[str, Any] = {}
+        for name in files:
+            try:
+                handle = safe_open(folder / name, framework="pt")
+            except Exception as error:        # the library raises types of its own for a missing or damaged file
+                raise UserError(f"{folder / name}: {error}") from None
+            self._where |= dict.fromkeys(handle.keys(), handle)
+
+    def names(self) -> set[str]:
+        return set(self._where)
+
+    def whole(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    return content

@@ -1,0 +1,72 @@
+"""Grouped-query causal self-attention."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.config import ModelConfig
+from megadyn.errors import ConfigError
+from megadyn.model.rope import Rotary
+from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
+from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.params import ParamMaker, normal
+
+
+def attention_backend(asked: str, precision: str) -> tuple[str, str]:
+    """The backend to use and why. Raises ConfigError when `flash` is asked for and cannot run here."""
+    why_not = (
+        "no CUDA device" if not torch.cuda.is_available()
+        else "flash-attn is not installed (pip install megadyn[flash])" if importlib.util.find_spec("flash_attn") is None
+        else "flash-attn has no fp32 kernels" if precision == "fp32"
+        else None
+    )
+    if asked == "flash" and why_not:
+        raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not}")
+    if asked == "auto":
+        return ("sdpa", f"auto: {why_not}") if why_not else ("flash", "auto: flash-attn is installed")
+    return asked, "as configured"
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, each token seeing itself and what stands before it.
+
+    Args:
+        q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H (grouped-query attention).
+
+    Returns:
+        [B, S, H, K].
+    """
+    if backend == "flash":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Attn(x) of a layer, x already normed; heads are cut over tensor ranks."""
+
+    def __init__(self, name: str, model: ModelConfig, *, backend: str, make: ParamMaker, output_std: float):
+        super().__init__()
+        assert model.head_dim is not None and model.num_kv_heads is not None
+        d, self.head_dim, self.backend, self.tp = model.hidden_size, model.head_dim, backend, make.tp
+        init = normal(model.init_std)
+        self.q_proj = ColumnParallelLinear(f"{name}.q_proj", d, model.num_heads * self.head_dim,
+                                           make=make, init=init, bias=model.qkv_bias)
+        self.k_proj = KeyValueLinear(f"{name}.k_proj", d, model.num_kv_heads, self.head_dim,
+                                     make=make, init=init, bias=model.qkv_bias)
+        self.v_proj = KeyValueLinear(f"{name}.v_proj", d, model.num_kv_heads, self.head_dim,
+                                     make=make, init=init, bias=model.qkv_bias)
+        self.o_proj = RowParallelLinear(f"{name}.o_proj", model.num_heads * self.head_dim, d,
+                                        make=make, init=normal(output_std))
+        self.rotary = Rotary(self.head_dim, model.rope_theta)
+
+    def forward(self, x: Tensor, positions: Tensor | None, length: int) -> Tensor:
+        """x [B, S, D] -> [B, S, D]; `positions` [B, S] in a sequence of `length` tokens, None for 0 .. S-1."""
+        x = copy_to_tp(x, self.tp)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.rotary(q, k, positions, length)
+        return self.o_proj(causal_attention(q, k, v, self.backend).flatten(-2))

@@ -1,0 +1,76 @@
+"""The transformer layer, and what layers hand on to each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megadyn.config import ModelConfig
+from megadyn.model.attention import Attention
+from megadyn.model.mlp import Mlp
+from megadyn.model.norm import RMSNorm
+from megadyn.parallel.params import ParamMaker
+
+
+class Stream(NamedTuple):
+    """What a layer hands to the next."""
+
+    hidden: Tensor
+    """[B, T, D]"""
+    gate: Tensor | None = None
+    """[B, T] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What every layer is built from."""
+
+    model: ModelConfig
+    make: ParamMaker
+    attention: str = "sdpa"
+    recompute: bool = False
+    """Keep only each layer's inputs and routing decision, and compute the rest again in the backward pass."""
+
+
+class Layer(nn.Module):
+    """Base of all transformer layers: Block(h) = Attn(Norm(h)) + MLP(Norm(h + Attn(Norm(h)))), Qwen2's names."""
+
+    def __init__(self, ctx: LayerContext, index: int):
+        super().__init__()
+        model, self.index, self.recompute = ctx.model, index, ctx.recompute
+        self.name = name = f"model.layers.{index}"
+        # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size.
+        output_std = model.init_std / (2 * model.num_layers) ** 0.5
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=ctx.make)
+        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=ctx.make, output_std=output_std)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps,
+                                                make=ctx.make)
+        self.mlp = Mlp(f"{name}.mlp", model, make=ctx.make, output_std=output_std)
+
+    def dense(self, hidden: Tensor) -> Tensor:
+        """h + Block(h) for every token, [B, T, D]."""
+        attended = hidden + self.self_attn(self.input_layernorm(hidden), None, hidden.shape[1])
+        return attended + self.mlp(self.post_attention_layernorm(attended))
+
+    def delta(self, hidden: Tensor, positions: Tensor, length: int) -> Tensor:
+        """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens."""
+        update = self.self_attn(self.input_layernorm(hidden), positions, length)
+        return update + self.mlp(self.post_attention_layernorm(hidden + update))
+
+    def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs), recomputed in the backward pass where configured.
+
+        Routing decisions are taken outside `function` and passed in, so a recomputation re-uses them,
+        and statistics are recorded outside, so they count once.
+        """
+        if not (self.recompute and torch.is_grad_enabled()):
+            return function(*inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class DenseLayer(Layer):
+    def forward(self, stream: Stream) -> Stream:
+        return Stream(self.run(self.dense, stream.hidden))

@@ -1,0 +1,26 @@
+"""SwiGLU feed-forward (arXiv 2002.05202)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.config import ModelConfig
+from megadyn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.params import ParamMaker, normal
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)), x [..., D]; the inner width is cut over tensor ranks."""
+
+    def __init__(self, name: str, model: ModelConfig, *, make: ParamMaker, output_std: float):
+        super().__init__()
+        assert model.ffn_size is not None
+        d, width, init = model.hidden_size, model.ffn_size, normal(model.init_std)
+        self.tp = make.tp
+        self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", d, width, make=make, init=init)
+        self.up_proj = ColumnParallelLinear(f"{name}.up_proj", d, width, make=make, init=init)
+        self.down_proj = RowParallelLinear(f"{name}.down_proj", width, d, make=make, init=normal(output_std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = copy_to_tp(x, self.tp)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

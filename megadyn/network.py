@@ -1,0 +1,109 @@
+"""The model as one ordered list of layers; a pipeline stage is a stretch of the list.
+
+    Embed, [DenseLayer | DecisionLayer | DynamicLayer] ..., FinalNorm, Head
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.config import ModelConfig
+from megadyn.model.block import DenseLayer, LayerContext, Stream
+from megadyn.model.norm import RMSNorm
+from megadyn.parallel.linear import VocabParallelEmbedding
+from megadyn.parallel.loss import linear_cross_entropy
+from megadyn.parallel.mappings import copy_to_tp, gather_from_tp
+from megadyn.parallel.params import ParamMaker, normal
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtf import DecisionLayer, DynamicLayer
+
+
+class Embed(VocabParallelEmbedding):
+    """Tokens [B, T] -> Stream."""
+
+    def __init__(self, model: ModelConfig, make: ParamMaker):
+        assert model.vocab_size is not None
+        super().__init__("model.embed_tokens", model.vocab_size, model.hidden_size, make=make, init=normal(model.init_std))
+        self.vocab_size = model.vocab_size
+
+    def forward(self, tokens: Tensor) -> Stream:  # type: ignore[override]
+        return Stream(super().forward(tokens))
+
+
+class FinalNorm(RMSNorm):
+    def __init__(self, model: ModelConfig, make: ParamMaker):
+        super().__init__("model.norm", model.hidden_size, model.norm_eps, make=make)
+
+    def forward(self, stream: Stream) -> Stream:  # type: ignore[override]
+        return Stream(super().forward(stream.hidden))
+
+
+class Head(nn.Module):
+    """Hidden states -> mean next-token loss; the vocabulary is cut over tensor ranks."""
+
+    def __init__(self, model: ModelConfig, make: ParamMaker, tied_to: nn.Parameter | None = None):
+        super().__init__()
+        assert model.vocab_size is not None
+        self.vocab_size, self.tp = model.vocab_size, make.tp
+        shape = (model.vocab_size, model.hidden_size)
+        self.weight = make("lm_head.weight", shape, normal(model.init_std)) if tied_to is None else tied_to
+
+    def forward(self, stream: Stream, labels: Tensor | None = None) -> Tensor:
+        return read_out(self, stream, labels)
+
+
+def read_out(words: "Head | Embed", stream: Stream, labels: Tensor | None = None) -> Tensor:
+    """Mean loss for labels [B, T]; without labels the whole logits [B, T, V]. `words` is a Head, or the Embed tied to it."""
+    if labels is None:
+        local = F.linear(copy_to_tp(stream.hidden, words.tp), words.weight)
+        return gather_from_tp(local, words.tp)[..., : words.vocab_size]
+    return linear_cross_entropy(stream.hidden, words.weight, labels, vocab_size=words.vocab_size, tp=words.tp)
+
+
+class Part(NamedTuple):
+    """One entry of the list: called with `arguments`, `build` makes the module."""
+
+    build: type[nn.Module]
+    arguments: tuple[Any, ...]
+
+
+def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
+    """The whole model, first to last, before anything is allocated."""
+    model, make = ctx.model, ctx.make
+    kinds: dict[str, tuple[type[nn.Module], tuple[Any, ...]]] = {
+        "dense": (DenseLayer, ()), "dtf_decision": (DecisionLayer, (loss_scale,)), "dtf_dynamic": (DynamicLayer, ())}
+    layers = [Part(kinds[kind][0], (ctx, index, *kinds[kind][1])) for index, kind in enumerate(model.layer_types)]
+    return [Part(Embed, (model, make)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
+
+
+class Network(nn.Module):
+    """The whole list run in order, for every run without pipeline stages."""
+
+    def __init__(self, ctx: LayerContext, loss_scale: LossScale):
+        super().__init__()
+        *body, last = layer_list(ctx, loss_scale)
+        self.layers = nn.ModuleList(part.build(*part.arguments) for part in body)
+        embed = self.layers[0]
+        assert isinstance(embed, Embed)
+        self.head = last.build(*last.arguments, embed.weight if ctx.model.tie_embeddings else None)
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """tokens, labels [B, T] -> mean loss; without labels the logits [B, T, V]."""
+        stream: Any = tokens
+        for layer in self.layers:
+            stream = layer(stream)
+        return self.head(stream, labels)
+
+
+def routed_layers(module: nn.Module) -> list[DecisionLayer | DynamicLayer]:
+    """Layers of this stage that keep routing statistics, in order."""
+    return [layer for layer in module.modules() if isinstance(layer, (DecisionLayer, DynamicLayer))]
+
+
+def set_routing_mode(layers: Sequence[nn.Module], mode: str) -> None:
+    """`topk` or `causal` in every layer that chooses tokens."""
+    for layer in layers:
+        if isinstance(layer, DynamicLayer):
+            layer.mode = mode

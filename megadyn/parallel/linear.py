@@ -1,0 +1,73 @@
+"""Linear layers and the embedding, cut over tensor ranks. Each is the plain layer plus one line."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.mappings import copy_to_tp, reduce_from_tp
+from megadyn.parallel.params import Init, ParamMaker, constant
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T + b with W [F, D] cut along its outputs. The caller has passed x through `copy_to_tp`, once for all users."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init, bias: bool = False):
+        super().__init__()
+        self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [F/tp, D]
+        self.bias = make(f"{name}.bias", (out_features,), constant(0.0)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class KeyValueLinear(ColumnParallelLinear):
+    """Key or value projection, W [heads * head_dim, D].
+
+    With at least as many heads as ranks it is an ordinary column cut. With fewer, every rank holds the whole
+    weight and computes the one head that its query heads use; the weight's gradient is then summed over the
+    ranks, so that it is equal, and counted once, everywhere.
+    """
+
+    def __init__(self, name: str, in_features: int, heads: int, head_dim: int, *, make: ParamMaker, init: Init, bias: bool):
+        super().__init__(name, in_features, heads * head_dim, make=make, init=init, bias=bias)
+        self.tp = make.tp
+        self.rows: slice | None = None
+        if make.sharding.kv_is_whole:
+            head = make.tp.rank * heads // make.tp.size
+            self.rows = slice(head * head_dim, (head + 1) * head_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None:
+            return super().forward(x)
+        bias = None if self.bias is None else copy_to_tp(self.bias, self.tp)[self.rows]
+        return F.linear(x, copy_to_tp(self.weight, self.tp)[self.rows], bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T with W [D, F] cut along its inputs: each rank holds one term of the sum."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init):
+        super().__init__()
+        self.tp = make.tp
+        self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [D, F/tp]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce_from_tp(F.linear(x, self.weight), self.tp)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows and zeros elsewhere."""
+
+    def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
+        super().__init__()
+        self.tp: Axis = make.tp
+        self.rows = -(-vocab_size // make.tp.size)
+        self.weight = make(f"{name}.weight", (vocab_size, hidden_size), init)           # [V/tp, D]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.tp.rank * self.rows
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)

@@ -1,0 +1,58 @@
+"""Parameters: drawn whole from a seed tied to their name, then cut, so that no topology changes the start."""
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.sharding import Sharding
+
+Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+def normal(std: float) -> Init:
+    return lambda shape, generator: torch.randn(shape, generator=generator).mul_(std)
+
+
+def constant(value: float) -> Init:
+    return lambda shape, generator: torch.full(shape, value)
+
+
+@dataclass(frozen=True)
+class ParamMaker:
+    """Makes this rank's part of any parameter of the model."""
+
+    sharding: Sharding
+    seed: int = 0
+    tp: Axis = field(default_factory=lambda: Axis("tp"))
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
+        """The part of tensor `name` (whole: `shape`) that this rank holds. One whole tensor exists at a time."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+        part = self.sharding.cut(name, init(shape, generator), self.tp.rank)
+        param = nn.Parameter(part.to(device=self.device, dtype=self.dtype, copy=True).contiguous())
+        return mark(param, name, is_cut=self.sharding.dim(name) is not None)
+
+
+def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:
+    """Writes on a parameter what others read there; see `name_of` and `is_cut`."""
+    param.global_name = name
+    param.tensor_model_parallel = is_cut      # DeepSpeed's gradient norm reads this name
+    return param
+
+
+def name_of(param: Any) -> str:
+    """The parameter's Hugging Face name, the same under every cut."""
+    return param.global_name
+
+
+def counts_here(param: Any, tp: Axis) -> bool:
+    """True on the ranks that speak for a parameter: every tensor rank if it is cut, else the first; of the two ends
+    of a tied embedding the first stage's (DeepSpeed marks the other)."""
+    return (param.tensor_model_parallel or tp.rank == 0) and not getattr(param, "ds_pipe_replicated", False)

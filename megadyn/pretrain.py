@@ -1,0 +1,182 @@
+"""The main job: read the configuration, build, loop. Read this file first.
+
+    deepspeed [launcher options] --module megadyn.pretrain CONFIG.yaml [key=value ...]
+
+also under `torchrun -m megadyn.pretrain`, `mpirun python -m megadyn.pretrain`, or alone. Exit status: 0 when the
+run is complete, or was asked to stop (SIGTERM) and has saved; 2 on bad input, with one line `error: ...`.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megadyn.checkpoint import save_load
+from megadyn.checkpoint.layout import resolve
+from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
+from megadyn.errors import UserError
+from megadyn.hf.reader import HfFolder
+from megadyn.log import log, start_logging
+from megadyn.parallel.grid import make_grid
+from megadyn.training import launch
+from megadyn.training.data import Data, evaluation_size, open_data, step_batches
+from megadyn.training.engine import Engine, StepResult
+from megadyn.training.guard import StopSignal, TrainingDiverged
+from megadyn.training.optimizer import learning_rate
+from megadyn.training.telemetry import Telemetry
+
+
+def run(config: Config) -> None:
+    """Trains as configured. Every process of the job calls it."""
+    engine_settings(config)                                  # all that can be refused is refused before ranks meet
+    plan = batch_plan(config, launch.world_size())
+    data = open_data(config)
+    launch.join()
+    engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline))
+    job = Job(config, engine, data)
+    job.start()
+    job.train()
+    job.finish()
+
+
+class Job:
+    """One run: where it stands, and the steps that `train` calls by name."""
+
+    def __init__(self, config: Config, engine: Engine, data: Data):
+        self.config, self.engine, self.data = config, engine, data
+        self.folder = Path(config.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.iteration = 0
+        self.consumed_samples = 0
+        self.saved_at = -1
+        self.telemetry: Telemetry | None = None              # rank 0's
+        self.stop = StopSignal()
+
+    def start(self) -> None:
+        """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed."""
+        settings = self.config.checkpoint
+        found = None
+        if settings.resume == "auto":
+            found = save_load.newest_good(self.checkpoints)
+        elif settings.resume != "never":
+            found = resolve(Path(settings.resume))
+            if problem := save_load.verify(found):
+                raise UserError(problem)
+        elif any(self.checkpoints.glob("iteration-*")):
+            raise UserError(f"{self.checkpoints} holds checkpoints and checkpoint.resume is never: "
+                            "set checkpoint.resume=auto, or another output_dir")
+        if found:
+            manifest = save_load.load(self.engine, found)
+            self.iteration, self.consumed_samples = manifest["iteration"], manifest["consumed_samples"]
+            self.saved_at = self.iteration
+            log.info("resumed from %s", found)
+        elif settings.init_from:
+            save_load.load_weights(self.engine, HfFolder(Path(settings.init_from)))
+            log.info("weights from %s", settings.init_from)
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.yaml")
+            self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration)
+            log.info("%s", run_line(self.config, self.engine))
+
+    def train(self) -> None:
+        cfg, engine = self.config.training, self.engine
+        total = cfg.iterations or 0
+        if self.iteration == 0:
+            self.evaluate()
+        while self.iteration < total:
+            rate = learning_rate(self.config.optimizer, self.iteration, total)
+            batches = step_batches(self.data.train, self.consumed_samples, cfg.global_batch_size, engine.plan,
+                                   engine.grid.dp.rank)
+            result = engine.train_step(batches, rate)
+            self.iteration += 1
+            self.consumed_samples += cfg.global_batch_size
+            stopping = self.stop.asked()
+            if self.due(self.config.logging.interval) or stopping:
+                self.report(result, rate)
+            if self.due(cfg.eval_interval):
+                self.evaluate()
+            if self.due(self.config.checkpoint.interval) or stopping:
+                self.save()
+            if stopping:
+                log.info("stopped by %s after iteration %d; start again to go on", self.stop.received or "a signal elsewhere",
+                         self.iteration)
+                return
+
+    def due(self, interval: int) -> bool:
+        """At every `interval`-th iteration and the last; at the last only where `interval` is 0."""
+        return self.iteration == self.config.training.iterations or (interval > 0 and self.iteration % interval == 0)
+
+    def report(self, result: StepResult, rate: float) -> None:
+        """Metrics of the last step. Raises TrainingDiverged rather than going on with a loss that is no number."""
+        loss = float(result.loss)
+        routing = self.engine.routing_statistics()
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the loss is {loss} at iteration {self.iteration} (samples up to {self.consumed_samples}); "
+                                   f"nothing was saved since iteration {max(0, self.saved_at)}")
+        if self.telemetry:
+            self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=loss,
+                                 grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing)
+
+    def evaluate(self) -> None:
+        """Validation loss under each routing; a dense model has one, which stands for both."""
+        samples, engine = self.data.validation, self.engine
+        if samples is None:
+            return
+        size = evaluation_size(samples, self.config.training.eval_samples, engine.plan)
+        routed = self.config.model.routing.kind != "dense"
+        losses = {}
+        for mode in ("topk", "causal") if routed else ("topk",):
+            batches = step_batches(samples, 0, size, engine.plan, engine.grid.dp.rank)
+            losses[mode] = engine.evaluate(batches, size // (engine.plan.micro_batch * engine.plan.data_parallel), mode)
+        losses.setdefault("causal", losses["topk"])
+        if self.telemetry:
+            self.telemetry.validation(self.iteration, losses)
+
+    def save(self) -> None:
+        if self.saved_at != self.iteration:
+            folder = save_load.save(self.engine, self.checkpoints, iteration=self.iteration,
+                                    consumed_samples=self.consumed_samples)
+            self.saved_at = self.iteration
+            log.info("saved %s", folder)
+        if self.telemetry:
+            self.telemetry.restart_clock(self.iteration)
+
+    def finish(self) -> None:
+        if self.telemetry:
+            self.telemetry.close()
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_line(config: Config, engine: Engine) -> str:
+    """What runs, in one line."""
+    model, grid, training = config.model, engine.grid, config.training
+    kind = model.routing.kind if model.routing.kind == "dense" else f"{model.routing.kind} at capacity {model.routing.capacity}"
+    return (f"{kind}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{engine.zero_stage}, "
+            f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+            f"{training.tokens_per_step:,} tokens ({engine.plan.micro_batches} x {engine.plan.micro_batch} samples a rank)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="megadyn.pretrain", description="Pretrain a routed transformer.")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)     # the launcher passes it; LOCAL_RANK counts
+    args = parser.parse_args(argv)
+    start_logging()
+    try:
+        run(load_config(args.config, args.overrides))
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:        # the same sentence from every rank helps nobody
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""DTF, surprise-based routing over pairs of layers (thesis "Dynamic Transformers", eqs. 3.1-3.13).
+
+A Decision layer runs densely and compares what it did with a cheap prediction of it; the most surprising
+tokens of each sequence go through the Dynamic layer that follows. All of the gate G is known at the end of
+the Decision layer, so (hidden, G) is all that passes between the two, and a pipeline cut may fall there.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.model.norm import RMSNorm
+from megadyn.parallel.loss import upcast
+from megadyn.parallel.params import ParamMaker, constant, normal
+from megadyn.routing.aux_loss import LossScale, attach_loss
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.monitor import Monitor
+from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, put_back, take
+
+
+class Prior(nn.Module):
+    """PriorFFN(RMSNorm(h)): the cheap prediction of a Decision layer's update; whole on every tensor rank."""
+
+    def __init__(self, name: str, hidden_size: int, width: int, eps: float, *, make: ParamMaker):
+        super().__init__()
+        init = normal(0.02)
+        self.norm = RMSNorm(f"{name}.norm", hidden_size, eps, make=make)
+        self.gate_proj = _Linear(make(f"{name}.gate_proj.weight", (width, hidden_size), init))
+        self.up_proj = _Linear(make(f"{name}.up_proj.weight", (width, hidden_size), init))
+        self.down_proj = _Linear(make(f"{name}.down_proj.weight", (hidden_size, width), init))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.norm(hidden)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Linear(nn.Module):
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def moving_average(x: Tensor, window: int) -> Tensor:
+    """Mean over the last `window` tokens of x [B, T], itself included; before the start stands the first value."""
+    before = x[:, :1].expand(-1, window - 1)
+    return F.avg_pool1d(torch.cat([before, x], dim=1).unsqueeze(1), window, stride=1).squeeze(1)
+
+
+class SurpriseRouter(nn.Module):
+    """G = S_CE + S_CU - S_CE S_CU: the probability that a token's change was expected-but-late or unexpected."""
+
+    def __init__(self, name: str, ctx: LayerContext):
+        super().__init__()
+        routing = ctx.model.routing
+        self.window = routing.ma_window
+        self.beta_ce = ctx.make(f"{name}.beta_ce", (1,), constant(routing.beta_ce_init))
+        self.beta_cu = ctx.make(f"{name}.beta_cu", (1,), constant(routing.beta_cu_init))
+        self.ce_offset = ctx.make(f"{name}.ce_offset", (1,), constant(routing.ce_offset_init))
+        self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
+
+    def forward(self, static: Tensor, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """D_st, D_ch [B, T] -> G [B, T] and the scalars worth watching."""
+        beta_ce, beta_cu, offset, multiplier = map(upcast, (self.beta_ce, self.beta_cu, self.ce_offset, self.cu_multiplier))
+        expected = static - (change - torch.log(offset + 1e-10))
+        unexpected = static - multiplier * moving_average(static.detach(), self.window)
+        s_ce = torch.sigmoid(F.softplus(beta_ce) * expected)
+        s_cu = torch.sigmoid(F.softplus(beta_cu) * unexpected)
+        watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": s_ce.mean(), "S_CU": s_cu.mean(),
+                   "beta_ce": beta_ce, "beta_cu": beta_cu, "ce_offset": offset, "cu_multiplier": multiplier}
+        return s_ce + s_cu - s_ce * s_cu, {name: x.detach().squeeze().clone() for name, x in watched.items()}
+
+
+class DecisionLayer(Layer):
+    """Dense for every token, and scores each token's surprise for the Dynamic layer behind it."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index)
+        model, routing = ctx.model, ctx.model.routing
+        self.prior = Prior(f"{self.name}.prior", model.hidden_size, model.prior_size, model.norm_eps, make=ctx.make)
+        self.router = SurpriseRouter(f"{self.name}.router", ctx)
+        self.loss_weight = routing.prior_loss_weight / model.layer_types.count("dtf_decision")
+        self.loss_scale = loss_scale
+        self.monitor = Monitor()
+
+    def decide(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """h [B, T, D] -> post [B, T, D], G [B, T], the prior's loss, statistics."""
+        post = self.dense(hidden)
+        after, before = upcast(post), upcast(hidden)
+        static = (after - before).square().mean(dim=-1)
+        change = (after - (before + self.prior(hidden))).square().mean(dim=-1)
+        gate, statistics = self.router(static, change)
+        # A second pass of the small prior, on detached inputs: the loss teaches the prior and nothing else.
+        fixed = hidden.detach()
+        prior_loss = (upcast(fixed) + self.prior(fixed) - after.detach()).square().mean()
+        return post, gate, prior_loss, statistics
+
+    def forward(self, stream: Stream) -> Stream:
+        post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden)
+        self.monitor.record(statistics | {"prior_loss": prior_loss})
+        if torch.is_grad_enabled():
+            post = attach_loss(post, prior_loss, self.loss_weight * self.loss_scale.value)
+        return Stream(post, gate)
+
+
+class DynamicLayer(Layer):
+    """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged."""
+
+    def __init__(self, ctx: LayerContext, index: int):
+        super().__init__(ctx, index)
+        self.capacity = ctx.model.routing.capacity
+        self.mode = "topk"
+        """`topk`, or `causal`: route iff the gate reaches the running threshold."""
+        self.threshold = RunningThreshold(ctx.model.routing.threshold_momentum)
+        self.monitor = Monitor()
+
+    def choose(self, gate: Tensor) -> Selection:
+        """Which tokens of gate [B, T] to process. Equal on all tensor ranks, for `gate` is bitwise equal there."""
+        gate = gate.detach()
+        top = choose_top(gate, capacity_count(self.capacity, gate.shape[1]))
+        causal = gate >= self.threshold.value
+        in_top = as_mask(top, gate.shape[1])
+        chosen = choose_where(causal) if self.mode == "causal" else top
+        routed = causal if self.mode == "causal" else in_top
+        self.monitor.record({
+            "routed_fraction": routed.float().mean(), "causal_agreement": (in_top == causal).float().mean(),
+            "gate_routed": take(gate, top.positions).mean(), "gate_mean": gate.mean(), "gate_std": gate.std(),
+            "threshold": self.threshold.value})
+        if torch.is_grad_enabled():
+            self.threshold.observe(take(gate, top.positions).amin(dim=1))
+        return chosen
+
+    def update(self, hidden: Tensor, gate: Tensor, selection: Selection) -> Tensor:
+        positions, valid = selection
+        delta = self.delta(take(hidden, positions), positions, hidden.shape[1])
+        weight = take(gate, positions) if valid is None else take(gate, positions) * valid
+        return put_back(hidden, positions, (weight.unsqueeze(-1) * delta).to(hidden.dtype))
+
+    def forward(self, stream: Stream) -> Stream:
+        hidden, gate = stream
+        assert gate is not None, "a Dynamic layer follows its Decision layer"
+        selection = self.choose(gate)
+        return Stream(self.run(self.update, hidden, gate, selection))

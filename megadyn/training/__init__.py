@@ -1,0 +1,1 @@
+"""The run itself: engine, optimizer, evaluation, telemetry, guard."""

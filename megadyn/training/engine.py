@@ -1,0 +1,212 @@
+"""The only caller of `deepspeed.initialize`: the layer list, made into something that trains.
+
+Without pipeline stages the list runs as a plain module, under any ZeRO stage. With them it becomes a
+`PipelineModule` (1F1B), under ZeRO 0 or 1. The layers are the same objects in both.
+"""
+
+import logging
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from megadyn.config import BatchPlan, Config, engine_settings
+from megadyn.log import log
+from megadyn.model.attention import attention_backend
+from megadyn.model.block import LayerContext
+from megadyn.network import Network, layer_list, routed_layers, set_routing_mode
+from megadyn.parallel.grid import Grid
+from megadyn.parallel.mappings import sum_over
+from megadyn.parallel.params import ParamMaker, name_of
+from megadyn.parallel.sharding import Sharding
+from megadyn.planning.flops import head_flops, layer_costs
+from megadyn.planning.partition import balanced_stages
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtf import DynamicLayer
+from megadyn.routing.monitor import Monitor
+from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
+from megadyn.training.pipeline import Stages
+
+MicroBatch = tuple[Tensor, Tensor]
+"""tokens and labels, [b, T] int64 each."""
+
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class StepResult(NamedTuple):
+    loss: Tensor
+    """Mean over the step's samples, equal on every rank; a scalar on the device."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+
+
+class Engine:
+    """The model, its optimizer and its parallel run. Every method is collective."""
+
+    def __init__(self, config: Config, plan: BatchPlan, grid: Grid):
+        self.config, self.plan, self.grid = config, plan, grid
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.settings = engine_settings(config)
+        self.zero_stage: int = self.settings.get("zero_optimization", {}).get("stage", 0)
+        assert config.model.num_kv_heads is not None
+        self.sharding = Sharding(grid.tp.size, config.model.num_kv_heads)
+        self.loss_scale = LossScale()
+        self.module = self._build_module()
+        self.routed = routed_layers(self.module)
+        even_out_groups(self.module, grid.pp)
+        optimizer = make_optimizer(self.module, config.optimizer)
+        self.clipper: GradientClipper | None = None
+        if self.zero_stage == 0:
+            self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
+            optimizer.register_step_pre_hook(self.clipper)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
+            mpu=_Mpu(grid) if grid.pp.size == 1 and grid.tp.size > 1 else None)
+
+    def _build_module(self) -> nn.Module:
+        model, grid = self.config.model, self.grid
+        backend, why = attention_backend(model.attention, self.config.precision)
+        log.info("attention: %s (%s)", backend, why)
+        make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, self.device)
+        ctx = LayerContext(model, make, backend, self.config.training.activation_checkpointing)
+        if grid.pp.size == 1:
+            return Network(ctx, self.loss_scale)
+        length = self.config.training.sequence_length
+        cuts = balanced_stages(layer_costs(model, length), head_flops(model, length), grid.pp.size)
+        log.info("pipeline stages, by FLOPs: layers %s", ", ".join(f"{a}-{b - 1}" for a, b in pairwise(cuts)))
+        return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """The user's engine settings plus what is decided elsewhere in the configuration."""
+        precision = self.config.precision
+        decided: dict[str, Any] = {
+            "train_batch_size": self.plan.global_batch,
+            "train_micro_batch_size_per_gpu": self.plan.micro_batch,
+            "gradient_accumulation_steps": self.plan.micro_batches,
+            "gradient_clipping": 0.0 if self.zero_stage == 0 else self.config.optimizer.clip_grad,
+            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,      # torch's AdamW serves offloaded states too
+            # Split over tensor ranks for transport by default, which breaks our packed tensor.
+            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        }
+        if precision != "fp32":
+            decided[precision] = {"enabled": True}
+        if precision == "bf16":
+            decided["data_types"] = {"grad_accum_dtype": "fp32"}
+        return self.settings | decided
+
+    def train_step(self, batches: Iterable[MicroBatch], rate: float) -> StepResult:
+        """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`."""
+        set_learning_rate(self.engine.optimizer, rate)
+        fp16_scale = self.engine.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
+        self.loss_scale.value = fp16_scale / self.plan.micro_batches
+        if isinstance(self.module, Stages):
+            loss = self.engine.train_batch(iter(batches))
+        else:
+            self.engine.train()
+            total = torch.zeros((), device=self.device)
+            for tokens, labels in batches:
+                micro_loss = self.engine(tokens.to(self.device), labels.to(self.device))
+                self.engine.backward(micro_loss)
+                self.engine.step()
+                total += micro_loss.detach()
+            loss = self._mean_over_ranks(total, self.plan.micro_batches)
+        self._update_thresholds()
+        norm = self.clipper.norm if self.clipper else self.engine.get_global_grad_norm()
+        return StepResult(loss.squeeze(), torch.as_tensor(norm))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch], count: int, mode: str) -> float:
+        """Mean loss of `count` micro-batches a rank, routed by `mode` (`topk` or `causal`)."""
+        set_routing_mode(self.routed, mode)
+        monitors = [layer.monitor for layer in self.routed]
+        for layer in self.routed:
+            layer.monitor = Monitor()                  # the training window's statistics stay as they are
+        try:
+            if isinstance(self.module, Stages):
+                loss = self.engine.eval_batch(iter(batches), num_micro_batches=count, bcast_loss=True)
+            else:
+                self.engine.eval()
+                total = torch.zeros((), device=self.device)
+                for tokens, labels in batches:
+                    total += self.engine(tokens.to(self.device), labels.to(self.device))
+                loss = self._mean_over_ranks(total, count)
+        finally:
+            for layer, monitor in zip(self.routed, monitors):
+                layer.monitor = monitor
+            set_routing_mode(self.routed, "topk")
+            self.engine.train()
+        return float(loss)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
+        return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
+
+    def loss_scaler_state(self) -> dict[str, float] | None:
+        """fp16's dynamic loss scale, None in other precisions."""
+        if self.config.precision != "fp16":
+            return None
+        scaler = self.engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in LOSS_SCALER_STATE}
+
+    def set_loss_scaler_state(self, state: dict[str, float] | None) -> None:
+        if state is not None and self.config.precision == "fp16":
+            for name, value in state.items():
+                setattr(self.engine.optimizer.loss_scaler, name, value)
+
+    def routing_statistics(self) -> dict[int, dict[str, float]]:
+        """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
+        mine = {layer.index: layer.monitor.read() for layer in self.routed}
+        values = [value for record in mine.values() for value in record.values()]
+        means = iter((sum_over(torch.stack(values), self.grid.dp) / self.grid.dp.size).tolist() if values else [])
+        local = {index: {name: next(means) for name in record} for index, record in mine.items()}
+        if self.grid.pp.size == 1:
+            return local
+        stages: list[Any] = [None] * self.grid.pp.size
+        dist.all_gather_object(stages, local, group=self.grid.pp.group)
+        return {index: record for stage in stages for index, record in stage.items()}
+
+    def _update_thresholds(self) -> None:
+        """One small all-reduce a step keeps the running thresholds equal on all data-parallel ranks."""
+        thresholds = [layer.threshold for layer in self.routed if isinstance(layer, DynamicLayer)]
+        if thresholds:
+            means = torch.stack([threshold.take_step_mean() for threshold in thresholds])
+            for threshold, mean in zip(thresholds, sum_over(means, self.grid.dp) / self.grid.dp.size):
+                threshold.end_step(mean)
+
+    def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
+        return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+class _Mpu:
+    """What DeepSpeed asks of a model-parallel unit (its word for our tensor axis)."""
+
+    def __init__(self, grid: Grid):
+        self.tp, self.dp = grid.tp, grid.dp
+        # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
+        self.dp_group = grid.dp.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tp.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.dp_group

@@ -1,0 +1,44 @@
+"""Joins this process to the others, however it was started: deepspeed, torchrun, mpirun, or alone."""
+
+import os
+import socket
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megadyn.log import log
+
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+def world_size() -> int:
+    """Number of processes, known before they are joined."""
+    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), 1))
+
+
+def join() -> None:
+    """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU."""
+    if "RANK" not in os.environ and not any(name in os.environ for name in MPI_VARIABLES):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ |= alone
+    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, which never times out when a rank hangs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    if get_accelerator().device_name() == "cpu":
+        _share_cores()
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _share_cores() -> None:
+    """Without OMP_NUM_THREADS every rank would use every core, and all would wait for each other."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        log.info("threads: %d a rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
+                 torch.get_num_threads(), os.cpu_count(), local_ranks)

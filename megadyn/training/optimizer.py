@@ -1,0 +1,101 @@
+"""AdamW's parameter groups and the learning rate as a function of the iteration."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megadyn.config import OptimizerConfig
+from megadyn.parallel.grid import Axis, Grid
+from megadyn.parallel.mappings import sum_over
+from megadyn.parallel.params import counts_here, mark, name_of
+
+
+def component(name: str) -> str:
+    """Which learning-rate multiplier a parameter takes: `router`, `prior` or `base`."""
+    parts = name.split(".")
+    return "router" if "router" in parts or "causal_router" in parts else "prior" if "prior" in parts else "base"
+
+
+GroupKey = tuple[str, bool]
+"""A parameter group: its component, and whether its weights decay."""
+
+
+def group_key(param: nn.Parameter) -> GroupKey:
+    return component(name_of(param)), param.ndim >= 2
+
+
+def even_out_groups(module: nn.Module, pp: Axis) -> None:
+    """Gives each pipeline stage a member of every parameter group that another stage has.
+
+    DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce a group: stages with different
+    numbers of groups would wait for each other for ever. The stand-in is a zero that no gradient reaches.
+    """
+    if pp.size == 1:
+        return
+    mine = {group_key(param) for param in module.parameters()}
+    stages: list[Any] = [None] * pp.size
+    dist.all_gather_object(stages, mine, group=pp.group)
+    for name, decay in sorted(set().union(*stages) - mine):
+        stand_in = nn.Parameter(torch.zeros((1, 1) if decay else (1,), device=next(module.parameters()).device))
+        mark(stand_in, f"{STAND_IN}.{name}", is_cut=False)
+        module.register_parameter(f"{STAND_IN}_{name}_{'matrix' if decay else 'vector'}", stand_in)
+
+
+STAND_IN = "stand_in"
+
+
+def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over groups by component and weight decay; vectors and scalars are not decayed."""
+    groups: dict[GroupKey, list[nn.Parameter]] = {}
+    for param in module.parameters():
+        groups.setdefault(group_key(param), []).append(param)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": cfg.weight_decay if decay else 0.0, "component": name,
+          "lr_multiplier": getattr(cfg.multipliers, name)} for (name, decay), params in sorted(groups.items())],
+        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+
+
+def learning_rate(cfg: OptimizerConfig, iteration: int, iterations: int) -> float:
+    """Rate of step `iteration` (0-based) in a run of `iterations`: linear warm-up, then the schedule.
+
+    The last step runs at `min_learning_rate` (except `constant`). `wsd` is warm-up, stable, linear decay
+    (arXiv 2404.06395).
+    """
+    if iteration < cfg.warmup_iterations:
+        return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
+    start = cfg.warmup_iterations
+    if cfg.schedule == "wsd":
+        length = math.ceil(iterations / 10) if cfg.decay_iterations is None else cfg.decay_iterations
+        start = max(start, iterations - length)
+    done = min(1.0, max(0, iteration + 1 - start) / max(1, iterations - start))
+    shape = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2}.get(cfg.schedule, 1 - done)
+    return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * shape
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+
+
+class GradientClipper:
+    """True global-norm clipping for ZeRO-0, where DeepSpeed would use each rank's own norm.
+
+    Runs before every optimizer step. Cut parameters count on every tensor rank, whole ones on the first;
+    a tied embedding counts on its first stage only.
+    """
+
+    def __init__(self, module: nn.Module, max_norm: float, grid: Grid):
+        self.params, self.max_norm, self.grid = list(module.parameters()), max_norm, grid
+        self.norm = torch.zeros(())
+
+    def __call__(self, *_: object) -> None:
+        grads = [p.grad for p in self.params if p.grad is not None]
+        counted = [p.grad.square().sum() for p in self.params if p.grad is not None and counts_here(p, self.grid.tp)]
+        total = torch.stack(counted).sum() if counted else grads[0].new_zeros(())
+        self.norm = sum_over(sum_over(total, self.grid.tp), self.grid.pp).sqrt()
+        if self.max_norm > 0:
+            scale = (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, scale)

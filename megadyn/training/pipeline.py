@@ -1,0 +1,52 @@
+"""The layer list cut into DeepSpeed pipeline stages."""
+
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from megadyn.model.block import Stream
+from megadyn.network import Part, read_out
+from megadyn.parallel.grid import Grid
+from megadyn.parallel.wire import pack, unpack
+from megadyn.routing.dtf import DynamicLayer
+
+
+class Stages(PipelineModule):
+    """This rank's stretch of the list. One tensor crosses each boundary."""
+
+    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, tied: bool):
+        """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`."""
+        # In the list, Embed stands before the first layer; FinalNorm and Head behind the last.
+        self.boundaries = [0, *(cut + 1 for cut in layer_boundaries[1:-1]), len(parts)]
+        self.rank_grid = grid
+        topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
+        super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.boundaries
+        self._set_bounds(self.parts[self.rank_grid.pp.rank], self.parts[self.rank_grid.pp.rank + 1])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Tokens or the previous stage's tensor -> what the next stage, or `loss`, takes."""
+        layers = self.forward_funcs[:-1] if self.rank_grid.is_last_stage else self.forward_funcs
+        stream: Any = inputs
+        if not self.rank_grid.is_first_stage:
+            stream = Stream(*unpack(inputs)) if isinstance(layers[0], DynamicLayer) else Stream(inputs)
+        for layer in layers:
+            stream = layer(stream)
+        return stream.hidden if stream.gate is None else pack(stream.hidden, stream.gate)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""
+        return self.forward_funcs[-1](Stream(hidden), labels)
+
+
+def _specs(parts: list[Part], tied: bool) -> list[LayerSpec]:
+    if not tied:
+        return [LayerSpec(part.build, *part.arguments) for part in parts]
+    embed, *body, _ = parts
+    return [TiedLayerSpec("embed", embed.build, *embed.arguments),
+            *(LayerSpec(part.build, *part.arguments) for part in body),
+            TiedLayerSpec("embed", embed.build, *embed.arguments, forward_fn=read_out)]

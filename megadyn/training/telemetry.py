@@ -1,0 +1,130 @@
+"""What a run reports: a line in the log, a line in metrics.jsonl, TensorBoard. Rank 0 only."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megadyn.config import Config
+from megadyn.log import log
+from megadyn.planning.flops import training_flops
+
+
+class Telemetry:
+    """Turns steps into reports. Throughput is over the steps since the last report, evaluation and saving left out."""
+
+    def __init__(self, config: Config, world_size: int, folder: Path, start_iteration: int):
+        self.config, self.folder = config, folder
+        training = config.training
+        self.iterations = training.iterations or 0
+        self.tokens_per_step = training.tokens_per_step
+        flops = training_flops(config.model, training.sequence_length) * training.global_batch_size
+        self.tflops_per_step = flops / world_size / 1e12
+        keep_lines_until(folder / "metrics.jsonl", start_iteration)
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.board = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # seconds of imports: only where it is asked for
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
+        self._reported, self._since = start_iteration, time.perf_counter()
+
+    def restart_clock(self, iteration: int) -> None:
+        """Measures anew from here: what was done since the last step (evaluating, saving) is not training time."""
+        self._reported, self._since = iteration, time.perf_counter()
+
+    def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
+              routing: dict[int, dict[str, float]]) -> None:
+        """Reports the state after `iteration` steps."""
+        step_time = (time.perf_counter() - self._since) / max(1, iteration - self._reported)
+        record = {
+            "iteration": iteration, "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * self.config.training.sequence_length,
+            "lm_loss": lm_loss, "aux_losses": auxiliary_losses(routing), "grad_norm": grad_norm,
+            "learning_rate": learning_rate, "step_time_ms": step_time * 1e3,
+            "tokens_per_second": self.tokens_per_step / step_time, "model_tflops": self.tflops_per_step / step_time,
+            "routing": {str(layer): routing[layer] for layer in sorted(routing)},
+        }
+        self._write(record)
+        log.info("%s", train_line(record, self.iterations, (self.iterations - iteration) * step_time))
+        self.restart_clock(iteration)
+
+    def validation(self, iteration: int, losses: dict[str, float]) -> None:
+        self._write({"iteration": iteration, "validation": losses})
+        shown = "  ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+        log.info("%s", f"{iteration:>7d}/{self.iterations}  validation loss  {shown}")
+        self.restart_clock(iteration)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=self.file, flush=True)
+        if self.board is not None:
+            for name, value in flat_scalars(record):
+                self.board.add_scalar(name, value, record["iteration"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def auxiliary_losses(routing: dict[int, dict[str, float]]) -> dict[str, float]:
+    """Each auxiliary loss, averaged over the layers that have it, unweighted."""
+    found: dict[str, list[float]] = {}
+    for record in routing.values():
+        for name, value in record.items():
+            if name.endswith("_loss"):
+                found.setdefault(name.removesuffix("_loss"), []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> str:
+    """One line that fits 100 columns."""
+    parts = [f"{record['iteration']:>7d}/{iterations}", f"loss {record['lm_loss']:.4f}"]
+    parts += [f"{name} {value:.2g}" for name, value in record["aux_losses"].items()]
+    parts.append(f"grad {record['grad_norm']:.2f}")
+    routed = [layer["routed_fraction"] for layer in record["routing"].values() if "routed_fraction" in layer]
+    if routed:
+        parts.append(f"routed {sum(routed) / len(routed):.0%}")
+    parts += [f"{record['tokens_per_second']:,.0f} tok/s", f"{record['model_tflops']:.3g} TFLOP/s",
+              f"left {duration(seconds_left)}"]
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`3d04h`, `2h05m`, `4m07s`, `9s`: the two largest units."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days}d{h:02d}h" if days else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def flat_scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """`a/b/c` names and values of all numbers in a metrics record but its iteration."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += flat_scalars(value, f"{prefix}{key}/")
+        elif key != "iteration":
+            found.append((prefix + key, value))
+    return found
+
+
+def keep_lines_until(path: Path, iteration: int) -> None:
+    """Drops the lines of steps that a resumed run will do again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except ValueError:
+            log.warning("%s: a half-written line was dropped", path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+

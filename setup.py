@@ -1,0 +1,21 @@
+"""Packaging. Tool settings are in pyproject.toml, exact versions in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megadyn",
+    version="0.1.0",
+    description="Pretraining of routed transformers under tensor and pipeline parallelism",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megadyn", "megadyn.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14", "deepspeed==0.19.8", "transformers>=5,<6", "tokenizers", "sentencepiece", "safetensors", "numpy",
+        "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tensorboard",
+    ],
+    extras_require={"flash": ["flash-attn>=2.6"]},
+)

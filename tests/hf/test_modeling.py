@@ -1,0 +1,329 @@
+"""The stand-alone model: against Qwen2, against itself with a cache, padded, alone, and without megadyn installed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megadyn.hf.modeling_megadyn import MegadynCache, MegadynForCausalLM, best_of_each_row, pack
+from tests.hf.tiny_models import KINDS, VOCABULARY, WINDOW, random_tokens, tiny_config, tiny_model
+
+TOKENS = random_tokens(3, 4 * WINDOW, seed=7)
+LENGTHS = (4 * WINDOW, 4 * WINDOW - 9, 2)     # real tokens of each row when padded
+CLOSE = {"atol": 1e-4, "rtol": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def padding(side: str) -> torch.Tensor:
+    """Attention mask of TOKENS with LENGTHS real tokens a row."""
+    column, length = torch.arange(TOKENS.shape[1]), torch.tensor(LENGTHS)[:, None]
+    return (column < length if side == "right" else column >= TOKENS.shape[1] - length).long()
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+def qwen2_like(model: MegadynForCausalLM) -> Qwen2ForCausalLM:
+    """A Qwen2 with the weights of a dense model; q, k and v biases that the model lacks are zero."""
+    config = model.config
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "max_position_embeddings")
+    other = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(config, name) for name in names})).eval()
+    weights = model.state_dict()
+    for name, tensor in other.state_dict().items():
+        if not config.attention_bias and name.endswith("bias"):
+            weights[name] = torch.zeros_like(tensor)
+    other.load_state_dict(weights)
+    return other
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": False}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4},
+                                     {"num_key_value_heads": 1, "head_dim": 16}, {"attn_implementation": "eager"}], ids=str)
+def test_dense_equals_qwen2(changes):
+    model = tiny_model("dense", **changes)
+    other = qwen2_like(model)
+    assert_close(model(TOKENS).logits, other(TOKENS).logits, **CLOSE)
+    mask = padding("left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ours, theirs = model(TOKENS, mask).logits, other(TOKENS, mask, positions).logits
+    assert_close(ours[mask.bool()], theirs[mask.bool()], **CLOSE)
+
+
+def test_hidden_states_are_qwen2s():
+    model = tiny_model("dense")
+    for ours, theirs in zip(model(TOKENS, output_hidden_states=True).hidden_states,
+                            qwen2_like(model)(TOKENS, output_hidden_states=True).hidden_states, strict=True):
+        assert_close(ours, theirs, **CLOSE)
+
+
+def test_all_tokens_with_unit_gate_is_dense():
+    routed, dense = tiny_model("dtf4"), tiny_model("dense", num_hidden_layers=4)
+    dense.load_state_dict(routed.state_dict(), strict=False)
+    for decision, dynamic in (routed.model.layers[:2], routed.model.layers[2:]):
+        decision.router.forward = lambda static, change, average: torch.ones_like(static)
+        dynamic.causal_router.threshold.fill_(1.0)
+    assert_close(routed(TOKENS).logits, dense(TOKENS).logits, atol=1e-5, rtol=0)
+
+
+# ---- cache ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [[12] + [1] * 16, [1] * 28, [5, 1, 9, 13]], ids=["prefill", "single", "chunks"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_cached_decoding_equals_one_forward(kind, side, steps):
+    model = tiny_model(kind)
+    mask = torch.ones_like(TOKENS) if side == "none" else padding(side)
+    whole = model(TOKENS, mask, use_cache=False).logits
+    cache, parts, end = None, [], 0
+    for step in steps:
+        start, end = end, end + step
+        output = model(TOKENS[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], **CLOSE)
+
+
+def test_skipped_tokens_leave_nothing_in_the_cache():
+    model = tiny_model("dtf5")
+    mask = padding("left")
+    output = model(TOKENS, mask, output_routing=True)
+    cache = output.past_key_values
+    for layer, processed, held in zip(cache.layers, output.routing, cache.tokens_per_layer(), strict=True):
+        assert held == processed.sum(1).tolist()
+        assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
+    assert cache.tokens_per_layer()[0] == list(LENGTHS)
+    assert 0.3 < sum(cache.tokens_per_layer()[1]) / sum(LENGTHS) < 0.6
+    assert cache.get_seq_length() == TOKENS.shape[1]
+
+
+def test_nothing_routed_in_a_call():
+    model = tiny_model("dtf4")
+    threshold = model.model.layers[1].causal_router.threshold
+    usual = threshold.clone()
+    threshold.fill_(2.0)
+    cache = model(TOKENS[:, :3], use_cache=True).past_key_values
+    assert cache.tokens_per_layer()[1] == [0, 0, 0]
+    threshold.copy_(usual)
+    assert model(TOKENS[:, 3:], past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate(kind):
+    model = tiny_model(kind)
+    mask = padding("left")
+    greedy = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    with_cache = model.generate(TOKENS, **greedy, return_dict_in_generate=True)
+    assert torch.equal(with_cache.sequences, model.generate(TOKENS, **greedy, use_cache=False))
+    assert isinstance(with_cache.past_key_values, MegadynCache)
+    beams = [model.generate(TOKENS, **greedy, num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*beams)
+    sampling = greedy | {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    sampled = model.generate(TOKENS, **sampling)
+    torch.manual_seed(0)
+    assert torch.equal(sampled, model.generate(TOKENS, **sampling, use_cache=False))
+    assert sampled.shape == (6, TOKENS.shape[1] + 10)
+
+
+def test_generate_goes_on_from_a_cache():
+    model = tiny_model("dtf4")
+    first = model.generate(TOKENS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    then = model.generate(first.sequences, max_new_tokens=4, do_sample=False, past_key_values=first.past_key_values)
+    assert torch.equal(then, model.generate(TOKENS, max_new_tokens=8, do_sample=False))
+
+
+def test_refused_caches():
+    model = tiny_model("dtf4")
+    cache = model(TOKENS).past_key_values
+    with pytest.raises(ValueError, match="holds 3 sequences, but the input has 2"):
+        model(TOKENS[:2], past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="a routed model has its own"):
+        model.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
+
+
+# ---- who sees whom -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_mode_does_not_see_the_future(kind):
+    model = tiny_model(kind)
+    before = model(TOKENS).logits
+    for t in (1, WINDOW, 20):
+        changed = TOKENS.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCABULARY
+        after = model(changed).logits
+        assert_close(after[:, :t], before[:, :t], atol=1e-5, rtol=0)
+        assert not torch.allclose(after[:, t], before[:, t], atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["causal", "topk"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_are_as_alone(side, mode):
+    model = tiny_model("dtf5", routing_mode=mode)
+    mask = padding(side).bool()
+    together = model(TOKENS, mask, output_routing=True)
+    for row in range(len(TOKENS)):
+        alone = model(TOKENS[row:row + 1, mask[row]], output_routing=True)
+        assert_close(together.logits[row, mask[row]], alone.logits[0], **CLOSE)
+        for ours, theirs in zip(together.routing, alone.routing, strict=True):
+            assert torch.equal(ours[row, mask[row]], theirs[0])
+            assert not ours[row, ~mask[row]].any()
+
+
+# ---- top-k ---------------------------------------------------------------------------------------
+
+
+def test_topk_takes_exactly_k_of_each_row():
+    output = tiny_model("dtf4", routing_mode="topk")(TOKENS, padding("left"), output_routing=True)
+    for i in (1, 3):
+        assert output.routing[i].sum(1).tolist() == [int(0.4 * 28), int(0.4 * 19), 1]
+        for row, processed in enumerate(output.routing[i]):
+            real = padding("left")[row].bool()
+            assert output.gates[i][row, processed].min() >= output.gates[i][row, real & ~processed].max()
+    assert output.past_key_values is None
+
+
+def test_topk_ties_go_to_the_first():
+    score = torch.tensor([[1.0, 2, 1, 1, 2, 1, 9], [5.0, 5, 5, 5, 5, 5, 5]])
+    tokens = pack(torch.tensor([[True] * 6 + [False], [True] * 7]))
+    chosen = best_of_each_row(score, tokens, capacity=0.5)
+    assert chosen.tolist() == [[True, True, False, False, True, False, False], [True] * 3 + [False] * 4]
+
+
+def test_topk_refuses_a_cache():
+    model = tiny_model("dtf4", routing_mode="topk")
+    for refused in (lambda: model(TOKENS, use_cache=True), lambda: model(TOKENS, past_key_values=MegadynCache(4)),
+                    lambda: model.generate(TOKENS, max_new_tokens=2)):
+        with pytest.raises(ValueError, match="'topk' looks at the whole sequence.*use_cache=False"):
+            refused()
+    assert model.generate(TOKENS, max_new_tokens=2, do_sample=False, use_cache=False).shape[1] == TOKENS.shape[1] + 2
+
+
+def test_unknown_mode_set_later_is_refused():
+    model = tiny_model("dtf4")
+    model.config.routing_mode = "top-k"
+    with pytest.raises(ValueError, match="config.routing_mode = 'top-k': must be one of causal, topk"):
+        model(TOKENS)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")      # its new name is not in all of 5.x
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["causal", "topk"])
+def test_gradient_checkpointing_changes_nothing_and_never_chooses_again(mode, reentrant):
+    gradients, choices = [], []
+    for checkpointing in (False, True):
+        model = tiny_model("dtf4", routing_mode=mode).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        layer = model.model.layers[1]
+        choose = layer.choose
+        layer.choose = lambda *args, choose=choose: choices.append(1) or choose(*args)
+        with torch.enable_grad():
+            model(TOKENS, labels=TOKENS).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert len(choices) == 2
+    assert all(gradient is not None for gradient in gradients[0].values())
+    assert_close(gradients[1], gradients[0])
+
+
+def test_loss_shifts_labels_once():
+    model = tiny_model("dtf4")
+    labels = TOKENS.clone()
+    labels[0, :5] = -100
+    output = model(TOKENS, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_close(output.loss, expected)
+
+
+# ---- precision and files -------------------------------------------------------------------------
+
+
+def test_router_stays_float32(tmp_path):
+    model = tiny_model("dtf4")
+    threshold, beta = model.model.layers[1].causal_router.threshold.clone(), model.model.layers[0].router.beta_ce.clone()
+    model.save_pretrained(tmp_path)
+    for low in (MegadynForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model.bfloat16()):
+        assert low.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert torch.equal(low.model.layers[1].causal_router.threshold, threshold)
+        assert torch.equal(low.model.layers[0].router.beta_ce, beta)
+        assert low(TOKENS, output_routing=True).gates[1].dtype == torch.float32
+
+
+def test_weight_names_are_qwen2s_and_the_contracts():
+    names = set(tiny_model("dtf5").state_dict())
+    assert names >= set(qwen2_like(tiny_model("dense", num_hidden_layers=5)).state_dict())
+    extra = names - set(tiny_model("dense", num_hidden_layers=5).state_dict())
+    decision = [f"model.layers.{i}.{name}" for i in (0, 2) for name in (
+        "prior.norm.weight", "prior.gate_proj.weight", "prior.up_proj.weight", "prior.down_proj.weight", "router.beta_ce",
+        "router.beta_cu", "router.ce_offset", "router.cu_multiplier")]
+    assert extra == {*decision, "model.layers.1.causal_router.threshold", "model.layers.3.causal_router.threshold"}
+
+
+WITHOUT_MEGADYN = """
+import sys, torch
+sys.modules["megadyn"] = None      # as if it were not installed: importing it fails
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = torch.load(sys.argv[2])
+cached = model.generate(tokens, max_new_tokens=6, do_sample=False)
+assert torch.equal(cached, model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False))
+torch.save((model(tokens).logits.detach(), cached), sys.argv[2])
+"""
+
+
+def test_folder_works_without_megadyn(tmp_path):
+    model = tiny_model("dtf5")
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    model.save_pretrained(folder)
+    torch.save(TOKENS, elsewhere / "tokens.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEGADYN, str(folder), "tokens.pt"], cwd=elsewhere, env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    logits, sequences = torch.load(elsewhere / "tokens.pt")
+    assert_close(logits, model(TOKENS).logits)
+    assert torch.equal(sequences, model.generate(TOKENS, max_new_tokens=6, do_sample=False))
+
+
+# ---- configuration -------------------------------------------------------------------------------
+
+
+ROUTING = tiny_config("dtf4").routing
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"routing": ROUTING | {"kind": "mod"}}, "routing.kind = 'mod': must be one of dense, dtf"),
+    ({"routing": ROUTING | {"causal": "predictor"}}, "routing.causal = 'predictor'"),
+    ({"routing": ROUTING | {"capacity": 0}}, "routing.capacity = 0: must be in"),
+    ({"routing": ROUTING | {"ma_window": 0}}, "routing.ma_window = 0"),
+    ({"routing": {"kind": "dtf", "capacity": 0.5}}, "routing.ma_window is missing"),
+    ({"routing": {"kind": "dense"}}, "layer_types.0. with routing.kind = dense = 'dtf_decision'"),
+    ({"layer_types": ["dense"] * 3}, "layer_types has 3 entries, but num_hidden_layers = 4"),
+    ({"layer_types": ["dtf_decision", "dense", "dense", "dense"]}, "layer_types.1. = 'dense'"),
+    ({"layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
+    ({"layer_types": ["mod"] * 4}, "'mod': must be one of"),
+    ({"normalization": "lns"}, "normalization = 'lns'"),
+    ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+    ({"num_key_value_heads": 3}, "must divide"),
+])
+def test_configurations_that_cannot_run_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("dtf4", **changes)

@@ -1,0 +1,226 @@
+"""An independent reading of an exported Hugging Face folder: float64 numpy, written from `routing.md` alone.
+
+Nothing here comes from the product: no torch, no megadyn, no modelling file. Loops are written to be checked by
+eye against the text, one sequence at a time, without batching, caches or padding; speed does not matter.
+
+    oracle_logits(folder, tokens, mode="causal")        # [B, T, V] float64
+    oracle_loss(folder, tokens, labels, mode="topk")    # mean next-token cross-entropy
+
+Dims: T tokens, D hidden, H heads, K head size, V vocabulary. A sequence is a [T, D] array throughout.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Weights = dict[str, Array]
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def read_safetensors(path: Path) -> Weights:
+    """Every tensor of a file, as float64. Format: u64 header length | JSON header | bytes."""
+    raw = path.read_bytes()
+    data_start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:data_start])
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = entry["data_offsets"]
+        flat = np.frombuffer(raw[data_start + first:data_start + last], dtype=NUMPY_TYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":      # bfloat16 is the upper half of a float32
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        tensors[name] = flat.reshape(entry["shape"]).astype(np.float64)
+    return tensors
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """`config.json` and all weights, whether in one file or in shards that an index lists."""
+    config = json.loads((folder / "config.json").read_text())
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    weights: Weights = {}
+    for shard in shards:
+        weights.update(read_safetensors(folder / shard))
+    return config, weights
+
+
+# ---- small functions -----------------------------------------------------------------------------
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def swiglu(x: Array, weights: Weights, prefix: str) -> Array:
+    """W2( SiLU(W1 x) * (W3 x) ): W1 is `gate_proj`, W3 `up_proj`, W2 `down_proj`."""
+    a = x @ weights[f"{prefix}.gate_proj.weight"].T
+    b = x @ weights[f"{prefix}.up_proj.weight"].T
+    return (a / (1 + np.exp(-a)) * b) @ weights[f"{prefix}.down_proj.weight"].T
+
+
+def rotate(x: Array, position: int, theta: float) -> Array:
+    """RoPE on one head's vector [K]: dimension i turns with dimension i + K/2 (the convention of Qwen2's weights)."""
+    half = len(x) // 2
+    out = np.empty_like(x)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return out
+
+
+# ---- one transformer layer -----------------------------------------------------------------------
+
+class Reader:
+    """The model of one folder, run on one sequence at a time."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        self.config, self.weights = read_folder(Path(folder))
+        self.routing = self.config["routing"]
+        self.mode = mode
+        self.eps = self.config["rms_norm_eps"]
+        self.num_heads = self.config["num_attention_heads"]
+        self.num_kv_heads = self.config["num_key_value_heads"]
+        self.head_size = self.config.get("head_dim") or self.config["hidden_size"] // self.num_heads
+        rope = self.config.get("rope_parameters") or self.config
+        self.theta = rope["rope_theta"]
+
+    def linear(self, x: Array, name: str) -> Array:
+        y = x @ self.weights[f"{name}.weight"].T
+        return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
+
+    def attention(self, x: Array, positions: list[int], prefix: str) -> Array:
+        """Causal grouped-query attention among the rows of `x`, which keep their original `positions`."""
+        count, size = len(x), self.head_size
+        q = self.linear(x, f"{prefix}.q_proj").reshape(count, self.num_heads, size)
+        k = self.linear(x, f"{prefix}.k_proj").reshape(count, self.num_kv_heads, size)
+        v = self.linear(x, f"{prefix}.v_proj").reshape(count, self.num_kv_heads, size)
+        heads_per_kv = self.num_heads // self.num_kv_heads
+        out = np.zeros((count, self.num_heads, size))
+        for head in range(self.num_heads):
+            kv = head // heads_per_kv
+            q_head = np.array([rotate(q[t, head], positions[t], self.theta) for t in range(count)])
+            k_head = np.array([rotate(k[t, kv], positions[t], self.theta) for t in range(count)])
+            for t in range(count):
+                scores = k_head[:t + 1] @ q_head[t] / math.sqrt(size)
+                share = np.exp(scores - scores.max())
+                out[t, head] = share / share.sum() @ v[:t + 1, kv]
+        return self.linear(out.reshape(count, self.num_heads * size), f"{prefix}.o_proj")
+
+    def block(self, h: Array, positions: list[int], layer: int) -> Array:
+        """Block_l(h) = (u - h) + MLP(Norm2(u)) with u = h + Attn(Norm1(h)): what the dense layer adds to h."""
+        prefix = f"model.layers.{layer}"
+        x = rms_norm(h, self.weights[f"{prefix}.input_layernorm.weight"], self.eps)
+        u = h + self.attention(x, positions, f"{prefix}.self_attn")
+        x = rms_norm(u, self.weights[f"{prefix}.post_attention_layernorm.weight"], self.eps)
+        return (u - h) + swiglu(x, self.weights, f"{prefix}.mlp")
+
+    # ---- choosing tokens -------------------------------------------------------------------------
+
+    def chosen(self, scores: list[float], layer: int) -> list[int]:
+        """The tokens that routed layer `layer` processes, ascending."""
+        if self.mode == "causal":
+            threshold = self.weights[f"model.layers.{layer}.causal_router.threshold"].item()
+            return [t for t, score in enumerate(scores) if score >= threshold]
+        count = max(1, math.floor(self.routing["capacity"] * len(scores)))
+        best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
+        return sorted(best_first[:count])
+
+    # ---- DTF -------------------------------------------------------------------------------------
+
+    def decide(self, h: Array, layer: int) -> tuple[Array, list[float]]:
+        """Decision layer: (post [T, D], G of every token)."""
+        prefix = f"model.layers.{layer}"
+        post = h + self.block(h, list(range(len(h))), layer)
+        prior = h + swiglu(rms_norm(h, self.weights[f"{prefix}.prior.norm.weight"], self.eps), self.weights, f"{prefix}.prior")
+
+        beta_ce = self.weights[f"{prefix}.router.beta_ce"].item()
+        beta_cu = self.weights[f"{prefix}.router.beta_cu"].item()
+        o_ce = self.weights[f"{prefix}.router.ce_offset"].item()
+        m_cu = self.weights[f"{prefix}.router.cu_multiplier"].item()
+        window = self.routing["ma_window"]
+
+        d_st = [float(np.mean((post[t] - h[t]) ** 2)) for t in range(len(h))]
+        d_ch = [float(np.mean((post[t] - prior[t]) ** 2)) for t in range(len(h))]
+        gates = []
+        for t in range(len(h)):
+            last = [d_st[max(s, 0)] for s in range(t - window + 1, t + 1)]    # before the start: D_st[0]
+            moving_average = sum(last) / window
+            ce = d_st[t] - (d_ch[t] - math.log(o_ce + 1e-10))
+            cu = d_st[t] - m_cu * moving_average
+            s_ce = sigmoid(softplus(beta_ce) * ce)
+            s_cu = sigmoid(softplus(beta_cu) * cu)
+            gates.append(s_ce + s_cu - s_ce * s_cu)
+        return post, gates
+
+    def skip_or_run(self, post: Array, gates: list[float], layer: int) -> Array:
+        """Dynamic layer: chosen tokens get `G * Block(post)`, the rest pass unchanged."""
+        tokens = self.chosen(gates, layer)
+        out = post.copy()
+        if tokens:
+            delta = self.block(post[tokens], tokens, layer)
+            for row, t in enumerate(tokens):
+                out[t] = post[t] + gates[t] * delta[row]
+        return out
+
+    # ---- the whole -------------------------------------------------------------------------------
+
+    def logits(self, tokens: list[int]) -> Array:
+        """[T, V]"""
+        h = self.weights["model.embed_tokens.weight"][tokens]
+        gates: list[float] = []
+        for layer, kind in enumerate(self.config["layer_types"]):
+            if kind == "dense":
+                h = h + self.block(h, list(range(len(h))), layer)
+            elif kind == "dtf_decision":
+                h, gates = self.decide(h, layer)
+            elif kind == "dtf_dynamic":
+                h = self.skip_or_run(h, gates, layer)
+            else:
+                raise ValueError(f"layer {layer}: the oracle does not read the kind {kind!r}")
+        h = rms_norm(h, self.weights["model.norm.weight"], self.eps)
+        head = "model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
+        return h @ self.weights[head].T
+
+
+def oracle_logits(folder: str | Path, tokens: NDArray[np.integer], mode: str = "causal") -> Array:
+    """Logits [B, T, V] of token ids [B, T]; `mode` is `topk` or `causal`."""
+    if mode not in ("topk", "causal"):
+        raise ValueError(f"mode = {mode!r}: must be topk or causal")
+    reader = Reader(Path(folder), mode)
+    return np.stack([reader.logits([int(token) for token in row]) for row in tokens])
+
+
+def oracle_loss(folder: str | Path, tokens: NDArray[np.integer], labels: NDArray[np.integer],
+                mode: str = "causal") -> float:
+    """Mean cross-entropy of `labels` [B, T], already shifted (labels[t] = tokens[t + 1]); negative labels do not count."""
+    logits = oracle_logits(folder, tokens, mode)
+    losses = []
+    for row in range(len(labels)):
+        for t in range(len(labels[row])):
+            label = int(labels[row][t])
+            if label >= 0:
+                top = logits[row, t].max()
+                log_sum = top + math.log(np.exp(logits[row, t] - top).sum())
+                losses.append(log_sum - logits[row, t, label])
+    return sum(losses) / len(losses)

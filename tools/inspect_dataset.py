@@ -1,0 +1,68 @@
+"""Say what is in an indexed dataset, and whether it is sound.
+
+    python tools/inspect_dataset.py data/corpus --documents 2 --tokenizer tokenizer/ --verify
+
+--verify reads every token: ids against the vocabulary, and the stream against the hash kept in data/corpus.json.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megadyn.data.arguments import add_json_argument
+from megadyn.data.indexed import IndexedDataset, check_tokenizer
+from megadyn.data.inspection import length_histogram, verify
+from megadyn.data.tokenizer import Tokenizer, load_tokenizer
+from megadyn.errors import UserError, run_tool
+
+SHOWN_TOKENS = 200
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", type=Path, metavar="PREFIX")
+    parser.add_argument("--documents", type=int, default=0, metavar="N", help=f"show N documents, {SHOWN_TOKENS} tokens of each")
+    parser.add_argument("--tokenizer", metavar="DIR|FILE.model|byte", help="decode them; must be the one that made the dataset")
+    parser.add_argument("--verify", action="store_true", help="read and check every token")
+    add_json_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    dataset = IndexedDataset(args.prefix)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if tokenizer:
+        check_tokenizer(dataset, tokenizer)
+    lengths = length_histogram(dataset.sizes)
+    result = {"documents": dataset.num_documents, "sequences": len(dataset), "tokens": dataset.num_tokens,
+              "dtype": str(dataset.dtype), "lengths": lengths}
+    print(f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens ({dataset.dtype})")
+    print("sequences by length: " + ", ".join(f"{span}: {count:,}" for span, count in lengths.items()))
+    if dataset.record:
+        result |= {"tokenizer": dataset.record.tokenizer, "vocab_size": dataset.record.vocab_size,
+                   "sha256": dataset.record.sha256, "skipped": dataset.record.skipped}
+        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids)")
+    if args.verify:
+        made_with = dataset.record or tokenizer
+        found = verify(dataset, made_with.vocab_size if made_with else None)
+        result |= {"verified": True, "sha256": found.sha256, "smallest_id": found.smallest_id, "largest_id": found.largest_id}
+        print(f"verified: ids {found.smallest_id} to {found.largest_id}, sha256 {found.sha256}")
+    for k in range(min(args.documents, dataset.num_documents)):
+        show(dataset, k, tokenizer)
+    if args.json:
+        print(json.dumps(result))
+
+
+def show(dataset: IndexedDataset, k: int, tokenizer: Tokenizer | None) -> None:
+    tokens = dataset.document(k)
+    ids = tokens[:SHOWN_TOKENS].tolist()
+    print(f"--- document {k}: {len(tokens):,} tokens" + (f", the first {SHOWN_TOKENS}" if len(tokens) > SHOWN_TOKENS else ""))
+    if tokenizer and max(ids, default=0) >= tokenizer.vocab_size:
+        raise UserError(f"document {k} holds token id {max(ids)}, but tokenizer {tokenizer.name} has "
+                        f"{tokenizer.vocab_size} ids only")
+    print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))

@@ -1,0 +1,41 @@
+"""Train a byte-level BPE tokenizer on text.
+
+    python tools/train_tokenizer.py --input corpus/ more.jsonl --vocab-size 16000 --output tokenizer/
+
+Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or not at all.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of
+from megadyn.data.train_tokenizer import train_tokenizer
+from megadyn.errors import run_tool
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_corpus_arguments(parser)
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    add_output_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    corpus = corpus_of(args)
+    tokenizer = train_tokenizer(corpus, args.vocab_size, args.output, overwrite=args.overwrite)
+    print(f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]} -> {args.output}")
+    if tokenizer.vocab_size < args.vocab_size:
+        print(f"fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs to merge")
+    if corpus.skipped:
+        print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
+    if args.json:
+        print(json.dumps({"output": str(args.output), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod,
+                          "fingerprint": tokenizer.fingerprint, "skipped": corpus.skipped}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
