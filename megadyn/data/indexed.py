@@ -1,0 +1,293 @@
+"""Megatron-LM's indexed format, byte for byte: PREFIX.bin holds the tokens, PREFIX.idx where they belong.
+
+# PREFIX.idx, little-endian, no padding, S sequences in D documents:
+#   header      magic 9s | version u64 | dtype code u8 | S u64 | D + 1 u64
+#   lengths     [S]      i32  tokens in each sequence, 0 allowed
+#   offsets     [S]      i64  byte offset of each sequence in PREFIX.bin
+#   boundaries  [D + 1]  i64  document k is sequences boundaries[k] to boundaries[k + 1] - 1, maybe none
+# PREFIX.bin: the tokens, back to back.
+
+Multimodal datasets add [S] i8 of modes, which nothing in the header announces; they are refused.
+"""
+
+import hashlib
+import os
+import shutil
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from megadyn.data.files import os_errors_named, temporary_beside
+from megadyn.data.record import Record, read_record
+from megadyn.data.tokenizer import TokenArray, Tokenizer
+from megadyn.errors import UserError
+
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\0\0"
+VERSION = 1
+DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+                                    5: np.dtype("<i8"), 8: np.dtype("<u2")}
+"""Token type by dtype code. 6 and 7 are float64 and float32, which are no tokens."""
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+UINT16_VOCAB_LIMIT = 65500
+"""Vocabularies from here on are stored as int32; Megatron-LM's bound, a little under 2^16."""
+LONGEST_SEQUENCE = 2**31 - 1
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    return DTYPES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
+
+
+def files_of(prefix: Path) -> dict[str, Path]:
+    """Every file of a dataset, in the order in which they are published: with the `.idx`, it is complete."""
+    return {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "json", "idx")}
+
+
+class IndexedDataset:
+    """A dataset on disk, read through memory maps.
+
+    Opening checks all that the index says against itself and the file sizes, so that no later read can leave the
+    file; `UserError` names the file and the mismatch. Token values are not read (see `inspection.verify`).
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        bin_path, record_path, self.index_path = files_of(self.prefix).values()
+        for path in (self.index_path, bin_path):
+            if not path.is_file():
+                raise UserError(f"dataset {self.prefix}: no file {path}")
+        with os_errors_named(self.prefix):
+            self._open(bin_path, record_path)
+
+    def _open(self, bin_path: Path, record_path: Path) -> None:
+        self.dtype, sequences, boundaries = read_header(self.index_path)
+        index = np.memmap(self.index_path, np.uint8, mode="r")
+        at_offsets, at_boundaries = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
+        self.sizes: NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        """Tokens in each sequence [S]."""
+        offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, at_offsets)
+        self.document_index: NDArray[np.int64] = np.frombuffer(index, "<i8", boundaries, at_boundaries)
+        """Boundaries of the documents in sequences [D + 1]."""
+        self.starts = checked_starts(self.index_path, self.sizes, offsets, self.dtype.itemsize)
+        """Place of each sequence in `tokens`, and the end of the last [S + 1]."""
+        check_boundaries(self.index_path, self.document_index, sequences)
+        self.num_tokens = int(self.starts[-1])
+        self.num_documents = boundaries - 1
+        self.tokens: TokenArray = map_tokens(bin_path, self.dtype, self.num_tokens)
+        """All tokens in file order, a memory map."""
+        self.record: Record | None = read_record(record_path)
+        check_record(record_path, self.record, self)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> TokenArray:
+        """Tokens of sequence `i`, in the dtype of the file."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"sequence {i} of {len(self)}")
+        return self.tokens[self.starts[i]:self.starts[i + 1]]
+
+    def document(self, k: int) -> TokenArray:
+        """Tokens of document `k`, its sequences joined."""
+        if not 0 <= k < self.num_documents:
+            raise IndexError(f"document {k} of {self.num_documents}")
+        first, end = self.document_index[k:k + 2]
+        return self.tokens[self.starts[first]:self.starts[end]]
+
+
+def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
+    """(token dtype, sequences, boundaries) of a `.idx` whose size agrees with them."""
+    with path.open("rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise UserError(f"{path}: no index of a dataset (it does not begin with {MAGIC!r})")
+    _, version, code, sequences, boundaries = HEADER.unpack(head)
+    if version != VERSION:
+        raise UserError(f"{path}: version {version} of the index format; only {VERSION} is known")
+    if code not in DTYPES:
+        raise UserError(f"{path}: dtype code {code} is no integer type for tokens (those are {', '.join(map(str, DTYPES))})")
+    want = HEADER.size + 12 * sequences + 8 * boundaries
+    have = path.stat().st_size
+    if have == want + sequences != want:
+        raise UserError(f"{path}: a multimodal dataset (it holds a mode for each sequence); only text is supported")
+    if have != want:
+        raise UserError(f"{path}: {have} bytes, but its header describes {want} ({sequences} sequences, "
+                        f"{boundaries} document boundaries); was it cut short?")
+    return DTYPES[code], sequences, boundaries
+
+
+def checked_starts(path: Path, sizes: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> NDArray[np.int64]:
+    """Running sum of `sizes` [S + 1] in tokens, once `offsets` says the same in bytes."""
+    if sizes.size and sizes.min() < 0:
+        raise UserError(f"{path}: sequence {int(sizes.argmin())} has a negative length")
+    starts = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    wrong = offsets != starts[:-1] * itemsize
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise UserError(f"{path}: sequence {i} is at byte {offsets[i]}, but the lengths before it end at {starts[i] * itemsize}")
+    return starts
+
+
+def check_boundaries(path: Path, boundaries: NDArray[np.int64], sequences: int) -> None:
+    if not boundaries.size or boundaries[0] != 0 or boundaries[-1] != sequences or (boundaries[1:] < boundaries[:-1]).any():
+        raise UserError(f"{path}: its document boundaries do not rise from 0 to the {sequences} sequences")
+
+
+def map_tokens(path: Path, dtype: np.dtype[Any], count: int) -> TokenArray:
+    have, want = path.stat().st_size, count * dtype.itemsize
+    if have != want:
+        raise UserError(f"{path}: {have} bytes, but its index describes {want} ({count} tokens of {dtype}); was it cut short?")
+    if not count:
+        return np.empty(0, dtype)       # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, dtype, mode="r"))     # plain array: slices of np.memmap are slow to make
+
+
+def check_record(path: Path, record: Record | None, dataset: IndexedDataset) -> None:
+    have = (dataset.num_documents, len(dataset), dataset.num_tokens)
+    if record and (want := (record.documents, record.sequences, record.tokens)) != have:
+        raise UserError(f"{path}: describes (documents, sequences, tokens) = {want}, but the index {have}; "
+                        f"it belongs to another dataset")
+
+
+def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """Raises `UserError` if `tokenizer` cannot be the one that made `dataset`."""
+    record = dataset.record
+    if record and record.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} ({record.vocab_size} ids, "
+                        f"fingerprint {record.fingerprint[:12]}), not with {tokenizer.name} ({tokenizer.vocab_size} ids, "
+                        f"fingerprint {tokenizer.fingerprint[:12]}); give the tokenizer it was made with, or preprocess again")
+    if tokenizer.vocab_size - 1 > np.iinfo(dataset.dtype).max:
+        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {dataset.dtype} "
+                        f"of dataset {dataset.prefix} can hold; the dataset was made with another tokenizer")
+
+
+class IndexedWriter:
+    """Streams documents to PREFIX; a context manager that publishes nothing unless `finish` was reached.
+
+        with IndexedWriter(prefix, dtype_for(vocab_size)) as writer:
+            writer.add(tokens, lengths, sequences)
+            writer.finish()
+
+    Until then all is under temporary names in the same folder, and what stood under PREFIX is left alone.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.num_tokens = self.num_sequences = self.num_documents = 0
+        self._code = CODES[self.dtype]
+        self._final = files_of(Path(prefix))
+        self._temporary = {kind: temporary_beside(path) for kind, path in self._final.items()}
+        self._hash = hashlib.sha256()
+        self._lengths: list[NDArray[np.int32]] = []
+        self._sequences: list[NDArray[np.int64]] = []      # in each document
+        self._final["bin"].parent.mkdir(parents=True, exist_ok=True)
+        self._bin: IO[bytes] = self._temporary["bin"].open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._bin.close()       # fails once more where the disk is full
+        finally:
+            for path in self._temporary.values():
+                path.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        """Of the token stream so far."""
+        return self._hash.hexdigest()
+
+    def add(self, tokens: TokenArray, lengths: ArrayLike, sequences: ArrayLike) -> None:
+        """Appends documents.
+
+        tokens [N]: ids, of any integer type; `UserError` if one does not fit the dtype.
+        lengths [S]: tokens in each sequence; `UserError` if one is over `LONGEST_SEQUENCE`.
+        sequences [D]: sequences in each document, 0 for an empty one.
+        """
+        lengths, sequences = np.asarray(lengths, np.int64), np.asarray(sequences, np.int64)
+        if lengths.sum() != len(tokens) or sequences.sum() != len(lengths):
+            raise ValueError(f"{len(tokens)} tokens for lengths of {lengths.sum()} in all, {len(lengths)} lengths for "
+                             f"documents of {sequences.sum()} sequences in all")
+        if tokens.size:
+            low, high, holds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
+            if low < holds.min or high > holds.max:
+                raise UserError(f"token id {low if low < holds.min else high} does not fit the dataset's {self.dtype}")
+        self.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._add_counts(lengths, sequences)
+
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Appends a whole dataset of the same dtype: a copy of its bytes."""
+        if dataset.dtype != self.dtype:
+            raise ValueError(f"{dataset.dtype} tokens cannot be copied among {self.dtype} ones")
+        with files_of(dataset.prefix)["bin"].open("rb") as tokens:
+            shutil.copyfileobj(tokens, self, 2**20)
+        self._add_counts(dataset.sizes, np.diff(dataset.document_index))
+
+    def write(self, raw: bytes) -> int:
+        """Appends tokens that are bytes already."""
+        self._hash.update(raw)
+        return self._bin.write(raw)
+
+    def _add_counts(self, lengths: NDArray[Any], sequences: NDArray[np.int64]) -> None:
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            raise UserError(f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence")
+        self._lengths.append(lengths.astype("<i4"))
+        self._sequences.append(sequences)
+        self.num_tokens += int(lengths.sum(dtype=np.int64))
+        self.num_sequences += len(lengths)
+        self.num_documents += len(sequences)
+
+    def finish(self, record: Record | None = None) -> None:
+        """Puts the dataset in its place: `.bin`, then `.json` if there is a `record`, and `.idx` last."""
+        sync_and_close(self._bin)
+        with self._temporary["idx"].open("wb") as index:
+            self._write_index(index)
+            sync_and_close(index)
+        if record:
+            with self._temporary["json"].open("wb") as file:
+                file.write(record.to_json())
+                sync_and_close(file)
+        publish(self._temporary, self._final)
+
+    def _write_index(self, index: IO[bytes]) -> None:
+        lengths = join(self._lengths, "<i4")
+        offsets = np.zeros(len(lengths) + 1, "<i8")
+        np.cumsum(lengths, out=offsets[1:])
+        boundaries = np.zeros(self.num_documents + 1, "<i8")
+        np.cumsum(join(self._sequences, "<i8"), out=boundaries[1:])
+        index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries)))
+        for array in (lengths, offsets[:-1] * self.dtype.itemsize, boundaries):
+            index.write(array.tobytes())
+
+
+def join(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts])
+
+
+def sync_and_close(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def publish(temporary: dict[str, Path], final: dict[str, Path]) -> None:
+    """Renames each temporary file that there is; on an error no part of the dataset stays under a final name."""
+    final["idx"].unlink(missing_ok=True)        # an old index beside new tokens would look like a dataset
+    try:
+        for kind, path in final.items():
+            if temporary[kind].exists():
+                temporary[kind].replace(path)
+            else:
+                path.unlink(missing_ok=True)        # the record of the dataset that stood here
+    except BaseException:
+        for path in final.values():
+            path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,53 @@
+"""Several indexed datasets copied into one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megadyn.data.files import os_errors_named, refuse_existing
+from megadyn.data.indexed import IndexedDataset, IndexedWriter, files_of
+from megadyn.data.record import Record
+from megadyn.errors import UserError
+
+
+def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = False) -> IndexedDataset:
+    """Writes the datasets one behind the other to `output`: the bytes that preprocessing their inputs at once gives.
+
+    `UserError` if they differ in dtype, tokenizer or end-of-document tokens, if only some of them say what
+    tokenizer made them, or if `output` exists without `overwrite`.
+    """
+    refuse_existing(files_of(output).values(), overwrite)
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    for dataset in datasets[1:]:
+        check_alike(datasets[0], dataset)
+    with os_errors_named(output), IndexedWriter(output, datasets[0].dtype) as writer:
+        for dataset in datasets:
+            writer.add_dataset(dataset)
+        writer.finish(merged_record([dataset.record for dataset in datasets], writer))
+    return IndexedDataset(output)
+
+
+def check_alike(first: IndexedDataset, other: IndexedDataset) -> None:
+    between = f"datasets {first.prefix} and {other.prefix}"
+    if first.dtype != other.dtype:
+        raise UserError(f"{between} hold {first.dtype} and {other.dtype} tokens; only equal types can be merged")
+    if first.record is None or other.record is None:
+        if first.record is not other.record:
+            known, unknown = (first, other) if first.record else (other, first)
+            raise UserError(f"nothing says which tokenizer made dataset {unknown.prefix}; "
+                            f"remove {known.prefix}.json to merge it with {known.prefix} unchecked")
+        return
+    if first.record.fingerprint != other.record.fingerprint:
+        raise UserError(f"{between} were made with different tokenizers ({first.record.tokenizer}, "
+                        f"{first.record.fingerprint[:12]}; {other.record.tokenizer}, {other.record.fingerprint[:12]})")
+    if first.record.append_eod != other.record.append_eod:
+        raise UserError(f"{between} differ in --append-eod; only one of them ends its documents with a token")
+
+
+def merged_record(records: Sequence[Record | None], writer: IndexedWriter) -> Record | None:
+    known = [record for record in records if record]
+    if not known:
+        return None
+    return replace(known[0], documents=writer.num_documents, sequences=writer.num_sequences, tokens=writer.num_tokens,
+                   sha256=writer.sha256, skipped=sum(record.skipped for record in known),
+                   source=[source for record in known for source in record.source])

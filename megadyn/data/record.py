@@ -1,0 +1,41 @@
+"""PREFIX.json: what made a dataset. Megatron-LM neither writes nor reads it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megadyn.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The tokenizer and the corpus behind PREFIX.bin and PREFIX.idx."""
+
+    tokenizer: str
+    fingerprint: str
+    """sha256 of the tokenizer's content (`Tokenizer.fingerprint`)."""
+    vocab_size: int
+    eod: int | None
+    append_eod: bool
+    """Whether each document that has tokens ends with `eod`."""
+    documents: int
+    sequences: int
+    tokens: int
+    sha256: str
+    """Of PREFIX.bin, the token stream."""
+    skipped: int
+    """Documents left out because they could not be read."""
+    source: list[str]
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+
+def read_record(path: Path) -> Record | None:
+    """The record at `path`; None if there is none. `UserError` if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Record(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: no record of a dataset ({error})") from error

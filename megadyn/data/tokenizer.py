@@ -1,0 +1,166 @@
+"""Tokenizers behind one small interface: Hugging Face `tokenizer.json`, SentencePiece `.model`, bytes.
+
+None of them adds a token of its own accord: no BOS, no EOS, no padding, no truncation. Libraries are imported
+where they are used, which keeps the start of every tool short.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadyn.errors import UserError
+
+TokenArray = NDArray[np.integer[Any]]
+
+USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+"""Tokens taken for the end of a document, in this order, where the tokenizer names none itself."""
+
+
+class Tokenizer(ABC):
+    name: str
+    vocab_size: int
+    """Highest id + 1."""
+    fingerprint: str
+    """sha256 of the content: equal for two tokenizers only if they give every text the same ids."""
+    eod_or_none: int | None
+
+    @property
+    def eod(self) -> int:
+        """Id of the end-of-document token; `UserError` if the tokenizer has none."""
+        if self.eod_or_none is None:
+            raise UserError(f"tokenizer {self.name}: no end-of-document token "
+                            f"(neither an eos_token nor one of {', '.join(USUAL_EODS)})")
+        return self.eod_or_none
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[TokenArray]:
+        """One array of ids per text, in order."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0-255, and 256 for the end of a document."""
+
+    def __init__(self) -> None:
+        self.name = "byte"
+        self.vocab_size = 257
+        self.eod_or_none = 256
+        self.fingerprint = hashlib.sha256(b"megadyn byte tokenizer").hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[TokenArray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        eod = USUAL_EODS[0].encode()
+        return b"".join(eod if i == self.eod else bytes([i]) for i in ids).decode(errors="replace")
+
+
+class HfTokenizer(Tokenizer):
+    """A folder with tokenizer.json and, for its eos_token, tokenizer_config.json."""
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        path = folder / "tokenizer.json"
+        raw = read_bytes(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
+        except Exception as error:      # the library raises bare `Exception`
+            raise UserError(f"{path}: no tokenizer ({error})") from error
+        self._tokenizer.no_truncation()     # some files ask for it, and would cut every document short in silence
+        self._tokenizer.no_padding()
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.name = folder.resolve().name
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.eod_or_none = find_eod(vocab, folder)
+        self.fingerprint = fingerprint(raw)
+
+    def encode_batch(self, texts: list[str]) -> list[TokenArray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        raw = read_bytes(path)
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: no SentencePiece model ({error})") from error
+        self.name = path.stem
+        self.vocab_size = self._model.vocab_size()
+        self.eod_or_none = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[TokenArray]:
+        return [np.array(ids, np.int32) for ids in self._model.encode(texts, out_type=int, num_threads=1)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._model.decode([int(i) for i in ids])
+        return text
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, or the word `byte`."""
+    if str(path) == "byte":
+        return ByteTokenizer()
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"tokenizer {path}: no such file or folder (and not 'byte')")
+    if path.is_dir():
+        if not (path / "tokenizer.json").exists():
+            raise UserError(f"tokenizer {path}: the folder holds no tokenizer.json (name a SentencePiece .model by its file)")
+        return HfTokenizer(path)
+    if path.suffix != ".model":
+        raise UserError(f"tokenizer {path}: neither a folder with tokenizer.json nor a SentencePiece .model file")
+    return SentencePieceTokenizer(path)
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def fingerprint(tokenizer_json: bytes) -> str:
+    """sha256 over what decides the ids, whatever its layout in the file.
+
+    Truncation, padding, post-processor and decoder are left out: encoding uses none of them.
+    """
+    content = json.loads(tokenizer_json)
+    deciding = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def find_eod(vocab: dict[str, int], folder: Path) -> int | None:
+    """Id of the eos_token that tokenizer_config.json names, else of the first of `USUAL_EODS` in the vocabulary."""
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(read_bytes(path)) if path.exists() else {}
+        stated = config.get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: no JSON object ({error})") from error
+    if isinstance(stated, dict):        # older files store the whole added token
+        stated = stated.get("content")
+    if stated is not None and (not isinstance(stated, str) or stated not in vocab):
+        raise UserError(f"{path}: eos_token {stated!r} is not in the vocabulary")
+    candidates = [stated] if stated is not None else USUAL_EODS
+    return next((vocab[token] for token in candidates if token in vocab), None)

@@ -1,0 +1,111 @@
+"""Loss curves of the tiny model under any layout, many layouts in one launch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_on_ranks
+from tests.tiny import micro_batches, tiny_config, tiny_tokens
+
+STEPS = 10
+
+
+class Case(NamedTuple):
+    kind: str
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    recompute: bool = False
+    precision: str = "fp32"
+    tied: bool = False
+    micro_batch: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        extras = [word for word, on in (("recompute", self.recompute), ("tied", self.tied), (self.precision, self.precision != "fp32"),
+                                        (f"mb{self.micro_batch}", self.micro_batch > 1)) if on]
+        return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
+
+
+Curve = dict[str, list[float]]
+"""`loss` and `grad_norm` of each step, and `validation`: the last loss under top-k and causal routing."""
+
+
+def config_of(case: Case) -> Any:
+    return tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
+                       precision=case.precision, tied=case.tied, micro_batch=case.micro_batch)
+
+
+def curves(cases: list[Case], folder: Path) -> dict[str, Curve]:
+    """The curve of each case; all have the same world size."""
+    output = folder / "curves.json"
+    run_on_ranks(_run_cases, cases[0].world, cases, str(output))
+    return json.loads(output.read_text())
+
+
+def _run_cases(cases: list[Case], output: str) -> None:
+    from megadyn.training import launch
+
+    launch.join()
+    found = {str(case): _curve(case) for case in cases}
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(found))
+
+
+def _curve(case: Case) -> Curve:
+    from megadyn.config import batch_plan
+    from megadyn.parallel.grid import make_grid
+    from megadyn.training.engine import Engine
+    from megadyn.training.optimizer import learning_rate
+
+    config = config_of(case)
+    plan = batch_plan(config, dist.get_world_size())
+    grid = make_grid(case.tensor, case.pipeline)
+    engine = Engine(config, plan, grid)
+    share = plan.global_batch // plan.data_parallel
+    curve: Curve = {"loss": [], "grad_norm": []}
+    batches = []
+    for step, samples in enumerate(tiny_tokens(STEPS)):
+        batches = micro_batches(samples[grid.dp.rank * share : (grid.dp.rank + 1) * share], case.micro_batch)
+        result = engine.train_step(batches, learning_rate(config.optimizer, step, STEPS))
+        curve["loss"].append(float(result.loss))
+        curve["grad_norm"].append(float(result.grad_norm))
+    curve["validation"] = [engine.evaluate(batches, len(batches), mode) for mode in ("topk", "causal")]
+    engine.engine.destroy()
+    return curve
+
+
+def plain_curve(case: Case) -> Curve:
+    """The same training as a plain PyTorch loop: no DeepSpeed, no ranks, no micro-batches, torch's own clipping."""
+    from megadyn.model.block import LayerContext
+    from megadyn.network import Network
+    from megadyn.parallel.params import ParamMaker
+    from megadyn.parallel.sharding import Sharding
+    from megadyn.routing.aux_loss import LossScale
+    from megadyn.training.optimizer import learning_rate
+
+    config = config_of(case)
+    net = Network(LayerContext(config.model, ParamMaker(Sharding(1, 2), config.training.seed)), LossScale())
+    decayed = [p for p in net.parameters() if p.ndim >= 2]
+    kept = [p for p in net.parameters() if p.ndim < 2]
+    adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
+                             betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps)
+    curve: Curve = {"loss": [], "grad_norm": []}
+    for step, samples in enumerate(tiny_tokens(STEPS)):
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, STEPS)
+        (tokens, labels), = micro_batches(samples, 4)
+        loss = net(tokens, labels)
+        loss.backward()
+        curve["loss"].append(loss.item())
+        curve["grad_norm"].append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item())
+        adam.step()
+        adam.zero_grad()
+    return curve

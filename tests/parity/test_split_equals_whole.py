@@ -1,0 +1,69 @@
+"""Any layout, ZeRO stage and recomputation trains as one plain PyTorch loop does."""
+
+from functools import cache
+
+import pytest
+
+from tests.parity.curves import Case, Curve, curves, plain_curve
+
+KINDS = ("dense", "dtf")
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 3, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1))
+
+CASES = [Case(kind, *layout, zero=zero, recompute=recompute)
+         for kind in KINDS for layout in LAYOUTS for zero in (0, 1) for recompute in (False, True)]
+CASES += [Case(kind, *layout, zero=zero, recompute=recompute)
+          for kind in KINDS for layout in ((1, 1, 2), (2, 1, 2)) for zero in (2, 3) for recompute in (False, True)]
+CASES += [Case("dtf", *layout, zero=zero, tied=True) for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))]
+CASES += [Case("dtf", 1, 2, 1, micro_batch=2), Case("dtf", 1, 1, 2, micro_batch=2)]
+
+HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in KINDS
+        for layout, zero in (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((2, 2, 1), 1), ((1, 1, 2), 2), ((1, 1, 2), 3))]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+    """Curves of all cases: one launch for each number of processes."""
+    found: dict[str, Curve] = {}
+    for world in (1, 2, 3, 4):
+        found |= curves([case for case in CASES + HALF if case.world == world], tmp_path_factory.mktemp(f"world{world}"))
+    return found
+
+
+@cache
+def plain(kind: str, tied: bool) -> Curve:
+    return plain_curve(Case(kind, tied=tied))
+
+
+def farthest(got: list[float], want: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(got) == len(want)
+    return max(abs(g - w) / abs(w) for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_curve_is_that_of_one_process(case: Case, trained: dict[str, Curve]) -> None:
+    curve, whole = trained[str(case)], plain(case.kind, case.tied)
+    assert farthest(curve["loss"], whole["loss"]) < 1e-5
+    assert farthest(curve["grad_norm"], whole["grad_norm"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.tied], ids=str)
+def test_validation_losses_are_those_of_one_process(case: Case, trained: dict[str, Curve]) -> None:
+    """The running threshold too is the same under every layout: the causal loss shows it."""
+    alone = trained[str(Case(case.kind))]
+    share = Case(case.kind, data=case.data)      # ranks evaluate the last step's samples of their own
+    assert farthest(trained[str(case)]["validation"], (alone if case.data == 1 else trained[str(share)])["validation"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_bf16_curve_is_near(case: Case, trained: dict[str, Curve]) -> None:
+    curve, whole = trained[str(case)], trained[str(Case(case.kind, precision="bf16"))]
+    assert farthest(curve["loss"], whole["loss"]) < 1e-2
+    assert farthest(curve["loss"], plain(case.kind, False)["loss"]) < 1e-2
+
+
+def test_the_comparison_can_fail(trained: dict[str, Curve]) -> None:
+    """Dense and routed curves differ by far more than the tolerance, and training moves the loss."""
+    dense, dtf = plain("dense", False)["loss"], plain("dtf", False)["loss"]
+    assert farthest(dense, dtf) > 1e-3
+    assert abs(dtf[-1] - dtf[0]) > 1e-2

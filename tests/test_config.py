@@ -1,0 +1,332 @@
+"""The configuration: what is left out is filled in, what cannot be is refused by name and with a remedy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megadyn.config import (
+    DECIDED_HERE,
+    Config,
+    ModelConfig,
+    RoutingConfig,
+    batch_plan,
+    engine_settings,
+    load_config,
+    save_config,
+)
+from megadyn.errors import ConfigError, UserError
+
+RUN = """
+data: {train: corpus}
+tokenizer: {path: byte}
+training: {iterations: 10}
+output_dir: out
+"""
+
+
+def load(tmp_path: Path, *overrides: str, text: str = RUN) -> Config:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
+    """The one sentence a user sees."""
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, *overrides, text=text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- keys and types ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("override", "named", "suggested"), [
+    ("precison=fp32", "precison", "precision"),
+    ("model.hiden_size=8", "model.hiden_size", "hidden_size"),
+    ("model.routing.capasity=0.5", "model.routing.capasity", "capacity"),
+    ("data.trian=x", "data.trian", "train"),
+    ("tokenizer.pth=x", "tokenizer.pth", "path"),
+    ("parallel.tensors=2", "parallel.tensors", "tensor"),
+    ("optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
+    ("optimizer.multipliers.prio=1", "optimizer.multipliers.prio", "prior"),
+    ("training.iteration=1", "training.iteration", "iterations"),
+    ("checkpoint.kep=1", "checkpoint.kep", "keep"),
+    ("logging.intervall=1", "logging.intervall", "interval"),
+])
+def test_a_misspelt_key_is_refused_with_the_nearest_one(tmp_path, override, named, suggested):
+    message = refusal(tmp_path, override)
+    assert message.startswith(f"{named}:")
+    assert f"did you mean '{suggested}'?" in message
+
+
+def test_a_key_like_no_other_is_refused_without_a_suggestion(tmp_path):
+    message = refusal(tmp_path, "model.xyzzy=1")
+    assert message == "model.xyzzy: section 'model' has no such key"
+
+
+def test_an_unknown_key_in_the_file_is_refused_too(tmp_path):
+    assert "model.hiden_size" in refusal(tmp_path, text=RUN + "model: {hiden_size: 3}\n")
+
+
+@pytest.mark.parametrize(("override", "named"), [
+    ("model.hidden_size=wide", "model.hidden_size"), ("model.hidden_size=1.5", "model.hidden_size"),
+    ("optimizer.learning_rate=fast", "optimizer.learning_rate"), ("model.qkv_bias=perhaps", "model.qkv_bias"),
+    ("training.sequence_length=[1,2]", "training.sequence_length"), ("model.hidden_size=null", "model.hidden_size"),
+    ("optimizer.multipliers=3", "optimizer.multipliers"), ("model=3", "model"),
+])
+def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, named):
+    assert refusal(tmp_path, override).startswith(f"{named}: ")
+
+
+@pytest.mark.parametrize(("left_out", "named"), [
+    ("data: {train: corpus}", "data.train"), ("tokenizer: {path: byte}", "tokenizer.path"), ("output_dir: out", "output_dir")])
+def test_a_mandatory_key_that_is_missing_is_named(tmp_path, left_out, named):
+    message = refusal(tmp_path, text=RUN.replace(left_out, ""))
+    assert message.startswith(f"{named}: ")
+    assert "missing" in message
+
+
+# ---- the file and the command line ---------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["model: [1, 2", "a: b: c", "model:\n\t- 1", "model: {a: 1}}"])
+def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path, text):
+    message = refusal(tmp_path, text=text)
+    assert str(tmp_path / "run.yaml") in message
+    assert "not valid YAML" in message
+
+
+@pytest.mark.parametrize("text", ["- one\n- two\n", "just words\n"])
+def test_a_file_that_holds_no_sections_is_refused_by_name(tmp_path, text):
+    assert str(tmp_path / "run.yaml") in refusal(tmp_path, text=text)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_folder_instead_of_a_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_an_override_without_equals_sign_is_refused(tmp_path):
+    assert refusal(tmp_path, "model.hidden_size") == "'model.hidden_size' on the command line: must be of the form key=value"
+
+
+def test_overrides_stand_above_the_file_and_the_last_one_wins(tmp_path):
+    config = load(tmp_path, "training.seed=1", "training.seed=2", text=RUN.replace("iterations: 10", "iterations: 10, seed: 5"))
+    assert config.training.seed == 2
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+IMPOSSIBLE = [
+    # (overrides, the key at fault, what the message says it must be)
+    ("precision=fp8", "precision", "one of fp32, bf16, fp16"),
+    ("precision=bf61", "precision", "did you mean 'bf16'?"),
+    ("model.routing.kind=dft", "model.routing.kind", "did you mean 'dtf'?"),
+    ("model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.capacity=.nan", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.causal=guess", "model.routing.causal", "one of threshold"),
+    ("model.routing.threshold_momentum=1", "model.routing.threshold_momentum", "in [0, 1)"),
+    ("model.routing.threshold_momentum=-0.1", "model.routing.threshold_momentum", "in [0, 1)"),
+    ("model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
+    ("model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
+    ("model.routing.prior_loss_weight=-1", "model.routing.prior_loss_weight", "at least 0"),
+    ("model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
+    *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
+        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
+    ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),
+    ("model.hidden_size=500", "model.hidden_size", "a multiple of model.num_heads = 8 (or give model.head_dim)"),
+    ("model.head_dim=15", "model.head_dim", "even"),
+    ("model.normalization=post", "model.normalization", "one of pre"),
+    ("model.attention=flsh", "model.attention", "did you mean 'flash'?"),
+    ("model.norm_eps=0", "model.norm_eps", "in (0, 1]"),
+    ("model.rope_theta=1", "model.rope_theta", "in (1, inf]"),
+    ("model.init_std=-1", "model.init_std", "at least 0"),
+    ("model.routing.kind=dtf model.num_layers=1", "model.num_layers", "at least 2 with model.routing.kind = dtf"),
+    ("data.validation_fraction=1", "data.validation_fraction", "in [0, 1)"),
+    ("data.validation_fraction=-0.5", "data.validation_fraction", "in [0, 1)"),
+    ("parallel.tensor=0", "parallel.tensor", "at least 1"),
+    ("parallel.pipeline=0", "parallel.pipeline", "at least 1"),
+    ("parallel.sequence=true", "parallel.sequence", "false"),
+    *((f"optimizer.multipliers.{name}=-1", f"optimizer.multipliers.{name}", "at least 0") for name in ("base", "router", "prior")),
+    ("optimizer.schedule=cosin", "optimizer.schedule", "did you mean 'cosine'?"),
+    *((f"optimizer.{name}=-1", f"optimizer.{name}", "at least 0") for name in (
+        "learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay", "clip_grad")),
+    ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "at least 0"),
+    ("optimizer.beta1=1", "optimizer.beta1", "in [0, 1)"),
+    ("optimizer.beta2=-0.1", "optimizer.beta2", "in [0, 1)"),
+    ("optimizer.eps=0", "optimizer.eps", "in (0, 1]"),
+    ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate", "at most optimizer.learning_rate = 0.0003"),
+    *((f"training.{name}=0", f"training.{name}", "at least 1") for name in (
+        "iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples")),
+    ("training.eval_interval=-1", "training.eval_interval", "at least 0"),
+    ("training.seed=-1", "training.seed", "at least 0"),
+    ("training.tokens=100", "training.iterations", "training.tokens, one of the two"),
+    ("training.iterations=null", "training.iterations", "training.tokens, one of the two"),
+    ("training.micro_batch_size=5", "training.global_batch_size", "a multiple of training.micro_batch_size = 5"),
+    ("training.sequence_length=64 model.max_position=32", "training.sequence_length", "at most model.max_position = 32"),
+    ("checkpoint.interval=-1", "checkpoint.interval", "at least 0"),
+    ("checkpoint.keep=-1", "checkpoint.keep", "at least 0"),
+    ("logging.interval=0", "logging.interval", "at least 1"),
+    ("parallel.tensor=3", "parallel.tensor", "a divisor of model.num_heads = 8"),
+    ("model.num_heads=12 model.num_kv_heads=6 model.head_dim=8 parallel.tensor=4", "parallel.tensor",
+     "a divisor or a multiple of model.num_kv_heads = 6"),
+    ("model.ffn_size=99 parallel.tensor=2", "parallel.tensor", "a divisor of model.ffn_size = 99"),
+    ("parallel.pipeline=9", "parallel.pipeline", "at most model.num_layers = 8"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "want"), IMPOSSIBLE, ids=[overrides for overrides, *_ in IMPOSSIBLE])
+def test_an_impossible_value_is_refused_by_key_with_what_it_must_be(tmp_path, overrides, key, want):
+    message = refusal(tmp_path, *overrides.split())
+    assert message.startswith(f"{key} = ")
+    assert want in message.partition(": must be ")[2]
+
+
+def test_values_at_the_edge_of_what_is_allowed_pass(tmp_path):
+    load(tmp_path, "model.routing.capacity=1", "model.routing.threshold_momentum=0", "model.routing.ma_window=1",
+         "model.routing.prior_loss_weight=0", "data.validation_fraction=0", "optimizer.clip_grad=0", "optimizer.beta1=0",
+         "optimizer.min_learning_rate=3e-4", "training.micro_batch_size=32", "parallel.pipeline=8", "parallel.tensor=8",
+         "model.num_kv_heads=2", "model.max_position=1024")
+
+
+# ---- what is left out ----------------------------------------------------------------------------
+
+def test_sizes_left_out_follow_from_the_others(tmp_path):
+    config = load(tmp_path, "model.hidden_size=200", "model.num_heads=10", "training.sequence_length=77")
+    model = config.model
+    assert (model.num_kv_heads, model.head_dim, model.max_position) == (10, 20, 77)
+    assert model.ffn_size == 576        # 200 * 8 / 3 = 533.3, up to a multiple of 64
+
+
+def test_sizes_that_are_given_stay(tmp_path):
+    model = load(tmp_path, "model.num_kv_heads=4", "model.head_dim=24", "model.ffn_size=99", "model.max_position=4096").model
+    assert (model.num_kv_heads, model.head_dim, model.ffn_size, model.max_position) == (4, 24, 99, 4096)
+
+
+@pytest.mark.parametrize(("tokens", "iterations"), [(1, 1), (64, 1), (65, 2), (640, 10)])
+def test_a_length_in_tokens_becomes_whole_steps(tmp_path, tokens, iterations):
+    training = load(tmp_path, "training.iterations=null", f"training.tokens={tokens}", "training.global_batch_size=4",
+                    "training.sequence_length=16").training
+    assert (training.iterations, training.tokens) == (iterations, None)
+
+
+@pytest.mark.parametrize(("hidden", "factor", "width"), [
+    (512, 0.0625, 32), (16, 0.0625, 2), (8, 0.0625, 2), (48, 0.0625, 4), (33, 0.0625, 4), (100, 0.05, 6), (10, 4.0, 40)])
+def test_the_priors_width_is_rounded_up_to_even_and_at_least_two(hidden, factor, width):
+    assert ModelConfig(hidden_size=hidden, routing=RoutingConfig(prior_factor=factor)).prior_size == width
+
+
+@pytest.mark.parametrize(("kind", "layers", "types"), [
+    ("dense", 3, ["dense"] * 3),
+    ("dtf", 2, ["dtf_decision", "dtf_dynamic"]),
+    ("dtf", 4, ["dtf_decision", "dtf_dynamic"] * 2),
+    ("dtf", 5, ["dtf_decision", "dtf_dynamic"] * 2 + ["dense"]),
+])
+def test_odd_layers_decide_even_ones_skip_and_a_last_odd_one_is_dense(kind, layers, types):
+    assert ModelConfig(num_layers=layers, routing=RoutingConfig(kind=kind)).layer_types == types
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path):
+    config = load(tmp_path, "model.routing.kind=dtf", "model.num_layers=5", "training.iterations=null", "training.tokens=100000",
+                  "optimizer.learning_rate=1.2345678901234567e-4", "data.validation=other", "model.vocab_size=1000")
+    save_config(config, tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml")
+    assert again == config
+    save_config(again, tmp_path / "twice.yaml")
+    assert (tmp_path / "twice.yaml").read_text() == (tmp_path / "resolved.yaml").read_text()
+
+
+# ---- processes and batches -----------------------------------------------------------------------
+
+def test_samples_are_spread_over_ranks_and_micro_batches(tmp_path):
+    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2", "training.global_batch_size=48", "training.micro_batch_size=4")
+    plan = batch_plan(config, 12)
+    assert (plan.data_parallel, plan.micro_batches, plan.micro_batch, plan.global_batch) == (3, 4, 4, 48)
+
+
+def test_a_number_of_processes_that_does_not_divide_is_refused(tmp_path):
+    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
+    with pytest.raises(ConfigError, match=r"^number of processes = 6: must be a multiple of .* = 2 \* 2 = 4$"):
+        batch_plan(config, 6)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(tmp_path):
+    config = load(tmp_path, "training.global_batch_size=8", "training.micro_batch_size=2")
+    with pytest.raises(ConfigError, match=r"^training\.global_batch_size = 8: must be a multiple of .* = 2 \* 3 = 6$"):
+        batch_plan(config, 3)
+
+
+# ---- DeepSpeed's settings ------------------------------------------------------------------------
+
+def with_settings(tmp_path: Path, settings: Any, *overrides: str) -> Config:
+    """A run whose deepspeed_config holds `settings`: text, or an object to be written as JSON."""
+    path = tmp_path / "engine.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return load(tmp_path, f"deepspeed_config={path}", *overrides)
+
+
+def test_engine_settings_are_what_the_file_holds(tmp_path):
+    settings = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "wall_clock_breakdown": True}
+    assert engine_settings(with_settings(tmp_path, settings)) == settings
+
+
+def test_a_missing_engine_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"^deepspeed_config = 'no/such\.json': must be a readable file \(No such file"):
+        engine_settings(load(tmp_path, "deepspeed_config=no/such.json"))
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "zero_optimization: 1"])
+def test_an_engine_file_that_is_no_json_is_refused_by_name(tmp_path, text):
+    with pytest.raises(UserError, match=r"engine\.json: not valid JSON"):
+        engine_settings(with_settings(tmp_path, text))
+
+
+def test_an_engine_file_that_holds_no_object_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"engine\.json: must hold one JSON object"):
+        engine_settings(with_settings(tmp_path, [1]))
+
+
+@pytest.mark.parametrize("key", sorted(DECIDED_HERE))
+def test_a_number_decided_elsewhere_may_not_stand_in_the_engine_file(tmp_path, key):
+    with pytest.raises(ConfigError) as caught:
+        engine_settings(with_settings(tmp_path, {key: 1, "zero_optimization": {"stage": 1}}))
+    assert f"engine.json: {key} = 1: must be left out; it follows from {DECIDED_HERE[key]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [4, -1, "1"])
+def test_a_zero_stage_that_does_not_exist_is_refused(tmp_path, stage):
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage = .*: must be 0, 1, 2 or 3"):
+        engine_settings(with_settings(tmp_path, {"zero_optimization": {"stage": stage}}))
+
+
+@pytest.mark.parametrize("zero", [None, 1, [1]])
+def test_a_zero_section_that_is_no_section_is_refused(tmp_path, zero):
+    with pytest.raises(UserError, match=r"engine\.json: zero_optimization"):
+        engine_settings(with_settings(tmp_path, {"zero_optimization": zero}))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_pipeline_stages_refuse_a_zero_stage_that_cuts_gradients(tmp_path, stage):
+    with pytest.raises(ConfigError, match=rf"stage = {stage}: must be 0 or 1 with parallel\.pipeline > 1 .*zero1\.json"):
+        engine_settings(with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, "parallel.pipeline=2"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("settings", [{}, {"zero_optimization": {"stage": 0}}])
+def test_half_precision_refuses_zero_0_which_has_no_master_weights(tmp_path, precision, settings):
+    with pytest.raises(ConfigError, match=rf"stage = 0: must be at least 1 with precision = {precision} .*zero1\.json"):
+        engine_settings(with_settings(tmp_path, settings, f"precision={precision}"))
+
+
+@pytest.mark.parametrize(("stage", "overrides"), [
+    (0, ["precision=fp32"]), (0, ["precision=fp32", "parallel.pipeline=2"]), (1, ["parallel.pipeline=2"]), (2, []), (3, [])])
+def test_combinations_that_work_pass(tmp_path, stage, overrides):
+    assert engine_settings(with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, *overrides))

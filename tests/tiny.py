@@ -1,0 +1,51 @@
+"""The smallest runs that take every branch: grouped heads, biases, a vocabulary that no tensor size divides."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadyn.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoutingConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+
+ROOT = Path(__file__).parents[1]
+VOCAB = 61
+
+
+def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: int = 1, recompute: bool = False,
+                precision: str = "fp32", tied: bool = False, micro_batch: int = 1, iterations: int = 10,
+                output_dir: str = "unused", **model: Any) -> Config:
+    """A checked configuration of a four-layer model on sequences of 24 tokens, 4 samples a step.
+
+    Weights are drawn large (0.2), so that tokens differ and the router's choices are no near-ties.
+    """
+    shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "qkv_bias": True,
+             "init_std": 0.2, "tie_embeddings": tied} | model
+    return Config(
+        model=ModelConfig(routing=RoutingConfig(kind=kind, ma_window=7), **shape),
+        data=DataConfig(train="unused"), tokenizer=TokenizerConfig(path="byte"),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_iterations=2, weight_decay=0.1),
+        training=TrainingConfig(iterations=iterations, global_batch_size=4, micro_batch_size=micro_batch, sequence_length=24,
+                                activation_checkpointing=recompute),
+        precision=precision, deepspeed_config=str(ROOT / f"ds_configs/zero{zero}.json"), output_dir=output_dir,
+    ).checked()
+
+
+def tiny_tokens(steps: int, samples: int = 4, length: int = 24, vocab: int = VOCAB) -> Tensor:
+    """[steps, samples, length + 1], the same on every rank."""
+    return torch.randint(0, vocab, (steps, samples, length + 1), generator=torch.Generator().manual_seed(7))
+
+
+def micro_batches(samples: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """[n, L + 1] as (tokens, labels) of `size` samples each."""
+    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in samples.split(size)]
