@@ -19,7 +19,6 @@ from megadyn.checkpoint import save_load
 from megadyn.checkpoint.layout import resolve
 from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.errors import UserError
-from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
@@ -75,7 +74,7 @@ class Job:
             self.saved_at = self.iteration
             log.info("resumed from %s", found)
         elif settings.init_from:
-            save_load.load_weights(self.engine, HfFolder(Path(settings.init_from)))
+            save_load.init_from(self.engine, Path(settings.init_from))
             log.info("weights from %s", settings.init_from)
         if dist.get_rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,8 @@ def test_an_unknown_key_in_the_file_is_refused_too(tmp_path):
     ("model.hidden_size=wide", "model.hidden_size"), ("model.hidden_size=1.5", "model.hidden_size"),
     ("optimizer.learning_rate=fast", "optimizer.learning_rate"), ("model.qkv_bias=perhaps", "model.qkv_bias"),
     ("training.sequence_length=[1,2]", "training.sequence_length"), ("model.hidden_size=null", "model.hidden_size"),
-    ("optimizer.multipliers=3", "optimizer.multipliers"), ("model=3", "model"),
+    ("optimizer.multipliers=3", "optimizer.multipliers"), ("model.routing=dtf", "model.routing"), ("model=null", "model"),
+    ("precision.kind=fp32", "precision"), ("model.hidden_size=${nothing}", "model.hidden_size"),
 ])
 def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, named):
     assert refusal(tmp_path, override).startswith(f"{named}: ")
@@ -98,9 +99,12 @@ def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path, text):
     assert "not valid YAML" in message
 
 
-@pytest.mark.parametrize("text", ["- one\n- two\n", "just words\n"])
-def test_a_file_that_holds_no_sections_is_refused_by_name(tmp_path, text):
-    assert str(tmp_path / "run.yaml") in refusal(tmp_path, text=text)
+def test_a_file_that_holds_a_list_is_refused_by_name(tmp_path):
+    assert str(tmp_path / "run.yaml") in refusal(tmp_path, text="- one\n- two\n")
+
+
+def test_a_file_that_holds_words_is_refused(tmp_path):
+    assert refusal(tmp_path, text="just words\n").startswith("just words: ")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
@@ -139,6 +143,7 @@ IMPOSSIBLE = [
     ("model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
     ("model.routing.prior_loss_weight=-1", "model.routing.prior_loss_weight", "at least 0"),
     ("model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
+    ("model.routing.ce_offset_init=-1", "model.routing.ce_offset_init", "at least 0"),      # its logarithm is taken
     *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
         "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
     ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),

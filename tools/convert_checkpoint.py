@@ -12,9 +12,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megadyn.checkpoint.export import DTYPES, SHARD_BYTES, export
+from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.errors import UserError, run_tool
+from megadyn.parallel.params import DTYPES
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

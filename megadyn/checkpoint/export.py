@@ -13,8 +13,8 @@ from megadyn.checkpoint.merge import ShardedTensors, thresholds
 from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
+from megadyn.parallel.params import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5 * 10**9
 
 

@@ -27,8 +27,9 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, thresholds
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
+from megadyn.hf.reader import HfFolder
 from megadyn.log import log
-from megadyn.parallel.params import counts_here, name_of
+from megadyn.parallel.params import component, counts_here, name_of
 from megadyn.routing.dtf import DynamicLayer
 
 if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
@@ -39,6 +40,9 @@ FREE_TO_CHANGE = {"attention", "max_position"}
 """Keys of the model section that may differ when a run is resumed."""
 DATA_ORDER = ("seed", "sequence_length")
 """Keys of the training section that decide which samples come in which order."""
+HF_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "rope_theta",
+            "norm_eps", "qkv_bias", "tie_embeddings")
+"""Keys of the model section that a Hugging Face folder must share with the configuration."""
 
 
 class CheckpointError(RuntimeError):
@@ -202,7 +206,7 @@ def load(engine: "Engine", folder: Path) -> dict[str, Any]:
     """
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
-    load_weights(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
+    set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
     saved = thresholds(manifest)
@@ -213,7 +217,29 @@ def load(engine: "Engine", folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_weights(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:
+def init_from(engine: "Engine", path: Path) -> None:
+    """Starts from the weights of a Hugging Face folder. Into a routed model a dense one may be read: what it lacks,
+    routers and priors, keeps its own initialisation. Collective.
+
+    Raises UserError for another shape, and for a missing or an unexpected tensor, by name.
+    """
+    folder = HfFolder(path)
+    differences = [f"model.{key} is {getattr(folder.model, key)!r} there and {getattr(engine.config.model, key)!r} here"
+                   for key in HF_SHAPE if getattr(folder.model, key) != getattr(engine.config.model, key)]
+    if differences:
+        raise UserError(f"{path} is another model: {'; '.join(differences)}")
+    upcycled = folder.model.routing.kind == "dense"
+    wanted = set().union(*_all_gather({name_of(param) for param in engine.parameters()}))
+    given = {name for name in folder.names() if not name.endswith("causal_router.threshold")}
+    missing = sorted(name for name in wanted - given if not (upcycled and component(name) != "base"))
+    if missing:
+        raise UserError(f"{path} has no tensor {missing[0]} ({len(missing)} are missing)")
+    if unexpected := sorted(given - wanted):
+        raise UserError(f"{path} has a tensor that the model has not: {unexpected[0]} ({len(unexpected)} of them)")
+    set_parameters(engine, folder)
+
+
+def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:
     """Sets every parameter that `weights` has, with its moments where given."""
     access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
     known = weights.names()

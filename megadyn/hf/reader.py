@@ -17,7 +17,9 @@ class HfFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.model: ModelConfig = from_hf_config(read_json(folder / "config.json"))
+        config = read_json(folder / "config.json")
+        self.model: ModelConfig = from_hf_config(config)
+        self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
         self._where: dict[str, Any] = {}

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.sharding import Sharding
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the configuration's `precision`."""
+
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
@@ -50,6 +53,12 @@ def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:
 def name_of(param: Any) -> str:
     """The parameter's Hugging Face name, the same under every cut."""
     return param.global_name
+
+
+def component(name: str) -> str:
+    """Which learning-rate multiplier a parameter takes: `router`, `prior` or `base`."""
+    parts = name.split(".")
+    return "router" if "router" in parts or "causal_router" in parts else "prior" if "prior" in parts else "base"
 
 
 def counts_here(param: Any, tp: Axis) -> bool:

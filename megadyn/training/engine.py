@@ -67,7 +67,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
-            mpu=_Mpu(grid) if grid.pp.size == 1 and grid.tp.size > 1 else None)
+            mpu=_Mpu(grid) if grid.pp.size == 1 else None)          # a PipelineModule brings its own
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid

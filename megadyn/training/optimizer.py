@@ -10,14 +10,7 @@ from torch import nn
 from megadyn.config import OptimizerConfig
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import sum_over
-from megadyn.parallel.params import counts_here, mark, name_of
-
-
-def component(name: str) -> str:
-    """Which learning-rate multiplier a parameter takes: `router`, `prior` or `base`."""
-    parts = name.split(".")
-    return "router" if "router" in parts or "causal_router" in parts else "prior" if "prior" in parts else "base"
-
+from megadyn.parallel.params import component, counts_here, mark, name_of
 
 GroupKey = tuple[str, bool]
 """A parameter group: its component, and whether its weights decay."""

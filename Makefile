@@ -1,0 +1,41 @@
+# make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
+# make test         the test suite
+# make check        lint, types and tests, as CI runs them
+# Each makes .venv and installs what it needs first.
+
+PYTHON ?= python3
+TENSOR ?= 2
+PIPELINE ?= 1
+DATA ?= 1
+
+VENV := .venv
+ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: quickstart test check lint types install clean
+
+install: $(VENV)/installed
+
+# torch goes first and alone: asked for by another package, pip might take another build of it.
+$(VENV)/installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: install
+	$(ON_CPU) TENSOR=$(TENSOR) PIPELINE=$(PIPELINE) DATA=$(DATA) examples/quickstart/run.sh
+
+test: install
+	$(ON_CPU) python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check megadyn tools examples tests
+
+types: install
+	$(VENV)/bin/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

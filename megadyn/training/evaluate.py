@@ -1,0 +1,124 @@
+"""Loss of a checkpoint or an exported model on a dataset, in one process and without DeepSpeed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megadyn.checkpoint.layout import damage, read_manifest, resolve
+from megadyn.checkpoint.merge import ShardedTensors, TensorSource, thresholds
+from megadyn.config import ModelConfig, load_config
+from megadyn.data.batches import batches
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.samples import SampleSet
+from megadyn.errors import UserError
+from megadyn.hf.reader import HfFolder
+from megadyn.model.attention import attention_backend
+from megadyn.model.block import LayerContext
+from megadyn.network import Network, routed_layers, set_routing_mode
+from megadyn.parallel.params import DTYPES, ParamMaker, name_of
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.dtf import DynamicLayer
+
+
+@dataclass
+class Saved:
+    """A model on disk, whatever its form."""
+
+    model: ModelConfig
+    weights: TensorSource
+    thresholds: dict[int, RunningThreshold]
+    precision: str
+    sequence_length: int
+
+
+def open_saved(path: Path) -> Saved:
+    """A run's checkpoint (or the run's folder, for its newest) or a Hugging Face folder. UserError if it is neither."""
+    if (path / "config.json").is_file():
+        return _open_hf(path)
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    if problem := damage(folder, sorted(manifest["files"])):
+        raise UserError(problem)
+    config = load_config(folder / "config.yaml")
+    return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
+                 config.training.sequence_length)
+
+
+def _open_hf(path: Path) -> Saved:
+    folder = HfFolder(path)
+    model = folder.model
+    found = {}
+    for layer in range(model.num_layers):
+        name = f"model.layers.{layer}.causal_router.threshold"
+        if name in folder.names():
+            found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
+    precisions = {"bfloat16": "bf16", "float16": "fp16"}
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024)
+
+
+def load_network(saved: Saved, device: torch.device) -> Network:
+    """The whole model in one process, in its own precision."""
+    assert saved.model.num_kv_heads is not None
+    backend, _ = attention_backend(saved.model.attention, saved.precision)
+    make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=DTYPES[saved.precision])
+    network = Network(LayerContext(saved.model, make, backend), LossScale())
+    missing = sorted({name_of(param) for param in network.parameters()} - saved.weights.names())
+    if missing:
+        raise UserError(f"the saved model lacks {len(missing)} of its tensors, for example {missing[0]}")
+    with torch.no_grad():
+        for param in network.parameters():
+            whole = saved.weights.whole(name_of(param))
+            if whole.shape != param.shape:
+                raise UserError(f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
+                                f"{tuple(param.shape)}")
+            param.copy_(whole)
+    for layer in routed_layers(network):
+        if isinstance(layer, DynamicLayer):
+            layer.threshold = saved.thresholds[layer.index]
+            layer.threshold.average = layer.threshold.average.to(device)
+    return network.eval()
+
+
+@torch.no_grad()
+def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | None = None, batch_size: int = 8,
+             sequence_length: int | None = None) -> dict[str, float]:
+    """Mean next-token loss over `data`, in file order, under each routing mode.
+
+    Args:
+        modes: any of `topk` and `causal`.
+        samples: only the first so many. sequence_length: the run's own when left out.
+
+    Returns:
+        A loss by mode, `tokens` (predicted, in each mode), and for a routed model `routed_fraction` of the last mode and
+        `causal_agreement`, means over its routed layers.
+    """
+    saved = open_saved(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_network(saved, device)
+    dataset = IndexedDataset(data)
+    if dataset.record is not None and dataset.record.vocab_size > (saved.model.vocab_size or 0):
+        raise UserError(f"dataset {data} was made with a vocabulary of {dataset.record.vocab_size}, larger than the model's "
+                        f"{saved.model.vocab_size}")
+    length = sequence_length or saved.sequence_length
+    chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
+    count = min(len(chosen), samples or len(chosen))
+    routed = routed_layers(network)
+    result: dict[str, float] = {}
+    for mode in modes:
+        set_routing_mode(routed, mode)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for first in range(0, count, batch_size):
+            size = min(batch_size, count - first)
+            for tokens, labels in batches(chosen, first, global_batch=size, micro_batch=size):
+                total += network(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)).double() * size
+        result[mode] = float(total) / count
+        statistics = [layer.monitor.read() for layer in routed]
+        for name in ("routed_fraction", "causal_agreement"):
+            values = [float(record[name]) for record in statistics if name in record]
+            if values:
+                result[name] = sum(values) / len(values)
+    return result | {"tokens": count * length}

@@ -1,0 +1,60 @@
+"""Tiny networks on any tensor size, with every parameter random, equal under every cut."""
+
+import zlib
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from megadyn.config import Config
+from megadyn.model.block import LayerContext
+from megadyn.network import Network
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.params import ParamMaker
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.aux_loss import LossScale
+
+ALONE = Axis("tp")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def with_routing(config: Config, **fields: Any) -> Config:
+    """`config` with other values in `model.routing`."""
+    config.model.routing = replace(config.model.routing, **fields)
+    return config.checked()
+
+
+def param_maker(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, seed: int = 1) -> ParamMaker:
+    return ParamMaker(Sharding(tp.size, config.model.num_kv_heads), seed, tp, dtype=dtype)
+
+
+def layer_context(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64) -> LayerContext:
+    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", config.training.activation_checkpointing)
+
+
+def make_network(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Network:
+    """The network of `config`; what starts as a constant (biases, norms, router scalars) is random too."""
+    return disturb(Network(layer_context(config, tp, dtype), LossScale(loss_scale)), param_maker(config, tp))
+
+
+def disturb(module: Module, make: ParamMaker) -> Module:
+    """Adds noise to all vectors, the same under every cut: constants would hide a wrong slice."""
+    for param in module.parameters():
+        if param.ndim == 1:
+            name, whole = param.global_name, list(param.shape)
+            if make.sharding.dim(name) == 0:
+                whole[0] *= make.tp.size
+            noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            with torch.no_grad():
+                param += make.sharding.cut(name, noise, make.tp.rank).to(param.dtype)
+    return module
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """By the parameters' Hugging Face names; fails for one without a gradient."""
+    found = {}
+    for param in network.parameters():
+        assert param.grad is not None, f"{param.global_name} has no gradient"
+        found[param.global_name] = param.grad
+    return found

@@ -1,0 +1,260 @@
+"""Everything that is cut over tensor ranks, against the same thing whole: output, input gradient, weight gradients.
+
+In float64 against random output gradients. One launch a world size runs every check.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from megadyn.model.attention import Attention
+from megadyn.model.mlp import Mlp
+from megadyn.parallel import loss
+from megadyn.parallel.grid import Axis, Grid, make_grid
+from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear, VocabParallelEmbedding
+from megadyn.parallel.loss import linear_cross_entropy
+from megadyn.parallel.mappings import copy_to_tp, gather_from_tp, max_over, reduce_from_tp, sum_over
+from megadyn.parallel.params import ParamMaker, normal
+from megadyn.parallel.sharding import Sharding
+from networks import ALONE, disturb, gradients, make_network, with_routing
+from ranks import run_on_ranks
+from tiny import tiny_config, tiny_tokens
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_split_equals_whole(tensor):
+    run_on_ranks(check_all, tensor)
+
+
+def check_all() -> None:
+    tp = make_grid(dist.get_world_size(), 1).tp
+    check_mappings(tp)
+    check_column(tp)
+    check_row(tp)
+    for kv_heads in (1, 2, 4):
+        check_key_value(tp, kv_heads)
+        check_attention(tp, kv_heads)
+    check_mlp(tp)
+    check_embedding(tp)
+    for vocab, chunk_tokens in ((61, 1000), (61, 3), (5, 3), (64, 7)):
+        check_loss(tp, vocab, chunk_tokens)
+    check_network(tp, "dense", tied=True)
+    check_network(tp, "dtf")
+    check_network(tp, "dtf", num_kv_heads=1, recompute=True)
+    check_network(tp, "dtf", num_kv_heads=4, tied=True)
+    if tp.size == 4:
+        check_grids()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def of_ranks(tp: Axis, *shape: int) -> list[Tensor]:
+    """Another random tensor for each rank, all known to all."""
+    return [random(*shape, seed=100 + rank) for rank in range(tp.size)]
+
+
+# ---- collectives ---------------------------------------------------------------------------------
+
+def check_mappings(tp: Axis) -> None:
+    x, grads = of_ranks(tp, 3, 4), of_ranks(tp, 3, 4)
+    mine = x[tp.rank].clone().requires_grad_()
+
+    copied = copy_to_tp(mine, tp)
+    assert torch.equal(copied, x[tp.rank])
+    grad = grads[tp.rank].clone()
+    copied.backward(grad)
+    assert_close(mine.grad, sum(grads))
+    assert torch.equal(grad, grads[tp.rank]), "a collective wrote into its caller's tensor"
+
+    mine.grad = None
+    total = reduce_from_tp(mine, tp)
+    assert_close(total, sum(x))
+    assert torch.equal(mine, x[tp.rank]), "a collective wrote into its caller's tensor"
+    total.backward(grads[tp.rank])
+    assert torch.equal(mine.grad, grads[tp.rank])
+
+    mine.grad = None
+    joined = gather_from_tp(mine, tp)
+    assert torch.equal(joined, torch.cat(x, dim=-1))
+    wide = random(3, 4 * tp.size, seed=5)
+    joined.backward(wide)
+    assert torch.equal(mine.grad, wide[:, 4 * tp.rank: 4 * tp.rank + 4])
+
+    turned = x[tp.rank].T                                # not contiguous
+    assert_close(sum_over(turned, tp), sum(x).T)
+    assert_close(max_over(turned, tp), torch.stack(x).amax(dim=0).T)
+    assert_close(gather_from_tp(turned, tp), torch.cat([part.T for part in x], dim=-1))
+    assert torch.equal(turned, x[tp.rank].T)
+
+
+def check_grids() -> None:
+    """On four ranks: tensor fastest, then data, then pipeline."""
+    me = dist.get_rank()
+    for tensor, pipeline, coordinates in ((2, 2, (me % 2, 0, me // 2)), (2, 1, (me % 2, me // 2, 0)), (1, 2, (0, me % 2, me // 2)),
+                                          (1, 1, (0, me, 0)), (1, 4, (0, 0, me))):
+        grid: Grid = make_grid(tensor, pipeline)
+        assert (grid.tp.rank, grid.dp.rank, grid.pp.rank) == coordinates
+        assert (grid.tp.size, grid.pp.size, grid.dp.size) == (tensor, pipeline, 4 // (tensor * pipeline))
+        assert (grid.is_first_stage, grid.is_last_stage) == (grid.pp.rank == 0, grid.pp.rank == pipeline - 1)
+        for axis, stride in ((grid.tp, 1), (grid.dp, tensor), (grid.pp, 4 // pipeline)):
+            line = [me + (i - axis.rank) * stride for i in range(axis.size)]
+            assert sum_over(torch.tensor(2**me), axis) == sum(2**rank for rank in line), f"{axis.name} of {tensor}, {pipeline}"
+            assert (axis.group is None) == (axis.size == 1)
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+def pair(tp: Axis, build: Callable[[ParamMaker], nn.Module], kv_heads: int = 2) -> tuple[nn.Module, nn.Module]:
+    """A module whole and cut, from the same random weights."""
+    whole, split = (ParamMaker(Sharding(axis.size, kv_heads), 3, axis, dtype=F64) for axis in (ALONE, tp))
+    return disturb(build(whole), whole), disturb(build(split), split)
+
+
+def assert_gradients_match(whole: nn.Module, split: nn.Module, tp: Axis, kv_heads: int = 2) -> None:
+    reference, sharding = gradients(whole), Sharding(tp.size, kv_heads)
+    mine = gradients(split)
+    assert mine.keys() == reference.keys()
+    for name, grad in mine.items():
+        assert_close(grad, sharding.cut(name, reference[name], tp.rank), msg=lambda text, name=name: f"{name}, rank {tp.rank}: {text}")
+
+
+def part(x: Tensor, tp: Axis) -> Tensor:
+    return x.chunk(tp.size, dim=-1)[tp.rank]
+
+
+def twice(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.clone().requires_grad_(), x.clone().requires_grad_()
+
+
+def check_column(tp: Axis) -> None:
+    whole, split = pair(tp, lambda make: ColumnParallelLinear("model.layers.0.self_attn.q_proj", 6, 8, make=make,
+                                                               init=normal(1), bias=True))
+    (x, x_split), grad = twice(random(2, 3, 6)), random(2, 3, 8, seed=1)
+    y, y_split = whole(x), split(copy_to_tp(x_split, tp))
+    y.backward(grad)
+    y_split.backward(part(grad, tp))
+    assert_close(y_split, part(y, tp))
+    assert_close(x_split.grad, x.grad)
+    assert_gradients_match(whole, split, tp)
+
+
+def check_row(tp: Axis) -> None:
+    whole, split = pair(tp, lambda make: RowParallelLinear("model.layers.0.self_attn.o_proj", 8, 6, make=make, init=normal(1)))
+    (x, x_whole), grad = twice(random(2, 3, 8)), random(2, 3, 6, seed=1)
+    y, y_split = whole(x_whole), split(part(x, tp))
+    y.backward(grad)
+    y_split.backward(grad)
+    assert_close(y_split, y)
+    assert_close(part(x.grad, tp), part(x_whole.grad, tp))
+    assert_gradients_match(whole, split, tp)
+
+
+def check_key_value(tp: Axis, kv_heads: int) -> None:
+    """Each rank's heads are those that its share of 4 query heads attends with."""
+    whole, split = pair(tp, lambda make: KeyValueLinear("model.layers.0.self_attn.k_proj", 6, kv_heads, 3, make=make,
+                                                        init=normal(1), bias=True), kv_heads)
+    (x, x_split), grads = twice(random(2, 5, 6)), random(2, 5, 4, 3, seed=1)       # a gradient for each query head
+    of_query = torch.arange(4) * kv_heads // 4                                     # the kv head of each query head
+    y = whole(x).unflatten(-1, (kv_heads, 3))[:, :, of_query]
+    y_split = split(copy_to_tp(x_split, tp)).unflatten(-1, (-1, 3))
+    y_split = y_split.repeat_interleave(4 // tp.size // y_split.shape[2], dim=2)
+    mine = slice(tp.rank * 4 // tp.size, (tp.rank + 1) * 4 // tp.size)
+    y.backward(grads)
+    y_split.backward(grads[:, :, mine])
+    assert_close(y_split, y[:, :, mine])
+    assert_close(x_split.grad, x.grad)
+    assert_gradients_match(whole, split, tp, kv_heads)
+
+
+def check_attention(tp: Axis, kv_heads: int) -> None:
+    model = tiny_config("dense", num_kv_heads=kv_heads).model
+    whole, split = pair(tp, lambda make: Attention("model.layers.0.self_attn", model, backend="sdpa", make=make, output_std=0.2),
+                        kv_heads)
+    positions = torch.tensor([[0, 2, 3, 7, 19], [1, 4, 5, 6, 8]])
+    for given in (None, positions):
+        whole.zero_grad()
+        split.zero_grad()
+        (x, x_split), grad = twice(random(2, 5, 32)), random(2, 5, 32, seed=1)
+        y, y_split = whole(x, given, 20), split(x_split, given, 20)
+        y.backward(grad)
+        y_split.backward(grad)
+        assert_close(y_split, y)
+        assert_close(x_split.grad, x.grad)
+        assert_gradients_match(whole, split, tp, kv_heads)
+
+
+def check_mlp(tp: Axis) -> None:
+    model = tiny_config("dense").model
+    whole, split = pair(tp, lambda make: Mlp("model.layers.0.mlp", model, make=make, output_std=0.2))
+    (x, x_split), grad = twice(random(2, 5, 32)), random(2, 5, 32, seed=1)
+    y, y_split = whole(x), split(x_split)
+    y.backward(grad)
+    y_split.backward(grad)
+    assert_close(y_split, y)
+    assert_close(x_split.grad, x.grad)
+    assert_gradients_match(whole, split, tp)
+
+
+def check_embedding(tp: Axis) -> None:
+    whole, split = pair(tp, lambda make: VocabParallelEmbedding("model.embed_tokens", 61, 6, make=make, init=normal(1)))
+    tokens = torch.cat([torch.arange(61), torch.tensor([0, 60, 60, 15, 16, 31])]).view(1, -1)      # all of them, some twice
+    grad = random(1, tokens.shape[1], 6, seed=1)
+    y, y_split = whole(tokens), split(tokens)
+    y.backward(grad)
+    y_split.backward(grad)
+    assert_close(y_split, y)
+    assert_gradients_match(whole, split, tp)
+
+
+# ---- loss ----------------------------------------------------------------------------------------
+
+def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
+    """`vocab` = 5 leaves a rank of four with padding alone. Padding rows hold large weights here, and must not matter."""
+    sharding, name = Sharding(tp.size, 2), "lm_head.weight"
+    (hidden, hidden_split), weight = twice(random(3, 4, 6)), random(vocab, 6, seed=1).requires_grad_()
+    mine = sharding.cut(name, weight.detach(), tp.rank).clone()
+    rows = mine.shape[0]
+    mine[max(0, vocab - tp.rank * rows):] = 50.0
+    mine.requires_grad_()
+    labels = torch.randint(0, vocab, (3, 4), generator=torch.Generator().manual_seed(2))
+    labels[0, 0], labels[1, 1] = 0, vocab - 1
+    grad = torch.tensor(-1.7, dtype=F64)
+
+    whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
+    whole.backward(grad)
+    default, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, chunk_tokens * rows
+    split = linear_cross_entropy(hidden_split, mine, labels, vocab_size=vocab, tp=tp)
+    loss.CHUNK_ELEMENTS = default
+    split.backward(grad)
+    assert_close(split, whole)
+    assert_close(hidden_split.grad, hidden.grad)
+    assert_close(mine.grad, sharding.cut(name, weight.grad, tp.rank))
+
+
+# ---- the whole network ---------------------------------------------------------------------------
+
+def check_network(tp: Axis, kind: str, **options) -> None:
+    config = with_routing(tiny_config(kind, tensor=tp.size, num_layers=5, **options), capacity=0.4, prior_loss_weight=0.7)
+    whole, split = make_network(config), make_network(config, tp)
+    samples = tiny_tokens(1, samples=3)[0]
+    tokens, labels = samples[:, :-1], samples[:, 1:]
+    grad = torch.tensor(1.3, dtype=F64)
+    loss_whole, loss_split = whole(tokens, labels), split(tokens, labels)
+    loss_whole.backward(grad)
+    loss_split.backward(grad)
+    assert_close(loss_split, loss_whole)
+    assert_gradients_match(whole, split, tp, config.model.num_kv_heads)
+    assert all(g.any() for g in gradients(whole).values()), "a gradient that is zero can tell nothing"
+    with torch.no_grad():
+        logits = split(tokens)
+        assert logits.shape == (3, 24, 61)
+        assert_close(logits, whole(tokens))

@@ -1,0 +1,100 @@
+"""Stop and resume equals straight through: bit for bit at one topology, within rounding at another."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.parity.curves import STEPS, Case, config_of
+from tests.ranks import run_on_ranks
+from tests.tiny import micro_batches, tiny_tokens
+
+SAME = [Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2), Case("dtf", 1, 2, 1, tied=True), Case("dtf", 1, 1, 2, zero=0),
+        Case("dtf", 1, 1, 2, zero=2), Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, precision="bf16"),
+        Case("dtf", 1, 2, 1, precision="bf16"), Case("dtf", 1, 1, 2, zero=3, precision="bf16")]
+"""Saved and resumed alike."""
+
+OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
+         (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)), (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True))]
+"""Saved as the first, resumed as the second: any cut, any ZeRO stage."""
+
+
+class Trained(NamedTuple):
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, list[float]]
+    thresholds: list[float]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    run_on_ranks(_run_all, 2, str(folder))
+    return json.loads((folder / "runs.json").read_text())
+
+
+def _run_all(folder: str) -> None:
+    from megadyn.training import launch
+
+    launch.join()
+    found: dict[str, Any] = {}
+    for case in SAME:
+        found[f"{case} straight"] = _train(case, range(STEPS))
+        half = _train(case, range(5), save_to=Path(folder) / str(case))
+        rest = _train(case, range(5, STEPS), load_from=Path(folder) / str(case))
+        found[f"{case} resumed"] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.thresholds)
+    for saved, resumed in OTHER:
+        found[f"{saved} to {resumed}"] = _train(resumed, range(5, STEPS), load_from=Path(folder) / str(saved))
+    if dist.get_rank() == 0:
+        (Path(folder) / "runs.json").write_text(json.dumps(found))
+
+
+def _train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
+    from megadyn.checkpoint import save_load
+    from megadyn.config import batch_plan
+    from megadyn.parallel.grid import make_grid
+    from megadyn.parallel.params import name_of
+    from megadyn.training.engine import Engine
+    from megadyn.training.optimizer import learning_rate
+
+    config = config_of(case)
+    config.training.seed += load_from is not None        # other starting weights, so that loading must replace them all
+    plan = batch_plan(config, dist.get_world_size())
+    engine = Engine(config, plan, make_grid(case.tensor, case.pipeline))
+    config.training.seed = config_of(case).training.seed
+    if load_from is not None:
+        found = save_load.newest_good(load_from)
+        assert found is not None
+        assert save_load.load(engine, found)["iteration"] == steps.start
+    share, rank = plan.global_batch // plan.data_parallel, engine.grid.dp.rank
+    losses, norms = [], []
+    tokens = tiny_tokens(STEPS)
+    for step in steps:
+        batches = micro_batches(tokens[step][rank * share : (rank + 1) * share], case.micro_batch)
+        result = engine.train_step(batches, learning_rate(config.optimizer, step, STEPS))
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+    if save_to is not None:
+        save_load.save(engine, save_to, iteration=steps.stop, consumed_samples=4 * steps.stop)
+    access = save_load.OptimizerAccess(engine)
+    weights = {name_of(p): access.get(p)["weight"].double().flatten()[:50].tolist() for p in engine.parameters()}
+    thresholds = [float(layer.threshold.value) for layer in engine.routed if hasattr(layer, "threshold")]
+    engine.engine.destroy()
+    return Trained(losses, norms, weights, thresholds)
+
+
+@pytest.mark.parametrize("case", SAME, ids=str)
+def test_resumed_is_straight_bit_for_bit(case: Case, runs: dict[str, Any]) -> None:
+    straight, resumed = runs[f"{case} straight"], runs[f"{case} resumed"]
+    assert resumed == straight      # losses, gradient norms, weights and thresholds of rank 0
+
+
+@pytest.mark.parametrize(("saved", "resumed"), OTHER, ids=str)
+def test_resumed_at_another_topology_goes_on_alike(saved: Case, resumed: Case, runs: dict[str, Any]) -> None:
+    losses, norms, *_ = runs[f"{saved} to {resumed}"]
+    want_losses, want_norms, *_ = runs[f"{saved} straight"]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[5:]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(want_norms[5:]), rtol=1e-5, atol=0)

@@ -1,0 +1,290 @@
+"""Surprise, gate and prior: the formulas of the DTF router and their gradients, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from megadyn.model.block import Stream
+from megadyn.routing import dtf
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtf import DecisionLayer, DynamicLayer, Prior, SurpriseRouter, moving_average
+from megadyn.routing.monitor import Monitor
+from megadyn.routing.select import Selection
+from networks import disturb, layer_context, make_network, param_maker, with_routing
+from tiny import tiny_config, tiny_tokens
+
+F64 = torch.float64
+NAMES = ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# ---- the moving average --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("window", [1, 2, 7, 12, 100])
+def test_the_moving_average_equals_a_loop(window):
+    x = random(3, 12)
+    want = torch.empty_like(x)
+    for b in range(3):
+        for t in range(12):
+            want[b, t] = sum(x[b, max(s, 0)] for s in range(t - window + 1, t + 1)) / window
+    assert_close(moving_average(x, window), want)
+
+
+# ---- the router ----------------------------------------------------------------------------------
+
+def make_router(window: int = 3) -> SurpriseRouter:
+    config = with_routing(tiny_config(), ma_window=window)
+    return disturb(SurpriseRouter("model.layers.0.router", layer_context(config)), param_maker(config))
+
+
+def surprises() -> tuple[Tensor, Tensor]:
+    """D_st and D_ch, [2, 8]."""
+    return random(2, 8).square().requires_grad_(), random(2, 8, seed=1).square().requires_grad_()
+
+
+def reference_gate(static: Tensor, change: Tensor, average: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """`routing.md`, line by line; `average` is MA, held constant."""
+    ce = static - (change - torch.log(p["ce_offset"] + 1e-10))
+    cu = static - p["cu_multiplier"] * average
+    s_ce = 1 / (1 + torch.exp(-torch.log(1 + torch.exp(p["beta_ce"])) * ce))
+    s_cu = 1 / (1 + torch.exp(-torch.log(1 + torch.exp(p["beta_cu"])) * cu))
+    return s_ce + s_cu - s_ce * s_cu
+
+
+def test_the_gate_and_its_gradients_equal_the_formulas_with_the_average_held_constant():
+    router, (static, change) = make_router(), surprises()
+    params = {name: getattr(router, name) for name in NAMES}
+    gate, _ = router(static, change)
+    want = reference_gate(static, change, moving_average(static.detach(), 3), params)
+    assert_close(gate, want)
+    assert ((gate > 0) & (gate < 1)).all()
+    inputs = [static, change, *params.values()]
+    grad = random(2, 8, seed=5)
+    got, wanted = torch.autograd.grad(gate, inputs, grad), torch.autograd.grad(want, inputs, grad)
+    for name, mine, reference in zip(("static", "change", *NAMES), got, wanted, strict=True):
+        assert reference.any(), name
+        assert_close(mine, reference, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradcheck_of_the_whole_router(monkeypatch):
+    router, (static, change) = make_router(), surprises()
+    average = moving_average(static.detach(), 3)
+    monkeypatch.setattr(dtf, "moving_average", lambda x, window: average)
+    scalars = [getattr(router, name).detach().clone().requires_grad_() for name in NAMES]
+
+    def gate(static: Tensor, change: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(router, dict(zip(NAMES, values)), (static, change))[0]
+
+    assert gradcheck(gate, (static, change, *scalars))
+
+
+def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeypatch):
+    router, (static, change) = make_router(window=5), surprises()
+    seen = []
+    monkeypatch.setattr(dtf, "moving_average", lambda x, window: seen.append((x, window)) or moving_average(x, window))
+    router(static, change)
+    (x, window), = seen
+    assert window == 5
+    assert torch.equal(x, static)
+    assert not x.requires_grad
+
+
+def test_the_router_starts_from_the_configured_scalars_and_reports_them():
+    config = tiny_config()
+    router = SurpriseRouter("model.layers.0.router", layer_context(config))
+    static, change = surprises()
+    _, watched = router(static, change)
+    assert [round(getattr(router, name).item(), 6) for name in NAMES] == [-0.3, -0.6, 1.025, 1.1]
+    for name in NAMES:
+        assert_close(watched[name], getattr(router, name).detach().squeeze())
+    assert_close(watched["D_st"], static.mean().detach())
+    assert_close(watched["D_ch"], change.mean().detach())
+    assert not any(value.requires_grad for value in watched.values())
+
+
+def test_the_report_does_not_change_with_the_parameters_it_was_read_from():
+    router, (static, change) = make_router(), surprises()
+    _, watched = router(static, change)
+    before = watched["beta_ce"].item()
+    with torch.no_grad():
+        router.beta_ce += 1
+    assert watched["beta_ce"].item() == before
+
+
+# ---- the prior -----------------------------------------------------------------------------------
+
+def make_prior() -> Prior:
+    config = tiny_config()
+    return disturb(Prior("model.layers.0.prior", 6, 4, 1e-6, make=param_maker(config)), param_maker(config))
+
+
+def test_the_prior_is_a_swiglu_of_the_normed_state():
+    prior, h = make_prior(), random(2, 3, 6)
+    x = h / (h.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * prior.norm.weight
+    want = (F.silu(x @ prior.gate_proj.weight.T) * (x @ prior.up_proj.weight.T)) @ prior.down_proj.weight.T
+    assert_close(prior(h), want)
+
+
+def test_gradcheck_of_the_prior():
+    prior, h = make_prior(), random(2, 3, 6).requires_grad_()
+    names = [name for name, _ in prior.named_parameters()]
+    values = [(p.detach() * 20 if p.ndim == 2 else p.detach()).clone().requires_grad_() for p in prior.parameters()]
+    assert len(names) == 4
+    assert gradcheck(lambda h, *values: functional_call(prior, dict(zip(names, values)), (h,)), (h, *values))
+
+
+# ---- the layers ----------------------------------------------------------------------------------
+
+def make_layer(build: type[nn.Module], *arguments: object, **routing: object) -> nn.Module:
+    config = with_routing(tiny_config(), **routing)
+    return disturb(build(layer_context(config), 0, *arguments), param_maker(config))
+
+
+def test_a_decision_layer_is_dense_and_scores_what_it_did():
+    layer, h = make_layer(DecisionLayer, LossScale()), random(2, 9, 32)
+    post, gate = layer(Stream(h))
+    assert_close(post, layer.dense(h))
+    static = (post - h).square().mean(dim=-1)
+    change = (post - (h + layer.prior(h))).square().mean(dim=-1)
+    assert_close(gate, layer.router(static, change)[0])
+    assert_close(layer.monitor.read()["prior_loss"].double(), change.mean().detach(), rtol=1e-6, atol=0)
+
+
+def test_both_surprises_send_gradients_into_the_layer_and_its_input():
+    layer, h = make_layer(DecisionLayer, LossScale(0.0)), random(2, 9, 32).requires_grad_()
+    _, gate = layer(Stream(h))
+    gate.backward(random(2, 9, seed=1))
+    for param in layer.parameters():
+        assert param.grad is not None, param.global_name
+        assert param.grad.any(), param.global_name
+    assert h.grad.any()
+
+
+def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone():
+    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    out, passed_on = layer(Stream(h, gate))
+    assert passed_on is None
+    for b in range(3):
+        chosen = sorted(sorted(range(10), key=lambda t: -gate[b, t].item())[:4])
+        delta = layer.delta(h[b: b + 1, chosen], torch.tensor([chosen]), 10)[0]
+        for t in range(10):
+            if t in chosen:
+                assert_close(out[b, t], h[b, t] + gate[b, t] * delta[chosen.index(t)])
+            else:
+                assert torch.equal(out[b, t], h[b, t])
+
+
+def test_under_a_threshold_a_sequence_may_choose_any_number_even_none():
+    layer, h, gate = make_layer(DynamicLayer), random(3, 10, 32), torch.rand(3, 10, dtype=F64) * 0.5
+    layer.mode, layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = "causal", torch.tensor(0.6), 1, 0.0
+    gate[1, [2, 3, 7]] += 0.6
+    gate[2, 5] = 0.6000001
+    out, _ = layer(Stream(h, gate))
+    changed = (out != h).any(dim=-1)
+    assert [row.nonzero().flatten().tolist() for row in changed] == [[], [2, 3, 7], [5]]
+    delta = layer.delta(h[1:2, [2, 3, 7]], torch.tensor([[2, 3, 7]]), 10)[0]
+    assert_close(out[1, [2, 3, 7]], h[1, [2, 3, 7]] + gate[1, [2, 3, 7], None] * delta)
+
+
+def test_a_score_at_the_threshold_routes():
+    layer = make_layer(DynamicLayer)
+    layer.mode, layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = "causal", torch.tensor(0.5), 1, 0.0
+    index, valid = layer.choose(torch.tensor([[0.5, 0.49999997, 0.5000001, 0.1]]))
+    assert index[valid].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False], [True, False, False]])], ids=["topk", "padded"])
+def test_gradcheck_of_the_path_through_the_gate(valid):
+    layer = make_layer(DynamicLayer)
+    h, gate = random(2, 5, 32).requires_grad_(), torch.rand(2, 5, dtype=F64).requires_grad_()
+    selection = Selection(torch.tensor([[0, 2, 3], [1, 2, 4]]), valid)
+    assert gradcheck(lambda h, gate: layer.update(h, gate, selection), (h, gate), fast_mode=True)
+    assert gradcheck(lambda gate: layer.update(h, gate, selection), (gate,))
+    layer.update(h, gate, selection).backward(random(2, 5, 32, seed=1))
+    chosen = [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)] if valid is None else [(0, 0), (0, 2), (1, 1)]
+    assert [tuple(where) for where in gate.grad.nonzero().tolist()] == chosen
+
+
+def test_a_dynamic_layer_observes_its_kth_highest_score_in_training_only():
+    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    with torch.no_grad():
+        layer(Stream(h, gate))
+    with pytest.raises(AssertionError):
+        layer.threshold.take_step_mean()
+    layer(Stream(h, gate))
+    want = gate.sort(dim=1, descending=True).values[:, 3].mean()
+    assert_close(layer.threshold.take_step_mean().double(), want, rtol=1e-6, atol=0)
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def test_a_monitor_shows_means_since_its_last_reading():
+    monitor = Monitor()
+    assert monitor.read() == {}
+    monitor.record({"a": torch.tensor(1.0), "b": torch.tensor(2.0, dtype=torch.bfloat16, requires_grad=True)})
+    monitor.record({"a": torch.tensor(4.0), "b": torch.tensor(3.0, dtype=torch.bfloat16)})
+    means = monitor.read()
+    assert {name: value.item() for name, value in means.items()} == {"a": 2.5, "b": 2.5}
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in means.values())
+    monitor.record({"a": torch.tensor(7.0)})
+    assert monitor.read() == {"a": torch.tensor(7.0)}
+
+
+def test_routing_statistics_equal_their_definitions():
+    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = torch.tensor(0.55), 1, 0.0
+    layer(Stream(h, gate))
+    found = {name: value.item() for name, value in layer.monitor.read().items()}
+    top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, gate.topk(4, dim=1).indices, True)
+    assert found == pytest.approx({
+        "routed_fraction": 0.4, "causal_agreement": (top == (gate >= 0.55)).double().mean().item(),
+        "gate_routed": gate[top].mean().item(), "gate_mean": gate.mean().item(), "gate_std": gate.std().item(),
+        "threshold": 0.55}, rel=1e-5)
+    layer.mode = "causal"
+    layer(Stream(h, gate))
+    assert layer.monitor.read()["routed_fraction"].item() == pytest.approx((gate >= 0.55).double().mean().item())
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+def test_surprise_gate_and_threshold_are_float32_in_a_bf16_model(monkeypatch):
+    network = make_network(tiny_config(), dtype=torch.bfloat16)
+    surprise, gates = [], []
+    forward, choose = SurpriseRouter.forward, DynamicLayer.choose
+    monkeypatch.setattr(SurpriseRouter, "forward", lambda self, *x: surprise.extend(x) or forward(self, *x))
+    monkeypatch.setattr(DynamicLayer, "choose", lambda self, gate: gates.append(gate) or choose(self, gate))
+    tokens = tiny_tokens(1)[0]
+    loss = network(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert len(surprise) == 4
+    assert len(gates) == 2
+    for score in (*surprise, *gates):
+        assert score.dtype == torch.float32
+        assert not torch.equal(score, score.bfloat16().float()), "rounded to bf16 on the way"
+    assert loss.dtype == torch.float32
+    for layer in network.layers:
+        if isinstance(layer, DynamicLayer):
+            mean = layer.threshold.take_step_mean()
+            assert mean.dtype == torch.float32
+            layer.threshold.end_step(mean)
+            assert layer.threshold.value.dtype == torch.float32
+    assert all(p.grad.dtype == torch.bfloat16 for p in network.parameters())
+
+
+def test_the_static_surprise_of_a_bf16_layer_is_taken_in_float32():
+    config = tiny_config()
+    layer = disturb(DecisionLayer(layer_context(config, dtype=torch.bfloat16), 0, LossScale()), param_maker(config))
+    h = random(2, 9, 32).bfloat16()
+    post = layer.dense(h)
+    seen = []
+    layer.router.register_forward_hook(lambda module, inputs, output: seen.extend(inputs))
+    layer(Stream(h))
+    assert_close(seen[0], (post.float() - h.float()).square().mean(dim=-1), rtol=1e-6, atol=0)
+    assert_close(seen[1], (post.float() - (h.float() + layer.prior(h).float())).square().mean(dim=-1), rtol=1e-6, atol=0)
