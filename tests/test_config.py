@@ -160,7 +160,8 @@ IMPOSSIBLE = [
     ("parallel.tensor=0", "parallel.tensor", "at least 1"),
     ("parallel.pipeline=0", "parallel.pipeline", "at least 1"),
     ("parallel.sequence=true", "parallel.sequence", "false"),
-    *((f"optimizer.multipliers.{name}=-1", f"optimizer.multipliers.{name}", "at least 0") for name in ("base", "router", "prior")),
+    *((f"optimizer.multipliers.{name}=-1", f"optimizer.multipliers.{name}", "at least 0") for name in (
+        "base", "router", "prior")),
     ("optimizer.schedule=cosin", "optimizer.schedule", "did you mean 'cosine'?"),
     *((f"optimizer.{name}=-1", f"optimizer.{name}", "at least 0") for name in (
         "learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay", "clip_grad")),
@@ -252,7 +253,8 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
 # ---- processes and batches -----------------------------------------------------------------------
 
 def test_samples_are_spread_over_ranks_and_micro_batches(tmp_path):
-    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2", "training.global_batch_size=48", "training.micro_batch_size=4")
+    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2", "training.global_batch_size=48",
+                  "training.micro_batch_size=4")
     plan = batch_plan(config, 12)
     assert (plan.data_parallel, plan.micro_batches, plan.micro_batch, plan.global_batch) == (3, 4, 4, 48)
 

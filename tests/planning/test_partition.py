@@ -1,7 +1,7 @@
 """Pipeline stages of equal cost, against every way to cut."""
 
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -9,7 +9,7 @@ from megadyn.planning.partition import balanced_stages
 
 
 def dearest(layers: list[float], head: float, cuts: list[int]) -> float:
-    costs = [sum(layers[a:b]) for a, b in zip(cuts, cuts[1:])]
+    costs = [sum(layers[a:b]) for a, b in pairwise(cuts)]
     costs[-1] += head
     return max(costs)
 
@@ -23,7 +23,7 @@ def test_no_other_cut_has_a_cheaper_dearest_stage(seed):
     assert cuts[0] == 0
     assert cuts[-1] == len(layers)
     assert len(cuts) == stages + 1
-    assert all(a < b for a, b in zip(cuts, cuts[1:]))
+    assert all(a < b for a, b in pairwise(cuts))
     every = [[0, *inner, len(layers)] for inner in combinations(range(1, len(layers)), stages - 1)]
     assert dearest(layers, head, cuts) == pytest.approx(min(dearest(layers, head, other) for other in every))
 

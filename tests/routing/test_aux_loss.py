@@ -56,7 +56,8 @@ def test_the_prior_loss_is_weighted_averaged_over_layers_and_scaled_as_the_engin
     network, states = make_network(config), {}
     for layer in network.layers:
         if isinstance(layer, DecisionLayer):
-            layer.register_forward_hook(lambda layer, inputs, output: states.update({layer.index: (inputs[0].hidden, output.hidden)}))
+            layer.register_forward_hook(
+                lambda layer, inputs, output: states.update({layer.index: (inputs[0].hidden, output.hidden)}))
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:])
     assert len(states) == 2

@@ -199,14 +199,14 @@ def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_diffe
     network = make_network(signal_config())
     tokens, labels = TOKENS[:2], LABELS[:2]
     network(tokens, labels).backward()
-    base = [selection.index.clone() for selection in chosen]
+    base = [selection.positions.clone() for selection in chosen]
     assert len(base) == len(replay.recorded) == 2
 
     def loss() -> float:
         replay.next = 0
         chosen.clear()
         value = network(tokens, labels).item()
-        assert all(torch.equal(a.index, b) for a, b in zip(chosen, base, strict=True)), "a choice flipped within eps"
+        assert all(torch.equal(a.positions, b) for a, b in zip(chosen, base, strict=True)), "a choice flipped within eps"
         return value
 
     eps, generator, checked = 1e-5, torch.Generator().manual_seed(0), 0

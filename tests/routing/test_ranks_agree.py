@@ -19,9 +19,8 @@ def test_ranks_agree_on_every_token_and_every_whole_parameter():
 
 def check_agreement() -> None:
     tp = make_grid(4, 1).tp
-    for dtype in (torch.float32, torch.bfloat16):
-        for recompute in (False, True):
-            train(tp, dtype, recompute)
+    train(tp, torch.float32, recompute=True)
+    train(tp, torch.bfloat16, recompute=False)
 
 
 def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
@@ -34,6 +33,7 @@ def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
 def train(tp: Axis, dtype: torch.dtype, recompute: bool) -> None:
     """Three steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
     config = with_routing(tiny_config(tensor=4, recompute=recompute), capacity=0.4)
+    config.optimizer.learning_rate = 0.03          # far above what bf16 rounds away
     network = make_network(config, tp, dtype)
     optimizer = make_optimizer(network, config.optimizer)
     optimizer.register_step_pre_hook(GradientClipper(network, 0.1, Grid(tp=tp)))
@@ -55,7 +55,7 @@ def train(tp: Axis, dtype: torch.dtype, recompute: bool) -> None:
     assert len(choices) == 6
     for gate, choice in zip(gates, choices, strict=True):
         assert_same_bits("a gate", gate, tp)
-        assert_same_bits("a choice", choice.index, tp)
+        assert_same_bits("a choice", choice.positions, tp)
     whole = [p for p in network.parameters() if not p.tensor_model_parallel]
     assert {name for p in whole if (name := p.global_name.split(".")[-2]) in ("k_proj", "v_proj")} == {"k_proj", "v_proj"}
     for param in whole:

@@ -21,11 +21,11 @@ def test_the_highest_are_chosen_from_each_sequence_of_equal_ones_the_first(count
     score = torch.randint(0, 4, (50, 10), generator=torch.Generator().manual_seed(0)).float()      # full of ties
     chosen = choose_top(score, count)
     assert chosen.valid is None
-    assert chosen.index.tolist() == [naive_top(row, count) for row in score.tolist()]
+    assert chosen.positions.tolist() == [naive_top(row, count) for row in score.tolist()]
 
 
 def test_exactly_as_many_as_asked_are_chosen_where_all_scores_are_equal():
-    assert choose_top(torch.ones(2, 1000), 400).index.tolist() == [list(range(400))] * 2
+    assert choose_top(torch.ones(2, 1000), 400).positions.tolist() == [list(range(400))] * 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -51,7 +51,7 @@ def test_a_selection_and_its_mask_say_the_same():
     score = torch.rand(6, 9, generator=torch.Generator().manual_seed(1))
     top = as_mask(choose_top(score, 4), 9)
     assert top.sum(dim=1).tolist() == [4] * 6
-    assert torch.equal(choose_where(top).index, choose_top(score, 4).index)
+    assert torch.equal(choose_where(top).positions, choose_top(score, 4).positions)
     assert not as_mask(Selection(torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1, dtype=torch.bool)), 9).any()
 
 

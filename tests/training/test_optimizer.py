@@ -24,8 +24,8 @@ RATE, LEAST = 1e-3, 1e-4
 
 
 def schedule(name: str, iterations: int = 50, **changes) -> list[float]:
-    cfg = OptimizerConfig(**{"learning_rate": RATE, "min_learning_rate": LEAST, "schedule": name, "warmup_iterations": 10} | changes)
-    return [learning_rate(cfg, i, iterations) for i in range(iterations)]
+    fields = {"learning_rate": RATE, "min_learning_rate": LEAST, "warmup_iterations": 10} | changes
+    return [learning_rate(OptimizerConfig(schedule=name, **fields), i, iterations) for i in range(iterations)]
 
 
 # ---- groups --------------------------------------------------------------------------------------
@@ -118,7 +118,8 @@ def test_the_last_step_runs_at_the_least_rate(name):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("changes", [{}, {"warmup_iterations": 0}, {"decay_iterations": 17}, {"iterations": 3}, {"iterations": 1}])
+@pytest.mark.parametrize("changes", [
+    {}, {"warmup_iterations": 0}, {"decay_iterations": 17}, {"iterations": 3}, {"iterations": 1}])
 def test_after_the_warm_up_the_rate_never_rises_nor_leaves_its_bounds(name, changes):
     rates = schedule(name, **changes)
     after = rates[changes.get("warmup_iterations", 10):]

@@ -1,0 +1,176 @@
+"""What the engine computes, the exported folder computes: against the independent oracle, and against Qwen2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tests.oracle import oracle_logits, oracle_loss
+from tests.ranks import run_on_ranks
+from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from megadyn.checkpoint.export import export
+from megadyn.errors import UserError
+from megadyn.training.evaluate import load_network, open_saved
+
+VOCAB = 259
+"""Odd, so that two tensor ranks pad it, and above the byte tokenizer's ids."""
+LAYOUTS = {"dtf-tensor": ("dtf", 2, 1), "dtf-pipeline": ("dtf", 1, 2), "dense-tensor": ("dense", 2, 1)}
+MODES = ("topk", "causal")
+
+
+def held_out() -> torch.Tensor:
+    return tiny_tokens(9, vocab=VOCAB)[-1]
+
+
+def random_qwen2(folder: Path) -> None:
+    """A random Qwen2, and beside it copies that lack a tensor and have one too many."""
+    torch.manual_seed(3)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=24, tie_word_embeddings=False, initializer_range=0.2, use_sliding_window=False)).eval()
+    for name, param in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(param, std=0.2)       # zeros at first, which would hide a lost bias
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for case, changed in (("missing", {k: v for k, v in tensors.items() if k != "model.layers.2.mlp.up_proj.weight"}),
+                          ("unexpected", tensors | {"model.layers.0.extra.weight": torch.ones(2)})):
+        (folder.parent / case).mkdir()
+        (folder.parent / case / "config.json").write_bytes((folder / "config.json").read_bytes())
+        save_file(changed, folder.parent / case / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Checkpoints of three small runs on two processes, and the engine's evaluation losses."""
+    folder = tmp_path_factory.mktemp("trained")
+    random_qwen2(folder / "qwen2")
+    run_on_ranks(_train_all, 2, str(folder))
+    return folder, json.loads((folder / "losses.json").read_text())
+
+
+def _train_all(folder: str) -> None:
+    from megadyn.checkpoint import save_load
+    from megadyn.config import batch_plan
+    from megadyn.parallel.grid import make_grid
+    from megadyn.training import launch
+    from megadyn.training.engine import Engine
+
+    def engine_for(kind: str, tensor: int, pipeline: int) -> Engine:
+        config = tiny_config(kind, tensor=tensor, pipeline=pipeline, vocab_size=VOCAB, ffn_size=128)
+        return Engine(config, batch_plan(config, 2), make_grid(tensor, pipeline))
+
+    def losses_of(engine: Engine) -> dict[str, float]:
+        batches = micro_batches(held_out(), 1)
+        return {mode: engine.evaluate(batches, len(batches), mode) for mode in MODES}
+
+    launch.join()
+    losses = {}
+    for name, layout in LAYOUTS.items():
+        engine = engine_for(*layout)
+        for samples in tiny_tokens(6, vocab=VOCAB):
+            engine.train_step(micro_batches(samples, 1), 1e-3)
+        save_load.save(engine, Path(folder) / name, iteration=6, consumed_samples=24)
+        losses[name] = losses_of(engine)
+        engine.engine.destroy()
+    for tensor, pipeline in ((2, 1), (1, 2)):
+        engine = engine_for("dense", tensor, pipeline)
+        save_load.init_from(engine, Path(folder) / "qwen2")
+        losses[f"qwen2 at {tensor} x {pipeline}"] = losses_of(engine)
+        engine.engine.destroy()
+    upcycled = engine_for("dtf", 1, 2)
+    save_load.init_from(upcycled, Path(folder) / "qwen2")
+    losses["upcycled"] = losses_of(upcycled)
+    for case in ("missing", "unexpected"):
+        try:
+            save_load.init_from(upcycled, Path(folder) / case)
+        except UserError as error:
+            losses[case] = str(error)
+    if dist.get_rank() == 0:
+        (Path(folder) / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def exported(request: pytest.FixtureRequest, trained: tuple[Path, dict[str, Any]]) -> tuple[str, Path]:
+    folder, _ = trained
+    output = folder / f"{request.param}-hf"
+    # Shards so small that the weights need several files and their index.
+    summary = export(folder / request.param / "iteration-00000006", output, shard_bytes=40_000)
+    assert summary["shards"] > 2
+    return request.param, output
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engine_agrees_with_the_oracle(exported: tuple[str, Path], mode: str, trained: tuple[Path, dict[str, Any]]) -> None:
+    name, folder = exported
+    samples = held_out().numpy()
+    want = oracle_loss(folder, samples[:, :-1], samples[:, 1:], mode=mode)
+    assert trained[1][name][mode] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exported_model_agrees_with_the_oracle(exported: tuple[str, Path], mode: str) -> None:
+    _, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.config.routing_mode = mode
+    tokens = held_out()[:, :-1]
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    np.testing.assert_allclose(logits.double().numpy(), oracle_logits(folder, tokens.numpy(), mode=mode), atol=2e-4)
+
+
+def test_routing_modes_differ(trained: tuple[Path, dict[str, Any]]) -> None:
+    """The comparisons above would pass a model that ignores the mode, if the modes were equal."""
+    losses = trained[1]["dtf-tensor"]
+    assert abs(losses["topk"] - losses["causal"]) > 1e-4
+    assert trained[1]["dense-tensor"]["topk"] == trained[1]["dense-tensor"]["causal"]
+
+
+def test_export_at_every_topology_is_one_model(trained: tuple[Path, dict[str, Any]]) -> None:
+    assert trained[1]["dtf-tensor"]["topk"] == pytest.approx(trained[1]["dtf-pipeline"]["topk"], rel=1e-5)
+
+
+def test_dense_as_qwen2_gives_our_logits(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    checkpoint, output = folder / "dense-tensor" / "iteration-00000006", folder / "as-qwen2"
+    export(checkpoint, output, style="qwen2")
+    theirs = AutoModelForCausalLM.from_pretrained(output)
+    assert isinstance(theirs, Qwen2ForCausalLM)
+    ours = load_network(open_saved(checkpoint), torch.device("cpu"))
+    tokens = held_out()[:, :-1]
+    with torch.no_grad():
+        assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_qwen2_read_by_us_gives_its_logits(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, losses = trained
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "qwen2")
+    ours = load_network(open_saved(folder / "qwen2"), torch.device("cpu"))
+    samples = held_out()
+    with torch.no_grad():
+        logits = theirs(samples[:, :-1]).logits
+        assert (ours(samples[:, :-1]) - logits).abs().max() < 1e-4
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
+    for layout in ("2 x 1", "1 x 2"):
+        assert losses[f"qwen2 at {layout}"]["topk"] == pytest.approx(want, rel=1e-5)
+    assert losses["upcycled"]["topk"] != pytest.approx(want, rel=1e-3)      # routed: half the tokens skip half the layers
+
+
+def test_routed_model_is_refused_as_qwen2(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only a dense one"):
+        export(trained[0] / "dtf-tensor" / "iteration-00000006", tmp_path / "out", style="qwen2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_or_unexpected_tensor_is_named(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, losses = trained
+    assert "has no tensor model.layers.2.mlp.up_proj.weight" in losses["missing"]
+    assert "has a tensor that the model has not: model.layers.0.extra.weight" in losses["unexpected"]
+    with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
+        load_network(open_saved(folder / "missing"), torch.device("cpu"))
