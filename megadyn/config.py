@@ -6,6 +6,7 @@ holds and what it must be. Relative paths are relative to the working directory.
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ def one_of(key: str, got: str, allowed: Sequence[str]) -> None:
 
 
 def at_least(key: str, got: float | None, least: float) -> None:
-    if got is not None and not got >= least:
-        raise ConfigError(key, got, f"at least {least}")
+    if got is not None and not least <= got < math.inf:
+        raise ConfigError(key, got, f"a finite number of at least {least}" if got == math.inf else f"at least {least}")
 
 
 def in_range(key: str, got: float, low: float, high: float) -> None:
@@ -62,6 +63,7 @@ class RoutingConfig:
         at_least("model.routing.ma_window", self.ma_window, 1)
         in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
         at_least("model.routing.prior_loss_weight", self.prior_loss_weight, 0)
+        at_least("model.routing.ce_offset_init", self.ce_offset_init, 0)      # its logarithm is taken
 
 
 @dataclass
@@ -334,10 +336,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:           # the YAML library has no common base for its errors
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     for word in overrides:
-        if "=" not in word:
+        if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
+    from_words = OmegaConf.from_dotlist(list(overrides))
+    for given, source in ((from_file, str(path)), (from_words, "the command line")):
+        _check_sections(Config, OmegaConf.to_container(given), "", source)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, from_words)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
@@ -346,6 +351,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{error.full_key or path}: {reason}") from None
     assert isinstance(config, Config)
     return config.checked()
+
+
+def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
+    """OmegaConf does not name the key where a section is given as a plain value."""
+    if not isinstance(given, dict):
+        known = ", ".join(f.name for f in fields(section))
+        raise UserError(f"{name or source}: must hold keys ({known}), is {given!r}" + (f" in {source}" if name else ""))
+    for f in fields(section):
+        if f.name in given and is_dataclass(f.default_factory):
+            _check_sections(f.default_factory, given[f.name], f"{name}.{f.name}".lstrip("."), source)
 
 
 def _unknown_key(full_key: str) -> UserError:
@@ -394,8 +409,11 @@ DECIDED_HERE = {
     "train_batch_size": "training.global_batch_size", "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "the training section", "gradient_clipping": "optimizer.clip_grad",
     "optimizer": "the optimizer section", "scheduler": "the optimizer section", "bf16": "precision", "fp16": "precision",
-    "data_types": "precision", "activation_checkpointing": "training.activation_checkpointing",
+    "data_types": "precision", "activation_checkpointing": "training.activation_checkpointing", "pipeline": "parallel.pipeline",
+    "steps_per_print": "logging.interval", "zero_allow_untested_optimizer": "the optimizer section",
+    "zero_force_ds_cpu_optimizer": "the optimizer section",
 }
+"""DeepSpeed's keys that may not stand in the JSON, and what they follow from."""
 
 
 def engine_settings(config: Config) -> dict[str, Any]:
@@ -409,9 +427,12 @@ def engine_settings(config: Config) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: must hold one JSON object")
-    for key in DECIDED_HERE.keys() & settings.keys():
+    for key in sorted(DECIDED_HERE.keys() & settings.keys()):
         raise ConfigError(f"{path}: {key}", settings[key], f"left out; it follows from {DECIDED_HERE[key]}")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    zero = settings.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"{path}: zero_optimization", zero, 'an object such as {"stage": 1}')
+    stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3")
     if config.parallel.pipeline > 1 and stage > 1:

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megadyn.checkpoint import save_load
-from megadyn.checkpoint.layout import resolve
-from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
+from megadyn.checkpoint.layout import read_manifest, resolve
+from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.errors import UserError
+from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
+from megadyn.model.attention import attention_backend
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data, step_batches
@@ -31,9 +33,10 @@ from megadyn.training.telemetry import Telemetry
 
 def run(config: Config) -> None:
     """Trains as configured. Every process of the job calls it."""
-    engine_settings(config)                                  # all that can be refused is refused before ranks meet
+    engine_settings(config)
     plan = batch_plan(config, launch.world_size())
     data = open_data(config)
+    refuse_early(config, plan, data)
     launch.join()
     engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline))
     job = Job(config, engine, data)
@@ -42,13 +45,34 @@ def run(config: Config) -> None:
     job.finish()
 
 
+def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
+    """Raises UserError for what can be known to fail before the ranks meet."""
+    attention_backend(config.model.attention, config.precision)
+    if data.validation is not None:
+        evaluation_size(data.validation, config.training.eval_samples, plan)
+    resume = config.checkpoint.resume
+    checkpoints = Path(config.output_dir) / CHECKPOINTS
+    if resume == "never" and any(checkpoints.glob("iteration-*")):
+        raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
+                        "set checkpoint.resume=auto, or another output_dir")
+    if resume not in ("auto", "never"):
+        found = resolve(Path(resume))
+        save_load.check_same_run(config, read_manifest(found), found)
+    if config.checkpoint.init_from:
+        HfFolder(Path(config.checkpoint.init_from))
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints inside its output folder."""
+
+
 class Job:
     """One run: where it stands, and the steps that `train` calls by name."""
 
     def __init__(self, config: Config, engine: Engine, data: Data):
         self.config, self.engine, self.data = config, engine, data
         self.folder = Path(config.output_dir)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
         self.iteration = 0
         self.consumed_samples = 0
         self.saved_at = -1
@@ -65,9 +89,6 @@ class Job:
             found = resolve(Path(settings.resume))
             if problem := save_load.verify(found):
                 raise UserError(problem)
-        elif any(self.checkpoints.glob("iteration-*")):
-            raise UserError(f"{self.checkpoints} holds checkpoints and checkpoint.resume is never: "
-                            "set checkpoint.resume=auto, or another output_dir")
         if found:
             manifest = save_load.load(self.engine, found)
             self.iteration, self.consumed_samples = manifest["iteration"], manifest["consumed_samples"]

@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first = tp.rank * rows
         chunk = max(1, CHUNK_ELEMENTS // rows)
         grad_hidden = torch.empty_like(hidden) if training else None
-        grad_weight = torch.zeros_like(weight) if training else None
+        grad_weight = torch.zeros_like(weight, dtype=upcast(weight[:0]).dtype) if training else None   # summed over chunks
         total = upcast(hidden).new_zeros(())
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -49,8 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probs.scatter_add_(1, index, -(~elsewhere).to(probs.dtype).unsqueeze(1))
                 grad_logits = probs.to(weight.dtype)                    # the mean's 1/N waits for backward: no underflow
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
-                grad_weight.addmm_(grad_logits.T, hidden[part])
-        ctx.tp, ctx.count = tp, hidden.shape[0]
+                grad_weight += grad_logits.T @ hidden[part]
+        ctx.tp, ctx.count, ctx.dtype = tp, hidden.shape[0], weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total / ctx.count
 
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / ctx.count
-        return sum_over(grad_hidden * grad, ctx.tp), grad_weight * grad, None, None, None, None
+        return sum_over(grad_hidden * grad, ctx.tp), (grad_weight * grad).to(ctx.dtype), None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp: Axis) -> Tensor:

@@ -52,7 +52,7 @@ class Engine:
         self.config, self.plan, self.grid = config, plan, grid
         self.device = torch.device(get_accelerator().current_device_name())
         self.settings = engine_settings(config)
-        self.zero_stage: int = self.settings.get("zero_optimization", {}).get("stage", 0)
+        self.zero_stage: int = self.settings["zero_optimization"]["stage"]
         assert config.model.num_kv_heads is not None
         self.sharding = Sharding(grid.tp.size, config.model.num_kv_heads)
         self.loss_scale = LossScale()

@@ -54,7 +54,7 @@ class Telemetry:
     def validation(self, iteration: int, losses: dict[str, float]) -> None:
         self._write({"iteration": iteration, "validation": losses})
         shown = "  ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
-        log.info("%s", f"{iteration:>7d}/{self.iterations}  validation loss  {shown}")
+        log.info("%s", f"{progress(iteration, self.iterations)}  validation loss  {shown}")
         self.restart_clock(iteration)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -81,15 +81,28 @@ def auxiliary_losses(routing: dict[int, dict[str, float]]) -> dict[str, float]:
 
 def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> str:
     """One line that fits 100 columns."""
-    parts = [f"{record['iteration']:>7d}/{iterations}", f"loss {record['lm_loss']:.4f}"]
+    parts = [progress(record["iteration"], iterations), f"loss {record['lm_loss']:.4f}"]
     parts += [f"{name} {value:.2g}" for name, value in record["aux_losses"].items()]
-    parts.append(f"grad {record['grad_norm']:.2f}")
+    norm = record["grad_norm"]
+    parts.append(f"grad {norm:.2f}" if norm < 10 else f"grad {norm:.3g}")
     routed = [layer["routed_fraction"] for layer in record["routing"].values() if "routed_fraction" in layer]
     if routed:
         parts.append(f"routed {sum(routed) / len(routed):.0%}")
-    parts += [f"{record['tokens_per_second']:,.0f} tok/s", f"{record['model_tflops']:.3g} TFLOP/s",
+    parts += [f"{short(record['tokens_per_second'])} tok/s", f"{record['model_tflops']:.3g} TFLOP/s",
               f"left {duration(seconds_left)}"]
     return "  ".join(parts)
+
+
+def progress(iteration: int, iterations: int) -> str:
+    """`  120/50000`, as wide in every line of a run."""
+    return f"{iteration:>{len(str(iterations))}d}/{iterations}"
+
+
+def short(count: float) -> str:
+    """`3,457`, `45.7k`, `1.23M`: three figures or more."""
+    if count < 10_000:
+        return f"{count:,.0f}"
+    return f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
 
 
 def duration(seconds: float) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpora import random_texts
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.train_tokenizer import train_tokenizer
+from tests.data.corpora import random_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.corpora import random_texts
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.merge import merge_datasets
 from megadyn.data.preprocess import batches_of, encode, preprocess
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.errors import UserError
+from tests.data.corpora import random_texts
 
 KINDS = ("bin", "idx", "json")
 byte = partial(load_tokenizer, "byte")

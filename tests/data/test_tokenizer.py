@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.corpora import random_texts
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.data.train_tokenizer import train_tokenizer
 from megadyn.errors import UserError
+from tests.data.corpora import random_texts
 
 AWKWARD = ["", " ", "a , b . don ' t n't", "\r\n\t\0", "é 日本 🙂", "\ufeffx", "x" * 1000]
 
@@ -58,7 +58,7 @@ def test_fingerprint_tells_tokenizers_apart(tokenizer_folder, tmp_path):
 
 
 def test_training_twice_gives_the_same_bytes(tokenizer_folder, tmp_path):
-    script = ("import sys; from pathlib import Path; from data.corpora import random_texts; "
+    script = ("import sys; from pathlib import Path; from tests.data.corpora import random_texts; "
               "from megadyn.data.train_tokenizer import train_tokenizer; "
               "train_tokenizer(random_texts(100), 300, Path(sys.argv[1]))")
     subprocess.run([sys.executable, "-c", script, tmp_path / "again"], check=True, cwd=Path(__file__).parent,

@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tests.oracle import oracle_logits, oracle_loss
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.checkpoint.export import export
 from megadyn.errors import UserError
 from megadyn.training.evaluate import load_network, open_saved
+from tests.oracle import oracle_logits, oracle_loss
+from tests.ranks import run_on_ranks
+from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
 VOCAB = 259
 """Odd, so that two tensor ranks pad it, and above the byte tokenizer's ids."""
@@ -32,7 +32,8 @@ def random_qwen2(folder: Path) -> None:
     """A random Qwen2, and beside it copies that lack a tensor and have one too many."""
     torch.manual_seed(3)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=24, tie_word_embeddings=False, initializer_range=0.2, use_sliding_window=False)).eval()
     for name, param in model.named_parameters():
         if name.endswith("bias"):

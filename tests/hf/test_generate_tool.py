@@ -33,14 +33,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def own_module_cache(tmp_path_factory, monkeypatch):
-    """Copies of the folder's modelling file stay out of the user's home."""
-    path = str(tmp_path_factory.getbasetemp() / "hf_modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", path)
-    monkeypatch.syspath_prepend(path)
-
-
 def run(tool, capsys, *args):
     """(exit status, standard output, standard error)"""
     status = run_tool(lambda: tool.main([str(arg) for arg in args]))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megadyn.parallel import loss
 from megadyn.parallel.loss import linear_cross_entropy, upcast
-from networks import ALONE
+from tests.networks import ALONE
 
 
 def draw(dtype: torch.dtype = torch.float64, vocab: int = 11, rows: int = 11):

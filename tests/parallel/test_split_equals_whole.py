@@ -21,9 +21,9 @@ from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.mappings import copy_to_tp, gather_from_tp, max_over, reduce_from_tp, sum_over
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
-from networks import ALONE, disturb, gradients, make_network, with_routing
-from ranks import run_on_ranks
-from tiny import tiny_config, tiny_tokens
+from tests.networks import ALONE, disturb, gradients, make_network, with_routing
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
 

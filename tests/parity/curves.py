@@ -29,8 +29,9 @@ class Case(NamedTuple):
         return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
-        extras = [word for word, on in (("recompute", self.recompute), ("tied", self.tied), (self.precision, self.precision != "fp32"),
-                                        (f"mb{self.micro_batch}", self.micro_batch > 1)) if on]
+        marks = {"recompute": self.recompute, "tied": self.tied, self.precision: self.precision != "fp32",
+                 f"mb{self.micro_batch}": self.micro_batch > 1}
+        extras = [word for word, on in marks.items() if on]
         return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
 
 

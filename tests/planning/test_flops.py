@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config
 from megadyn.planning.flops import block_flops, head_flops, layer_costs, training_flops
-from networks import make_network, with_routing
-from tiny import tiny_config, tiny_tokens
+from tests.networks import make_network, with_routing
+from tests.tiny import tiny_config, tiny_tokens
 
 BATCH = 3
 

@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.dtf import DecisionLayer
-from networks import gradients, make_network, with_routing
-from tiny import tiny_config, tiny_tokens
+from tests.networks import gradients, make_network, with_routing
+from tests.tiny import tiny_config, tiny_tokens
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 0.1, 1 / 3, 65536 / 7])

@@ -12,8 +12,8 @@ from megadyn.config import Config
 from megadyn.network import Network, routed_layers, set_routing_mode
 from megadyn.routing import dtf
 from megadyn.routing.dtf import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
-from networks import gradients, make_network, with_routing
-from tiny import tiny_config, tiny_tokens
+from tests.networks import gradients, make_network, with_routing
+from tests.tiny import tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
 TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]

@@ -8,9 +8,9 @@ from megadyn.network import routed_layers
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.routing.dtf import DynamicLayer
 from megadyn.training.optimizer import GradientClipper, make_optimizer
-from networks import make_network, with_routing
-from ranks import run_on_ranks
-from tiny import tiny_config, tiny_tokens
+from tests.networks import make_network, with_routing
+from tests.ranks import run_on_ranks
+from tests.tiny import tiny_config, tiny_tokens
 
 
 def test_ranks_agree_on_every_token_and_every_whole_parameter():

@@ -14,8 +14,8 @@ from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.dtf import DecisionLayer, DynamicLayer, Prior, SurpriseRouter, moving_average
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
-from networks import disturb, layer_context, make_network, param_maker, with_routing
-from tiny import tiny_config, tiny_tokens
+from tests.networks import disturb, layer_context, make_network, param_maker, with_routing
+from tests.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
 NAMES = ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")

@@ -17,8 +17,8 @@ from megadyn.training.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from networks import make_network
-from tiny import tiny_config, tiny_tokens
+from tests.networks import make_network
+from tests.tiny import tiny_config, tiny_tokens
 
 RATE, LEAST = 1e-3, 1e-4
 

@@ -16,7 +16,7 @@ from megadyn.training.telemetry import (
     keep_lines_until,
     train_line,
 )
-from tiny import tiny_config
+from tests.tiny import tiny_config
 
 ROUTING = {
     3: {"routed_fraction": 0.5, "threshold": 0.7},
@@ -39,7 +39,7 @@ def record(**changes) -> dict:
 
 def test_a_train_line_shows_what_matters():
     line = train_line(record(), 1000, 7500)
-    assert line == ("    120/1000  loss 3.1416  prior 0.012  grad 0.99  routed 38%  45,679 tok/s  1.23 TFLOP/s  left 2h05m")
+    assert line == (" 120/1000  loss 3.1416  prior 0.012  grad 0.99  routed 38%  45.7k tok/s  1.23 TFLOP/s  left 2h05m")
 
 
 @pytest.mark.parametrize("changes", [

@@ -1,0 +1,129 @@
+"""The main job under real launchers: train, stop by signal, resume, damage, refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.tiny import ROOT
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "megadyn.pretrain"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "megadyn.pretrain"]
+ALONE = [sys.executable, "-m", "megadyn.pretrain"]
+
+
+def launch(command: list[str], config_file: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, str(config_file), *overrides], env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
+                          check=False)
+
+
+def records(config_file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config_file.parent / "out/metrics.jsonl").read_text().splitlines()]
+
+
+def losses(config_file: Path) -> dict[int, float]:
+    return {record["iteration"]: record["lm_loss"] for record in records(config_file) if "lm_loss" in record}
+
+
+def test_launchers_and_topologies_continue_one_run(config_file: Path) -> None:
+    """deepspeed at tensor 2, then torchrun at pipeline 2, then alone: one curve, that of one process straight through."""
+    done = launch(DEEPSPEED, config_file, "parallel.tensor=2", "training.iterations=2")
+    assert done.returncode == 0, done.stderr
+    assert "2/2" in done.stdout
+    for command, overrides in ((TORCHRUN, ["parallel.pipeline=2", "training.iterations=4"]), (ALONE, [])):
+        done = launch(command, config_file, *overrides)
+        assert done.returncode == 0, done.stderr
+        assert "resumed from" in done.stdout
+    resumed = losses(config_file)
+    assert list(resumed) == [1, 2, 3, 4, 5, 6]
+    # The schedule depends on the length of the run; constant, it does not.
+    straight = config_file.parent / "straight"
+    done = launch(ALONE, config_file, f"output_dir={straight}")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((straight / "metrics.jsonl").read_text().splitlines()[1])
+    assert resumed[1] == pytest.approx(first["lm_loss"], rel=1e-5)
+
+
+def test_metrics_hold_the_contract(config_file: Path) -> None:
+    assert launch(ALONE, config_file, "logging.tensorboard=true").returncode == 0
+    found = records(config_file)
+    train = next(record for record in found if "lm_loss" in record)
+    assert set(train) >= {"iteration", "consumed_samples", "consumed_tokens", "lm_loss", "aux_losses", "grad_norm",
+                          "learning_rate", "step_time_ms", "tokens_per_second", "model_tflops", "routing"}
+    assert train["consumed_tokens"] == train["consumed_samples"] * 48
+    assert set(train["routing"]) == {"0", "1", "2", "3"}
+    assert train["routing"]["1"]["routed_fraction"] == 0.5
+    validations = {record["iteration"]: record["validation"] for record in found if "validation" in record}
+    assert set(validations) == {0, 3, 6}
+    assert all(set(validation) == {"topk", "causal"} for validation in validations.values())
+    out = config_file.parent / "out"
+    assert (out / "config.yaml").exists()
+    assert list((out / "tensorboard").iterdir())
+    assert (out / "checkpoints/latest").read_text().strip() == "iteration-00000006"
+
+
+def test_sigterm_saves_and_exits_0(config_file: Path) -> None:
+    command = [*DEEPSPEED, str(config_file), "parallel.tensor=2", "training.iterations=100000", "training.eval_interval=0"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        metrics = config_file.parent / "out/metrics.jsonl"
+        wait_until(lambda: metrics.exists() and '"lm_loss"' in metrics.read_text())
+        ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
+                 if "--local_rank" in " ".join(child.cmdline()) and "launch" not in " ".join(child.cmdline())]
+        assert len(ranks) == 2
+        ranks[0].send_signal(signal.SIGTERM)           # one is enough: all stop after the same step
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM" in output
+    last = max(losses(config_file))
+    assert (config_file.parent / f"out/checkpoints/iteration-{last:08d}/manifest.json").exists()
+
+
+def wait_until(condition: Any, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
+    done = launch(ALONE, config_file, "checkpoint.interval=3")
+    assert done.returncode == 0, done.stderr
+    checkpoints = config_file.parent / "out/checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"iteration-00000003", "iteration-00000006", "latest"}
+
+    done = launch(ALONE, config_file, "model.hidden_size=64")
+    assert done.returncode == 2
+    assert "model.hidden_size is 32 there and 64 here" in done.stderr
+
+    done = launch(ALONE, config_file, "checkpoint.resume=never")
+    assert done.returncode == 2
+    assert "holds checkpoints" in done.stderr
+
+    shard = checkpoints / "iteration-00000006/weights-pp00-tp00-dp00.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = launch(ALONE, config_file, f"checkpoint.resume={checkpoints}/iteration-00000006")
+    assert done.returncode == 2
+    assert "damaged" in done.stderr
+
+    done = launch(ALONE, config_file)        # auto takes the newest good one, and says so
+    assert done.returncode == 0, done.stderr
+    assert "passed over" in done.stdout
+    assert "resumed from" in done.stdout
+    assert "iteration-00000003" in done.stdout
+    assert sorted(losses(config_file)) == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(checkpoints)
