@@ -34,16 +34,28 @@ def in_range(key: str, got: float, low: float, high: float) -> None:
         raise ConfigError(key, got, f"in ({low}, {high}]")
 
 
+CAPACITY = {"dense": 1.0, "dtf": 0.5, "mod": 0.125, "dtrnet": 0.1}
+"""Default capacity of each kind of routing; the keys are the kinds there are."""
+CAUSAL_RULES = {"dense": ("threshold",), "dtf": ("threshold", "predictor"), "mod": ("threshold", "predictor", "bce"),
+                "dtrnet": ("threshold",)}
+"""By kind, the rules that can stand in for top-k; the first is the default. DTRNet's token choice needs none."""
+
+
 @dataclass
 class RoutingConfig:
     kind: str = "dense"
-    """`dense` or `dtf` (Decision / Dynamic pairs of layers)."""
-    capacity: float = 0.5
-    """Share of each sequence's tokens that a routed layer processes under top-k, in (0, 1]."""
+    """`dense`, `dtf` (Decision / Dynamic pairs of layers), `mod` (Mixture-of-Depths), `dtrnet` (attention or bypass)."""
+    capacity: float | None = None
+    """Share of each sequence's tokens that a routed layer processes under top-k, in (0, 1]; by kind: see CAPACITY."""
+    layout: str | None = None
+    """Which layers are routed: `bilayer` (every second; the default), `zero_attn` (all), `four_attn` (all but 1, 2, L/2,
+    L/2 + 1), or a pattern of T (dense) and D (routed) such as `TDTD` or `T2D14`. DTF's pairs are fixed."""
     causal: str = "threshold"
-    """The rule that stands in for top-k where the future is unknown: `threshold`."""
+    """The rule that stands in for top-k where the future is unknown: `threshold`, `predictor`, or MoD's `bce`."""
     threshold_momentum: float = 0.99
     """Momentum, per training step, of the running average that becomes the threshold."""
+    predictor_loss_weight: float = 0.01
+    """Weight of the predictor's binary cross-entropy against the top-k choice; it reaches the predictor alone."""
     ma_window: int = 100
     """DTF: tokens in the moving average of the static surprise."""
     prior_factor: float = 0.0625
@@ -53,17 +65,70 @@ class RoutingConfig:
     beta_cu_init: float = -0.6
     ce_offset_init: float = 1.025
     cu_multiplier_init: float = 1.1
+    gate: str = "sigmoid"
+    """MoD: what a token's update is multiplied by: `sigmoid` of its logit, or the logit itself (`identity`)."""
+    bce_loss_weight: float = 0.01
+    """MoD: binary cross-entropy of the logit against the top-k choice."""
+    z_loss_weight: float = 1e-4
+    """MoD: mean squared logit."""
+    router_type: str = "token_choice"
+    """DTRNet: `token_choice` (each token attends iff it prefers to) or `expert_choice` (top-k by `capacity`)."""
+    aux_loss_lambda: float = 8e-4
+    """DTRNet: weight of the load-weighted attention loss."""
+    aux_loss_warmup: int = 0
+    """DTRNet: steps over which that weight rises from 0."""
+    safe_min_attn_ratio: float = 0.05
+    """DTRNet token choice, in training: at least this share of a sequence attends; 0 turns it off."""
+    jitter: float = 0.0
+    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter]."""
+    entropy_bonus: float = 0.0
+    """DTRNet: weight of the router's entropy, which training then raises."""
 
     def check(self) -> None:
-        one_of("model.routing.kind", self.kind, ("dense", "dtf"))
+        one_of("model.routing.kind", self.kind, tuple(CAPACITY))
+        if self.capacity is None:
+            self.capacity = CAPACITY[self.kind]
         in_range("model.routing.capacity", self.capacity, 0, 1)
-        one_of("model.routing.causal", self.causal, ("threshold",))
+        one_of(f"model.routing.causal with model.routing.kind = {self.kind}", self.causal, CAUSAL_RULES[self.kind])
+        one_of("model.routing.gate", self.gate, ("sigmoid", "identity"))
+        one_of("model.routing.router_type", self.router_type, ("token_choice", "expert_choice"))
+        if self.layout is not None and self.kind not in ("mod", "dtrnet"):
+            raise ConfigError("model.routing.layout", self.layout, f"left out with model.routing.kind = {self.kind}")
         if not 0 <= self.threshold_momentum < 1:
             raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
         at_least("model.routing.ma_window", self.ma_window, 1)
         in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
-        at_least("model.routing.prior_loss_weight", self.prior_loss_weight, 0)
-        at_least("model.routing.ce_offset_init", self.ce_offset_init, 0)      # its logarithm is taken
+        # ce_offset's logarithm is taken.
+        for name in ("prior_loss_weight", "predictor_loss_weight", "bce_loss_weight", "z_loss_weight", "aux_loss_lambda",
+                     "aux_loss_warmup", "entropy_bonus", "ce_offset_init"):
+            at_least(f"model.routing.{name}", getattr(self, name), 0)
+        for name in ("safe_min_attn_ratio", "jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
+
+    @property
+    def uses_threshold(self) -> bool:
+        """Whether top-k routing here needs a running threshold for its causal form."""
+        return self.kind != "dense" and self.causal == "threshold" and not self.is_token_choice
+
+    @property
+    def is_token_choice(self) -> bool:
+        return self.kind == "dtrnet" and self.router_type == "token_choice"
+
+
+def expand_layout(layout: str, num_layers: int) -> str:
+    """A layout as one letter a layer: T dense, D routed. ConfigError unless it describes `num_layers` layers."""
+    half = num_layers // 2
+    named = {"bilayer": ("TD" * num_layers)[:num_layers], "zero_attn": "D" * num_layers,
+             "four_attn": "".join("T" if i in (0, 1, half - 1, half) else "D" for i in range(num_layers))}
+    if layout in named:
+        return named[layout]
+    runs = re.findall(r"([TD])(\d*)", layout)
+    pattern = "".join(letter * int(count or 1) for letter, count in runs)
+    if "".join(letter + count for letter, count in runs) != layout or len(pattern) != num_layers:
+        raise ConfigError("model.routing.layout", layout, f"{', '.join(named)}, or letters T and D with counts, such as T2D14, "
+                          f"for model.num_layers = {num_layers} layers")
+    return pattern
 
 
 @dataclass
@@ -88,6 +153,8 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     normalization: str = "pre"
+    """`pre`; `lns` (pre-norms scaled by 1/sqrt(layer), arXiv 2502.05795); `hybridnorm` (norms on q, k, v and after attention,
+    arXiv 2503.04598)."""
     attention: str = "auto"
     """Attention backend: `auto`, `flash` (the flash-attn package) or `sdpa` (torch's own)."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
@@ -109,13 +176,15 @@ class ModelConfig:
             raise ConfigError("model.head_dim", self.head_dim, "even, because rotary positions turn pairs")
         if self.ffn_size is None:
             self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
-        one_of("model.normalization", self.normalization, ("pre",))
+        one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
         one_of("model.attention", self.attention, ("auto", "flash", "sdpa"))
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         in_range("model.rope_theta", self.rope_theta, 1, math.inf)
         at_least("model.init_std", self.init_std, 0)
         if self.routing.kind == "dtf" and self.num_layers < 2:
             raise ConfigError("model.num_layers", self.num_layers, "at least 2 with model.routing.kind = dtf (pairs of layers)")
+        if self.routing.kind != "dense" and set(self.layer_types) == {"dense"}:
+            raise ConfigError("model.routing.layout", self.routing.layout, f"one with a routed layer (D) among {self.num_layers}")
 
     @property
     def layer_types(self) -> list[str]:
@@ -123,7 +192,10 @@ class ModelConfig:
         if self.routing.kind == "dtf":
             pairs = ["dtf_decision", "dtf_dynamic"] * (self.num_layers // 2)
             return pairs + ["dense"] * (self.num_layers % 2)
-        return ["dense"] * self.num_layers
+        if self.routing.kind == "dense":
+            return ["dense"] * self.num_layers
+        layout = expand_layout(self.routing.layout or "bilayer", self.num_layers)
+        return ["dense" if letter == "T" else self.routing.kind for letter in layout]
 
     @property
     def prior_size(self) -> int:

@@ -10,14 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
-from megadyn.model.block import DenseLayer, LayerContext, Stream
+from megadyn.model.block import DenseLayer, Layer, LayerContext, Stream
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.linear import VocabParallelEmbedding
 from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.mappings import copy_to_tp, gather_from_tp
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.choice import CausalRouter
 from megadyn.routing.dtf import DecisionLayer, DynamicLayer
+from megadyn.routing.dtrnet import DtrLayer
+from megadyn.routing.load import AttentionLoad
+from megadyn.routing.mod import ModLayer
 
 
 class Embed(VocabParallelEmbedding):
@@ -69,12 +74,18 @@ class Part(NamedTuple):
     arguments: tuple[Any, ...]
 
 
+RoutedLayer = DecisionLayer | DynamicLayer | ModLayer | DtrLayer
+
+KINDS: dict[str, type[Layer]] = {"dense": DenseLayer, "dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer,
+                                 "mod": ModLayer, "dtrnet": DtrLayer}
+"""By the names in `ModelConfig.layer_types`."""
+
+
 def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
     """The whole model, first to last, before anything is allocated."""
     model, make = ctx.model, ctx.make
-    kinds: dict[str, tuple[type[nn.Module], tuple[Any, ...]]] = {
-        "dense": (DenseLayer, ()), "dtf_decision": (DecisionLayer, (loss_scale,)), "dtf_dynamic": (DynamicLayer, ())}
-    layers = [Part(kinds[kind][0], (ctx, index, *kinds[kind][1])) for index, kind in enumerate(model.layer_types)]
+    layers = [Part(KINDS[kind], (ctx, index) if kind == "dense" else (ctx, index, loss_scale))
+              for index, kind in enumerate(model.layer_types)]
     return [Part(Embed, (model, make)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
 
 
@@ -97,13 +108,28 @@ class Network(nn.Module):
         return self.head(stream, labels)
 
 
-def routed_layers(module: nn.Module) -> list[DecisionLayer | DynamicLayer]:
+def routed_layers(module: nn.Module) -> list[RoutedLayer]:
     """Layers of this stage that keep routing statistics, in order."""
-    return [layer for layer in module.modules() if isinstance(layer, (DecisionLayer, DynamicLayer))]
+    return [layer for layer in module.modules() if isinstance(layer, RoutedLayer)]
 
 
-def set_routing_mode(layers: Sequence[nn.Module], mode: str) -> None:
-    """`topk` or `causal` in every layer that chooses tokens."""
+def set_routing_mode(layers: Sequence[RoutedLayer], mode: str) -> None:
+    """`topk` or `causal` in every layer that chooses by top-k."""
     for layer in layers:
-        if isinstance(layer, DynamicLayer):
-            layer.mode = mode
+        if (router := causal_router_of(layer)) is not None:
+            router.mode = mode
+
+
+def causal_router_of(layer: RoutedLayer) -> CausalRouter | None:
+    return None if isinstance(layer, DecisionLayer) else layer.causal_router
+
+
+def thresholds_of(layers: Sequence[RoutedLayer]) -> dict[int, RunningThreshold]:
+    """The running thresholds of these layers, by layer."""
+    routers = {layer.index: causal_router_of(layer) for layer in layers}
+    return {index: router.threshold for index, router in routers.items() if router is not None and router.threshold is not None}
+
+
+def loads_of(layers: Sequence[RoutedLayer]) -> dict[int, AttentionLoad]:
+    """DTRNet's attention loads, by layer."""
+    return {layer.index: layer.load for layer in layers if isinstance(layer, DtrLayer)}

@@ -58,5 +58,5 @@ def part_for(source: TensorSource, name: str, sharding: Sharding, rank: int) -> 
 def thresholds(manifest: dict[str, Any]) -> dict[int, RunningThreshold]:
     """The running thresholds of a checkpoint, by layer."""
     momentum = manifest["model"]["routing"]["threshold_momentum"]
-    return {int(layer): RunningThreshold(momentum, torch.tensor(average), steps)
-            for layer, (average, steps) in manifest["thresholds"].items()}
+    return {int(layer): RunningThreshold(momentum, torch.tensor(state["average"]), state["steps"])
+            for layer, state in manifest["thresholds"].items()}

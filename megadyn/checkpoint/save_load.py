@@ -24,13 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megadyn.checkpoint import layout
-from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, thresholds
+from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log
+from megadyn.network import loads_of, thresholds_of
 from megadyn.parallel.params import component, counts_here, name_of
-from megadyn.routing.dtf import DynamicLayer
 
 if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
     from megadyn.training.engine import Engine
@@ -41,7 +41,7 @@ FREE_TO_CHANGE = {"attention", "max_position"}
 DATA_ORDER = ("seed", "sequence_length")
 """Keys of the training section that decide which samples come in which order."""
 HF_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "rope_theta",
-            "norm_eps", "qkv_bias", "tie_embeddings")
+            "norm_eps", "qkv_bias", "tie_embeddings", "normalization")
 """Keys of the model section that a Hugging Face folder must share with the configuration."""
 
 
@@ -139,7 +139,7 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int)
     _together(lambda: _fresh_folder(temporary) if dist.get_rank() == 0 else None, temporary)
     try:
         shards = _together(lambda: _write_shards(engine, temporary), temporary)
-        states = [state for state in _all_gather(_routing_state(engine)) if state]
+        stages = [state for state in _all_gather(_routing_state(engine)) if state]
         manifest = {
             "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
             "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
@@ -148,7 +148,7 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int)
             "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
             "optimizer_steps": OptimizerAccess(engine).steps,
             "loss_scaler": engine.loss_scaler_state(),
-            "thresholds": {index: state for record in states for index, state in record.items()},
+            **{kind: {index: state for stage in stages for index, state in stage[kind].items()} for kind in TRACKERS},
             "files": {name: digest for shard in shards for name, digest in shard.items()},
         }
         _together(lambda: _finish(manifest, engine.config, temporary, final) if dist.get_rank() == 0 else None, temporary)
@@ -191,12 +191,15 @@ def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
     return written
 
 
-def _routing_state(engine: "Engine") -> dict[str, list[float]]:
-    """Running thresholds by layer, from one rank of each stage."""
+TRACKERS: dict[str, Any] = {"thresholds": thresholds_of, "loads": loads_of}
+
+
+def _routing_state(engine: "Engine") -> dict[str, dict[str, dict[str, float]]]:
+    """What routed layers carry from step to step, by its name and layer, from one rank of each stage."""
     if engine.grid.tp.rank or engine.grid.dp.rank:
         return {}
-    return {str(layer.index): [float(layer.threshold.average), layer.threshold.steps]
-            for layer in engine.routed if isinstance(layer, DynamicLayer)}
+    return {kind: {str(index): tracker.state() for index, tracker in found(engine.routed).items()}
+            for kind, found in TRACKERS.items()}
 
 
 def load(engine: "Engine", folder: Path) -> dict[str, Any]:
@@ -209,11 +212,9 @@ def load(engine: "Engine", folder: Path) -> dict[str, Any]:
     set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
-    saved = thresholds(manifest)
-    for layer in engine.routed:
-        if isinstance(layer, DynamicLayer):
-            layer.threshold = saved[layer.index]
-            layer.threshold.average = layer.threshold.average.to(engine.device)
+    for kind, found in TRACKERS.items():
+        for index, tracker in found(engine.routed).items():
+            tracker.set_state(manifest[kind][str(index)], engine.device)
     return manifest
 
 

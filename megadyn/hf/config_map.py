@@ -18,19 +18,28 @@ DENSE_TYPES = ("qwen2", "llama", "mistral")
 
 def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json of a megadyn export."""
-    routing = model.routing
-    described: dict[str, Any] = {"kind": routing.kind}
-    if routing.kind == "dtf":
-        described |= {"capacity": routing.capacity, "ma_window": routing.ma_window, "prior_size": model.prior_size,
-                      "prior_factor": routing.prior_factor, "gate": "score", "router_type": "surprise",
-                      "causal": routing.causal, "threshold_momentum": routing.threshold_momentum}
     return {
         "model_type": "megadyn", "architectures": ["MegadynForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_megadyn.MegadynConfig",
                      "AutoModelForCausalLM": "modeling_megadyn.MegadynForCausalLM"},
         **_shared_fields(model, dtype),
-        "normalization": model.normalization, "routing_mode": "causal", "layer_types": model.layer_types, "routing": described,
+        "normalization": model.normalization, "routing_mode": "causal", "layer_types": model.layer_types,
+        "routing": _to_hf_routing(model),
     }
+
+
+def _to_hf_routing(model: ModelConfig) -> dict[str, Any]:
+    routing = model.routing
+    if routing.kind == "dense":
+        return {"kind": "dense"}
+    common = {"kind": routing.kind, "capacity": routing.capacity, "causal": routing.causal,
+              "threshold_momentum": routing.threshold_momentum}
+    if routing.kind == "dtf":
+        return common | {"ma_window": routing.ma_window, "prior_size": model.prior_size, "prior_factor": routing.prior_factor,
+                         "gate": "score", "router_type": "surprise"}
+    if routing.kind == "mod":
+        return common | {"gate": routing.gate, "router_type": "linear"}
+    return common | {"router_type": routing.router_type, "causal": "token_choice" if routing.is_token_choice else routing.causal}
 
 
 def to_qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -60,12 +69,23 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     values = {ours: config[theirs] for ours, theirs in FIELDS.items() if config.get(theirs) is not None}
     values["qkv_bias"] = kind == "qwen2" or bool(config.get("attention_bias"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    model = ModelConfig(**values, rope_theta=float(theta), routing=_from_hf_routing(config.get("routing", {})))
+    model = ModelConfig(**values, rope_theta=float(theta), normalization=config.get("normalization", "pre"),
+                        routing=_from_hf_routing(config.get("routing", {}), config.get("layer_types", [])))
     model.routing.check()
     model.check()
     return model
 
 
-def _from_hf_routing(routing: dict[str, Any]) -> RoutingConfig:
-    known = ("kind", "capacity", "ma_window", "prior_factor", "causal", "threshold_momentum")
-    return RoutingConfig(**{key: routing[key] for key in known if key in routing})
+def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> RoutingConfig:
+    kind = routing.get("kind", "dense")
+    known = {"dense": (), "dtf": ("capacity", "causal", "threshold_momentum", "ma_window", "prior_factor"),
+             "mod": ("capacity", "causal", "threshold_momentum", "gate"),
+             "dtrnet": ("capacity", "causal", "threshold_momentum", "router_type")}
+    if kind not in known:
+        raise UserError(f"routing.kind {kind!r} in config.json: must be one of {', '.join(known)}")
+    values = {key: routing[key] for key in known[kind] if key in routing}
+    if values.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
+        del values["causal"]
+    if kind in ("mod", "dtrnet"):
+        values["layout"] = "".join("T" if layer == "dense" else "D" for layer in layer_types)
+    return RoutingConfig(kind=kind, **values)

@@ -2,37 +2,65 @@
 
 Qwen2's fields, and four of its own:
 
-    normalization   where the RMSNorms stand: `pre`
+    normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
+                    square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
     routing_mode    how routed layers choose their tokens: `causal` (usable for generation) or `topk`
-    layer_types     per layer: `dense`, `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are neighbours)
-    routing         a dict; keys by its `kind`:
-        dense         none
-        dtf           capacity    share of a sequence's tokens that a dynamic layer processes under top-k, in (0, 1]
-                      ma_window   tokens in the moving average of the static surprise
-                      prior_size  inner width of the prior's feed-forward
-                      gate, router_type, causal   `score`, `surprise`, `threshold`: the only ones there are
-                      any other key is a record of the training run and changes nothing here
+    layer_types     per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
+                    neighbours); for mod `mod`; for dtrnet `dtrnet`
+    routing         a dict; keys by its `kind`, the first value of each being the default:
+        dense         router_type   none
+        dtf           capacity      share of a sequence's tokens that a layer processes under top-k, in (0, 1]
+                      ma_window     tokens in the moving average of the static surprise
+                      prior_size    inner width of the prior's feed-forward
+                      gate          score
+                      router_type   surprise
+                      causal        threshold | predictor
+        mod           capacity      as in dtf
+                      gate          sigmoid | identity: what of the router's logit scales the layer's output
+                      router_type   linear
+                      causal        threshold | predictor | bce
+        dtrnet        router_type   token_choice | expert_choice
+                      capacity      as in dtf; only expert_choice has it
+                      causal        of token_choice: token_choice; of expert_choice: threshold
+    Any other key of `routing` is a record of the training run and changes nothing here.
 """
 
 from dataclasses import field
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
-LAYER_TYPES: dict[str, tuple[str, ...]] = {"dense": ("dense",), "dtf": ("dense", "dtf_decision", "dtf_dynamic")}
+LAYER_TYPES: dict[str, tuple[str, ...]] = {
+    "dense": ("dense",),
+    "dtf": ("dense", "dtf_decision", "dtf_dynamic"),
+    "mod": ("dense", "mod"),
+    "dtrnet": ("dense", "dtrnet"),
+}
 """By kind of routing, what a layer can be."""
+
+NORMALIZATIONS = ("pre", "lns", "hybridnorm")
 
 ROUTING_MODES = ("causal", "topk")
 
-REQUIRED: dict[str, tuple[str, ...]] = {"dense": (), "dtf": ("capacity", "ma_window", "prior_size")}
-"""By kind of routing, the keys of `routing` that the weights alone do not tell."""
 
-CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
-    "dense": {},
-    "dtf": {"gate": ("score",), "router_type": ("surprise",), "causal": ("threshold",)},
+class Router(NamedTuple):
+    """What the keys of `routing` must be."""
+
+    required: tuple[str, ...] = ()      # numbers that the weights alone do not tell
+    choices: dict[str, tuple[str, ...]] = {}      # keys with a fixed set of values; the first is the default
+
+
+ROUTERS: dict[str, dict[str, Router]] = {
+    "dense": {"none": Router()},
+    "dtf": {"surprise": Router(("capacity", "ma_window", "prior_size"),
+                               {"gate": ("score",), "causal": ("threshold", "predictor")})},
+    "mod": {"linear": Router(("capacity",),
+                             {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")})},
+    "dtrnet": {"token_choice": Router((), {"causal": ("token_choice",)}),
+               "expert_choice": Router(("capacity",), {"causal": ("threshold",)})},
 }
-"""By kind of routing, the keys with a fixed set of values; the first is the default."""
+"""By `kind`, then by `router_type`, whose default is the first."""
 
 
 def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
@@ -40,21 +68,34 @@ def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
 
 
+def check_number(key: str, value: Any) -> None:
+    if key == "capacity":
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise ValueError(f"routing.capacity = {value!r}: must be a number in (0, 1]")
+    elif type(value) is not int or value < 1:
+        raise ValueError(f"routing.{key} = {value!r}: must be a whole number, at least 1")
+
+
 def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
     """`routing` with its defaults filled in; ValueError for what this file cannot run."""
     kind: str = routing.get("kind", "")
-    one_of("routing.kind", kind, tuple(LAYER_TYPES))
-    if missing := [key for key in REQUIRED[kind] if key not in routing]:
-        raise ValueError(f"routing.{missing[0]} is missing: routing.kind = {kind} needs {', '.join(REQUIRED[kind])}")
-    for key, allowed in CHOICES[kind].items():
-        one_of(f"routing.{key}", routing.get(key, allowed[0]), allowed)
-    if kind == "dtf":
-        if not 0 < routing["capacity"] <= 1:
-            raise ValueError(f"routing.capacity = {routing['capacity']!r}: must be in (0, 1]")
-        for key in ("ma_window", "prior_size"):
-            if not (isinstance(routing[key], int) and routing[key] >= 1):
-                raise ValueError(f"routing.{key} = {routing[key]!r}: must be a whole number, at least 1")
-    return {key: allowed[0] for key, allowed in CHOICES[kind].items()} | routing
+    one_of("routing.kind", kind, tuple(ROUTERS))
+    router_type: str = routing.get("router_type", next(iter(ROUTERS[kind])))
+    one_of(f"routing.router_type with routing.kind = {kind}", router_type, tuple(ROUTERS[kind]))
+    router = ROUTERS[kind][router_type]
+    what = f"routing.kind = {kind} with router_type = {router_type}"
+    if missing := [key for key in router.required if key not in routing]:
+        raise ValueError(f"routing.{missing[0]} is missing: {what} needs {', '.join(router.required)}")
+    for key, allowed in router.choices.items():
+        one_of(f"routing.{key} with router_type = {router_type}", routing.get(key, allowed[0]), allowed)
+    for key in router.required:
+        check_number(key, routing[key])
+    return {"router_type": router_type} | {key: allowed[0] for key, allowed in router.choices.items()} | routing
+
+
+def has_topk(routing: dict[str, Any]) -> bool:
+    """Whether layers can choose by top-k; where they cannot, the two routing modes are one."""
+    return "capacity" in ROUTERS[routing["kind"]][routing["router_type"]].required
 
 
 def check_layer_types(layer_types: list[str], kind: str, num_layers: int) -> None:
@@ -112,7 +153,7 @@ class MegadynConfig(PretrainedConfig):
             self.layer_types = self.layer_types or ["dense"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         one_of("hidden_act", self.hidden_act, ("silu",))
-        one_of("normalization", self.normalization, ("pre",))
+        one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
         one_of("rope_parameters.rope_type", (self.rope_parameters or {}).get("rope_type"), ("default",))
         if self.num_attention_heads % self.num_key_value_heads:

@@ -1,14 +1,16 @@
 """The exported model: a Qwen2-style transformer whose routed layers process only some of the tokens.
 
 Stand-alone: shipped beside the weights with `configuration_megadyn.py`, imports nothing of megadyn. The mathematics
-is megadyn's design/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Qwen2.
+is megadyn's design/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Mixture-of-Depths
+(arXiv 2404.02258), DTRNet (2509.00925), LayerNorm Scaling (2502.05795), HybridNorm (2503.04598), Qwen2.
 
 One idea carries the file: tokens are PACKED. At the entrance each row's real tokens are pushed to the left, which
 removes the padding; at each routed layer the chosen ones are pushed to the left again. In a packed row plain causal
 attention is right whatever was left out, each token keeps its original position for RoPE, and a layer's cache holds
 the packed tokens of each row: those that the layer processed, and nothing for the others.
 
-A new kind of layer is a subclass of DenseLayer in LAYERS, and its keys in the configuration's tables.
+A new kind of layer is a subclass of DenseLayer or RoutedLayer in LAYERS, a new causal rule a class in CAUSAL_RULES;
+their keys go in the configuration's tables.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -27,7 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .configuration_megadyn import ROUTING_MODES, MegadynConfig, one_of
+from .configuration_megadyn import ROUTING_MODES, MegadynConfig, has_topk, one_of
 
 # ---- packing -------------------------------------------------------------------------------------
 
@@ -50,18 +52,19 @@ def pack(mask_BT: Tensor, least: int = 0) -> Packed:
 
 
 def take(x: Tensor, packed: Packed) -> Tensor:
-    """[B, T] -> [B, C], or [B, T, D] -> [B, C, D]."""
-    return x.gather(1, _index_like(x, packed))
+    """[B, T, ...] -> [B, C, ...]."""
+    return x.gather(1, _over_columns(packed.index_BC, x).expand(-1, -1, *x.shape[2:]))
 
 
 def put_back(base: Tensor, packed: Packed, x: Tensor) -> Tensor:
     """`base` [B, T, ...] with its packed tokens replaced by `x` [B, C, ...]."""
-    valid = packed.valid_BC if base.dim() == 2 else packed.valid_BC.unsqueeze(-1)
-    return base.scatter(1, _index_like(base, packed), torch.where(valid, x, take(base, packed)))
+    new = torch.where(_over_columns(packed.valid_BC, x), x, take(base, packed))
+    return base.scatter(1, _over_columns(packed.index_BC, x).expand_as(x), new)
 
 
-def _index_like(x: Tensor, packed: Packed) -> Tensor:
-    return packed.index_BC if x.dim() == 2 else packed.index_BC.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+def _over_columns(per_column_BC: Tensor, x: Tensor) -> Tensor:
+    """[B, C] with as many dimensions as `x` [B, C or T, ...]."""
+    return per_column_BC.view(*per_column_BC.shape, *[1] * (x.dim() - 2))
 
 
 def best_of_each_row(score_BC: Tensor, tokens: Packed, capacity: float) -> Tensor:
@@ -235,14 +238,14 @@ def attend(q_BCHK: Tensor, k_BPGK: Tensor, v_BPGK: Tensor, mask_BCP: Tensor | No
 
 
 class MegadynRMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.scale = eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
         y = wide(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        y = y * (self.scale * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps))
         return self.weight * y.to(x.dtype)
 
 
@@ -256,18 +259,29 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.heads_per_value = q_size // kv_size
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        hybrid = config.normalization == "hybridnorm"
+        self.q_norm, self.k_norm, self.v_norm = (
+            MegadynRMSNorm(self.head_size, config.rms_norm_eps) if hybrid else nn.Identity() for _ in range(3))
 
-    def forward(self, x_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None) -> Tensor:
+    def values(self, x_BCD: Tensor) -> Tensor:
+        """V(x) [B, C, G, K]."""
+        return self.v_norm(self.v_proj(x_BCD).unflatten(-1, (-1, self.head_size)))
+
+    def mix(self, x_BCD: Tensor, v_BCGK: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
+            cache: LayerCache | None) -> Tensor:
+        """Each head's average of values [B, C, H, K], the output projection's input."""
         heads = (-1, self.head_size)
-        q_BCHK = rotate(self.q_proj(x_BCD).unflatten(-1, heads), cos_BCK, sin_BCK)
-        k_BPGK = rotate(self.k_proj(x_BCD).unflatten(-1, heads), cos_BCK, sin_BCK)
-        v_BPGK = self.v_proj(x_BCD).unflatten(-1, heads)
-        mask_BCP = None
+        q_BCHK = rotate(self.q_norm(self.q_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
+        k_BPGK = rotate(self.k_norm(self.k_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
+        v_BPGK, mask_BCP = v_BCGK, None
         if cache is not None:
             k_BPGK, v_BPGK, mask_BCP = cache.append(k_BPGK, v_BPGK, tokens)
-        out_BCHK = attend(q_BCHK, k_BPGK, v_BPGK, mask_BCP, self.config._attn_implementation)
-        return self.o_proj(out_BCHK.flatten(2))
+        return attend(q_BCHK, k_BPGK, v_BPGK, mask_BCP, self.config._attn_implementation)
+
+    def forward(self, x_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None) -> Tensor:
+        return self.o_proj(self.mix(x_BCD, self.values(x_BCD), cos_BCK, sin_BCK, tokens, cache).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -285,31 +299,147 @@ class DenseLayer(nn.Module):
     """Every token goes through attention and feed-forward."""
 
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]      # both are set by PreTrainedModel
+    _gradient_checkpointing_func: Callable[..., Tensor]      # both are set by PreTrainedModel
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        """`number` of the layer in the model, from 1."""
+        super().__init__()
+        self.is_hybrid = config.normalization == "hybridnorm"
+        scale = 1 / math.sqrt(number) if config.normalization == "lns" else 1.0
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = (
+            nn.Identity() if self.is_hybrid else MegadynRMSNorm(config.hidden_size, config.rms_norm_eps, scale))
+        self.post_attention_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps, scale)
+
+    def process(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None) -> Tensor:
+        """h + Block(h)."""
+        return self.add_mlp(h_BCD + self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, tokens, cache))
+
+    def add_mlp(self, u_BCD: Tensor) -> Tensor:
+        x_BCD = self.post_attention_layernorm(u_BCD)
+        return (x_BCD if self.is_hybrid else u_BCD) + self.mlp(x_BCD)
+
+    def run(self, process: Callable[..., Tensor], *inputs: Any, cache: LayerCache | None) -> Tensor:
+        """`process`, recomputed in the backward pass if asked for. Tokens are chosen outside: they are never chosen again."""
+        if self.gradient_checkpointing and self.training and cache is None:
+            return self._gradient_checkpointing_func(process, *inputs, None)
+        return process(*inputs, cache)
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        h_BCD = self.run(self.process, stream.hidden_BCD, context.cos_BCK, context.sin_BCK, context.tokens, cache=cache)
+        return Stream(h_BCD), Routing(context.tokens.valid_BC)
+
+
+# ---- choosing tokens -----------------------------------------------------------------------------
+
+
+class Float32Module(nn.Module):
+    """Keeps its tensors in float32 through `.half()` and `.bfloat16()`: a rounded threshold routes other tokens."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
+        def moved(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+
+        return super()._apply(moved, recurse)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In float32 under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(wide(x), weight, bias)
+
+
+class WideLinear(Float32Module, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight, self.bias)
+
+
+class FixedLinear(Float32Module):
+    """No bias, and no parameter: nothing here trains it, and distributed training may not leave a parameter out."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, out_size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_size, size, dtype=torch.float32))
+
+    def reset_parameters(self, std: float) -> None:
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight)
+
+
+class ThresholdRule(Float32Module):
+    """Causal stand-in for top-k: a token is routed if its score reaches the threshold."""
+
+    threshold: Tensor
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
 
-    def branches(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
-                 cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """What attention and feed-forward add to h; their sum is Block(h)."""
-        attention = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, tokens, cache)
-        return attention, self.mlp(self.post_attention_layernorm(h_BCD + attention))
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.threshold)
 
-    def run(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
-            cache: LayerCache | None) -> tuple[Tensor, Tensor]:
-        """`branches`, recomputed in the backward pass if asked for. `tokens` is chosen outside: it is never chosen again."""
-        if self.gradient_checkpointing and self.training and cache is None:
-            return self._gradient_checkpointing_func(self.branches, h_BCD, cos_BCK, sin_BCK, tokens, None)
-        return self.branches(h_BCD, cos_BCK, sin_BCK, tokens, cache)
+    def forward(self, score_BT: Tensor, h_BTD: Tensor) -> Tensor:
+        return score_BT >= self.threshold
 
-    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        attention, mlp = self.run(stream.hidden_BCD, context.cos_BCK, context.sin_BCK, context.tokens, cache)
-        return Stream(stream.hidden_BCD + attention + mlp), Routing(context.tokens.valid_BC)
+
+class PredictorRule(nn.Module):
+    """Causal stand-in for top-k: a small network that was trained to tell which tokens top-k takes."""
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__()
+        self.fc1 = FixedLinear(config.hidden_size, config.hidden_size // 2)
+        self.fc2 = FixedLinear(config.hidden_size // 2, 1)
+
+    def forward(self, score_BT: Tensor, h_BTD: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(h_BTD.detach()))).squeeze(-1).sigmoid() >= 0.5
+
+
+class ConstantRule(nn.Module):
+    """A token is routed if its score exceeds a constant: MoD's logit trained by cross-entropy, DTRNet's token choice."""
+
+    LIMITS = {"bce": 0.0, "token_choice": 0.5}
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__()
+        self.limit = self.LIMITS[config.routing["causal"]]
+
+    def forward(self, score_BT: Tensor, h_BTD: Tensor) -> Tensor:
+        return score_BT > self.limit
+
+
+CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule, "bce": ConstantRule, "token_choice": ConstantRule}
+
+
+class RoutedLayer(DenseLayer):
+    """Only chosen tokens are processed, and attend to each other; the rest pass."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.capacity = config.routing.get("capacity")
+        self.causal_router = CAUSAL_RULES[config.routing["causal"]](config)
+
+    def choose(self, score_BT: Tensor, h_BTD: Tensor, context: Context) -> Tensor:
+        if context.topk:
+            return best_of_each_row(score_BT, context.tokens, cast(float, self.capacity))
+        return self.causal_router(score_BT, h_BTD) & context.tokens.valid_BC
+
+    def route(self, h_BTD: Tensor, score_BT: Tensor, gate_BT: Tensor, context: Context,
+              cache: LayerCache | None) -> tuple[Stream, Routing]:
+        """h + gate * Block(h) for the tokens that the score selects, h for the rest."""
+        routing = Routing(self.choose(score_BT.detach(), h_BTD, context), score_BT.detach())
+        chosen = pack(routing.processed_BC)
+        if not any(chosen.counts):
+            return Stream(h_BTD), routing
+        h_BCD, cos_BCK, sin_BCK = (take(x, chosen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))
+        block_BCD = self.run(self.process, h_BCD, cos_BCK, sin_BCK, chosen, cache=cache) - h_BCD
+        h_BCD = h_BCD + take(gate_BT, chosen).unsqueeze(-1) * block_BCD
+        return Stream(put_back(h_BTD, chosen, h_BCD.type_as(h_BTD))), routing
 
 
 # ---- DTF -----------------------------------------------------------------------------------------
@@ -324,17 +454,6 @@ class Prior(SwiGLU):
 
     def forward(self, h: Tensor) -> Tensor:
         return super().forward(self.norm(h))
-
-
-class Float32Module(nn.Module):
-    """Keeps its tensors in float32 through `.half()` and `.bfloat16()`: a rounded threshold routes other tokens."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":
-        def moved(x: Tensor) -> Tensor:
-            y = fn(x)
-            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
-
-        return super()._apply(moved, recurse)
 
 
 class SurpriseRouter(Float32Module):
@@ -360,22 +479,6 @@ class SurpriseRouter(Float32Module):
         return s_ce + s_cu - s_ce * s_cu
 
 
-class ThresholdRule(Float32Module):
-    """Causal stand-in for top-k: a token is routed if its score reaches the threshold."""
-
-    threshold: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("threshold", torch.empty(1, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.threshold)
-
-    def forward(self, score_BC: Tensor) -> Tensor:
-        return score_BC >= self.threshold
-
-
 def moving_average(value_BC: Tensor, window: int, context: Context, cache: LayerCache | None) -> Tensor:
     """Mean of the last `window` values including the own; before a row's start its first value counts."""
     history_BW = value_BC[:, :1].expand(-1, window - 1)
@@ -391,8 +494,8 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
 class DecisionLayer(DenseLayer):
     """Dense for every token; scores each for the dynamic layer that follows."""
 
-    def __init__(self, config: MegadynConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
         self.window = config.routing["ma_window"]
         self.prior = Prior(config)
         self.router = SurpriseRouter()
@@ -407,43 +510,87 @@ class DecisionLayer(DenseLayer):
         return Stream(post, self.router(static_BC, change_BC, average_BC)), routing
 
 
-class DynamicLayer(DenseLayer):
-    """Only tokens that the decision layer's gate selects are processed, and attend to each other; the rest pass."""
-
-    def __init__(self, config: MegadynConfig) -> None:
-        super().__init__(config)
-        self.capacity = config.routing["capacity"]
-        self.causal_router = ThresholdRule()
+class DynamicLayer(RoutedLayer):
+    """Only tokens that the decision layer's gate selects."""
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        h_BTD, gate_BT = stream.hidden_BCD, cast(Tensor, stream.gate_BC)
-        chosen_BT = self.choose(gate_BT.detach(), context)
-        routing = Routing(chosen_BT, gate_BT.detach())
-        chosen = pack(chosen_BT)
-        if not any(chosen.counts):
-            return Stream(h_BTD), routing
-        h_BCD = take(h_BTD, chosen)
-        attention, mlp = self.run(h_BCD, take(context.cos_BCK, chosen), take(context.sin_BCK, chosen), chosen, cache)
-        h_BCD = h_BCD + take(gate_BT, chosen).unsqueeze(-1) * (attention + mlp)
-        return Stream(put_back(h_BTD, chosen, h_BCD.type_as(h_BTD))), routing
+        gate_BT = cast(Tensor, stream.gate_BC)
+        return self.route(stream.hidden_BCD, gate_BT, gate_BT, context, cache)
 
-    def choose(self, score_BT: Tensor, context: Context) -> Tensor:
-        if context.topk:
-            return best_of_each_row(score_BT, context.tokens, self.capacity)
-        return self.causal_router(score_BT) & context.tokens.valid_BC
+
+# ---- MoD -----------------------------------------------------------------------------------------
+
+
+class MixtureOfDepthsLayer(RoutedLayer):
+    """Only tokens that a linear router selects."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.gate = config.routing["gate"]
+        self.router = WideLinear(config.hidden_size, 1, bias=False)
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        logit_BT = self.router(stream.hidden_BCD).squeeze(-1)
+        gate_BT = logit_BT.sigmoid() if self.gate == "sigmoid" else logit_BT
+        return self.route(stream.hidden_BCD, logit_BT, gate_BT, context, cache)
+
+
+# ---- DTRNet --------------------------------------------------------------------------------------
+
+
+class AttendOrBypass(nn.Module):
+    """Probabilities [B, T, 2] that a token attends, and that it bypasses attention."""
+
+    def __init__(self, config: MegadynConfig) -> None:
+        super().__init__()
+        self.fc1 = WideLinear(config.hidden_size, config.hidden_size // 2)
+        self.fc2 = WideLinear(config.hidden_size // 2, 2)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(h_BTD))).softmax(-1)
+
+
+class DTRNetLayer(RoutedLayer):
+    """Only chosen tokens attend, to each other; the rest take their own values. Feed-forward for every token."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.router = AttendOrBypass(config)
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        attend_BT, bypass_BT = self.router(stream.hidden_BCD).unbind(-1)
+        routing = Routing(self.choose(attend_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
+        gate_BT = torch.where(routing.processed_BC, attend_BT, bypass_BT)
+        chosen = pack(routing.processed_BC)
+        h_BTD = self.run(self.process_all, stream.hidden_BCD, gate_BT, context.cos_BCK, context.sin_BCK, chosen, cache=cache)
+        return Stream(h_BTD), routing
+
+    def process_all(self, h_BTD: Tensor, gate_BT: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, chosen: Packed,
+                    cache: LayerCache | None) -> Tensor:
+        x_BTD, attention = self.input_layernorm(h_BTD), self.self_attn
+        v_BTGK = attention.values(x_BTD)
+        mixed_BTHK = v_BTGK.repeat_interleave(attention.heads_per_value, dim=2)
+        if any(chosen.counts):
+            attended_BCHK = attention.mix(take(x_BTD, chosen), take(v_BTGK, chosen), take(cos_BTK, chosen),
+                                          take(sin_BTK, chosen), chosen, cache)
+            mixed_BTHK = put_back(mixed_BTHK, chosen, attended_BCHK)
+        update_BTD = gate_BT.unsqueeze(-1) * attention.o_proj(mixed_BTHK.flatten(2))
+        return self.add_mlp(h_BTD + update_BTD.type_as(h_BTD))
 
 
 # ---- the model -----------------------------------------------------------------------------------
 
-LAYERS = {"dense": DenseLayer, "dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer}
+LAYERS = {"dense": DenseLayer, "dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer, "mod": MixtureOfDepthsLayer,
+          "dtrnet": DTRNetLayer}
 
 
 @dataclass
 class MegadynModelOutput(BaseModelOutputWithPast):
     routing: tuple[Tensor, ...] | None = None
-    """With output_routing: per layer, bool [B, T], the tokens that it processed."""
+    """With output_routing: per layer, bool [B, T], the tokens that it processed; of dtrnet, those that attended."""
     gates: tuple[Tensor | None, ...] | None = None
-    """With output_routing: per layer, float [B, T], the score of each token (0 for padding); None where all are processed."""
+    """With output_routing: per layer, float [B, T], the score that chooses tokens (G; of mod the logit; of dtrnet the
+    probability to attend), 0 for padding; None where all are processed."""
 
 
 @dataclass
@@ -458,7 +605,7 @@ class MegadynPreTrainedModel(PreTrainedModel):
     config_class = MegadynConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DenseLayer", "DecisionLayer", "DynamicLayer"]
+    _no_split_modules = [layer.__name__ for layer in LAYERS.values()]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["router", "causal_router"]
     _supports_sdpa = True
@@ -468,13 +615,15 @@ class MegadynPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SurpriseRouter | ThresholdRule):
             module.reset_parameters()
+        if isinstance(module, FixedLinear):
+            module.reset_parameters(self.config.initializer_range)
 
 
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LAYERS[kind](config) for kind in config.layer_types)
+        self.layers = nn.ModuleList(LAYERS[kind](config, i) for i, kind in enumerate(config.layer_types, 1))
         self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
@@ -526,7 +675,7 @@ class MegadynModel(MegadynPreTrainedModel):
     def topk(self) -> bool:
         """Whether layers choose by top-k; read at each call, because the mode may be changed on a loaded model."""
         one_of("config.routing_mode", self.config.routing_mode, ROUTING_MODES)
-        return self.config.routing_mode == "topk" and self.config.routing["kind"] != "dense"
+        return self.config.routing_mode == "topk" and has_topk(self.config.routing)
 
     def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
         """The given cache, a new one, or none; top-k routing cannot have one, because it looks at the whole sequence."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
+from megadyn.model.norm import HeadNorm
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import copy_to_tp
@@ -63,10 +64,24 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(f"{name}.o_proj", model.num_heads * self.head_dim, d,
                                         make=make, init=normal(output_std))
         self.rotary = Rotary(self.head_dim, model.rope_theta)
+        hybrid = model.normalization == "hybridnorm"
+        self.q_norm, self.k_norm, self.v_norm = (
+            HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None for kind in "qkv")
+
+    def queries_keys(self, x: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+        """q [B, S, H/tp, K] and k [B, S, G/tp, K], turned to their positions; x has passed `copy_to_tp`."""
+        q, k = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.rotary(q, k, positions, length)
+
+    def values(self, x: Tensor) -> Tensor:
+        """v [B, S, G/tp, K]; x has passed `copy_to_tp`."""
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return v if self.v_norm is None else self.v_norm(v)
 
     def forward(self, x: Tensor, positions: Tensor | None, length: int) -> Tensor:
         """x [B, S, D] -> [B, S, D]; `positions` [B, S] in a sequence of `length` tokens, None for 0 .. S-1."""
         x = copy_to_tp(x, self.tp)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.rotary(q, k, positions, length)
-        return self.o_proj(causal_attention(q, k, v, self.backend).flatten(-2))
+        q, k = self.queries_keys(x, positions, length)
+        return self.o_proj(causal_attention(q, k, self.values(x), self.backend).flatten(-2))

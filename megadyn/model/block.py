@@ -36,29 +36,44 @@ class LayerContext:
 
 
 class Layer(nn.Module):
-    """Base of all transformer layers: Block(h) = Attn(Norm(h)) + MLP(Norm(h + Attn(Norm(h)))), Qwen2's names."""
+    """Base of all transformer layers: Block(h) = Attn(Norm(h)) + MLP(Norm(h + Attn(Norm(h)))), Qwen2's names.
+
+    `lns` multiplies both norms' outputs by 1/sqrt(layer), counted from 1 (arXiv 2502.05795). `hybridnorm` norms q, k and v
+    instead of the attention's input, and after attention the whole stream: Z = Norm(h + Attn(h)), out = Z + MLP(Z)
+    (arXiv 2503.04598).
+    """
 
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
         model, self.index, self.recompute = ctx.model, index, ctx.recompute
         self.name = name = f"model.layers.{index}"
-        # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size.
-        output_std = model.init_std / (2 * model.num_layers) ** 0.5
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=ctx.make)
+        self.hybrid = model.normalization == "hybridnorm"
+        lns = model.normalization == "lns"
+        scale = (index + 1) ** -0.5 if lns else 1.0
+        # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size. LNS has its own way.
+        output_std = model.init_std if lns else model.init_std / (2 * model.num_layers) ** 0.5
+        self.input_layernorm = nn.Identity() if self.hybrid else RMSNorm(
+            f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=ctx.make, scale=scale)
         self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=ctx.make, output_std=output_std)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps,
-                                                make=ctx.make)
+                                                make=ctx.make, scale=scale)
         self.mlp = Mlp(f"{name}.mlp", model, make=ctx.make, output_std=output_std)
 
     def dense(self, hidden: Tensor) -> Tensor:
         """h + Block(h) for every token, [B, T, D]."""
-        attended = hidden + self.self_attn(self.input_layernorm(hidden), None, hidden.shape[1])
-        return attended + self.mlp(self.post_attention_layernorm(attended))
+        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), None, hidden.shape[1]))
+
+    def feed_forward(self, attended: Tensor) -> Tensor:
+        """The half behind attention: h + Attn -> h + Block(h)."""
+        normed = self.post_attention_layernorm(attended)
+        return (normed if self.hybrid else attended) + self.mlp(normed)
 
     def delta(self, hidden: Tensor, positions: Tensor, length: int) -> Tensor:
         """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens."""
         update = self.self_attn(self.input_layernorm(hidden), positions, length)
-        return update + self.mlp(self.post_attention_layernorm(hidden + update))
+        if self.hybrid:
+            return self.feed_forward(hidden + update) - hidden
+        return update + self.mlp(self.post_attention_layernorm(hidden + update))     # no large terms to cancel
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs), recomputed in the backward pass where configured.

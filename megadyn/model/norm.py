@@ -3,16 +3,32 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.parallel.mappings import copy_to_tp
 from megadyn.parallel.params import ParamMaker, constant
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in at least float32."""
+    """y = x / sqrt(mean(x^2) + eps) * weight * scale over the last dimension; computed in at least float32."""
 
-    def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker):
+    def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker, scale: float = 1.0):
         super().__init__()
-        self.eps = eps
+        self.eps, self.scale = eps, scale
         self.weight = make(f"{name}.weight", (size,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight if self.scale == 1 else self.weight * self.scale
+        return F.rms_norm(x, weight.shape, weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm over each head's own dimension, x [..., heads/tp, head_dim]; one weight for all heads.
+
+    Each tensor rank norms its own heads, so the weight's gradient is summed over the ranks.
+    """
+
+    def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker):
+        super().__init__(name, size, eps, make=make)
+        self.tp = make.tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, copy_to_tp(self.weight, self.tp), self.eps)

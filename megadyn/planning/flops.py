@@ -8,22 +8,35 @@ as useful work.
 from megadyn.config import ModelConfig
 
 
-def block_flops(model: ModelConfig, tokens: float) -> float:
-    """Forward operations of one dense layer on a sequence of `tokens`."""
+def block_flops(model: ModelConfig, tokens: float, attending: float | None = None) -> float:
+    """Forward operations of one block on `tokens` of a sequence, `attending` of which (default: all) query and are seen.
+
+    The others of a DTRNet layer have a value and an output projection, and their MLP.
+    """
     assert model.head_dim and model.num_kv_heads and model.ffn_size
+    attending = tokens if attending is None else attending
     d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    projections = 2 * tokens * d * (2 * heads + 2 * kv)
-    attention = 2 * 2 * tokens * tokens * heads / 2
-    return projections + attention + 2 * tokens * d * model.ffn_size * 3
+    values_outputs = 2 * tokens * d * (heads + kv)
+    queries_keys = 2 * attending * d * (heads + kv)
+    attention = 2 * 2 * attending * attending * heads / 2
+    return values_outputs + queries_keys + attention + 2 * tokens * d * model.ffn_size * 3
 
 
 def layer_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward operations of each layer on one sequence of `length` tokens at the configured capacity."""
-    kept = max(1, int(model.routing.capacity * length))
+    """Forward operations of each layer on one sequence of `length` tokens at the configured capacity.
+
+    DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend.
+    """
+    capacity, d = model.routing.capacity or 1.0, model.hidden_size
+    kept = max(1, int(capacity * length))
     # The prior runs twice: once for the routing score, once on detached inputs for its own loss.
-    prior = 2 * 2 * length * model.hidden_size * model.prior_size * 3
-    of = {"dense": block_flops(model, length), "dtf_decision": block_flops(model, length) + prior,
-          "dtf_dynamic": block_flops(model, kept)}
+    prior = 2 * 2 * length * d * model.prior_size * 3
+    predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0
+    of = {"dense": block_flops(model, length),
+          "dtf_decision": block_flops(model, length) + prior,
+          "dtf_dynamic": block_flops(model, kept) + predictor,
+          "mod": block_flops(model, kept) + predictor + 2 * length * d,
+          "dtrnet": block_flops(model, length, kept) + 2 * length * (d * (d // 2) + d)}
     return [of[kind] for kind in model.layer_types]
 
 

@@ -14,9 +14,9 @@ from megadyn.model.norm import RMSNorm
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.params import ParamMaker, constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.choice import Projection, gate_statistics
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, put_back, take
+from megadyn.routing.skipping import SkippingLayer
 
 
 class Prior(nn.Module):
@@ -26,22 +26,13 @@ class Prior(nn.Module):
         super().__init__()
         init = normal(0.02)
         self.norm = RMSNorm(f"{name}.norm", hidden_size, eps, make=make)
-        self.gate_proj = _Linear(make(f"{name}.gate_proj.weight", (width, hidden_size), init))
-        self.up_proj = _Linear(make(f"{name}.up_proj.weight", (width, hidden_size), init))
-        self.down_proj = _Linear(make(f"{name}.down_proj.weight", (hidden_size, width), init))
+        self.gate_proj = Projection(make(f"{name}.gate_proj.weight", (width, hidden_size), init))
+        self.up_proj = Projection(make(f"{name}.up_proj.weight", (width, hidden_size), init))
+        self.down_proj = Projection(make(f"{name}.down_proj.weight", (hidden_size, width), init))
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.norm(hidden)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class _Linear(nn.Module):
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
 
 
 def moving_average(x: Tensor, window: int) -> Tensor:
@@ -106,41 +97,12 @@ class DecisionLayer(Layer):
         return Stream(post, gate)
 
 
-class DynamicLayer(Layer):
+class DynamicLayer(SkippingLayer):
     """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged."""
-
-    def __init__(self, ctx: LayerContext, index: int):
-        super().__init__(ctx, index)
-        self.capacity = ctx.model.routing.capacity
-        self.mode = "topk"
-        """`topk`, or `causal`: route iff the gate reaches the running threshold."""
-        self.threshold = RunningThreshold(ctx.model.routing.threshold_momentum)
-        self.monitor = Monitor()
-
-    def choose(self, gate: Tensor) -> Selection:
-        """Which tokens of gate [B, T] to process. Equal on all tensor ranks, for `gate` is bitwise equal there."""
-        gate = gate.detach()
-        top = choose_top(gate, capacity_count(self.capacity, gate.shape[1]))
-        causal = gate >= self.threshold.value
-        in_top = as_mask(top, gate.shape[1])
-        chosen = choose_where(causal) if self.mode == "causal" else top
-        routed = causal if self.mode == "causal" else in_top
-        self.monitor.record({
-            "routed_fraction": routed.float().mean(), "causal_agreement": (in_top == causal).float().mean(),
-            "gate_routed": take(gate, top.positions).mean(), "gate_mean": gate.mean(), "gate_std": gate.std(),
-            "threshold": self.threshold.value})
-        if torch.is_grad_enabled():
-            self.threshold.observe(take(gate, top.positions).amin(dim=1))
-        return chosen
-
-    def update(self, hidden: Tensor, gate: Tensor, selection: Selection) -> Tensor:
-        positions, valid = selection
-        delta = self.delta(take(hidden, positions), positions, hidden.shape[1])
-        weight = take(gate, positions) if valid is None else take(gate, positions) * valid
-        return put_back(hidden, positions, (weight.unsqueeze(-1) * delta).to(hidden.dtype))
 
     def forward(self, stream: Stream) -> Stream:
         hidden, gate = stream
         assert gate is not None, "a Dynamic layer follows its Decision layer"
-        selection = self.choose(gate)
-        return Stream(self.run(self.update, hidden, gate, selection))
+        choice = self.causal_router(gate, hidden)
+        self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top))
+        return Stream(self.process(hidden, gate, choice))

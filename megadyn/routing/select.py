@@ -48,6 +48,13 @@ def put_back(x: Tensor, index: Tensor, update: Tensor) -> Tensor:
     return x.flatten(0, 1).index_add(0, _flat(x, index), update.flatten(0, 1)).view_as(x)
 
 
+def replace(x: Tensor, index: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
+    """A copy of x [B, T, D] with rows [B, C, D] in place of those at index [B, C]; where `valid` is false x stays."""
+    if valid is not None:
+        rows = torch.where(valid.unsqueeze(-1), rows, take(x, index))
+    return x.flatten(0, 1).index_copy(0, _flat(x, index), rows.flatten(0, 1)).view_as(x)
+
+
 def as_mask(selection: Selection, length: int) -> Tensor:
     """[B, T], true at the chosen tokens."""
     chosen = torch.ones_like(selection.positions, dtype=torch.bool) if selection.valid is None else selection.valid

@@ -19,7 +19,7 @@ from megadyn.config import BatchPlan, Config, engine_settings
 from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
-from megadyn.network import Network, layer_list, routed_layers, set_routing_mode
+from megadyn.network import Network, layer_list, loads_of, routed_layers, set_routing_mode, thresholds_of
 from megadyn.parallel.grid import Grid
 from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import ParamMaker, name_of
@@ -27,7 +27,6 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.dtf import DynamicLayer
 from megadyn.routing.monitor import Monitor
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
 from megadyn.training.pipeline import Stages
@@ -118,7 +117,7 @@ class Engine:
                 self.engine.step()
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
-        self._update_thresholds()
+        self._end_step()
         norm = self.clipper.norm if self.clipper else self.engine.get_global_grad_norm()
         return StepResult(loss.squeeze(), torch.as_tensor(norm))
 
@@ -173,13 +172,19 @@ class Engine:
         dist.all_gather_object(stages, local, group=self.grid.pp.group)
         return {index: record for stage in stages for index, record in stage.items()}
 
-    def _update_thresholds(self) -> None:
-        """One small all-reduce a step keeps the running thresholds equal on all data-parallel ranks."""
-        thresholds = [layer.threshold for layer in self.routed if isinstance(layer, DynamicLayer)]
-        if thresholds:
-            means = torch.stack([threshold.take_step_mean() for threshold in thresholds])
-            for threshold, mean in zip(thresholds, sum_over(means, self.grid.dp) / self.grid.dp.size):
+    def _end_step(self) -> None:
+        """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks."""
+        thresholds, loads = list(thresholds_of(self.routed).values()), list(loads_of(self.routed).values())
+        trackers = [*thresholds, *loads]
+        if trackers:
+            means = sum_over(torch.stack([tracker.take_step_mean() for tracker in trackers]), self.grid.dp) / self.grid.dp.size
+            for threshold, mean in zip(thresholds, means):
                 threshold.end_step(mean)
+            own = means[len(thresholds):]
+        if self.config.model.routing.kind == "dtrnet":          # on every stage, also one without a routed layer
+            total = sum_over(own.sum() if loads else torch.zeros((), device=self.device), self.grid.pp)
+            for load, mean in zip(loads, own if loads else ()):
+                load.end_step(mean, total)
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)

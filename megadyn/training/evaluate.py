@@ -16,12 +16,11 @@ from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
-from megadyn.network import Network, routed_layers, set_routing_mode
+from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
 from megadyn.parallel.params import DTYPES, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
-from megadyn.routing.dtf import DynamicLayer
 
 
 @dataclass
@@ -76,10 +75,11 @@ def load_network(saved: Saved, device: torch.device) -> Network:
                 raise UserError(f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
                                 f"{tuple(param.shape)}")
             param.copy_(whole)
-    for layer in routed_layers(network):
-        if isinstance(layer, DynamicLayer):
-            layer.threshold = saved.thresholds[layer.index]
-            layer.threshold.average = layer.threshold.average.to(device)
+    for index, threshold in thresholds_of(routed_layers(network)).items():
+        if index not in saved.thresholds:
+            raise UserError(f"the saved model lacks model.layers.{index}.causal_router.threshold")
+        threshold.set_state(saved.thresholds[index].state(), device)
+        threshold.momentum = saved.thresholds[index].momentum
     return network.eval()
 
 

@@ -1,0 +1,94 @@
+"""Which tokens of a sequence a routed layer processes: top-k in training, a causal rule where the future is unknown."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.model.block import LayerContext
+from megadyn.parallel.loss import upcast
+from megadyn.parallel.params import normal
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, take
+
+
+class Choice(NamedTuple):
+    selection: Selection
+    in_top: Tensor
+    """[B, T], true where top-k chooses, whatever the mode."""
+    loss: Tensor | None
+    """The predictor's, weighted; None without a predictor."""
+    statistics: dict[str, Tensor]
+
+
+class CausalRouter(nn.Module):
+    """Chooses tokens by score, under either mode, and trains or tracks the causal rule beside top-k.
+
+    `threshold`: route iff score >= tau, a running average (`RunningThreshold`).
+    `predictor`: route iff sigmoid(P(sg(h))) >= 0.5 with P: D -> D/2 -> 1, SiLU, no biases, trained against the top-k choice.
+    `bce`: route iff score > 0, for a score trained by binary cross-entropy (MoD).
+    """
+
+    def __init__(self, name: str, ctx: LayerContext):
+        super().__init__()
+        routing, d = ctx.model.routing, ctx.model.hidden_size
+        assert routing.capacity is not None
+        self.capacity, self.rule, self.weight = routing.capacity, routing.causal, routing.predictor_loss_weight
+        self.mode = "topk"
+        """`topk` or `causal`."""
+        self.threshold = RunningThreshold(routing.threshold_momentum) if routing.uses_threshold else None
+        if self.rule == "predictor":
+            init = normal(ctx.model.init_std)
+            self.fc1 = Projection(ctx.make(f"{name}.fc1.weight", (d // 2, d), init))
+            self.fc2 = Projection(ctx.make(f"{name}.fc2.weight", (1, d // 2), init))
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """P(sg(h)) [B, T] in at least float32."""
+        return upcast(self.fc2(F.silu(self.fc1(hidden.detach())))).squeeze(-1)
+
+    def forward(self, score: Tensor, hidden: Tensor) -> Choice:
+        """score [B, T] and hidden [B, T, D], bitwise equal on all tensor ranks, so that all choose alike."""
+        score = score.detach()
+        top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
+        in_top = as_mask(top, score.shape[1])
+        loss, statistics = None, {}
+        if self.threshold is not None:
+            causal = score >= self.threshold.value
+            statistics["threshold"] = self.threshold.value
+            if torch.is_grad_enabled():
+                self.threshold.observe(take(score, top.positions).amin(dim=1).mean())
+        elif self.rule == "predictor":
+            predicted = self.predict(hidden)
+            causal = predicted >= 0
+            predictor_loss = F.binary_cross_entropy_with_logits(predicted, in_top.to(predicted.dtype))
+            loss, statistics["predictor_loss"] = self.weight * predictor_loss, predictor_loss.detach()
+        else:
+            causal = score > 0
+        routed = causal if self.mode == "causal" else in_top
+        fraction = routed.float().mean(dim=1)
+        statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
+                       "routed_fraction_max": fraction.max(), "causal_agreement": (in_top == causal).float().mean()}
+        return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
+
+
+class Projection(nn.Module):
+    """x W^T, W whole on every tensor rank."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation of gate [B, T] over routed and unrouted tokens (mask [B, T])."""
+    gate = gate.detach().float()
+    found: dict[str, Tensor] = {}
+    for name, mask in (("routed", routed), ("unrouted", ~routed)):
+        count = mask.sum().clamp(min=1)
+        mean = (gate * mask).sum() / count
+        found |= {f"gate_{name}": mean, f"gate_{name}_std": (((gate - mean) * mask).square().sum() / count).sqrt()}
+    return found

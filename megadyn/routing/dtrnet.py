@@ -1,0 +1,107 @@
+"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass of it; every token keeps its MLP."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.model.attention import causal_attention
+from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.params import constant, normal
+from megadyn.routing.aux_loss import LossScale, attach_loss
+from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
+from megadyn.routing.load import AttentionLoad
+from megadyn.routing.monitor import Monitor
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, replace, take
+
+
+class AttentionRouter(nn.Module):
+    """Logits W2 SiLU(W1 h + b1) + b2 of (attend, bypass), [B, T, D] -> [B, T, 2] in at least float32."""
+
+    def __init__(self, name: str, ctx: LayerContext):
+        super().__init__()
+        d, init, make = ctx.model.hidden_size, normal(ctx.model.init_std), ctx.make
+        self.fc1 = Projection(make(f"{name}.fc1.weight", (d // 2, d), init), make(f"{name}.fc1.bias", (d // 2,), constant(0.0)))
+        self.fc2 = Projection(make(f"{name}.fc2.weight", (2, d // 2), init), make(f"{name}.fc2.bias", (2,), constant(0.0)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return upcast(self.fc2(F.silu(self.fc1(hidden))))
+
+
+class DtrLayer(Layer):
+    """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them); the others: a = p1 O(V(x)), their own value
+    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index)
+        routing = ctx.model.routing
+        self.router = AttentionRouter(f"{self.name}.router", ctx)
+        # Token choice is causal as it stands; expert choice is a top-k and needs a rule beside it.
+        self.causal_router = None if routing.is_token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
+        self.least = routing.safe_min_attn_ratio
+        self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
+        self.load = AttentionLoad(ctx.model.layer_types.count("dtrnet"), routing.aux_loss_lambda, routing.aux_loss_warmup)
+        self.seed = ctx.make.seed * 1000 + index
+        self.loss_scale = loss_scale
+        self.monitor = Monitor()
+
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """p [B, T, 2]; with jitter in training, the same noise on every tensor rank."""
+        logits = self.router(hidden)
+        if self.jitter and torch.is_grad_enabled():
+            generator = torch.Generator(hidden.device).manual_seed(self.seed + 7919 * self.load.micro_batches_seen)
+            noise = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
+            logits = logits * (1 + self.jitter * (2 * noise - 1))
+        return logits.softmax(dim=-1)
+
+    def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
+        """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
+        length = attend.shape[1]
+        if self.causal_router is not None:
+            choice = self.causal_router(attend, hidden)
+            return choice.selection, as_mask(choice.selection, length), choice.statistics
+        mask = attend > 0.5
+        statistics: dict[str, Tensor] = {}
+        if self.least and torch.is_grad_enabled():
+            least = math.ceil(self.least * length)
+            short = mask.sum(dim=1, keepdim=True) < least
+            mask = mask | (short & as_mask(choose_top(attend.detach(), least), length))    # a superset: the best are those > 0.5
+            statistics["refills"] = short.float().sum()
+        fraction = mask.float().mean(dim=1)
+        statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
+                       "routed_fraction_max": fraction.max()}
+        return choose_where(mask), mask, statistics
+
+    def attend_or_pass(self, hidden: Tensor, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
+        attention, length = self.self_attn, hidden.shape[1]
+        positions, valid = selection
+        x = copy_to_tp(self.input_layernorm(hidden), attention.tp)
+        v = attention.values(x)                                                    # [B, T, G/tp, K]
+        q, k = attention.queries_keys(take(x, positions), positions, length)       # of attending tokens only
+        chosen_v = take(v.flatten(2), positions).unflatten(-1, v.shape[2:])
+        attended = causal_attention(q, k, chosen_v, attention.backend).flatten(2)  # [B, C, H/tp * K]
+        passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
+        mixed = attention.o_proj(replace(passed, positions, attended, valid))
+        weight = torch.where(mask, p[..., 0], p[..., 1]).unsqueeze(-1)
+        return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
+
+    def forward(self, stream: Stream) -> Stream:
+        hidden = stream.hidden
+        p = self.probabilities(hidden)
+        attend = p[..., 0]
+        selection, mask, statistics = self.choose(attend, hidden)
+        fraction, mean = mask.float().mean(), attend.mean()
+        self.monitor.record(statistics | gate_statistics(attend, mask) | {
+            "p0": mean, "f": fraction, "attention_loss": self.load.share * mean})
+        out = self.run(self.attend_or_pass, hidden, p, selection, mask)
+        if torch.is_grad_enabled():
+            loss = self.load.loss(mean)
+            if self.entropy_bonus:
+                entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1).mean()
+                loss = loss - self.entropy_bonus * entropy
+            self.load.observe(fraction)
+            out = attach_loss(out, loss, self.loss_scale.value)
+        return Stream(out)

@@ -1,0 +1,37 @@
+"""Layers whose whole block is skipped by the tokens not chosen."""
+
+import torch
+from torch import Tensor
+
+from megadyn.model.block import Layer, LayerContext
+from megadyn.routing.aux_loss import LossScale, attach_loss
+from megadyn.routing.choice import CausalRouter, Choice
+from megadyn.routing.monitor import Monitor
+from megadyn.routing.select import Selection, put_back, take
+
+
+class SkippingLayer(Layer):
+    """h_out[i] = h[i] + gate[i] * Block(h)[i] for chosen tokens i, attention among them only; h_out[i] = h[i] for the others."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index)
+        self.causal_router = CausalRouter(f"{self.name}.causal_router", ctx)
+        self.loss_scale = loss_scale
+        # Auxiliary losses are means over the layers that have them.
+        self.share = 1 / ctx.model.layer_types.count(ctx.model.layer_types[index])
+        self.monitor = Monitor()
+
+    def process(self, hidden: Tensor, gate: Tensor, choice: Choice, loss: Tensor | None = None) -> Tensor:
+        """hidden [B, T, D], gate [B, T] -> the layer's output; `loss` is auxiliary, beside the predictor's."""
+        out = self.run(self.update, hidden, gate, choice.selection)
+        if torch.is_grad_enabled():
+            for part in (choice.loss, loss):
+                if part is not None:
+                    out = attach_loss(out, part, self.share * self.loss_scale.value)
+        return out
+
+    def update(self, hidden: Tensor, gate: Tensor, selection: Selection) -> Tensor:
+        positions, valid = selection
+        delta = self.delta(take(hidden, positions), positions, hidden.shape[1])
+        weight = take(gate, positions) if valid is None else take(gate, positions) * valid
+        return put_back(hidden, positions, (weight.unsqueeze(-1) * delta).to(hidden.dtype))

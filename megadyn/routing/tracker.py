@@ -1,0 +1,27 @@
+"""Averages that a layer carries from step to step."""
+
+from torch import Tensor
+
+
+class StepTracker:
+    """Collects a scalar from every micro-batch of a step; the engine averages it over data-parallel ranks and hands it back.
+
+    A plain object, not a module: the engine casts modules' buffers to half precision. A step's micro-batches are
+    averaged before they count, so nothing depends on how a step is split.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def observe(self, value: Tensor) -> None:
+        """A scalar of one micro-batch."""
+        value = value.detach().float()
+        self._sum = value if self._sum is None else self._sum + value
+        self._count += 1
+
+    def take_step_mean(self) -> Tensor:
+        """Mean of what the step's micro-batches on this rank showed; forgets them."""
+        assert self._sum is not None, "end of a step without a forward pass"
+        mean, self._sum, self._count = self._sum / self._count, None, 0
+        return mean
