@@ -212,6 +212,8 @@ class DataConfig:
     """Prefix of a separate validation set; else `validation_fraction` of the documents of `train`."""
     validation_fraction: float = 0.01
     """Share of the training set's documents kept for validation when no separate set is given; 0 for none."""
+    document_mask: bool = False
+    """Attention, positions and moving averages stay inside a document; documents end with the tokenizer's end token."""
     cache: str | None = None
     """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
 

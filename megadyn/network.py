@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.model.block import DenseLayer, Layer, LayerContext, Stream
+from megadyn.model.documents import documents_of
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.linear import VocabParallelEmbedding
 from megadyn.parallel.loss import linear_cross_entropy
@@ -28,13 +29,14 @@ from megadyn.routing.mod import ModLayer
 class Embed(VocabParallelEmbedding):
     """Tokens [B, T] -> Stream."""
 
-    def __init__(self, model: ModelConfig, make: ParamMaker):
+    def __init__(self, ctx: LayerContext):
+        model = ctx.model
         assert model.vocab_size is not None
-        super().__init__("model.embed_tokens", model.vocab_size, model.hidden_size, make=make, init=normal(model.init_std))
-        self.vocab_size = model.vocab_size
+        super().__init__("model.embed_tokens", model.vocab_size, model.hidden_size, make=ctx.make, init=normal(model.init_std))
+        self.vocab_size, self.eod = model.vocab_size, ctx.eod
 
     def forward(self, tokens: Tensor) -> Stream:  # type: ignore[override]
-        return Stream(super().forward(tokens))
+        return Stream(super().forward(tokens), documents=None if self.eod is None else documents_of(tokens, self.eod))
 
 
 class FinalNorm(RMSNorm):
@@ -86,7 +88,7 @@ def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
     model, make = ctx.model, ctx.make
     layers = [Part(KINDS[kind], (ctx, index) if kind == "dense" else (ctx, index, loss_scale))
               for index, kind in enumerate(model.layer_types)]
-    return [Part(Embed, (model, make)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
+    return [Part(Embed, (ctx,)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
 
 
 class Network(nn.Module):

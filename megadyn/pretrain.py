@@ -38,7 +38,7 @@ def run(config: Config) -> None:
     data = open_data(config)
     refuse_early(config, plan, data)
     launch.join()
-    engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline))
+    engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
     job = Job(config, engine, data)
     job.start()
     job.train()

@@ -67,6 +67,10 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
 
 
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
@@ -75,7 +79,7 @@ def swiglu(x: Array, weights: Weights, prefix: str) -> Array:
     """W2( SiLU(W1 x) * (W3 x) ): W1 is `gate_proj`, W3 `up_proj`, W2 `down_proj`."""
     a = x @ weights[f"{prefix}.gate_proj.weight"].T
     b = x @ weights[f"{prefix}.up_proj.weight"].T
-    return (a / (1 + np.exp(-a)) * b) @ weights[f"{prefix}.down_proj.weight"].T
+    return (silu(a) * b) @ weights[f"{prefix}.down_proj.weight"].T
 
 
 def rotate(x: Array, position: int, theta: float) -> Array:
@@ -99,6 +103,7 @@ class Reader:
         self.routing = self.config["routing"]
         self.mode = mode
         self.eps = self.config["rms_norm_eps"]
+        self.normalization = self.config["normalization"]
         self.num_heads = self.config["num_attention_heads"]
         self.num_kv_heads = self.config["num_key_value_heads"]
         self.head_size = self.config.get("head_dim") or self.config["hidden_size"] // self.num_heads
@@ -109,12 +114,19 @@ class Reader:
         y = x @ self.weights[f"{name}.weight"].T
         return y + self.weights[f"{name}.bias"] if f"{name}.bias" in self.weights else y
 
+    def norm(self, x: Array, name: str) -> Array:
+        return rms_norm(x, self.weights[f"{name}.weight"], self.eps)
+
+    def heads(self, x: Array, which: str, prefix: str) -> Array:
+        """q, k or v [T, H, K] of the rows of `x`, before RoPE; normalised over the head under hybridnorm."""
+        y = self.linear(x, f"{prefix}.self_attn.{which}_proj")
+        y = y.reshape(len(x), y.shape[-1] // self.head_size, self.head_size)
+        return self.norm(y, f"{prefix}.self_attn.{which}_norm") if self.normalization == "hybridnorm" else y
+
     def attention(self, x: Array, positions: list[int], prefix: str) -> Array:
         """Causal grouped-query attention among the rows of `x`, which keep their original `positions`."""
         count, size = len(x), self.head_size
-        q = self.linear(x, f"{prefix}.q_proj").reshape(count, self.num_heads, size)
-        k = self.linear(x, f"{prefix}.k_proj").reshape(count, self.num_kv_heads, size)
-        v = self.linear(x, f"{prefix}.v_proj").reshape(count, self.num_kv_heads, size)
+        q, k, v = (self.heads(x, which, prefix) for which in "qkv")
         heads_per_kv = self.num_heads // self.num_kv_heads
         out = np.zeros((count, self.num_heads, size))
         for head in range(self.num_heads):
@@ -125,26 +137,65 @@ class Reader:
                 scores = k_head[:t + 1] @ q_head[t] / math.sqrt(size)
                 share = np.exp(scores - scores.max())
                 out[t, head] = share / share.sum() @ v[:t + 1, kv]
-        return self.linear(out.reshape(count, self.num_heads * size), f"{prefix}.o_proj")
+        return self.linear(out.reshape(count, self.num_heads * size), f"{prefix}.self_attn.o_proj")
+
+    def first_norm(self, h: Array, layer: int) -> Array:
+        """What attention takes in: Norm1(h) in `pre`, Norm1(h) / sqrt(l) with l counted from 1 in `lns`, h in `hybridnorm`."""
+        if self.normalization == "hybridnorm":
+            return h
+        x = self.norm(h, f"model.layers.{layer}.input_layernorm")
+        return x / math.sqrt(layer + 1) if self.normalization == "lns" else x
+
+    def second_half(self, u: Array, layer: int) -> Array:
+        """u + MLP(Norm2(u)), or in `hybridnorm` Z + MLP(Z) with Z = Norm2(u)."""
+        prefix = f"model.layers.{layer}"
+        x = self.norm(u, f"{prefix}.post_attention_layernorm")
+        if self.normalization == "hybridnorm":
+            return x + swiglu(x, self.weights, f"{prefix}.mlp")
+        if self.normalization == "lns":
+            x = x / math.sqrt(layer + 1)
+        return u + swiglu(x, self.weights, f"{prefix}.mlp")
 
     def block(self, h: Array, positions: list[int], layer: int) -> Array:
-        """Block_l(h) = (u - h) + MLP(Norm2(u)) with u = h + Attn(Norm1(h)): what the dense layer adds to h."""
-        prefix = f"model.layers.{layer}"
-        x = rms_norm(h, self.weights[f"{prefix}.input_layernorm.weight"], self.eps)
-        u = h + self.attention(x, positions, f"{prefix}.self_attn")
-        x = rms_norm(u, self.weights[f"{prefix}.post_attention_layernorm.weight"], self.eps)
-        return (u - h) + swiglu(x, self.weights, f"{prefix}.mlp")
+        """Block_l(h): what the dense layer adds to h."""
+        u = h + self.attention(self.first_norm(h, layer), positions, f"model.layers.{layer}")
+        return self.second_half(u, layer) - h
 
     # ---- choosing tokens -------------------------------------------------------------------------
 
-    def chosen(self, scores: list[float], layer: int) -> list[int]:
-        """The tokens that routed layer `layer` processes, ascending."""
-        if self.mode == "causal":
-            threshold = self.weights[f"model.layers.{layer}.causal_router.threshold"].item()
-            return [t for t, score in enumerate(scores) if score >= threshold]
-        count = max(1, math.floor(self.routing["capacity"] * len(scores)))
-        best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
-        return sorted(best_first[:count])
+    def chosen(self, scores: list[float], h: Array, layer: int) -> list[int]:
+        """The tokens that routed layer `layer` processes, ascending; `h` [T, D] is its input."""
+        if self.routing.get("router_type") == "token_choice":      # in both modes
+            return [t for t in range(len(scores)) if scores[t] > 0.5]
+        if self.mode == "topk":
+            count = max(1, math.floor(self.routing["capacity"] * len(scores)))
+            best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
+            return sorted(best_first[:count])
+        rule, prefix = self.routing["causal"], f"model.layers.{layer}.causal_router"
+        tokens = []
+        for t in range(len(scores)):
+            if rule == "threshold":
+                taken = scores[t] >= self.weights[f"{prefix}.threshold"].item()
+            elif rule == "predictor":
+                inner = silu(self.weights[f"{prefix}.fc1.weight"] @ h[t])
+                taken = sigmoid((self.weights[f"{prefix}.fc2.weight"] @ inner).item()) >= 0.5
+            elif rule == "bce":
+                taken = scores[t] > 0
+            else:
+                raise ValueError(f"the oracle does not read the causal rule {rule!r}")
+            if taken:
+                tokens.append(t)
+        return tokens
+
+    def skip_or_run(self, h: Array, scores: list[float], gates: list[float], layer: int) -> Array:
+        """Layers of DTF and MoD: chosen tokens get `gate * Block(h)`, the rest pass unchanged."""
+        tokens = self.chosen(scores, h, layer)
+        out = h.copy()
+        if tokens:
+            delta = self.block(h[tokens], tokens, layer)
+            for row, t in enumerate(tokens):
+                out[t] = h[t] + gates[t] * delta[row]
+        return out
 
     # ---- DTF -------------------------------------------------------------------------------------
 
@@ -152,7 +203,7 @@ class Reader:
         """Decision layer: (post [T, D], G of every token)."""
         prefix = f"model.layers.{layer}"
         post = h + self.block(h, list(range(len(h))), layer)
-        prior = h + swiglu(rms_norm(h, self.weights[f"{prefix}.prior.norm.weight"], self.eps), self.weights, f"{prefix}.prior")
+        prior = h + swiglu(self.norm(h, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior")
 
         beta_ce = self.weights[f"{prefix}.router.beta_ce"].item()
         beta_cu = self.weights[f"{prefix}.router.beta_cu"].item()
@@ -173,15 +224,38 @@ class Reader:
             gates.append(s_ce + s_cu - s_ce * s_cu)
         return post, gates
 
-    def skip_or_run(self, post: Array, gates: list[float], layer: int) -> Array:
-        """Dynamic layer: chosen tokens get `G * Block(post)`, the rest pass unchanged."""
-        tokens = self.chosen(gates, layer)
-        out = post.copy()
-        if tokens:
-            delta = self.block(post[tokens], tokens, layer)
-            for row, t in enumerate(tokens):
-                out[t] = post[t] + gates[t] * delta[row]
-        return out
+    # ---- MoD -------------------------------------------------------------------------------------
+
+    def mixture_of_depths(self, h: Array, layer: int) -> Array:
+        w = self.weights[f"model.layers.{layer}.router.weight"][0]
+        r = [float(w @ h[t]) for t in range(len(h))]
+        gates = [sigmoid(x) for x in r] if self.routing["gate"] == "sigmoid" else r
+        return self.skip_or_run(h, r, gates, layer)
+
+    # ---- DTRNet ----------------------------------------------------------------------------------
+
+    def attend_or_bypass(self, h: Array, layer: int) -> Array:
+        prefix = f"model.layers.{layer}"
+        p = []      # (attend, bypass)
+        for t in range(len(h)):
+            z = self.linear(silu(self.linear(h[t], f"{prefix}.router.fc1")), f"{prefix}.router.fc2")
+            attend = math.exp(z[0]) / (math.exp(z[0]) + math.exp(z[1]))
+            p.append((attend, 1 - attend))
+        attending = self.chosen([attend for attend, _ in p], h, layer)
+
+        x = self.first_norm(h, layer)
+        a = np.zeros_like(h)
+        if attending:
+            attended = self.attention(x[attending], attending, prefix)
+            for row, t in enumerate(attending):
+                a[t] = p[t][0] * attended[row]
+        for t in range(len(h)):
+            if t not in attending:
+                v = self.heads(x[t:t + 1], "v", prefix)[0]      # [kv heads, K]
+                heads_per_kv = self.num_heads // self.num_kv_heads
+                repeated = np.concatenate([v[head // heads_per_kv] for head in range(self.num_heads)])
+                a[t] = p[t][1] * self.linear(repeated, f"{prefix}.self_attn.o_proj")
+        return self.second_half(h + a, layer)
 
     # ---- the whole -------------------------------------------------------------------------------
 
@@ -195,10 +269,14 @@ class Reader:
             elif kind == "dtf_decision":
                 h, gates = self.decide(h, layer)
             elif kind == "dtf_dynamic":
-                h = self.skip_or_run(h, gates, layer)
+                h = self.skip_or_run(h, gates, gates, layer)
+            elif kind == "mod":
+                h = self.mixture_of_depths(h, layer)
+            elif kind == "dtrnet":
+                h = self.attend_or_bypass(h, layer)
             else:
                 raise ValueError(f"layer {layer}: the oracle does not read the kind {kind!r}")
-        h = rms_norm(h, self.weights["model.norm.weight"], self.eps)
+        h = self.norm(h, "model.norm")
         head = "model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
         return h @ self.weights[head].T
 

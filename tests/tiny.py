@@ -21,6 +21,19 @@ ROOT = Path(__file__).parents[1]
 VOCAB = 61
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"kind": "dense"},
+    "dtf": {"kind": "dtf"},
+    "dtf-predictor": {"kind": "dtf", "causal": "predictor"},
+    "mod": {"kind": "mod", "capacity": 0.3},
+    "mod-predictor": {"kind": "mod", "capacity": 0.3, "causal": "predictor", "gate": "identity"},
+    "mod-bce": {"kind": "mod", "capacity": 0.3, "causal": "bce"},
+    "dtrnet-token": {"kind": "dtrnet", "aux_loss_lambda": 0.1, "aux_loss_warmup": 3},
+    "dtrnet-expert": {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4, "layout": "TD3", "aux_loss_lambda": 0.1},
+}
+"""Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
+
+
 def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: int = 1, recompute: bool = False,
                 precision: str = "fp32", tied: bool = False, micro_batch: int = 1, iterations: int = 10,
                 output_dir: str = "unused", **model: Any) -> Config:
@@ -31,7 +44,7 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
     shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "qkv_bias": True,
              "init_std": 0.2, "tie_embeddings": tied} | model
     return Config(
-        model=ModelConfig(routing=RoutingConfig(kind=kind, ma_window=7), **shape),
+        model=ModelConfig(routing=RoutingConfig(ma_window=7, **KINDS[kind]), **shape),
         data=DataConfig(train="unused"), tokenizer=TokenizerConfig(path="byte"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_iterations=2, weight_decay=0.1),

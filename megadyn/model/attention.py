@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
+from megadyn.model.documents import attention_mask, segment_ends
 from megadyn.model.norm import HeadNorm
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
@@ -30,21 +31,29 @@ def attention_backend(asked: str, precision: str) -> tuple[str, str]:
     return asked, "as configured"
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, each token seeing itself and what stands before it.
 
     Args:
         q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H (grouped-query attention).
+        documents: ids [B, S]; a token then sees only its own document.
 
     Returns:
         [B, S, H, K].
     """
     if backend == "flash":
-        from flash_attn import flash_attn_func
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-        return flash_attn_func(q, k, v, causal=True)
+        if documents is None:
+            return flash_attn_func(q, k, v, causal=True)
+        ends, longest = segment_ends(documents), q.shape[1]
+        flat = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, causal=True)
+        return flat.view_as(q)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    mask = None if documents is None else attention_mask(documents)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              enable_gqa=q.shape[1] != k.shape[1])
+    return attended.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -80,8 +89,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return v if self.v_norm is None else self.v_norm(v)
 
-    def forward(self, x: Tensor, positions: Tensor | None, length: int) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; `positions` [B, S] in a sequence of `length` tokens, None for 0 .. S-1."""
+    def forward(self, x: Tensor, positions: Tensor | None, length: int, documents: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D].
+
+        Args:
+            positions: [B, S], below `length`; None for 0 .. S-1. documents: ids [B, S], see `causal_attention`.
+        """
         x = copy_to_tp(x, self.tp)
         q, k = self.queries_keys(x, positions, length)
-        return self.o_proj(causal_attention(q, k, self.values(x), self.backend).flatten(-2))
+        return self.o_proj(causal_attention(q, k, self.values(x), self.backend, documents).flatten(-2))

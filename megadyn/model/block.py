@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megadyn.config import ModelConfig
 from megadyn.model.attention import Attention
+from megadyn.model.documents import Documents
 from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.params import ParamMaker
@@ -22,6 +23,15 @@ class Stream(NamedTuple):
     """[B, T, D]"""
     gate: Tensor | None = None
     """[B, T] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
+    documents: Documents | None = None
+    """Borders that attention and averages must not cross; None for one document a sample."""
+
+    def at(self, index: Tensor) -> "tuple[Tensor, Documents | None]":
+        """Original positions [B, C] of the tokens at index [B, C], and their documents."""
+        if self.documents is None:
+            return index, None
+        chosen = Documents(*(x.gather(1, index) for x in self.documents))
+        return chosen.positions, chosen
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class LayerContext:
     model: ModelConfig
     make: ParamMaker
     attention: str = "sdpa"
+    eod: int | None = None
+    """Token that ends a document, where samples are masked by document."""
     recompute: bool = False
     """Keep only each layer's inputs and routing decision, and compute the rest again in the backward pass."""
 
@@ -59,18 +71,19 @@ class Layer(nn.Module):
                                                 make=ctx.make, scale=scale)
         self.mlp = Mlp(f"{name}.mlp", model, make=ctx.make, output_std=output_std)
 
-    def dense(self, hidden: Tensor) -> Tensor:
+    def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T, D]."""
-        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), None, hidden.shape[1]))
+        ids, positions = documents or (None, None)
+        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, hidden.shape[1], ids))
 
     def feed_forward(self, attended: Tensor) -> Tensor:
         """The half behind attention: h + Attn -> h + Block(h)."""
         normed = self.post_attention_layernorm(attended)
         return (normed if self.hybrid else attended) + self.mlp(normed)
 
-    def delta(self, hidden: Tensor, positions: Tensor, length: int) -> Tensor:
+    def delta(self, hidden: Tensor, positions: Tensor, length: int, documents: Documents | None = None) -> Tensor:
         """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens."""
-        update = self.self_attn(self.input_layernorm(hidden), positions, length)
+        update = self.self_attn(self.input_layernorm(hidden), positions, length, documents.ids if documents else None)
         if self.hybrid:
             return self.feed_forward(hidden + update) - hidden
         return update + self.mlp(self.post_attention_layernorm(hidden + update))     # no large terms to cancel
@@ -88,4 +101,4 @@ class Layer(nn.Module):
 
 class DenseLayer(Layer):
     def forward(self, stream: Stream) -> Stream:
-        return Stream(self.run(self.dense, stream.hidden))
+        return stream._replace(hidden=self.run(self.dense, stream.hidden, stream.documents))

@@ -1,8 +1,9 @@
-"""A hidden state and its gate as one tensor, for the cut between a Decision and its Dynamic layer.
+"""What crosses a pipeline cut, as one tensor: the hidden state with the gate and the document ids in extra columns.
 
-A pipeline stage that sends two float tensors runs its backward pass twice (once for each), so the gate rides
-in extra columns of the hidden state. It stays float32: its bits are reinterpreted, not converted, both as
-value and as gradient. Nothing may compute on the packed tensor.
+A pipeline stage that sends two float tensors runs its backward pass twice (once for each), so between a Decision
+and its Dynamic layer the gate rides in columns of the hidden state. It stays float32: its bits are reinterpreted, not
+converted, both as value and as gradient. Document ids, which have no gradient, ride as int32 bits likewise.
+Nothing may compute on the packed tensor.
 """
 
 from typing import Any
@@ -11,42 +12,67 @@ import torch
 from torch import Tensor
 
 
-def _join(hidden: Tensor, gate: Tensor) -> Tensor:
-    return torch.cat([hidden, gate.unsqueeze(-1).contiguous().view(hidden.dtype)], dim=-1)
+def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of x [B, T] as columns [B, T, n] of another type, no wider than its own."""
+    return x.unsqueeze(-1).contiguous().view(dtype)
 
 
-def _split(packed: Tensor, gate_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    columns = gate_dtype.itemsize // packed.dtype.itemsize
-    hidden, bits = packed.split([packed.shape[-1] - columns, columns], dim=-1)
-    return hidden.contiguous(), bits.contiguous().view(gate_dtype).squeeze(-1)
+def _values(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `_columns`."""
+    return columns.contiguous().view(dtype).squeeze(-1)
+
+
+def _types(dtype: torch.dtype, gate: bool, ids: bool) -> list[torch.dtype]:
+    """What the extra columns of a hidden state of type `dtype` hold."""
+    id_type = torch.int64 if dtype == torch.float64 else torch.int32
+    return [torch.promote_types(dtype, torch.float32)] * gate + [id_type] * ids
+
+
+def _split(packed: Tensor, types: list[torch.dtype]) -> list[Tensor]:
+    widths = [t.itemsize // packed.dtype.itemsize for t in types]
+    hidden, *extras = packed.split([packed.shape[-1] - sum(widths), *widths], dim=-1)
+    return [hidden.contiguous(), *(_values(columns, t) for columns, t in zip(extras, types))]
 
 
 class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, gate: Tensor) -> Tensor:
-        ctx.gate_dtype = gate.dtype
-        return _join(hidden, gate)
+    def forward(ctx: Any, hidden: Tensor, gate: Tensor | None, ids: Tensor | None) -> Tensor:
+        ctx.has = (gate is not None, ids is not None)
+        types = _types(hidden.dtype, *ctx.has)
+        extras = [x for x in (gate, ids) if x is not None]
+        return torch.cat([hidden, *(_columns(x.to(t), hidden.dtype) for x, t in zip(extras, types))], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(grad, ctx.gate_dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, *extras = _split(grad, _types(grad.dtype, *ctx.has))
+        return hidden, extras[0] if ctx.has[0] else None, None
 
 
 class _Unpack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor) -> tuple[Tensor, Tensor]:
-        return _split(packed, torch.promote_types(packed.dtype, torch.float32))
+    def forward(ctx: Any, packed: Tensor, gate: bool, ids: bool) -> tuple[Tensor, ...]:
+        ctx.width, ctx.has_gate = packed.shape[-1], gate
+        hidden, *extras = _split(packed, _types(packed.dtype, gate, ids))
+        if ids:
+            extras[-1] = extras[-1].long()
+            ctx.mark_non_differentiable(extras[-1])
+        return hidden, *extras
 
     @staticmethod
-    def backward(ctx: Any, grad_hidden: Tensor, grad_gate: Tensor) -> Tensor:
-        return _join(grad_hidden, grad_gate)
+    def backward(ctx: Any, grad_hidden: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate = [_columns(grads[0], grad_hidden.dtype)] if ctx.has_gate else []
+        known = torch.cat([grad_hidden, *gate], dim=-1)
+        return torch.nn.functional.pad(known, (0, ctx.width - known.shape[-1])), None, None
 
 
-def pack(hidden: Tensor, gate: Tensor) -> Tensor:
-    """hidden [B, T, D], gate [B, T] of at least float32 -> [B, T, D + 1 or 2]."""
-    return _Pack.apply(hidden, gate)
+def pack(hidden: Tensor, gate: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    """hidden [B, T, D], gate [B, T] of at least float32, document ids [B, T] -> [B, T, D + columns]."""
+    return hidden if gate is None and ids is None else _Pack.apply(hidden, gate, ids)
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack`."""
-    return _Unpack.apply(packed)
+def unpack(packed: Tensor, *, gate: bool, ids: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Inverse of `pack`; says which of the two were given."""
+    if not (gate or ids):
+        return packed, None, None
+    hidden, *extras = _Unpack.apply(packed, gate, ids)
+    return hidden, extras[0] if gate else None, extras[-1] if ids else None

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.model.documents import Documents
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.params import ParamMaker, constant, normal
@@ -35,10 +36,19 @@ class Prior(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def moving_average(x: Tensor, window: int) -> Tensor:
-    """Mean over the last `window` tokens of x [B, T], itself included; before the start stands the first value."""
-    before = x[:, :1].expand(-1, window - 1)
-    return F.avg_pool1d(torch.cat([before, x], dim=1).unsqueeze(1), window, stride=1).squeeze(1)
+def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:
+    """Mean over the last `window` tokens of x [B, T], itself included; before the start of the sample, or of the token's
+    document, stands its first value. Carries no gradient.
+
+    By running sums in float64: their differences are exact enough at any length, and borders cost nothing.
+    """
+    place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+    since = place if documents is None else documents.positions          # tokens of the document before this one
+    sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))              # sums[t] = x[0] + ... + x[t - 1]
+    inside = since.clamp(max=window - 1)                                 # of those, how many are in the window
+    total = sums.gather(1, place + 1) - sums.gather(1, place - inside)
+    first = x.detach().gather(1, place - since).double()
+    return ((total + (window - 1 - inside) * first) / window).to(x.dtype)
 
 
 class SurpriseRouter(nn.Module):
@@ -53,11 +63,11 @@ class SurpriseRouter(nn.Module):
         self.ce_offset = ctx.make(f"{name}.ce_offset", (1,), constant(routing.ce_offset_init))
         self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
 
-    def forward(self, static: Tensor, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, static: Tensor, change: Tensor, documents: Documents | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """D_st, D_ch [B, T] -> G [B, T] and the scalars worth watching."""
         beta_ce, beta_cu, offset, multiplier = map(upcast, (self.beta_ce, self.beta_cu, self.ce_offset, self.cu_multiplier))
         expected = static - (change - torch.log(offset + 1e-10))
-        unexpected = static - multiplier * moving_average(static.detach(), self.window)
+        unexpected = static - multiplier * moving_average(static.detach(), self.window, documents)
         s_ce = torch.sigmoid(F.softplus(beta_ce) * expected)
         s_cu = torch.sigmoid(F.softplus(beta_cu) * unexpected)
         watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": s_ce.mean(), "S_CU": s_cu.mean(),
@@ -77,32 +87,32 @@ class DecisionLayer(Layer):
         self.loss_scale = loss_scale
         self.monitor = Monitor()
 
-    def decide(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """h [B, T, D] -> post [B, T, D], G [B, T], the prior's loss, statistics."""
-        post = self.dense(hidden)
+        post = self.dense(hidden, documents)
         after, before = upcast(post), upcast(hidden)
         static = (after - before).square().mean(dim=-1)
         change = (after - (before + self.prior(hidden))).square().mean(dim=-1)
-        gate, statistics = self.router(static, change)
+        gate, statistics = self.router(static, change, documents)
         # A second pass of the small prior, on detached inputs: the loss teaches the prior and nothing else.
         fixed = hidden.detach()
         prior_loss = (upcast(fixed) + self.prior(fixed) - after.detach()).square().mean()
         return post, gate, prior_loss, statistics
 
     def forward(self, stream: Stream) -> Stream:
-        post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden)
+        post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
         self.monitor.record(statistics | {"prior_loss": prior_loss})
         if torch.is_grad_enabled():
             post = attach_loss(post, prior_loss, self.loss_weight * self.loss_scale.value)
-        return Stream(post, gate)
+        return Stream(post, gate, stream.documents)
 
 
 class DynamicLayer(SkippingLayer):
     """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged."""
 
     def forward(self, stream: Stream) -> Stream:
-        hidden, gate = stream
+        gate = stream.gate
         assert gate is not None, "a Dynamic layer follows its Decision layer"
-        choice = self.causal_router(gate, hidden)
+        choice = self.causal_router(gate, stream.hidden)
         self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top))
-        return Stream(self.process(hidden, gate, choice))
+        return self.process(stream, gate, choice)

@@ -75,16 +75,18 @@ class DtrLayer(Layer):
                        "routed_fraction_max": fraction.max()}
         return choose_where(mask), mask, statistics
 
-    def attend_or_pass(self, hidden: Tensor, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
-        attention, length = self.self_attn, hidden.shape[1]
-        positions, valid = selection
+    def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
+        hidden, attention = stream.hidden, self.self_attn
+        index, valid = selection
+        positions, documents = stream.at(index)
         x = copy_to_tp(self.input_layernorm(hidden), attention.tp)
         v = attention.values(x)                                                    # [B, T, G/tp, K]
-        q, k = attention.queries_keys(take(x, positions), positions, length)       # of attending tokens only
-        chosen_v = take(v.flatten(2), positions).unflatten(-1, v.shape[2:])
-        attended = causal_attention(q, k, chosen_v, attention.backend).flatten(2)  # [B, C, H/tp * K]
+        q, k = attention.queries_keys(take(x, index), positions, hidden.shape[1])   # of attending tokens only
+        chosen_v = take(v.flatten(2), index).unflatten(-1, v.shape[2:])
+        attended = causal_attention(q, k, chosen_v, attention.backend, documents.ids if documents else None)
+        attended = attended.flatten(2)                                             # [B, C, H/tp * K]
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
-        mixed = attention.o_proj(replace(passed, positions, attended, valid))
+        mixed = attention.o_proj(replace(passed, index, attended, valid))
         weight = torch.where(mask, p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
 
@@ -96,7 +98,7 @@ class DtrLayer(Layer):
         fraction, mean = mask.float().mean(), attend.mean()
         self.monitor.record(statistics | gate_statistics(attend, mask) | {
             "p0": mean, "f": fraction, "attention_loss": self.load.share * mean})
-        out = self.run(self.attend_or_pass, hidden, p, selection, mask)
+        out = self.run(self.attend_or_pass, stream, p, selection, mask)
         if torch.is_grad_enabled():
             loss = self.load.loss(mean)
             if self.entropy_bonus:
@@ -104,4 +106,4 @@ class DtrLayer(Layer):
                 loss = loss - self.entropy_bonus * entropy
             self.load.observe(fraction)
             out = attach_loss(out, loss, self.loss_scale.value)
-        return Stream(out)
+        return Stream(out, documents=stream.documents)

@@ -41,5 +41,5 @@ class ModLayer(SkippingLayer):
         z = logit.square().mean()
         gate = logit.sigmoid() if self.sigmoid_gate else logit
         self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top) | {
-            "bce_loss": bce, "z_loss": z, "logit": logit.mean(), "logit_std": logit.std()})
-        return Stream(self.process(hidden, gate, choice, self.bce_weight * bce + self.z_weight * z))
+            "bce_loss": bce, "z_loss": z, "logit": logit.mean(), "logit_std": logit.std(correction=0)})
+        return self.process(stream, gate, choice, self.bce_weight * bce + self.z_weight * z)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megadyn.model.block import Layer, LayerContext
+from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Choice
 from megadyn.routing.monitor import Monitor
@@ -21,17 +21,19 @@ class SkippingLayer(Layer):
         self.share = 1 / ctx.model.layer_types.count(ctx.model.layer_types[index])
         self.monitor = Monitor()
 
-    def process(self, hidden: Tensor, gate: Tensor, choice: Choice, loss: Tensor | None = None) -> Tensor:
-        """hidden [B, T, D], gate [B, T] -> the layer's output; `loss` is auxiliary, beside the predictor's."""
-        out = self.run(self.update, hidden, gate, choice.selection)
+    def process(self, stream: Stream, gate: Tensor, choice: Choice, loss: Tensor | None = None) -> Stream:
+        """The layer's output for gate [B, T]; `loss` is auxiliary, beside the predictor's."""
+        out = self.run(self.update, stream, gate, choice.selection)
         if torch.is_grad_enabled():
             for part in (choice.loss, loss):
                 if part is not None:
                     out = attach_loss(out, part, self.share * self.loss_scale.value)
-        return out
+        return Stream(out, documents=stream.documents)
 
-    def update(self, hidden: Tensor, gate: Tensor, selection: Selection) -> Tensor:
-        positions, valid = selection
-        delta = self.delta(take(hidden, positions), positions, hidden.shape[1])
-        weight = take(gate, positions) if valid is None else take(gate, positions) * valid
-        return put_back(hidden, positions, (weight.unsqueeze(-1) * delta).to(hidden.dtype))
+    def update(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
+        index, valid = selection
+        hidden = stream.hidden
+        positions, documents = stream.at(index)
+        delta = self.delta(take(hidden, index), positions, hidden.shape[1], documents)
+        weight = take(gate, index) if valid is None else take(gate, index) * valid
+        return put_back(hidden, index, (weight.unsqueeze(-1) * delta).to(hidden.dtype))

@@ -17,6 +17,8 @@ from megadyn.errors import ConfigError
 class Data(NamedTuple):
     train: SampleSet
     validation: SampleSet | None
+    eod: int | None
+    """The token that ends a document, where samples are masked by document."""
 
 
 def open_data(config: Config) -> Data:
@@ -40,13 +42,18 @@ def open_data(config: Config) -> Data:
     else:
         other = train
         documents, held_out = split_documents(train, section.validation_fraction, training.seed)
+    for dataset in (train, other):
+        if section.document_mask and dataset.record is not None and not dataset.record.append_eod:
+            raise ConfigError("data.document_mask", True, f"false: {dataset.prefix} was made without --append-eod, so that "
+                              "nothing in it marks where documents end")
     has_validation = section.validation is not None or section.validation_fraction > 0
 
     def cut(dataset: IndexedDataset, documents: Indices | None, shuffle: bool) -> SampleSet:
         return SampleSet(dataset, sequence_length=training.sequence_length, seed=training.seed, documents=documents,
                          shuffle=shuffle, cache_dir=section.cache)
 
-    return Data(cut(train, documents, shuffle=True), cut(other, held_out, shuffle=False) if has_validation else None)
+    return Data(cut(train, documents, shuffle=True), cut(other, held_out, shuffle=False) if has_validation else None,
+                tokenizer.eod if section.document_mask else None)
 
 
 def step_batches(samples: SampleSet, consumed: int, global_batch: int, plan: BatchPlan,

@@ -47,8 +47,9 @@ class StepResult(NamedTuple):
 class Engine:
     """The model, its optimizer and its parallel run. Every method is collective."""
 
-    def __init__(self, config: Config, plan: BatchPlan, grid: Grid):
-        self.config, self.plan, self.grid = config, plan, grid
+    def __init__(self, config: Config, plan: BatchPlan, grid: Grid, eod: int | None = None):
+        """`eod`: the token that ends a document, where samples are masked by document."""
+        self.config, self.plan, self.grid, self.eod = config, plan, grid, eod
         self.device = torch.device(get_accelerator().current_device_name())
         self.settings = engine_settings(config)
         self.zero_stage: int = self.settings["zero_optimization"]["stage"]
@@ -73,13 +74,13 @@ class Engine:
         backend, why = attention_backend(model.attention, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, self.device)
-        ctx = LayerContext(model, make, backend, self.config.training.activation_checkpointing)
+        ctx = LayerContext(model, make, backend, self.eod, self.config.training.activation_checkpointing)
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)
         length = self.config.training.sequence_length
         cuts = balanced_stages(layer_costs(model, length), head_flops(model, length), grid.pp.size)
         log.info("pipeline stages, by FLOPs: layers %s", ", ".join(f"{a}-{b - 1}" for a, b in pairwise(cuts)))
-        return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings)
+        return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings, by_document=self.eod is not None)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         """The user's engine settings plus what is decided elsewhere in the configuration."""

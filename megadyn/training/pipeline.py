@@ -7,6 +7,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from megadyn.model.block import Stream
+from megadyn.model.documents import from_ids
 from megadyn.network import Part, read_out
 from megadyn.parallel.grid import Grid
 from megadyn.parallel.wire import pack, unpack
@@ -16,11 +17,11 @@ from megadyn.routing.dtf import DynamicLayer
 class Stages(PipelineModule):
     """This rank's stretch of the list. One tensor crosses each boundary."""
 
-    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, tied: bool):
+    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, tied: bool, by_document: bool):
         """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`."""
         # In the list, Embed stands before the first layer; FinalNorm and Head behind the last.
         self.boundaries = [0, *(cut + 1 for cut in layer_boundaries[1:-1]), len(parts)]
-        self.rank_grid = grid
+        self.rank_grid, self.by_document = grid, by_document
         topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
         super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
 
@@ -33,10 +34,13 @@ class Stages(PipelineModule):
         layers = self.forward_funcs[:-1] if self.rank_grid.is_last_stage else self.forward_funcs
         stream: Any = inputs
         if not self.rank_grid.is_first_stage:
-            stream = Stream(*unpack(inputs)) if isinstance(layers[0], DynamicLayer) else Stream(inputs)
+            hidden, gate, ids = unpack(inputs, gate=isinstance(layers[0], DynamicLayer), ids=self.by_document)
+            stream = Stream(hidden, gate, None if ids is None else from_ids(ids))
         for layer in layers:
             stream = layer(stream)
-        return stream.hidden if stream.gate is None else pack(stream.hidden, stream.gate)
+        if self.rank_grid.is_last_stage:
+            return stream.hidden
+        return pack(stream.hidden, stream.gate, None if stream.documents is None else stream.documents.ids)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""

@@ -10,7 +10,20 @@ from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.hf.modeling_megadyn import MegadynCache, MegadynForCausalLM, best_of_each_row, pack
-from tests.hf.tiny_models import KINDS, VOCABULARY, WINDOW, random_tokens, tiny_config, tiny_model
+from tests.hf.tiny_models import (
+    DTF,
+    KINDS,
+    LAYOUTS,
+    MAIN_KINDS,
+    MOD,
+    NORMALIZATIONS,
+    ROUTED,
+    VOCABULARY,
+    WINDOW,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
 
 TOKENS = random_tokens(3, 4 * WINDOW, seed=7)
 LENGTHS = (4 * WINDOW, 4 * WINDOW - 9, 2)     # real tokens of each row when padded
@@ -65,27 +78,57 @@ def test_hidden_states_are_qwen2s():
         assert_close(ours, theirs, **CLOSE)
 
 
-def test_all_tokens_with_unit_gate_is_dense():
-    routed, dense = tiny_model("dtf4"), tiny_model("dense", num_hidden_layers=4)
-    dense.load_state_dict(routed.state_dict(), strict=False)
-    for decision, dynamic in (routed.model.layers[:2], routed.model.layers[2:]):
-        decision.router.forward = lambda static, change, average: torch.ones_like(static)
-        dynamic.causal_router.threshold.fill_(1.0)
+@pytest.mark.parametrize("mode", ["causal", "topk"])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", ["dtf4", "mod", "mod-identity", "dtrnet-token", "dtrnet-expert"])
+def test_all_tokens_with_unit_gate_is_dense(kind, normalization, mode):
+    layer_types, routing = LAYOUTS[kind]
+    routed = tiny_model(kind, mode, normalization=normalization, routing=routing | {"capacity": 1.0})
+    dense = tiny_model("dense", num_hidden_layers=len(layer_types), normalization=normalization)
+    assert not dense.load_state_dict(routed.state_dict(), strict=False).missing_keys
+    for layer, layer_type in zip(routed.model.layers, layer_types, strict=True):
+        if layer_type == "dtf_decision":
+            layer.router.forward = lambda static, change, average: torch.ones_like(static)
+        elif layer_type == "mod":
+            layer.router.forward = lambda h: torch.full_like(h[..., :1], 1.0 if kind == "mod-identity" else 99.0)
+        elif layer_type == "dtrnet":
+            layer.router.fc2.bias.copy_(torch.tensor([999.0, -999.0]))
+        if hasattr(layer, "causal_router") and kind != "dtrnet-token":
+            layer.causal_router.threshold.fill_(1.0)
     assert_close(routed(TOKENS).logits, dense(TOKENS).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dtf4", "mod", "dtrnet-token"])
+def test_columns_that_each_part_of_a_routed_layer_computes(kind):
+    model = tiny_model(kind)
+    layer, columns = model.model.layers[3], {}
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+        layer.get_submodule(part).register_forward_hook(
+            lambda _, inputs, __, part=part: columns.update({part: inputs[0].shape[1]}))
+    chosen = int(model(TOKENS, output_routing=True).routing[3].sum(1).max())
+    assert 2 < chosen < TOKENS.shape[1]
+    rest = TOKENS.shape[1] if kind == "dtrnet-token" else chosen
+    assert columns == {"self_attn.q_proj": chosen, "self_attn.k_proj": chosen, "self_attn.v_proj": rest,
+                       "self_attn.o_proj": rest, "mlp.up_proj": rest}
 
 
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [[12] + [1] * 16, [1] * 28, [5, 1, 9, 13]], ids=["prefill", "single", "chunks"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_cached_decoding_equals_one_forward(kind, side, steps):
-    model = tiny_model(kind)
+STEPS = {"prefill": [12] + [1] * 16, "single": [1] * 28, "chunks": [5, 1, 9, 13]}
+
+
+@pytest.mark.parametrize(("kind", "normalization", "side", "steps"), [
+    *((kind, "pre", side, steps) for kind in MAIN_KINDS for side in ("none", "left", "right") for steps in STEPS),
+    *((kind, "pre", "left", "chunks") for kind in KINDS if kind not in MAIN_KINDS),
+    *((kind, normalization, "left", "chunks") for kind in MAIN_KINDS for normalization in ("lns", "hybridnorm")),
+])
+def test_cached_decoding_equals_one_forward(kind, normalization, side, steps):
+    model = tiny_model(kind, normalization=normalization)
     mask = torch.ones_like(TOKENS) if side == "none" else padding(side)
     whole = model(TOKENS, mask, use_cache=False).logits
     cache, parts, end = None, [], 0
-    for step in steps:
+    for step in STEPS[steps]:
         start, end = end, end + step
         output = model(TOKENS[:, start:end], mask[:, :end], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
@@ -93,26 +136,32 @@ def test_cached_decoding_equals_one_forward(kind, side, steps):
     assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], **CLOSE)
 
 
-def test_skipped_tokens_leave_nothing_in_the_cache():
-    model = tiny_model("dtf5")
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_tokens_leave_nothing_in_the_cache(kind):
+    model = tiny_model(kind)
     mask = padding("left")
     output = model(TOKENS, mask, output_routing=True)
     cache = output.past_key_values
-    for layer, processed, held in zip(cache.layers, output.routing, cache.tokens_per_layer(), strict=True):
+    layers = zip(model.config.layer_types, cache.layers, output.routing, cache.tokens_per_layer(), strict=True)
+    for layer_type, layer, processed, held in layers:
         assert held == processed.sum(1).tolist()
         assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
-    assert cache.tokens_per_layer()[0] == list(LENGTHS)
-    assert 0.3 < sum(cache.tokens_per_layer()[1]) / sum(LENGTHS) < 0.6
+        if layer_type in ROUTED:
+            assert 0.1 < sum(held) / sum(LENGTHS) < 0.9
+        else:
+            assert held == list(LENGTHS)
     assert cache.get_seq_length() == TOKENS.shape[1]
 
 
-def test_nothing_routed_in_a_call():
-    model = tiny_model("dtf4")
-    threshold = model.model.layers[1].causal_router.threshold
+@pytest.mark.parametrize("kind", ["dtf4", "mod", "dtrnet-expert"])
+def test_nothing_routed_in_a_call(kind):
+    model = tiny_model(kind)
+    i = next(i for i, layer_type in enumerate(model.config.layer_types) if layer_type in ROUTED)
+    threshold = model.model.layers[i].causal_router.threshold
     usual = threshold.clone()
-    threshold.fill_(2.0)
+    threshold.fill_(1e9)
     cache = model(TOKENS[:, :3], use_cache=True).past_key_values
-    assert cache.tokens_per_layer()[1] == [0, 0, 0]
+    assert cache.tokens_per_layer()[i] == [0, 0, 0]
     threshold.copy_(usual)
     assert model(TOKENS[:, 3:], past_key_values=cache).logits.isfinite().all()
 
@@ -168,10 +217,11 @@ def test_causal_mode_does_not_see_the_future(kind):
         assert not torch.allclose(after[:, t], before[:, t], atol=1e-2)
 
 
+@pytest.mark.parametrize(("kind", "normalization"), [*((kind, "pre") for kind in KINDS), ("dtrnet-token", "hybridnorm")])
 @pytest.mark.parametrize("mode", ["causal", "topk"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_are_as_alone(side, mode):
-    model = tiny_model("dtf5", routing_mode=mode)
+def test_padded_rows_are_as_alone(side, mode, kind, normalization):
+    model = tiny_model(kind, routing_mode=mode, normalization=normalization)
     mask = padding(side).bool()
     together = model(TOKENS, mask, output_routing=True)
     for row in range(len(TOKENS)):
@@ -185,14 +235,37 @@ def test_padded_rows_are_as_alone(side, mode):
 # ---- top-k ---------------------------------------------------------------------------------------
 
 
-def test_topk_takes_exactly_k_of_each_row():
-    output = tiny_model("dtf4", routing_mode="topk")(TOKENS, padding("left"), output_routing=True)
-    for i in (1, 3):
+@pytest.mark.parametrize("kind", ["dtf4", "mod", "dtrnet-expert"])
+def test_topk_takes_exactly_k_of_each_row(kind):
+    model = tiny_model(kind, routing_mode="topk")
+    output = model(TOKENS, padding("left"), output_routing=True)
+    for i, layer_type in enumerate(model.config.layer_types):
+        if layer_type not in ROUTED:
+            continue
         assert output.routing[i].sum(1).tolist() == [int(0.4 * 28), int(0.4 * 19), 1]
         for row, processed in enumerate(output.routing[i]):
             real = padding("left")[row].bool()
             assert output.gates[i][row, processed].min() >= output.gates[i][row, real & ~processed].max()
     assert output.past_key_values is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "dtrnet-token"])
+def test_kinds_without_topk_have_one_mode(kind):
+    causal, topk = tiny_model(kind), tiny_model(kind, routing_mode="topk")
+    assert torch.equal(causal(TOKENS).logits, topk(TOKENS).logits)
+    assert topk(TOKENS).past_key_values is not None
+
+
+def test_rules_choose_as_they_say():
+    logit = tiny_model("mod-bce")(TOKENS, output_routing=True)
+    assert torch.equal(logit.routing[1], logit.gates[1] > 0)
+    choice = tiny_model("dtrnet-token")(TOKENS, output_routing=True)
+    assert torch.equal(choice.routing[3], choice.gates[3] > 0.5)
+    predicted = tiny_model("mod-predictor")
+    predictor = predicted.model.layers[1].causal_router
+    h = predicted(TOKENS, output_hidden_states=True).hidden_states[1]
+    logit = torch.nn.functional.silu(h @ predictor.fc1.weight.T) @ predictor.fc2.weight[0]
+    assert torch.equal(predicted(TOKENS, output_routing=True).routing[1], logit.sigmoid() >= 0.5)
 
 
 def test_topk_ties_go_to_the_first():
@@ -223,14 +296,16 @@ def test_unknown_mode_set_later_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")      # its new name is not in all of 5.x
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("mode", ["causal", "topk"])
-def test_gradient_checkpointing_changes_nothing_and_never_chooses_again(mode, reentrant):
+@pytest.mark.parametrize(("kind", "mode"), [
+    ("dtf4", "causal"), ("dtf4", "topk"), ("mod", "causal"), ("mod-predictor", "causal"), ("dtrnet-token", "causal"),
+    ("dtrnet-expert", "topk")])
+def test_gradient_checkpointing_changes_nothing_and_never_chooses_again(kind, mode, reentrant):
     gradients, choices = [], []
     for checkpointing in (False, True):
-        model = tiny_model("dtf4", routing_mode=mode).train()
+        model = tiny_model(kind, routing_mode=mode).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        layer = model.model.layers[1]
+        layer = next(layer for layer in model.model.layers if hasattr(layer, "choose"))
         choose = layer.choose
         layer.choose = lambda *args, choose=choose: choices.append(1) or choose(*args)
         with torch.enable_grad():
@@ -253,15 +328,28 @@ def test_loss_shifts_labels_once():
 # ---- precision and files -------------------------------------------------------------------------
 
 
-def test_router_stays_float32(tmp_path):
-    model = tiny_model("dtf4")
-    threshold, beta = model.model.layers[1].causal_router.threshold.clone(), model.model.layers[0].router.beta_ce.clone()
+ROUTER_TENSORS = {
+    "dtf4": ("0.router.beta_ce", "1.causal_router.threshold"),
+    "dtf-predictor": ("1.router.beta_ce", "2.causal_router.fc1.weight", "2.causal_router.fc2.weight"),
+    "mod": ("1.router.weight", "1.causal_router.threshold"),
+    "dtrnet-token": ("1.router.fc1.weight", "1.router.fc1.bias", "1.router.fc2.weight", "1.router.fc2.bias"),
+}
+
+
+@pytest.mark.parametrize("kind", ROUTER_TENSORS)
+def test_router_stays_float32(tmp_path, kind):
+    model = tiny_model(kind)
+    before = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
     model.save_pretrained(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(gate is None or gate.dtype == torch.float32 for gate in model(TOKENS, output_routing=True).gates)
     for low in (MegadynForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model.bfloat16()):
         assert low.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-        assert torch.equal(low.model.layers[1].causal_router.threshold, threshold)
-        assert torch.equal(low.model.layers[0].router.beta_ce, beta)
-        assert low(TOKENS, output_routing=True).gates[1].dtype == torch.float32
+        after = low.model.layers.state_dict()
+        for name in ROUTER_TENSORS[kind]:
+            assert torch.equal(after[name], before[name])
+        gates = low(TOKENS, output_routing=True).gates
+        assert {gate.dtype for gate in gates if gate is not None} == {torch.float32}
 
 
 def test_weight_names_are_qwen2s_and_the_contracts():
@@ -272,6 +360,33 @@ def test_weight_names_are_qwen2s_and_the_contracts():
         "prior.norm.weight", "prior.gate_proj.weight", "prior.up_proj.weight", "prior.down_proj.weight", "router.beta_ce",
         "router.beta_cu", "router.ce_offset", "router.cu_multiplier")]
     assert extra == {*decision, "model.layers.1.causal_router.threshold", "model.layers.3.causal_router.threshold"}
+
+
+@pytest.mark.parametrize(("kind", "layer", "expected"), [
+    ("dtf-predictor", 2, {"causal_router.fc1.weight": (16, 32), "causal_router.fc2.weight": (1, 16)}),
+    ("mod", 1, {"router.weight": (1, 32), "causal_router.threshold": (1,)}),
+    ("mod-predictor", 1, {"router.weight": (1, 32), "causal_router.fc1.weight": (16, 32), "causal_router.fc2.weight": (1, 16)}),
+    ("mod-bce", 1, {"router.weight": (1, 32)}),
+    ("dtrnet-token", 1, {"router.fc1.weight": (16, 32), "router.fc1.bias": (16,), "router.fc2.weight": (2, 16),
+                         "router.fc2.bias": (2,)}),
+    ("dtrnet-expert", 0, {"router.fc1.weight": (16, 32), "router.fc1.bias": (16,), "router.fc2.weight": (2, 16),
+                          "router.fc2.bias": (2,), "causal_router.threshold": (1,)}),
+])
+def test_weights_of_a_routed_layer(kind, layer, expected):
+    got = tiny_model(kind).model.layers[layer].state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in got.items() if "router" in name} == expected
+
+
+def test_weights_of_hybridnorm():
+    def shapes(normalization):
+        layer = tiny_model("dtrnet-token", normalization=normalization).model.layers[1]
+        return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+    pre, hybrid = shapes("pre"), shapes("hybridnorm")
+    assert shapes("lns") == pre
+    assert pre.keys() - hybrid.keys() == {"input_layernorm.weight"}
+    assert {name: hybrid[name] for name in hybrid.keys() - pre.keys()} == {
+        f"self_attn.{which}_norm.weight": (8,) for which in "qkv"}
 
 
 WITHOUT_MEGADYN = """
@@ -286,8 +401,9 @@ torch.save((model(tokens).logits.detach(), cached), sys.argv[2])
 """
 
 
-def test_folder_works_without_megadyn(tmp_path):
-    model = tiny_model("dtf5")
+@pytest.mark.parametrize(("kind", "normalization"), [("dtf5", "pre"), ("mod-predictor", "hybridnorm")])
+def test_folder_works_without_megadyn(tmp_path, kind, normalization):
+    model = tiny_model(kind, normalization=normalization)
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
     model.save_pretrained(folder)
@@ -305,21 +421,33 @@ def test_folder_works_without_megadyn(tmp_path):
 # ---- configuration -------------------------------------------------------------------------------
 
 
-ROUTING = tiny_config("dtf4").routing
+TOKEN, EXPERT = LAYOUTS["dtrnet-token"][1], LAYOUTS["dtrnet-expert"][1]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"routing": ROUTING | {"kind": "mod"}}, "routing.kind = 'mod': must be one of dense, dtf"),
-    ({"routing": ROUTING | {"causal": "predictor"}}, "routing.causal = 'predictor'"),
-    ({"routing": ROUTING | {"capacity": 0}}, "routing.capacity = 0: must be in"),
-    ({"routing": ROUTING | {"ma_window": 0}}, "routing.ma_window = 0"),
+    ({"routing": DTF | {"kind": "moe"}}, "routing.kind = 'moe': must be one of dense, dtf, mod, dtrnet"),
+    ({"routing": DTF | {"causal": "bce"}}, "routing.causal .* = 'bce': must be one of threshold, predictor"),
+    ({"routing": DTF | {"capacity": 0}}, "routing.capacity = 0: must be a number in"),
+    ({"routing": DTF | {"ma_window": 0}}, "routing.ma_window = 0"),
+    ({"routing": MOD | {"capacity": "0.5"}}, "routing.capacity = '0.5': must be a number in"),
+    ({"routing": {"kind": "mod"}}, "routing.capacity is missing"),
+    ({"routing": MOD | {"gate": "score"}}, "routing.gate .* = 'score': must be one of sigmoid, identity"),
+    ({"routing": MOD | {"router_type": "surprise"}}, "routing.router_type .* = 'surprise': must be one of linear"),
+    ({"routing": MOD | {"causal": "token_choice"}}, "must be one of threshold, predictor, bce"),
+    ({"routing": MOD}, "layer_types.0. with routing.kind = mod = 'dtf_decision': must be one of dense, mod"),
+    ({"routing": EXPERT | {"capacity": 2}}, "routing.capacity = 2: must be a number in"),
+    ({"routing": EXPERT | {"causal": "predictor"}}, "routing.causal .* = 'predictor': must be one of threshold"),
+    ({"routing": {"kind": "dtrnet", "router_type": "expert_choice"}}, "routing.capacity is missing.*expert_choice"),
+    ({"routing": TOKEN | {"causal": "threshold"}}, "routing.causal .* = 'threshold': must be one of token_choice"),
+    ({"routing": TOKEN | {"router_type": "linear"}}, "'linear': must be one of token_choice, expert_choice"),
+    ({"routing": TOKEN, "layer_types": ["mod"] * 4}, "'mod': must be one of dense, dtrnet"),
     ({"routing": {"kind": "dtf", "capacity": 0.5}}, "routing.ma_window is missing"),
     ({"routing": {"kind": "dense"}}, "layer_types.0. with routing.kind = dense = 'dtf_decision'"),
     ({"layer_types": ["dense"] * 3}, "layer_types has 3 entries, but num_hidden_layers = 4"),
     ({"layer_types": ["dtf_decision", "dense", "dense", "dense"]}, "layer_types.1. = 'dense'"),
     ({"layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
     ({"layer_types": ["mod"] * 4}, "'mod': must be one of"),
-    ({"normalization": "lns"}, "normalization = 'lns'"),
+    ({"normalization": "post"}, "normalization = 'post': must be one of pre, lns, hybridnorm"),
     ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
     ({"num_key_value_heads": 3}, "must divide"),
@@ -327,3 +455,10 @@ ROUTING = tiny_config("dtf4").routing
 def test_configurations_that_cannot_run_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config("dtf4", **changes)
+
+
+def test_defaults_of_routing():
+    for kind, expected in (("mod", {"gate": "sigmoid", "router_type": "linear", "causal": "threshold"}),
+                           ("dtrnet-token", {"router_type": "token_choice", "causal": "token_choice", "layout": "bilayer"}),
+                           ("dtrnet-expert", {"causal": "threshold"})):
+        assert tiny_config(kind).routing.items() >= expected.items()

@@ -4,26 +4,30 @@ import numpy as np
 import pytest
 import torch
 
-from tests.hf.tiny_models import KINDS, WINDOW, random_tokens, set_thresholds, tiny_model
+from tests.hf.tiny_models import KINDS, MAIN_KINDS, NORMALIZATIONS, ROUTED, WINDOW, random_tokens, set_thresholds, tiny_model
 from tests.oracle import oracle_logits, oracle_loss
 
 TOKENS = random_tokens(2, 3 * WINDOW + 4, seed=5)
 
 
+CASES = [*((kind, normalization) for kind in MAIN_KINDS for normalization in NORMALIZATIONS),
+         *((kind, "pre") for kind in KINDS if kind not in MAIN_KINDS), ("mod-predictor", "hybridnorm")]
+
+
 @pytest.mark.parametrize("mode", ["topk", "causal"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "normalization"), CASES)
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": False, "tie_word_embeddings": True, "head_dim": 16}],
                          ids=["bias-untied", "nobias-tied"])
 @torch.no_grad()
-def test_model_agrees_with_oracle(tmp_path, kind, mode, changes):
-    model = tiny_model(kind, **changes)
+def test_model_agrees_with_oracle(tmp_path, kind, normalization, mode, changes):
+    model = tiny_model(kind, normalization=normalization, **changes)
     set_thresholds(model, TOKENS)
     model.config.routing_mode = mode
     model.save_pretrained(tmp_path)
     output = model(TOKENS, labels=TOKENS, output_routing=True)
     for processed, kind_of_layer in zip(output.routing, model.config.layer_types, strict=True):
-        if kind_of_layer == "dtf_dynamic":
-            assert 0.3 < processed.float().mean() < 0.6
+        if kind_of_layer in ROUTED:
+            assert 0.1 < processed.float().mean() < 0.9
     np.testing.assert_allclose(output.logits.numpy(), oracle_logits(tmp_path, TOKENS.numpy(), mode), atol=2e-4, rtol=0)
     labels = np.full(TOKENS.shape, -100)
     labels[:, :-1] = TOKENS[:, 1:]

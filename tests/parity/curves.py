@@ -23,6 +23,8 @@ class Case(NamedTuple):
     precision: str = "fp32"
     tied: bool = False
     micro_batch: int = 1
+    norm: str = "pre"
+    documents: bool = False
 
     @property
     def world(self) -> int:
@@ -30,9 +32,19 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         marks = {"recompute": self.recompute, "tied": self.tied, self.precision: self.precision != "fp32",
-                 f"mb{self.micro_batch}": self.micro_batch > 1}
+                 f"mb{self.micro_batch}": self.micro_batch > 1, self.norm: self.norm != "pre",
+                 "documents": self.documents}
         extras = [word for word, on in marks.items() if on]
         return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
+
+
+EOD = 6
+
+
+def tokens_of(case: Case) -> torch.Tensor:
+    """[STEPS, samples, length + 1]; with documents, about every ninth token ends one."""
+    tokens = tiny_tokens(STEPS)
+    return tokens.clamp(min=EOD) if case.documents else tokens
 
 
 Curve = dict[str, list[float]]
@@ -41,7 +53,7 @@ Curve = dict[str, list[float]]
 
 def config_of(case: Case) -> Any:
     return tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
-                       precision=case.precision, tied=case.tied, micro_batch=case.micro_batch)
+                       precision=case.precision, tied=case.tied, micro_batch=case.micro_batch, normalization=case.norm)
 
 
 def curves(cases: list[Case], folder: Path) -> dict[str, Curve]:
@@ -69,11 +81,11 @@ def _curve(case: Case) -> Curve:
     config = config_of(case)
     plan = batch_plan(config, dist.get_world_size())
     grid = make_grid(case.tensor, case.pipeline)
-    engine = Engine(config, plan, grid)
+    engine = Engine(config, plan, grid, EOD if case.documents else None)
     share = plan.global_batch // plan.data_parallel
     curve: Curve = {"loss": [], "grad_norm": []}
     batches = []
-    for step, samples in enumerate(tiny_tokens(STEPS)):
+    for step, samples in enumerate(tokens_of(case)):
         batches = micro_batches(samples[grid.dp.rank * share : (grid.dp.rank + 1) * share], case.micro_batch)
         result = engine.train_step(batches, learning_rate(config.optimizer, step, STEPS))
         curve["loss"].append(float(result.loss))
@@ -86,20 +98,22 @@ def _curve(case: Case) -> Curve:
 def plain_curve(case: Case) -> Curve:
     """The same training as a plain PyTorch loop: no DeepSpeed, no ranks, no micro-batches, torch's own clipping."""
     from megadyn.model.block import LayerContext
-    from megadyn.network import Network
+    from megadyn.network import Network, loads_of, routed_layers
     from megadyn.parallel.params import ParamMaker
     from megadyn.parallel.sharding import Sharding
     from megadyn.routing.aux_loss import LossScale
     from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
-    net = Network(LayerContext(config.model, ParamMaker(Sharding(1, 2), config.training.seed)), LossScale())
+    make = ParamMaker(Sharding(1, 2), config.training.seed)
+    net = Network(LayerContext(config.model, make, eod=EOD if case.documents else None), LossScale())
     decayed = [p for p in net.parameters() if p.ndim >= 2]
     kept = [p for p in net.parameters() if p.ndim < 2]
     adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
                              betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps)
     curve: Curve = {"loss": [], "grad_norm": []}
-    for step, samples in enumerate(tiny_tokens(STEPS)):
+    loads = loads_of(routed_layers(net)).values()
+    for step, samples in enumerate(tokens_of(case)):
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
         (tokens, labels), = micro_batches(samples, 4)
@@ -109,4 +123,7 @@ def plain_curve(case: Case) -> Curve:
         curve["grad_norm"].append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item())
         adam.step()
         adam.zero_grad()
+        fractions = [load.take_step_mean() for load in loads]
+        for load, fraction in zip(loads, fractions, strict=True):
+            load.end_step(fraction, torch.stack(fractions).sum())
     return curve

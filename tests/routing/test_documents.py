@@ -1,0 +1,85 @@
+"""Documents packed into one sample are computed as if each stood alone."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from megadyn.model.block import LayerContext
+from megadyn.model.documents import attention_mask, documents_of, segment_ends
+from megadyn.network import Network, causal_router_of, routed_layers, set_routing_mode
+from megadyn.parallel.params import ParamMaker
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtf import moving_average
+from tests.tiny import KINDS, VOCAB, tiny_config
+
+EOD = 0
+
+
+def packed(lengths: tuple[int, ...], seed: int = 0) -> Tensor:
+    """One sample [1, T] of documents of these lengths, each closed by EOD."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.cat([torch.randint(1, VOCAB, (n - 1,), generator=generator), torch.tensor([EOD])])
+                      for n in lengths]).unsqueeze(0)
+
+
+def network(kind: str, norm: str, eod: int | None) -> Network:
+    model = tiny_config(kind, normalization=norm).model
+    net = Network(LayerContext(model, ParamMaker(Sharding(1, 2), dtype=torch.float64), eod=eod), LossScale())
+    set_routing_mode(routed_layers(net), "causal")
+    for layer in routed_layers(net):
+        router = causal_router_of(layer)
+        if router is not None and router.threshold is not None:      # near the middle of the scores: some route, some do not
+            middle = {"dtf": 0.75, "mod": 0.0, "dtrnet": 0.5}[model.routing.kind]
+            router.threshold.average, router.threshold.steps = torch.tensor(middle * 0.01), 1
+    return net
+
+
+@pytest.mark.parametrize("norm", ["pre", "lns", "hybridnorm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_documents_equal_themselves_alone(kind: str, norm: str) -> None:
+    lengths = (13, 1, 9, 20, 2)             # one longer than the moving average's window of 7, one a lone end token
+    tokens = packed(lengths)
+    with torch.no_grad():
+        together = network(kind, norm, EOD)(tokens)
+        alone = network(kind, norm, None)
+        ends = list(itertools.accumulate(lengths, initial=0))
+        apart = torch.cat([alone(tokens[:, a:b]) for a, b in itertools.pairwise(ends)], dim=1)
+        across = alone(tokens)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-9)
+    assert (across - apart).abs().max() > 1e-3          # without the mask, documents do see each other
+
+
+def test_routing_in_these_comparisons_is_mixed() -> None:
+    for kind in KINDS:
+        net = network(kind, "pre", EOD)
+        with torch.no_grad():
+            net(packed((13, 9, 20)))
+        found = [layer.monitor.read() for layer in routed_layers(net)]
+        fractions = [float(record["routed_fraction"]) for record in found if "routed_fraction" in record]
+        assert kind == "dense" or any(0 < fraction < 1 for fraction in fractions), kind
+
+
+def test_ids_and_positions() -> None:
+    documents = documents_of(torch.tensor([[4, 0, 5, 6, 0, 0, 7], [1, 2, 3, 4, 5, 6, 7]]), eod=0)
+    assert documents.ids.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7]
+    assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+    assert segment_ends(documents.ids).tolist() == [0, 2, 5, 6, 7, 14]
+    mask = attention_mask(documents.ids)[0, 0]
+    want = [[documents.ids[0, i] == documents.ids[0, j] and j <= i for j in range(7)] for i in range(7)]
+    assert mask.tolist() == [[bool(x) for x in row] for row in want]
+
+
+def test_moving_average_starts_anew_in_each_document() -> None:
+    tokens = packed((5, 12, 3))
+    documents, values = documents_of(tokens, EOD), torch.randn(1, 20, dtype=torch.float64)
+    got = moving_average(values, 4, documents)[0].tolist()
+    want = []
+    for length, start in ((5, 0), (12, 5), (3, 17)):
+        row = values[0, start:start + length].tolist()
+        for t in range(length):
+            window = [row[max(0, t - k)] if t - k >= 0 else row[0] for k in range(4)]
+            want.append(sum(window) / 4)
+    assert got == pytest.approx(want, rel=1e-12)
