@@ -1,0 +1,138 @@
+"""Dense, shallower dense, MoD, DTF and DTRNet of one width on the same text, several seeds; one table and a plot.
+
+    python examples/study/study.py --output runs/study [--seeds 3] [--jobs 2] [key=value ...]
+
+Runs `megadyn.pretrain` once for each model and seed, on one thread each, `--jobs` at a time. Finished runs are kept, so
+it can be stopped and started again. `key=value` overrides go to every run, for example training.iterations=2000.
+Needs the tokenizer and datasets of `make quickstart`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megadyn.config import Config, load_config
+from megadyn.errors import UserError, run_tool
+from megadyn.planning.flops import training_flops
+
+HERE = Path(__file__).parent
+
+MODELS: dict[str, list[str]] = {
+    "dense, 8 layers": [],
+    "dense, 7 layers": ["model.num_layers=7"],
+    "dense, 6 layers": ["model.num_layers=6"],
+    "dense, 5 layers": ["model.num_layers=5"],
+    "MoD 12.5 %": ["model.routing.kind=mod", "model.routing.capacity=0.125", "model.routing.threshold_momentum=0.9"],
+    "DTF 50 %": ["model.routing.kind=dtf", "model.routing.capacity=0.5", "model.routing.threshold_momentum=0.9"],
+    "DTRNet bilayer": ["model.routing.kind=dtrnet", "model.routing.layout=bilayer", "model.routing.aux_loss_lambda=0.01"],
+}
+"""Eight layers of one width, routed or not, and dense ones of about the routed models' FLOPs: the control that every
+claim needs."""
+
+
+def command(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
+    return [str(HERE / "config.yaml"), *MODELS[name], f"training.seed={seed}", f"output_dir={folder}", *overrides]
+
+
+def finished(folder: Path, iterations: int) -> bool:
+    try:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    except (OSError, IndexError, ValueError):
+        return False
+    return last["iteration"] == iterations and "validation" in last
+
+
+def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
+    """One run in a process of its own; UserError with its last words if it fails."""
+    done = subprocess.run([sys.executable, "-m", "megadyn.pretrain", *command(name, seed, folder, overrides)],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{name}, seed {seed}: {words[-1].removeprefix('error: ')}")
+    print(f"trained {name}, seed {seed}", flush=True)
+
+
+def measure(config: Config, folder: Path) -> dict[str, float]:
+    """What one finished run shows."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "lm_loss" in record]
+    layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
+    fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
+    if config.model.routing.is_token_choice:
+        config.model.routing.capacity = fraction        # its FLOPs follow from what attended, not from a setting
+    found = {
+        "flops": training_flops(config.model, config.training.sequence_length) * config.training.global_batch_size,
+        "seconds": statistics.median(record["step_time_ms"] for record in steps) / 1e3,
+        "routed": fraction, "topk": records[-1]["validation"]["topk"], "causal": records[-1]["validation"]["causal"]}
+    agreements = [layer["causal_agreement"] for layer in layers if "causal_agreement" in layer]
+    return found | ({"agreement": statistics.mean(agreements)} if agreements else {})
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown; FLOPs and time are of a training step, as shares of the first model's."""
+    first = next(iter(results.values()))
+    base = {key: statistics.mean(run[key] for run in first) for key in ("flops", "seconds")}
+    lines = ["| model | loss, top-k | loss, causal | FLOPs | time | routed | agreement |", "|---|---|---|---|---|---|---|"]
+    for name, runs in results.items():
+        mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+        spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in ("topk", "causal")}
+        lines.append("| " + " | ".join([
+            name, *(f"{mean[key]:.4f} ± {spread[key]:.4f}" for key in ("topk", "causal")),
+            *(f"{mean[key] / base[key]:.3f}" for key in ("flops", "seconds")),
+            f"{mean['routed']:.1%}", f"{mean['agreement']:.1%}" if "agreement" in mean else "-"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Validation loss against training FLOPs and against time, a point a run."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, key, label in ((axes[0], "flops", "FLOPs of a training step"), (axes[1], "seconds", "seconds a training step")):
+        for name, runs in results.items():
+            marker = "o" if name.startswith("dense") else "^"
+            axis.scatter([run[key] for run in runs], [run["causal"] for run in runs], label=name, marker=marker)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss, causal routing")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    folders = {(name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
+               for name in MODELS for seed in range(1, args.seeds + 1)}
+    configs: dict[Any, Config] = {}
+    for (name, seed), folder in folders.items():
+        path, *words = command(name, seed, folder, args.overrides)
+        config = configs[name, seed] = load_config(path, words)
+        config.model.vocab_size = json.loads(Path(f"{config.data.train}.json").read_text())["vocab_size"]
+    open_runs = [key for key, folder in folders.items() if not finished(folder, configs[key].training.iterations or 0)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for job in [pool.submit(train, *key, folders[key], args.overrides) for key in open_runs]:
+            job.result()
+    results = {name: [measure(configs[name, seed], folders[name, seed]) for seed in range(1, args.seeds + 1)] for name in MODELS}
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "table.md").write_text(table(results))
+    plot(results, args.output / "plot.png")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
