@@ -328,6 +328,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep; 0 keeps all."""
     resume: str = "auto"
     """`auto` (the newest in output_dir, if any), `never`, or the path of a checkpoint."""
+    allow_other_data: bool = False
+    """Resume although the training data, or their order, are not those of the checkpoint."""
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from."""
 

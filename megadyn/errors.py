@@ -1,8 +1,10 @@
 """Errors that are the user's to mend: one sentence, exit status 2, no traceback."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -14,6 +16,13 @@ class ConfigError(UserError):
 
     def __init__(self, key: str, got: object, want: str) -> None:
         super().__init__(f"{key} = {got!r}: must be {want}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are the user's too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

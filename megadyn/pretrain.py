@@ -7,7 +7,6 @@ run is complete, or was asked to stop (SIGTERM) and has saved; 2 on bad input, w
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from megadyn.checkpoint import save_load
 from megadyn.checkpoint.layout import read_manifest, resolve
 from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, save_config
-from megadyn.errors import UserError
+from megadyn.data.files import os_errors_named
+from megadyn.errors import ConfigError, Parser, UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
 from megadyn.model.attention import attention_backend
@@ -60,6 +60,10 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
         save_load.check_same_run(config, read_manifest(found), found)
     if config.checkpoint.init_from:
         HfFolder(Path(config.checkpoint.init_from))
+    with os_errors_named(config.output_dir):
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(config.output_dir, os.W_OK):
+            raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
 
 
 CHECKPOINTS = "checkpoints"
@@ -84,16 +88,18 @@ class Job:
         settings = self.config.checkpoint
         found = None
         if settings.resume == "auto":
-            found = save_load.newest_good(self.checkpoints)
+            found = save_load.newest_good(self.checkpoints)     # raises if there are some and none is good
         elif settings.resume != "never":
             found = resolve(Path(settings.resume))
             if problem := save_load.verify(found):
                 raise UserError(problem)
         if found:
-            manifest = save_load.load(self.engine, found)
+            manifest = save_load.load(self.engine, found, None if settings.allow_other_data else self.data.train.key)
             self.iteration, self.consumed_samples = manifest["iteration"], manifest["consumed_samples"]
             self.saved_at = self.iteration
             log.info("resumed from %s", found)
+            if self.iteration >= (self.config.training.iterations or 0):
+                log.info("nothing to do: the run stands at iteration %d of %d", self.iteration, self.config.training.iterations)
         elif settings.init_from:
             save_load.init_from(self.engine, Path(settings.init_from))
             log.info("weights from %s", settings.init_from)
@@ -133,13 +139,10 @@ class Job:
 
     def report(self, result: StepResult, rate: float) -> None:
         """Metrics of the last step. Raises TrainingDiverged rather than going on with a loss that is no number."""
-        loss = float(result.loss)
+        self.check_sound()
         routing = self.engine.routing_statistics()
-        if not math.isfinite(loss):
-            raise TrainingDiverged(f"the loss is {loss} at iteration {self.iteration} (samples up to {self.consumed_samples}); "
-                                   f"nothing was saved since iteration {max(0, self.saved_at)}")
         if self.telemetry:
-            self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=loss,
+            self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=float(result.loss),
                                  grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing)
 
     def evaluate(self) -> None:
@@ -157,10 +160,16 @@ class Job:
         if self.telemetry:
             self.telemetry.validation(self.iteration, losses)
 
+    def check_sound(self) -> None:
+        if not self.engine.weights_are_sound:
+            raise TrainingDiverged(f"a loss was no number by iteration {self.iteration} (samples up to {self.consumed_samples}); "
+                                   f"nothing was saved since iteration {max(0, self.saved_at)}")
+
     def save(self) -> None:
         if self.saved_at != self.iteration:
+            self.check_sound()
             folder = save_load.save(self.engine, self.checkpoints, iteration=self.iteration,
-                                    consumed_samples=self.consumed_samples)
+                                    consumed_samples=self.consumed_samples, data_key=self.data.train.key)
             self.saved_at = self.iteration
             log.info("saved %s", folder)
         if self.telemetry:
@@ -183,17 +192,18 @@ def run_line(config: Config, engine: Engine) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megadyn.pretrain", description="Pretrain a routed transformer.")
+    parser = Parser(prog="megadyn.pretrain", description="Pretrain a routed transformer.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)     # the launcher passes it; LOCAL_RANK counts
-    args = parser.parse_args(argv)
+    launch.adopt_mpi_ranks()
     start_logging()
     try:
+        args = parser.parse_args(argv)
         run(load_config(args.config, args.overrides))
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:        # the same sentence from every rank helps nobody
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megadyn.config import Config
 from megadyn.model.block import LayerContext
-from megadyn.network import Network
+from megadyn.network import Network, loads_of, routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
@@ -30,7 +30,7 @@ def param_maker(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.flo
 
 
 def layer_context(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64) -> LayerContext:
-    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", config.training.activation_checkpointing)
+    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", recompute=config.training.activation_checkpointing)
 
 
 def make_network(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Network:
@@ -58,3 +58,14 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
         assert param.grad is not None, f"{param.global_name} has no gradient"
         found[param.global_name] = param.grad
     return found
+
+
+def end_step(network: nn.Module) -> None:
+    """What the engine does behind a step, on one process."""
+    layers = routed_layers(network)
+    for threshold in thresholds_of(layers).values():
+        threshold.end_step(threshold.take_step_mean())
+    loads = loads_of(layers).values()
+    means = [load.take_step_mean() for load in loads]
+    for load, mean in zip(loads, means):
+        load.end_step(mean, torch.stack(means).sum())

@@ -13,6 +13,7 @@ from megadyn.config import (
     RoutingConfig,
     batch_plan,
     engine_settings,
+    expand_layout,
     load_config,
     save_config,
 )
@@ -136,7 +137,32 @@ IMPOSSIBLE = [
     ("model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
     ("model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),
     ("model.routing.capacity=.nan", "model.routing.capacity", "in (0, 1]"),
-    ("model.routing.causal=guess", "model.routing.causal", "one of threshold"),
+    *((f"model.routing.kind={kind} model.routing.causal={rule}", f"model.routing.causal with model.routing.kind = {kind}",
+       f"one of {', '.join(allowed)}") for kind, rule, allowed in (
+        ("dense", "guess", ["threshold"]), ("dense", "predictor", ["threshold"]), ("dense", "bce", ["threshold"]),
+        ("dtf", "bce", ["threshold", "predictor"]), ("mod", "guess", ["threshold", "predictor", "bce"]),
+        ("dtrnet", "predictor", ["threshold"]), ("dtrnet", "bce", ["threshold"]))),
+    ("model.routing.kind=mod model.routing.causal=predicter", "model.routing.causal with model.routing.kind = mod",
+     "did you mean 'predictor'?"),
+    ("model.routing.gate=sigmod", "model.routing.gate", "one of sigmoid, identity (did you mean 'sigmoid'?)"),
+    ("model.routing.router_type=token", "model.routing.router_type", "one of token_choice, expert_choice"),
+    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout",
+       f"left out with model.routing.kind = {kind}") for kind, layout in (("dtf", "TDTDTDTD"), ("dense", "bilayer"))),
+    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout", "for model.num_layers = 8 layers")
+      for kind, layout in (("mod", "TD"), ("dtrnet", "T2D5"), ("dtrnet", "T2D7"), ("dtrnet", "tdtdtdtd"), ("mod", "xTDTDTDTD"),
+                           ("mod", "TDTDTDTDx"), ("dtrnet", "T2,D6"), ("dtrnet", "4T4D"), ("dtrnet", "T-1D9"),
+                           ("mod", "zeroattn"))),
+    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout", "one with a routed layer (D) among 8")
+      for kind, layout in (("mod", "T8"), ("dtrnet", "TTTTTTTT"), ("dtrnet", "T8D0"))),
+    ("model.routing.kind=dtrnet model.num_layers=1", "model.routing.layout", "one with a routed layer (D) among 1"),
+    ("model.routing.kind=dtrnet model.num_layers=2 model.routing.layout=four_attn", "model.routing.layout",
+     "one with a routed layer (D) among 2"),
+    *((f"model.routing.{name}=-1", f"model.routing.{name}", "at least 0") for name in (
+        "predictor_loss_weight", "bce_loss_weight", "z_loss_weight", "aux_loss_lambda", "aux_loss_warmup", "entropy_bonus")),
+    ("model.routing.z_loss_weight=.inf", "model.routing.z_loss_weight", "a finite number of at least 0"),
+    *((f"model.routing.{name}={value}", f"model.routing.{name}", "in [0, 1]")
+      for name in ("safe_min_attn_ratio", "jitter") for value in ("-0.1", "1.1", ".nan")),
+    ("model.normalization=hybrid", "model.normalization", "did you mean 'hybridnorm'?"),
     ("model.routing.threshold_momentum=1", "model.routing.threshold_momentum", "in [0, 1)"),
     ("model.routing.threshold_momentum=-0.1", "model.routing.threshold_momentum", "in [0, 1)"),
     ("model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
@@ -201,6 +227,10 @@ def test_values_at_the_edge_of_what_is_allowed_pass(tmp_path):
          "model.routing.prior_loss_weight=0", "data.validation_fraction=0", "optimizer.clip_grad=0", "optimizer.beta1=0",
          "optimizer.min_learning_rate=3e-4", "training.micro_batch_size=32", "parallel.pipeline=8", "parallel.tensor=8",
          "model.num_kv_heads=2", "model.max_position=1024")
+    load(tmp_path, "model.routing.kind=dtrnet", "model.routing.safe_min_attn_ratio=0", "model.routing.jitter=1",
+         "model.routing.layout=T7D", "model.routing.aux_loss_lambda=0", "model.routing.aux_loss_warmup=0")
+    load(tmp_path, "model.routing.kind=dtrnet", "model.routing.safe_min_attn_ratio=1", "model.routing.jitter=0",
+         "model.routing.layout=zero_attn")
 
 
 # ---- what is left out ----------------------------------------------------------------------------
@@ -228,6 +258,53 @@ def test_a_length_in_tokens_becomes_whole_steps(tmp_path, tokens, iterations):
     (512, 0.0625, 32), (16, 0.0625, 2), (8, 0.0625, 2), (48, 0.0625, 4), (33, 0.0625, 4), (100, 0.05, 6), (10, 4.0, 40)])
 def test_the_priors_width_is_rounded_up_to_even_and_at_least_two(hidden, factor, width):
     assert ModelConfig(hidden_size=hidden, routing=RoutingConfig(prior_factor=factor)).prior_size == width
+
+
+@pytest.mark.parametrize(("kind", "capacity"), [("dense", 1.0), ("dtf", 0.5), ("mod", 0.125), ("dtrnet", 0.1)])
+def test_each_kind_has_its_own_capacity_unless_one_is_given(tmp_path, kind, capacity):
+    assert load(tmp_path, f"model.routing.kind={kind}").model.routing.capacity == capacity
+    assert load(tmp_path, f"model.routing.kind={kind}", "model.routing.capacity=0.3").model.routing.capacity == 0.3
+
+
+@pytest.mark.parametrize(("kind", "extra", "threshold", "token_choice"), [
+    ("dense", "", False, False), ("dtf", "", True, False), ("dtf", "causal=predictor", False, False), ("mod", "", True, False),
+    ("mod", "causal=predictor", False, False), ("mod", "causal=bce", False, False), ("dtrnet", "", False, True),
+    ("dtrnet", "router_type=expert_choice", True, False), ("mod", "router_type=token_choice", True, False)])
+def test_a_threshold_is_kept_where_top_k_needs_one(tmp_path, kind, extra, threshold, token_choice):
+    overrides = [f"model.routing.kind={kind}", *(f"model.routing.{word}" for word in extra.split())]
+    routing = load(tmp_path, *overrides).model.routing
+    assert (routing.uses_threshold, routing.is_token_choice) == (threshold, token_choice)
+
+
+# ---- layouts -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("layout", "layers", "letters"), [
+    ("bilayer", 1, "T"), ("bilayer", 4, "TDTD"), ("bilayer", 5, "TDTDT"),
+    ("zero_attn", 3, "DDD"),
+    ("four_attn", 8, "TTDTTDDD"), ("four_attn", 12, "TTDDDTTDDDDD"), ("four_attn", 9, "TTDTTDDDD"), ("four_attn", 5, "TTTDD"),
+    ("TDTD", 4, "TDTD"), ("T2D14", 16, "TT" + "D" * 14), ("D3", 3, "DDD"), ("T1D1", 2, "TD"), ("TD10T", 12, "T" + "D" * 10 + "T"),
+    ("TD0T", 2, "TT"), ("T2T2D", 5, "TTTTD"), ("D", 1, "D"),
+])
+def test_a_layout_becomes_a_letter_a_layer(layout, layers, letters):
+    assert expand_layout(layout, layers) == letters
+
+
+@pytest.mark.parametrize(("layout", "layers"), [
+    ("TDTD", 5), ("T2D14", 15), ("T2D14", 17), ("", 4), ("T2 D2", 4), ("td", 2), ("TXD", 2), ("2T2D", 4), ("T2D2.", 4),
+    ("four-attn", 8), ("bilayer2", 4), ("TD\n", 2), ("(TD)2", 4), ("T²D2", 4)])
+def test_a_layout_that_describes_other_layers_is_refused_with_what_it_may_be(layout, layers):
+    with pytest.raises(ConfigError) as caught:
+        expand_layout(layout, layers)
+    assert str(caught.value) == (f"model.routing.layout = {layout!r}: must be bilayer, zero_attn, four_attn, or letters T and D "
+                                 f"with counts, such as T2D14, for model.num_layers = {layers} layers")
+
+
+@pytest.mark.parametrize(("kind", "layout", "letters"), [
+    ("mod", None, "TDTDTD"), ("dtrnet", None, "TDTDTD"), ("mod", "zero_attn", "DDDDDD"), ("dtrnet", "four_attn", "TTTTDD"),
+    ("dtrnet", "T2D4", "TTDDDD"), ("mod", "D2T4", "DDTTTT")])
+def test_layers_are_routed_as_laid_out(kind, layout, letters):
+    types = ModelConfig(num_layers=6, routing=RoutingConfig(kind=kind, layout=layout)).layer_types
+    assert types == [{"T": "dense", "D": kind}[letter] for letter in letters]
 
 
 @pytest.mark.parametrize(("kind", "layers", "types"), [

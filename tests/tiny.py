@@ -47,7 +47,7 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
         model=ModelConfig(routing=RoutingConfig(ma_window=7, **KINDS[kind]), **shape),
         data=DataConfig(train="unused"), tokenizer=TokenizerConfig(path="byte"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
-        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_iterations=2, weight_decay=0.1),
+        optimizer=OptimizerConfig(learning_rate=1e-3 if precision == "fp32" else 1e-4, min_learning_rate=1e-4, warmup_iterations=2, weight_decay=0.1),
         training=TrainingConfig(iterations=iterations, global_batch_size=4, micro_batch_size=micro_batch, sequence_length=24,
                                 activation_checkpointing=recompute),
         precision=precision, deepspeed_config=str(ROOT / f"ds_configs/zero{zero}.json"), output_dir=output_dir,

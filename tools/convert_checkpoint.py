@@ -14,12 +14,13 @@ from pathlib import Path
 
 from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
-from megadyn.errors import UserError, run_tool
+from megadyn.data.arguments import positive
+from megadyn.errors import Parser, UserError, run_tool
 from megadyn.parallel.params import DTYPES
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     to_hf = commands.add_parser("to-hf", help="export to Hugging Face")
     inspect = commands.add_parser("inspect", help="iteration, topology, size, and whether all files are whole")
@@ -30,7 +31,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--as", dest="style", choices=("megadyn", "qwen2"), default="megadyn",
                        help="qwen2: a dense model as plain Qwen2ForCausalLM")
     to_hf.add_argument("--precision", choices=tuple(DTYPES), help="of the weights (default: the run's)")
-    to_hf.add_argument("--shard-bytes", type=int, default=SHARD_BYTES)
+    to_hf.add_argument("--shard-bytes", type=positive, default=SHARD_BYTES)
+    to_hf.add_argument("--tokenizer", help="the run's tokenizer, where its configured path does not lead to it from here")
     to_hf.add_argument("--overwrite", action="store_true")
     return parser.parse_args(argv)
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {result['files']} files, all whole")
     else:
         result = export(checkpoint, args.output, style=args.style, precision=args.precision, shard_bytes=args.shard_bytes,
-                        overwrite=args.overwrite)
+                        tokenizer=args.tokenizer, overwrite=args.overwrite)
         print(f"{checkpoint} -> {args.output}: {result['parameters']:,} parameters in {result['precision']}, "
               f"{result['shards']} file(s)")
     if args.json:

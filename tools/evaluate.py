@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megadyn.data.arguments import add_json_argument, positive
-from megadyn.errors import run_tool
+from megadyn.errors import Parser, run_tool
 from megadyn.training.evaluate import evaluate
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a run's folder, or a Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, metavar="PREFIX")
     parser.add_argument("--routing", choices=("topk", "causal", "both"), default="both")

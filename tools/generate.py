@@ -12,14 +12,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from megadyn.errors import UserError, run_tool
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from megadyn.errors import Parser, UserError, run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

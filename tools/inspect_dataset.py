@@ -13,13 +13,13 @@ from megadyn.data.arguments import add_json_argument
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
-from megadyn.errors import UserError, run_tool
+from megadyn.errors import Parser, UserError, run_tool
 
 SHOWN_TOKENS = 200
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", type=Path, metavar="PREFIX")
     parser.add_argument("--documents", type=int, default=0, metavar="N", help=f"show N documents, {SHOWN_TOKENS} tokens of each")
     parser.add_argument("--tokenizer", metavar="DIR|FILE.model|byte", help="decode them; must be the one that made the dataset")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from megadyn.data.arguments import add_output_arguments
 from megadyn.data.merge import merge_datasets
-from megadyn.errors import run_tool
+from megadyn.errors import Parser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="PREFIX")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
     add_output_arguments(parser)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of, positive
 from megadyn.data.preprocess import preprocess
-from megadyn.errors import run_tool
+from megadyn.errors import Parser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE.model|byte",
                         help="folder with tokenizer.json, SentencePiece model, or the word byte")

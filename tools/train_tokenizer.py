@@ -11,11 +11,11 @@ from pathlib import Path
 
 from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of
 from megadyn.data.train_tokenizer import train_tokenizer
-from megadyn.errors import run_tool
+from megadyn.errors import Parser, run_tool
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megadyn.checkpoint.layout import damage, read_manifest
@@ -19,12 +20,12 @@ SHARD_BYTES = 5 * 10**9
 
 
 def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision: str | None = None,
-           shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> dict[str, Any]:
+           tokenizer: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> dict[str, Any]:
     """Merges a checkpoint's shards into `output`, which appears complete or not at all; returns a summary.
 
     Args:
         style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
-        precision: of the weights; the run's own when left out.
+        precision: of the weights; tokenizer: its path. The run's own when left out.
 
     Raises:
         UserError: damaged checkpoint, a routed model as Qwen2, an existing output.
@@ -32,25 +33,39 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
     manifest = read_manifest(checkpoint)
     if problem := damage(checkpoint, sorted(manifest["files"])):
         raise UserError(problem)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists; pass --overwrite to replace it")
+    _refuse_output(output, checkpoint, overwrite)
     config = load_config(checkpoint / "config.yaml")
     kind = config.model.routing.kind
     if style == "qwen2" and kind != "dense":
         raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
     precision = precision or config.precision
     temporary = output.with_name(f".writing-{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         summary = write_hf_folder(
-            temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=config.tokenizer.path,
+            temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=tokenizer or config.tokenizer.path,
             style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes)
-        shutil.rmtree(output, ignore_errors=True)
+        old = output.with_name(f".replaced-{output.name}")
+        if output.exists():
+            output.rename(old)
         temporary.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output}: not written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
+
+
+def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Only an earlier export may be replaced: never a run, or a folder of something else."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists; pass --overwrite to replace it")
+    if checkpoint.resolve().is_relative_to(output.resolve()) or not (output / "config.json").is_file():
+        raise UserError(f"{output} is no earlier export (it has no config.json, or holds the checkpoint): not replaced")
 
 
 def whole_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -108,6 +108,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
+    if missing := [key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest]:
+        raise UserError(f"{path}: damaged: it has no {missing[0]!r}")
     return manifest
 
 

@@ -20,6 +20,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
+from megadyn.hf.convert import readable
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log
 from megadyn.network import loads_of, thresholds_of
@@ -128,8 +130,11 @@ class OptimizerAccess:
                 safe_set_local_optimizer_state(param, mine, key)
 
 
-def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int) -> Path:
+def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int, data_key: str = "") -> Path:
     """Writes a checkpoint under `root` and returns its folder. Collective.
+
+    Args:
+        data_key: identifies the training data and their order.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write. Nothing of the attempt remains.
@@ -144,7 +149,7 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int)
             "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
             "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
                          "zero": engine.zero_stage},
-            "model": asdict(engine.config.model),
+            "model": asdict(engine.config.model), "data_key": data_key,
             "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
             "optimizer_steps": OptimizerAccess(engine).steps,
             "loss_scaler": engine.loss_scaler_state(),
@@ -156,6 +161,8 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int)
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if dist.get_rank() == 0:
+        layout.prune(root, engine.config.checkpoint.keep)
     return final
 
 
@@ -168,7 +175,6 @@ def _finish(manifest: dict[str, Any], config: Config, temporary: Path, final: Pa
     save_config(config, temporary / "config.yaml")
     layout.write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
     layout.publish(temporary, final)
-    layout.prune(final.parent, config.checkpoint.keep)
 
 
 def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
@@ -186,6 +192,7 @@ def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
         if tensors:
             path = folder / layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank)
             save_file(tensors, path)
+            readable(path)
             layout.sync_file(path)
             written[path.name] = layout.file_digest(path)
     return written
@@ -202,13 +209,16 @@ def _routing_state(engine: "Engine") -> dict[str, dict[str, dict[str, float]]]:
             for kind, found in TRACKERS.items()}
 
 
-def load(engine: "Engine", folder: Path) -> dict[str, Any]:
+def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[str, Any]:
     """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest.
 
-    Raises UserError when the checkpoint is of another model.
+    Raises UserError when the checkpoint is of another model or, where `data_key` is given, of other training data.
     """
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
+    if data_key is not None and manifest["data_key"] != data_key:
+        raise UserError(f"{folder} was trained on other data or in another order (data.train, data.validation_fraction): its "
+                        "position means nothing here; checkpoint.allow_other_data=true goes on all the same")
     set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
@@ -276,12 +286,20 @@ def _differences(section: str, there: dict[str, Any], here: dict[str, Any]) -> l
 
 
 def newest_good(root: Path) -> Path | None:
-    """The best checkpoint under `root` that is whole; damaged ones are named and passed over. Collective."""
-    for folder in layout.complete_checkpoints(root):
+    """The best checkpoint under `root` that is whole; damaged ones are named and passed over. Collective.
+
+    Raises UserError when there are checkpoints and none is whole: a run must not begin anew in silence.
+    """
+    # Rank 0's view counts: on a network file system others may see an older one.
+    listed = _all_gather(layout.complete_checkpoints(root))[0]
+    for folder in listed:
         problem = verify(folder)
         if problem is None:
             return folder
         log.warning("checkpoint passed over: %s", problem)
+    if listed:
+        raise UserError(f"{root}: none of {len(listed)} checkpoints is whole; name one with checkpoint.resume=PATH, "
+                        "or begin anew in another output_dir")
     return None
 
 
@@ -305,7 +323,7 @@ def _together(action: Any, where: Path) -> list[Any]:
     """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
     try:
         outcome: tuple[str | None, Any] = (None, action())
-    except (OSError, RuntimeError) as error:          # safetensors reports a full disk as a RuntimeError of its own
+    except (OSError, RuntimeError, SafetensorError) as error:          # a full disk is the last of these
         outcome = (f"{type(error).__name__}: {error}", None)
     outcomes = _all_gather(outcome)
     failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]

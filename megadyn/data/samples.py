@@ -59,7 +59,7 @@ class SampleSet:
             raise UserError(f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {len(documents)} documents are too few "
                             f"for one sample of sequence length {sequence_length}, which takes {sequence_length + 1}")
         self.cache_dir = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
-        self._key = content_key(dataset.index_path, LAYOUT, sequence_length, seed, shuffle, documents)
+        self.key = content_key(dataset.index_path, LAYOUT, sequence_length, seed, shuffle, documents)
         self._epoch = lru_cache(maxsize=2)(self._load)      # a batch may reach into the next epoch
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class SampleSet:
     def _load(self, number: int) -> Epoch:
         """The index of one epoch, from the cache or built into it."""
         shapes = ((len(self.sequences),), (len(self) + 1, 2), (len(self),))
-        paths = [self.cache_dir / f"{self._key}-{number}-{name}.npy" for name in Epoch._fields]
+        paths = [self.cache_dir / f"{self.key}-{number}-{name}.npy" for name in Epoch._fields]
         found = [load_array(path, shape) for path, shape in zip(paths, shapes, strict=True)]
         arrays = [array for array in found if array is not None]
         if len(arrays) < len(paths):

@@ -55,24 +55,42 @@ def _shared_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta}}
 
 
+ONLY = {"hidden_act": "silu", "use_sliding_window": False, "partial_rotary_factor": 1.0, "mlp_bias": False}
+"""Keys of config.json that must have this value, where they stand: we compute nothing else."""
+
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
 def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     """The model that a config.json of megadyn, Qwen2, Llama or Mistral describes. UserError for what we cannot run."""
     kind = config.get("model_type")
     if kind != "megadyn" and kind not in DENSE_TYPES:
         raise UserError(f"model_type {kind!r} in config.json: must be one of megadyn, {', '.join(DENSE_TYPES)}")
+    for key, value in ONLY.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{key} = {config[key]!r} in config.json: must be {value!r}")
+    if kind == "mistral" and config.get("sliding_window"):
+        raise UserError(f"sliding_window = {config['sliding_window']!r} in config.json: must be null")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise UserError(f"rope_type {rope.get('rope_type')!r} in config.json: only default rotary positions are supported")
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    if missing := [theirs for theirs in needed if theirs not in config]:
+    if missing := [theirs for theirs in NEEDED if theirs not in config]:
         raise UserError(f"config.json has no {missing[0]}")
     values = {ours: config[theirs] for ours, theirs in FIELDS.items() if config.get(theirs) is not None}
+    for ours, value in values.items():
+        if not isinstance(value, (int, float)):
+            raise UserError(f"{FIELDS[ours]} = {value!r} in config.json: must be a number or a truth value")
     values["qkv_bias"] = kind == "qwen2" or bool(config.get("attention_bias"))
+    if kind == "llama" and values["qkv_bias"]:
+        raise UserError("attention_bias = True in config.json: Llama then has a bias on its output projection, which we have not")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    layer_types = config.get("layer_types", []) if kind == "megadyn" else []
     model = ModelConfig(**values, rope_theta=float(theta), normalization=config.get("normalization", "pre"),
-                        routing=_from_hf_routing(config.get("routing", {}), config.get("layer_types", [])))
+                        routing=_from_hf_routing(config.get("routing", {}), layer_types))
     model.routing.check()
     model.check()
+    if layer_types and layer_types != model.layer_types:
+        raise UserError(f"layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.kind}")
     return model
 
 

@@ -1,6 +1,7 @@
 """Writes a Hugging Face folder that loads with megadyn uninstalled."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
 
     def flush() -> None:
         save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        readable(folder / f"part-{len(shards)}")
         shards.append(list(pending))
         pending.clear()
 
@@ -69,6 +71,13 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return {"parameters": parameters, "bytes": total, "shards": len(shards)}
+
+
+def readable(path: Path) -> None:
+    """safetensors writes files for the owner alone: give them the mode of any new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def copy_tokenizer(path: str, folder: Path) -> dict[str, int]:

@@ -503,7 +503,7 @@ class DecisionLayer(DenseLayer):
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         (post, _), routing = super().forward(stream, context, cache)
         h = stream.hidden_BCD
-        prior = h + self.prior(h)
+        prior = wide(h) + wide(self.prior(h))
         static_BC = (wide(post) - wide(h)).square().mean(-1)
         change_BC = (wide(post) - wide(prior)).square().mean(-1)
         average_BC = moving_average(static_BC.detach(), self.window, context, cache)

@@ -54,8 +54,9 @@ class CausalRouter(nn.Module):
         in_top = as_mask(top, score.shape[1])
         loss, statistics = None, {}
         if self.threshold is not None:
-            causal = score >= self.threshold.value
-            statistics["threshold"] = self.threshold.value
+            tau = self.threshold.value.to(score.device)
+            causal = score >= tau
+            statistics["threshold"] = tau
             if torch.is_grad_enabled():
                 self.threshold.observe(take(score, top.positions).amin(dim=1).mean())
         elif self.rule == "predictor":

@@ -97,7 +97,7 @@ class DtrLayer(Layer):
         selection, mask, statistics = self.choose(attend, hidden)
         fraction, mean = mask.float().mean(), attend.mean()
         self.monitor.record(statistics | gate_statistics(attend, mask) | {
-            "p0": mean, "f": fraction, "attention_loss": self.load.share * mean})
+            "p0": mean, "f": fraction, "attention_loss": self.load.share.to(mean) * mean})
         out = self.run(self.attend_or_pass, stream, p, selection, mask)
         if torch.is_grad_enabled():
             loss = self.load.loss(mean)

@@ -12,6 +12,7 @@ from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.samples import Indices, SampleSet, split_documents
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.errors import ConfigError
+from megadyn.log import log
 
 
 class Data(NamedTuple):
@@ -72,4 +73,6 @@ def evaluation_size(samples: SampleSet, wanted: int, plan: BatchPlan) -> int:
         raise ConfigError("training.eval_samples", wanted,
                           f"at least {per_round} (one micro-batch a data-parallel rank), of which the validation set "
                           f"must have as many; it has {len(samples)}")
+    if size < wanted:
+        log.info("evaluations use %d samples: of %d wanted, %d there are, in rounds of %d", size, wanted, len(samples), per_round)
     return size

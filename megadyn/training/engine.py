@@ -56,6 +56,7 @@ class Engine:
         assert config.model.num_kv_heads is not None
         self.sharding = Sharding(grid.tp.size, config.model.num_kv_heads)
         self.loss_scale = LossScale()
+        self._sound: Tensor | None = None            # kept on the device: asking every step would wait for it
         self.module = self._build_module()
         self.routed = routed_layers(self.module)
         even_out_groups(self.module, grid.pp)
@@ -96,9 +97,12 @@ class Engine:
             # Split over tensor ranks for transport by default, which breaks our packed tensor.
             "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         }
-        if precision != "fp32":
-            decided[precision] = {"enabled": True}
+        if precision == "fp16":
+            decided["fp16"] = {"enabled": True}
         if precision == "bf16":
+            # immediate_grad_update: by default DeepSpeed clears half-precision gradients when backward enters the
+            # module, after the last stage's head, which is its loss function, has got its own.
+            decided["bf16"] = {"enabled": True, "immediate_grad_update": True}
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
         return self.settings | decided
 
@@ -119,8 +123,16 @@ class Engine:
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         self._end_step()
-        norm = self.clipper.norm if self.clipper else self.engine.get_global_grad_norm()
-        return StepResult(loss.squeeze(), torch.as_tensor(norm))
+        norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
+        # ZeRO optimizers skip a step whose gradients overflow; the plain one of ZeRO-0 takes it into the weights.
+        sound = torch.isfinite(loss).all() & (torch.isfinite(norm) if self.clipper else True)
+        self._sound = sound if self._sound is None else self._sound & sound
+        return StepResult(loss.squeeze(), norm)
+
+    @property
+    def weights_are_sound(self) -> bool:
+        """False once a loss was no number: the weights may then hold others of its kind. Equal on all ranks."""
+        return self._sound is None or bool(self._sound)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch], count: int, mode: str) -> float:
@@ -197,7 +209,8 @@ class _Mpu:
     def __init__(self, grid: Grid):
         self.tp, self.dp = grid.tp, grid.dp
         # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
-        self.dp_group = grid.dp.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.tp_group, self.dp_group = grid.tp.group or alone, grid.dp.group or alone
 
     def get_model_parallel_rank(self) -> int:
         return self.tp.rank
@@ -206,7 +219,7 @@ class _Mpu:
         return self.tp.size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.tp.group
+        return self.tp_group
 
     def get_data_parallel_rank(self) -> int:
         return self.dp.rank

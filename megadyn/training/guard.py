@@ -24,6 +24,7 @@ class StopSignal:
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)          # asked twice, it ends at once
 
     def asked(self) -> bool:
         """True when any rank was asked to stop. Collective."""

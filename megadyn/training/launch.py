@@ -9,18 +9,36 @@ from deepspeed.accelerator import get_accelerator
 
 from megadyn.log import log
 
-MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+MPI_VARIABLES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+    "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
+}
+"""What torch's launchers set, and what Open MPI, MPICH and Intel MPI, and srun set instead."""
+
+
+def adopt_mpi_ranks() -> None:
+    """Gives a process that mpirun or srun started the variables that torchrun would have; first of all, for the log too."""
+    if "RANK" in os.environ:
+        return
+    for launcher in range(3):
+        ranked = {ours: theirs[launcher] for ours, theirs in MPI_VARIABLES.items()}
+        # A lone command inside a Slurm allocation sees Slurm's variables too: only srun sets a step.
+        stepless = ranked["RANK"].startswith("SLURM") and "SLURM_STEP_ID" not in os.environ
+        if ranked["RANK"] in os.environ and ranked["WORLD_SIZE"] in os.environ and not stepless:
+            os.environ |= {ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ}
+            return
 
 
 def world_size() -> int:
     """Number of processes, known before they are joined."""
-    names = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), 1))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join() -> None:
     """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU."""
-    if "RANK" not in os.environ and not any(name in os.environ for name in MPI_VARIABLES):
+    if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",

@@ -58,7 +58,7 @@ class Telemetry:
         self.restart_clock(iteration)
 
     def _write(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=self.file, flush=True)
+        print(json.dumps(finite(record), allow_nan=False), file=self.file, flush=True)
         if self.board is not None:
             for name, value in flat_scalars(record):
                 self.board.add_scalar(name, value, record["iteration"])
@@ -115,6 +115,13 @@ def duration(seconds: float) -> str:
     return f"{days}d{h:02d}h" if days else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
+def finite(value: Any) -> Any:
+    """`value` with null for what JSON has no number for: fp16's gradient norm in a step that overflowed."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def flat_scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """`a/b/c` names and values of all numbers in a metrics record but its iteration."""
     found: list[tuple[str, float]] = []
@@ -127,13 +134,13 @@ def flat_scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, fl
 
 
 def keep_lines_until(path: Path, iteration: int) -> None:
-    """Drops the lines of steps that a resumed run will do again, and a half-written last line."""
+    """Drops the lines of steps that a resumed run will do again, and a half-written last line; all, for a run that begins."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["iteration"] <= iteration:
+            if iteration and json.loads(line)["iteration"] <= iteration:
                 kept.append(line + "\n")
         except ValueError:
             log.warning("%s: a half-written line was dropped", path)

@@ -14,6 +14,8 @@ from torch.testing import assert_close
 
 from megadyn.model.attention import Attention
 from megadyn.model.mlp import Mlp
+from megadyn.model.norm import HeadNorm
+from megadyn.network import routed_layers
 from megadyn.parallel import loss
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear, VocabParallelEmbedding
@@ -23,7 +25,7 @@ from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from tests.networks import ALONE, disturb, gradients, make_network, with_routing
 from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config, tiny_tokens
+from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 F64 = torch.float64
 
@@ -40,15 +42,19 @@ def check_all() -> None:
     check_row(tp)
     for kv_heads in (1, 2, 4):
         check_key_value(tp, kv_heads)
-        check_attention(tp, kv_heads)
+        check_attention(tp, kv_heads, "pre")
+        check_attention(tp, kv_heads, "hybridnorm")
+    check_head_norm(tp)
     check_mlp(tp)
     check_embedding(tp)
     for vocab, chunk_tokens in ((61, 1000), (61, 3), (5, 3), (64, 7)):
         check_loss(tp, vocab, chunk_tokens)
     check_network(tp, "dense", tied=True)
-    check_network(tp, "dtf")
-    check_network(tp, "dtf", num_kv_heads=1)
-    check_network(tp, "dtf", num_kv_heads=4, tied=True)
+    check_network(tp, "dtf", num_layers=5, num_kv_heads=1)
+    check_network(tp, "dtf", num_layers=5, num_kv_heads=4, tied=True)
+    for kind in KINDS:
+        check_network(tp, kind, normalization="hybridnorm")
+    check_network(tp, "dtrnet-token", num_kv_heads=1, normalization="lns")
     if tp.size == 4:
         check_grids()
 
@@ -177,8 +183,8 @@ def check_key_value(tp: Axis, kv_heads: int) -> None:
     assert_gradients_match(whole, split, tp, kv_heads)
 
 
-def check_attention(tp: Axis, kv_heads: int) -> None:
-    model = tiny_config("dense", num_kv_heads=kv_heads).model
+def check_attention(tp: Axis, kv_heads: int, norm: str) -> None:
+    model = tiny_config("dense", num_kv_heads=kv_heads, normalization=norm).model
     whole, split = pair(tp, lambda make: Attention("model.layers.0.self_attn", model, backend="sdpa", make=make, output_std=0.2),
                         kv_heads)
     positions = torch.tensor([[0, 2, 3, 7, 19], [1, 4, 5, 6, 8]])
@@ -192,6 +198,18 @@ def check_attention(tp: Axis, kv_heads: int) -> None:
         assert_close(y_split, y)
         assert_close(x_split.grad, x.grad)
         assert_gradients_match(whole, split, tp, kv_heads)
+
+
+def check_head_norm(tp: Axis) -> None:
+    """Each rank norms its own heads; the weight, whole everywhere, takes the gradients of all."""
+    whole, split = pair(tp, lambda make: HeadNorm("model.layers.0.self_attn.q_norm", 6, 1e-6, make=make))
+    (x, x_whole), grad = twice(random(2, 3, 4, 6)), random(2, 3, 4, 6, seed=1)
+    y, y_split = whole(x_whole), split(x.chunk(tp.size, dim=2)[tp.rank])
+    y.backward(grad)
+    y_split.backward(grad.chunk(tp.size, dim=2)[tp.rank])
+    assert_close(y_split, y.chunk(tp.size, dim=2)[tp.rank])
+    assert_close(x.grad.chunk(tp.size, dim=2)[tp.rank], x_whole.grad.chunk(tp.size, dim=2)[tp.rank])
+    assert_gradients_match(whole, split, tp)
 
 
 def check_mlp(tp: Axis) -> None:
@@ -245,7 +263,10 @@ def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
 # ---- the whole network ---------------------------------------------------------------------------
 
 def check_network(tp: Axis, kind: str, **options) -> None:
-    config = with_routing(tiny_config(kind, tensor=tp.size, num_layers=5, **options), capacity=0.4, prior_loss_weight=0.7)
+    """DTRNet with jitter and with choices filled up; every auxiliary loss heavy enough to show."""
+    config = with_routing(tiny_config(kind, tensor=tp.size, **options), capacity=0.4, prior_loss_weight=0.7, jitter=0.2,
+                          predictor_loss_weight=0.5, bce_loss_weight=0.3, z_loss_weight=0.2, aux_loss_lambda=0.4,
+                          entropy_bonus=0.3, safe_min_attn_ratio=0.4)
     whole, split = make_network(config), make_network(config, tp)
     samples = tiny_tokens(1, samples=3)[0]
     tokens, labels = samples[:, :-1], samples[:, 1:]
@@ -256,6 +277,9 @@ def check_network(tp: Axis, kind: str, **options) -> None:
     assert_close(loss_split, loss_whole)
     assert_gradients_match(whole, split, tp, config.model.num_kv_heads)
     assert all(g.any() for g in gradients(whole).values()), "a gradient that is zero can tell nothing"
+    statistics = [[layer.monitor.read() for layer in routed_layers(network)] for network in (whole, split)]
+    for mine, reference in zip(*statistics, strict=True):
+        assert_close(mine, reference)
     with torch.no_grad():
         logits = split(tokens)
         assert logits.shape == (3, 24, 61)

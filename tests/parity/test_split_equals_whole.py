@@ -30,10 +30,11 @@ CASES += [Case(kind, *layout, documents=True, recompute=recompute) for kind in (
           for layout, recompute in (((2, 1, 1), True), ((1, 2, 1), False))]
 CASES += [Case("dtf", 1, 4, 1, documents=True)]
 
+TWO = (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 1, 2), 1))
 HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", "dtf")
-        for layout, zero in (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((2, 2, 1), 1), ((1, 1, 2), 2), ((1, 1, 2), 3))]
-HALF += [Case(kind, *layout, precision="bf16")
-         for kind in ("mod", "dtrnet-token") for layout in ((1, 1, 1), (2, 1, 1), (1, 2, 1))]
+        for layout, zero in (*TWO, ((1, 1, 2), 2), ((1, 1, 2), 3), ((2, 2, 1), 1), ((2, 1, 2), 1), ((1, 2, 2), 1))]
+HALF += [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("mod", "dtrnet-token") for layout, zero in TWO]
+HALF += [Case("dtf", *layout, zero=zero, precision="fp16") for layout, zero in TWO]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +73,13 @@ def test_validation_losses_are_those_of_one_process(case: Case, trained: dict[st
 
 
 @pytest.mark.parametrize("case", HALF, ids=str)
-def test_bf16_curve_is_near(case: Case, trained: dict[str, Curve]) -> None:
-    curve, whole = trained[str(case)], trained[str(Case(case.kind, precision="bf16"))]
+def test_half_precision_curve_is_near(case: Case, trained: dict[str, Curve]) -> None:
+    """A rounding can flip a routed token, which a gradient norm shows: one step may stand out there, the rest not."""
+    curve, whole = trained[str(case)], trained[str(Case(case.kind, precision=case.precision))]
     assert farthest(curve["loss"], whole["loss"]) < 1e-2
-    assert farthest(curve["loss"], plain(case.kind)["loss"]) < 1e-2
+    off = sorted(abs(got - want) / want for got, want in zip(curve["grad_norm"], whole["grad_norm"], strict=True))
+    assert off[-1] < (1e-2 if case.kind == "dense" else 5e-2)
+    assert off[len(off) // 2] < 1e-2
 
 
 def test_the_comparison_can_fail(trained: dict[str, Curve]) -> None:

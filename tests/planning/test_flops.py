@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config
 from megadyn.planning.flops import block_flops, head_flops, layer_costs, training_flops
+from megadyn.routing.dtrnet import AttentionRouter
 from tests.networks import make_network, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 BATCH = 3
 
@@ -19,24 +21,78 @@ def uncounted_attention(config: Config, tokens: int) -> float:
     return 2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2
 
 
-def counted(config: Config, length: int) -> int:
+def counted(config: Config, length: int, training: bool = False) -> int:
     network = make_network(config, dtype=torch.float32)
-    tokens = tiny_tokens(1, BATCH, length)[0][:, :-1]
+    tokens, labels = (part.contiguous() for part in tiny_tokens(1, BATCH, length)[0].unfold(1, length, 1).unbind(1))
     # torch's own counter knows nothing of the fused attention for CPUs, and would count it as free.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(tokens)
+    with torch.set_grad_enabled(training), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        if training:
+            network(tokens, labels).backward()
+        else:
+            network(tokens)
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("kind", ["dense", "dtf"])
+def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    """Under token choice as many tokens attend as the configured capacity says: those with the highest p0."""
+    forward = AttentionRouter.forward
+
+    def shifted(self: AttentionRouter, hidden: Tensor) -> Tensor:
+        logits = forward(self, hidden)
+        lead = (logits[..., 0] - logits[..., 1]).detach()
+        count = max(1, int(config.model.routing.capacity * lead.shape[1]))
+        highest = lead.sort(dim=1, descending=True).values
+        middle = (highest[:, count - 1] + highest[:, count]) / 2
+        return logits + torch.stack([torch.zeros_like(lead), middle.unsqueeze(1).expand_as(lead)], dim=-1)
+
+    if config.model.routing.is_token_choice:
+        monkeypatch.setattr(AttentionRouter, "forward", shifted)
+
+
+def unseen_scores(config: Config, length: int) -> float:
+    """Of all layers, on one sequence."""
+    kept = max(1, int(config.model.routing.capacity * length))
+    return sum(uncounted_attention(config, length if layer in ("dense", "dtf_decision") else kept)
+               for layer in config.model.layer_types)
+
+
+ROUTED = [(kind, capacity) for kind in KINDS if kind != "dense" for capacity in (0.125, 0.5)]
+
+
+@pytest.mark.parametrize(("kind", "capacity", "norm"), [("dense", 1.0, "pre"), *((*x, "pre") for x in ROUTED),
+                                                       ("mod", 0.25, "hybridnorm"), ("dtrnet-token", 0.25, "hybridnorm")])
 @pytest.mark.parametrize("length", [24, 150])
-def test_a_forward_pass_costs_what_is_planned(kind, length):
-    config = with_routing(tiny_config(kind, num_layers=5), prior_factor=0.5)
+def test_a_forward_pass_costs_what_is_planned(monkeypatch, kind, capacity, norm, length):
+    config = with_routing(tiny_config(kind, normalization=norm), capacity=capacity, prior_factor=0.5)
+    fix_share(monkeypatch, config)
     model = config.model
-    plan = sum(layer_costs(model, length)) + head_flops(model, length)
-    for layer in model.layer_types:
-        plan += uncounted_attention(config, length // 2 if layer == "dtf_dynamic" else length)
+    plan = sum(layer_costs(model, length)) + head_flops(model, length) + unseen_scores(config, length)
     assert counted(config, length) == pytest.approx(BATCH * plan, rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "capacity"), [("dense", 1.0), *ROUTED])
+def test_forward_and_backward_cost_what_is_planned(monkeypatch, kind, capacity):
+    config = with_routing(tiny_config(kind), capacity=capacity)
+    fix_share(monkeypatch, config)
+    plan = training_flops(config.model, 150) + 3 * unseen_scores(config, 150)
+    assert counted(config, 150, training=True) == pytest.approx(BATCH * plan, rel=0.01)
+
+
+@pytest.mark.parametrize("router_type", ["token_choice", "expert_choice"])
+def test_a_dtrnet_layer_saves_queries_keys_and_scores_alone(router_type):
+    """By hand: width 8, two heads of 4, one key/value head, a router of inner width 4."""
+    model = with_routing(tiny_config("dtrnet-token", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
+                         capacity=0.3, router_type=router_type, layout="D4").model
+    q, k, v, o, mlp, router = 8 * 8, 8 * 4, 8 * 4, 8 * 8, 3 * 8 * 12, 8 * 4 + 4 * 2
+    attending, scores = 3, 2 * 3 * 3 * 8 / 2
+    assert layer_costs(model, 10) == [2 * (10 * (v + o + mlp + router) + attending * (q + k) + scores)] * 4
+
+
+def test_a_mod_layer_is_counted_by_hand():
+    model = with_routing(tiny_config("mod-predictor", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
+                         capacity=0.3).model
+    block, router, predictor = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 12, 8, 8 * 4 + 4
+    assert layer_costs(model, 10)[1] == 2 * (3 * block + 2 * 3 * 3 * 8 / 2 + 10 * (router + predictor))
 
 
 def test_a_skipping_layer_costs_less_than_its_capacity_for_attention_is_quadratic():

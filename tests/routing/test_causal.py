@@ -7,11 +7,11 @@ from megadyn.routing.causal import RunningThreshold
 
 
 def after_steps(momentum: float, scores: torch.Tensor, micro_batch: int) -> RunningThreshold:
-    """scores [steps, samples]: each sample's k-th highest."""
+    """scores [steps, samples]: each sample's k-th highest, of which a micro-batch shows its mean."""
     threshold = RunningThreshold(momentum)
     for step in scores:
         for part in step.split(micro_batch):
-            threshold.observe(part)
+            threshold.observe(part.mean())
         threshold.end_step(threshold.take_step_mean())
     return threshold
 
@@ -43,18 +43,21 @@ def test_the_value_does_not_depend_on_the_split_into_micro_batches(micro_batch):
 
 def test_a_steps_observations_are_forgotten_when_taken():
     threshold = RunningThreshold(0.5)
-    threshold.observe(torch.tensor([1.0, 3.0]))
+    threshold.observe(torch.tensor(1.0))
+    threshold.observe(torch.tensor(3.0))
     assert threshold.take_step_mean() == 2
     with pytest.raises(AssertionError, match="without a forward pass"):
         threshold.take_step_mean()
-    threshold.observe(torch.tensor([10.0]))
+    threshold.observe(torch.tensor(10.0))
     assert threshold.take_step_mean() == 10
 
 
 def test_half_precision_scores_are_averaged_in_float32_and_without_gradient():
     threshold = RunningThreshold(0.99)
-    threshold.observe(torch.tensor([0.5, 0.25], dtype=torch.bfloat16, requires_grad=True))
+    for value in (1.0, 2**-10):                  # their sum has more digits than bf16
+        threshold.observe(torch.tensor(value, dtype=torch.bfloat16, requires_grad=True))
     mean = threshold.take_step_mean()
+    assert mean == (1 + 2**-10) / 2
     assert mean.dtype == torch.float32
     assert not mean.requires_grad
     threshold.end_step(mean)
@@ -68,3 +71,11 @@ def test_a_restored_threshold_goes_on_where_it_stood():
     for step in scores[3:]:
         second.end_step(step.mean())
     assert torch.equal(second.value, straight.value)
+
+
+def test_a_threshold_reads_back_from_its_state():
+    scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    straight, again = after_steps(0.9, scores, 2), RunningThreshold(0.9)
+    again.set_state(straight.state(), torch.device("cpu"))
+    assert torch.equal(again.value, straight.value)
+    assert again.steps == 3

@@ -9,38 +9,65 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megadyn.config import Config
-from megadyn.network import Network, routed_layers, set_routing_mode
-from megadyn.routing import dtf
-from megadyn.routing.dtf import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
-from tests.networks import gradients, make_network, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from megadyn.network import Network, loads_of, routed_layers, set_routing_mode, thresholds_of
+from megadyn.routing import choice, dtf, dtrnet, skipping
+from megadyn.routing.aux_loss import attach_loss
+from megadyn.routing.choice import CausalRouter
+from megadyn.routing.dtf import DecisionLayer, SurpriseRouter, moving_average
+from megadyn.routing.dtrnet import AttentionRouter, DtrLayer
+from megadyn.routing.mod import LinearRouter
+from megadyn.routing.skipping import SkippingLayer
+from tests.networks import end_step, gradients, make_network, with_routing
+from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
 TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]
+ROUTED = [kind for kind in KINDS if kind != "dense"]
+BY_TOPK = [kind for kind in ROUTED if kind != "dtrnet-token"]
+NORMS = ["pre", "lns", "hybridnorm"]
 
 
-def trained_thresholds(network: Network) -> Network:
-    """After one step's observations, so that the causal rule routes some tokens and skips others."""
+def ready(config: Config) -> Network:
+    """After one step's observations, so that a threshold routes some tokens and skips others."""
+    network = make_network(config)
     network(TOKENS, LABELS)
-    for layer in dynamic_layers(network):
-        layer.threshold.end_step(layer.threshold.take_step_mean())
+    end_step(network)
+    for layer in routed_layers(network):
         layer.monitor.read()
     return network
 
 
-def dynamic_layers(network: Network) -> list[DynamicLayer]:
-    return [layer for layer in network.layers if isinstance(layer, DynamicLayer)]
+def assert_it_chooses(network: Network) -> None:
+    """Since the last reading no layer took all tokens, or none: else a test shows nothing."""
+    for layer in routed_layers(network):
+        if not isinstance(layer, DecisionLayer):
+            assert 0.05 < layer.monitor.read()["routed_fraction"] < 0.95, f"layer {layer.index}"
 
 
 # ---- 1: with everything routed at full weight the stack is dense ---------------------------------
 
-@pytest.mark.parametrize("num_layers", [4, 5])
-def test_full_capacity_and_a_gate_of_one_equal_the_dense_stack(monkeypatch, num_layers):
-    dense = make_network(tiny_config("dense", num_layers=num_layers))
-    routed = make_network(with_routing(tiny_config("dtf", num_layers=num_layers), capacity=1.0, prior_loss_weight=0.0))
+def open_all_gates(patch: pytest.MonkeyPatch, kind: str) -> None:
+    """Every gate, and p0, is exactly one from now on, and every causal rule takes every token."""
+    logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0                 # sigmoid(60) is 1 in float64
+    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.ones_like(static), {}))
+    patch.setattr(LinearRouter, "forward", lambda self, hidden: torch.full_like(hidden[..., 0], logit))
+    patch.setattr(AttentionRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
+        *hidden.shape[:2], 2))
+    patch.setattr(CausalRouter, "predict", lambda self, hidden: torch.ones_like(hidden[..., 0]))
+
+
+@pytest.mark.parametrize("mode", ["topk", "causal"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("kind", "num_layers"), [*((kind, 4) for kind in ROUTED), ("dtf", 5)])
+def test_full_capacity_and_gates_of_one_equal_the_dense_stack(monkeypatch, kind, num_layers, norm, mode):
+    """In causal mode the capacity stays below one: there the rule takes all tokens."""
+    dense = make_network(tiny_config("dense", num_layers=num_layers, normalization=norm))
+    config = tiny_config(kind, num_layers=num_layers, normalization=norm)
+    routed = make_network(with_routing(config, capacity=1.0) if mode == "topk" else config)
+    set_routing_mode(routed_layers(routed), mode)
     with torch.no_grad():
         assert not torch.allclose(routed(TOKENS), dense(TOKENS), atol=1e-3)
-    monkeypatch.setattr(SurpriseRouter, "forward", lambda self, static, change: (torch.ones_like(static), {}))
+    open_all_gates(monkeypatch, kind)
     logits, reference = routed(TOKENS), dense(TOKENS)
     assert_close(logits, reference)
     grad = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -53,12 +80,7 @@ def test_full_capacity_and_a_gate_of_one_equal_the_dense_stack(monkeypatch, num_
 
 # ---- 2: sequences of a batch do not see each other -----------------------------------------------
 
-@pytest.mark.parametrize("mode", ["topk", "causal"])
-@torch.no_grad()
-def test_a_sequence_does_not_depend_on_the_others_of_its_batch(mode):
-    with torch.enable_grad():
-        network = trained_thresholds(make_network(tiny_config()))
-    set_routing_mode(network.layers, mode)
+def assert_rows_stand_alone(network: Network) -> None:
     together = network(TOKENS)
     for row in range(len(TOKENS)):
         assert_close(together[row: row + 1], network(TOKENS[row: row + 1]))
@@ -66,35 +88,69 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch(mode):
     changed = TOKENS.clone()
     changed[1:] = changed[1:].flip(1)
     assert_close(network(changed)[0], together[0])
+    assert not torch.allclose(network(changed)[1], together[1])
+
+
+@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED), ("mod", "hybridnorm"),
+                                            ("dtrnet-token", "hybridnorm"), ("dtrnet-expert", "lns")])
+@pytest.mark.parametrize("mode", ["topk", "causal"])
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch(mode, kind, norm):
+    network = ready(tiny_config(kind, normalization=norm))
+    set_routing_mode(routed_layers(network), mode)
+    with torch.no_grad():
+        assert_rows_stand_alone(network)
+    assert_it_chooses(network)
+
+
+def test_nor_does_it_where_short_choices_are_filled_up_in_training():
+    network = make_network(with_routing(tiny_config("dtrnet-token"), safe_min_attn_ratio=0.3))
+    network(TOKENS)
+    for layer in routed_layers(network):
+        assert 0 < layer.monitor.read()["refills"] < 4, f"some sequences of layer {layer.index}, not all"
+    assert_rows_stand_alone(network)
 
 
 # ---- 3: the causal rule does not look at the future ----------------------------------------------
 
 def reach_of_the_future(network: Network, mode: str) -> float:
     """How much the logits of earlier tokens change when later tokens change, at most."""
-    set_routing_mode(network.layers, mode)
+    set_routing_mode(routed_layers(network), mode)
     worst = 0.0
-    with torch.no_grad():
-        before = network(TOKENS)
-        for t in (1, 7, 12, 18, 23):
-            changed = TOKENS.clone()
-            changed[:, t:] = (changed[:, t:] + 17) % 61
-            after = network(changed)
-            assert not torch.allclose(after[:, t], before[:, t])
-            worst = max(worst, (after[:, :t] - before[:, :t]).abs().max().item())
+    before = network(TOKENS).detach()
+    for t in (1, 7, 12, 18, 23):
+        changed = TOKENS.clone()
+        changed[:, t:] = (changed[:, t:] + 17) % 61
+        after = network(changed).detach()
+        assert not torch.allclose(after[:, t], before[:, t])
+        worst = max(worst, (after[:, :t] - before[:, :t]).abs().max().item())
     return worst
 
 
-def test_the_causal_rule_does_not_look_at_the_future_and_topk_does():
-    network = trained_thresholds(make_network(tiny_config()))
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", BY_TOPK)
+@torch.no_grad()
+def test_the_causal_rule_does_not_look_at_the_future_and_topk_does(kind, norm):
+    with torch.enable_grad():
+        network = ready(tiny_config(kind, normalization=norm))
     assert reach_of_the_future(network, "causal") < 1e-10
-    for layer in dynamic_layers(network):
-        assert 0.2 < layer.monitor.read()["routed_fraction"] < 0.8, "the rule must choose, or the test shows nothing"
-    assert reach_of_the_future(network, "topk") > 1e-3
+    assert_it_chooses(network)
+    assert reach_of_the_future(network, "topk") > 1e-4
 
 
-def test_a_dense_stack_does_not_look_at_the_future():
-    assert reach_of_the_future(make_network(tiny_config("dense")), "topk") < 1e-10
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", ["topk", "causal"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_token_choice_looks_at_the_future_in_no_mode(norm, mode, training):
+    network = make_network(with_routing(tiny_config("dtrnet-token", normalization=norm), safe_min_attn_ratio=0.0))
+    with torch.set_grad_enabled(training):
+        assert reach_of_the_future(network, mode) < 1e-10
+    assert_it_chooses(network)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@torch.no_grad()
+def test_a_dense_stack_does_not_look_at_the_future(norm):
+    assert reach_of_the_future(make_network(tiny_config("dense", normalization=norm)), "topk") < 1e-10
 
 
 # ---- 5 and 6: recomputation ----------------------------------------------------------------------
@@ -107,55 +163,82 @@ class Calls:
 
     def watch(self, owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
-        self.count[name] = 0
+        label = f"{owner.__name__.rpartition('.')[2]}.{name}"
+        self.count[label] = 0
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count[name] += 1
+            self.count[label] += 1
             return function(*args, **kwargs)
 
         self.monkeypatch.setattr(owner, name, counted)
 
 
+WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"))
+DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choose"), (LinearRouter, "forward"),
+             (AttentionRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, dtype):
-    """Two micro-batches of one step, with and without."""
+@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED), ("dtf", "hybridnorm"), ("dtrnet-token", "lns"),
+                                            ("dtrnet-expert", "hybridnorm")])
+def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind, norm, dtype):
+    """Two micro-batches of one step, with and without; DTRNet with jitter and with choices filled up."""
     calls = Calls(monkeypatch)
-    for owner, name in ((DecisionLayer, "decide"), (DynamicLayer, "choose"), (DynamicLayer, "update"), (dtf, "choose_top")):
+    for owner, name in (*WORK, *DECISIONS):
         calls.watch(owner, name)
 
-    def step(recompute: bool) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Tensor], dict[str, int]]:
+    def step(recompute: bool) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Any], dict[str, int]]:
         calls.count = dict.fromkeys(calls.count, 0)
-        network = make_network(tiny_config(recompute=recompute), dtype=dtype, loss_scale=0.5)
+        config = with_routing(tiny_config(kind, recompute=recompute, normalization=norm), jitter=0.2, safe_min_attn_ratio=0.5)
+        network = make_network(config, dtype=dtype, loss_scale=0.5)
         for part in SAMPLES.split(2):
             (network(part[:, :-1], part[:, 1:]) * 0.5).backward()
-        thresholds = []
-        for layer in dynamic_layers(network):
-            assert layer.threshold._count == 2
-            layer.threshold.end_step(layer.threshold.take_step_mean())
-            assert layer.threshold.steps == 1
-            thresholds.append(layer.threshold.value)
-        assert [layer.monitor._count for layer in routed_layers(network)] == [2] * 4
-        return gradients(network), [layer.monitor.read() for layer in routed_layers(network)], thresholds, calls.count
+        layers = routed_layers(network)
+        trackers = [*thresholds_of(layers).values(), *loads_of(layers).values()]
+        assert [tracker._count for tracker in trackers] == [2] * len(trackers)
+        end_step(network)
+        assert [tracker.steps for tracker in trackers] == [1] * len(trackers)
+        assert [layer.monitor._count for layer in layers] == [2] * len(layers)
+        return (gradients(network), [layer.monitor.read() for layer in layers], [tracker.state() for tracker in trackers],
+                dict(calls.count))
 
-    grads, statistics, thresholds, count = step(recompute=False)
-    again_grads, again_statistics, again_thresholds, again_count = step(recompute=True)
-    assert count == {"decide": 4, "choose": 4, "update": 4, "choose_top": 4}             # 2 layers, 2 micro-batches
-    assert again_count == {"decide": 8, "choose": 4, "update": 8, "choose_top": 4}       # the work twice, the choice once
+    grads, statistics, trackers, count = step(recompute=False)
+    again_grads, again_statistics, again_trackers, again_count = step(recompute=True)
+    calls_of_work = {f"{owner.__name__}.{name}" for owner, name in WORK}
+    assert again_count == {name: 2 * n if name in calls_of_work else n for name, n in count.items()}
+    per_layer = {name: n / 2 for name, n in count.items() if n}                     # of one micro-batch
+    assert per_layer == expected_calls(kind)
     for name, grad in grads.items():
         assert torch.equal(again_grads[name], grad), name
     assert again_statistics == statistics
-    assert again_thresholds == thresholds
+    assert again_trackers == trackers
+    assert (kind in ("dtf", "mod", "dtrnet-token", "dtrnet-expert")) == bool(trackers), "trackers of this kind"
 
 
-def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch):
+def expected_calls(kind: str) -> dict[str, int]:
+    """Calls in one micro-batch: two routed layers of four, three in `dtrnet-expert`."""
+    layers = 3 if kind == "dtrnet-expert" else 2
+    family, _, variant = kind.partition("-")
+    if family == "dtrnet":
+        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["dtrnet.choose_top"]
+        names = ["DtrLayer.attend_or_pass", "DtrLayer.choose", "AttentionRouter.forward", *chosen]
+    else:
+        names = ["SkippingLayer.update", "CausalRouter.forward", "choice.choose_top",
+                 "DecisionLayer.decide" if family == "dtf" else "LinearRouter.forward"]
+        names += ["CausalRouter.predict"] if variant == "predictor" else []
+    return dict.fromkeys(names, layers)
+
+
+@pytest.mark.parametrize("kind", ["dtf", "dtf-predictor"])
+def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch, kind):
     """The second time a gate is computed its order is reversed: tokens and gradients must stay those of the first."""
     def grads(recompute: bool, disturbed: bool) -> dict[str, Tensor]:
-        network = make_network(tiny_config(recompute=recompute))
+        network = make_network(tiny_config(kind, recompute=recompute))
         seen: set[int] = set()
         router = SurpriseRouter.forward
 
-        def forward(self: SurpriseRouter, static: Tensor, change: Tensor) -> Any:
-            gate, statistics = router(self, static, change)
+        def forward(self: SurpriseRouter, static: Tensor, change: Tensor, documents: Any) -> Any:
+            gate, statistics = router(self, static, change, documents)
             first, _ = id(self) not in seen, seen.add(id(self))
             return (gate if first or not disturbed else gate + 1e3 * torch.arange(24)), statistics
 
@@ -172,56 +255,104 @@ def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change
 
 # ---- 7: gradients agree with finite differences --------------------------------------------------
 
-class Replay:
-    """Holds the moving averages, which carry no gradient, at the values of the first forward pass."""
+class Objective:
+    """The network's loss with all that is attached to it on the way, as a number that finite differences can be taken of.
 
-    def __init__(self) -> None:
-        self.recorded: list[Tensor] = []
-        self.next: int | None = None
+    Moving averages, which carry no gradient, keep the values of the first pass; a choice that changes fails the test.
+    """
 
-    def __call__(self, x: Tensor, window: int) -> Tensor:
-        if self.next is None:
-            self.recorded.append(moving_average(x, window))
-            return self.recorded[-1]
-        self.next += 1
-        return self.recorded[self.next - 1]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
+        self.network = network
+        self.attached: list[float] = []
+        self.choices: list[Tensor] = []
+        self.averages: list[Tensor] = []
+        self.first: tuple[list[Tensor], list[Tensor]] | None = None
+        for owner in (skipping, dtrnet, dtf):
+            monkeypatch.setattr(owner, "attach_loss", self.attach)
+        monkeypatch.setattr(dtf, "moving_average", self.average)
+        for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choose")):
+            monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
+
+    def attach(self, activation: Tensor, loss: Tensor, scale: float) -> Tensor:
+        self.attached.append(loss.item() * scale)
+        return attach_loss(activation, loss, scale)
+
+    def average(self, x: Tensor, window: int, documents: Any) -> Tensor:
+        self.averages.append(moving_average(x, window, documents) if self.first is None else self.first[1][len(self.averages)])
+        return self.averages[-1]
+
+    def watched(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            found = choose(*args)
+            positions, valid = found[0]
+            self.choices.append(positions if valid is None else torch.where(valid, positions, -1))
+            return found
+        return wrapper
+
+    def __call__(self) -> Tensor:
+        self.attached, self.choices, self.averages = [], [], []
+        for load in loads_of(routed_layers(self.network)).values():
+            load.micro_batches_seen = 0                                             # the jitter's seed
+        loss = self.network(TOKENS[:2], LABELS[:2])
+        if self.first is None:
+            self.first = self.choices, self.averages
+        assert all(map(torch.equal, self.choices, self.first[0])), "a choice flipped within eps"
+        return loss
+
+    def number(self) -> float:
+        return self().item() + sum(self.attached)
 
 
-def signal_config() -> Config:
-    return with_routing(tiny_config(num_layers=4), prior_loss_weight=0.0, capacity=0.4)
+AUXILIARY = {"bce_loss_weight": 0.3, "z_loss_weight": 0.2, "aux_loss_lambda": 0.4, "jitter": 0.2, "entropy_bonus": 0.3,
+             "safe_min_attn_ratio": 0.5}
 
 
-def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(monkeypatch):
-    replay, chosen = Replay(), []
-    choose = dtf.choose_top
-    monkeypatch.setattr(dtf, "moving_average", replay)
-    monkeypatch.setattr(dtf, "choose_top", lambda *args: chosen.append(choose(*args)) or chosen[-1])
-    network = make_network(signal_config())
-    tokens, labels = TOKENS[:2], LABELS[:2]
-    network(tokens, labels).backward()
-    base = [selection.positions.clone() for selection in chosen]
-    assert len(base) == len(replay.recorded) == 2
+def check_by_differences(monkeypatch: pytest.MonkeyPatch, config: Config, only: set[str]) -> set[str]:
+    """Of every parameter with one of `only` in its name, a random direction; the names, without their layers."""
+    network = make_network(config, loss_scale=0.7)
+    objective = Objective(monkeypatch, network)
+    objective().backward()
+    eps, generator, checked = 1e-5, torch.Generator().manual_seed(0), []
+    for param in network.parameters():
+        parts = param.global_name.split(".")
+        if not only & set(parts):
+            continue
+        direction = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        start = param.detach().clone()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                param.copy_(start + sign * eps * direction)
+            values.append(objective.number())
+        with torch.no_grad():
+            param.copy_(start)
+        want, found = (values[0] - values[1]) / (2 * eps), (param.grad * direction).sum().item()
+        assert abs(want) > 1e-8, f"{param.global_name} has no effect"
+        assert found == pytest.approx(want, rel=1e-4, abs=1e-9), param.global_name
+        checked.append(".".join(parts[3:]))
+    layers = 3 if config.model.routing.router_type == "expert_choice" else 2
+    assert len(checked) == layers * len(set(checked))
+    return set(checked)
 
-    def loss() -> float:
-        replay.next = 0
-        chosen.clear()
-        value = network(tokens, labels).item()
-        assert all(torch.equal(a.positions, b) for a, b in zip(chosen, base, strict=True)), "a choice flipped within eps"
-        return value
 
-    eps, generator, checked = 1e-5, torch.Generator().manual_seed(0), 0
-    with torch.no_grad():
-        for param in network.parameters():
-            if not {"router", "prior"} & set(param.global_name.split(".")):
-                continue
-            direction = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-            param += eps * direction
-            above = loss()
-            param -= 2 * eps * direction
-            below = loss()
-            param += eps * direction
-            want, found = (above - below) / (2 * eps), (param.grad * direction).sum().item()
-            assert abs(want) > 1e-8, f"{param.global_name} has no effect"
-            assert found == pytest.approx(want, rel=1e-4, abs=1e-9), param.global_name
-            checked += 1
-    assert checked == 2 * (4 + 4)
+ROUTER_PARAMETERS = {
+    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")),
+            *(f"prior.{name}.weight" for name in ("norm", "gate_proj", "up_proj", "down_proj"))},
+    "mod": {"router.weight"},
+    "dtrnet": {f"router.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias")},
+}
+
+
+@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED), ("dtf", "hybridnorm"), ("mod", "lns"),
+                                            ("dtrnet-token", "hybridnorm")])
+def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(monkeypatch, kind, norm):
+    """Without the losses whose targets are held constant: the prior's and the predictor's."""
+    config = with_routing(tiny_config(kind, normalization=norm), prior_loss_weight=0.0, predictor_loss_weight=0.0, capacity=0.4,
+                          **AUXILIARY)
+    assert check_by_differences(monkeypatch, config, {"router", "prior"}) == ROUTER_PARAMETERS[config.model.routing.kind]
+
+
+@pytest.mark.parametrize("kind", ["dtf-predictor", "mod-predictor"])
+def test_predictor_gradients_agree_with_finite_differences(monkeypatch, kind):
+    config = with_routing(tiny_config(kind), predictor_loss_weight=0.6, capacity=0.4)
+    assert check_by_differences(monkeypatch, config, {"causal_router"}) == {f"causal_router.{fc}.weight" for fc in ("fc1", "fc2")}

@@ -4,13 +4,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadyn.network import routed_layers
+from megadyn.network import loads_of, routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis, Grid, make_grid
-from megadyn.routing.dtf import DynamicLayer
+from megadyn.routing.choice import CausalRouter
+from megadyn.routing.dtrnet import DtrLayer
 from megadyn.training.optimizer import GradientClipper, make_optimizer
-from tests.networks import make_network, with_routing
+from tests.networks import end_step, make_network, with_routing
 from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config, tiny_tokens
+from tests.tiny import KINDS, tiny_config, tiny_tokens
+
+NORMS = {"mod-predictor": "hybridnorm", "mod-bce": "lns", "dtrnet-expert": "hybridnorm"}
+"""Where it is not `pre`."""
 
 
 def test_ranks_agree_on_every_token_and_every_whole_parameter():
@@ -19,8 +23,11 @@ def test_ranks_agree_on_every_token_and_every_whole_parameter():
 
 def check_agreement() -> None:
     tp = make_grid(4, 1).tp
-    train(tp, torch.float32, recompute=True)
-    train(tp, torch.bfloat16, recompute=False)
+    train(tp, "dtf", torch.float32, recompute=True)
+    for kind in KINDS:
+        if kind != "dense":
+            train(tp, kind, torch.bfloat16, recompute=False)
+    train(tp, "dtrnet-token", torch.float32, recompute=True)
 
 
 def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
@@ -30,34 +37,50 @@ def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
     assert all(torch.equal(part, x) for part in parts), f"{what} differs between tensor ranks"
 
 
-def train(tp: Axis, dtype: torch.dtype, recompute: bool) -> None:
-    """Three steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
-    config = with_routing(tiny_config(tensor=4, recompute=recompute), capacity=0.4)
+def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: bool) -> None:
+    """Two steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
+    config = tiny_config(kind, tensor=4, recompute=recompute, normalization=NORMS.get(kind, "pre"))
+    config = with_routing(config, capacity=0.4, jitter=0.2, safe_min_attn_ratio=0.4)
     config.optimizer.learning_rate = 0.03          # far above what bf16 rounds away
     network = make_network(config, tp, dtype)
     optimizer = make_optimizer(network, config.optimizer)
     optimizer.register_step_pre_hook(GradientClipper(network, 0.1, Grid(tp=tp)))
-    gates: list[Tensor] = []
-    choices: list[Tensor] = []
-    for layer in network.layers:
-        if isinstance(layer, DynamicLayer):
-            choose = layer.choose
-            layer.choose = lambda gate, choose=choose: gates.append(gate) or choices.append(choose(gate)) or choices[-1]
+    layers, scores, chosen = routed_layers(network), [], []
+
+    def watch(choose):
+        def watched(score, hidden):
+            scores.append(score)
+            found = choose(score, hidden)
+            positions, valid = found[0]
+            chosen.append(positions if valid is None else torch.where(valid, positions, -1))
+            return found
+        return watched
+
+    for module in network.modules():
+        if isinstance(module, DtrLayer):
+            module.choose = watch(module.choose)
+        elif isinstance(module, CausalRouter):
+            module.forward = watch(module.forward)
     start = {p.global_name: p.detach().clone() for p in network.parameters()}
-    for step, samples in enumerate(tiny_tokens(3)):
+    for step, samples in enumerate(tiny_tokens(2)):
         optimizer.zero_grad()
         network(samples[:, :-1], samples[:, 1:]).backward()
         optimizer.step()
-        for layer in routed_layers(network):
-            if isinstance(layer, DynamicLayer):
-                layer.threshold.end_step(layer.threshold.take_step_mean())
-                assert_same_bits(f"threshold of layer {layer.index}, step {step}", layer.threshold.value.view(1), tp)
-    assert len(choices) == 6
-    for gate, choice in zip(gates, choices, strict=True):
-        assert_same_bits("a gate", gate, tp)
-        assert_same_bits("a choice", choice.positions, tp)
+        end_step(network)
+        for index, threshold in thresholds_of(layers).items():
+            assert_same_bits(f"{kind}: threshold of layer {index}, step {step}", threshold.value.view(1), tp)
+        for index, load in loads_of(layers).items():
+            assert_same_bits(f"{kind}: share of layer {index}, step {step}", load.share.view(1), tp)
+    watched_twice = 2 if kind == "dtrnet-expert" else 1        # by the layer and by its causal router
+    assert len(scores) == 2 * watched_twice * sum(not hasattr(layer, "prior") for layer in layers) > 0
+    for score, positions in zip(scores, chosen, strict=True):
+        assert score.dtype == torch.float32
+        assert_same_bits(f"{kind}: a score", score, tp)
+        assert_same_bits(f"{kind}: the number chosen", torch.tensor(positions.shape), tp)
+        assert_same_bits(f"{kind}: a choice", positions, tp)
     whole = [p for p in network.parameters() if not p.tensor_model_parallel]
-    assert {name for p in whole if (name := p.global_name.split(".")[-2]) in ("k_proj", "v_proj")} == {"k_proj", "v_proj"}
+    names = {p.global_name.split(".")[-2] for p in whole}
+    assert {"k_proj", "v_proj", *(("q_norm", "k_norm", "v_norm") if NORMS.get(kind) == "hybridnorm" else ())} <= names
     for param in whole:
-        assert not torch.equal(param, start[param.global_name]), f"{param.global_name} did not move"
-        assert_same_bits(param.global_name, param, tp)
+        assert not torch.equal(param, start[param.global_name]), f"{param.global_name} of {kind} did not move"
+        assert_same_bits(f"{kind}: {param.global_name}", param, tp)

@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from megadyn.model.block import Stream
 from megadyn.routing import dtf
 from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.choice import CausalRouter
 from megadyn.routing.dtf import DecisionLayer, DynamicLayer, Prior, SurpriseRouter, moving_average
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
@@ -76,7 +78,7 @@ def test_the_gate_and_its_gradients_equal_the_formulas_with_the_average_held_con
 def test_gradcheck_of_the_whole_router(monkeypatch):
     router, (static, change) = make_router(), surprises()
     average = moving_average(static.detach(), 3)
-    monkeypatch.setattr(dtf, "moving_average", lambda x, window: average)
+    monkeypatch.setattr(dtf, "moving_average", lambda x, window, documents: average)
     scalars = [getattr(router, name).detach().clone().requires_grad_() for name in NAMES]
 
     def gate(static: Tensor, change: Tensor, *values: Tensor) -> Tensor:
@@ -88,10 +90,11 @@ def test_gradcheck_of_the_whole_router(monkeypatch):
 def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeypatch):
     router, (static, change) = make_router(window=5), surprises()
     seen = []
-    monkeypatch.setattr(dtf, "moving_average", lambda x, window: seen.append((x, window)) or moving_average(x, window))
+    monkeypatch.setattr(dtf, "moving_average", lambda x, *args: seen.append((x, args)) or moving_average(x, *args))
     router(static, change)
-    (x, window), = seen
+    (x, (window, documents)), = seen
     assert window == 5
+    assert documents is None
     assert torch.equal(x, static)
     assert not x.requires_grad
 
@@ -142,14 +145,26 @@ def test_gradcheck_of_the_prior():
 
 # ---- the layers ----------------------------------------------------------------------------------
 
-def make_layer(build: type[nn.Module], *arguments: object, **routing: object) -> nn.Module:
+def make_layer(build: type[nn.Module], loss_scale: float = 1.0, **routing: object) -> nn.Module:
     config = with_routing(tiny_config(), **routing)
-    return disturb(build(layer_context(config), 0, *arguments), param_maker(config))
+    index = config.model.layer_types.index("dtf_decision" if build is DecisionLayer else "dtf_dynamic")
+    return disturb(build(layer_context(config), index, LossScale(loss_scale)), param_maker(config))
+
+
+def causal_at(layer: DynamicLayer, threshold: float) -> DynamicLayer:
+    """Under the causal rule, with this threshold."""
+    layer.causal_router.mode = "causal"
+    return with_threshold(layer, threshold)
+
+
+def with_threshold(layer: DynamicLayer, threshold: float) -> DynamicLayer:
+    layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(threshold), steps=1)
+    return layer
 
 
 def test_a_decision_layer_is_dense_and_scores_what_it_did():
-    layer, h = make_layer(DecisionLayer, LossScale()), random(2, 9, 32)
-    post, gate = layer(Stream(h))
+    layer, h = make_layer(DecisionLayer), random(2, 9, 32)
+    post, gate, _ = layer(Stream(h))
     assert_close(post, layer.dense(h))
     static = (post - h).square().mean(dim=-1)
     change = (post - (h + layer.prior(h))).square().mean(dim=-1)
@@ -158,8 +173,8 @@ def test_a_decision_layer_is_dense_and_scores_what_it_did():
 
 
 def test_both_surprises_send_gradients_into_the_layer_and_its_input():
-    layer, h = make_layer(DecisionLayer, LossScale(0.0)), random(2, 9, 32).requires_grad_()
-    _, gate = layer(Stream(h))
+    layer, h = make_layer(DecisionLayer, 0.0), random(2, 9, 32).requires_grad_()
+    gate = layer(Stream(h)).gate
     gate.backward(random(2, 9, seed=1))
     for param in layer.parameters():
         assert param.grad is not None, param.global_name
@@ -169,8 +184,8 @@ def test_both_surprises_send_gradients_into_the_layer_and_its_input():
 
 def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone():
     layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
-    out, passed_on = layer(Stream(h, gate))
-    assert passed_on is None
+    out, passed_on, documents = layer(Stream(h, gate))
+    assert passed_on is documents is None
     for b in range(3):
         chosen = sorted(sorted(range(10), key=lambda t: -gate[b, t].item())[:4])
         delta = layer.delta(h[b: b + 1, chosen], torch.tensor([chosen]), 10)[0]
@@ -183,10 +198,10 @@ def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone(
 
 def test_under_a_threshold_a_sequence_may_choose_any_number_even_none():
     layer, h, gate = make_layer(DynamicLayer), random(3, 10, 32), torch.rand(3, 10, dtype=F64) * 0.5
-    layer.mode, layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = "causal", torch.tensor(0.6), 1, 0.0
+    causal_at(layer, 0.6)
     gate[1, [2, 3, 7]] += 0.6
     gate[2, 5] = 0.6000001
-    out, _ = layer(Stream(h, gate))
+    out = layer(Stream(h, gate)).hidden
     changed = (out != h).any(dim=-1)
     assert [row.nonzero().flatten().tolist() for row in changed] == [[], [2, 3, 7], [5]]
     delta = layer.delta(h[1:2, [2, 3, 7]], torch.tensor([[2, 3, 7]]), 10)[0]
@@ -194,9 +209,8 @@ def test_under_a_threshold_a_sequence_may_choose_any_number_even_none():
 
 
 def test_a_score_at_the_threshold_routes():
-    layer = make_layer(DynamicLayer)
-    layer.mode, layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = "causal", torch.tensor(0.5), 1, 0.0
-    index, valid = layer.choose(torch.tensor([[0.5, 0.49999997, 0.5000001, 0.1]]))
+    layer, score = causal_at(make_layer(DynamicLayer), 0.5), torch.tensor([[0.5, 0.49999997, 0.5000001, 0.1]])
+    index, valid = layer.causal_router(score, torch.zeros(1, 4, 32)).selection
     assert index[valid].tolist() == [0, 2]
 
 
@@ -205,22 +219,23 @@ def test_gradcheck_of_the_path_through_the_gate(valid):
     layer = make_layer(DynamicLayer)
     h, gate = random(2, 5, 32).requires_grad_(), torch.rand(2, 5, dtype=F64).requires_grad_()
     selection = Selection(torch.tensor([[0, 2, 3], [1, 2, 4]]), valid)
-    assert gradcheck(lambda h, gate: layer.update(h, gate, selection), (h, gate), fast_mode=True)
-    assert gradcheck(lambda gate: layer.update(h, gate, selection), (gate,))
-    layer.update(h, gate, selection).backward(random(2, 5, 32, seed=1))
+    assert gradcheck(lambda h, gate: layer.update(Stream(h), gate, selection), (h, gate), fast_mode=True)
+    assert gradcheck(lambda gate: layer.update(Stream(h), gate, selection), (gate,))
+    layer.update(Stream(h), gate, selection).backward(random(2, 5, 32, seed=1))
     chosen = [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)] if valid is None else [(0, 0), (0, 2), (1, 1)]
     assert [tuple(where) for where in gate.grad.nonzero().tolist()] == chosen
 
 
 def test_a_dynamic_layer_observes_its_kth_highest_score_in_training_only():
     layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    threshold = layer.causal_router.threshold
     with torch.no_grad():
         layer(Stream(h, gate))
     with pytest.raises(AssertionError):
-        layer.threshold.take_step_mean()
+        threshold.take_step_mean()
     layer(Stream(h, gate))
     want = gate.sort(dim=1, descending=True).values[:, 3].mean()
-    assert_close(layer.threshold.take_step_mean().double(), want, rtol=1e-6, atol=0)
+    assert_close(threshold.take_step_mean().double(), want, rtol=1e-6, atol=0)
 
 
 # ---- statistics ----------------------------------------------------------------------------------
@@ -238,18 +253,24 @@ def test_a_monitor_shows_means_since_its_last_reading():
 
 
 def test_routing_statistics_equal_their_definitions():
-    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
-    layer.threshold.average, layer.threshold.steps, layer.threshold.momentum = torch.tensor(0.55), 1, 0.0
+    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), random(3, 10, seed=2).sigmoid()
+    with_threshold(layer, 0.55)
     layer(Stream(h, gate))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, gate.topk(4, dim=1).indices, True)
-    assert found == pytest.approx({
-        "routed_fraction": 0.4, "causal_agreement": (top == (gate >= 0.55)).double().mean().item(),
-        "gate_routed": gate[top].mean().item(), "gate_mean": gate.mean().item(), "gate_std": gate.std().item(),
-        "threshold": 0.55}, rel=1e-5)
-    layer.mode = "causal"
+    always = {"gate_routed": gate[top].mean(), "gate_routed_std": gate[top].std(correction=0), "threshold": 0.55,
+              "gate_unrouted": gate[~top].mean(), "gate_unrouted_std": gate[~top].std(correction=0),
+              "causal_agreement": (top == (gate >= 0.55)).double().mean()}
+    always = {name: float(value) for name, value in always.items()}
+    assert found == pytest.approx({"routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4,
+                                   **always}, rel=1e-5)
+    causal_at(layer, 0.55)
     layer(Stream(h, gate))
-    assert layer.monitor.read()["routed_fraction"].item() == pytest.approx((gate >= 0.55).double().mean().item())
+    found = {name: value.item() for name, value in layer.monitor.read().items()}
+    fractions = (gate >= 0.55).double().mean(dim=1).tolist()
+    assert min(fractions) < max(fractions)
+    assert found == pytest.approx({"routed_fraction": sum(fractions) / 3, "routed_fraction_min": min(fractions),
+                                   "routed_fraction_max": max(fractions), **always}, rel=1e-5)
 
 
 # ---- precision -----------------------------------------------------------------------------------
@@ -257,9 +278,9 @@ def test_routing_statistics_equal_their_definitions():
 def test_surprise_gate_and_threshold_are_float32_in_a_bf16_model(monkeypatch):
     network = make_network(tiny_config(), dtype=torch.bfloat16)
     surprise, gates = [], []
-    forward, choose = SurpriseRouter.forward, DynamicLayer.choose
-    monkeypatch.setattr(SurpriseRouter, "forward", lambda self, *x: surprise.extend(x) or forward(self, *x))
-    monkeypatch.setattr(DynamicLayer, "choose", lambda self, gate: gates.append(gate) or choose(self, gate))
+    forward, choose = SurpriseRouter.forward, CausalRouter.forward
+    monkeypatch.setattr(SurpriseRouter, "forward", lambda self, *x: surprise.extend(x[:2]) or forward(self, *x))
+    monkeypatch.setattr(CausalRouter, "forward", lambda self, gate, hidden: gates.append(gate) or choose(self, gate, hidden))
     tokens = tiny_tokens(1)[0]
     loss = network(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
@@ -271,10 +292,11 @@ def test_surprise_gate_and_threshold_are_float32_in_a_bf16_model(monkeypatch):
     assert loss.dtype == torch.float32
     for layer in network.layers:
         if isinstance(layer, DynamicLayer):
-            mean = layer.threshold.take_step_mean()
+            threshold = layer.causal_router.threshold
+            mean = threshold.take_step_mean()
             assert mean.dtype == torch.float32
-            layer.threshold.end_step(mean)
-            assert layer.threshold.value.dtype == torch.float32
+            threshold.end_step(mean)
+            assert threshold.value.dtype == torch.float32
     assert all(p.grad.dtype == torch.bfloat16 for p in network.parameters())
 
 

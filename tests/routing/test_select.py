@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, put_back, take
+from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, put_back, replace, take
 
 
 @pytest.mark.parametrize(("capacity", "length", "count"), [
@@ -81,11 +81,25 @@ def test_put_back_equals_a_loop_and_leaves_its_input_alone():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])],
+                         ids=["whole", "padded"])
+def test_replace_equals_a_loop_and_leaves_its_input_and_what_padding_stands_on_alone(valid):
+    x, index, rows = draw()
+    before, want = x.clone(), x.clone()
+    for b in range(3):
+        for c in range(4):
+            if valid is None or valid[b, c]:
+                want[b, index[b, c]] = rows[b, c]
+    assert torch.equal(replace(x, index, rows, valid), want)
+    assert torch.equal(x, before)
+
+
 def test_inputs_that_are_not_contiguous_are_read_right():
     x, index, update = draw()
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(take(turned, index), take(x, index))
     assert torch.equal(put_back(turned, index, update), put_back(x, index, update))
+    assert torch.equal(replace(turned, index, update, None), replace(x, index, update, None))
 
 
 def test_gradcheck_of_take_and_put_back():
@@ -95,3 +109,14 @@ def test_gradcheck_of_take_and_put_back():
     assert torch.autograd.gradcheck(lambda x: take(x, index), (x,))
     assert torch.autograd.gradcheck(lambda x: take(x[..., 0], index), (x,))
     assert torch.autograd.gradcheck(lambda x, update: put_back(x, index, update), (x, update))
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])],
+                         ids=["whole", "padded"])
+def test_gradcheck_of_replace(valid):
+    x, index, rows = (part.requires_grad_() if part.is_floating_point() else part for part in draw())
+    assert torch.autograd.gradcheck(lambda x, rows: replace(x, index, rows, valid), (x, rows))
+    replace(x, index, rows, valid).sum().backward()
+    written = torch.ones(3, 4, dtype=torch.bool) if valid is None else valid
+    assert torch.equal(rows.grad, written.unsqueeze(-1).expand(3, 4, 4).double()), "padding must get no gradient"
+    assert x.grad.sum() == 4 * (21 - written.sum())

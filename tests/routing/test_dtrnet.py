@@ -1,0 +1,238 @@
+"""DTRNet's router, jitter and safe minimum, and MoD's router: formulas and definitions."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from megadyn.model.block import Stream
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtrnet import AttentionRouter, DtrLayer
+from megadyn.routing.mod import LinearRouter, ModLayer
+from megadyn.routing.select import as_mask
+from tests.naive import best
+from tests.networks import disturb, layer_context, make_network, param_maker, with_routing
+from tests.tiny import tiny_config, tiny_tokens
+
+F64 = torch.float64
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# ---- routers -------------------------------------------------------------------------------------
+
+def make_router(build: type, dtype: torch.dtype = F64) -> torch.nn.Module:
+    config = tiny_config("mod", hidden_size=8)
+    return disturb(build("model.layers.1.router", layer_context(config, dtype=dtype)), param_maker(config))
+
+
+def test_the_linear_router_is_one_row_without_bias():
+    router, h = make_router(LinearRouter), random(2, 5, 8)
+    assert [tuple(p.shape) for p in router.parameters()] == [(1, 8)]
+    assert_close(router(h), torch.stack([torch.stack([router.weight[0] @ token for token in row]) for row in h]))
+
+
+def test_the_attention_router_is_two_layers_with_biases():
+    router, h = make_router(AttentionRouter), random(2, 5, 8)
+    assert [tuple(p.shape) for p in router.parameters()] == [(4, 8), (4,), (2, 4), (2,)]
+    inner = h @ router.fc1.weight.T + router.fc1.bias
+    assert_close(router(h), (inner / (1 + torch.exp(-inner))) @ router.fc2.weight.T + router.fc2.bias)
+
+
+@pytest.mark.parametrize("build", [LinearRouter, AttentionRouter])
+def test_gradcheck_of_the_routers(build):
+    router, h = make_router(build), random(2, 3, 8).requires_grad_()
+    names, values = zip(*((name, p.detach().clone().requires_grad_()) for name, p in router.named_parameters()))
+    assert gradcheck(lambda h, *values: functional_call(router, dict(zip(names, values)), (h,)), (h, *values))
+
+
+def test_the_attention_router_starts_without_preference():
+    router = AttentionRouter("model.layers.1.router", layer_context(tiny_config("dtrnet-token")))
+    assert not router.fc1.bias.any()
+    assert not router.fc2.bias.any()
+
+
+@pytest.mark.parametrize("build", [LinearRouter, AttentionRouter])
+def test_logits_of_a_bf16_model_are_float32(build):
+    router, h = make_router(build, torch.bfloat16), random(2, 5, 8).bfloat16()
+    logits = router(h)
+    assert logits.dtype == torch.float32
+    if build is LinearRouter:                    # not a bf16 product widened afterwards
+        assert_close(logits, (h.float() @ router.weight[0].float()), rtol=1e-5, atol=1e-6)
+        assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_choices_of_a_bf16_network_are_made_in_float32(monkeypatch):
+    seen = []
+    choose = DtrLayer.choose
+    monkeypatch.setattr(DtrLayer, "choose", lambda self, attend, hidden: seen.append(attend) or choose(self, attend, hidden))
+    network = make_network(tiny_config("dtrnet-expert"), dtype=torch.bfloat16)
+    tokens = tiny_tokens(1)[0]
+    network(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert len(seen) == 3
+    for p in seen:
+        assert p.dtype == torch.float32
+        assert not torch.equal(p, p.bfloat16().float()), "rounded to bf16 on the way"
+    assert all(p.grad.dtype == torch.bfloat16 for p in network.parameters())
+
+
+# ---- the safe minimum ----------------------------------------------------------------------------
+
+def make_layer(kind: str = "dtrnet-token", loss_scale: float = 1.0, **routing: object) -> DtrLayer:
+    config = with_routing(tiny_config(kind), **routing)
+    return disturb(DtrLayer(layer_context(config), 1, LossScale(loss_scale)), param_maker(config))
+
+
+@pytest.mark.parametrize("least", [0.0, 0.05, 0.3, 0.55, 1.0])
+@pytest.mark.parametrize("shift", [-1.0, -0.3, 0.0, 1.0])
+def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(least, shift):
+    layer, h = make_layer(safe_min_attn_ratio=least), random(6, 20, 32)
+    p = (random(6, 20) + shift).sigmoid()
+    own = p > 0.5
+    selection, mask, statistics = layer.choose(p, h)
+    short = 0
+    for b in range(6):
+        wanted = own[b].nonzero().flatten().tolist()
+        if len(wanted) < math.ceil(least * 20):
+            wanted, short = best(p[b].tolist(), math.ceil(least * 20)), short + 1
+        assert mask[b].nonzero().flatten().tolist() == wanted
+    assert (mask | ~own).all(), "who wants to attend does"
+    assert torch.equal(as_mask(selection, 20), mask)
+    assert statistics.get("refills", 0) == short
+    with torch.no_grad():
+        selection, mask, statistics = layer.choose(p, h)
+    assert torch.equal(mask, own)
+    assert torch.equal(as_mask(selection, 20), own)
+    assert "refills" not in statistics
+    assert_close(statistics["routed_fraction"], own.float().mean())
+    assert_close(statistics["routed_fraction_max"], own.float().mean(dim=1).max())
+    assert_close(statistics["routed_fraction_min"], own.float().mean(dim=1).min())
+
+
+def test_a_token_of_even_odds_passes():
+    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choose(torch.tensor([[0.5, 0.50000006, 0.49999997]]), torch.zeros(1, 3, 32))
+    assert mask.tolist() == [[False, True, False]]
+
+
+def test_tokens_filled_up_attend_with_their_own_p0():
+    """The whole layer, where nobody wants to attend but the two best must."""
+    layer, h = make_layer(safe_min_attn_ratio=0.2), random(2, 10, 32)
+    with torch.no_grad():
+        layer.router.fc2.bias[1] += 20
+    p = layer.probabilities(h)
+    assert (p[..., 0] < 0.5).all()
+    trained = layer(Stream(h)).hidden
+    with torch.no_grad():
+        evaluated = layer(Stream(h)).hidden
+    changed = (trained != evaluated).any(dim=-1)
+    assert [row.nonzero().flatten().tolist() for row in changed] == [best(row.tolist(), 2) for row in p[..., 0]]
+
+
+# ---- jitter --------------------------------------------------------------------------------------
+
+def test_jitter_multiplies_each_logit_by_noise_within_its_bounds():
+    layer, h = make_layer(jitter=0.25), random(8, 50, 32)
+    logits = layer.router(h)
+    p = layer.probabilities(h)
+    ratio = torch.log(p[..., 0] / p[..., 1])                       # n0 l0 - n1 l1
+    low, high = bounds(logits, 0.25)
+    assert ((ratio >= low - 1e-9) & (ratio <= high + 1e-9)).all()
+    place = (ratio - low) / (high - low)
+    assert place.min() < 0.1 < 0.9 < place.max()
+    assert place.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def bounds(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """Least and greatest difference of the two logits after jitter."""
+    middle, reach = logits[..., 0] - logits[..., 1], jitter * logits.abs().sum(dim=-1)
+    return middle - reach, middle + reach
+
+
+def test_jitter_repeats_with_seed_and_step_and_is_new_in_each_micro_batch_and_layer():
+    h = random(2, 10, 32)
+    config = with_routing(tiny_config("dtrnet-expert"), jitter=0.25)
+    first, second = make_network(config), make_network(config)
+    layers, again = first.layers[2:5], second.layers[2:5]
+    for layer, other in zip(layers, again, strict=True):
+        assert isinstance(layer, DtrLayer)
+        start = layer.probabilities(h)
+        assert torch.equal(layer.probabilities(h), start)
+        torch.rand(3)                                               # the global generator has no part in it
+        assert torch.equal(other.probabilities(h), start)
+        layer(Stream(h))
+        assert not torch.allclose(layer.probabilities(h), start)
+        other.load.micro_batches_seen = 1
+        assert torch.equal(layer.probabilities(h), other.probabilities(h))
+    noises = []
+    for layer in layers:
+        p, logits = layer.probabilities(h), layer.router(h)
+        low, high = bounds(logits, 0.25)
+        noises.append((torch.log(p[..., 0] / p[..., 1]) - low) / (high - low))
+    assert not torch.allclose(noises[0], noises[1])
+
+
+def test_jitter_differs_between_seeds():
+    h, config = random(2, 10, 32), with_routing(tiny_config("dtrnet-token"), jitter=0.25)
+    contexts = [dataclasses.replace(layer_context(config), make=param_maker(config, seed=seed)) for seed in (1, 2)]
+    first, second = (DtrLayer(context, 1, LossScale()) for context in contexts)
+    second.router = first.router
+    assert not torch.allclose(first.probabilities(h), second.probabilities(h))
+
+
+def test_there_is_no_jitter_in_evaluation():
+    layer, plain, h = make_layer(jitter=0.25), make_layer(), random(2, 10, 32)
+    assert not torch.allclose(layer.probabilities(h), plain.probabilities(h))
+    with torch.no_grad():
+        assert torch.equal(layer.probabilities(h), plain.probabilities(h))
+    assert torch.equal(plain.probabilities(h), layer.router(h).softmax(dim=-1))
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+def test_a_dtrnet_layers_statistics_equal_their_definitions():
+    layer, h = make_layer(safe_min_attn_ratio=0.4), random(4, 10, 32, seed=2)
+    layer.load.share = torch.tensor(0.3)
+    p = layer.probabilities(h)[..., 0].detach()
+    _, mask, _ = layer.choose(p, h)
+    short = ((p > 0.5).sum(dim=1) < 4).sum().item()
+    assert 0 < short < 4
+    layer(Stream(h))
+    fractions = mask.double().mean(dim=1).tolist()
+    found = {name: value.item() for name, value in layer.monitor.read().items()}
+    f = sum(fractions) / 4
+    assert found == pytest.approx({
+        "routed_fraction": f, "routed_fraction_min": min(fractions), "routed_fraction_max": max(fractions), "f": f,
+        "p0": p.mean().item(), "attention_loss": 0.3 * p.mean().item(), "refills": short,
+        "gate_routed": p[mask].mean().item(), "gate_routed_std": p[mask].std(correction=0).item(),
+        "gate_unrouted": p[~mask].mean().item(), "gate_unrouted_std": p[~mask].std(correction=0).item()}, rel=1e-5)
+    assert layer.load.take_step_mean().item() == pytest.approx(f)
+    with torch.no_grad():
+        layer(Stream(h))
+    with pytest.raises(AssertionError):
+        layer.load.take_step_mean()
+    assert layer.load.micro_batches_seen == 1
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "identity"])
+def test_a_mod_layers_statistics_equal_their_definitions(gate):
+    config = with_routing(tiny_config("mod-bce"), capacity=0.4, gate=gate)
+    layer, h = disturb(ModLayer(layer_context(config), 1, LossScale()), param_maker(config)), random(3, 10, 32)
+    r = (h @ layer.router.weight[0]).detach()
+    top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, r.topk(4, dim=1).indices, True)
+    g = r.sigmoid() if gate == "sigmoid" else r
+    layer(Stream(h))
+    found = {name: value.item() for name, value in layer.monitor.read().items()}
+    bce = -torch.where(top, r.sigmoid().log(), (-r).sigmoid().log()).mean().item()
+    assert found == pytest.approx({
+        "routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4, "bce_loss": bce,
+        "z_loss": (r * r).mean().item(), "logit": r.mean().item(), "logit_std": r.std(correction=0).item(),
+        "causal_agreement": (top == (r > 0)).double().mean().item(),
+        "gate_routed": g[top].mean().item(), "gate_routed_std": g[top].std(correction=0).item(),
+        "gate_unrouted": g[~top].mean().item(), "gate_unrouted_std": g[~top].std(correction=0).item()}, rel=1e-5)
