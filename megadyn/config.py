@@ -116,6 +116,11 @@ class RoutingConfig:
         return self.kind == "dtrnet" and self.router_type == "token_choice"
 
 
+def capacity_count(capacity: float, length: int) -> int:
+    """k = max(1, floor(capacity * T)): how many of a sequence's `length` tokens top-k chooses."""
+    return max(1, int(capacity * length))
+
+
 def expand_layout(layout: str, num_layers: int) -> str:
     """A layout as one letter a layer: T dense, D routed. ConfigError unless it describes `num_layers` layers."""
     half = num_layers // 2

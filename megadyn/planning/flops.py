@@ -5,7 +5,7 @@ costs three forward passes (arXiv 2001.08361), or four where activations are rec
 as useful work.
 """
 
-from megadyn.config import ModelConfig
+from megadyn.config import ModelConfig, capacity_count
 
 
 def block_flops(model: ModelConfig, tokens: float, attending: float | None = None) -> float:
@@ -27,8 +27,7 @@ def layer_costs(model: ModelConfig, length: int) -> list[float]:
 
     DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend.
     """
-    capacity, d = model.routing.capacity or 1.0, model.hidden_size
-    kept = max(1, int(capacity * length))
+    d, kept = model.hidden_size, capacity_count(model.routing.capacity or 1.0, length)
     # The prior runs twice: once for the routing score, once on detached inputs for its own loss.
     prior = 2 * 2 * length * d * model.prior_size * 3
     predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.config import capacity_count
 from megadyn.model.block import LayerContext
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.params import normal
 from megadyn.routing.causal import RunningThreshold
-from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, take
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, take
 
 
 class Choice(NamedTuple):

@@ -15,11 +15,6 @@ class Selection(NamedTuple):
     """[B, C] false for padding behind the chosen tokens of a sequence; None when every entry is chosen."""
 
 
-def capacity_count(capacity: float, length: int) -> int:
-    """k = max(1, floor(capacity * T))."""
-    return max(1, int(capacity * length))
-
-
 def choose_top(score: Tensor, count: int) -> Selection:
     """The `count` highest of score [B, T] in each sequence; of equal scores the first."""
     best = score.sort(dim=1, descending=True, stable=True).indices[:, :count]

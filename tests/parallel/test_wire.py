@@ -4,13 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from megadyn.parallel.wire import pack, unpack
+from megadyn.parallel import wire
+from megadyn.parallel.wire import pack
 
 HIDDEN_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 def gate_dtype(hidden: torch.dtype) -> torch.dtype:
     return torch.promote_types(hidden, torch.float32)
+
+
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, gate, ids = wire.unpack(packed, gate=True, ids=False)
+    assert ids is None
+    return hidden, gate
 
 
 def bits(x: Tensor) -> Tensor:
@@ -71,3 +78,29 @@ def test_a_gate_that_is_not_contiguous_is_packed_right():
     got_hidden, got_gate = unpack(pack(hidden, gate))
     assert torch.equal(got_gate, gate)
     assert torch.equal(got_hidden, hidden)
+
+
+@pytest.mark.parametrize("with_gate", [False, True])
+@pytest.mark.parametrize("dtype", HIDDEN_DTYPES)
+def test_document_ids_come_along_and_have_no_gradient(dtype, with_gate):
+    torch.manual_seed(2)
+    hidden = torch.randn(2, 5, 8).to(dtype).requires_grad_()
+    gate = torch.rand(2, 5, dtype=gate_dtype(dtype)).requires_grad_() if with_gate else None
+    ids = torch.tensor([[0, 0, 1, 2, 2], [0, 1, 70_000, 2**30, 2**31 - 1]])
+    sent = pack(hidden, gate, ids)
+    received = sent.detach().requires_grad_()
+    got_hidden, got_gate, got_ids = wire.unpack(received, gate=with_gate, ids=True)
+    assert torch.equal(got_ids, ids)
+    assert not got_ids.requires_grad
+    assert torch.equal(bits(got_hidden), bits(hidden.detach()))
+    grads = [torch.randn(2, 5, 8).to(dtype), torch.randn(2, 5, dtype=gate_dtype(dtype))]
+    torch.autograd.backward((got_hidden, got_gate) if with_gate else (got_hidden,), grads[:1 + with_gate])
+    sent.backward(received.grad)
+    assert torch.equal(bits(hidden.grad), bits(grads[0]))
+    assert gate is None or torch.equal(bits(gate.grad), bits(grads[1]))
+
+
+def test_nothing_to_pack_sends_the_hidden_state_itself():
+    hidden = torch.randn(2, 5, 8)
+    assert pack(hidden) is hidden
+    assert wire.unpack(hidden, gate=False, ids=False) == (hidden, None, None)

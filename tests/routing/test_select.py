@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megadyn.routing.select import Selection, as_mask, capacity_count, choose_top, choose_where, put_back, replace, take
+from megadyn.config import capacity_count
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, put_back, replace, take
 
 
 @pytest.mark.parametrize(("capacity", "length", "count"), [
