@@ -80,7 +80,8 @@ class RoutingConfig:
     safe_min_attn_ratio: float = 0.05
     """DTRNet token choice, in training: at least this share of a sequence attends; 0 turns it off."""
     jitter: float = 0.0
-    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter]."""
+    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter]. The noise is drawn
+    anew for each micro-batch, so with it a run depends on how its steps are split."""
     entropy_bonus: float = 0.0
     """DTRNet: weight of the router's entropy, which training then raises."""
 
@@ -128,9 +129,9 @@ def expand_layout(layout: str, num_layers: int) -> str:
              "four_attn": "".join("T" if i in (0, 1, half - 1, half) else "D" for i in range(num_layers))}
     if layout in named:
         return named[layout]
-    runs = re.findall(r"([TD])(\d*)", layout)
-    pattern = "".join(letter * int(count or 1) for letter, count in runs)
-    if "".join(letter + count for letter, count in runs) != layout or len(pattern) != num_layers:
+    runs = [(letter, int(count or 1)) for letter, count in re.findall(r"([TD])(\d{0,6})", layout)]
+    pattern = "".join(letter * min(count, num_layers + 1) for letter, count in runs)
+    if not re.fullmatch(r"([TD]\d{0,6})+", layout) or len(pattern) != num_layers:
         raise ConfigError("model.routing.layout", layout, f"{', '.join(named)}, or letters T and D with counts, such as T2D14, "
                           f"for model.num_layers = {num_layers} layers")
     return pattern
@@ -199,7 +200,7 @@ class ModelConfig:
             return pairs + ["dense"] * (self.num_layers % 2)
         if self.routing.kind == "dense":
             return ["dense"] * self.num_layers
-        layout = expand_layout(self.routing.layout or "bilayer", self.num_layers)
+        layout = expand_layout("bilayer" if self.routing.layout is None else self.routing.layout, self.num_layers)
         return ["dense" if letter == "T" else self.routing.kind for letter in layout]
 
     @property

@@ -90,7 +90,7 @@ def make_layer(kind: str = "dtrnet-token", loss_scale: float = 1.0, **routing: o
     return disturb(DtrLayer(layer_context(config), 1, LossScale(loss_scale)), param_maker(config))
 
 
-@pytest.mark.parametrize("least", [0.0, 0.05, 0.3, 0.55, 1.0])
+@pytest.mark.parametrize("least", [0.0, 0.05, 0.33, 0.55, 1.0])
 @pytest.mark.parametrize("shift", [-1.0, -0.3, 0.0, 1.0])
 def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(least, shift):
     layer, h = make_layer(safe_min_attn_ratio=least), random(6, 20, 32)
@@ -170,12 +170,8 @@ def test_jitter_repeats_with_seed_and_step_and_is_new_in_each_micro_batch_and_la
         assert not torch.allclose(layer.probabilities(h), start)
         other.load.micro_batches_seen = 1
         assert torch.equal(layer.probabilities(h), other.probabilities(h))
-    noises = []
-    for layer in layers:
-        p, logits = layer.probabilities(h), layer.router(h)
-        low, high = bounds(logits, 0.25)
-        noises.append((torch.log(p[..., 0] / p[..., 1]) - low) / (high - low))
-    assert not torch.allclose(noises[0], noises[1])
+    layers[1].router = layers[0].router
+    assert not torch.allclose(layers[0].probabilities(h), layers[1].probabilities(h)), "two layers have the same noise"
 
 
 def test_jitter_differs_between_seeds():
