@@ -51,13 +51,15 @@ EOD = 6
 
 
 def tokens_of(case: Case) -> torch.Tensor:
-    """[STEPS, samples, length + 1]; with documents, three or more a sample.
+    """[STEPS, samples, length + 1]; with documents, three a sample, each beginning with a token of its own.
 
-    None is so short that another equals it: their tokens' scores would tie, and any rounding could choose between them.
+    A document's first token knows nothing but itself: beginnings alike would tie, and any rounding could choose between them.
     """
     tokens = tiny_tokens(STEPS)
     if case.documents:
+        tokens[tokens == EOD] += 1
         tokens[..., [7, 16]] = EOD
+        tokens[..., [0, 8, 17]] = torch.tensor([10, 20, 30])
     return tokens
 
 
