@@ -33,7 +33,7 @@ from megadyn.training.telemetry import Telemetry
 
 def run(config: Config) -> None:
     """Trains as configured. Every process of the job calls it."""
-    engine_settings(config)
+    engine_settings(config)                # read again by the engine; a mistake in it is to be known before the data are opened
     plan = batch_plan(config, launch.world_size())
     data = open_data(config)
     refuse_early(config, plan, data)

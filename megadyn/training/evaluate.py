@@ -12,6 +12,7 @@ from megadyn.config import ModelConfig, load_config
 from megadyn.data.batches import batches
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.samples import SampleSet
+from megadyn.data.tokenizer import load_tokenizer
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.model.attention import attention_backend
@@ -32,6 +33,8 @@ class Saved:
     thresholds: dict[int, RunningThreshold]
     precision: str
     sequence_length: int
+    eod: int | None = None
+    """The token that ends a document, where the run masked its samples by document."""
 
 
 def open_saved(path: Path) -> Saved:
@@ -44,7 +47,8 @@ def open_saved(path: Path) -> Saved:
         raise UserError(problem)
     config = load_config(folder / "config.yaml")
     return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
-                 config.training.sequence_length)
+                 config.training.sequence_length,
+                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None)
 
 
 def _open_hf(path: Path) -> Saved:
@@ -64,7 +68,7 @@ def load_network(saved: Saved, device: torch.device) -> Network:
     assert saved.model.num_kv_heads is not None
     backend, _ = attention_backend(saved.model.attention, saved.precision)
     make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=DTYPES[saved.precision])
-    network = Network(LayerContext(saved.model, make, backend), LossScale())
+    network = Network(LayerContext(saved.model, make, backend, saved.eod), LossScale())
     missing = sorted({name_of(param) for param in network.parameters()} - saved.weights.names())
     if missing:
         raise UserError(f"the saved model lacks {len(missing)} of its tensors, for example {missing[0]}")

@@ -46,11 +46,11 @@ def join() -> None:
         os.environ |= alone
     # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, which never times out when a rank hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     if get_accelerator().device_name() == "cpu":
         _share_cores()
     else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
 
 
 def _share_cores() -> None:
