@@ -4,8 +4,10 @@ Without pipeline stages the list runs as a plain module, under any ZeRO stage. W
 `PipelineModule` (1F1B), under ZeRO 0 or 1. The layers are the same objects in both.
 """
 
+import io
 import logging
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -81,7 +83,9 @@ class Engine:
         length = self.config.training.sequence_length
         cuts = balanced_stages(layer_costs(model, length), head_flops(model, length), grid.pp.size)
         log.info("pipeline stages, by FLOPs: layers %s", ", ".join(f"{a}-{b - 1}" for a, b in pairwise(cuts)))
-        return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings, by_document=self.eod is not None)
+        with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
+            return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings,
+                          by_document=self.eod is not None)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         """The user's engine settings plus what is decided elsewhere in the configuration."""
