@@ -1,6 +1,6 @@
 """The model as one ordered list of layers; a pipeline stage is a stretch of the list.
 
-    Embed, [DenseLayer | DecisionLayer | DynamicLayer] ..., FinalNorm, Head
+    Embed, [DenseLayer | DecisionLayer | DynamicLayer | ModLayer | DtrLayer] ..., FinalNorm, Head
 """
 
 from collections.abc import Sequence

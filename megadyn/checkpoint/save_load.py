@@ -28,6 +28,7 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
+from megadyn.hf.config_map import FIELDS
 from megadyn.hf.convert import readable
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log
@@ -42,8 +43,7 @@ FREE_TO_CHANGE = {"attention", "max_position"}
 """Keys of the model section that may differ when a run is resumed."""
 DATA_ORDER = ("seed", "sequence_length")
 """Keys of the training section that decide which samples come in which order."""
-HF_SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "rope_theta",
-            "norm_eps", "qkv_bias", "tie_embeddings", "normalization")
+HF_SHAPE = sorted({*FIELDS, "rope_theta", "normalization"} - {"max_position", "init_std"})
 """Keys of the model section that a Hugging Face folder must share with the configuration."""
 
 
@@ -162,7 +162,10 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int,
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if dist.get_rank() == 0:
-        layout.prune(root, engine.config.checkpoint.keep)
+        try:
+            layout.prune(root, engine.config.checkpoint.keep)
+        except OSError as error:                     # the new one stands; the run goes on with an old one too many
+            log.warning("an old checkpoint could not be removed: %s", error)
     return final
 
 
@@ -183,10 +186,11 @@ def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for turn, param in enumerate(engine.parameters()):
-        values = {key: value.cpu() for key, value in access.get(param).items()}
+        found = access.get(param)                    # every rank takes part; one of them keeps and writes it
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
-            weights[name_of(param)] = values["weight"].contiguous().clone()
-            moments |= {f"{name_of(param)}/{key}": values[key].contiguous().clone() for key in MOMENTS}
+            values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
+            weights[name_of(param)] = values["weight"]
+            moments |= {f"{name_of(param)}/{key}": values[key] for key in MOMENTS}
     written = {}
     for kind, tensors in (("weights", weights), ("optimizer", moments)):
         if tensors:
@@ -241,13 +245,21 @@ def init_from(engine: "Engine", path: Path) -> None:
         raise UserError(f"{path} is another model: {'; '.join(differences)}")
     upcycled = folder.model.routing.kind == "dense"
     wanted = set().union(*_all_gather({name_of(param) for param in engine.parameters()}))
-    given = {name for name in folder.names() if not name.endswith("causal_router.threshold")}
+    given = {name for name in folder.names() if not name.endswith(THRESHOLD)}
     missing = sorted(name for name in wanted - given if not (upcycled and component(name) != "base"))
     if missing:
         raise UserError(f"{path} has no tensor {missing[0]} ({len(missing)} are missing)")
     if unexpected := sorted(given - wanted):
         raise UserError(f"{path} has a tensor that the model has not: {unexpected[0]} ({len(unexpected)} of them)")
     set_parameters(engine, folder)
+    for index, threshold in thresholds_of(engine.routed).items():
+        name = f"model.layers.{index}.{THRESHOLD}"
+        if name in folder.names():                   # an export's; it counts as one step of the average, and moves on soon
+            average = float(folder.whole(name)) * (1 - threshold.momentum)
+            threshold.set_state({"average": average, "steps": 1}, engine.device)
+
+
+THRESHOLD = "causal_router.threshold"
 
 
 def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:

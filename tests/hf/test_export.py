@@ -88,9 +88,16 @@ def _train_all(folder: str) -> None:
     upcycled = engine_for("dtf", 1, 2)
     save_load.init_from(upcycled, Path(folder) / "qwen2")
     losses["upcycled"] = losses_of(upcycled)
+    upcycled.engine.destroy()
+    again = engine_for("dtf", 1, 2)
+    if dist.get_rank() == 0:
+        export(Path(folder) / "dtf-pipeline" / "iteration-00000006", Path(folder) / "restart")
+    dist.barrier()
+    save_load.init_from(again, Path(folder) / "restart")
+    losses["from our export"] = losses_of(again)
     for case in ("missing", "unexpected"):
         try:
-            save_load.init_from(upcycled, Path(folder) / case)
+            save_load.init_from(again, Path(folder) / case)
         except UserError as error:
             losses[case] = str(error)
     if dist.get_rank() == 0:
@@ -161,6 +168,13 @@ def test_qwen2_read_by_us_gives_its_logits(trained: tuple[Path, dict[str, Any]])
     for layout in ("2 x 1", "1 x 2"):
         assert losses[f"qwen2 at {layout}"]["topk"] == pytest.approx(want, rel=1e-5)
     assert losses["upcycled"]["topk"] != pytest.approx(want, rel=1e-3)      # routed: half the tokens skip half the layers
+
+
+def test_a_run_started_from_our_export_is_that_model(trained: tuple[Path, dict[str, Any]]) -> None:
+    """Its running thresholds too: the causal loss shows them."""
+    _, losses = trained
+    for mode in MODES:
+        assert losses["from our export"][mode] == pytest.approx(losses["dtf-pipeline"][mode], rel=1e-5)
 
 
 def test_routed_model_is_refused_as_qwen2(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
