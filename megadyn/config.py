@@ -162,7 +162,8 @@ class ModelConfig:
     """`pre`; `lns` (pre-norms scaled by 1/sqrt(layer), arXiv 2502.05795); `hybridnorm` (norms on q, k, v and after attention,
     arXiv 2503.04598)."""
     attention: str = "auto"
-    """Attention backend: `auto`, `flash` (the flash-attn package) or `sdpa` (torch's own)."""
+    """Attention backend: `auto`, `flash` (the flash-attn package), `varlen` (torch's own, with its kernels for segments of
+    different lengths) or `sdpa`, which runs anywhere."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
     def check(self) -> None:
@@ -183,7 +184,7 @@ class ModelConfig:
         if self.ffn_size is None:
             self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
         one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
-        one_of("model.attention", self.attention, ("auto", "flash", "sdpa"))
+        one_of("model.attention", self.attention, ("auto", "flash", "varlen", "sdpa"))
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         in_range("model.rope_theta", self.rope_theta, 1, math.inf)
         at_least("model.init_std", self.init_std, 0)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
-from megadyn.model.documents import attention_mask, segment_ends
+from megadyn.model.documents import Segments
 from megadyn.model.norm import HeadNorm
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
@@ -17,43 +17,64 @@ from megadyn.parallel.params import ParamMaker, normal
 
 
 def attention_backend(asked: str, precision: str) -> tuple[str, str]:
-    """The backend to use and why. Raises ConfigError when `flash` is asked for and cannot run here."""
-    why_not = (
-        "no CUDA device" if not torch.cuda.is_available()
-        else "flash-attn is not installed (pip install megadyn[flash])" if importlib.util.find_spec("flash_attn") is None
-        else "flash-attn has no fp32 kernels" if precision == "fp32"
-        else None
-    )
-    if asked == "flash" and why_not:
-        raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not}")
-    if asked == "auto":
-        return ("sdpa", f"auto: {why_not}") if why_not else ("flash", "auto: flash-attn is installed")
-    return asked, "as configured"
+    """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
+    on_gpu = "no CUDA device" if not torch.cuda.is_available() else "no fp32 kernels" if precision == "fp32" else None
+    has_flash = importlib.util.find_spec("flash_attn") is not None
+    why_not = {"flash": on_gpu or (None if has_flash else "flash-attn is not installed (pip install megadyn[flash])"),
+               "varlen": on_gpu, "sdpa": None}
+    if asked != "auto":
+        if why_not[asked]:
+            raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not[asked]}")
+        return asked, "as configured"
+    chosen = next(backend for backend, problem in why_not.items() if problem is None)
+    return chosen, f"auto: {on_gpu or ('flash-attn is installed' if has_flash else 'flash-attn is not installed')}"
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, documents: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, each token seeing itself and what stands before it.
 
     Args:
         q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H (grouped-query attention).
-        documents: ids [B, S]; a token then sees only its own document.
+        backend: `flash` (flash-attn), `varlen` (torch's own kernels for segments, its SDPA else) or `sdpa`.
+        segments: of these tokens; attention stays inside each, and in one row may run over several sequences' tokens.
 
     Returns:
         [B, S, H, K].
     """
-    if backend == "flash":
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-        if documents is None:
-            return flash_attn_func(q, k, v, causal=True)
-        ends, longest = segment_ends(documents), q.shape[1]
-        flat = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), ends, ends, longest, longest, causal=True)
+    if segments is not None:
+        flat = _attention_in_segments(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments)
         return flat.view_as(q)
+    if backend == "flash":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, causal=True)
+    return _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None if documents is None else attention_mask(documents)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              enable_gqa=q.shape[1] != k.shape[1])
-    return attended.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments) -> Tensor:
+    """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask."""
+    ends, longest = segments.ends(), q.shape[0]
+    if not longest:
+        return q + (k.sum() + v.sum())     # nothing, but each of the three gets its gradient: zeros
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = q.shape[1] != k.shape[1]
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out
+    lengths = [length for length in ends.diff().tolist() if length]
+    return torch.cat([_sdpa(*(x.unsqueeze(0) for x in part)).squeeze(0)
+                      for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
 
 
 class Attention(nn.Module):
@@ -89,12 +110,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return v if self.v_norm is None else self.v_norm(v)
 
-    def forward(self, x: Tensor, positions: Tensor | None, length: int, documents: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None) -> Tensor:
         """x [B, S, D] -> [B, S, D].
 
         Args:
-            positions: [B, S], below `length`; None for 0 .. S-1. documents: ids [B, S], see `causal_attention`.
+            positions: [B, S], below `length`; None for 0 .. S-1. segments: see `causal_attention`.
         """
         x = copy_to_tp(x, self.tp)
         q, k = self.queries_keys(x, positions, length)
-        return self.o_proj(causal_attention(q, k, self.values(x), self.backend, documents).flatten(-2))
+        return self.o_proj(causal_attention(q, k, self.values(x), self.backend, segments).flatten(-2))

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megadyn.config import ModelConfig
 from megadyn.model.attention import Attention
-from megadyn.model.documents import Documents
+from megadyn.model.documents import Documents, Segments
 from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.params import ParamMaker
@@ -25,13 +25,6 @@ class Stream(NamedTuple):
     """[B, T] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
     documents: Documents | None = None
     """Borders that attention and averages must not cross; None for one document a sample."""
-
-    def at(self, index: Tensor) -> "tuple[Tensor, Documents | None]":
-        """Original positions [B, C] of the tokens at index [B, C], and their documents."""
-        if self.documents is None:
-            return index, None
-        chosen = Documents(*(x.gather(1, index) for x in self.documents))
-        return chosen.positions, chosen
 
 
 @dataclass(frozen=True)
@@ -73,17 +66,18 @@ class Layer(nn.Module):
 
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T, D]."""
-        ids, positions = documents or (None, None)
-        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, hidden.shape[1], ids))
+        segments, positions = documents or (None, None)
+        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, hidden.shape[1], segments))
 
     def feed_forward(self, attended: Tensor) -> Tensor:
         """The half behind attention: h + Attn -> h + Block(h)."""
         normed = self.post_attention_layernorm(attended)
         return (normed if self.hybrid else attended) + self.mlp(normed)
 
-    def delta(self, hidden: Tensor, positions: Tensor, length: int, documents: Documents | None = None) -> Tensor:
-        """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens."""
-        update = self.self_attn(self.input_layernorm(hidden), positions, length, documents.ids if documents else None)
+    def delta(self, hidden: Tensor, positions: Tensor, length: int, segments: Segments | None = None) -> Tensor:
+        """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens; `segments` as in
+        `causal_attention`."""
+        update = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
         if self.hybrid:
             return self.feed_forward(hidden + update) - hidden
         return update + self.mlp(self.post_attention_layernorm(hidden + update))     # no large terms to cancel

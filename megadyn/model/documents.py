@@ -6,13 +6,26 @@ import torch
 from torch import Tensor
 
 
-class Documents(NamedTuple):
-    """Which document of its sample each token belongs to, and where in it it stands; [B, S] int64 each."""
+class Segments(NamedTuple):
+    """Runs of tokens that attention must not leave, one behind the other in the flattened batch."""
 
     ids: Tensor
-    """0, 1, ... along the sample."""
+    """The run that each token belongs to; int64, rising. A part of the tokens may leave some runs empty."""
+    runs: int
+    """How many there are: ids are below."""
+
+    def ends(self) -> Tensor:
+        """Where each run ends, as the running lengths [runs + 1] int32 that variable-length attention takes."""
+        return torch.searchsorted(self.ids.flatten(), torch.arange(self.runs + 1, device=self.ids.device), out_int32=True)
+
+
+class Documents(NamedTuple):
+    """Which document each token belongs to, and where in it it stands."""
+
+    segments: Segments
+    """ids [B, T]; each sample begins a document."""
     positions: Tensor
-    """From the start of the document."""
+    """[B, T] int64, from the start of the document."""
 
 
 def documents_of(tokens: Tensor, eod: int) -> Documents:
@@ -22,23 +35,10 @@ def documents_of(tokens: Tensor, eod: int) -> Documents:
 
 
 def from_ids(ids: Tensor) -> Documents:
-    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    begins = torch.zeros_like(ids, dtype=torch.bool)
+    """ids [B, T] that change where a document ends. Waits for the device once, for the number of documents."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     start = torch.where(begins, place, 0).cummax(dim=1).values
-    return Documents(ids, place - start)
-
-
-def attention_mask(ids: Tensor) -> Tensor:
-    """[B, 1, S, S], true where a token may see another: itself and what stands before it in its document."""
-    same = ids.unsqueeze(2) == ids.unsqueeze(1)
-    return same.tril().unsqueeze(1)
-
-
-def segment_ends(ids: Tensor) -> Tensor:
-    """Where documents end in the flattened [B * S] tokens, as the running lengths [n + 1] int32 that variable-length
-    attention takes; every sample begins a new one."""
-    ends = torch.ones_like(ids, dtype=torch.bool)
-    ends[:, :-1] = ids[:, 1:] != ids[:, :-1]
-    found = ends.flatten().nonzero().flatten() + 1
-    return torch.cat([found.new_zeros(1), found]).to(torch.int32)
+    numbers = begins.flatten().cumsum(dim=0) - 1
+    return Documents(Segments(numbers.view_as(ids), int(numbers[-1]) + 1), place - start)

@@ -52,14 +52,14 @@ class CausalRouter(nn.Module):
         """score [B, T] and hidden [B, T, D], bitwise equal on all tensor ranks, so that all choose alike."""
         score = score.detach()
         top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
-        in_top = as_mask(top, score.shape[1])
+        in_top = as_mask(top, score.shape)
         loss, statistics = None, {}
         if self.threshold is not None:
             tau = self.threshold.value.to(score.device)
             causal = score >= tau
             statistics["threshold"] = tau
             if torch.is_grad_enabled():
-                self.threshold.observe(take(score, top.positions).amin(dim=1).mean())
+                self.threshold.observe(take(score, top.places).amin(dim=1).mean())
         elif self.rule == "predictor":
             predicted = self.predict(hidden)
             causal = predicted >= 0

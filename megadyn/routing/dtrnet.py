@@ -15,7 +15,7 @@ from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
 from megadyn.routing.load import AttentionLoad
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, replace, take
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take
 
 
 class AttentionRouter(nn.Module):
@@ -59,16 +59,16 @@ class DtrLayer(Layer):
 
     def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
         """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
-        length = attend.shape[1]
         if self.causal_router is not None:
             choice = self.causal_router(attend, hidden)
-            return choice.selection, as_mask(choice.selection, length), choice.statistics
+            return choice.selection, as_mask(choice.selection, attend.shape), choice.statistics
         mask = attend > 0.5
         statistics: dict[str, Tensor] = {}
         if self.least and torch.is_grad_enabled():
-            least = math.ceil(self.least * length)
+            least = math.ceil(self.least * attend.shape[1])
             short = mask.sum(dim=1, keepdim=True) < least
-            mask = mask | (short & as_mask(choose_top(attend.detach(), least), length))    # a superset: the best are those > 0.5
+            # A superset of the mask: the best are those > 0.5.
+            mask = mask | (short & as_mask(choose_top(attend.detach(), least), attend.shape))
             statistics["refills"] = short.float().sum()
         fraction = mask.float().mean(dim=1)
         statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
@@ -77,16 +77,15 @@ class DtrLayer(Layer):
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
         hidden, attention = stream.hidden, self.self_attn
-        index, valid = selection
-        positions, documents = stream.at(index)
+        places = selection.places
+        positions, segments = origins(stream, selection)
         x = copy_to_tp(self.input_layernorm(hidden), attention.tp)
         v = attention.values(x)                                                    # [B, T, G/tp, K]
-        q, k = attention.queries_keys(take(x, index), positions, hidden.shape[1])   # of attending tokens only
-        chosen_v = take(v.flatten(2), index).unflatten(-1, v.shape[2:])
-        attended = causal_attention(q, k, chosen_v, attention.backend, documents.ids if documents else None)
-        attended = attended.flatten(2)                                             # [B, C, H/tp * K]
+        q, k = attention.queries_keys(take(x, places), positions, hidden.shape[1])   # of attending tokens only
+        chosen_v = take(v.flatten(2), places).unflatten(-1, v.shape[2:])
+        attended = causal_attention(q, k, chosen_v, attention.backend, segments)
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
-        mixed = attention.o_proj(replace(passed, index, attended, valid))
+        mixed = attention.o_proj(replace(passed, places, attended.flatten(2)))
         weight = torch.where(mask, p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
 

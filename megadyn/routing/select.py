@@ -5,58 +5,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megadyn.model.block import Stream
+from megadyn.model.documents import Segments
+
 
 class Selection(NamedTuple):
-    """Tokens chosen from each sequence, in sequence order."""
+    """Tokens chosen from B sequences of T, in their order; a place is one of the B * T flattened tokens."""
 
-    positions: Tensor
-    """[B, C] places in the sequence; the chosen ones first, rising."""
-    valid: Tensor | None
-    """[B, C] false for padding behind the chosen tokens of a sequence; None when every entry is chosen."""
+    places: Tensor
+    """[B, C] where every sequence gives C tokens; [1, N], sequence after sequence, where they give different numbers."""
+    sequences: Tensor | None = None
+    """[1, N] the sequence that each token came from; None with places [B, C], a row a sequence."""
 
 
 def choose_top(score: Tensor, count: int) -> Selection:
     """The `count` highest of score [B, T] in each sequence; of equal scores the first."""
-    best = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return Selection(best.sort(dim=1).values, None)
+    best = score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    starts = torch.arange(score.shape[0], device=score.device).unsqueeze(1) * score.shape[1]
+    return Selection(best + starts)
 
 
 def choose_where(mask: Tensor) -> Selection:
-    """The tokens where mask [B, T] is true, each sequence padded to the longest (reads the mask on the host).
-
-    Padding stands behind the chosen tokens, so plain causal attention never shows it to them.
-    """
-    count = mask.sum(dim=1)
-    longest = max(1, int(count.max()))
-    index = (~mask).to(torch.uint8).sort(dim=1, stable=True).indices[:, :longest]
-    valid = torch.arange(longest, device=mask.device) < count.unsqueeze(1)
-    return Selection(index, valid)
+    """The tokens where mask [B, T] is true. Waits for the device: it must know how many there are."""
+    places = mask.flatten().nonzero().view(1, -1)
+    return Selection(places, places // mask.shape[1])
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, T] or [B, T, D] at index [B, C] -> [B, C] or [B, C, D]."""
-    return x.flatten(0, 1).index_select(0, _flat(x, index)).unflatten(0, index.shape)
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, T] or [B, T, D] at places [b, c] -> [b, c] or [b, c, D]."""
+    return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
-def put_back(x: Tensor, index: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with update [B, C, D] added at index [B, C]."""
-    return x.flatten(0, 1).index_add(0, _flat(x, index), update.flatten(0, 1)).view_as(x)
+def put_back(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
+    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c]."""
+    return x.flatten(0, 1).index_add(0, places.flatten(), update.flatten(0, 1)).view_as(x)
 
 
-def replace(x: Tensor, index: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
-    """A copy of x [B, T, D] with rows [B, C, D] in place of those at index [B, C]; where `valid` is false x stays."""
-    if valid is not None:
-        rows = torch.where(valid.unsqueeze(-1), rows, take(x, index))
-    return x.flatten(0, 1).index_copy(0, _flat(x, index), rows.flatten(0, 1)).view_as(x)
+def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """A copy of x [B, T, D] with rows [b, c, D] in place of those at places [b, c]."""
+    return x.flatten(0, 1).index_copy(0, places.flatten(), rows.flatten(0, 1)).view_as(x)
 
 
-def as_mask(selection: Selection, length: int) -> Tensor:
-    """[B, T], true at the chosen tokens."""
-    chosen = torch.ones_like(selection.positions, dtype=torch.bool) if selection.valid is None else selection.valid
-    return torch.zeros(selection.positions.shape[0], length, dtype=torch.bool, device=chosen.device).scatter(
-        1, selection.positions, chosen)
+def origins(stream: Stream, selection: Selection) -> tuple[Tensor, Segments | None]:
+    """Where the chosen tokens come from: their positions in their documents, shaped as `places`, and the segments that
+    attention among them must not leave (None: each row is one)."""
+    places, sequences = selection
+    batch, length = stream.hidden.shape[:2]
+    if stream.documents is None:
+        return places % length, None if sequences is None else Segments(sequences, batch)
+    (ids, runs), positions = stream.documents
+    return take(positions, places), Segments(take(ids, places), runs)
 
 
-def _flat(x: Tensor, index: Tensor) -> Tensor:
-    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    return (index + rows).flatten()
+def as_mask(selection: Selection, shape: torch.Size) -> Tensor:
+    """[B, T] = `shape`, true at the chosen tokens."""
+    places = selection.places.flatten()
+    return torch.zeros(shape.numel(), dtype=torch.bool, device=places.device).index_fill(0, places, True).view(shape)

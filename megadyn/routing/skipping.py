@@ -7,7 +7,7 @@ from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Choice
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection, put_back, take
+from megadyn.routing.select import Selection, origins, put_back, take
 
 
 class SkippingLayer(Layer):
@@ -31,9 +31,7 @@ class SkippingLayer(Layer):
         return Stream(out, documents=stream.documents)
 
     def update(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
-        index, valid = selection
-        hidden = stream.hidden
-        positions, documents = stream.at(index)
-        delta = self.delta(take(hidden, index), positions, hidden.shape[1], documents)
-        weight = take(gate, index) if valid is None else take(gate, index) * valid
-        return put_back(hidden, index, (weight.unsqueeze(-1) * delta).to(hidden.dtype))
+        hidden, places = stream.hidden, selection.places
+        positions, segments = origins(stream, selection)
+        delta = self.delta(take(hidden, places), positions, hidden.shape[1], segments)
+        return put_back(hidden, places, (take(gate, places).unsqueeze(-1) * delta).to(hidden.dtype))

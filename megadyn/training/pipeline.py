@@ -40,7 +40,7 @@ class Stages(PipelineModule):
             stream = layer(stream)
         if self.rank_grid.is_last_stage:
             return stream.hidden
-        return pack(stream.hidden, stream.gate, None if stream.documents is None else stream.documents.ids)
+        return pack(stream.hidden, stream.gate, None if stream.documents is None else stream.documents.segments.ids)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""

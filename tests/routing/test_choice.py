@@ -14,6 +14,7 @@ from tests.networks import layer_context, with_routing
 from tests.tiny import tiny_config
 
 B, T, D = 3, 10, 32
+SHAPE = torch.Size([1, 4])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -52,7 +53,7 @@ def test_what_is_chosen_and_reported(kind, mode):
     assert 0.1 < causal.double().mean() < 0.9
     found = router(score, h)
     want = causal if mode == "causal" else top
-    assert torch.equal(as_mask(found.selection, T), want)
+    assert torch.equal(as_mask(found.selection, want.shape), want)
     assert torch.equal(found.in_top, top), "whatever the mode"
     fraction = want.double().mean(dim=1).tolist()
     reported = {name: float(value) for name, value in found.statistics.items()}
@@ -73,10 +74,10 @@ def test_only_a_rule_that_needs_them_has_a_threshold_or_parameters(kind):
 @pytest.mark.parametrize("score", [0.0, -1e-300])
 def test_bce_routes_strictly_above_zero_and_the_predictor_at_zero(score, monkeypatch):
     router = make_router("mod-bce", "causal")
-    assert not as_mask(router(torch.full((1, 4), score), torch.zeros(1, 4, D)).selection, 4).any()
-    assert as_mask(router(torch.full((1, 4), 1e-30), torch.zeros(1, 4, D)).selection, 4).all()
+    assert not as_mask(router(torch.full((1, 4), score), torch.zeros(1, 4, D)).selection, SHAPE).any()
+    assert as_mask(router(torch.full((1, 4), 1e-30), torch.zeros(1, 4, D)).selection, SHAPE).all()
     monkeypatch.setattr(CausalRouter, "predict", lambda self, hidden: torch.full((1, 4), score, dtype=torch.float64))
-    chosen = as_mask(make_router("mod-predictor", "causal")(torch.zeros(1, 4), torch.zeros(1, 4, D)).selection, 4)
+    chosen = as_mask(make_router("mod-predictor", "causal")(torch.zeros(1, 4), torch.zeros(1, 4, D)).selection, SHAPE)
     assert chosen.all() == chosen.any() == (score == 0)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megadyn.model.block import LayerContext
-from megadyn.model.documents import attention_mask, documents_of, segment_ends
+from megadyn.model.documents import documents_of, from_ids
 from megadyn.network import Network, causal_router_of, routed_layers, set_routing_mode
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
@@ -64,12 +64,14 @@ def test_routing_in_these_comparisons_is_mixed() -> None:
 
 def test_ids_and_positions() -> None:
     documents = documents_of(torch.tensor([[4, 0, 5, 6, 0, 0, 7], [1, 2, 3, 4, 5, 6, 7]]), eod=0)
-    assert documents.ids.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0] * 7]
+    ids, runs = documents.segments
+    assert ids.tolist() == [[0, 0, 1, 1, 1, 2, 3], [4] * 7]
+    assert runs == 5
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
-    assert segment_ends(documents.ids).tolist() == [0, 2, 5, 6, 7, 14]
-    mask = attention_mask(documents.ids)[0, 0]
-    want = [[documents.ids[0, i] == documents.ids[0, j] and j <= i for j in range(7)] for i in range(7)]
-    assert mask.tolist() == [[bool(x) for x in row] for row in want]
+    assert documents.segments.ends().tolist() == [0, 2, 5, 6, 7, 14]
+    again = from_ids(ids)                       # as behind a pipeline cut
+    assert torch.equal(again.segments.ids, ids)
+    assert torch.equal(again.positions, documents.positions)
 
 
 def test_moving_average_starts_anew_in_each_document() -> None:

@@ -284,8 +284,7 @@ class Objective:
     def watched(self, choose: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any) -> Any:
             found = choose(*args)
-            positions, valid = found[0]
-            self.choices.append(positions if valid is None else torch.where(valid, positions, -1))
+            self.choices.append(found[0].places)
             return found
         return wrapper
 

@@ -51,8 +51,7 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: bool) -> None:
         def watched(score, hidden):
             scores.append(score)
             found = choose(score, hidden)
-            positions, valid = found[0]
-            chosen.append(positions if valid is None else torch.where(valid, positions, -1))
+            chosen.append(found[0].places)
             return found
         return watched
 

@@ -210,19 +210,19 @@ def test_under_a_threshold_a_sequence_may_choose_any_number_even_none():
 
 def test_a_score_at_the_threshold_routes():
     layer, score = causal_at(make_layer(DynamicLayer), 0.5), torch.tensor([[0.5, 0.49999997, 0.5000001, 0.1]])
-    index, valid = layer.causal_router(score, torch.zeros(1, 4, 32)).selection
-    assert index[valid].tolist() == [0, 2]
+    assert layer.causal_router(score, torch.zeros(1, 4, 32)).selection.places.tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False], [True, False, False]])], ids=["topk", "padded"])
-def test_gradcheck_of_the_path_through_the_gate(valid):
+@pytest.mark.parametrize("chosen", [[(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)], [(0, 0), (0, 2), (1, 1)]],
+                         ids=["topk", "ragged"])
+def test_gradcheck_of_the_path_through_the_gate(chosen):
     layer = make_layer(DynamicLayer)
     h, gate = random(2, 5, 32).requires_grad_(), torch.rand(2, 5, dtype=F64).requires_grad_()
-    selection = Selection(torch.tensor([[0, 2, 3], [1, 2, 4]]), valid)
+    places = torch.tensor([[5 * b + t for b, t in chosen]])
+    selection = Selection(places.view(2, 3)) if len(chosen) == 6 else Selection(places, places // 5)
     assert gradcheck(lambda h, gate: layer.update(Stream(h), gate, selection), (h, gate), fast_mode=True)
     assert gradcheck(lambda gate: layer.update(Stream(h), gate, selection), (gate,))
     layer.update(Stream(h), gate, selection).backward(random(2, 5, 32, seed=1))
-    chosen = [(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)] if valid is None else [(0, 0), (0, 2), (1, 1)]
     assert [tuple(where) for where in gate.grad.nonzero().tolist()] == chosen
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megadyn.config import capacity_count
-from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, put_back, replace, take
+from megadyn.model.block import Stream
+from megadyn.model.documents import documents_of
+from megadyn.routing.select import as_mask, choose_top, choose_where, origins, put_back, replace, take
 
 
 @pytest.mark.parametrize(("capacity", "length", "count"), [
@@ -20,104 +22,112 @@ def naive_top(row: list[float], count: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_the_highest_are_chosen_from_each_sequence_of_equal_ones_the_first(count):
     score = torch.randint(0, 4, (50, 10), generator=torch.Generator().manual_seed(0)).float()      # full of ties
-    chosen = choose_top(score, count)
-    assert chosen.valid is None
-    assert chosen.positions.tolist() == [naive_top(row, count) for row in score.tolist()]
+    places, sequences = choose_top(score, count)
+    assert sequences is None
+    assert places.tolist() == [[10 * b + t for t in naive_top(row, count)] for b, row in enumerate(score.tolist())]
 
 
 def test_exactly_as_many_as_asked_are_chosen_where_all_scores_are_equal():
-    assert choose_top(torch.ones(2, 1000), 400).positions.tolist() == [list(range(400))] * 2
+    assert choose_top(torch.ones(2, 1000), 400).places.tolist() == [list(range(400)), list(range(1000, 1400))]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_choosing_by_a_mask_puts_padding_behind_the_chosen(seed):
+def test_choosing_by_a_mask_lists_the_chosen_and_their_sequences(seed):
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(seed)) < 0.4
     mask[2] = False
     if seed == 1:
         mask[:] = False
     if seed == 2:
         mask[3] = True
-    index, valid = choose_where(mask)
-    assert index.shape == valid.shape == (6, max(1, int(mask.sum(dim=1).max())))
-    for row in range(6):
-        want = mask[row].nonzero().flatten().tolist()
-        assert index[row].tolist()[: len(want)] == want
-        assert valid[row].tolist() == [True] * len(want) + [False] * (index.shape[1] - len(want))
-        assert len(set(index[row].tolist())) == index.shape[1], "padding must not stand on a chosen token"
+    places, sequences = choose_where(mask)
+    want = [(b, t) for b in range(6) for t in range(9) if mask[b, t]]
+    assert places.shape == sequences.shape == (1, len(want))
+    assert [(place // 9, place % 9) for place in places[0].tolist()] == want
+    assert sequences[0].tolist() == [b for b, _ in want]
 
 
 def test_a_selection_and_its_mask_say_the_same():
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.4
-    assert torch.equal(as_mask(choose_where(mask), 9), mask)
+    assert torch.equal(as_mask(choose_where(mask), mask.shape), mask)
     score = torch.rand(6, 9, generator=torch.Generator().manual_seed(1))
-    top = as_mask(choose_top(score, 4), 9)
+    top = as_mask(choose_top(score, 4), score.shape)
     assert top.sum(dim=1).tolist() == [4] * 6
-    assert torch.equal(choose_where(top).positions, choose_top(score, 4).positions)
-    assert not as_mask(Selection(torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1, dtype=torch.bool)), 9).any()
+    assert torch.equal(choose_where(top).places.view(6, 4), choose_top(score, 4).places)
+    assert not as_mask(choose_where(torch.zeros(6, 9, dtype=torch.bool)), mask.shape).any()
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("documents", [True, False])
+def test_origins_are_positions_and_segments_of_the_chosen_tokens(documents, ragged):
+    tokens = torch.tensor([[5, 0, 7, 7, 0, 3], [1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 1, 1]])
+    starts = {0: [0, 2, 5], 1: [0], 2: [0, 1, 2]} if documents else {b: [0] for b in range(3)}
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1]], dtype=torch.bool)
+    selection = choose_where(mask) if ragged else choose_top(mask.float(), 4)
+    stream = Stream(torch.zeros(3, 6, 2), documents=documents_of(tokens, 0) if documents else None)
+    positions, segments = origins(stream, selection)
+    chosen = [(b, t, max(s for s in starts[b] if s <= t)) for b, t in mask.nonzero().tolist()]
+    assert positions.shape == selection.places.shape
+    assert positions.flatten().tolist() == [t - start for _, t, start in chosen]
+    if segments is None:
+        assert not ragged and not documents
+        return
+    every = [(b, start) for b in starts for start in starts[b]]
+    assert segments.runs == len(every)
+    lengths = [sum((b, start) == run for b, _, start in chosen) for run in every]
+    assert segments.ends().tolist() == [sum(lengths[:n]) for n in range(len(every) + 1)]
+    assert 0 in lengths or not documents
 
 
 def draw():
+    """x [3, 7, 4], places [3, 4] of four tokens of each sequence, and rows for them."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(3, 7, 4, generator=generator, dtype=torch.float64)
-    index = torch.stack([torch.randperm(7, generator=generator)[:4].sort().values for _ in range(3)])
-    return x, index, torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
+    places = torch.stack([7 * b + torch.randperm(7, generator=generator)[:4].sort().values for b in range(3)])
+    return x, places, torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
 
 
-def test_take_equals_a_loop():
-    x, index, _ = draw()
-    taken, flat = take(x, index), take(x[..., 0], index)
-    for b in range(3):
-        for c in range(4):
-            assert torch.equal(taken[b, c], x[b, index[b, c]])
-            assert flat[b, c] == x[b, index[b, c], 0]
+SHAPES = pytest.mark.parametrize("shape", [(3, 4), (1, 12)], ids=["regular", "ragged"])
 
 
-def test_put_back_equals_a_loop_and_leaves_its_input_alone():
-    x, index, update = draw()
-    before, want = x.clone(), x.clone()
-    for b in range(3):
-        for c in range(4):
-            want[b, index[b, c]] += update[b, c]
-    assert torch.equal(put_back(x, index, update), want)
+@SHAPES
+def test_take_put_back_and_replace_equal_loops_and_leave_their_input_alone(shape):
+    x, places, rows = draw()
+    places, rows = places.view(shape), rows.view(*shape, 4)
+    before, added, replaced = x.clone(), x.clone(), x.clone()
+    taken, flat = take(x, places), take(x[..., 0], places)
+    for b in range(shape[0]):
+        for c in range(shape[1]):
+            sequence, t = divmod(int(places[b, c]), 7)
+            assert torch.equal(taken[b, c], x[sequence, t])
+            assert flat[b, c] == x[sequence, t, 0]
+            added[sequence, t] += rows[b, c]
+            replaced[sequence, t] = rows[b, c]
+    assert torch.equal(put_back(x, places, rows), added)
+    assert torch.equal(replace(x, places, rows), replaced)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])],
-                         ids=["whole", "padded"])
-def test_replace_equals_a_loop_and_leaves_its_input_and_what_padding_stands_on_alone(valid):
-    x, index, rows = draw()
-    before, want = x.clone(), x.clone()
-    for b in range(3):
-        for c in range(4):
-            if valid is None or valid[b, c]:
-                want[b, index[b, c]] = rows[b, c]
-    assert torch.equal(replace(x, index, rows, valid), want)
-    assert torch.equal(x, before)
+def test_no_token_at_all():
+    x, places, rows = draw()
+    none = places[:1, :0]
+    assert take(x, none).shape == (1, 0, 4)
+    assert torch.equal(put_back(x, none, rows[:1, :0]), x)
+    assert torch.equal(replace(x, none, rows[:1, :0]), x)
 
 
 def test_inputs_that_are_not_contiguous_are_read_right():
-    x, index, update = draw()
+    x, places, rows = draw()
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(take(turned, index), take(x, index))
-    assert torch.equal(put_back(turned, index, update), put_back(x, index, update))
-    assert torch.equal(replace(turned, index, update, None), replace(x, index, update, None))
+    assert torch.equal(take(turned, places), take(x, places))
+    assert torch.equal(put_back(turned, places, rows), put_back(x, places, rows))
+    assert torch.equal(replace(turned, places, rows), replace(x, places, rows))
 
 
-def test_gradcheck_of_take_and_put_back():
-    x, index, update = draw()
+def test_gradcheck():
+    x, places, rows = draw()
     x.requires_grad_()
-    update.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: take(x, index), (x,))
-    assert torch.autograd.gradcheck(lambda x: take(x[..., 0], index), (x,))
-    assert torch.autograd.gradcheck(lambda x, update: put_back(x, index, update), (x, update))
-
-
-@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])],
-                         ids=["whole", "padded"])
-def test_gradcheck_of_replace(valid):
-    x, index, rows = (part.requires_grad_() if part.is_floating_point() else part for part in draw())
-    assert torch.autograd.gradcheck(lambda x, rows: replace(x, index, rows, valid), (x, rows))
-    replace(x, index, rows, valid).sum().backward()
-    written = torch.ones(3, 4, dtype=torch.bool) if valid is None else valid
-    assert torch.equal(rows.grad, written.unsqueeze(-1).expand(3, 4, 4).double()), "padding must get no gradient"
-    assert x.grad.sum() == 4 * (21 - written.sum())
+    rows.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: take(x, places), (x,))
+    assert torch.autograd.gradcheck(lambda x: take(x[..., 0], places), (x,))
+    assert torch.autograd.gradcheck(lambda x, rows: put_back(x, places, rows), (x, rows))
+    assert torch.autograd.gradcheck(lambda x, rows: replace(x, places, rows), (x, rows))

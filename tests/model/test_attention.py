@@ -1,0 +1,118 @@
+"""Causal attention: segments against loops, every backend against the plain one."""
+
+import pytest
+import torch
+import torch.nn.attention.varlen
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from megadyn.errors import ConfigError
+from megadyn.model.attention import attention_backend, causal_attention
+from megadyn.model.documents import Segments
+
+F64 = torch.float64
+LENGTHS = (3, 0, 1, 5, 0, 4, 0)
+"""Of the segments, some empty; 13 tokens."""
+
+
+def drawn(tokens: int = 13, heads: int = 4, groups: int = 2, size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(1, tokens, n, size, generator=generator, dtype=F64).to(dtype).requires_grad_()
+                 for n in (heads, groups, groups))
+
+
+def segments(lengths: tuple[int, ...] = LENGTHS) -> Segments:
+    return Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0), len(lengths))
+
+
+def token_by_token(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    rows, start = [], 0
+    for length in lengths:
+        for t in range(start, start + length):
+            heads = []
+            for head in range(q.shape[2]):
+                group = head * k.shape[2] // q.shape[2]
+                score = (k[0, start:t + 1, group] @ q[0, t, head]) / q.shape[3] ** 0.5
+                heads.append(score.softmax(dim=0) @ v[0, start:t + 1, group])
+            rows.append(torch.stack(heads))
+        start += length
+    return torch.stack(rows).unsqueeze(0)
+
+
+def gradients(output: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=F64).to(output)
+    return torch.autograd.grad(output, inputs, weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_in_segments_equals_a_loop_over_tokens(groups):
+    inputs = drawn(groups=groups)
+    got, want = causal_attention(*inputs, "sdpa", segments()), token_by_token(*inputs, LENGTHS)
+    assert_close(got, want)
+    assert_close(gradients(got, inputs), gradients(want, inputs))
+
+
+def test_one_segment_a_row_is_plain_attention():
+    q, k, v = (x.detach().view(2, 6, *x.shape[2:]) for x in drawn(tokens=12))
+    ids = torch.tensor([[0] * 6, [1] * 6])
+    assert_close(causal_attention(q, k, v, "sdpa", Segments(ids, 2)), causal_attention(q, k, v, "sdpa"))
+
+
+def test_no_token_attends():
+    inputs = drawn(tokens=0)
+    output = causal_attention(*inputs, "sdpa", Segments(torch.zeros(1, 0, dtype=torch.int64), 3))
+    assert output.shape == inputs[0].shape
+    assert all(grad.shape == x.shape for grad, x in zip(gradients(output, inputs), inputs, strict=True)), "none is left out"
+
+
+def test_the_varlen_kernel_gets_what_it_asks_for(monkeypatch):
+    """torch's kernel runs on CUDA alone; here a loop in its place, with the arguments that it documents."""
+    def kernel(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
+        assert ends_q.dtype == ends_k.dtype == torch.int32
+        assert window_size == (-1, 0)               # causal
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        lengths = tuple(ends_q.diff().tolist())
+        assert torch.equal(ends_q, ends_k)
+        assert max_q == max_k >= max(lengths)
+        return token_by_token(*(x.unsqueeze(0) for x in (q, k, v)), lengths).squeeze(0)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    inputs = drawn()
+    assert_close(causal_attention(*inputs, "varlen", segments()), causal_attention(*inputs, "sdpa", segments()))
+    assert_close(causal_attention(*inputs, "varlen"), causal_attention(*inputs, "sdpa"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+@pytest.mark.parametrize("lengths", [None, (300, 0, 1, 723), (1024,)], ids=str)
+def test_gpu_backends_equal_float64(backend, lengths):
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    inputs = drawn(tokens=1024, heads=8, groups=2, size=64, dtype=torch.bfloat16)
+    parts = None if lengths is None else segments(lengths)
+    want = causal_attention(*(x.double() for x in inputs), "sdpa", parts)
+    on_gpu = tuple(x.detach().cuda().requires_grad_() for x in inputs)
+    where = None if parts is None else Segments(parts.ids.cuda(), parts.runs)
+    got = causal_attention(*on_gpu, backend, where)
+    assert F.mse_loss(got.double().cpu(), want) / want.square().mean() < 1e-4
+    for grad, wanted in zip(gradients(got, on_gpu), gradients(want, inputs), strict=True):
+        assert F.mse_loss(grad.double().cpu(), wanted.double()) / wanted.double().square().mean() < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU gets")
+def test_backends_without_a_gpu():
+    assert attention_backend("auto", "bf16") == ("sdpa", "auto: no CUDA device")
+    assert attention_backend("sdpa", "fp32") == ("sdpa", "as configured")
+    for asked in ("flash", "varlen"):
+        with pytest.raises(ConfigError, match="sdpa on this machine: no CUDA device"):
+            attention_backend(asked, "bf16")
+
+
+@pytest.mark.parametrize(("installed", "precision", "want"), [
+    (True, "bf16", ("flash", "auto: flash-attn is installed")), (False, "bf16", ("varlen", "auto: flash-attn is not installed")),
+    (True, "fp32", ("sdpa", "auto: no fp32 kernels"))])
+def test_backends_with_a_gpu(monkeypatch, installed, precision, want):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    assert attention_backend("auto", precision) == want
