@@ -36,6 +36,8 @@ class LayerContext:
     attention: str = "sdpa"
     eod: int | None = None
     """Token that ends a document, where samples are masked by document."""
+    first_sample: int = 0
+    """Place in a step's global batch of the first sample that this data-parallel rank takes."""
     recompute: bool = False
     """Keep only each layer's inputs and routing decision, and compute the rest again in the backward pass."""
 

@@ -37,10 +37,14 @@ class ParamMaker:
 
     def __call__(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
         """The part of tensor `name` (whole: `shape`) that this rank holds. One whole tensor exists at a time."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+        generator = torch.Generator().manual_seed(self.seed_for(name))
         part = self.sharding.cut(name, init(shape, generator), self.tp.rank)
         param = nn.Parameter(part.to(device=self.device, dtype=self.dtype, copy=True).contiguous())
         return mark(param, name, is_cut=self.sharding.dim(name) is not None)
+
+    def seed_for(self, name: str) -> int:
+        """The run's seed and a name as one 32-bit seed: all that torch's CPU generator takes."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())
 
 
 def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:

@@ -44,18 +44,27 @@ class DtrLayer(Layer):
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
         self.load = AttentionLoad(ctx.model.layer_types.count("dtrnet"), routing.aux_loss_lambda, routing.aux_loss_warmup)
-        self.seed = ctx.make.seed * 1000 + index
+        self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
         self.loss_scale = loss_scale
         self.monitor = Monitor()
 
     def probabilities(self, hidden: Tensor) -> Tensor:
-        """p [B, T, 2]; with jitter in training, the same noise on every tensor rank."""
+        """p [B, T, 2], with jitter in training."""
         logits = self.router(hidden)
         if self.jitter and torch.is_grad_enabled():
-            generator = torch.Generator(hidden.device).manual_seed(self.seed + 7919 * self.load.micro_batches_seen)
-            noise = torch.rand(logits.shape, generator=generator, device=logits.device, dtype=logits.dtype)
-            logits = logits * (1 + self.jitter * (2 * noise - 1))
+            logits = logits * (1 + self.jitter * (2 * self.noise(logits) - 1))
         return logits.softmax(dim=-1)
+
+    def noise(self, logits: Tensor) -> Tensor:
+        """Uniform in [0, 1), shaped as logits [B, T, 2]. A sample's noise follows from the step and the sample's place in the
+        global batch, so it is the same on every tensor rank and under every layout."""
+        noise = torch.empty_like(logits)
+        generator = torch.Generator(logits.device)
+        first = self.first_sample + self.load.micro_batches * len(logits)
+        for sample, row in enumerate(noise, start=first):
+            generator.manual_seed(self.seed_for(f"{self.name}.jitter/{self.load.steps}/{sample}"))
+            row.uniform_(generator=generator)
+        return noise
 
     def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
         """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
@@ -102,7 +111,7 @@ class DtrLayer(Layer):
             loss = self.load.loss(mean)
             if self.entropy_bonus:
                 entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1).mean()
-                loss = loss - self.entropy_bonus * entropy
+                loss = loss - self.entropy_bonus * entropy / self.load.layers
             self.load.observe(fraction)
             out = attach_loss(out, loss, self.loss_scale.value)
         return Stream(out, documents=stream.documents)

@@ -15,14 +15,10 @@ class AttentionLoad(StepTracker):
 
     def __init__(self, layers: int, weight: float, warmup: int):
         super().__init__()
+        self.layers = layers
         self.share = torch.tensor(1 / layers)
         self.steps = 0
         self.weight, self.warmup = weight, warmup
-        self.micro_batches_seen = 0
-
-    def observe(self, value: Tensor) -> None:
-        super().observe(value)
-        self.micro_batches_seen += 1
 
     def loss(self, mean_attend: Tensor) -> Tensor:
         """The term for a micro-batch whose mean p0 in this layer is `mean_attend`."""
@@ -35,8 +31,8 @@ class AttentionLoad(StepTracker):
         self.steps += 1
 
     def state(self) -> dict[str, float]:
-        return {"share": float(self.share), "steps": self.steps, "micro_batches_seen": self.micro_batches_seen}
+        return {"share": float(self.share), "steps": self.steps}
 
     def set_state(self, state: dict[str, float], device: torch.device) -> None:
         self.share = torch.tensor(state["share"], device=device)
-        self.steps, self.micro_batches_seen = int(state["steps"]), int(state["micro_batches_seen"])
+        self.steps = int(state["steps"])

@@ -12,16 +12,17 @@ class StepTracker:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self.micro_batches = 0
+        """Of this step, so far."""
 
     def observe(self, value: Tensor) -> None:
         """A scalar of one micro-batch."""
         value = value.detach().float()
         self._sum = value if self._sum is None else self._sum + value
-        self._count += 1
+        self.micro_batches += 1
 
     def take_step_mean(self) -> Tensor:
         """Mean of what the step's micro-batches on this rank showed; forgets them."""
         assert self._sum is not None, "end of a step without a forward pass"
-        mean, self._sum, self._count = self._sum / self._count, None, 0
+        mean, self._sum, self.micro_batches = self._sum / self.micro_batches, None, 0
         return mean

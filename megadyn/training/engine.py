@@ -77,7 +77,8 @@ class Engine:
         backend, why = attention_backend(model.attention, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, self.device)
-        ctx = LayerContext(model, make, backend, self.eod, self.config.training.activation_checkpointing)
+        first = self.plan.global_batch // grid.dp.size * grid.dp.rank
+        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.activation_checkpointing)
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)
         length = self.config.training.sequence_length

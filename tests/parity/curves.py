@@ -68,8 +68,10 @@ Curve = dict[str, list[float]]
 
 
 def config_of(case: Case) -> Any:
-    return tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
+    config = tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
                        precision=case.precision, tied=case.tied, micro_batch=case.micro_batch, normalization=case.norm)
+    config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0      # noise too depends on no layout
+    return config
 
 
 def curves(cases: list[Case], folder: Path) -> dict[str, Curve]:

@@ -95,7 +95,8 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
         logits = (inner * inner.sigmoid()) @ p["router.fc2.weight"].T + p["router.fc2.bias"]
         odds = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
         entropy = -(odds * odds.log()).sum(dim=-1).mean()
-        return 0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean() - 0.3 * entropy
+        layers = config.model.layer_types.count("dtrnet")
+        return 0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean() - 0.3 / layers * entropy
     score = gate if routing.kind == "dtf" else h @ p["router.weight"][0]
     count = int(routing.capacity * h.shape[1])
     y = torch.zeros_like(score).scatter(1, score.topk(count, dim=1).indices, 1.0)

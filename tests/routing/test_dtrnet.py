@@ -168,10 +168,32 @@ def test_jitter_repeats_with_seed_and_step_and_is_new_in_each_micro_batch_and_la
         assert torch.equal(other.probabilities(h), start)
         layer(Stream(h))
         assert not torch.allclose(layer.probabilities(h), start)
-        other.load.micro_batches_seen = 1
+        other.load.micro_batches = 1
         assert torch.equal(layer.probabilities(h), other.probabilities(h))
     layers[1].router = layers[0].router
     assert not torch.allclose(layers[0].probabilities(h), layers[1].probabilities(h)), "two layers have the same noise"
+
+
+def test_jitter_is_of_the_sample_and_the_step_whatever_the_split():
+    config, h = with_routing(tiny_config("dtrnet-token"), jitter=0.25), random(4, 10, 32)
+
+    def layer(first_sample: int = 0) -> DtrLayer:
+        context = dataclasses.replace(layer_context(config), first_sample=first_sample)
+        return disturb(DtrLayer(context, 1, LossScale()), param_maker(config))
+
+    def step(layer: DtrLayer, parts: tuple[Tensor, ...]) -> Tensor:
+        found = [(layer.probabilities(part), layer(Stream(part)))[0] for part in parts]
+        layer.load.end_step(layer.load.take_step_mean(), torch.tensor(1.0))
+        return torch.cat(found)
+
+    whole, halves, rank = layer(), layer(), layer(first_sample=2)
+    first = step(whole, (h,))
+    assert_close(step(halves, h.split(2)), first)
+    assert_close(step(rank, h[2:].split(1)), first[2:])
+    again = step(whole, (h,))
+    assert_close(step(halves, h.split(1)), again)
+    assert not torch.allclose(again, first), "each step has noise of its own"
+    assert not torch.allclose(*whole.noise(h[:, :, :2].repeat(1, 1, 1)).split(2)), "and each sample"
 
 
 def test_jitter_differs_between_seeds():
@@ -213,7 +235,7 @@ def test_a_dtrnet_layers_statistics_equal_their_definitions():
         layer(Stream(h))
     with pytest.raises(AssertionError):
         layer.load.take_step_mean()
-    assert layer.load.micro_batches_seen == 1
+    assert layer.load.micro_batches == 0
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "identity"])

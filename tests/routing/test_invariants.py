@@ -195,7 +195,7 @@ def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind
             (network(part[:, :-1], part[:, 1:]) * 0.5).backward()
         layers = routed_layers(network)
         trackers = [*thresholds_of(layers).values(), *loads_of(layers).values()]
-        assert [tracker._count for tracker in trackers] == [2] * len(trackers)
+        assert [tracker.micro_batches for tracker in trackers] == [2] * len(trackers)
         end_step(network)
         assert [tracker.steps for tracker in trackers] == [1] * len(trackers)
         assert [layer.monitor._count for layer in layers] == [2] * len(layers)
@@ -291,7 +291,7 @@ class Objective:
     def __call__(self) -> Tensor:
         self.attached, self.choices, self.averages = [], [], []
         for load in loads_of(routed_layers(self.network)).values():
-            load.micro_batches_seen = 0                                             # the jitter's seed
+            load.micro_batches = 0                                                  # the jitter's seed
         loss = self.network(TOKENS[:2], LABELS[:2])
         if self.first is None:
             self.first = self.choices, self.averages

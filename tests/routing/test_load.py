@@ -73,4 +73,4 @@ def test_a_restored_load_goes_on_where_it_stood():
     load.end_step(load.take_step_mean(), torch.tensor(0.8))
     again.set_state(load.state(), torch.device("cpu"))
     assert again.loss(torch.tensor(0.7)) == load.loss(torch.tensor(0.7)) == pytest.approx(0.8 * 0.2 * 0.25 * 0.7)
-    assert (again.steps, again.micro_batches_seen) == (1, 2)
+    assert again.steps == 1
