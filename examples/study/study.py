@@ -2,8 +2,9 @@
 
     python examples/study/study.py --output runs/study [--seeds 3] [--jobs 2] [key=value ...]
 
-Runs `megadyn.pretrain` once for each model and seed, on one thread each, `--jobs` at a time. Finished runs are kept, so
-it can be stopped and started again. `key=value` overrides go to every run, for example training.iterations=2000.
+Runs `megadyn.pretrain` once for each model and seed, on one thread each, `--jobs` at a time, then times all models in
+turns, one at a time. Finished runs are kept, so it can be stopped and started again. `key=value` overrides go to every
+run, for example training.iterations=2000.
 Needs the tokenizer and datasets of `make quickstart`.
 """
 
@@ -13,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +25,14 @@ from megadyn.errors import UserError, run_tool
 from megadyn.planning.flops import training_flops
 
 HERE = Path(__file__).parent
+TIMED_ROUNDS, TIMED_STEPS = 3, 12
 
 MODELS: dict[str, list[str]] = {
     "dense, 8 layers": [],
     "dense, 7 layers": ["model.num_layers=7"],
     "dense, 6 layers": ["model.num_layers=6"],
     "dense, 5 layers": ["model.num_layers=5"],
+    "dense, 4 layers": ["model.num_layers=4"],
     "MoD 12.5 %": ["model.routing.kind=mod", "model.routing.capacity=0.125", "model.routing.threshold_momentum=0.9"],
     "DTF 50 %": ["model.routing.kind=dtf", "model.routing.capacity=0.5", "model.routing.threshold_momentum=0.9"],
     "DTRNet bilayer": ["model.routing.kind=dtrnet", "model.routing.layout=bilayer", "model.routing.aux_loss_lambda=0.01"],
@@ -59,18 +63,38 @@ def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     print(f"trained {name}, seed {seed}", flush=True)
 
 
-def measure(config: Config, folder: Path) -> dict[str, float]:
-    """What one finished run shows."""
+def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The training records of a run, and its last one, of the validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "lm_loss" in record]
+    return [record for record in records if "lm_loss" in record], records[-1]
+
+
+def time_steps(folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Seconds a training step, by model: each run of `folders` trains a little further, one process at a time.
+
+    The models take turns, so whatever else slows the machine slows all alike; of a model's rounds the fastest counts.
+    """
+    found: dict[str, list[float]] = {name: [] for name in folders}
+    for turn in range(TIMED_ROUNDS):
+        for name, folder in folders.items():
+            run = scratch / f"{turn}-{folder.parent.name}"
+            train(name, 1, run, [*overrides, f"checkpoint.resume={folder}", f"training.iterations={iterations + TIMED_STEPS}",
+                                 "logging.interval=1", "training.eval_samples=8"])
+            steps, _ = records_of(run)
+            found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
+    return {name: min(medians) for name, medians in found.items()}
+
+
+def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
+    """What one finished run shows; `seconds` a step."""
+    steps, last = records_of(folder)
     layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
     fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
     if config.model.routing.is_token_choice:
         config.model.routing.capacity = fraction        # its FLOPs follow from what attended, not from a setting
     found = {
         "flops": training_flops(config.model, config.training.sequence_length) * config.training.global_batch_size,
-        "seconds": statistics.median(record["step_time_ms"] for record in steps) / 1e3,
-        "routed": fraction, "topk": records[-1]["validation"]["topk"], "causal": records[-1]["validation"]["causal"]}
+        "seconds": seconds, "routed": fraction, "topk": last["validation"]["topk"], "causal": last["validation"]["causal"]}
     agreements = [layer["causal_agreement"] for layer in layers if "causal_agreement" in layer]
     return found | ({"agreement": statistics.mean(agreements)} if agreements else {})
 
@@ -122,11 +146,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         path, *words = command(name, seed, folder, args.overrides)
         config = configs[name, seed] = load_config(path, words)
         config.model.vocab_size = json.loads(Path(f"{config.data.train}.json").read_text())["vocab_size"]
-    open_runs = [key for key, folder in folders.items() if not finished(folder, configs[key].training.iterations or 0)]
+    iterations = config.training.iterations or 0
+    open_runs = [key for key, folder in folders.items() if not finished(folder, iterations)]
     with ThreadPoolExecutor(args.jobs) as pool:
         for job in [pool.submit(train, *key, folders[key], args.overrides) for key in open_runs]:
             job.result()
-    results = {name: [measure(configs[name, seed], folders[name, seed]) for seed in range(1, args.seeds + 1)] for name in MODELS}
+    timing = args.output / "timing.json"
+    if open_runs or not timing.exists():
+        with tempfile.TemporaryDirectory(dir=args.output) as scratch:
+            first_seeds = {name: folders[name, 1] for name in MODELS}
+            timing.write_text(json.dumps(time_steps(first_seeds, iterations, Path(scratch), args.overrides)))
+    seconds = json.loads(timing.read_text())
+    results = {name: [measure(configs[name, seed], folders[name, seed], seconds[name]) for seed in range(1, args.seeds + 1)]
+               for name in MODELS}
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "table.md").write_text(table(results))
     plot(results, args.output / "plot.png")

@@ -8,17 +8,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parity.curves import STEPS, Case, config_of
+from tests.parity.curves import Case, config_of
 from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_tokens
+from tests.tiny import KINDS, micro_batches, tiny_tokens
+
+STEPS, SAVED = 6, 2
+"""Saved within the warm-up of the learning rate and of DTRNet's loss."""
 
 SAME = [Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2), Case("dtf", 1, 2, 1, tied=True),
         Case("dtf", 1, 1, 2, zero=0), Case("dtf", 1, 1, 2, zero=2), Case("dtf", 1, 1, 2, zero=3),
         Case("dtf", 2, 1, 1, precision="bf16"), Case("dtf", 1, 2, 1, precision="bf16"),
         Case("dtf", 1, 1, 2, zero=3, precision="bf16")]
+# Every kind and causal rule, under every normalisation, over the layouts by turns.
+SAME += [Case(kind, 1, 2, 1) for kind in KINDS if kind != "dtf"]
+SAME += [Case(kind, *layout, norm=norm) for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
+         for norm, layout in (("lns", (1, 1, 2)), ("hybridnorm", (2, 1, 1)))]
 """Saved and resumed alike."""
 
-OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
+OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("mod", 1, 2, 1), Case("mod", 2, 1, 1, zero=0)),
+         (Case("dtrnet-token", 1, 2, 1), Case("dtrnet-token", 1, 1, 2, zero=2)),
+         (Case("dtrnet-expert", 1, 2, 1), Case("dtrnet-expert", 2, 1, 1)),
+         (Case("dense", 1, 2, 1), Case("dense", 1, 1, 2, zero=3)),
+         (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
          (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)),
          (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True))]
 """Saved as the first, resumed as the second: any cut, any ZeRO stage."""
@@ -28,7 +39,7 @@ class Trained(NamedTuple):
     losses: list[float]
     norms: list[float]
     weights: dict[str, list[float]]
-    thresholds: list[float]
+    trackers: list[dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +56,11 @@ def _run_all(folder: str) -> None:
     found: dict[str, Any] = {}
     for case in SAME:
         found[f"{case} straight"] = _train(case, range(STEPS))
-        half = _train(case, range(5), save_to=Path(folder) / str(case))
-        rest = _train(case, range(5, STEPS), load_from=Path(folder) / str(case))
-        found[f"{case} resumed"] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.thresholds)
+        half = _train(case, range(SAVED), save_to=Path(folder) / str(case))
+        rest = _train(case, range(SAVED, STEPS), load_from=Path(folder) / str(case))
+        found[f"{case} resumed"] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.trackers)
     for saved, resumed in OTHER:
-        found[f"{saved} to {resumed}"] = _train(resumed, range(5, STEPS), load_from=Path(folder) / str(saved))
+        found[f"{saved} to {resumed}"] = _train(resumed, range(SAVED, STEPS), load_from=Path(folder) / str(saved))
     if dist.get_rank() == 0:
         (Path(folder) / "runs.json").write_text(json.dumps(found))
 
@@ -57,13 +68,15 @@ def _run_all(folder: str) -> None:
 def _train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
+    from megadyn.network import loads_of, thresholds_of
     from megadyn.parallel.grid import make_grid
     from megadyn.parallel.params import name_of
     from megadyn.training.engine import Engine
     from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
-    config.training.seed += load_from is not None        # other starting weights, so that loading must replace them all
+    config.model.routing.jitter = 0.0                    # its noise follows from the seed, which
+    config.training.seed += load_from is not None        # gives other starting weights, so that loading must replace them all
     plan = batch_plan(config, dist.get_world_size())
     engine = Engine(config, plan, make_grid(case.tensor, case.pipeline))
     config.training.seed = config_of(case).training.seed
@@ -83,20 +96,20 @@ def _train(case: Case, steps: range, save_to: Path | None = None, load_from: Pat
         save_load.save(engine, save_to, iteration=steps.stop, consumed_samples=4 * steps.stop)
     access = save_load.OptimizerAccess(engine)
     weights = {name_of(p): access.get(p)["weight"].double().flatten()[:50].tolist() for p in engine.parameters()}
-    thresholds = [float(layer.threshold.value) for layer in engine.routed if hasattr(layer, "threshold")]
+    trackers = [*thresholds_of(engine.routed).values(), *loads_of(engine.routed).values()]
     engine.engine.destroy()
-    return Trained(losses, norms, weights, thresholds)
+    return Trained(losses, norms, weights, [tracker.state() for tracker in trackers])
 
 
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_resumed_is_straight_bit_for_bit(case: Case, runs: dict[str, Any]) -> None:
     straight, resumed = runs[f"{case} straight"], runs[f"{case} resumed"]
-    assert resumed == straight      # losses, gradient norms, weights and thresholds of rank 0
+    assert resumed == straight      # losses, gradient norms, weights, thresholds and loads of rank 0
 
 
 @pytest.mark.parametrize(("saved", "resumed"), OTHER, ids=str)
 def test_resumed_at_another_topology_goes_on_alike(saved: Case, resumed: Case, runs: dict[str, Any]) -> None:
     losses, norms, *_ = runs[f"{saved} to {resumed}"]
     want_losses, want_norms, *_ = runs[f"{saved} straight"]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[5:]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(torch.tensor(norms), torch.tensor(want_norms[5:]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[SAVED:]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(want_norms[SAVED:]), rtol=1e-5, atol=0)

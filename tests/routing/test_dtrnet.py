@@ -16,7 +16,7 @@ from megadyn.routing.dtrnet import AttentionRouter, DtrLayer
 from megadyn.routing.mod import LinearRouter, ModLayer
 from megadyn.routing.select import as_mask
 from tests.naive import best
-from tests.networks import disturb, layer_context, make_network, param_maker, with_routing
+from tests.networks import disturb, end_step, layer_context, make_network, param_maker, with_routing
 from tests.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
@@ -133,6 +133,36 @@ def test_tokens_filled_up_attend_with_their_own_p0():
         evaluated = layer(Stream(h)).hidden
     changed = (trained != evaluated).any(dim=-1)
     assert [row.nonzero().flatten().tolist() for row in changed] == [best(row.tolist(), 2) for row in p[..., 0]]
+
+
+@pytest.mark.parametrize(("layout", "least"), [("zero_attn", 0.05), ("zero_attn", 0.2), ("bilayer", 0.2)])
+def test_a_strong_attention_loss_does_not_push_attention_below_the_safe_minimum(layout, least):
+    """It would: without the minimum the same training leaves no token that attends."""
+    def train(least: float) -> list[tuple[float, float]]:
+        """Of each step, the lowest fraction of any sequence and layer, and how many were filled up."""
+        config = with_routing(tiny_config("dtrnet-token"), layout=layout, aux_loss_lambda=5.0, aux_loss_warmup=0,
+                              safe_min_attn_ratio=least)
+        network, tokens = make_network(config, dtype=torch.float32), tiny_tokens(1)[0]
+        layers = [layer for layer in network.layers if isinstance(layer, DtrLayer)]
+        assert len(layers) == (4 if layout == "zero_attn" else 2)
+        optimizer, seen, losses = torch.optim.Adam(network.parameters(), lr=0.01), [], []
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = network(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            end_step(network)
+            records = [layer.monitor.read() for layer in layers]
+            losses.append(loss.item())
+            seen.append((min(record["routed_fraction_min"].item() for record in records),
+                         sum(record["refills"].item() for record in records if least)))
+        assert losses[-1] < losses[0] - 1
+        return seen
+
+    assert train(0.0)[-1][0] == 0
+    seen = train(least)
+    assert min(lowest for lowest, _ in seen) >= least
+    assert seen[-1][1] > 0, "the minimum is at work to the end"
 
 
 # ---- jitter --------------------------------------------------------------------------------------
