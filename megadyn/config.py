@@ -240,12 +240,13 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    """Sequence parallelism: tensor ranks share out the sequence wherever they share neither heads nor widths."""
 
     def check(self) -> None:
         at_least("parallel.tensor", self.tensor, 1)
         at_least("parallel.pipeline", self.pipeline, 1)
-        if self.sequence:
-            raise ConfigError("parallel.sequence", True, "false: sequence parallelism is not built yet")
+        if self.sequence and self.tensor == 1:
+            raise ConfigError("parallel.sequence", True, "false while parallel.tensor = 1: tensor ranks share a sequence")
 
 
 @dataclass
@@ -396,6 +397,9 @@ def check_together(config: Config) -> None:
         raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}")
     if parallel.pipeline > model.num_layers:
         raise ConfigError("parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}")
+    if parallel.sequence and training.sequence_length % parallel.tensor:
+        raise ConfigError("training.sequence_length", training.sequence_length,
+                          f"a multiple of parallel.tensor = {parallel.tensor} with parallel.sequence")
     if model.max_position is None:
         model.max_position = training.sequence_length
     if training.sequence_length > model.max_position:

@@ -15,7 +15,7 @@ from megadyn.model.documents import documents_of
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.linear import VocabParallelEmbedding
 from megadyn.parallel.loss import linear_cross_entropy
-from megadyn.parallel.mappings import copy_to_tp, gather_from_tp
+from megadyn.parallel.mappings import enter_tp, gather_from_tp
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
@@ -53,7 +53,7 @@ class Head(nn.Module):
     def __init__(self, model: ModelConfig, make: ParamMaker, tied_to: nn.Parameter | None = None):
         super().__init__()
         assert model.vocab_size is not None
-        self.vocab_size, self.tp = model.vocab_size, make.tp
+        self.vocab_size, self.tp, self.seq = model.vocab_size, make.tp, make.seq
         shape = (model.vocab_size, model.hidden_size)
         self.weight = make("lm_head.weight", shape, normal(model.init_std)) if tied_to is None else tied_to
 
@@ -63,10 +63,10 @@ class Head(nn.Module):
 
 def read_out(words: "Head | Embed", stream: Stream, labels: Tensor | None = None) -> Tensor:
     """Mean loss for labels [B, T]; without labels the whole logits [B, T, V]. `words` is a Head, or the Embed tied to it."""
+    hidden = enter_tp(stream.hidden, words.tp, words.seq)
     if labels is None:
-        local = F.linear(copy_to_tp(stream.hidden, words.tp), words.weight)
-        return gather_from_tp(local, words.tp)[..., : words.vocab_size]
-    return linear_cross_entropy(stream.hidden, words.weight, labels, vocab_size=words.vocab_size, tp=words.tp)
+        return gather_from_tp(F.linear(hidden, words.weight), words.tp)[..., : words.vocab_size]
+    return linear_cross_entropy(hidden, words.weight, labels, vocab_size=words.vocab_size, tp=words.tp)
 
 
 class Part(NamedTuple):

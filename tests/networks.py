@@ -26,7 +26,8 @@ def with_routing(config: Config, **fields: Any) -> Config:
 
 
 def param_maker(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, seed: int = 1) -> ParamMaker:
-    return ParamMaker(Sharding(tp.size, config.model.num_kv_heads), seed, tp, dtype=dtype)
+    seq = tp if config.parallel.sequence else Axis("seq")
+    return ParamMaker(Sharding(tp.size, config.model.num_kv_heads), seed, tp, seq, dtype=dtype)
 
 
 def layer_context(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64) -> LayerContext:

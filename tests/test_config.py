@@ -212,6 +212,9 @@ IMPOSSIBLE = [
      "a divisor or a multiple of model.num_kv_heads = 6"),
     ("model.ffn_size=99 parallel.tensor=2", "parallel.tensor", "a divisor of model.ffn_size = 99"),
     ("parallel.pipeline=9", "parallel.pipeline", "at most model.num_layers = 8"),
+    ("parallel.sequence=true", "parallel.sequence", "false while parallel.tensor = 1"),
+    ("parallel.tensor=2 parallel.sequence=true training.sequence_length=255", "training.sequence_length",
+     "a multiple of parallel.tensor = 2 with parallel.sequence"),
 ]
 
 

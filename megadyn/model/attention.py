@@ -12,7 +12,7 @@ from megadyn.model.documents import Segments
 from megadyn.model.norm import HeadNorm
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
-from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
 
@@ -83,7 +83,8 @@ class Attention(nn.Module):
     def __init__(self, name: str, model: ModelConfig, *, backend: str, make: ParamMaker, output_std: float):
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
-        d, self.head_dim, self.backend, self.tp = model.hidden_size, model.head_dim, backend, make.tp
+        d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
+        self.tp, self.seq = make.tp, make.seq
         init = normal(model.init_std)
         self.q_proj = ColumnParallelLinear(f"{name}.q_proj", d, model.num_heads * self.head_dim,
                                            make=make, init=init, bias=model.qkv_bias)
@@ -99,23 +100,23 @@ class Attention(nn.Module):
             HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None for kind in "qkv")
 
     def queries_keys(self, x: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """q [B, S, H/tp, K] and k [B, S, G/tp, K], turned to their positions; x has passed `copy_to_tp`."""
+        """q [B, S, H/tp, K] and k [B, S, G/tp, K], turned to their positions; x has passed `enter_tp`."""
         q, k = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.rotary(q, k, positions, length)
 
     def values(self, x: Tensor) -> Tensor:
-        """v [B, S, G/tp, K]; x has passed `copy_to_tp`."""
+        """v [B, S, G/tp, K]; x has passed `enter_tp`."""
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return v if self.v_norm is None else self.v_norm(v)
 
     def forward(self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None) -> Tensor:
-        """x [B, S, D] -> [B, S, D].
+        """x [B, S/seq, D] -> [B, S/seq, D].
 
         Args:
             positions: [B, S], below `length`; None for 0 .. S-1. segments: see `causal_attention`.
         """
-        x = copy_to_tp(x, self.tp)
+        x = enter_tp(x, self.tp, self.seq)
         q, k = self.queries_keys(x, positions, length)
         return self.o_proj(causal_attention(q, k, self.values(x), self.backend, segments).flatten(-2))

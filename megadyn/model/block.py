@@ -1,7 +1,7 @@
 """The transformer layer, and what layers hand on to each other."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from megadyn.model.attention import Attention
 from megadyn.model.documents import Documents, Segments
 from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
+from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 
 
@@ -20,11 +21,11 @@ class Stream(NamedTuple):
     """What a layer hands to the next."""
 
     hidden: Tensor
-    """[B, T, D]"""
+    """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
     gate: Tensor | None = None
-    """[B, T] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
+    """[B, T/seq] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
     documents: Documents | None = None
-    """Borders that attention and averages must not cross; None for one document a sample."""
+    """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Layer(nn.Module):
     (arXiv 2503.04598).
     """
 
+    block_is_split = True
+    """Under sequence parallelism the block works on this rank's part of the sequence."""
+
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
-        model, self.index, self.recompute = ctx.model, index, ctx.recompute
+        model, self.index, self.recompute, self.seq = ctx.model, index, ctx.recompute, ctx.make.seq
+        make = ctx.make if self.block_is_split else replace(ctx.make, seq=Axis("seq"))
         self.name = name = f"model.layers.{index}"
         self.hybrid = model.normalization == "hybridnorm"
         lns = model.normalization == "lns"
@@ -60,16 +65,20 @@ class Layer(nn.Module):
         # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size. LNS has its own way.
         output_std = model.init_std if lns else model.init_std / (2 * model.num_layers) ** 0.5
         self.input_layernorm = nn.Identity() if self.hybrid else RMSNorm(
-            f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=ctx.make, scale=scale)
-        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=ctx.make, output_std=output_std)
+            f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=make, scale=scale)
+        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=make, output_std=output_std)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps,
-                                                make=ctx.make, scale=scale)
-        self.mlp = Mlp(f"{name}.mlp", model, make=ctx.make, output_std=output_std)
+                                                make=make, scale=scale)
+        self.mlp = Mlp(f"{name}.mlp", model, make=make, output_std=output_std)
 
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
-        """h + Block(h) for every token, [B, T, D]."""
+        """h + Block(h) for every token, [B, T/seq, D]."""
         segments, positions = documents or (None, None)
-        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, hidden.shape[1], segments))
+        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments))
+
+    def length(self, hidden: Tensor) -> int:
+        """T of hidden [B, T/seq, D]."""
+        return hidden.shape[1] * self.seq.size
 
     def feed_forward(self, attended: Tensor) -> Tensor:
         """The half behind attention: h + Attn -> h + Block(h)."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
 
@@ -16,11 +16,11 @@ class Mlp(nn.Module):
         super().__init__()
         assert model.ffn_size is not None
         d, width, init = model.hidden_size, model.ffn_size, normal(model.init_std)
-        self.tp = make.tp
+        self.tp, self.seq = make.tp, make.seq
         self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", d, width, make=make, init=init)
         self.up_proj = ColumnParallelLinear(f"{name}.up_proj", d, width, make=make, init=init)
         self.down_proj = RowParallelLinear(f"{name}.down_proj", width, d, make=make, init=normal(output_std))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_tp(x, self.tp)
+        x = enter_tp(x, self.tp, self.seq)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

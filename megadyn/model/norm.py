@@ -12,11 +12,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker, scale: float = 1.0):
         super().__init__()
-        self.eps, self.scale = eps, scale
+        self.eps, self.scale, self.seq = eps, scale, make.seq
         self.weight = make(f"{name}.weight", (size,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.scale == 1 else self.weight * self.scale
+        weight = copy_to_tp(self.weight, self.seq)
+        weight = weight if self.scale == 1 else weight * self.scale
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 

@@ -4,12 +4,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.parallel.grid import Axis
-from megadyn.parallel.mappings import copy_to_tp, reduce_from_tp
+from megadyn.parallel.mappings import copy_to_tp, leave_tp
 from megadyn.parallel.params import Init, ParamMaker, constant
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W [F, D] cut along its outputs. The caller has passed x through `copy_to_tp`, once for all users."""
+    """y = x W^T + b with W [F, D] cut along its outputs. The caller has passed x through `enter_tp`, once for all users."""
 
     def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init, bias: bool = False):
         super().__init__()
@@ -48,11 +48,11 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init):
         super().__init__()
-        self.tp = make.tp
+        self.tp, self.seq = make.tp, make.seq
         self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [D, F/tp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from_tp(F.linear(x, self.weight), self.tp)
+        return leave_tp(F.linear(x, self.weight), self.tp, self.seq)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -61,6 +61,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
         super().__init__()
         self.tp: Axis = make.tp
+        self.seq: Axis = make.seq
         self.rows = -(-vocab_size // make.tp.size)
         self.weight = make(f"{name}.weight", (vocab_size, hidden_size), init)           # [V/tp, D]
 
@@ -70,4 +71,4 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
+        return leave_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp, self.seq)

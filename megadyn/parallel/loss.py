@@ -58,14 +58,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         grad = grad / ctx.count
-        return sum_over(grad_hidden * grad, ctx.tp), (grad_weight * grad).to(ctx.dtype), None, None, None, None
+        return grad_hidden * grad, (grad_weight * grad).to(ctx.dtype), None, None, None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp: Axis) -> Tensor:
     """Mean of -log softmax(hidden W^T)[label] over all tokens.
 
     Args:
-        hidden: [..., D], equal on all tensor ranks.
+        hidden: [..., D], equal on all tensor ranks; the caller has passed it through `enter_tp`.
         weight: [V/tp, D], this rank's rows; rows at and beyond `vocab_size` are padding.
         labels: [...], ids over the whole vocabulary.
     """

@@ -1,9 +1,15 @@
 """Collectives as forward/backward pairs. None writes into its caller's tensor.
 
-    name            forward                  backward                where
-    copy_to_tp      identity                 sum over tp             before linears cut along their outputs
-    reduce_from_tp  sum over tp              identity                after a linear cut along its inputs
-    gather_from_tp  join the last dimension  this rank's part        whole logits, outside training
+    name              forward                  backward                where
+    copy_to_tp        identity                 sum over tp             before linears cut along their outputs
+    reduce_from_tp    sum over tp              identity                after a linear cut along its inputs
+    gather_from_tp    join the last dimension  this rank's part        whole logits, outside training
+    gather_sequence   join the sequence        sum, this rank's part   copy_to_tp under sequence parallelism
+    scatter_sequence  sum, this rank's part    join the sequence       reduce_from_tp under sequence parallelism
+
+Under sequence parallelism (arXiv 2205.05198) each tensor rank holds a part [B, T/tp, ...] of the sequence wherever nothing is
+cut over heads or widths. `seq` is then the tensor axis, and else an axis of size 1, which makes all of it do nothing. What is
+computed on a part gives a weight a part of its gradient: such a weight passes `copy_to_tp(weight, seq)`.
 """
 
 from typing import Any
@@ -64,6 +70,60 @@ class _GatherFromTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.chunk(ctx.tp.size, dim=-1)[ctx.tp.rank].contiguous(), None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seq: Axis) -> Tensor:
+        ctx.seq = seq
+        return whole_sequence(x, seq)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_of_part(grad, ctx.seq), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seq: Axis) -> Tensor:
+        ctx.seq = seq
+        return _sum_of_part(x, seq)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return whole_sequence(grad, ctx.seq), None
+
+
+def whole_sequence(x: Tensor, seq: Axis) -> Tensor:
+    """[B, T/seq, ...] -> [B, T, ...], without gradient."""
+    if seq.size == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(seq.size)]
+    dist.all_gather(parts, x.contiguous(), group=seq.group)
+    return torch.cat(parts, dim=1)
+
+
+def own_part(x: Tensor, seq: Axis) -> Tensor:
+    """[B, T, ...] -> this rank's [B, T/seq, ...]."""
+    return x if seq.size == 1 else x.chunk(seq.size, dim=1)[seq.rank]
+
+
+def _sum_of_part(x: Tensor, seq: Axis) -> Tensor:
+    """Sum over ranks of [B, T, ...], this rank's part [B, T/seq, ...]."""
+    parts = [part.contiguous() for part in x.chunk(seq.size, dim=1)]
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter(out, parts, group=seq.group)
+    return out
+
+
+def enter_tp(x: Tensor, tp: Axis, seq: Axis) -> Tensor:
+    """Before linears cut along their outputs: x [B, T/seq, D] -> [B, T, D], whose gradients of all ranks are summed."""
+    return copy_to_tp(x, tp) if seq.size == 1 else _GatherSequence.apply(x, seq)
+
+
+def leave_tp(x: Tensor, tp: Axis, seq: Axis) -> Tensor:
+    """After a linear cut along its inputs: terms x [B, T, D] -> their sum over ranks, [B, T/seq, D]."""
+    return reduce_from_tp(x, tp) if seq.size == 1 else _ScatterSequence.apply(x, seq)
 
 
 def copy_to_tp(x: Tensor, tp: Axis) -> Tensor:

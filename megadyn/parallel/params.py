@@ -32,6 +32,8 @@ class ParamMaker:
     sharding: Sharding
     seed: int = 0
     tp: Axis = field(default_factory=lambda: Axis("tp"))
+    seq: Axis = field(default_factory=lambda: Axis("seq"))
+    """`tp` again under sequence parallelism: whoever is made with this computes on a part of the sequence."""
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from megadyn.config import capacity_count
 from megadyn.model.block import LayerContext
+from megadyn.parallel.grid import Axis
 from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import normal
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, take
@@ -36,20 +38,21 @@ class CausalRouter(nn.Module):
         routing, d = ctx.model.routing, ctx.model.hidden_size
         assert routing.capacity is not None
         self.capacity, self.rule, self.weight = routing.capacity, routing.causal, routing.predictor_loss_weight
+        self.seq = ctx.make.seq
         self.mode = "topk"
         """`topk` or `causal`."""
         self.threshold = RunningThreshold(routing.threshold_momentum) if routing.uses_threshold else None
         if self.rule == "predictor":
             init = normal(ctx.model.init_std)
-            self.fc1 = Projection(ctx.make(f"{name}.fc1.weight", (d // 2, d), init))
-            self.fc2 = Projection(ctx.make(f"{name}.fc2.weight", (1, d // 2), init))
+            self.fc1 = Projection(ctx.make(f"{name}.fc1.weight", (d // 2, d), init), seq=self.seq)
+            self.fc2 = Projection(ctx.make(f"{name}.fc2.weight", (1, d // 2), init), seq=self.seq)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """P(sg(h)) [B, T] in at least float32."""
+        """P(sg(h)) [B, T/seq] in at least float32."""
         return upcast(self.fc2(F.silu(self.fc1(hidden.detach())))).squeeze(-1)
 
     def forward(self, score: Tensor, hidden: Tensor) -> Choice:
-        """score [B, T] and hidden [B, T, D], bitwise equal on all tensor ranks, so that all choose alike."""
+        """score [B, T], bitwise equal on all tensor ranks, so that all choose alike, and hidden [B, T/seq, D]."""
         score = score.detach()
         top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
         in_top = as_mask(top, score.shape)
@@ -62,8 +65,8 @@ class CausalRouter(nn.Module):
                 self.threshold.observe(take(score, top.places).amin(dim=1).mean())
         elif self.rule == "predictor":
             predicted = self.predict(hidden)
-            causal = predicted >= 0
-            predictor_loss = F.binary_cross_entropy_with_logits(predicted, in_top.to(predicted.dtype))
+            causal = whole_sequence(predicted.detach(), self.seq) >= 0
+            predictor_loss = F.binary_cross_entropy_with_logits(predicted, own_part(in_top, self.seq).to(predicted.dtype))
             loss, statistics["predictor_loss"] = self.weight * predictor_loss, predictor_loss.detach()
         else:
             causal = score > 0
@@ -75,14 +78,14 @@ class CausalRouter(nn.Module):
 
 
 class Projection(nn.Module):
-    """x W^T, W whole on every tensor rank."""
+    """x W^T + b, W and b whole on every tensor rank, x [B, T/seq, D]."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, seq: Axis):
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.seq = weight, bias, seq
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, copy_to_tp(self.weight, self.seq), None if self.bias is None else copy_to_tp(self.bias, self.seq))
 
 
 def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.model.documents import Documents
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import ParamMaker, constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import Projection, gate_statistics
@@ -27,9 +28,9 @@ class Prior(nn.Module):
         super().__init__()
         init = normal(0.02)
         self.norm = RMSNorm(f"{name}.norm", hidden_size, eps, make=make)
-        self.gate_proj = Projection(make(f"{name}.gate_proj.weight", (width, hidden_size), init))
-        self.up_proj = Projection(make(f"{name}.up_proj.weight", (width, hidden_size), init))
-        self.down_proj = Projection(make(f"{name}.down_proj.weight", (hidden_size, width), init))
+        self.gate_proj = Projection(make(f"{name}.gate_proj.weight", (width, hidden_size), init), seq=make.seq)
+        self.up_proj = Projection(make(f"{name}.up_proj.weight", (width, hidden_size), init), seq=make.seq)
+        self.down_proj = Projection(make(f"{name}.down_proj.weight", (hidden_size, width), init), seq=make.seq)
 
     def forward(self, hidden: Tensor) -> Tensor:
         x = self.norm(hidden)
@@ -57,17 +58,19 @@ class SurpriseRouter(nn.Module):
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
         routing = ctx.model.routing
-        self.window = routing.ma_window
+        self.window, self.seq = routing.ma_window, ctx.make.seq
         self.beta_ce = ctx.make(f"{name}.beta_ce", (1,), constant(routing.beta_ce_init))
         self.beta_cu = ctx.make(f"{name}.beta_cu", (1,), constant(routing.beta_cu_init))
         self.ce_offset = ctx.make(f"{name}.ce_offset", (1,), constant(routing.ce_offset_init))
         self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
 
     def forward(self, static: Tensor, change: Tensor, documents: Documents | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """D_st, D_ch [B, T] -> G [B, T] and the scalars worth watching."""
-        beta_ce, beta_cu, offset, multiplier = map(upcast, (self.beta_ce, self.beta_cu, self.ce_offset, self.cu_multiplier))
+        """D_st, D_ch [B, T/seq] -> G [B, T/seq] and the scalars worth watching."""
+        scalars = (self.beta_ce, self.beta_cu, self.ce_offset, self.cu_multiplier)
+        beta_ce, beta_cu, offset, multiplier = (upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars)
         expected = static - (change - torch.log(offset + 1e-10))
-        unexpected = static - multiplier * moving_average(static.detach(), self.window, documents)
+        average = moving_average(whole_sequence(static.detach(), self.seq), self.window, documents)
+        unexpected = static - multiplier * own_part(average, self.seq)
         s_ce = torch.sigmoid(F.softplus(beta_ce) * expected)
         s_cu = torch.sigmoid(F.softplus(beta_cu) * unexpected)
         watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": s_ce.mean(), "S_CU": s_cu.mean(),
@@ -83,12 +86,12 @@ class DecisionLayer(Layer):
         model, routing = ctx.model, ctx.model.routing
         self.prior = Prior(f"{self.name}.prior", model.hidden_size, model.prior_size, model.norm_eps, make=ctx.make)
         self.router = SurpriseRouter(f"{self.name}.router", ctx)
-        self.loss_weight = routing.prior_loss_weight / model.layer_types.count("dtf_decision")
+        self.loss_weight = routing.prior_loss_weight / model.layer_types.count("dtf_decision") / self.seq.size
         self.loss_scale = loss_scale
         self.monitor = Monitor()
 
     def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """h [B, T, D] -> post [B, T, D], G [B, T], the prior's loss, statistics."""
+        """h [B, T/seq, D] -> post [B, T/seq, D], G [B, T/seq], the prior's loss, statistics."""
         post = self.dense(hidden, documents)
         after, before = upcast(post), upcast(hidden)
         static = (after - before).square().mean(dim=-1)
@@ -113,6 +116,7 @@ class DynamicLayer(SkippingLayer):
     def forward(self, stream: Stream) -> Stream:
         gate = stream.gate
         assert gate is not None, "a Dynamic layer follows its Decision layer"
-        choice = self.causal_router(gate, stream.hidden)
-        self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top))
+        score = whole_sequence(gate.detach(), self.seq)
+        choice = self.causal_router(score, stream.hidden)
+        self.monitor.record(choice.statistics | gate_statistics(score, choice.in_top))
         return self.process(stream, gate, choice)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megadyn.model.attention import causal_attention
 from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.parallel.loss import upcast
-from megadyn.parallel.mappings import copy_to_tp
+from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
@@ -19,13 +19,17 @@ from megadyn.routing.select import Selection, as_mask, choose_top, choose_where,
 
 
 class AttentionRouter(nn.Module):
-    """Logits W2 SiLU(W1 h + b1) + b2 of (attend, bypass), [B, T, D] -> [B, T, 2] in at least float32."""
+    """Logits W2 SiLU(W1 h + b1) + b2 of (attend, bypass), [B, T/seq, D] -> [B, T/seq, 2] in at least float32."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
         d, init, make = ctx.model.hidden_size, normal(ctx.model.init_std), ctx.make
-        self.fc1 = Projection(make(f"{name}.fc1.weight", (d // 2, d), init), make(f"{name}.fc1.bias", (d // 2,), constant(0.0)))
-        self.fc2 = Projection(make(f"{name}.fc2.weight", (2, d // 2), init), make(f"{name}.fc2.bias", (2,), constant(0.0)))
+
+        def linear(part: str, out_size: int, in_size: int) -> Projection:
+            return Projection(make(f"{name}.{part}.weight", (out_size, in_size), init),
+                              make(f"{name}.{part}.bias", (out_size,), constant(0.0)), seq=make.seq)
+
+        self.fc1, self.fc2 = linear("fc1", d // 2, d), linear("fc2", 2, d // 2)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return upcast(self.fc2(F.silu(self.fc1(hidden))))
@@ -49,22 +53,22 @@ class DtrLayer(Layer):
         self.monitor = Monitor()
 
     def probabilities(self, hidden: Tensor) -> Tensor:
-        """p [B, T, 2], with jitter in training."""
+        """p [B, T/seq, 2], with jitter in training."""
         logits = self.router(hidden)
         if self.jitter and torch.is_grad_enabled():
             logits = logits * (1 + self.jitter * (2 * self.noise(logits) - 1))
         return logits.softmax(dim=-1)
 
     def noise(self, logits: Tensor) -> Tensor:
-        """Uniform in [0, 1), shaped as logits [B, T, 2]. A sample's noise follows from the step and the sample's place in the
+        """Uniform in [0, 1), shaped as logits [B, T/seq, 2]. A sample's noise follows from the step and the sample's place in the
         global batch, so it is the same on every tensor rank and under every layout."""
-        noise = torch.empty_like(logits)
+        noise = logits.new_empty(logits.shape[0], self.length(logits), 2)
         generator = torch.Generator(logits.device)
         first = self.first_sample + self.load.micro_batches * len(logits)
         for sample, row in enumerate(noise, start=first):
             generator.manual_seed(self.seed_for(f"{self.name}.jitter/{self.load.steps}/{sample}"))
             row.uniform_(generator=generator)
-        return noise
+        return own_part(noise, self.seq)
 
     def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
         """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
@@ -86,32 +90,32 @@ class DtrLayer(Layer):
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
         hidden, attention = stream.hidden, self.self_attn
-        places = selection.places
-        positions, segments = origins(stream, selection)
-        x = copy_to_tp(self.input_layernorm(hidden), attention.tp)
+        places, length = selection.places, self.length(hidden)
+        positions, segments = origins(stream, selection, length)
+        x = enter_tp(self.input_layernorm(hidden), attention.tp, attention.seq)
         v = attention.values(x)                                                    # [B, T, G/tp, K]
-        q, k = attention.queries_keys(take(x, places), positions, hidden.shape[1])   # of attending tokens only
+        q, k = attention.queries_keys(take(x, places), positions, length)            # of attending tokens only
         chosen_v = take(v.flatten(2), places).unflatten(-1, v.shape[2:])
         attended = causal_attention(q, k, chosen_v, attention.backend, segments)
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
         mixed = attention.o_proj(replace(passed, places, attended.flatten(2)))
-        weight = torch.where(mask, p[..., 0], p[..., 1]).unsqueeze(-1)
+        weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
 
     def forward(self, stream: Stream) -> Stream:
         hidden = stream.hidden
         p = self.probabilities(hidden)
-        attend = p[..., 0]
+        attend = whole_sequence(p[..., 0].detach(), self.seq)
         selection, mask, statistics = self.choose(attend, hidden)
         fraction, mean = mask.float().mean(), attend.mean()
         self.monitor.record(statistics | gate_statistics(attend, mask) | {
             "p0": mean, "f": fraction, "attention_loss": self.load.share.to(mean) * mean})
         out = self.run(self.attend_or_pass, stream, p, selection, mask)
         if torch.is_grad_enabled():
-            loss = self.load.loss(mean)
+            loss = self.load.loss(p[..., 0].mean())
             if self.entropy_bonus:
                 entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1).mean()
                 loss = loss - self.entropy_bonus * entropy / self.load.layers
             self.load.observe(fraction)
-            out = attach_loss(out, loss, self.loss_scale.value)
+            out = attach_loss(out, loss, self.loss_scale.value / self.seq.size)
         return Stream(out, documents=stream.documents)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import normal
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics
@@ -12,14 +13,15 @@ from megadyn.routing.skipping import SkippingLayer
 
 
 class LinearRouter(nn.Module):
-    """r = w . h in at least float32, [B, T, D] -> [B, T]; whole on every tensor rank."""
+    """r = w . h in at least float32, [B, T/seq, D] -> [B, T/seq]; whole on every tensor rank."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
         self.weight = ctx.make(f"{name}.weight", (1, ctx.model.hidden_size), normal(ctx.model.init_std))
+        self.seq = ctx.make.seq
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(upcast(hidden), upcast(self.weight)).squeeze(-1)
+        return F.linear(upcast(hidden), upcast(copy_to_tp(self.weight, self.seq))).squeeze(-1)
 
 
 class ModLayer(SkippingLayer):
@@ -36,10 +38,13 @@ class ModLayer(SkippingLayer):
     def forward(self, stream: Stream) -> Stream:
         hidden = stream.hidden
         logit = self.router(hidden)
-        choice = self.causal_router(logit, hidden)
-        bce = F.binary_cross_entropy_with_logits(logit, choice.in_top.to(logit.dtype))
+        score = whole_sequence(logit.detach(), self.seq)
+        choice = self.causal_router(score, hidden)
+        bce = F.binary_cross_entropy_with_logits(logit, own_part(choice.in_top, self.seq).to(logit.dtype))
         z = logit.square().mean()
-        gate = logit.sigmoid() if self.sigmoid_gate else logit
-        self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top) | {
-            "bce_loss": bce, "z_loss": z, "logit": logit.mean(), "logit_std": logit.std(correction=0)})
-        return self.process(stream, gate, choice, self.bce_weight * bce + self.z_weight * z)
+        self.monitor.record(choice.statistics | gate_statistics(self.gate(score), choice.in_top) | {
+            "bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": score.std(correction=0)})
+        return self.process(stream, self.gate(logit), choice, self.bce_weight * bce + self.z_weight * z)
+
+    def gate(self, logit: Tensor) -> Tensor:
+        return logit.sigmoid() if self.sigmoid_gate else logit

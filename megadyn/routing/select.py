@@ -7,6 +7,8 @@ from torch import Tensor
 
 from megadyn.model.block import Stream
 from megadyn.model.documents import Segments
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.mappings import copy_to_tp, reduce_from_tp
 
 
 class Selection(NamedTuple):
@@ -46,13 +48,37 @@ def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_copy(0, places.flatten(), rows.flatten(0, 1)).view_as(x)
 
 
-def origins(stream: Stream, selection: Selection) -> tuple[Tensor, Segments | None]:
-    """Where the chosen tokens come from: their positions in their documents, shaped as `places`, and the segments that
-    attention among them must not leave (None: each row is one)."""
+def take_shared(x: Tensor, places: Tensor, seq: Axis) -> Tensor:
+    """`take`, from x [B, T/seq, D] of which each rank holds a part; every rank gets all tokens."""
+    if seq.size == 1:
+        return take(x, places)
+    index, elsewhere = _of_part(x, places, seq)
+    return reduce_from_tp(take(x, index).masked_fill(elsewhere.unsqueeze(-1), 0), seq)
+
+
+def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
+    """A copy of x [B, T/seq, D] with gate [B, T/seq] at those places times update [b, c, D], which all ranks hold, added."""
+    if seq.size == 1:
+        return put_back(x, places, (take(gate, places).unsqueeze(-1) * update).to(x.dtype))
+    index, elsewhere = _of_part(x, places, seq)
+    weight = take(gate, index).masked_fill(elsewhere, 0)
+    return put_back(x, index, (weight.unsqueeze(-1) * copy_to_tp(update, seq)).to(x.dtype))
+
+
+def _of_part(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
+    """Places in this rank's part x [B, T/seq, D], and which tokens lie in another (their places are of no meaning)."""
+    length = x.shape[1]
+    local = places % (length * seq.size) - seq.rank * length
+    elsewhere = (local < 0) | (local >= length)
+    return places // (length * seq.size) * length + local.clamp(0, length - 1), elsewhere
+
+
+def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, Segments | None]:
+    """Where the tokens chosen from sequences of `length` come from: their positions in their documents, shaped as `places`,
+    and the segments that attention among them must not leave (None: each row is one)."""
     places, sequences = selection
-    batch, length = stream.hidden.shape[:2]
     if stream.documents is None:
-        return places % length, None if sequences is None else Segments(sequences, batch)
+        return places % length, None if sequences is None else Segments(sequences, stream.hidden.shape[0])
     (ids, runs), positions = stream.documents
     return take(positions, places), Segments(take(ids, places), runs)
 

@@ -7,22 +7,27 @@ from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Choice
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection, origins, put_back, take
+from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
 
 
 class SkippingLayer(Layer):
-    """h_out[i] = h[i] + gate[i] * Block(h)[i] for chosen tokens i, attention among them only; h_out[i] = h[i] for the others."""
+    """h_out[i] = h[i] + gate[i] * Block(h)[i] for chosen tokens i, attention among them only; h_out[i] = h[i] for the others.
+
+    Under sequence parallelism only the chosen tokens are exchanged, and each rank then runs its heads and widths on them.
+    """
+
+    block_is_split = False
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index)
         self.causal_router = CausalRouter(f"{self.name}.causal_router", ctx)
         self.loss_scale = loss_scale
-        # Auxiliary losses are means over the layers that have them.
-        self.share = 1 / ctx.model.layer_types.count(ctx.model.layer_types[index])
+        # Auxiliary losses are means over the layers that have them, and over the parts of the sequence.
+        self.share = 1 / ctx.model.layer_types.count(ctx.model.layer_types[index]) / self.seq.size
         self.monitor = Monitor()
 
     def process(self, stream: Stream, gate: Tensor, choice: Choice, loss: Tensor | None = None) -> Stream:
-        """The layer's output for gate [B, T]; `loss` is auxiliary, beside the predictor's."""
+        """The layer's output for gate [B, T/seq]; `loss` is auxiliary, beside the predictor's."""
         out = self.run(self.update, stream, gate, choice.selection)
         if torch.is_grad_enabled():
             for part in (choice.loss, loss):
@@ -32,6 +37,7 @@ class SkippingLayer(Layer):
 
     def update(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
         hidden, places = stream.hidden, selection.places
-        positions, segments = origins(stream, selection)
-        delta = self.delta(take(hidden, places), positions, hidden.shape[1], segments)
-        return put_back(hidden, places, (take(gate, places).unsqueeze(-1) * delta).to(hidden.dtype))
+        length = self.length(hidden)
+        positions, segments = origins(stream, selection, length)
+        delta = self.delta(take_shared(hidden, places, self.seq), positions, length, segments)
+        return put_back_shared(hidden, places, gate, delta, self.seq)

@@ -22,7 +22,7 @@ from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, layer_list, loads_of, routed_layers, set_routing_mode, thresholds_of
-from megadyn.parallel.grid import Grid
+from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
@@ -76,7 +76,8 @@ class Engine:
         model, grid = self.config.model, self.grid
         backend, why = attention_backend(model.attention, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
-        make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, self.device)
+        seq = grid.tp if self.config.parallel.sequence else Axis("seq")
+        make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
         ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.activation_checkpointing)
         if grid.pp.size == 1:
@@ -85,7 +86,7 @@ class Engine:
         cuts = balanced_stages(layer_costs(model, length), head_flops(model, length), grid.pp.size)
         log.info("pipeline stages, by FLOPs: layers %s", ", ".join(f"{a}-{b - 1}" for a, b in pairwise(cuts)))
         with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
-            return Stages(layer_list(ctx, self.loss_scale), cuts, grid, tied=model.tie_embeddings,
+            return Stages(layer_list(ctx, self.loss_scale), cuts, grid, seq=seq, tied=model.tie_embeddings,
                           by_document=self.eod is not None)
 
     def _deepspeed_config(self) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class Engine:
         """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
         mine = {layer.index: layer.monitor.read() for layer in self.routed}
         values = [value for record in mine.values() for value in record.values()]
-        means = iter((sum_over(torch.stack(values), self.grid.dp) / self.grid.dp.size).tolist() if values else [])
+        means = iter(self._mean_over_parts(torch.stack(values)).tolist() if values else [])
         local = {index: {name: next(means) for name in record} for index, record in mine.items()}
         if self.grid.pp.size == 1:
             return local
@@ -203,6 +204,12 @@ class Engine:
             total = sum_over(own.sum() if loads else torch.zeros((), device=self.device), self.grid.pp)
             for load, mean in zip(loads, own if loads else ()):
                 load.end_step(mean, total)
+
+    def _mean_over_parts(self, x: Tensor) -> Tensor:
+        """Mean over the ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence."""
+        if self.config.parallel.sequence:
+            x = sum_over(x, self.grid.tp) / self.grid.tp.size
+        return sum_over(x, self.grid.dp) / self.grid.dp.size
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)

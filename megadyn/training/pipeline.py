@@ -9,7 +9,8 @@ from torch import Tensor
 from megadyn.model.block import Stream
 from megadyn.model.documents import from_ids
 from megadyn.network import Part, read_out
-from megadyn.parallel.grid import Grid
+from megadyn.parallel.grid import Axis, Grid
+from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.parallel.wire import pack, unpack
 from megadyn.routing.dtf import DynamicLayer
 
@@ -17,11 +18,12 @@ from megadyn.routing.dtf import DynamicLayer
 class Stages(PipelineModule):
     """This rank's stretch of the list. One tensor crosses each boundary."""
 
-    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, tied: bool, by_document: bool):
+    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool,
+                 by_document: bool):
         """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`."""
         # In the list, Embed stands before the first layer; FinalNorm and Head behind the last.
         self.boundaries = [0, *(cut + 1 for cut in layer_boundaries[1:-1]), len(parts)]
-        self.rank_grid, self.by_document = grid, by_document
+        self.rank_grid, self.seq, self.by_document = grid, seq, by_document
         topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
         super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
 
@@ -35,12 +37,13 @@ class Stages(PipelineModule):
         stream: Any = inputs
         if not self.rank_grid.is_first_stage:
             hidden, gate, ids = unpack(inputs, gate=isinstance(layers[0], DynamicLayer), ids=self.by_document)
-            stream = Stream(hidden, gate, None if ids is None else from_ids(ids))
+            stream = Stream(hidden, gate, None if ids is None else from_ids(whole_sequence(ids, self.seq)))
         for layer in layers:
             stream = layer(stream)
         if self.rank_grid.is_last_stage:
             return stream.hidden
-        return pack(stream.hidden, stream.gate, None if stream.documents is None else stream.documents.segments.ids)
+        ids = None if stream.documents is None else own_part(stream.documents.segments.ids, self.seq)
+        return pack(stream.hidden, stream.gate, ids)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""

@@ -20,7 +20,17 @@ from megadyn.parallel import loss
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear, VocabParallelEmbedding
 from megadyn.parallel.loss import linear_cross_entropy
-from megadyn.parallel.mappings import copy_to_tp, gather_from_tp, max_over, reduce_from_tp, sum_over
+from megadyn.parallel.mappings import (
+    copy_to_tp,
+    enter_tp,
+    gather_from_tp,
+    leave_tp,
+    max_over,
+    own_part,
+    reduce_from_tp,
+    sum_over,
+    whole_sequence,
+)
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from tests.networks import ALONE, disturb, gradients, make_network, with_routing
@@ -55,6 +65,11 @@ def check_all() -> None:
     for kind in KINDS:
         check_network(tp, kind, normalization="hybridnorm")
     check_network(tp, "dtrnet-token", num_kv_heads=1, normalization="lns")
+    for kind in KINDS:
+        check_network(tp, kind, sequence=True)
+    for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert"):
+        check_network(tp, kind, sequence=True, num_kv_heads=1, normalization="hybridnorm")
+        check_network(tp, kind, sequence=True, tied=True, normalization="lns", recompute=True)
     if tp.size == 4:
         check_grids()
 
@@ -94,6 +109,19 @@ def check_mappings(tp: Axis) -> None:
     wide = random(3, 4 * tp.size, seed=5)
     joined.backward(wide)
     assert torch.equal(mine.grad, wide[:, 4 * tp.rank: 4 * tp.rank + 4])
+
+    parts = of_ranks(tp, 2, 3, 4)                         # of a sequence
+    mine = parts[tp.rank].clone().requires_grad_()
+    entered, grads = enter_tp(mine, tp, tp), of_ranks(tp, 2, 3 * tp.size, 4)
+    assert torch.equal(entered, torch.cat(parts, dim=1))
+    entered.backward(grads[tp.rank])
+    assert_close(mine.grad, own_part(sum(grads), tp))
+    mine = grads[tp.rank].clone().requires_grad_()
+    left = leave_tp(mine, tp, tp)
+    assert_close(left, own_part(sum(grads), tp))
+    left.backward(parts[tp.rank])
+    assert torch.equal(mine.grad, torch.cat(parts, dim=1))
+    assert torch.equal(whole_sequence(own_part(grads[0], tp), tp), grads[0])
 
     turned = x[tp.rank].T                                # not contiguous
     assert_close(sum_over(turned, tp), sum(x).T)
@@ -252,7 +280,7 @@ def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
     whole.backward(grad)
     default, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, chunk_tokens * rows
-    split = linear_cross_entropy(hidden_split, mine, labels, vocab_size=vocab, tp=tp)
+    split = linear_cross_entropy(copy_to_tp(hidden_split, tp), mine, labels, vocab_size=vocab, tp=tp)
     loss.CHUNK_ELEMENTS = default
     split.backward(grad)
     assert_close(split, whole)
@@ -262,12 +290,14 @@ def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
 
 # ---- the whole network ---------------------------------------------------------------------------
 
-def check_network(tp: Axis, kind: str, **options) -> None:
+def check_network(tp: Axis, kind: str, sequence: bool = False, **options) -> None:
     """DTRNet with jitter and with choices filled up; every auxiliary loss heavy enough to show."""
     config = with_routing(tiny_config(kind, tensor=tp.size, **options), capacity=0.4, prior_loss_weight=0.7, jitter=0.2,
                           predictor_loss_weight=0.5, bce_loss_weight=0.3, z_loss_weight=0.2, aux_loss_lambda=0.4,
                           entropy_bonus=0.3, safe_min_attn_ratio=0.4)
-    whole, split = make_network(config), make_network(config, tp)
+    whole = make_network(config)
+    config.parallel.sequence = sequence
+    split = make_network(config, tp)
     samples = tiny_tokens(1, samples=3)[0]
     tokens, labels = samples[:, :-1], samples[:, 1:]
     grad = torch.tensor(1.3, dtype=F64)
@@ -278,7 +308,9 @@ def check_network(tp: Axis, kind: str, **options) -> None:
     assert_gradients_match(whole, split, tp, config.model.num_kv_heads)
     assert all(g.any() for g in gradients(whole).values()), "a gradient that is zero can tell nothing"
     statistics = [[layer.monitor.read() for layer in routed_layers(network)] for network in (whole, split)]
-    for mine, reference in zip(*statistics, strict=True):
+    for reference, mine in zip(*statistics, strict=True):
+        if sequence:                                     # some are means over a part of the sequence
+            mine = {name: sum_over(value, tp) / tp.size for name, value in mine.items()}
         assert_close(mine, reference)
     with torch.no_grad():
         logits = split(tokens)

@@ -24,6 +24,7 @@ class Case(NamedTuple):
     tied: bool = False
     norm: str = "pre"
     documents: bool = False
+    sequence: bool = False
 
     @property
     def world(self) -> int:
@@ -42,7 +43,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         marks = {"recompute": self.recompute, "tied": self.tied, self.precision: self.precision != "fp32",
                  self.norm: self.norm != "pre",
-                 "documents": self.documents}
+                 "documents": self.documents, "sequence": self.sequence}
         extras = [word for word, on in marks.items() if on]
         return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
 
@@ -70,6 +71,7 @@ Curve = dict[str, list[float]]
 def config_of(case: Case) -> Any:
     config = tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
                        precision=case.precision, tied=case.tied, micro_batch=case.micro_batch, normalization=case.norm)
+    config.parallel.sequence = case.sequence
     config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0      # noise too depends on no layout
     return config
 

@@ -26,6 +26,11 @@ CASES += [Case(kind, *layout, norm=norm) for kind in ("dense", "dtf", "mod", "dt
 CASES += [Case(kind, *layout, documents=True, recompute=recompute) for kind in ("dense", "dtf", "mod", "dtrnet-token")
           for layout, recompute in (((2, 1, 1), True), ((1, 2, 1), False))]
 CASES += [Case("dtf", 1, 4, 1, documents=True)]
+# Sequence parallelism: every kind; with a pipeline cut between Decision and Dynamic layer, documents and recomputation; ZeRO.
+CASES += [Case(kind, 2, 1, 1, sequence=True) for kind in ("dense", "dtf", *OTHERS)]
+CASES += [Case(kind, 2, 2, 1, sequence=True, documents=True, recompute=True) for kind in ("dense", "dtrnet-token")]
+CASES += [Case("mod", 2, 2, 1, sequence=True, recompute=True), Case("dtf", 2, 1, 2, zero=3, sequence=True),
+          Case("dtf", 2, 2, 1, sequence=True, tied=True), Case("dtf", 2, 1, 1, sequence=True, documents=True)]
 
 TWO = (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 1, 2), 1))
 HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", "dtf")
