@@ -64,7 +64,7 @@ def test_origins_are_positions_and_segments_of_the_chosen_tokens(documents, ragg
     mask = torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 0, 1]], dtype=torch.bool)
     selection = choose_where(mask) if ragged else choose_top(mask.float(), 4)
     stream = Stream(torch.zeros(3, 6, 2), documents=documents_of(tokens, 0) if documents else None)
-    positions, segments = origins(stream, selection)
+    positions, segments = origins(stream, selection, 6)
     chosen = [(b, t, max(s for s in starts[b] if s <= t)) for b, t in mask.nonzero().tolist()]
     assert positions.shape == selection.places.shape
     assert positions.flatten().tolist() == [t - start for _, t, start in chosen]
