@@ -273,12 +273,16 @@ class IndexedWriter:
         """Appends a whole dataset of the same dtype: a copy of its bytes. `UserError` if they change meanwhile."""
         if dataset.dtype != self.dtype:
             raise ValueError(f"{dataset.dtype} tokens cannot be copied among {self.dtype} ones")
+        self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index))
+
+    def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
+        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
         before = self._bin.tell()
-        with files_of(dataset.prefix)["bin"].open("rb") as tokens:
-            shutil.copyfileobj(tokens, self, 2**20)
-        if self._bin.tell() - before != dataset.num_tokens * self.dtype.itemsize:
-            raise UserError(f"{dataset.prefix}.bin: changed while it was copied")
-        self._add_counts(dataset.sizes, np.diff(dataset.document_index))
+        with path.open("rb") as tokens:
+            shutil.copyfileobj(tokens, self, 2**22)
+        if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
+            raise UserError(f"{path}: changed while it was copied")
+        self._add_counts(lengths, sequences)
 
     def write(self, raw: bytes) -> int:
         """Appends tokens that are bytes already."""

@@ -97,17 +97,17 @@ class SampleSet:
         if wanted.size and (wanted.min() < 0 or (not self.shuffle and wanted.max() >= len(self))):
             raise IndexError(f"samples {wanted.min()} to {wanted.max()} of {len(self)}")
         rows = np.empty((len(wanted), self.sequence_length + 1), np.int64)
-        epochs = wanted // len(self)
+        epochs, cuts = np.divmod(wanted, len(self))
         for number in set(epochs.tolist()):
             here = epochs == number
-            rows[here] = self._cut(self._epoch(number), wanted[here] - number * len(self))
+            rows[here] = self._cut(self._epoch(number), cuts[here])
         return rows
 
     def _cut(self, epoch: Epoch, ids: Indices) -> NDArray[Any]:
         """Tokens [B, L + 1], in the dtype of the file, of samples of one epoch, in its order of reading."""
         cuts = epoch.order[ids]
-        first, skip = epoch.places[cuts].astype(np.int64).T
-        last, keep = epoch.places[cuts + 1].astype(np.int64).T
+        first, skip = epoch.places[cuts].T
+        last, keep = epoch.places[cuts + 1].T
         counts = last - first + 1                   # sequences that a sample touches
         row_end = np.cumsum(counts)                 # in the list of those of all samples
         row_begin = row_end - counts
