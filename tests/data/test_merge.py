@@ -48,7 +48,8 @@ def test_a_dataset_that_changes_while_it_is_copied_is_refused(tmp_path, write_da
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_damaged_dataset_among_them_stops_it_before_anything_is_written(tmp_path, write_dataset):
+def test_a_damaged_dataset_among_them_stops_it_before_anything_is_copied(tmp_path, write_dataset, monkeypatch):
+    monkeypatch.setattr(IndexedWriter, "add_file", None)
     prefixes = [write_dataset([[n]], name=f"part{n}").prefix for n in range(3)]
     (tmp_path / "part2.bin").write_bytes(b"1234567")
     before = sorted(tmp_path.iterdir())
