@@ -333,6 +333,11 @@ class TrainingConfig:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
 
+    @property
+    def num_samples(self) -> int:
+        """Of the whole run; once `epochs` is resolved."""
+        return (self.iterations or 0) * self.global_batch_size
+
 
 @dataclass
 class CheckpointConfig:

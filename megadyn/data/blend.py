@@ -66,6 +66,7 @@ class Blend:
 
     def __init__(self, sets: Sequence[Samples], weights: ArrayLike) -> None:
         self.sets, self.schedule = sets, Schedule(weights)
+        self.sequence_length = sets[0].sequence_length
         self.key = content_key(*(samples.key for samples in sets), self.schedule.weights)
         self._block = lru_cache(maxsize=2)(lambda number: self.schedule.draws(number * BLOCK, BLOCK))
 
@@ -82,8 +83,7 @@ class Blend:
         for number in set((wanted // BLOCK).tolist()):
             here, block = wanted // BLOCK == number, self._block(number)
             sets[here], draws[here] = (column[wanted[here] - number * BLOCK] for column in block)
-        parts = {d: self.sets[d].take(draws[sets == d]) for d in set(sets.tolist())}
-        rows = np.empty((len(wanted), next(iter(parts.values())).shape[1]), np.int64)
-        for d, part in parts.items():
-            rows[sets == d] = part
+        rows = np.empty((len(wanted), self.sequence_length + 1), np.int64)
+        for d in set(sets.tolist()):
+            rows[sets == d] = self.sets[d].take(draws[sets == d])
         return rows

@@ -36,6 +36,8 @@ class Samples(Protocol):
 
     key: str
     """Equal for equal samples in equal order."""
+    sequence_length: int
+    """L; a sample is L + 1 tokens."""
 
     def __len__(self) -> int:
         """Samples before any of them comes again."""

@@ -44,6 +44,8 @@ def open_data(config: Config) -> Data:
                               enumerate(zip(datasets, splits, strict=True))])
     config.training.resolve_epochs(len(train))
     refuse_repeats(config, sources, train)
+    log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
+             f"{config.training.num_samples:,}")
 
     def held_out(name: str, share: float) -> Samples | None:
         """The datasets that `name` names, or else its share of those for training."""
@@ -81,15 +83,17 @@ def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
                         zip(sources, sets, strict=True)])
 
 
+def dataset_names(sources: Sequence[Source]) -> str:
+    return sources[0].prefix if len(sources) == 1 else f"a blend of {len(sources)} datasets"
+
+
 def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples) -> None:
     """ConfigError if the run would use a dataset twice and may not."""
-    training = config.training
-    assert training.iterations is not None
-    wanted = training.iterations * training.global_batch_size
+    wanted, per_step = config.training.num_samples, config.training.global_batch_size
     if config.data.repeat or wanted <= len(train):
         return
     first = train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
-    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {len(train) // training.global_batch_size}: "
+    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {len(train) // per_step}: "
                       f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
 
 

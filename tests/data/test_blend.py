@@ -77,6 +77,7 @@ def test_a_blend_draws_each_set_in_its_own_order(write_dataset, monkeypatch):
     assert blend.take([150, 3, 150]).tolist() == [want[150], want[3], want[150]]
     assert blend.take([BLOCK - 1, BLOCK, 3]).tolist() == [
         *(sets[d][draw].tolist() for d, draw in zip(*Schedule([1, 2, 5]).draws(BLOCK - 1, 2), strict=True)), want[3]]
+    assert blend.take([]).shape == (0, 5)
     assert len(blend) == Schedule([1, 2, 5]).supply([17, 17, 17])[0]
     with pytest.raises(IndexError):
         blend.take([3, -1])

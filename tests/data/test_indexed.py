@@ -155,7 +155,7 @@ def test_no_damage_leads_outside_the_file(tmp_path, mmap):
     """Whatever is in the index: a sentence that names it, or a dataset that holds together."""
     rng = np.random.default_rng(0)
     opened, messages = 0, []
-    for damage in [*DAMAGES.values()] * 80:
+    for damage in [*DAMAGES.values()] * 40:
         documents = [[rng.integers(0, 99, rng.integers(0, 4)).tolist() for _ in range(rng.integers(0, 3))] for _ in range(4)]
         tokens, index = files_by_hand(documents, "H")
         damaged = damage(index, int(rng.integers(len(index))), rng)
@@ -168,7 +168,7 @@ def test_no_damage_leads_outside_the_file(tmp_path, mmap):
         assert sum(len(dataset[i]) for i in range(len(dataset))) == dataset.num_tokens == len(dataset.tokens[:])
         assert sum(len(dataset.document(k)) for k in range(dataset.num_documents)) == dataset.num_tokens
         assert dataset.tokens[:].nbytes == len(tokens)
-    assert 0 < opened < 100         # most damage is noticed; a boundary moved between its neighbours is not
+    assert 0 < opened < 50         # most damage is noticed; a boundary moved between its neighbours is not
     assert all(str(tmp_path / "x") in message for message in messages)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megadyn.config import Config, DataConfig, TokenizerConfig, batch_plan
 from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.samples import SampleSet, split_documents
 from megadyn.errors import ConfigError, UserError
+from megadyn.model.documents import documents_of
 from megadyn.training.data import Data, evaluation_size, open_data
 from tests.tiny import tiny_config
 
@@ -171,3 +173,23 @@ def test_an_evaluation_takes_whole_rounds(make):
     assert [evaluation_size(data.validation, wanted, plan) for wanted in (2, 3, 20, 64)] == [2, 2, 20, 20]
     with pytest.raises(ConfigError, match=r"^training\.eval_samples = 1: must be at least 2"):
         evaluation_size(data.validation, 1, plan)
+
+
+def test_positions_begin_anew_in_every_document_and_every_sample(tmp_path):
+    """Tokens count up inside a document, so that each says where it must stand."""
+    end = 256
+    lengths = np.random.default_rng(0).integers(1, 60, 50)
+    with IndexedWriter(tmp_path / "x", "<u2") as writer:
+        writer.add(np.concatenate([[*range(n - 1), end] for n in lengths]), lengths, [1] * 50)
+        writer.finish()
+    data = opened(train=str(tmp_path / "x"), split=[1, 0, 0], document_mask=True)
+    assert data.eod == end
+    for sample in data.train:
+        tokens = sample[:-1]
+        found = documents_of(torch.from_numpy(tokens)[None], end)
+        document, position = 0, 0
+        for t, token in enumerate(tokens.tolist()):
+            assert (int(found.ids[0, t]), int(found.positions[0, t])) == (document, position)
+            if token != end:
+                assert position == token - (tokens[0] if document == 0 else 0)
+            document, position = (document + 1, 0) if token == end else (document, position + 1)

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 class Counting:
     """Samples whose tokens tell their number; `broken` cannot be read, and `gate` holds the reader up."""
 
-    key = "counting"
+    key, sequence_length = "counting", 5
 
     def __init__(self, broken: int | None = None) -> None:
         self.broken, self.taken, self.gate = broken, [], threading.Event()
