@@ -2,20 +2,21 @@
 
     python -m megadyn.benchmark.samples [--documents 10000000] [--folder DIR] [--json]
 
-Each figure is the median of runs in processes of their own; the memory is a whole process's at its largest, mapped files
-included. The datasets, whose tokens are random, are made in a temporary folder of DIR and removed at the end.
+Each figure is the best of several runs, each in a process of its own and on one thread; where other work shares the
+machine, the figure by CPU time is the one to compare. The memory is a whole process's at its largest, mapped files included.
+The datasets, whose tokens are random, are made in a temporary folder of DIR and removed at the end.
 """
 
 import argparse
 import json
 import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,10 +35,29 @@ BLEND = (0.4, 0.3, 0.2, 0.07, 0.03)
 RUNS = 3
 
 
+class Spent(NamedTuple):
+    """What a measured piece of work took."""
+
+    wall_s: float
+    cpu_s: float
+    amount: float
+    """Of what it did, where that is the figure: samples, or megabytes."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def stop(self, amount: float = 1.0) -> Spent:
+        return Spent(time.perf_counter() - self._wall, time.process_time() - self._cpu, amount)
+
+
 @dataclass(frozen=True)
 class Figure:
     what: str
     value: float
+    cpu_value: float
+    """The same by CPU time."""
     unit: str
     goal: str
     """Of the project, where it has set one."""
@@ -66,8 +86,9 @@ def measure(folder: Path, documents: int) -> list[Figure]:
     ]
 
 
-def write_sparse(prefix: Path, documents: int) -> float:
+def write_sparse(prefix: Path, documents: int) -> Spent:
     """An index as of real documents, and a .bin that takes no space."""
+    clock = Clock()
     lengths = document_lengths(documents)
     ends = np.cumsum(lengths, dtype=np.int64)
     with Path(f"{prefix}.idx").open("wb") as index, Path(f"{prefix}.bin").open("wb") as tokens:
@@ -75,16 +96,17 @@ def write_sparse(prefix: Path, documents: int) -> float:
         for array in (lengths, (ends - lengths) * 2, np.arange(documents + 1)):
             index.write(array.data)
         tokens.truncate(2 * int(ends[-1]))
-    return 0.0
+    return clock.stop()
 
 
-def write_real(prefix: Path, documents: int) -> float:
+def write_real(prefix: Path, documents: int) -> Spent:
+    clock = Clock()
     lengths = document_lengths(documents)
     with IndexedWriter(prefix, "<u2") as writer:
         tokens = np.random.default_rng(1).integers(0, 2**16, int(lengths.sum(dtype=np.int64)), np.uint16)
         writer.add(tokens, lengths, np.ones(documents, np.int64))
         writer.finish()
-    return 0.0
+    return clock.stop()
 
 
 def document_lengths(documents: int) -> np.ndarray:
@@ -93,76 +115,79 @@ def document_lengths(documents: int) -> np.ndarray:
     return np.minimum(lengths + 1, 10**6).astype("<i4")
 
 
-def open_dataset(prefix: Path) -> float:
-    begin = time.perf_counter()
+def open_dataset(prefix: Path) -> Spent:
+    clock = Clock()
     IndexedDataset(prefix)
-    return (time.perf_counter() - begin) * 1e3
+    return clock.stop()
 
 
-def cut_index(prefix: Path) -> float:
+def cut_index(prefix: Path) -> Spent:
     dataset = IndexedDataset(prefix)
     order = np.random.default_rng(0).permutation(len(dataset))
-    begin = time.perf_counter()
+    clock = Clock()
     sample_places(dataset.sizes.take(order), LENGTH)
-    return time.perf_counter() - begin
+    return clock.stop()
 
 
-def first_start(prefix: Path) -> float:
+def first_start(prefix: Path) -> Spent:
     with tempfile.TemporaryDirectory(dir=prefix.parent) as cache:
         return start(prefix, Path(cache))
 
 
-def later_start(prefix: Path) -> float:
+def later_start(prefix: Path) -> Spent:
     with tempfile.TemporaryDirectory(dir=prefix.parent) as cache:
         start(prefix, Path(cache))
         return start(prefix, Path(cache))
 
 
-def start(prefix: Path, cache: Path) -> float:
+def start(prefix: Path, cache: Path) -> Spent:
     dataset = IndexedDataset(prefix)
-    begin = time.perf_counter()
+    clock = Clock()
     SampleSet(dataset, sequence_length=LENGTH, seed=1, cache_dir=cache).take([0])
-    return time.perf_counter() - begin
+    return clock.stop()
 
 
-def draw_blend(samples: int) -> float:
+def draw_blend(samples: int) -> Spent:
     schedule = Schedule(BLEND)
-    begin = time.perf_counter()
+    clock = Clock()
     for first in range(0, samples, BLOCK):
         schedule.draws(first, min(BLOCK, samples - first))
-    return time.perf_counter() - begin
+    return clock.stop()
 
 
-def read_samples(prefix: Path, batch: int, mmap: bool) -> float:
+def read_samples(prefix: Path, batch: int, mmap: bool) -> Spent:
     samples = SampleSet(IndexedDataset(prefix, mmap=mmap), sequence_length=LENGTH, seed=0)
     for first in range(0, len(samples), 64):            # into the page cache
         samples.take(range(first, min(first + 64, len(samples))))
-    ids = np.random.default_rng(0).integers(0, len(samples), 50_000 // batch * batch).reshape(-1, batch)
-    begin = time.perf_counter()
+    ids = np.random.default_rng(0).integers(0, len(samples), min(50_000, 100 * len(samples)) // batch * batch).reshape(-1, batch)
+    clock = Clock()
     for some in ids:
         samples.take(some)
-    return ids.size / (time.perf_counter() - begin)
+    return clock.stop(ids.size)
 
 
-def merge_twice(prefix: Path, output: Path) -> float:
-    begin = time.perf_counter()
+def merge_twice(prefix: Path, output: Path) -> Spent:
+    clock = Clock()
     merged = merge_datasets([prefix, prefix], output, overwrite=True)
-    return merged.num_tokens * merged.dtype.itemsize / 1e6 / (time.perf_counter() - begin)
+    return clock.stop(merged.num_tokens * merged.dtype.itemsize / 1e6)
 
 
-def verify_all(prefix: Path) -> float:
+def verify_all(prefix: Path) -> Spent:
     dataset = IndexedDataset(prefix)
-    begin = time.perf_counter()
+    clock = Clock()
     verify(dataset, 2**16)
-    return dataset.num_tokens * dataset.dtype.itemsize / 1e6 / (time.perf_counter() - begin)
+    return clock.stop(dataset.num_tokens * dataset.dtype.itemsize / 1e6)
 
 
-def figure(what: str, unit: str, goal: str, run: Callable[..., float], *args: object) -> Figure:
+def figure(what: str, unit: str, goal: str, run: Callable[..., Spent], *args: object) -> Figure:
     runs = [in_a_process(run, *args) for _ in range(RUNS)]
-    return Figure(what, statistics.median(value for value, _ in runs), unit, goal, max(peak for _, peak in runs))
+    wall, cpu = min(spent.wall_s for spent, _ in runs), min(spent.cpu_s for spent, _ in runs)
+    amount = runs[0][0].amount
+    by = {"s": lambda s: s, "ms": lambda s: s * 1e3}.get(unit, lambda s: amount / s)
+    return Figure(what, by(wall), by(cpu), unit, goal, max(peak for _, peak in runs))
 
 
-def in_a_process(run: Callable[..., float], *args: object) -> tuple[float, float]:
+def in_a_process(run: Callable[..., Spent], *args: object) -> tuple[Spent, float]:
     """(what `run` returns, peak memory of the process in MB)."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
@@ -170,25 +195,26 @@ def in_a_process(run: Callable[..., float], *args: object) -> tuple[float, float
     process.start()
     there.close()
     try:
-        value, peak = here.recv()
+        spent, peak = here.recv()
     except EOFError:
         raise UserError(f"measuring {run.__name__} failed") from None
     finally:
         process.join()
-    return value, peak
+    return spent, peak
 
 
-def _report(there: Connection, run: Callable[..., float], args: Sequence[object]) -> None:
-    value = run(*args)
+def _report(there: Connection, run: Callable[..., Spent], args: Sequence[object]) -> None:
+    spent = run(*args)
     status = Path("/proc/self/status").read_text()
     peak_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    there.send((value, peak_kb / 1e3))
+    there.send((spent, peak_kb / 1e3))
 
 
 def as_table(figures: Sequence[Figure]) -> str:
     """Markdown."""
-    rows = [f"| {f.what} | {shown(f.value)} {f.unit} | {f.goal} | {f.peak_mb:,.0f} MB |" for f in figures]
-    return "\n".join(["| what | measured | goal | peak memory |", "|---|---|---|---|", *rows])
+    rows = [f"| {f.what} | {shown(f.value)} {f.unit} | {shown(f.cpu_value)} {f.unit} | {f.goal} | {f.peak_mb:,.0f} MB |"
+            for f in figures]
+    return "\n".join(["| what | measured | by CPU time | goal | peak memory |", "|---|---|---|---|---|", *rows])
 
 
 def shown(value: float) -> str:

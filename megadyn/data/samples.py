@@ -99,28 +99,22 @@ class SampleSet:
         if wanted.size and (wanted.min() < 0 or (not self.shuffle and wanted.max() >= len(self))):
             raise IndexError(f"samples {wanted.min()} to {wanted.max()} of {len(self)}")
         rows = np.empty((len(wanted), self.sequence_length + 1), np.int64)
-        epochs, cuts = np.divmod(wanted, len(self))
-        for number in set(epochs.tolist()):
-            here = epochs == number
-            rows[here] = self._cut(self._epoch(number), cuts[here])
+        for row, s in zip(rows, wanted.tolist(), strict=True):
+            number, place = divmod(s, len(self))
+            epoch = self._epoch(number)
+            row[:] = self._cut(epoch, int(epoch.order[place]))
         return rows
 
-    def _cut(self, epoch: Epoch, ids: Indices) -> NDArray[Any]:
-        """Tokens [B, L + 1], in the dtype of the file, of samples of one epoch, in its order of reading."""
-        cuts = epoch.order[ids]
-        first, skip = epoch.places[cuts].T
-        last, keep = epoch.places[cuts + 1].T
-        counts = last - first + 1                   # sequences that a sample touches
-        row_end = np.cumsum(counts)                 # in the list of those of all samples
-        row_begin = row_end - counts
-        touched = epoch.sequences[np.repeat(first - row_begin, counts) + np.arange(row_end[-1])]
-        begins = self.dataset.starts(touched)
-        ends = begins + self.dataset.sizes[touched]
-        ends[row_end - 1] = begins[row_end - 1] + keep + 1
-        begins[row_begin] += skip
+    def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:
+        """Tokens [L + 1], in the dtype of the file, of sample `k` of the stream."""
+        (first, skip), (last, keep) = epoch.places[k:k + 2].tolist()
+        touched = epoch.sequences[first:last + 1]
+        starts = self.dataset.starts(touched)
+        begins, ends = starts.tolist(), (starts + self.dataset.sizes[touched]).tolist()
+        ends[-1] = begins[-1] + keep + 1
+        begins[0] += skip
         tokens = self.dataset.tokens
-        parts = [tokens[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        return np.concatenate(parts).reshape(len(ids), -1)
+        return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
 
     def _load(self, number: int) -> Epoch:
         """The index of one epoch, from the cache or built into it."""
