@@ -38,6 +38,8 @@ def test_a_dataset_or_a_blend(tmp_path, given, found, name):
 def test_a_blend_may_replace_a_dataset_on_the_command_line(tmp_path):
     section = load(tmp_path, "data.train=[{prefix: a, weight: 1}, {prefix: b, weight: 2}]")
     assert section.sources("train") == [Source("a", 1.0), Source("b", 2.0)]
+    section = load(tmp_path, "data.train=[{prefix: a, tokens: 2e12}, {prefix: b, tokens: 1_000}]")
+    assert section.sources("train") == [Source("a", 2e12), Source("b", 1000.0)]
     assert load(tmp_path, "data.train=a", train=["b", "c"]).sources("train") == [Source("a")]
 
 

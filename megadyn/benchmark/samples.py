@@ -45,6 +45,8 @@ class Spent(NamedTuple):
 
 
 class Clock:
+    """Starts when it is made."""
+
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
