@@ -52,9 +52,9 @@ def run(config: Config) -> None:
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model.attention, config.precision)
-    for samples in (data.validation, data.test):
+    for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
-            evaluation_size(samples, config.training.eval_samples, plan)
+            evaluation_size(name, samples, config.training.eval_samples, plan)
     resume = config.checkpoint.resume
     checkpoints = Path(config.output_dir) / CHECKPOINTS
     if resume == "never" and any(checkpoints.glob("iteration-*")):
@@ -172,7 +172,7 @@ class Job:
         if samples is None:
             return
         plan = self.engine.plan
-        size = evaluation_size(samples, self.config.training.eval_samples, plan)
+        size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
         routed = self.config.model.routing.kind != "dense"
         losses = {}
         for mode in ("topk", "causal") if routed else ("topk",):

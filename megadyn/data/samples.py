@@ -95,14 +95,13 @@ class SampleSet:
 
     def take(self, ids: Sequence[int] | Indices) -> Indices:
         """Tokens [B, L + 1] of the samples `ids` [B], counted from the start of the run."""
-        wanted = np.asarray(ids, np.int64)
-        if wanted.size and (wanted.min() < 0 or (not self.shuffle and wanted.max() >= len(self))):
-            raise IndexError(f"samples {wanted.min()} to {wanted.max()} of {len(self)}")
-        rows = np.empty((len(wanted), self.sequence_length + 1), np.int64)
-        for row, s in zip(rows, wanted.tolist(), strict=True):
-            number, place = divmod(s, len(self))
-            epoch = self._epoch(number)
-            row[:] = self._cut(epoch, int(epoch.order[place]))
+        rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
+        for row, s in zip(rows, np.asarray(ids, np.int64).tolist(), strict=True):
+            epoch, place = divmod(s, self._samples)
+            if s < 0 or (epoch and not self.shuffle):
+                raise IndexError(f"sample {s} of {self._samples}")
+            index = self._epoch(epoch)
+            row[:] = self._cut(index, int(index.order[place]))
         return rows
 
     def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:

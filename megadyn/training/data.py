@@ -97,14 +97,15 @@ def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples) ->
                       f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
 
 
-def evaluation_size(samples: Samples, wanted: int, plan: BatchPlan) -> int:
-    """Held-out samples that an evaluation uses: `wanted`, or fewer, a multiple of what one round of ranks takes."""
+def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -> int:
+    """Samples of the set `name` that an evaluation uses: `wanted`, or fewer, a multiple of what one round of ranks takes."""
     per_round = plan.micro_batch * plan.data_parallel
     size = min(wanted, len(samples)) // per_round * per_round
     if size == 0:
         raise ConfigError("training.eval_samples", wanted,
-                          f"at least {per_round} (one micro-batch a data-parallel rank), of which the validation set "
+                          f"at least {per_round} (one micro-batch a data-parallel rank), of which the {name} set "
                           f"must have as many; it has {len(samples)}")
     if size < wanted:
-        log.info("evaluations use %d samples: of %d wanted, %d there are, in rounds of %d", size, wanted, len(samples), per_round)
+        log.info("evaluations on the %s set use %d samples: of %d wanted, %d there are, in rounds of %d", name, size, wanted,
+                 len(samples), per_round)
     return size

@@ -170,9 +170,11 @@ def test_an_evaluation_takes_whole_rounds(make):
     config = configured(train=make("a", 100), split=[0.9, 0.1, 0])
     data, plan = open_data(config), batch_plan(config, 2)
     assert data.validation is not None and len(data.validation) == 20
-    assert [evaluation_size(data.validation, wanted, plan) for wanted in (2, 3, 20, 64)] == [2, 2, 20, 20]
+    assert [evaluation_size("validation", data.validation, wanted, plan) for wanted in (2, 3, 20, 64)] == [2, 2, 20, 20]
     with pytest.raises(ConfigError, match=r"^training\.eval_samples = 1: must be at least 2"):
-        evaluation_size(data.validation, 1, plan)
+        evaluation_size("validation", data.validation, 1, plan)
+    with pytest.raises(ConfigError, match="of which the test set must have as many; it has 20"):
+        evaluation_size("test", data.validation, 1, plan)
 
 
 def test_positions_begin_anew_in_every_document_and_every_sample(tmp_path):
