@@ -33,6 +33,8 @@ LENGTH = 4096
 MEAN_DOCUMENT = 400
 BLEND = (0.4, 0.3, 0.2, 0.07, 0.03)
 RUNS = 3
+ROUNDS, SAMPLES_A_ROUND = 25, 2000
+"""Of reading samples, in each run."""
 
 
 class Spent(NamedTuple):
@@ -161,10 +163,15 @@ def read_samples(prefix: Path, batch: int, mmap: bool) -> Spent:
     samples = SampleSet(IndexedDataset(prefix, mmap=mmap), sequence_length=LENGTH, seed=0)
     for first in range(0, len(samples), 64):            # into the page cache
         samples.take(range(first, min(first + 64, len(samples))))
-    ids = np.random.default_rng(0).integers(0, len(samples), min(50_000, 100 * len(samples)) // batch * batch).reshape(-1, batch)
+    draw = np.random.default_rng(0)
+    return min(read_round(samples, draw.integers(0, len(samples), (SAMPLES_A_ROUND // batch, batch))) for _ in range(ROUNDS))
+
+
+def read_round(samples: SampleSet, ids: np.ndarray) -> Spent:
+    """ids [n, B]: short enough to fall between the turns of other processes."""
     clock = Clock()
-    for some in ids:
-        samples.take(some)
+    for batch in ids:
+        samples.take(batch)
     return clock.stop(ids.size)
 
 
