@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megadyn.config_data import DataConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
 
 
@@ -212,24 +213,6 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    train: str = "???"
-    """Prefix of an indexed dataset: PREFIX.bin and PREFIX.idx."""
-    validation: str | None = None
-    """Prefix of a separate validation set; else `validation_fraction` of the documents of `train`."""
-    validation_fraction: float = 0.01
-    """Share of the training set's documents kept for validation when no separate set is given; 0 for none."""
-    document_mask: bool = False
-    """Attention, positions and moving averages stay inside a document; documents end with the tokenizer's end token."""
-    cache: str | None = None
-    """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
-
-    def check(self) -> None:
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError("data.validation_fraction", self.validation_fraction, "in [0, 1)")
-
-
-@dataclass
 class TokenizerConfig:
     path: str = "???"
     """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
@@ -294,11 +277,19 @@ class OptimizerConfig:
                               f"at most optimizer.learning_rate = {self.learning_rate}")
 
 
+LENGTHS = ("iterations", "tokens", "samples", "epochs")
+"""Keys that give the length of a run; one of them is given."""
+
+
 @dataclass
 class TrainingConfig:
     iterations: int | None = None
     tokens: int | None = None
     """Length of the run in tokens, instead of `iterations`; rounded up to whole steps."""
+    samples: int | None = None
+    """The same in samples; rounded up to whole steps."""
+    epochs: float | None = None
+    """The same in passes over the training data (a blend's: until its first dataset runs out); rounded down to whole steps."""
     global_batch_size: int = 32
     """Samples in a step, over all data-parallel ranks and micro-batches."""
     micro_batch_size: int = 1
@@ -313,19 +304,41 @@ class TrainingConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
     def check(self) -> None:
-        for name in ("iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples"):
+        for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
+                     "eval_samples"):
             at_least(f"training.{name}", getattr(self, name), 1)
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.seed", self.seed, 0)
-        if (self.iterations is None) == (self.tokens is None):
-            raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, one of the two")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError("training.epochs", self.epochs, "a finite number above 0")
+        given = [f"training.{name}" for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, training.samples or "
+                              f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}")
         if self.tokens is not None:
-            self.iterations = math.ceil(self.tokens / self.tokens_per_step)
-            self.tokens = None       # the resolved config states the length once
+            self.iterations = -(-self.tokens // self.tokens_per_step)
+        if self.samples is not None:
+            self.iterations = -(-self.samples // self.global_batch_size)
+        self.tokens = self.samples = None       # the resolved config states the length once
+
+    def resolve_epochs(self, samples: int) -> None:
+        """Turns `epochs` into `iterations`, once the `samples` of one are known. ConfigError if they make no step."""
+        if self.epochs is None:
+            return
+        self.iterations = int(self.epochs * samples) // self.global_batch_size
+        if self.iterations == 0:
+            raise ConfigError("training.epochs", self.epochs, f"more: an epoch has {samples} samples, and a step takes "
+                              f"training.global_batch_size = {self.global_batch_size}")
+        self.epochs = None
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def num_samples(self) -> int:
+        """Of the whole run; once `epochs` is resolved."""
+        return (self.iterations or 0) * self.global_batch_size
 
 
 @dataclass

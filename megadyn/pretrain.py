@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,16 +18,19 @@ import torch.distributed as dist
 from megadyn.checkpoint import save_load
 from megadyn.checkpoint.layout import read_manifest, resolve
 from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, save_config
+from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
+from megadyn.data.samples import Samples
 from megadyn.errors import ConfigError, Parser, UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
 from megadyn.model.attention import attention_backend
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
-from megadyn.training.data import Data, evaluation_size, open_data, step_batches
+from megadyn.training.data import Data, evaluation_size, open_data
 from megadyn.training.engine import Engine, StepResult
 from megadyn.training.guard import StopSignal, TrainingDiverged
+from megadyn.training.loader import Loader
 from megadyn.training.optimizer import learning_rate
 from megadyn.training.telemetry import Telemetry
 
@@ -48,8 +52,9 @@ def run(config: Config) -> None:
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model.attention, config.precision)
-    if data.validation is not None:
-        evaluation_size(data.validation, config.training.eval_samples, plan)
+    for name, samples in (("validation", data.validation), ("test", data.test)):
+        if samples is not None:
+            evaluation_size(name, samples, config.training.eval_samples, plan)
     resume = config.checkpoint.resume
     checkpoints = Path(config.output_dir) / CHECKPOINTS
     if resume == "never" and any(checkpoints.glob("iteration-*")):
@@ -110,28 +115,45 @@ class Job:
             log.info("%s", run_line(self.config, self.engine))
 
     def train(self) -> None:
-        cfg, engine = self.config.training, self.engine
-        total = cfg.iterations or 0
+        total = self.config.training.iterations or 0
         if self.iteration == 0:
-            self.evaluate()
-        while self.iteration < total:
-            rate = learning_rate(self.config.optimizer, self.iteration, total)
-            batches = step_batches(self.data.train, self.consumed_samples, cfg.global_batch_size, engine.plan,
-                                   engine.grid.dp.rank)
-            result = engine.train_step(batches, rate)
-            self.iteration += 1
-            self.consumed_samples += cfg.global_batch_size
-            stopping = self.stop.asked()
-            if self.due(self.config.logging.interval) or stopping:
-                self.report(result, rate)
-            if self.due(cfg.eval_interval):
-                self.evaluate()
-            if self.due(self.config.checkpoint.interval) or stopping:
-                self.save()
-            if stopping:
-                log.info("stopped by %s after iteration %d; start again to go on", self.stop.received or "a signal elsewhere",
-                         self.iteration)
-                return
+            self.evaluate("validation", self.data.validation)
+        batch = self.engine.plan.global_batch
+        end = self.consumed_samples + (total - self.iteration) * batch
+        with self.load(self.data.train, self.consumed_samples, end, step=batch) as loader:
+            while self.iteration < total:
+                if self.step(loader, total):
+                    log.info("stopped by %s after iteration %d; start again to go on", self.stop.received or "a signal elsewhere",
+                             self.iteration)
+                    return
+
+    def step(self, loader: Loader, total: int) -> bool:
+        """One step of `total`, and what is due behind it; true if the run was asked to stop."""
+        cfg, plan = self.config.training, self.engine.plan
+        rate = learning_rate(self.config.optimizer, self.iteration, total)
+        result = self.engine.train_step(islice(loader, plan.micro_batches), rate)
+        self.iteration += 1
+        self.consumed_samples += plan.global_batch
+        if self.telemetry:
+            self.telemetry.add_wait(loader.take_wait())
+        stopping = self.stop.asked()
+        if self.due(self.config.logging.interval) or stopping:
+            self.report(result, rate)
+        if self.due(cfg.eval_interval):
+            self.evaluate("validation", self.data.validation)
+        if self.iteration == total:
+            self.evaluate("test", self.data.test)
+        if self.due(self.config.checkpoint.interval) or stopping:
+            self.save()
+        return stopping
+
+    def load(self, samples: Samples, first: int, end: int, step: int) -> Loader:
+        """This rank's micro-batches of samples `first` to `end`; a stage between the first and the last reads none."""
+        grid, plan = self.engine.grid, self.engine.plan
+        reads = grid.is_first_stage or grid.is_last_stage
+        ids = micro_batch_ids(first, end if reads else first, global_batch=step, micro_batch=plan.micro_batch,
+                              dp_rank=grid.dp.rank, dp_size=grid.dp.size)
+        return Loader(samples, ids, self.engine.device)
 
     def due(self, interval: int) -> bool:
         """At every `interval`-th iteration and the last; at the last only where `interval` is 0."""
@@ -145,20 +167,20 @@ class Job:
             self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=float(result.loss),
                                  grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing)
 
-    def evaluate(self) -> None:
-        """Validation loss under each routing; a dense model has one, which stands for both."""
-        samples, engine = self.data.validation, self.engine
+    def evaluate(self, name: str, samples: Samples | None) -> None:
+        """Loss on held-out samples under each routing; a dense model has one, which stands for both."""
         if samples is None:
             return
-        size = evaluation_size(samples, self.config.training.eval_samples, engine.plan)
+        plan = self.engine.plan
+        size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
         routed = self.config.model.routing.kind != "dense"
         losses = {}
         for mode in ("topk", "causal") if routed else ("topk",):
-            batches = step_batches(samples, 0, size, engine.plan, engine.grid.dp.rank)
-            losses[mode] = engine.evaluate(batches, size // (engine.plan.micro_batch * engine.plan.data_parallel), mode)
+            with self.load(samples, 0, size, step=size) as loader:
+                losses[mode] = self.engine.evaluate(loader, size // (plan.micro_batch * plan.data_parallel), mode)
         losses.setdefault("causal", losses["topk"])
         if self.telemetry:
-            self.telemetry.validation(self.iteration, losses)
+            self.telemetry.evaluation(self.iteration, name, losses)
 
     def check_sound(self) -> None:
         if not self.engine.weights_are_sound:

@@ -200,8 +200,13 @@ IMPOSSIBLE = [
         "iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples")),
     ("training.eval_interval=-1", "training.eval_interval", "at least 0"),
     ("training.seed=-1", "training.seed", "at least 0"),
-    ("training.tokens=100", "training.iterations", "training.tokens, one of the two"),
-    ("training.iterations=null", "training.iterations", "training.tokens, one of the two"),
+    ("training.tokens=100", "training.iterations", "one of the four and not training.iterations with training.tokens"),
+    ("training.iterations=null", "training.iterations", "training.tokens, training.samples or training.epochs, one of the four"),
+    ("training.iterations=null training.samples=3 training.epochs=1", "training.iterations",
+     "and not training.samples with training.epochs"),
+    *((f"training.iterations=null training.epochs={value}", "training.epochs", "a finite number above 0")
+      for value in ("0", "-1", ".inf", ".nan")),
+    ("training.iterations=null training.samples=0", "training.samples", "at least 1"),
     ("training.micro_batch_size=5", "training.global_batch_size", "a multiple of training.micro_batch_size = 5"),
     ("training.sequence_length=64 model.max_position=32", "training.sequence_length", "at most model.max_position = 32"),
     ("checkpoint.interval=-1", "checkpoint.interval", "at least 0"),
@@ -251,10 +256,27 @@ def test_sizes_that_are_given_stay(tmp_path):
 
 
 @pytest.mark.parametrize(("tokens", "iterations"), [(1, 1), (64, 1), (65, 2), (640, 10)])
-def test_a_length_in_tokens_becomes_whole_steps(tmp_path, tokens, iterations):
+def test_a_length_in_tokens_or_samples_becomes_whole_steps(tmp_path, tokens, iterations):
     training = load(tmp_path, "training.iterations=null", f"training.tokens={tokens}", "training.global_batch_size=4",
                     "training.sequence_length=16").training
     assert (training.iterations, training.tokens) == (iterations, None)
+    training = load(tmp_path, "training.iterations=null", f"training.samples={tokens}", "training.global_batch_size=64").training
+    assert (training.iterations, training.samples) == (iterations, None)
+
+
+@pytest.mark.parametrize(("epochs", "iterations"), [(1, 25), (0.5, 12), (2, 50), (0.04, 1), (3.999, 99)])
+def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterations):
+    training = load(tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4").training
+    assert training.iterations is None
+    training.resolve_epochs(100)
+    assert (training.iterations, training.epochs) == (iterations, None)
+
+
+def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
+    training = load(tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4").training
+    with pytest.raises(ConfigError, match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
+                                          r"training\.global_batch_size = 4$"):
+        training.resolve_epochs(3)
 
 
 @pytest.mark.parametrize(("hidden", "factor", "width"), [

@@ -2,17 +2,19 @@
 
     python tools/inspect_dataset.py data/corpus --documents 2 --tokenizer tokenizer/ --verify
 
---verify reads every token: ids against the vocabulary, and the stream against the hash kept in data/corpus.json.
+Opening it checks the index: offsets, lengths, document boundaries and the sizes of both files. --verify reads every
+token as well: ids against the vocabulary, and the stream against the hash kept in data/corpus.json.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from megadyn.data.arguments import add_json_argument
+from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.inspection import length_histogram, verify
-from megadyn.data.tokenizer import Tokenizer, load_tokenizer
+from megadyn.data.samples import SampleSet
+from megadyn.data.tokenizer import TokenArray, Tokenizer, load_tokenizer
 from megadyn.errors import Parser, UserError, run_tool
 
 SHOWN_TOKENS = 200
@@ -22,6 +24,9 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", type=Path, metavar="PREFIX")
     parser.add_argument("--documents", type=int, default=0, metavar="N", help=f"show N documents, {SHOWN_TOKENS} tokens of each")
+    parser.add_argument("--samples", type=int, default=0, metavar="N",
+                        help=f"show N samples as training cuts them, before they are shuffled, {SHOWN_TOKENS} tokens of each")
+    parser.add_argument("--sequence-length", type=positive, default=1024, metavar="T", help="of the samples (default: 1024)")
     parser.add_argument("--tokenizer", metavar="DIR|FILE.model|byte", help="decode them; must be the one that made the dataset")
     parser.add_argument("--verify", action="store_true", help="read and check every token")
     add_json_argument(parser)
@@ -49,18 +54,20 @@ def main() -> None:
         result |= {"verified": True, "sha256": found.sha256, "smallest_id": found.smallest_id, "largest_id": found.largest_id}
         print(f"verified: ids {found.smallest_id} to {found.largest_id}, sha256 {found.sha256}")
     for k in range(min(args.documents, dataset.num_documents)):
-        show(dataset, k, tokenizer)
+        show(f"document {k}", dataset.document(k), tokenizer)
+    if args.samples > 0:
+        samples = SampleSet(dataset, sequence_length=args.sequence_length, seed=0, shuffle=False)
+        for k in range(min(args.samples, len(samples))):
+            show(f"sample {k}", samples[k], tokenizer)
     if args.json:
         print(json.dumps(result))
 
 
-def show(dataset: IndexedDataset, k: int, tokenizer: Tokenizer | None) -> None:
-    tokens = dataset.document(k)
+def show(what: str, tokens: TokenArray, tokenizer: Tokenizer | None) -> None:
     ids = tokens[:SHOWN_TOKENS].tolist()
-    print(f"--- document {k}: {len(tokens):,} tokens" + (f", the first {SHOWN_TOKENS}" if len(tokens) > SHOWN_TOKENS else ""))
+    print(f"--- {what}: {len(tokens):,} tokens" + (f", the first {SHOWN_TOKENS}" if len(tokens) > SHOWN_TOKENS else ""))
     if tokenizer and max(ids, default=0) >= tokenizer.vocab_size:
-        raise UserError(f"document {k} holds token id {max(ids)}, but tokenizer {tokenizer.name} has "
-                        f"{tokenizer.vocab_size} ids only")
+        raise UserError(f"{what} holds token id {max(ids)}, but tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids only")
     print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
 
 

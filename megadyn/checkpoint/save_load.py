@@ -221,7 +221,7 @@ def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[st
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
     if data_key is not None and manifest["data_key"] != data_key:
-        raise UserError(f"{folder} was trained on other data or in another order (data.train, data.validation_fraction): its "
+        raise UserError(f"{folder} was trained on other data or in another order (data.train, data.split): its "
                         "position means nothing here; checkpoint.allow_other_data=true goes on all the same")
     set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]

@@ -1,11 +1,11 @@
 """Which samples a data-parallel rank takes in a step: a pure function of the samples consumed before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.samples import SampleSet
+from megadyn.data.samples import Samples
 
 Tokens = NDArray[np.int64]
 
@@ -19,15 +19,21 @@ def sample_ids(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> 
     return range(first, first + share)
 
 
-def batches(samples: SampleSet, consumed: int, *, global_batch: int, micro_batch: int,
-            dp_rank: int = 0, dp_size: int = 1) -> Iterator[tuple[Tokens, Tokens]]:
-    """This rank's micro-batches of one step as (tokens, labels), each [micro_batch, sequence_length].
+def micro_batch_ids(consumed: int, end: int, *, global_batch: int, micro_batch: int,
+                    dp_rank: int = 0, dp_size: int = 1) -> Iterator[range]:
+    """Samples of this rank's micro-batches, one after the other, in the steps from sample `consumed` of the run to `end`."""
+    for step in range(consumed, end, global_batch):
+        ids = sample_ids(step, global_batch, dp_rank, dp_size)
+        if len(ids) % micro_batch:
+            raise ValueError(f"{len(ids)} samples a rank cannot be cut into micro-batches of {micro_batch}")
+        for first in range(0, len(ids), micro_batch):
+            yield ids[first:first + micro_batch]
+
+
+def read_batch(samples: Samples, ids: Sequence[int]) -> tuple[Tokens, Tokens]:
+    """The samples as (tokens, labels), each [len(ids), sequence_length].
 
     Label t is token t + 1: shifted here, and nowhere else.
     """
-    ids = sample_ids(consumed, global_batch, dp_rank, dp_size)
-    if len(ids) % micro_batch:
-        raise ValueError(f"{len(ids)} samples a rank cannot be cut into micro-batches of {micro_batch}")
-    for first in range(0, len(ids), micro_batch):
-        rows = np.stack([samples[s] for s in ids[first:first + micro_batch]])
-        yield rows[:, :-1], rows[:, 1:]
+    rows = samples.take(ids)
+    return rows[:, :-1], rows[:, 1:]

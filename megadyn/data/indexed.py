@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import struct
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_VOCAB_LIMIT = 65500
 """Vocabularies from here on are stored as int32; Megatron-LM's bound, a little under 2^16."""
 LONGEST_SEQUENCE = 2**31 - 1
+CHUNK_SEQUENCES = 2**18
+"""Sequences that are checked at once: few enough to stay in the processor's cache."""
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -49,37 +52,36 @@ def files_of(prefix: Path) -> dict[str, Path]:
 
 
 class IndexedDataset:
-    """A dataset on disk, read through memory maps.
+    """A dataset on disk, read through memory maps or, where a file system is bad at those, by plain reads.
 
     Opening checks all that the index says against itself and the file sizes, so that no later read can leave the
     file; `UserError` names the file and the mismatch. Token values are not read (see `inspection.verify`).
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, mmap: bool = True) -> None:
         self.prefix = Path(prefix)
         bin_path, record_path, self.index_path = files_of(self.prefix).values()
         for path in (self.index_path, bin_path):
             if not path.is_file():
                 raise UserError(f"dataset {self.prefix}: no file {path}")
         with os_errors_named(self.prefix):
-            self._open(bin_path, record_path)
+            self._open(bin_path, record_path, mmap)
 
-    def _open(self, bin_path: Path, record_path: Path) -> None:
+    def _open(self, bin_path: Path, record_path: Path, mmap: bool) -> None:
         self.dtype, sequences, boundaries = read_header(self.index_path)
-        index = np.memmap(self.index_path, np.uint8, mode="r")
+        index = np.memmap(self.index_path, np.uint8, mode="r") if mmap else np.fromfile(self.index_path, np.uint8)
         at_offsets, at_boundaries = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
         self.sizes: NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
         """Tokens in each sequence [S]."""
-        offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, at_offsets)
+        self._offsets: NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, at_offsets)
         self.document_index: NDArray[np.int64] = np.frombuffer(index, "<i8", boundaries, at_boundaries)
         """Boundaries of the documents in sequences [D + 1]."""
-        self.starts = checked_starts(self.index_path, self.sizes, offsets, self.dtype.itemsize)
-        """Place of each sequence in `tokens`, and the end of the last [S + 1]."""
+        self.num_tokens = check_offsets(self.index_path, self.sizes, self._offsets, self.dtype.itemsize)
         check_boundaries(self.index_path, self.document_index, sequences)
-        self.num_tokens = int(self.starts[-1])
         self.num_documents = boundaries - 1
-        self.tokens: TokenArray = map_tokens(bin_path, self.dtype, self.num_tokens)
-        """All tokens in file order, a memory map."""
+        check_tokens(bin_path, self.dtype, self.num_tokens)
+        self.tokens: TokenArray | FileTokens = (map_tokens if mmap else FileTokens)(bin_path, self.dtype, self.num_tokens)
+        """All tokens in file order; a slice of it is an array."""
         self.record: Record | None = read_record(record_path)
         check_record(record_path, self.record, self)
 
@@ -91,14 +93,50 @@ class IndexedDataset:
         """Tokens of sequence `i`, in the dtype of the file."""
         if not 0 <= i < len(self):
             raise IndexError(f"sequence {i} of {len(self)}")
-        return self.tokens[self.starts[i]:self.starts[i + 1]]
+        begin = int(self.starts(np.array(i)))
+        return self.tokens[begin:begin + int(self.sizes[i])]
 
     def document(self, k: int) -> TokenArray:
         """Tokens of document `k`, its sequences joined."""
         if not 0 <= k < self.num_documents:
             raise IndexError(f"document {k} of {self.num_documents}")
-        first, end = self.document_index[k:k + 2]
-        return self.tokens[self.starts[first]:self.starts[end]]
+        first, end = self.document_index[k:k + 2].tolist()
+        if first == end:
+            return np.empty(0, self.dtype)
+        begin, last = self.starts(np.array([first, end - 1])).tolist()
+        return self.tokens[begin:last + int(self.sizes[end - 1])]
+
+    def starts(self, sequences: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Where in `tokens` each of `sequences` begins."""
+        starts: NDArray[np.int64] = self._offsets[sequences] // self.dtype.itemsize
+        return starts
+
+
+class FileTokens:
+    """The tokens of a `.bin` by plain reads, which any number of threads may do at once. Slices give arrays."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], count: int) -> None:
+        self._path, self._dtype, self._count = path, dtype, count
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, wanted: slice) -> TokenArray:
+        """Tokens of a slice of step 1; `UserError` if the file became shorter since it was opened."""
+        first, end, step = wanted.indices(self._count)
+        if step != 1:
+            raise ValueError(f"a slice of step {step}")
+        tokens = np.empty(max(0, end - first), self._dtype)
+        left, offset = tokens.view(np.uint8).data, first * self._dtype.itemsize
+        while left:
+            with os_errors_named(self._path):
+                got = os.preadv(self._file, [left], offset)
+            if not got:
+                raise UserError(f"{self._path}: ends at byte {offset}; it became shorter while it was read")
+            left, offset = left[got:], offset + got
+        return tokens
 
 
 def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
@@ -122,17 +160,22 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     return DTYPES[code], sequences, boundaries
 
 
-def checked_starts(path: Path, sizes: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> NDArray[np.int64]:
-    """Running sum of `sizes` [S + 1] in tokens, once `offsets` says the same in bytes."""
-    if sizes.size and sizes.min() < 0:
-        raise UserError(f"{path}: sequence {int(sizes.argmin())} has a negative length")
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    wrong = offsets != starts[:-1] * itemsize
-    if wrong.any():
-        i = int(wrong.argmax())
-        raise UserError(f"{path}: sequence {i} is at byte {offsets[i]}, but the lengths before it end at {starts[i] * itemsize}")
-    return starts
+def check_offsets(path: Path, sizes: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> int:
+    """Number of tokens, the sum of `sizes` [S], once `offsets` [S] says the same in bytes."""
+    tokens = 0
+    for first in range(0, len(sizes), CHUNK_SEQUENCES):
+        part = sizes[first:first + CHUNK_SEQUENCES]
+        if part.min() < 0:
+            raise UserError(f"{path}: sequence {first + int((part < 0).argmax())} has a negative length")
+        ends = np.cumsum(part, dtype=np.int64) + tokens
+        starts = (ends - part) * itemsize
+        wrong = offsets[first:first + CHUNK_SEQUENCES] != starts
+        if wrong.any():
+            i = int(wrong.argmax())
+            raise UserError(f"{path}: sequence {first + i} is at byte {offsets[first + i]}, but the lengths before it end at "
+                            f"{starts[i]}")
+        tokens = int(ends[-1])
+    return tokens
 
 
 def check_boundaries(path: Path, boundaries: NDArray[np.int64], sequences: int) -> None:
@@ -140,10 +183,13 @@ def check_boundaries(path: Path, boundaries: NDArray[np.int64], sequences: int) 
         raise UserError(f"{path}: its document boundaries do not rise from 0 to the {sequences} sequences")
 
 
-def map_tokens(path: Path, dtype: np.dtype[Any], count: int) -> TokenArray:
+def check_tokens(path: Path, dtype: np.dtype[Any], count: int) -> None:
     have, want = path.stat().st_size, count * dtype.itemsize
     if have != want:
         raise UserError(f"{path}: {have} bytes, but its index describes {want} ({count} tokens of {dtype}); was it cut short?")
+
+
+def map_tokens(path: Path, dtype: np.dtype[Any], count: int) -> TokenArray:
     if not count:
         return np.empty(0, dtype)       # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype, mode="r"))     # plain array: slices of np.memmap are slow to make
@@ -224,12 +270,19 @@ class IndexedWriter:
         self._add_counts(lengths, sequences)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends a whole dataset of the same dtype: a copy of its bytes."""
+        """Appends a whole dataset of the same dtype: a copy of its bytes. `UserError` if they change meanwhile."""
         if dataset.dtype != self.dtype:
             raise ValueError(f"{dataset.dtype} tokens cannot be copied among {self.dtype} ones")
-        with files_of(dataset.prefix)["bin"].open("rb") as tokens:
-            shutil.copyfileobj(tokens, self, 2**20)
-        self._add_counts(dataset.sizes, np.diff(dataset.document_index))
+        self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index))
+
+    def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
+        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
+        before = self._bin.tell()
+        with path.open("rb") as tokens:
+            shutil.copyfileobj(tokens, self, 2**22)
+        if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
+            raise UserError(f"{path}: changed while it was copied")
+        self._add_counts(lengths, sequences)
 
     def write(self, raw: bytes) -> int:
         """Appends tokens that are bytes already."""
@@ -261,11 +314,12 @@ class IndexedWriter:
         lengths = join(self._lengths, "<i4")
         offsets = np.zeros(len(lengths) + 1, "<i8")
         np.cumsum(lengths, out=offsets[1:])
+        offsets *= self.dtype.itemsize
         boundaries = np.zeros(self.num_documents + 1, "<i8")
         np.cumsum(join(self._sequences, "<i8"), out=boundaries[1:])
         index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries)))
-        for array in (lengths, offsets[:-1] * self.dtype.itemsize, boundaries):
-            index.write(array.tobytes())
+        for array in (lengths, offsets[:-1], boundaries):
+            index.write(array.data)
 
 
 def join(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:

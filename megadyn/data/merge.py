@@ -17,13 +17,17 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = 
     tokenizer made them, or if `output` exists without `overwrite`.
     """
     refuse_existing(files_of(output).values(), overwrite)
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    for dataset in datasets[1:]:
-        check_alike(datasets[0], dataset)
-    with os_errors_named(output), IndexedWriter(output, datasets[0].dtype) as writer:
-        for dataset in datasets:
+    first = IndexedDataset(prefixes[0])
+    for prefix in prefixes[1:]:         # all, before the first is copied; one at a time, for there may be thousands
+        check_alike(first, IndexedDataset(prefix))
+    records = []
+    with os_errors_named(output), IndexedWriter(output, first.dtype) as writer:
+        for prefix in prefixes:
+            dataset = IndexedDataset(prefix)
+            check_alike(first, dataset)             # again: it is another file now if it was replaced meanwhile
             writer.add_dataset(dataset)
-        writer.finish(merged_record([dataset.record for dataset in datasets], writer))
+            records.append(dataset.record)
+        writer.finish(merged_record(records, writer))
     return IndexedDataset(output)
 
 

@@ -8,58 +8,77 @@ neither on the length of the run nor on how many ranks share it.
 """
 
 import hashlib
-import io
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.files import os_errors_named, temporary_beside
+from megadyn.data.files import temporary_beside
 from megadyn.data.indexed import IndexedDataset
 from megadyn.errors import UserError
+from megadyn.log import log
 
 Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 LAYOUT = 1
 """Part of every cache key; raised whenever the same inputs are to give other samples."""
 SPLIT, SEQUENCES, SAMPLES = range(3)
 """What a random order is for; keeps orders of one seed apart."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class Samples(Protocol):
+    """What can be trained on: one set of samples, or a blend of several."""
+
+    key: str
+    """Equal for equal samples in equal order."""
+    sequence_length: int
+    """L; a sample is L + 1 tokens."""
+
+    def __len__(self) -> int:
+        """Samples before any of them comes again."""
+
+    def take(self, ids: Sequence[int] | Indices) -> Indices:
+        """Tokens [B, L + 1] of the samples with these numbers, counted from the start of the run."""
 
 
 class Epoch(NamedTuple):
-    """The index of one epoch. Field order is the order of `SampleSet._build`."""
+    """The index of one epoch, in whole numbers of one type. Field order is the order in the cache."""
 
-    sequences: Indices  # [S]         sequences of the stream, in its order
-    places: Indices     # [n + 1, 2]  position kL of the stream: place in `sequences`, offset in tokens
-    order: Indices      # [n]         the samples, in the order of reading
+    sequences: NDArray[Any]  # [S]         sequences of the stream, in its order
+    places: NDArray[Any]     # [n + 1, 2]  position kL of the stream: place in `sequences`, offset in tokens
+    order: NDArray[Any]      # [n]         the samples, in the order of reading
 
 
 class SampleSet:
     """Samples of `sequence_length` + 1 tokens from some documents of a dataset.
 
-    `len()` is the number in one epoch. Shuffled, the samples go on for ever; unshuffled, they are one pass in the
-    order of the file. The indices are kept in `cache_dir` (PREFIX.cache by default), under a key of all that they
-    depend on; any number of processes may build one at the same time.
+    `len()` is the number in one epoch. Shuffled, the samples go on for ever, and the index of each epoch is kept in
+    `cache_dir` (PREFIX.cache by default) under a key of all that it depends on; any number of processes may build
+    one at the same time. Unshuffled, they are one pass in the order of the file, which needs no cache.
     """
 
-    def __init__(self, dataset: IndexedDataset, *, sequence_length: int, seed: int, documents: Indices | None = None,
+    def __init__(self, dataset: IndexedDataset, *, sequence_length: int, seed: int, documents: Mask | None = None,
                  shuffle: bool = True, cache_dir: str | Path | None = None) -> None:
-        """`documents`: the split, all documents by default. `UserError` if it is too short for one sample."""
+        """`documents` [D]: those of the split, all by default. `UserError` if it is too short for one sample."""
         self.dataset, self.sequence_length, self.seed, self.shuffle = dataset, sequence_length, seed, shuffle
-        if documents is None:
-            documents = np.arange(dataset.num_documents)
-        self.sequences = sequences_of(dataset, documents)
-        self.num_tokens = int(dataset.sizes[self.sequences].sum(dtype=np.int64))
+        self._chosen = None if documents is None or documents.all() else sequences_of(dataset, documents)
+        sizes = dataset.sizes if self._chosen is None else dataset.sizes[self._chosen]
+        self.num_tokens = int(sizes.sum(dtype=np.int64))
         self._samples = (self.num_tokens - 1) // sequence_length
         if self._samples < 1:
-            raise UserError(f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {len(documents)} documents are too few "
+            count = dataset.num_documents if documents is None else int(documents.sum())
+            raise UserError(f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {count} documents are too few "
                             f"for one sample of sequence length {sequence_length}, which takes {sequence_length + 1}")
+        largest = max(len(sizes), self._samples)
+        self._shapes = ((len(sizes),), (self._samples + 1, 2), (self._samples,))
+        self._type = np.dtype("<i4" if largest < 2**31 else "<i8")
         self.cache_dir = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
-        self.key = content_key(dataset.index_path, LAYOUT, sequence_length, seed, shuffle, documents)
+        self.key = content_key(LAYOUT, sequence_length, seed, shuffle, dataset.sizes, self._chosen)
         self._epoch = lru_cache(maxsize=2)(self._load)      # a batch may reach into the next epoch
 
     def __len__(self) -> int:
@@ -67,71 +86,111 @@ class SampleSet:
 
     def __getitem__(self, s: int) -> Indices:
         """Tokens [L + 1] of sample `s`, counted from the start of the run."""
-        if s < 0 or (not self.shuffle and s >= len(self)):
-            raise IndexError(f"sample {s} of {len(self)}")
-        epoch = self._epoch(s // len(self))
-        k = epoch.order[s % len(self)]
-        (first, skip), (last, keep) = epoch.places[k:k + 2].tolist()
-        run = epoch.sequences[first:last + 1]
-        begins, ends = self.dataset.starts[run], self.dataset.starts[run + 1]
-        ends[-1] = begins[-1] + keep + 1
-        begins[0] += skip
-        tokens = self.dataset.tokens
-        parts = [tokens[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-        return np.concatenate(parts, dtype=np.int64)
+        row: Indices = self.take([s])[0]
+        return row
 
     def __iter__(self) -> Iterator[Indices]:
         """The samples of one epoch."""
         return (self[s] for s in range(len(self)))
 
+    def take(self, ids: Sequence[int] | Indices) -> Indices:
+        """Tokens [B, L + 1] of the samples `ids` [B], counted from the start of the run."""
+        rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
+        for row, s in zip(rows, np.asarray(ids, np.int64).tolist(), strict=True):
+            epoch, place = divmod(s, self._samples)
+            if s < 0 or (epoch and not self.shuffle):
+                raise IndexError(f"sample {s} of {self._samples}")
+            index = self._epoch(epoch)
+            row[:] = self._cut(index, int(index.order[place]))
+        return rows
+
+    def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:
+        """Tokens [L + 1], in the dtype of the file, of sample `k` of the stream."""
+        (first, skip), (last, keep) = epoch.places[k:k + 2].tolist()
+        touched = epoch.sequences[first:last + 1]
+        starts = self.dataset.starts(touched)
+        begins, ends = starts.tolist(), (starts + self.dataset.sizes[touched]).tolist()
+        ends[-1] = begins[-1] + keep + 1
+        begins[0] += skip
+        tokens = self.dataset.tokens
+        return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
+
     def _load(self, number: int) -> Epoch:
         """The index of one epoch, from the cache or built into it."""
-        shapes = ((len(self.sequences),), (len(self) + 1, 2), (len(self),))
-        paths = [self.cache_dir / f"{self.key}-{number}-{name}.npy" for name in Epoch._fields]
-        found = [load_array(path, shape) for path, shape in zip(paths, shapes, strict=True)]
-        arrays = [array for array in found if array is not None]
-        if len(arrays) < len(paths):
-            arrays = list(self._build(number))
-            with os_errors_named(self.cache_dir):
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
-                for path, array in zip(paths, arrays, strict=True):
-                    save_array(path, array)
-        return Epoch(*arrays)
+        if not self.shuffle:
+            return self._build(number)
+        path = self.cache_dir / f"{self.key}-{number}.index"
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            if (found := self._read(path)) is not None:
+                return found
+            epoch = self._build(number)
+            if self._read(path) is None:        # else another process was faster
+                save_arrays(path, epoch)
+        except OSError as error:
+            raise UserError(f"{error.filename or self.cache_dir}: {error.strerror or error}; the order of samples is kept "
+                            f"there (data.cache names another folder)") from error
+        return epoch
+
+    def _read(self, path: Path) -> Epoch | None:
+        """The cached index, memory-mapped; None if there is none, or not what was written."""
+        if not path.exists():
+            return None
+        ends = np.cumsum([np.prod(shape, dtype=np.int64) for shape in self._shapes])
+        if path.stat().st_size == DIGEST_BYTES + int(ends[-1]) * self._type.itemsize:
+            raw = np.memmap(path, np.uint8, mode="r")
+            if hashlib.sha256(raw[DIGEST_BYTES:].data).digest() == raw[:DIGEST_BYTES].tobytes():
+                parts = np.split(np.frombuffer(raw, self._type, offset=DIGEST_BYTES), ends[:-1])
+                return Epoch(*(part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)))
+        log.warning("%s is damaged and is built anew", path)
+        return None
 
     def _build(self, number: int) -> Epoch:
-        sequences, order = self.sequences, np.arange(len(self))
+        chosen = np.arange(len(self.dataset)) if self._chosen is None else np.flatnonzero(self._chosen)
+        sequences, order = chosen.astype(self._type), np.arange(len(self), dtype=self._type)
         if self.shuffle:
-            sequences = random_order(self.seed, SEQUENCES, number).permutation(sequences)
-            order = random_order(self.seed, SAMPLES, number).permutation(order)
-        return Epoch(sequences, sample_places(self.dataset.sizes[sequences], self.sequence_length), order)
+            random_order(self.seed, SEQUENCES, number).shuffle(sequences)
+            random_order(self.seed, SAMPLES, number).shuffle(order)
+        places = sample_places(self.dataset.sizes.take(sequences), self.sequence_length)
+        return Epoch(sequences, places.astype(self._type), order)
 
 
-def split_documents(dataset: IndexedDataset, validation_fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """(training documents, validation documents): disjoint, in the order of the file, drawn from `seed`.
+class Split(NamedTuple):
+    """Which documents [D] are for what: disjoint, and together all."""
 
-    At least one document each; `UserError` if there are fewer than two. A fraction of 0 keeps none for validation.
+    train: Mask
+    validation: Mask
+    test: Mask
+
+
+def split_documents(dataset: IndexedDataset, validation: float, test: float, seed: int) -> Split:
+    """Keeps these shares of the documents for validation and test, drawn from `seed`.
+
+    A share above 0 is at least one document, and one at least is left for training; `UserError` if there are too few.
     """
     count = dataset.num_documents
-    if validation_fraction == 0:
-        return np.arange(count), np.empty(0, np.int64)
-    if count < 2:
-        raise UserError(f"dataset {dataset.prefix} has {count} document, which cannot be split into training and validation; "
-                        f"name a separate validation set, or a validation fraction of 0")
-    held_out = min(max(1, round(count * validation_fraction)), count - 1)
-    order = random_order(seed, SPLIT).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    least = 1 + (validation > 0) + (test > 0)
+    if least > 1 and count < least:
+        raise UserError(f"dataset {dataset.prefix} has {count} document{'s' * (count != 1)}, too few for a split into {least}; "
+                        f"name separate sets (data.validation, data.test), or keep none (data.split: [1, 0, 0])")
+    for_validation = min(max(1, round(count * validation)), count - least + 1) if validation else 0
+    for_test = min(max(1, round(count * test)), count - for_validation - 1) if test else 0
+    split = Split(np.ones(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
+    if held_out := for_validation + for_test:
+        order = random_order(seed, SPLIT).permutation(count)
+        split.train[order[:held_out]] = False
+        split.validation[order[:for_validation]] = True
+        split.test[order[for_validation:held_out]] = True
+    return split
 
 
 def random_order(*what: int) -> np.random.Generator:
     return np.random.default_rng(what)
 
 
-def sequences_of(dataset: IndexedDataset, documents: Indices) -> Indices:
-    """All sequences of `documents`, in order."""
-    first = dataset.document_index[documents]
-    counts = dataset.document_index[documents + 1] - first
-    before = np.cumsum(counts) - counts
-    return np.repeat(first - before, counts) + np.arange(counts.sum())
+def sequences_of(dataset: IndexedDataset, documents: Mask) -> Mask:
+    """Which sequences [S] belong to `documents` [D]."""
+    return np.repeat(documents, np.diff(dataset.document_index))
 
 
 def sample_places(sizes: NDArray[np.int32], sequence_length: int) -> Indices:
@@ -148,44 +207,26 @@ def sample_places(sizes: NDArray[np.int32], sequence_length: int) -> Indices:
     return np.stack([place, positions - starts[place]], axis=1)
 
 
-def content_key(index_path: Path, *parts: Any) -> str:
-    """Hash of a dataset's index and of `parts`: equal where the samples are."""
-    with index_path.open("rb") as index:
-        digest = hashlib.file_digest(index, "sha256")
+def content_key(*parts: Any) -> str:
+    """Hash of `parts`, arrays among them by their content."""
+    digest = hashlib.sha256()
     for part in parts:
-        digest.update(repr(part).encode() if not isinstance(part, np.ndarray) else np.ascontiguousarray(part).tobytes())
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode())
         digest.update(b";")
     return digest.hexdigest()[:24]
 
 
-def load_array(path: Path, shape: tuple[int, ...]) -> Indices | None:
-    """The cached array, memory-mapped; None if it is missing or is not of this shape and type.
-
-    The header is compared, not parsed: numpy's parser meets a damaged one with warnings and errors of many kinds.
-    """
-    header = npy_header(shape)
-    try:
-        with path.open("rb") as file:
-            sound = file.read(len(header)) == header
-        if not sound or path.stat().st_size != len(header) + 8 * math.prod(shape):
-            return None
-        return np.asarray(np.memmap(path, "<i8", mode="r", offset=len(header), shape=shape))
-    except OSError:
-        return None
-
-
-def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Start of a `.npy` file that holds int64 numbers."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
-def save_array(path: Path, array: Indices) -> None:
-    """Appears under `path` complete, whoever else writes it at the same time."""
+def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
+    """The arrays behind the sha256 of them all; appears under `path` complete, whoever else writes it at the same time."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.data)
     temporary = temporary_beside(path)
     try:
-        temporary.write_bytes(npy_header(array.shape) + array.astype("<i8").tobytes())
+        with temporary.open("wb") as file:
+            file.write(digest.digest())
+            for array in arrays:
+                file.write(array.data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,31 +1,31 @@
-"""From the configuration's dataset names to the micro-batches of a step."""
+"""From the configuration's dataset names to sets of samples."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from megadyn.config import BatchPlan, Config
-from megadyn.data.batches import batches
+from megadyn.config_data import Source
+from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
-from megadyn.data.samples import Indices, SampleSet, split_documents
-from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
+from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import ConfigError
 from megadyn.log import log
 
 
 class Data(NamedTuple):
-    train: SampleSet
-    validation: SampleSet | None
+    train: Samples
+    validation: Samples | None
+    test: Samples | None
     eod: int | None
     """The token that ends a document, where samples are masked by document."""
 
 
 def open_data(config: Config) -> Data:
-    """Opens and checks tokenizer and datasets, and fills in `model.vocab_size` where it was left out.
+    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` where it was left
+    out, and `training.iterations` where the run is given in epochs.
 
-    Raises UserError for files that are missing, damaged, or do not fit each other or the model.
+    Raises UserError for files that are missing, damaged, or do not fit each other, the model or the length of the run.
     """
     tokenizer = load_tokenizer(config.tokenizer.path)
     if config.model.vocab_size is None:
@@ -33,46 +33,79 @@ def open_data(config: Config) -> Data:
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError("model.vocab_size", config.model.vocab_size,
                           f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})")
-    section, training = config.data, config.training
-    train = IndexedDataset(section.train)
-    check_tokenizer(train, tokenizer)
-    documents, held_out = None, None
-    if section.validation is not None:
-        other = IndexedDataset(section.validation)
-        check_tokenizer(other, tokenizer)
-    else:
-        other = train
-        documents, held_out = split_documents(train, section.validation_fraction, training.seed)
-    for dataset in (train, other):
-        if section.document_mask and dataset.record is not None and not dataset.record.append_eod:
-            raise ConfigError("data.document_mask", True, f"false: {dataset.prefix} was made without --append-eod, so that "
-                              "nothing in it marks where documents end")
-    has_validation = section.validation is not None or section.validation_fraction > 0
+    section, seed = config.data, config.training.seed
+    sources = section.sources("train")
+    datasets = [open_dataset(source.prefix, config, tokenizer) for source in sources]
+    assert section.split is not None
+    _, for_validation, for_test = section.split
+    splits = [split_documents(dataset, for_validation, for_test, seed) for dataset in datasets]
+    # Another seed for each dataset, or those with as many documents would be shuffled alike.
+    train = blended(sources, [cut(config, dataset, split.train, seed + d) for d, (dataset, split) in
+                              enumerate(zip(datasets, splits, strict=True))])
+    config.training.resolve_epochs(len(train))
+    refuse_repeats(config, sources, train)
+    log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
+             f"{config.training.num_samples:,}")
 
-    def cut(dataset: IndexedDataset, documents: Indices | None, shuffle: bool) -> SampleSet:
-        return SampleSet(dataset, sequence_length=training.sequence_length, seed=training.seed, documents=documents,
-                         shuffle=shuffle, cache_dir=section.cache)
+    def held_out(name: str, share: float) -> Samples | None:
+        """The datasets that `name` names, or else its share of those for training."""
+        if own := section.sources(name):
+            return blended(own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own])
+        if not share:
+            return None
+        return blended(sources, [cut(config, dataset, getattr(split, name)) for dataset, split in
+                                 zip(datasets, splits, strict=True)])
 
-    return Data(cut(train, documents, shuffle=True), cut(other, held_out, shuffle=False) if has_validation else None,
+    return Data(train, held_out("validation", for_validation), held_out("test", for_test),
                 tokenizer.eod if section.document_mask else None)
 
 
-def step_batches(samples: SampleSet, consumed: int, global_batch: int, plan: BatchPlan,
-                 dp_rank: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This data-parallel rank's (tokens, labels), [micro_batch, T] each, of the step after `consumed` samples."""
-    for tokens, labels in batches(samples, consumed, global_batch=global_batch, micro_batch=plan.micro_batch,
-                                  dp_rank=dp_rank, dp_size=plan.data_parallel):
-        yield torch.from_numpy(tokens).contiguous(), torch.from_numpy(labels).contiguous()
+def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDataset:
+    dataset = IndexedDataset(prefix, mmap=config.data.mmap)
+    check_tokenizer(dataset, tokenizer)
+    if config.data.document_mask and dataset.record is not None and not dataset.record.append_eod:
+        raise ConfigError("data.document_mask", True, f"false: {dataset.prefix} was made without --append-eod, so that "
+                          "nothing in it marks where documents end")
+    return dataset
 
 
-def evaluation_size(samples: SampleSet, wanted: int, plan: BatchPlan) -> int:
-    """Validation samples that an evaluation uses: `wanted`, or fewer, a multiple of what one round of ranks takes."""
+def cut(config: Config, dataset: IndexedDataset, documents: Mask | None = None, seed: int | None = None) -> SampleSet:
+    """Samples in an order drawn from `seed`, or one pass in the order of the file."""
+    return SampleSet(dataset, sequence_length=config.training.sequence_length, seed=seed or 0, documents=documents,
+                     shuffle=seed is not None, cache_dir=config.data.cache)
+
+
+def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
+    """Each set in its share, or in proportion to its size where none is given."""
+    if len(sets) == 1:
+        return sets[0]
+    return Blend(sets, [len(samples) if source.share is None else source.share for source, samples in
+                        zip(sources, sets, strict=True)])
+
+
+def dataset_names(sources: Sequence[Source]) -> str:
+    return sources[0].prefix if len(sources) == 1 else f"a blend of {len(sources)} datasets"
+
+
+def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples) -> None:
+    """ConfigError if the run would use a dataset twice and may not."""
+    wanted, per_step = config.training.num_samples, config.training.global_batch_size
+    if config.data.repeat or wanted <= len(train):
+        return
+    first = train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
+    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {len(train) // per_step}: "
+                      f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
+
+
+def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -> int:
+    """Samples of the set `name` that an evaluation uses: `wanted`, or fewer, a multiple of what one round of ranks takes."""
     per_round = plan.micro_batch * plan.data_parallel
     size = min(wanted, len(samples)) // per_round * per_round
     if size == 0:
         raise ConfigError("training.eval_samples", wanted,
-                          f"at least {per_round} (one micro-batch a data-parallel rank), of which the validation set "
+                          f"at least {per_round} (one micro-batch a data-parallel rank), of which the {name} set "
                           f"must have as many; it has {len(samples)}")
     if size < wanted:
-        log.info("evaluations use %d samples: of %d wanted, %d there are, in rounds of %d", size, wanted, len(samples), per_round)
+        log.info("evaluations on the %s set use %d samples: of %d wanted, %d there are, in rounds of %d", name, size, wanted,
+                 len(samples), per_round)
     return size

@@ -123,7 +123,7 @@ class Engine:
             self.engine.train()
             total = torch.zeros((), device=self.device)
             for tokens, labels in batches:
-                micro_loss = self.engine(tokens.to(self.device), labels.to(self.device))
+                micro_loss = self.engine(self._on_device(tokens), self._on_device(labels))
                 self.engine.backward(micro_loss)
                 self.engine.step()
                 total += micro_loss.detach()
@@ -154,7 +154,7 @@ class Engine:
                 self.engine.eval()
                 total = torch.zeros((), device=self.device)
                 for tokens, labels in batches:
-                    total += self.engine(tokens.to(self.device), labels.to(self.device))
+                    total += self.engine(self._on_device(tokens), self._on_device(labels))
                 loss = self._mean_over_ranks(total, count)
         finally:
             for layer, monitor in zip(self.routed, monitors):
@@ -210,6 +210,9 @@ class Engine:
         if self.config.parallel.sequence:
             x = sum_over(x, self.grid.tp) / self.grid.tp.size
         return sum_over(x, self.grid.dp) / self.grid.dp.size
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.device, non_blocking=True)        # without a wait where the loader pinned them
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)

@@ -9,7 +9,7 @@ import torch
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, thresholds
 from megadyn.config import ModelConfig, load_config
-from megadyn.data.batches import batches
+from megadyn.data.batches import read_batch
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.samples import SampleSet
 from megadyn.data.tokenizer import load_tokenizer
@@ -117,8 +117,8 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
         total = torch.zeros((), dtype=torch.float64, device=device)
         for first in range(0, count, batch_size):
             size = min(batch_size, count - first)
-            for tokens, labels in batches(chosen, first, global_batch=size, micro_batch=size):
-                total += network(torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)).double() * size
+            tokens, labels = (torch.from_numpy(part).to(device) for part in read_batch(chosen, range(first, first + size)))
+            total += network(tokens, labels).double() * size
         result[mode] = float(total) / count
         statistics = [layer.monitor.read() for layer in routed]
         for name in ("routed_fraction", "causal_agreement"):

@@ -29,21 +29,27 @@ class Telemetry:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports: only where it is asked for
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
-        self._reported, self._since = start_iteration, time.perf_counter()
+        self.restart_clock(start_iteration)
 
     def restart_clock(self, iteration: int) -> None:
         """Measures anew from here: what was done since the last step (evaluating, saving) is not training time."""
-        self._reported, self._since = iteration, time.perf_counter()
+        self._reported, self._since, self._waited_s = iteration, time.perf_counter(), 0.0
+
+    def add_wait(self, seconds: float) -> None:
+        """Counts time of a step in which training waited for its data."""
+        self._waited_s += seconds
 
     def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
               routing: dict[int, dict[str, float]]) -> None:
         """Reports the state after `iteration` steps."""
-        step_time = (time.perf_counter() - self._since) / max(1, iteration - self._reported)
+        steps = max(1, iteration - self._reported)
+        step_time = (time.perf_counter() - self._since) / steps
         record = {
             "iteration": iteration, "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_samples * self.config.training.sequence_length,
             "lm_loss": lm_loss, "aux_losses": auxiliary_losses(routing), "grad_norm": grad_norm,
             "learning_rate": learning_rate, "step_time_ms": step_time * 1e3,
+            "data_time_ms": self._waited_s / steps * 1e3,
             "tokens_per_second": self.tokens_per_step / step_time, "model_tflops": self.tflops_per_step / step_time,
             "routing": {str(layer): routing[layer] for layer in sorted(routing)},
         }
@@ -51,10 +57,11 @@ class Telemetry:
         log.info("%s", train_line(record, self.iterations, (self.iterations - iteration) * step_time))
         self.restart_clock(iteration)
 
-    def validation(self, iteration: int, losses: dict[str, float]) -> None:
-        self._write({"iteration": iteration, "validation": losses})
+    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
+        """Losses on the set `name`, `validation` or `test`, by routing."""
+        self._write({"iteration": iteration, name: losses})
         shown = "  ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
-        log.info("%s", f"{progress(iteration, self.iterations)}  validation loss  {shown}")
+        log.info("%s", f"{progress(iteration, self.iterations)}  {name} loss  {shown}")
         self.restart_clock(iteration)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import struct
 from itertools import chain
 from pathlib import Path
@@ -82,15 +83,16 @@ def test_writer_makes_the_bytes_of_the_format(tmp_path, documents, letter):
     assert (folder / "x.idx").read_bytes() == index
 
 
+@pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "plain"])
 @pytest.mark.parametrize(("documents", "letter"), CASES.values(), ids=CASES)
-def test_reader_reads_the_bytes_of_the_format(tmp_path, documents, letter):
-    dataset = IndexedDataset(put(tmp_path / "x", *files_by_hand(documents, letter)))
+def test_reader_reads_the_bytes_of_the_format(tmp_path, documents, letter, mmap):
+    dataset = IndexedDataset(put(tmp_path / "x", *files_by_hand(documents, letter)), mmap=mmap)
     sequences = [sequence for document in documents for sequence in document]
     assert [dataset[i].tolist() for i in range(len(dataset))] == sequences
     assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == [list(chain(*d)) for d in documents]
     assert dataset.sizes.tolist() == [len(sequence) for sequence in sequences]
     assert dataset.document_index.tolist() == np.cumsum([0] + [len(d) for d in documents]).tolist()
-    assert dataset.tokens.tolist() == list(chain(*sequences))
+    assert dataset.tokens[:].tolist() == list(chain(*sequences))
     assert dataset.num_tokens == len(dataset.tokens)
     assert dataset.dtype == CODES[letter][1]
     assert dataset.record is None
@@ -133,6 +135,86 @@ def test_every_flipped_bit_is_noticed_or_changes_no_bound(tmp_path):
         assert sum(len(dataset.document(k)) for k in range(dataset.num_documents)) == dataset.num_tokens
     # What may pass: dtype int16 for uint16, and the two inner boundaries moved between their neighbours.
     assert refused >= 8 * len(index) - 10
+
+
+def replaced(index: bytes, at: int, count: int, new: bytes) -> bytes:
+    return index[:at] + new + index[at + count:]
+
+
+DAMAGES = {
+    "noise": lambda index, at, rng: replaced(index, at, 8, rng.bytes(8)),
+    "extremes": lambda index, at, rng: replaced(
+        index, at, 8, struct.pack("<q", rng.choice([-1, 0, 1, 2**31, 2**62, -2**63, 2**63 - 1]))),
+    "put in": lambda index, at, rng: replaced(index, at, 0, rng.bytes(rng.integers(1, 20))),
+    "taken out": lambda index, at, rng: replaced(index, at, rng.integers(1, 20), b""),
+    "all noise": lambda index, at, rng: index[:9] + rng.bytes(len(index) - 9),
+}
+
+
+@pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "plain"])
+def test_no_damage_leads_outside_the_file(tmp_path, mmap):
+    """Whatever is in the index: a sentence that names it, or a dataset that holds together."""
+    rng = np.random.default_rng(0)
+    opened, messages = 0, []
+    for damage in [*DAMAGES.values()] * 40:
+        documents = [[rng.integers(0, 99, rng.integers(0, 4)).tolist() for _ in range(rng.integers(0, 3))] for _ in range(4)]
+        tokens, index = files_by_hand(documents, "H")
+        damaged = damage(index, int(rng.integers(len(index))), rng)
+        try:
+            dataset = IndexedDataset(put(tmp_path / "x", tokens, damaged), mmap=mmap)
+        except UserError as error:
+            messages.append(str(error))
+            continue
+        opened += 1
+        assert sum(len(dataset[i]) for i in range(len(dataset))) == dataset.num_tokens == len(dataset.tokens[:])
+        assert sum(len(dataset.document(k)) for k in range(dataset.num_documents)) == dataset.num_tokens
+        assert dataset.tokens[:].nbytes == len(tokens)
+    assert 0 < opened < 50         # most damage is noticed; a boundary moved between its neighbours is not
+    assert all(str(tmp_path / "x") in message for message in messages)
+
+
+def test_a_file_that_shrinks_under_a_plain_reader_is_an_error(tmp_path):
+    dataset = IndexedDataset(put(tmp_path / "x", *files_by_hand([[[1, 2, 3]]], "H")), mmap=False)
+    assert dataset[0].tolist() == [1, 2, 3]
+    (tmp_path / "x.bin").write_bytes(b"\1\0\2")
+    with pytest.raises(UserError, match=r"x\.bin: ends at byte 3; it became shorter while it was read"):
+        dataset[0]
+    with pytest.raises(ValueError, match="step 2"):
+        dataset.tokens[::2]
+
+
+def open_handles(path: Path) -> int:
+    """How often this process has `path` open."""
+    with os.scandir("/proc/self/fd") as handles:
+        links = [entry.path for entry in handles]
+    return sum(os.path.exists(link) and os.path.samefile(link, path) for link in links)
+
+
+def test_a_plain_reader_keeps_no_file_open_behind_it(tmp_path):
+    put(tmp_path / "x", *files_by_hand([[[1, 2, 3]]], "H"))
+    datasets = [IndexedDataset(tmp_path / "x", mmap=False) for _ in range(10)]
+    assert open_handles(tmp_path / "x.bin") == 10
+    first = datasets[0][0]
+    datasets.clear()
+    assert open_handles(tmp_path / "x.bin") == open_handles(tmp_path / "x.idx") == 0
+    assert first.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_offsets_are_checked_over_the_borders_of_chunks(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("megadyn.data.indexed.CHUNK_SEQUENCES", chunk)
+    tokens, index = files_by_hand([[[1, 2]], [[]], [[3]], [[4, 5]], [[6]]], "i")
+    assert [ids.tolist() for ids in map(IndexedDataset(put(tmp_path / "x", tokens, index)).document, range(5))] == [
+        [1, 2], [], [3], [4, 5], [6]]
+    for sequence in range(5):
+        damaged = bytearray(index)
+        damaged[34 + 20 + 8 * sequence] += 4
+        with pytest.raises(UserError, match=f"sequence {sequence} is at byte {damaged[34 + 20 + 8 * sequence]}, but"):
+            IndexedDataset(put(tmp_path / "x", tokens, bytes(damaged)))
+        damaged = bytearray(index)
+        damaged[34 + 4 * sequence + 3] = 0x80
+        with pytest.raises(UserError, match=f"sequence {sequence} has a negative length"):
+            IndexedDataset(put(tmp_path / "x", tokens, bytes(damaged)))
 
 
 @pytest.mark.parametrize(("at", "what", "sentence"), [
@@ -241,9 +323,10 @@ def test_over_4_gib_and_2_31_tokens_are_read_right(tmp_path):
         file.truncate(2 * int(starts[3]))
         file.seek(2 * int(starts[2]))
         file.write(struct.pack("<3H", 5, 6, 7))
-    dataset = IndexedDataset(tmp_path / "x")
-    assert dataset.num_tokens == 2**32 + 1
-    assert dataset[2].tolist() == [5, 6, 7]
+    for mmap in (True, False):
+        dataset = IndexedDataset(tmp_path / "x", mmap=mmap)
+        assert dataset.num_tokens == 2**32 + 1
+        assert dataset[2].tolist() == dataset.document(2).tolist() == [5, 6, 7]
 
 
 def test_sequence_over_the_limit_is_refused(tmp_path, monkeypatch):

@@ -1,9 +1,12 @@
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megadyn.data.batches import batches, sample_ids
+from megadyn.data.batches import micro_batch_ids, read_batch, sample_ids
+from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.samples import SampleSet, sample_places, sequences_of, split_documents
 from megadyn.errors import UserError
 
@@ -11,6 +14,11 @@ from megadyn.errors import UserError
 def random_documents(rng: np.random.Generator, count: int) -> list[list[int]]:
     """Lengths of sequences per document: none, empty, short and long ones."""
     return [[int(rng.choice([0, 0, 1, 2, 5, 17])) for _ in range(rng.integers(0, 4))] for _ in range(count)]
+
+
+def mask(dataset, documents) -> np.ndarray:
+    """The documents as `SampleSet` takes them."""
+    return np.isin(np.arange(dataset.num_documents), documents)
 
 
 def naive_epoch(dataset, documents, order, length):
@@ -27,7 +35,7 @@ def test_samples_equal_a_naive_loop(case, write_dataset):
     documents = np.sort(rng.choice(dataset.num_documents, int(rng.integers(5, 21)), replace=False))
     tokens = sum(len(dataset.document(k)) for k in documents)
     length = int(rng.integers(1, max(2, min(30, tokens))))
-    samples = SampleSet(dataset, sequence_length=length, seed=case, documents=documents)
+    samples = SampleSet(dataset, sequence_length=length, seed=case, documents=mask(dataset, documents))
     for epoch in range(3):
         def order(sequences, epoch=epoch):
             return np.random.default_rng([case, 1, epoch]).permutation(sequences)
@@ -37,19 +45,35 @@ def test_samples_equal_a_naive_loop(case, write_dataset):
         got = [samples[epoch * len(samples) + s].tolist() for s in range(len(samples))]
         assert got == [want[k] for k in shuffled]
 
-    unshuffled = SampleSet(dataset, sequence_length=length, seed=case, documents=documents, shuffle=False)
+    unshuffled = SampleSet(dataset, sequence_length=length, seed=case, documents=mask(dataset, documents), shuffle=False)
     assert [sample.tolist() for sample in unshuffled] == naive_epoch(dataset, documents, lambda s: s, length)
 
+    ids = rng.integers(0, 3 * len(samples), 20)         # of several epochs, some twice, in any order
+    for dataset_read in (dataset, IndexedDataset(dataset.prefix, mmap=False)):
+        again = SampleSet(dataset_read, sequence_length=length, seed=case, documents=mask(dataset, documents))
+        assert np.array_equal(again.take(ids), np.stack([samples[int(s)] for s in ids]))
+    assert samples.take([]).shape == (0, length + 1)
 
-@pytest.mark.parametrize("case", range(50))
-def test_places_equal_a_naive_walk(case):
-    rng = np.random.default_rng(case)
-    sizes = rng.choice([0, 0, 1, 2, 3, 8, 40], rng.integers(1, 30)).astype(np.int32)
-    sizes[rng.integers(len(sizes))] = 9
-    length = int(rng.integers(1, 9))
-    where = [(i, offset) for i, size in enumerate(sizes) for offset in range(size)]     # of each stream position
-    samples = (len(where) - 1) // length
-    assert sample_places(sizes, length).tolist() == [list(where[k * length]) for k in range(samples + 1)]
+
+def naive_places(sizes: list[int], length: int) -> list[list[int]]:
+    """Rows of a sample index by its definition: along the stream, note sequence and offset at every `length`-th token."""
+    rows, position = [], 0
+    tokens = sum(sizes)
+    for sequence, size in enumerate(sizes):
+        for offset in range(size):
+            if position % length == 0 and position // length <= (tokens - 1) // length:
+                rows.append([sequence, offset])
+            position += 1
+    return rows
+
+
+def test_places_equal_a_naive_walk():
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        sizes = rng.choice([0, 0, 1, 2, 3, 8, 40], rng.integers(1, 30))
+        sizes[rng.integers(len(sizes))] = 9
+        length = int(rng.choice([1, 2, 3, 8, 9, 30]))
+        assert sample_places(sizes.astype(np.int32), length).tolist() == naive_places(sizes.tolist(), length)
 
 
 def test_sample_order_is_part_of_the_contract(write_dataset):
@@ -75,7 +99,27 @@ def test_one_pass_ends_and_the_shuffled_stream_does_not(write_dataset):
     with pytest.raises(IndexError):
         one_pass[4]
     with pytest.raises(IndexError):
+        one_pass.take([0, 4])
+    with pytest.raises(IndexError):
         endless[-1]
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_samples_beyond_2_31_tokens_and_2_32_bytes(tmp_path, mmap):
+    """A sparse dataset of 2^32 tokens and some, whose last token stands behind the 8 GiB."""
+    lengths = [2**31 - 1] * 2 + [7]
+    with IndexedWriter(tmp_path / "x", "<u2") as writer:
+        writer._bin.truncate(2 * sum(lengths))
+        writer._bin.seek(2 * (sum(lengths) - 7))
+        writer.write(np.arange(1, 8, dtype="<u2").tobytes())
+        writer._add_counts(np.array(lengths), np.array([1, 1, 1]))
+        writer.finish()
+    length = 1717300                        # divides all but one of the tokens
+    samples = SampleSet(IndexedDataset(tmp_path / "x", mmap=mmap), sequence_length=length, seed=0, shuffle=False)
+    assert len(samples) == 2501
+    assert samples[0].sum() == samples[1251].sum() == 0         # the second crosses 2^31
+    assert samples[2500][:-7].sum() == 0
+    assert samples[2500][-7:].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_seed_and_epoch_change_the_order(write_dataset):
@@ -92,33 +136,49 @@ def test_too_few_tokens_for_one_sample(write_dataset):
     with pytest.raises(UserError, match=r"the 5 tokens of 3 documents are too few .* sequence length 5, which takes 6"):
         SampleSet(dataset, sequence_length=5, seed=0)
     with pytest.raises(UserError, match="the 0 tokens of 1 documents"):
-        SampleSet(dataset, sequence_length=1, seed=0, documents=np.array([1]))
+        SampleSet(dataset, sequence_length=1, seed=0, documents=mask(dataset, [1]))
 
 
 def test_sequences_of_documents(write_dataset):
     dataset = write_dataset([[1], [], [2, 0, 3], [4], []])
-    assert sequences_of(dataset, np.array([2, 1, 0, 4])).tolist() == [1, 2, 3, 0]
-    assert sequences_of(dataset, np.array([], np.int64)).tolist() == []
+    assert sequences_of(dataset, mask(dataset, [1, 2, 4])).tolist() == [False, True, True, True, False]
+    assert not sequences_of(dataset, mask(dataset, [])).any()
 
 
-@pytest.mark.parametrize(("count", "fraction", "held_out"),
-                         [(2, 0.01, 1), (2, 0.99, 1), (100, 0.1, 10), (100, 0.001, 1), (7, 0, 0)])
-def test_split_by_document(write_dataset, count, fraction, held_out):
+@pytest.mark.parametrize(("count", "validation", "test", "held_out"),
+                         [(2, 0.01, 0, (1, 0)), (2, 0.99, 0, (1, 0)), (100, 0.1, 0, (10, 0)), (100, 0.001, 0, (1, 0)),
+                          (7, 0, 0, (0, 0)), (100, 0.1, 0.25, (10, 25)), (3, 0.01, 0.01, (1, 1)), (3, 0.5, 0.4, (1, 1)),
+                          (10, 0.5, 0.49, (5, 4)), (2, 0, 0.01, (0, 1)), (1, 0, 0, (0, 0))])
+def test_split_by_document(write_dataset, count, validation, test, held_out):
     dataset = write_dataset([[1]] * count)
-    train, validation = split_documents(dataset, fraction, seed=3)
-    assert len(validation) == held_out
-    assert sorted([*train.tolist(), *validation.tolist()]) == list(range(count))
-    assert train.tolist() == sorted(train.tolist())
-    again = split_documents(dataset, fraction, seed=3)
-    assert np.array_equal(train, again[0])
-    assert np.array_equal(validation, again[1])
+    split = split_documents(dataset, validation, test, seed=3)
+    assert (split.validation.sum(), split.test.sum()) == held_out
+    assert np.array_equal(np.stack(split).sum(axis=0), np.ones(count))      # each document is for one thing
+    assert np.array_equal(np.stack(split), np.stack(split_documents(dataset, validation, test, seed=3)))
 
 
-def test_split_depends_on_the_seed_and_needs_two_documents(write_dataset):
+def test_the_split_is_part_of_the_contract(write_dataset):
+    """A change here trains on what earlier checkpoints were validated on."""
+    split = split_documents(write_dataset([[1]] * 20), 0.2, 0.1, seed=1234)
+    order = np.random.default_rng([1234, 0]).permutation(20)
+    assert np.flatnonzero(split.validation).tolist() == sorted(order[:4])
+    assert np.flatnonzero(split.test).tolist() == sorted(order[4:6])
+
+
+def test_split_depends_on_the_seed_and_needs_a_document_for_each_part(write_dataset):
     dataset = write_dataset([[1]] * 100)
-    assert len({tuple(split_documents(dataset, 0.1, seed)[1].tolist()) for seed in range(5)}) == 5
-    with pytest.raises(UserError, match="has 1 document, which cannot be split"):
-        split_documents(write_dataset([[5]], name="one"), 0.1, seed=0)
+    assert len({split_documents(dataset, 0.1, 0, seed).validation.tobytes() for seed in range(5)}) == 5
+    with pytest.raises(UserError, match="has 1 document, too few for a split into 2"):
+        split_documents(write_dataset([[5]], name="one"), 0.1, 0, seed=0)
+    with pytest.raises(UserError, match="has 2 documents, too few for a split into 3"):
+        split_documents(write_dataset([[5]] * 2, name="two"), 0.1, 0.1, seed=0)
+
+
+def build_in_a_process(prefix: Path, cache: Path, barrier) -> None:
+    samples = SampleSet(IndexedDataset(prefix), sequence_length=4, seed=1, cache_dir=cache)
+    for epoch in range(20):
+        barrier.wait(30)
+        samples[epoch * len(samples)]
 
 
 class TestCache:
@@ -134,47 +194,79 @@ class TestCache:
 
     def test_is_read_and_not_built_again(self, make, tmp_path, monkeypatch):
         first = make()[3].tolist()
-        assert all(np.load(path).dtype == np.int64 for path in (tmp_path / "cache").iterdir())
         monkeypatch.setattr(SampleSet, "_build", None)
         assert make()[3].tolist() == first
 
     def test_default_folder_is_beside_the_dataset(self, make, tmp_path):
         make(cache_dir=None)[0]
-        assert len(list((tmp_path / "dataset.cache").glob("*.npy"))) == 3
+        assert len(list((tmp_path / "dataset.cache").iterdir())) == 1
 
     def test_anything_that_changes_the_samples_changes_the_key(self, make, write_dataset, tmp_path):
-        variants = [make(), make(seed=2), make(sequence_length=5), make(shuffle=False), make(documents=np.array([0, 2])),
-                    make(documents=np.array([1, 2])), make(dataset=write_dataset([[5], [7], [4, 9]], name="other"))]
+        other, moved = write_dataset([[5], [7], [4, 9]], name="other"), write_dataset([[5], [7, 9], [4]], name="moved")
+        variants = [make(), make(seed=2), make(sequence_length=5), make(documents=np.array([True, False, True])),
+                    make(documents=np.array([False, True, True])), make(dataset=other),
+                    make(dataset=moved, documents=np.array([True, False, True]))]
         for samples in variants:
             samples[0]
-        assert len(list((tmp_path / "cache").iterdir())) == 3 * len(variants)
+        assert len({samples.key for samples in variants}) == len(list((tmp_path / "cache").iterdir())) == len(variants)
+        assert make(dataset=moved).key == make(documents=np.ones(3, bool)).key == make().key       # the same samples
+        assert make(shuffle=False).key != make().key
 
-    @pytest.mark.parametrize("field", ["sequences", "places", "order"])
-    @pytest.mark.parametrize("damage", [lambda raw: raw[:-8], lambda raw: raw + b"\0", lambda raw: b"", lambda raw: raw[:20],
-                                        lambda raw: b"\0" * len(raw), lambda raw: raw.replace(b"<i8", b"<f8"),
-                                        lambda raw: raw.replace(b"(", b"((")])
-    def test_damaged_file_is_rebuilt(self, make, tmp_path, damage, field):
+    def test_one_pass_in_file_order_needs_none(self, make, tmp_path):
+        list(make(shuffle=False))
+        assert not (tmp_path / "cache").exists()
+
+    @pytest.mark.parametrize("damage", [lambda raw: raw[:-4], lambda raw: raw + b"\0", lambda raw: b"", lambda raw: raw[:20],
+                                        lambda raw: b"\0" * len(raw), lambda raw: raw[:40] + b"\7" + raw[41:],
+                                        lambda raw: b"\7" + raw[1:], lambda raw: raw[:-1] + b"\7"])
+    def test_damaged_file_is_rebuilt(self, make, tmp_path, damage, caplog, monkeypatch):
+        monkeypatch.setattr("megadyn.data.samples.log.propagate", True)
         want = [sample.tolist() for sample in make()]
-        (path,) = (tmp_path / "cache").glob(f"*{field}.npy")
+        (path,) = (tmp_path / "cache").iterdir()
         sound = path.read_bytes()
         path.write_bytes(damage(sound))
         assert [sample.tolist() for sample in make()] == want
         assert path.read_bytes() == sound
-        assert len(list((tmp_path / "cache").iterdir())) == 3
+        assert f"{path} is damaged and is built anew" in caplog.text
 
-    def test_many_may_build_at_once(self, make, tmp_path):
+    def test_any_flipped_bit_is_noticed(self, make, tmp_path):
+        want = [sample.tolist() for sample in make()]
+        (path,) = (tmp_path / "cache").iterdir()
+        sound = path.read_bytes()
+        for bit in range(0, 8 * len(sound), 7):
+            damaged = bytearray(sound)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            assert [sample.tolist() for sample in make()] == want
+
+    def test_threads_may_build_at_once(self, make, tmp_path):
         want = make(cache_dir=tmp_path / "alone")[2].tolist()
         with ThreadPoolExecutor(8) as pool:
             got = list(pool.map(lambda _: make()[2].tolist(), range(16)))
         assert got == [want] * 16
-        assert len(list((tmp_path / "cache").iterdir())) == 3
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def test_processes_may_build_at_once(self, make, write_dataset, tmp_path):
+        """Each of 20 epochs by 4 processes at the same moment, as the ranks of a run do."""
+        dataset = write_dataset([[5], [7], [9, 4]])
+        fork = multiprocessing.get_context("fork")
+        barrier = fork.Barrier(4)
+        ranks = [fork.Process(target=build_in_a_process, args=(dataset.prefix, tmp_path / "cache", barrier)) for _ in range(4)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0] * 4
+        assert len(list((tmp_path / "cache").iterdir())) == 20          # and nothing temporary
+        shared, alone = make(), make(cache_dir=tmp_path / "alone")
+        assert np.array_equal(shared.take(range(20 * len(shared))), alone.take(range(20 * len(alone))))
 
     def test_no_part_of_a_file_appears_under_its_name(self, make, tmp_path, monkeypatch):
         def replace(self, target):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("pathlib.Path.replace", replace)
-        with pytest.raises(UserError, match=r"cache: No space left on device"):
+        with pytest.raises(UserError, match=r"cache: No space left on device; .*data\.cache names another folder"):
             make()[0]
         assert list((tmp_path / "cache").iterdir()) == []
 
@@ -196,9 +288,11 @@ def test_ten_steps_hold_the_same_samples_for_every_topology(write_dataset):
     samples = SampleSet(write_dataset([[7], [30], [11, 2], [9]]), sequence_length=4, seed=5)     # 14 an epoch, 12 a step
 
     def steps(dp_size, micro_batch):
-        return [np.concatenate([tokens for rank in range(dp_size)
-                                for tokens, _ in batches(samples, 12 * step, global_batch=12, micro_batch=micro_batch,
-                                                         dp_rank=rank, dp_size=dp_size)]).tolist() for step in range(10)]
+        ranks = [[read_batch(samples, ids)[0] for ids in micro_batch_ids(
+            0, 120, global_batch=12, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size)] for rank in range(dp_size)]
+        each = len(ranks[0]) // 10
+        return [np.concatenate([batch for rank in ranks for batch in rank[each * step:each * (step + 1)]]).tolist()
+                for step in range(10)]
 
     whole = steps(1, 12)
     assert whole == [[samples[12 * step + i][:-1].tolist() for i in range(12)] for step in range(10)]
@@ -208,9 +302,9 @@ def test_ten_steps_hold_the_same_samples_for_every_topology(write_dataset):
 
 def test_labels_are_the_next_tokens(write_dataset):
     samples = SampleSet(write_dataset([[50]]), sequence_length=6, seed=0)
-    (tokens, labels), _ = batches(samples, 0, global_batch=4, micro_batch=2)
+    (tokens, labels), _ = (read_batch(samples, ids) for ids in micro_batch_ids(0, 4, global_batch=4, micro_batch=2))
     assert tokens.shape == labels.shape == (2, 6)
     assert tokens.dtype == labels.dtype == np.int64
     assert np.array_equal(labels, tokens + 1)       # the dataset counts up
     with pytest.raises(ValueError, match="micro-batches of 3"):
-        list(batches(samples, 0, global_batch=4, micro_batch=3))
+        list(micro_batch_ids(0, 4, global_batch=4, micro_batch=3))

@@ -34,5 +34,5 @@ def test_evaluation_of_checkpoint_and_export_is_the_runs_own(masked: bool, confi
     exported = call(ROOT / "tools/convert_checkpoint.py", "to-hf", "--checkpoint", out, "--output", out / "hf", "--json")
     assert exported["shards"] == 1
     found = call(ROOT / "tools/evaluate.py", "--checkpoint", out / "hf", "--data", dataset, "--samples", 8, "--json")
-    # An export takes one document a row, so a run that masked documents scores packed samples otherwise.
-    assert (found["topk"] == pytest.approx(run["topk"], rel=1e-5)) == (not masked)
+    # An export takes one document a row, so a run that masked documents scores packed samples otherwise, if not by much.
+    assert (found["topk"] == pytest.approx(run["topk"], rel=1e-6)) == (not masked)

@@ -103,8 +103,11 @@ def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeyp
     config = tiny_config(iterations=20)
     config.logging.tensorboard = False
     first = Telemetry(config, 2, tmp_path, 0)
+    for _ in range(5):
+        first.add_wait(0.125)
     report(first, 5)
-    first.validation(5, {"topk": 2.0, "causal": 2.25})
+    first.add_wait(7)                       # of a step before the clock begins anew
+    first.evaluation(5, "validation", {"topk": 2.0, "causal": 2.25})
     report(first, 10)
     first.close()
     second = Telemetry(config, 2, tmp_path, 5)
@@ -117,6 +120,7 @@ def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeyp
     assert validation == {"iteration": 5, "validation": {"topk": 2.0, "causal": 2.25}}
     assert train["consumed_tokens"] == 20 * 24
     assert train["step_time_ms"] == pytest.approx(2000)               # 10 s for 5 steps
+    assert (train["data_time_ms"], last["data_time_ms"]) == (125, 0)
     assert train["tokens_per_second"] == pytest.approx(4 * 24 / 2)
     flops = training_flops(config.model, 24) * 4 / 2                  # of a step, on each of two ranks
     assert train["model_tflops"] == pytest.approx(flops / 2 / 1e12)

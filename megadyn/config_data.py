@@ -1,0 +1,99 @@
+"""The `data` section of the configuration: which datasets, in which proportions, cut how."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megadyn.errors import ConfigError, did_you_mean
+
+SHARE_UNITS = ("weight", "tokens")
+VALIDATION_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a blend."""
+
+    prefix: str
+    share: float | None = None
+    """Its weight among the others, of any sum; None for all: each by the samples that it has."""
+
+
+@dataclass
+class DataConfig:
+    train: Any = "???"
+    """Prefix of an indexed dataset (PREFIX.bin and PREFIX.idx), or a list of them to be blended, each a prefix or
+    `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts are proportions, of any sum;
+    without them each dataset counts as many samples as it has."""
+    validation: Any = None
+    """A separate validation set, given as `train` is; else a share of the documents of `train`: `split`."""
+    test: Any = None
+    """A separate test set, whose loss is reported once at the end; else a share of the documents of `train`: `split`."""
+    split: list[float] | None = None
+    """Shares of the documents of `train` (of each dataset of a blend) for training, validation and test, which sum to 1;
+    [0.99, 0.01, 0] when left out, or [1, 0, 0] with a separate validation set."""
+    validation_fraction: float | None = None
+    """Short for split: [1 - f, f, 0]; of no effect with a separate validation set."""
+    repeat: bool = True
+    """A dataset that runs out begins anew, in another order; false refuses a run that needs more than it has."""
+    document_mask: bool = False
+    """Attention, positions and moving averages stay inside a document; documents end with the tokenizer's end token."""
+    cache: str | None = None
+    """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
+    mmap: bool = True
+    """Datasets are memory-mapped; false takes plain reads, for file systems where maps are slow or not to be had."""
+
+    def check(self) -> None:
+        for name in ("train", "validation", "test"):
+            self.sources(name)
+        fraction = VALIDATION_SHARE if self.validation_fraction is None else self.validation_fraction
+        if not 0 <= fraction < 1:
+            raise ConfigError("data.validation_fraction", fraction, "in [0, 1)")
+        if self.split is None:
+            held_out = 0.0 if self.validation is not None else fraction
+            self.split = [1 - held_out, held_out, 0.0]
+        elif self.validation_fraction is not None:
+            raise ConfigError("data.validation_fraction", fraction, "left out where data.split is given")
+        self.validation_fraction = None         # the resolved config states the shares once
+        shares = self.split
+        if len(shares) != 3 or not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6 or shares[0] == 0:
+            raise ConfigError("data.split", shares, "three shares, of training (above 0), validation and test, that sum to 1")
+        for name, share in zip(("validation", "test"), shares[1:]):
+            if share and getattr(self, name) is not None:
+                raise ConfigError("data.split", shares, f"0 for the {name} set, because data.{name} names a separate one")
+
+    def sources(self, name: str) -> list[Source]:
+        """The datasets that `train`, `validation` or `test` names, each once; none where it is left out."""
+        key, given = f"data.{name}", getattr(self, name)
+        if given is None and name != "train":
+            return []
+        entries = given if isinstance(given, list) else [given]
+        if not entries:
+            raise ConfigError(key, given, "a prefix, or a list of at least one")
+        found = [_source(f"{key}[{i}]" if isinstance(given, list) else key, entry) for i, entry in enumerate(entries)]
+        for i, (source, unit) in enumerate(found):
+            if unit != found[0][1]:
+                raise ConfigError(f"{key}[{i}]", entries[i], f"given as the first, with {found[0][1] or 'a prefix alone'}")
+            if source.prefix in {other.prefix for other, _ in found[:i]}:
+                raise ConfigError(f"{key}[{i}].prefix", source.prefix, "named once, with the sum of its shares")
+        return [source for source, _ in found]
+
+
+def _source(key: str, given: Any) -> tuple[Source, str | None]:
+    """An entry of a list of datasets, and what its share is counted in."""
+    if isinstance(given, str) and given:
+        return Source(given), None
+    if not isinstance(given, dict) or not isinstance(given.get("prefix"), str) or not given["prefix"]:
+        raise ConfigError(key, given, "a dataset's prefix, or {prefix: ..., weight: ...}, or {prefix: ..., tokens: ...}")
+    for word in given:
+        if word not in ("prefix", *SHARE_UNITS):
+            raise ConfigError(f"{key}.{word}", given[word],
+                              f"left out: there is no such key{did_you_mean(str(word), ('prefix', *SHARE_UNITS))}")
+    units = [unit for unit in SHARE_UNITS if unit in given]
+    if not units:
+        return Source(given["prefix"]), None
+    if len(units) > 1:
+        raise ConfigError(key, given, "given a weight or tokens, not both")
+    share = given[units[0]]
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+        raise ConfigError(f"{key}.{units[0]}", share, "a number above 0 (leave out a dataset that is not to be used)")
+    return Source(given["prefix"], float(share)), units[0]
