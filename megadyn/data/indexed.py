@@ -231,6 +231,15 @@ class IndexedWriter:
             shutil.copyfileobj(tokens, self, 2**20)
         self._add_counts(dataset.sizes, np.diff(dataset.document_index))
 
+    def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
+        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
+        before = self._bin.tell()
+        with path.open("rb") as tokens:
+            shutil.copyfileobj(tokens, self, 2**22)
+        if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
+            raise UserError(f"{path}: changed while it was copied")
+        self._add_counts(lengths, sequences)
+
     def write(self, raw: bytes) -> int:
         """Appends tokens that are bytes already."""
         self._hash.update(raw)
