@@ -19,6 +19,8 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 LONGEST_DOCUMENT = 2**30
 """Bytes; a longer line or text is refused, because a document is held in memory."""
 BUFFER_BYTES = 2**20
+DECOMPRESSED_BYTES = 2**16
+"""Asked for at a time; where a file is damaged, what was asked for last is lost."""
 PARQUET_BATCH_BYTES = 2**22
 
 
@@ -127,7 +129,7 @@ def open_stream(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         import pyarrow
 
         with pyarrow.CompressedInputStream(disk, CODECS[file.suffix]) as content:
-            yield disk, io.BufferedReader(content, BUFFER_BYTES)
+            yield disk, io.BufferedReader(content, DECOMPRESSED_BYTES)
 
 
 def damage(place: object, error: OSError) -> DocumentError:
