@@ -68,20 +68,22 @@ def interrupted(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, interrupted)
     ranks = Ranks()
+    signal.signal(signal.SIGTERM, interrupted)
     try:
         ranks = ranks_of_job()
         status = run_tool(lambda: run(ranks))
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on with what is finished", file=sys.stderr)
-        status = 130
+        if ranks.size == 1:     # else the launcher stopped this rank, and says why
+            print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
     except Exception:
         traceback.print_exc()
         status = 1
     if status:
         sys.stdout.flush()
-        ranks.abort(status)
+        sys.stderr.flush()
+        ranks.abort(status)     # the others may be waiting for this one
     return status
 
 

@@ -1,12 +1,15 @@
 """The processes of one job under `mpirun`, or this process alone."""
 
 import os
+import time
 from typing import Any
 
 from megadyn.errors import UserError
 
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 """Set by Open MPI, by MPICH and its kin, and by Slurm's `srun --mpi=pmix`."""
+
+POLL_SECONDS = 0.02
 
 
 class Ranks:
@@ -37,10 +40,18 @@ class MpiRanks(Ranks):
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
 
     def broadcast(self, value: Any) -> Any:
+        self._wait_for_all()
         return self._world.bcast(value)
 
     def gather(self, value: Any) -> list[Any]:
+        self._wait_for_all()
         return self._world.gather(value) or []
+
+    def _wait_for_all(self) -> None:
+        """Asleep: MPI itself waits at full speed, on cores that the workers of other ranks need."""
+        request = self._world.Ibarrier()
+        while not request.Test():
+            time.sleep(POLL_SECONDS)
 
     def abort(self, status: int) -> None:
         if self.size > 1:
