@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
-ROOMS = ("pretrain", "training", "checkpoint", "hf", "network", "routing", "model", "parallel", "data", "planning",
+ROOMS = ("benchmark", "pretrain", "training", "checkpoint", "hf", "network", "routing", "model", "parallel", "data", "planning",
          "config", "errors", "log")
 """Highest first. `errors` and `log` stand side by side on the ground."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

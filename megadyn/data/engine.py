@@ -79,7 +79,7 @@ class GigatokenTokenizer(Tokenizer):
         content = reference.gigatoken_json()
         self._strange = strange_characters('"NFC"' in json.dumps(json.loads(content)["normalizer"]))
         try:
-            self._engine = gigatoken.Tokenizer.from_json(content)
+            self.engine = gigatoken.Tokenizer.from_json(content)
         except BaseException as error:      # a panic of the library is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
@@ -90,7 +90,7 @@ class GigatokenTokenizer(Tokenizer):
         return np.split(ids, np.cumsum(lengths)[:-1])
 
     def encode(self, texts: list[str]) -> Encoded:
-        layout = self._engine.encode_batch(texts, parallel=False).layout
+        layout = self.engine.encode_batch(texts, parallel=False).layout
         encoded = Encoded(layout.content.data, np.diff(layout.offsets.data))
         if not self._is_strange("".join(text for text in texts if not text.isascii())):
             return encoded

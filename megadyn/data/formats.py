@@ -99,7 +99,7 @@ def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
             check_column(table.schema_arrow, text_key)
             groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
             row = sum(group.num_rows for group in groups[:span.first])
-            for i in range(span.first, span.end):
+            for i in range(span.first, min(span.end, len(groups))):
                 done = span.size * (i + 1 - span.first) // (span.end - span.first)
                 rows = PARQUET_BATCH_BYTES * groups[i].num_rows // max(1, groups[i].total_byte_size)
                 for batch in table.iter_batches(min(max(1, rows), 2**16), [i], columns=[text_key], use_threads=False):

@@ -28,7 +28,7 @@ from megadyn.data.units import Unit
 from megadyn.data.workers import in_order
 from megadyn.errors import UserError
 
-BATCH_BYTES = 2**23
+BATCH_BYTES = 2**22
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
 ALONE = Ranks()
 
@@ -53,12 +53,13 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
         refuse_existing(outputs, overwrite)
     reference = load_tokenizer(tokenizer_path)
     with os_errors_named(prefix), parts.locked() if first else nullcontext():
+        if first:
+            refuse_existing(outputs, overwrite)     # another run may have finished just now
         units, tokenizer = plan(corpus, reference, engine, [*outputs, parts.folder], ranks)
         encoder = Encoder(corpus, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
         done = ranks.gather(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers))
         record = None
         if first:
-            refuse_existing(outputs, overwrite)     # another run may have finished before we had the lock
             found = [part for _, part in sorted((pair for pairs in done for pair in pairs), key=lambda pair: pair[0])]
             if max_documents is not None:
                 found = first_documents(encoder, units, found, max_documents)

@@ -159,6 +159,15 @@ def test_parquet_rows(tmp_path, kind):
     assert list(Corpus([table(tmp_path / "b", body=["x"])], form="parquet", text_key="body")) == ["x"]
 
 
+def test_parquet_without_rows(tmp_path):
+    nothing = pyarrow.array([], pyarrow.string())
+    table(tmp_path / "a.parquet", text=nothing)
+    with pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", pyarrow.schema([("text", pyarrow.string())])):
+        pass
+    table(tmp_path / "c.parquet", text=["last"])
+    assert list(Corpus([tmp_path])) == ["last"]
+
+
 def test_bad_parquet_rows_are_named(tmp_path):
     raw = pyarrow.array([b"a", b"caf\xe9", None, b"d", None, b"f"]).view(pyarrow.string())
     path = table(tmp_path / "a.parquet", row_group_size=4, text=raw)
