@@ -107,8 +107,20 @@ def test_bad_line_ends_the_job_and_leaves_no_dataset(tmp_path, workers, small_un
     record = preprocess(corpus, "byte", tmp_path / "out" / "x", workers=workers)
     assert (record.documents, record.skipped) == (51, 2)
     assert f"{path}:51: " in str(corpus.first_skipped)
-    with pytest.raises(UserError, match=r"a\.jsonl:51"):       # the parts with documents left out do not count any more
-        preprocess(Corpus([path]), "byte", tmp_path / "out" / "y", workers=workers)
+
+
+def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
+    (tmp_path / "a.jsonl").write_text('broken\n{"text": "a"}\n')
+    parts = Parts(tmp_path / "x")
+    with parts.locked():
+        for on_error in ("skip", "fail"):
+            corpus = Corpus([tmp_path / "a.jsonl"], on_error=on_error)
+            encoder = Encoder(corpus, byte(), parts, eod=None, limit=None)
+            if on_error == "skip":
+                assert encoder.part(corpus.units()[0]) == encoder.part(corpus.units()[0])
+            else:
+                with pytest.raises(UserError, match="no JSON"):
+                    encoder.part(corpus.units()[0])
 
 
 def test_bad_line_in_a_small_corpus_leaves_nothing(tmp_path):

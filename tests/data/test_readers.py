@@ -168,7 +168,7 @@ def test_parquet_without_rows(tmp_path):
     assert list(Corpus([tmp_path])) == ["last"]
 
 
-def test_bad_parquet_rows_are_named(tmp_path):
+def test_bad_parquet_rows_are_named(tmp_path, monkeypatch):
     raw = pyarrow.array([b"a", b"caf\xe9", None, b"d", None, b"f"]).view(pyarrow.string())
     path = table(tmp_path / "a.parquet", row_group_size=4, text=raw)
     with pytest.raises(UserError, match=r"a\.parquet: row 2: no UTF-8 text \(byte 3"):
@@ -176,7 +176,9 @@ def test_bad_parquet_rows_are_named(tmp_path):
     corpus = Corpus([path], on_error="skip")
     assert list(corpus) == ["a", "d", "f"]
     assert corpus.skipped == 3
+    monkeypatch.setattr("megadyn.data.units.UNIT_BYTES", 1)
     fails = Corpus([table(tmp_path / "b.parquet", row_group_size=2, text=["a", "b", "c", None])])
+    assert len(fails.units()) == 2
     with pytest.raises(UserError, match=r"b\.parquet: row 4: null, no text"):
         list(fails.read(fails.units()[-1]))
 
@@ -235,6 +237,7 @@ def test_a_line_over_the_limit_is_refused_and_the_next_one_read(tmp_path, monkey
     path = jsonl(tmp_path, b'{"text": "a"}\n{"text": "%s"}\n{"text": "b"}\n' % (b"x" * 5000))
     corpus = Corpus([path], on_error="skip")
     assert list(corpus) == ["a", "b"]
+    assert corpus.skipped == 1
     assert str(corpus.first_skipped) == f"{path}:2: a line of over 100 bytes"
     (tmp_path / "long.txt").write_text("x" * 101)
     with pytest.raises(UserError, match=r"long\.txt: a text of over 100 bytes"):
