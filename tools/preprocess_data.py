@@ -1,19 +1,27 @@
 """Turn text into a dataset of tokens in Megatron-LM's indexed format.
 
     python tools/preprocess_data.py --input corpus/ --tokenizer tokenizer/ --output-prefix data/corpus --append-eod
+    mpirun -n 64 python tools/preprocess_data.py ...       # the same, spread over nodes with a shared file system
 
-Writes data/corpus.bin, data/corpus.idx and data/corpus.json; none of the names exists until all are complete.
+Writes data/corpus.bin, data/corpus.idx and data/corpus.json; none of the names exists until all are complete. What is
+encoded is kept in data/corpus.parts until then: give the command again after an interruption, and it goes on there.
 """
 
 import argparse
 import json
+import signal
+import sys
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
 from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of, positive
+from megadyn.data.engine import ENGINES
 from megadyn.data.preprocess import preprocess
+from megadyn.data.ranks import Ranks, ranks_of_job
 from megadyn.errors import Parser, run_tool
+from megadyn.log import start_logging
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,24 +31,61 @@ def parse_args() -> argparse.Namespace:
                         help="folder with tokenizer.json, SentencePiece model, or the word byte")
     parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="tokenizer processes (default: 1)")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)")
+    parser.add_argument("--engine", choices=ENGINES, default="auto",
+                        help="auto: gigatoken if it gives the ids of the reference tokenizer (default)")
+    parser.add_argument("--max-documents", type=positive, metavar="N", help="take the first N documents")
+    parser.add_argument("--shuffle-documents", action="store_true", help="write the documents in a random order")
+    parser.add_argument("--seed", type=int, default=0, help="of that order (default: 0)")
     add_output_arguments(parser)
     return parser.parse_args()
 
 
-def main() -> None:
+def run(ranks: Ranks) -> None:
     args = parse_args()
+    if ranks.rank == 0:
+        start_logging()
     corpus = corpus_of(args)
     began = time.perf_counter()
     record = preprocess(corpus, args.tokenizer, args.output_prefix, append_eod=args.append_eod, workers=args.workers,
-                        overwrite=args.overwrite)
+                        overwrite=args.overwrite, engine=args.engine, max_documents=args.max_documents,
+                        shuffle_seed=args.seed if args.shuffle_documents else None, ranks=ranks)
     seconds = time.perf_counter() - began
+    if ranks.rank != 0:
+        return
+    text_bytes = record.text_bytes or 0
+    tokens_per_byte = record.tokens / text_bytes
     print(f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json")
-    if corpus.skipped:
-        print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
+    print(f"{text_bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte, {text_bytes / seconds / 1e6:.1f} MB/s")
+    print(f"{record.skipped:,} documents skipped{f', the first: {corpus.first_skipped}' if record.skipped else ''}")
+    print(f"sha256 of the tokens: {record.sha256}")
     if args.json:
-        print(json.dumps(asdict(record) | {"seconds": round(seconds, 3)}))
+        print(json.dumps(asdict(record) | {"tokens_per_byte": tokens_per_byte, "seconds": round(seconds, 3)}))
+
+
+def interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    ranks = Ranks()
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        ranks = ranks_of_job()
+        status = run_tool(lambda: run(ranks))
+    except KeyboardInterrupt:
+        if ranks.size == 1:     # else the launcher stopped this rank, and says why
+            print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ranks.abort(status)     # the others may be waiting for this one
+    return status
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(main))
+    raise SystemExit(main())

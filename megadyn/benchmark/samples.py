@@ -1,6 +1,6 @@
 """How fast an indexed dataset is opened, cut into samples, blended and read, and in how much memory.
 
-    python -m megadyn.benchmark.samples [--documents 10000000] [--folder DIR] [--json]
+    python tools/benchmark.py samples [--documents 10000000] [--folder DIR] [--json]
 
 Each figure is the best of several runs, each in a process of its own and on one thread; where other work shares the
 machine, the figure by CPU time is the one to compare. The memory is a whole process's at its largest, mapped files included.

@@ -8,10 +8,11 @@ from megadyn.data.readers import FORMATS, Corpus
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH",
-                        help="text files, JSONL files, or folders of them")
+                        help="text, JSONL or Parquet files, plain, .gz or .zst; folders or patterns of them")
     parser.add_argument("--format", choices=FORMATS, default="auto",
-                        help="auto: .jsonl and .json are JSONL, all else is text (default)")
-    parser.add_argument("--text-key", default="text", help="key of the text in a JSONL line (default: text)")
+                        help="auto: .jsonl and .json are JSONL, .parquet is Parquet, all else is text (default)")
+    parser.add_argument("--text-key", default="text",
+                        help="key of the text in a JSONL line, or its column in Parquet (default: text)")
     parser.add_argument("--on-error", choices=("fail", "skip"), default="fail",
                         help="a document that cannot be read ends the job (default) or is counted and left out")
 

@@ -52,6 +52,8 @@ def merged_record(records: Sequence[Record | None], writer: IndexedWriter) -> Re
     known = [record for record in records if record]
     if not known:
         return None
-    return replace(known[0], documents=writer.num_documents, sequences=writer.num_sequences, tokens=writer.num_tokens,
+    text_bytes = [record.text_bytes for record in known if record.text_bytes is not None]
+    return replace(known[0], text_bytes=sum(text_bytes) if len(text_bytes) == len(known) else None,
+                   documents=writer.num_documents, sequences=writer.num_sequences, tokens=writer.num_tokens,
                    sha256=writer.sha256, skipped=sum(record.skipped for record in known),
                    source=[source for record in known for source in record.source])

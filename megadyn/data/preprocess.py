@@ -1,123 +1,218 @@
-"""Text to an indexed dataset: corpus -> batches of texts -> tokenizer processes -> one writer.
+"""Text to an indexed dataset: corpus -> units -> tokenizer processes -> parts on disk -> one dataset.
 
-The batches keep their order, so the result does not depend on the number of workers.
+A unit is a piece of the corpus that one process reads, encodes and writes on its own, so no text crosses processes
+and the result depends neither on their number nor on that of MPI ranks.
 """
 
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megadyn.data.engine import GigatokenTokenizer, with_engine
 from megadyn.data.files import os_errors_named, refuse_existing
 from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
+from megadyn.data.parts import Part, Parts, PartWriter, part_name
+from megadyn.data.progress import Progress
+from megadyn.data.ranks import Ranks
 from megadyn.data.readers import Corpus
 from megadyn.data.record import Record
-from megadyn.data.tokenizer import TokenArray, Tokenizer, load_tokenizer
+from megadyn.data.shuffle import add_shuffled
+from megadyn.data.tokenizer import Encoded, Tokenizer, load_tokenizer
+from megadyn.data.units import Unit
+from megadyn.data.workers import in_order
 from megadyn.errors import UserError
 
-BATCH_CHARACTERS = 2**19
-"""Text that one worker takes at a time; bounds the memory, as encodings take some 100 bytes a character."""
-BATCHES_PER_WORKER = 2
-"""Batches in flight, the one being encoded included."""
-
-
-class Encoded(NamedTuple):
-    """A batch of documents as tokens. A document without tokens has length 0."""
-
-    tokens: TokenArray          # [N]
-    lengths: NDArray[np.int64]  # [documents]
+BATCH_BYTES = 2**22
+"""Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
+ALONE = Ranks()
 
 
 def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
-               overwrite: bool = False) -> Record:
+               overwrite: bool = False, engine: str = "auto", max_documents: int | None = None,
+               shuffle_seed: int | None = None, ranks: Ranks = ALONE) -> Record:
     """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
 
-    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token. With more than one
-    worker the tokenizer runs in as many processes. `UserError` if a document cannot be read (see `Corpus`), the
-    corpus holds no tokens, a worker dies, or PREFIX exists without `overwrite`; then nothing is written.
+    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token. `max_documents` takes
+    the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
+    runs in as many processes on each rank. All ranks call this alike and get the record.
+
+    `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
+    without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
+    PREFIX.parts, and the next run of the same input and options goes on from it.
     """
-    refuse_existing(files_of(prefix).values(), overwrite)
-    tokenizer = load_tokenizer(tokenizer_path)
-    eod = tokenizer.eod if append_eod else None
-    with os_errors_named(prefix), IndexedWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
-        for tokens, lengths in encode(batches_of(corpus), partial(load_tokenizer, tokenizer_path), eod, workers):
-            writer.add(tokens, lengths[lengths > 0], lengths > 0)
-        if not writer.num_tokens:
-            raise UserError(f"the corpus is empty: no tokens in {writer.num_documents} documents of "
-                            f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)")
-        record = Record(
-            tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod_or_none, append_eod=append_eod, documents=writer.num_documents,
-            sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256,
-            skipped=corpus.skipped, source=[str(path) for path in corpus.paths])
-        writer.finish(record)
-    return record
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # processes are the parallelism; forked, they would miss its threads
+    first = ranks.rank == 0
+    parts, outputs = Parts(prefix), list(files_of(prefix).values())
+    if first:
+        refuse_existing(outputs, overwrite)
+    reference = load_tokenizer(tokenizer_path)
+    with os_errors_named(prefix), parts.locked() if first else nullcontext():
+        if first:
+            refuse_existing(outputs, overwrite)     # another run may have finished just now
+        units, tokenizer = plan(corpus, reference, engine, [*outputs, parts.folder], ranks)
+        encoder = Encoder(corpus, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
+        done = ranks.gather(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers))
+        record = None
+        if first:
+            found = [part for _, part in sorted((pair for pairs in done for pair in pairs), key=lambda pair: pair[0])]
+            if max_documents is not None:
+                found = first_documents(encoder, units, found, max_documents)
+            record = join(encoder, found, prefix, shuffle_seed)
+            parts.remove()
+        shared: Record = ranks.broadcast(record)
+    return shared
 
 
-def batches_of(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Lists of consecutive texts, each closed once it holds `characters` or more."""
+def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path],
+         ranks: Ranks) -> tuple[list[Unit], Tokenizer]:
+    """(units, the tokenizer to encode with): rank 0's choice, on every rank. `UserError` if their tokenizers differ."""
+    if ranks.rank == 0:
+        corpus.leave_out(outputs)
+        units = corpus.units()
+        tokenizer, chosen = with_engine(reference, engine, lambda: first_texts(corpus, units))
+        ranks.broadcast((units, chosen, reference.fingerprint))
+        return units, tokenizer
+    units, chosen, fingerprint = ranks.broadcast(None)
+    if fingerprint != reference.fingerprint:
+        raise UserError(f"tokenizer {reference.name}: rank {ranks.rank} finds another one than rank 0")
+    return units, GigatokenTokenizer(reference) if chosen == "gigatoken" else reference
+
+
+def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
+    """The documents that can be read, from the beginning."""
+    readable = Corpus([], text_key=corpus.text_key, on_error="skip")
+    for unit in units:
+        yield from readable.read(unit)
+
+
+@dataclass
+class Encoder:
+    """Units to parts."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    parts: Parts
+    eod: int | None
+    limit: int | None
+    """Documents that are wanted of a unit, from its beginning."""
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_for(self.tokenizer.vocab_size)
+
+    def part(self, unit: Unit, limit: int | None = None) -> Part:
+        """The part of `unit`, or of its first `limit` documents: from an earlier run, or encoded now."""
+        limit = self.limit if limit is None else limit
+        name = self._name(unit, limit)
+        found = self.parts.load(name)
+        if found and (not found.skipped or self.corpus.on_error == "skip"):
+            self._report(sum(span.size for span in unit), found.tokens)
+            return found
+        self.corpus.restart()
+        reported = 0
+        with PartWriter(self.parts, name) as writer:
+            for texts, text_bytes in batches_of(islice(self.corpus.read(unit), limit)):
+                tokens, lengths = self._encode(texts)
+                writer.add(tokens, lengths, text_bytes)
+                self._report(self.corpus.consumed - reported, len(tokens))
+                reported = self.corpus.consumed
+            return writer.finish(self.corpus.skipped, self.corpus.first_skipped)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        """`texts` in the dtype of the dataset, each that has tokens ended by `eod`."""
+        ids, lengths = self.tokenizer.encode(texts)
+        if ids.size and ids.max() >= self.tokenizer.vocab_size:
+            raise UserError(f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}")
+        if self.eod is None:
+            return Encoded(ids.astype(self.dtype), lengths)
+        lengths = lengths + (lengths > 0)
+        ends = np.cumsum(lengths)[lengths > 0] - 1
+        tokens = np.empty(len(ids) + len(ends), self.dtype)
+        is_text = np.ones(len(tokens), np.bool_)
+        is_text[ends] = False
+        tokens[is_text] = ids
+        tokens[ends] = self.eod
+        return Encoded(tokens, lengths)
+
+    def _report(self, bytes_on_disk: int, tokens: int) -> None:
+        if self.progress:
+            self.progress.add(bytes_on_disk, tokens)
+
+    def _name(self, unit: Unit, limit: int | None) -> str:
+        spans: list[Any] = []
+        for span in unit:
+            state = span.file.stat()
+            spans.append([str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end])
+        return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, limit)
+
+
+def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+    """(consecutive texts, their bytes as UTF-8), each batch closed once it has `BATCH_BYTES` or more."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
+        size += len(text) if text.isascii() else len(text.encode())
+        if size >= BATCH_BYTES:
+            yield batch, size
             batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, size
 
 
-def encode(batches: Iterable[list[str]], load: Callable[[], Tokenizer], eod: int | None, workers: int) -> Iterator[Encoded]:
-    """Each batch encoded, in order, in this process or in `workers` others, which get their tokenizer from `load`.
-
-    Reads at most `BATCHES_PER_WORKER` batches a worker ahead. What a worker raises is raised here; a worker that
-    dies raises `UserError`.
-    """
-    if workers <= 1:
-        tokenizer = load()
-        yield from (encode_batch(tokenizer, batch, eod) for batch in batches)
-        return
-    # Not fork: a tokenizer that has run holds threads, which a forked process would wait for in vain.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=start_worker, initargs=(load,))
-    in_flight: deque[Future[Encoded]] = deque()
-    try:
-        for batch in batches:
-            in_flight.append(pool.submit(encode_in_worker, batch, eod))
-            if len(in_flight) >= workers * BATCHES_PER_WORKER:
-                yield in_flight.popleft().result()
-        while in_flight:
-            yield in_flight.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError("a tokenizer process died (out of memory?); fewer --workers take less") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers: int) -> list[tuple[int, Part]]:
+    """(number, part) of each unit, in order, until there are as many documents as are wanted."""
+    done: list[tuple[int, Part]] = []
+    documents = 0
+    with Progress(sum(span.size for _, unit in numbered for span in unit)) as progress:
+        encoder.progress = progress
+        results = in_order(encoder.part, [unit for _, unit in numbered], workers, progress.show)
+        for (number, _), part in zip(numbered, results, strict=False):
+            done.append((number, part))
+            documents += part.documents
+            if encoder.limit is not None and documents >= encoder.limit:
+                break
+        results.close()
+    return done
 
 
-def encode_batch(tokenizer: Tokenizer, texts: list[str], eod: int | None) -> Encoded:
-    arrays = tokenizer.encode_batch(texts)
-    if eod is not None:
-        arrays = [np.append(array, np.int32(eod)) if array.size else array for array in arrays]
-    return Encoded(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+def first_documents(encoder: Encoder, units: Sequence[Unit], found: Sequence[Part], limit: int) -> list[Part]:
+    """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
+    kept = []
+    for unit, part in zip(units, found, strict=False):
+        if limit == 0:
+            break
+        kept.append(part if part.documents <= limit else encoder.part(unit, limit))
+        limit -= kept[-1].documents
+    return kept
 
 
-worker_tokenizer: Tokenizer     # of a worker process, set once when it starts
-
-
-def start_worker(load: Callable[[], Tokenizer]) -> None:
-    global worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # the processes are the parallelism
-    worker_tokenizer = load()
-
-
-def encode_in_worker(texts: list[str], eod: int | None) -> Encoded:
-    return encode_batch(worker_tokenizer, texts, eod)
+def join(encoder: Encoder, found: Sequence[Part], prefix: Path, shuffle_seed: int | None) -> Record:
+    """The parts, one behind the other or shuffled by document, as the dataset PREFIX."""
+    corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
+    corpus.skipped = sum(part.skipped for part in found)
+    corpus.first_skipped = next((part.first_skipped for part in found if part.skipped), None)
+    with IndexedWriter(prefix, encoder.dtype) as writer:
+        if shuffle_seed is None:
+            for part in found:
+                lengths = parts.lengths(part)
+                writer.add_file(parts.tokens_file(part), lengths[lengths > 0], (lengths > 0).astype(np.int64))
+        else:
+            add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in found], shuffle_seed)
+        if not writer.num_tokens:
+            parts.remove()
+            raise UserError(f"the corpus is empty: no tokens in {writer.num_documents} documents of "
+                            f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)")
+        record = Record(
+            tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
+            sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
+            source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in found))
+        writer.finish(record)
+    return record

@@ -26,6 +26,8 @@ class Record:
     skipped: int
     """Documents left out because they could not be read."""
     source: list[str]
+    text_bytes: int | None = None
+    """Of the documents' texts, as UTF-8; None if not known."""
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()

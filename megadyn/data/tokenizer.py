@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,13 @@ TokenArray = NDArray[np.integer[Any]]
 
 USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 """Tokens taken for the end of a document, in this order, where the tokenizer names none itself."""
+
+
+class Encoded(NamedTuple):
+    """Several texts as tokens."""
+
+    tokens: TokenArray          # [N] of all texts, back to back
+    lengths: NDArray[np.int64]  # [texts]
 
 
 class Tokenizer(ABC):
@@ -42,9 +49,22 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         """One array of ids per text, in order."""
 
+    def encode(self, texts: list[str]) -> Encoded:
+        """The ids of all texts in one array."""
+        arrays = self.encode_batch(texts)
+        return Encoded(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
+
+    def added_tokens(self) -> list[str]:
+        """Texts that stand for a token of their own, whatever is around them."""
+        return []
+
+    def gigatoken_json(self) -> str:
+        """What gigatoken needs to give the same ids (see `engine`); `UserError` if it cannot."""
+        raise UserError(f"the {self.name} tokenizer needs no other engine")
 
 
 class ByteTokenizer(Tokenizer):
@@ -58,6 +78,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def encode(self, texts: list[str]) -> Encoded:
+        raw = [text.encode() for text in texts]
+        return Encoded(np.frombuffer(b"".join(raw), np.uint8), np.array([len(one) for one in raw], np.int64))
 
     def decode(self, ids: Sequence[int]) -> str:
         eod = USUAL_EODS[0].encode()
@@ -78,6 +102,8 @@ class HfTokenizer(Tokenizer):
             raise UserError(f"{path}: no tokenizer ({error})") from error
         self._tokenizer.no_truncation()     # some files ask for it, and would cut every document short in silence
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None        # draws other ids for one text each time
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name
         self.vocab_size = max(vocab.values(), default=-1) + 1
@@ -92,6 +118,13 @@ class HfTokenizer(Tokenizer):
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def added_tokens(self) -> list[str]:
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+
+    def gigatoken_json(self) -> str:
+        text: str = self._tokenizer.to_str()
+        return text
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model` file."""
@@ -104,6 +137,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path}: no SentencePiece model ({error})") from error
+        self._raw = raw
         self.name = path.stem
         self.vocab_size = self._model.vocab_size()
         self.eod_or_none = self._model.eos_id() if self._model.eos_id() >= 0 else None
@@ -115,6 +149,24 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
         return text
+
+    def added_tokens(self) -> list[str]:
+        return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
+
+    def gigatoken_json(self) -> str:
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+        try:
+            content = json.loads(sentencepiece_to_tokenizer_json(self._raw))
+        except ValueError as error:
+            raise UserError(f"gigatoken does not support tokenizer {self.name} ({error})") from error
+        if any(step["type"] == "Precompiled" for step in content["normalizer"]["normalizers"]):
+            raise UserError(f"gigatoken normalizes some characters otherwise than tokenizer {self.name}")
+        # SentencePiece spells out control symbols such as </s> where they stand in a text.
+        control = set(self.added_tokens())
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
+        content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in control]
+        return json.dumps(content)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

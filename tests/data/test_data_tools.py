@@ -1,6 +1,8 @@
 """The four data tools as a user runs them: processes, exit statuses, last lines."""
 
+import gzip
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +71,18 @@ def test_text_to_dataset_and_back(tmp_path, corpus, run_tool_script):
     ({"--tokenizer": "nowhere"}, "tokenizer nowhere: no such file"),
     ({"--tokenizer": "bad.txt"}, "neither a folder"),
     ({"--output-prefix": "bad.txt/x"}, "bad.txt"),
+    ({"--engine": "gigatoken"}, "--engine gigatoken: the byte tokenizer needs no other engine"),
+    ({"--input": "cut.jsonl.gz"}, "cut.jsonl.gz:1: damaged"),
+    ({"--input": "bad.txt", "--format": "parquet"}, "bad.txt: no Parquet that can be read"),
+    ({"--input": "none*.jsonl"}, "none*.jsonl: no such file or folder"),
+    ({"--max-documents": "0"}, "0: must be at least 1"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, corpus, run_tool_script, changes, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}')[:-4])
     before = sorted(tmp_path.rglob("*"))
     options = {"--input": corpus, "--tokenizer": "byte", "--output-prefix": "x"} | changes
     assert_refused(run_tool_script("preprocess_data", *[part for option in options.items() for part in option]), sentence)
@@ -89,12 +97,36 @@ def test_skipped_documents_are_counted_in_the_summary(tmp_path, run_tool_script)
     assert f"2 documents skipped, the first: {tmp_path / 'bad.jsonl'}:2" in done.stdout
 
 
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("limit", ["file size", "file system"])
+@pytest.mark.parametrize("at", ["the parts", "the dataset"])
+def test_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, limit, at):
+    """Room for nothing, or for the parts (100 KB of text, 200 KB of tokens) but not for a dataset beside them."""
     (tmp_path / "a.txt").write_text("x" * 100_000)
-    tool = f"{sys.executable} {TOOLS / 'preprocess_data.py'} --input a.txt --tokenizer byte --output-prefix x"
-    done = subprocess.run(["bash", "-c", f"ulimit -f 64; exec {tool}"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert_refused(done, "x: File too large")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    (tmp_path / "b.txt").write_text("x" * 50_000)
+    out = tmp_path / "out"
+    out.mkdir()
+    tool = [sys.executable, str(TOOLS / "preprocess_data.py"), "--input", "a.txt", "b.txt", "--tokenizer", "byte",
+            "--output-prefix", "out/x"]
+    unit = "import megadyn.data.units as units; units.UNIT_BYTES = 1; import runpy, sys; sys.argv = sys.argv[1:]; " \
+           "runpy.run_path(sys.argv[0], run_name='__main__')"
+    room = {"the parts": 64, "the dataset": 250 if limit == "file size" else 450}[at]
+    command = shlex.join([sys.executable, "-c", unit, *tool[1:]])
+    if limit == "file size":
+        done = shell(f"ulimit -f {room}; {command}", tmp_path)
+        reason = "File too large"
+    else:
+        if shell("unshare --map-root-user --mount mount -t tmpfs tmpfs out", tmp_path).returncode:
+            pytest.skip("no file systems may be mounted here (unshare --map-root-user --mount)")
+        script = f"mount -t tmpfs -o size={room}k tmpfs out && {{ {command}; status=$?; ls out; exit $status; }}"
+        done = shell(f"unshare --map-root-user --mount bash -c {shlex.quote(script)}", tmp_path)
+        reason = "No space left on device"
+    assert_refused(done, reason)
+    left = done.stdout.split() if limit == "file system" else [path.name for path in out.iterdir()]
+    assert [name for name in left if name.startswith((".x", "x"))] == ([] if at == "the parts" else ["x.parts"])
+
+
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 def test_inspect_refuses_a_cut_dataset_and_another_tokenizer(tmp_path, corpus, run_tool_script, tokenizer_folder):
@@ -124,4 +156,5 @@ def test_data_tools_start_without_torch_and_transformers():
     assert "preprocess" in modules
     script = f"import sys, {', '.join(f'megadyn.data.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    assert not {"torch", "transformers", "tokenizers", "sentencepiece", "omegaconf"} & set(loaded)
+    assert not {"torch", "transformers", "tokenizers", "sentencepiece", "omegaconf", "pyarrow", "gigatoken", "awkward", "tqdm",
+                "mpi4py"} & set(loaded)

@@ -1,8 +1,4 @@
-import itertools
 import json
-import multiprocessing
-import os
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +7,20 @@ import pytest
 
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.merge import merge_datasets
-from megadyn.data.preprocess import batches_of, encode, preprocess
+from megadyn.data.parts import Parts
+from megadyn.data.preprocess import Encoder, batches_of, preprocess
 from megadyn.data.readers import Corpus
-from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.tokenizer import ByteTokenizer, Encoded, load_tokenizer
 from megadyn.errors import UserError
 from tests.data.corpora import random_texts
 
 KINDS = ("bin", "idx", "json")
 byte = partial(load_tokenizer, "byte")
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadyn.data.units.UNIT_BYTES", 500)
 
 
 def corpus_file(path: Path, texts: list[str]) -> Path:
@@ -49,12 +51,15 @@ def test_each_text_becomes_a_document(tmp_path, which, append_eod, tokenizer_fol
     assert record.source == [str(tmp_path / "a.jsonl")]
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_folder, monkeypatch):
-    monkeypatch.setattr("megadyn.data.preprocess.batches_of", partial(batches_of, characters=200))      # some 40 batches
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_folder, small_units, monkeypatch):
     corpus = Corpus([corpus_file(tmp_path / "a.jsonl", random_texts(100))])
+    assert len(corpus.units()) > 20
     for workers in (1, 3):
         preprocess(corpus, tokenizer_folder, tmp_path / f"w{workers}", append_eod=True, workers=workers)
-    assert contents(tmp_path / "w1") == contents(tmp_path / "w3")
+    monkeypatch.undo()
+    assert len(corpus.units()) == 1
+    preprocess(corpus, tokenizer_folder, tmp_path / "one unit", append_eod=True)
+    assert contents(tmp_path / "w1") == contents(tmp_path / "w3") == contents(tmp_path / "one unit")
 
 
 def test_merge_equals_preprocessing_all_at_once(tmp_path, tokenizer_folder):
@@ -91,15 +96,38 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path, tokenizer_folder,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_line_ends_the_job_and_leaves_nothing(tmp_path, workers):
+def test_bad_line_ends_the_job_and_leaves_no_dataset(tmp_path, workers, small_units):
     path = corpus_file(tmp_path / "a.jsonl", random_texts(50))
-    path.write_text(path.read_text() + "broken\n")
+    path.write_text(path.read_text() + "broken\n" + json.dumps({"text": "a"}) + "\nbroken again\n")
     with pytest.raises(UserError, match=r"a\.jsonl:51: no JSON"):
         preprocess(Corpus([path]), "byte", tmp_path / "out" / "x", workers=workers)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [left.name for left in (tmp_path / "out").iterdir()] == ["x.parts"]      # what was finished before
 
-    record = preprocess(Corpus([path], on_error="skip"), "byte", tmp_path / "out" / "x", workers=workers)
-    assert (record.documents, record.skipped) == (50, 1)
+    corpus = Corpus([path], on_error="skip")
+    record = preprocess(corpus, "byte", tmp_path / "out" / "x", workers=workers)
+    assert (record.documents, record.skipped) == (51, 2)
+    assert f"{path}:51: " in str(corpus.first_skipped)
+
+
+def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
+    (tmp_path / "a.jsonl").write_text('broken\n{"text": "a"}\n')
+    parts = Parts(tmp_path / "x")
+    with parts.locked():
+        for on_error in ("skip", "fail"):
+            corpus = Corpus([tmp_path / "a.jsonl"], on_error=on_error)
+            encoder = Encoder(corpus, byte(), parts, eod=None, limit=None)
+            if on_error == "skip":
+                assert encoder.part(corpus.units()[0]) == encoder.part(corpus.units()[0])
+            else:
+                with pytest.raises(UserError, match="no JSON"):
+                    encoder.part(corpus.units()[0])
+
+
+def test_bad_line_in_a_small_corpus_leaves_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("broken\n")
+    with pytest.raises(UserError, match="no JSON"):
+        preprocess(Corpus([tmp_path / "a.jsonl"]), "byte", tmp_path / "out" / "x")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
@@ -125,39 +153,125 @@ def test_output_inside_the_input_folder_is_no_input(tmp_path):
     assert preprocess(Corpus([tmp_path]), "byte", tmp_path / "x").documents == 1
 
 
-def test_batches_keep_order_and_are_bounded():
-    texts = ["a" * n for n in (5, 0, 3, 20, 1, 1)]
-    batches = list(batches_of(texts, characters=8))
-    assert [text for batch in batches for text in batch] == texts
-    assert [sum(map(len, batch)) for batch in batches] == [8, 20, 2]
+def test_batches_keep_order_and_are_bounded(monkeypatch):
+    monkeypatch.setattr("megadyn.data.preprocess.BATCH_BYTES", 8)
+    texts = ["é" * 2, "a", "", "aaa", "a" * 20, "a", "a"]
+    assert list(batches_of(iter(texts))) == [(texts[:4], 8), (texts[4:5], 20), (texts[5:], 2)]
 
 
-def test_workers_read_a_bounded_number_of_batches_ahead():
-    taken = itertools.count()
-    source = ([f"batch {next(taken)}"] for _ in itertools.count())       # endless
-    results = encode(source, byte, None, workers=2)
-    for i in range(10):
-        assert bytes(next(results).tokens.tolist()) == b"batch %d" % i
-    results.close()
-    assert next(taken) <= 14
+def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, small_units, monkeypatch):
+    monkeypatch.setattr("megadyn.data.preprocess.BATCH_BYTES", 50)
+    texts = ["", *random_texts(60), "last"]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:10], "broken", *lines[10:40], "broken", "broken", *lines[40:]]))
+    corpus = partial(Corpus, [tmp_path / "a.jsonl"], on_error="skip")
+    for count in (2, 10, 11, 40, 41, len(texts), 1000):
+        records = [preprocess(corpus(), "byte", tmp_path / f"{count}-{workers}", append_eod=True, workers=workers,
+                              max_documents=count) for workers in (1, 3)]
+        assert contents(tmp_path / f"{count}-1") == contents(tmp_path / f"{count}-3")
+        dataset = IndexedDataset(tmp_path / f"{count}-1")
+        want = [[*text.encode(), 256] if text else [] for text in texts[:count]]
+        assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == want
+        assert records[0].text_bytes == sum(len(text.encode()) for text in texts[:count])
+    fails = Corpus([tmp_path / "a.jsonl"])
+    preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)     # the first bad line comes later
+    with pytest.raises(UserError, match="jsonl:11: no JSON"):
+        preprocess(fails, "byte", tmp_path / "behind", max_documents=11, workers=2)
 
 
-def test_what_a_worker_raises_ends_the_job():
-    batches = [["fine"], ["\ud800"], *[["never reached"]] * 5]      # a lone surrogate cannot be encoded
-    with pytest.raises(UnicodeEncodeError):
-        list(encode(batches, byte, None, workers=2))
+def test_shuffled_documents_are_the_same_ones_in_a_seeded_order(tmp_path, small_units, monkeypatch):
+    monkeypatch.setattr("megadyn.data.shuffle.CHUNK_TOKENS", 100)
+    texts = ["", *random_texts(60), ""]
+    path = corpus_file(tmp_path / "a.jsonl", texts)
+    for seed, workers in ((0, 1), (0, 3), (1, 1)):
+        preprocess(Corpus([path]), "byte", tmp_path / f"{seed}-{workers}", workers=workers, shuffle_seed=seed)
+    assert contents(tmp_path / "0-1") == contents(tmp_path / "0-3")
+    for seed in (0, 1):
+        dataset = IndexedDataset(tmp_path / f"{seed}-1")
+        order = np.random.default_rng(seed).permutation(len(texts))
+        assert [bytes(dataset.document(k).tolist()).decode() for k in range(len(texts))] == [texts[i] for i in order]
 
 
-def test_worker_that_dies_ends_the_job():
-    results = encode((["text"] for _ in itertools.count()), byte, None, workers=2)
-    next(results)
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="a tokenizer process died"):
-        list(results)
+def test_an_interrupted_run_keeps_its_finished_parts(tmp_path, small_units, monkeypatch):
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole")
+    encode = ByteTokenizer.encode
+
+    def fails_later(left: int) -> None:
+        def encode_or_fail(self: ByteTokenizer, texts: list[str]) -> Encoded:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return encode(self, texts)
+        monkeypatch.setattr(ByteTokenizer, "encode", encode_or_fail)
+
+    units = len(Corpus([path]).units())
+    assert units > 10
+    fails_later(7)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(Corpus([path]), "byte", tmp_path / "x")
+    assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
+    parts = sorted((tmp_path / "x.parts").glob("*.bin"))
+    assert len(parts) == 7
+    parts[3].write_bytes(parts[3].read_bytes()[:-1] + b"?")        # damaged meanwhile
+    fails_later(units - 7 + 1)          # fails if any of the other six is encoded again
+    preprocess(Corpus([path]), "byte", tmp_path / "x")
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert not (tmp_path / "x.parts").exists()
 
 
-def test_eod_beyond_uint8_is_kept():
-    (encoded,) = encode([["a", "", "b"]], byte, 256, workers=1)
-    assert encoded.tokens.tolist() == [97, 256, 98, 256]
-    assert encoded.lengths.tolist() == [2, 0, 2]
-    assert encoded.lengths.dtype == np.int64
+@pytest.mark.parametrize("change", ["input", "tokenizer", "eod", "text_key"])
+def test_parts_of_another_input_or_option_are_not_used(tmp_path, small_units, change, tokenizer_folder):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text, "other": text.upper()}) for text in random_texts(60)]
+    path.write_text("\n".join([*lines, "broken"]))
+    with pytest.raises(UserError):
+        preprocess(Corpus([path]), "byte", tmp_path / "x")
+    assert len(list((tmp_path / "x.parts").glob("*.json"))) > 5
+    if change == "input":
+        path.write_text(path.read_text().replace("self", "flesh"[1:]))        # of the same size
+    for name in "xy":
+        preprocess(Corpus([path], text_key="other" if change == "text_key" else "text", on_error="skip"),
+                   tokenizer_folder if change == "tokenizer" else "byte", tmp_path / name, append_eod=change == "eod")
+    assert contents(tmp_path / "x") == contents(tmp_path / "y")
+
+
+def test_a_second_run_on_one_prefix_is_refused(tmp_path):
+    path = corpus_file(tmp_path / "a.jsonl", ["text"])
+    with Parts(tmp_path / "x").locked(), pytest.raises(UserError, match=r"x\.parts: another run is writing this dataset"):
+        preprocess(Corpus([path]), "byte", tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    preprocess(Corpus([path]), "byte", tmp_path / "x")
+
+
+def test_output_of_an_earlier_run_is_no_input(tmp_path, small_units):
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(30))
+    (tmp_path / "b.jsonl").write_text("broken")
+    with pytest.raises(UserError, match="no JSON"):
+        preprocess(Corpus([tmp_path]), "byte", tmp_path / "x")
+    (tmp_path / "b.jsonl").unlink()
+    record = preprocess(Corpus([tmp_path]), "byte", tmp_path / "x")
+    again = preprocess(Corpus([tmp_path]), "byte", tmp_path / "x", overwrite=True)
+    assert record == again
+    assert record.documents == 30
+    assert path.exists()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_eod_is_kept_whatever_the_type_of_the_ids(wide):
+    tokenizer = byte()
+    if wide:
+        tokenizer.vocab_size = 70_000
+    encoder = Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=256, limit=None)
+    tokens, lengths = encoder._encode(["a", "", "b"])
+    assert tokens.tolist() == [97, 256, 98, 256]
+    assert lengths.tolist() == [2, 0, 2]
+    assert tokens.dtype == ("<i4" if wide else "<u2")
+
+
+def test_id_beyond_the_vocabulary_is_refused():
+    tokenizer = byte()
+    tokenizer.vocab_size = 98
+    with pytest.raises(UserError, match="token id 98 is not below its 98"):
+        Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=None, limit=None)._encode(["ab"])

@@ -1,0 +1,270 @@
+"""How fast text becomes a dataset, start to finish, beside what its tokenizer alone can do.
+
+    python tools/benchmark.py data [--megabytes 200] [--workers 2] [--rounds 3] [--folder DIR] [--json]
+
+The corpus is JSONL of the source code and documentation on this machine; what there is too little of comes again with
+its lines in another order. All runs take turns, each in processes of its own. MB are 10^6 bytes of text as UTF-8; CPU
+time is that of all processes, and so the better figure where others use the machine too.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from megadyn.data.arguments import add_json_argument, positive
+from megadyn.data.engine import GigatokenTokenizer
+from megadyn.data.files import os_errors_named
+from megadyn.data.preprocess import batches_of
+from megadyn.data.readers import Corpus
+from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.train_tokenizer import train_tokenizer
+from megadyn.errors import Parser, UserError
+
+SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".c")
+DOCUMENT_BYTES = range(200, 400_000)
+VOCAB_SIZE = 16_000
+TRAINING_DOCUMENTS = 3_000
+FAST_BYTES, SLOW_BYTES = 400_000_000, 4_000_000
+"""Text for each worker of the ways that hold it in memory."""
+POLL_SECONDS = 0.1
+READY_SECONDS = 600
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+
+
+class Run(NamedTuple):
+    text_bytes: int
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    what: str
+    mb_per_second: float
+    cpu_seconds_per_mb: float
+    peak_mb: float | None
+    """Of all processes, shared memory counted once."""
+
+
+def measure(folder: Path, megabytes: int, workers: int, rounds: int) -> list[Figure]:
+    """The median run of each way."""
+    corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
+    write_corpus(corpus, megabytes * 10**6)
+    train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
+    ways: dict[str, Callable[[], Run]] = {
+        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(corpus, tokenizer, folder / "dataset", workers),
+        "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
+        "one `tokenizers` encode per document": lambda: in_processes(encode_each, corpus, tokenizer, workers),
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            runs[name].append(way())
+    return [median_of(name, some) for name, some in runs.items()]
+
+
+def median_of(what: str, runs: Sequence[Run]) -> Figure:
+    peaks = [run.peak_mb for run in runs if run.peak_mb is not None]
+    return Figure(what, statistics.median(run.text_bytes / run.seconds / 1e6 for run in runs),
+                  statistics.median(run.cpu_seconds / run.text_bytes * 1e6 for run in runs), max(peaks, default=None))
+
+
+def write_corpus(path: Path, size: int) -> None:
+    files = texts_here()
+    if not files:
+        raise UserError(f"no {', '.join(SUFFIXES)} files on this machine to make a corpus of")
+    draw, written, again = random.Random(0), 0, False
+    with path.open("wb") as out:
+        while True:
+            for file in draw.sample(files, len(files)):
+                try:
+                    text = file.read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue        # it is one of many thousand
+                if again:
+                    lines = text.splitlines(keepends=True)
+                    text = "".join(draw.sample(lines, len(lines)))
+                written += out.write(orjson.dumps({"id": written, "source": file.name, "text": text}) + b"\n")
+                if written >= size:
+                    return
+            again = True
+
+
+def texts_here() -> list[Path]:
+    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), "/usr/lib/python3", "/usr/share/doc"}
+    found = (path for root in sorted(roots) for path in Path(root).rglob("*") if path.suffix in SUFFIXES)
+    return sorted({path for path in found if path.is_file() and path.stat().st_size in DOCUMENT_BYTES})
+
+
+def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -> Run:
+    """The tool as a user runs it, with the start of Python and all it imports."""
+    before, began = cpu_of_children(), time.perf_counter()
+    command = [sys.executable, str(TOOL), "--input", str(corpus), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix),
+               "--append-eod", "--workers", str(workers), "--engine", "gigatoken", "--overwrite", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        watch = MemoryWatch(process.pid)
+        output, error = process.communicate()
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise UserError(f"{TOOL.name} failed: {error}")
+    record = json.loads(output.splitlines()[-1])
+    return Run(record["text_bytes"], seconds, cpu_of_children() - before, watch.peak_mb())
+
+
+Prepare = Callable[[Path, Path, int, int], Callable[[], int]]
+"""From corpus, tokenizer, worker and number of workers to the work that is timed, which returns the bytes of its text."""
+
+
+def in_processes(prepare: Prepare, corpus: Path, tokenizer: Path, workers: int) -> Run:
+    """In `workers` processes, timed from when all are ready until the last ends."""
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(workers + 1), context.SimpleQueue()
+    arguments = [(prepare, corpus, tokenizer, i, workers, ready, results) for i in range(workers)]
+    processes = [context.Process(target=timed, args=some, daemon=True) for some in arguments]
+    for process in processes:
+        process.start()
+    ready.wait(READY_SECONDS)
+    began = time.perf_counter()
+    found = [results.get() for _ in processes]
+    seconds = time.perf_counter() - began
+    for process in processes:
+        process.join()
+    return Run(sum(size for size, _ in found), seconds, sum(cpu for _, cpu in found), None)
+
+
+def timed(prepare: Prepare, corpus: Path, tokenizer: Path, worker: int, workers: int, ready: Any, results: Any) -> None:
+    work = prepare(corpus, tokenizer, worker, workers)
+    ready.wait(READY_SECONDS)
+    began = time.process_time()
+    results.put((work(), time.process_time() - began))
+
+
+def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
+    """gigatoken's own batch call on batches as large as the tool's."""
+    engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
+    batches, held = [], 0
+    for batch in batches_of(texts_of(corpus, worker, workers)):
+        batches.append(batch)
+        held += batch[1]
+        if held >= FAST_BYTES:
+            break
+    engine.encode_batch(["x"], parallel=False)      # imports awkward
+
+    def work() -> int:
+        for texts, _ in batches:
+            engine.encode_batch(texts, parallel=False)
+        return held
+
+    return work
+
+
+def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
+    import tokenizers
+
+    engine = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    texts: list[str] = []
+    size = 0
+    for text in texts_of(corpus, worker, workers):
+        texts.append(text)
+        size += len(text.encode())
+        if size >= SLOW_BYTES:
+            break
+
+    def work() -> int:
+        for text in texts:
+            _ = engine.encode(text, add_special_tokens=False).ids
+        return size
+
+    return work
+
+
+def texts_of(path: Path, worker: int, workers: int) -> Iterator[str]:
+    """This worker's units of the corpus."""
+    corpus = Corpus([path])
+    for unit in corpus.units()[worker::workers]:
+        yield from corpus.read(unit)
+
+
+def cpu_of_children() -> float:
+    """Seconds, of those that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+class MemoryWatch:
+    """The largest memory of a session's processes together, looked at every `POLL_SECONDS`."""
+
+    def __init__(self, session: int) -> None:
+        self._session, self._peak, self._stop = session, 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    def peak_mb(self) -> float:
+        """Ends the watch."""
+        self._stop.set()
+        self._thread.join()
+        return self._peak / 1e6
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._peak = max(self._peak, sum(map(self._memory, Path("/proc").glob("[0-9]*"))))
+
+    def _memory(self, process: Path) -> int:
+        """Bytes; pages that several processes share are divided among them."""
+        try:
+            if os.getsid(int(process.name)) != self._session:
+                return 0
+            lines = process.joinpath("smaps_rollup").read_text().splitlines()
+        except (OSError, ProcessLookupError):
+            return 0        # it ended just now
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def as_table(figures: Sequence[Figure], megabytes: int) -> str:
+    rows = [f"| {megabytes} MB of JSONL | MB/s | CPU s per MB | peak memory, MB |", "|---|---|---|---|"]
+    for figure in figures:
+        peak = "" if figure.peak_mb is None else f"{figure.peak_mb:.0f}"
+        rows.append(f"| {figure.what} | {figure.mb_per_second:.1f} | {figure.cpu_seconds_per_mb:.4f} | {peak} |")
+    tool, *others = figures
+    for other in others:
+        ratio, cpu_ratio = tool.mb_per_second / other.mb_per_second, other.cpu_seconds_per_mb / tool.cpu_seconds_per_mb
+        rows += ["", f"The tool: {ratio:.2f} times {other.what}; by CPU time {cpu_ratio:.2f} times."]
+    return "\n".join(rows)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
+                        help="where the corpus is made and removed")
+    add_json_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with os_errors_named(args.folder), tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        figures = measure(Path(folder), args.megabytes, args.workers, args.rounds)
+    print(as_table(figures, args.megabytes))
+    if args.json:
+        print(json.dumps([asdict(one) for one in figures]))

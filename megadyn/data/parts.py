@@ -1,0 +1,175 @@
+"""PREFIX.parts: the units of a job that are encoded already, kept until the dataset is complete.
+
+# For each unit, under a name that is a hash of all that decides its tokens:
+#   NAME.bin    the tokens, back to back, in the dtype of the dataset
+#   NAME.len    [D] <i4  tokens in each document, 0 for one without
+#   NAME.json   a `Part`; written last, so with it the part is finished
+
+So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megadyn.data.files import temporary_beside
+from megadyn.data.indexed import LONGEST_SEQUENCE
+from megadyn.data.tokenizer import TokenArray
+from megadyn.errors import UserError
+
+LAYOUT = 1
+"""Part of every name; raised whenever the same unit is to give other files."""
+LOCK = "lock"
+CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What a unit came to."""
+
+    name: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    """Of the documents' texts, as UTF-8."""
+    skipped: int
+    first_skipped: str | None
+    crc32: int
+    """Of NAME.bin and NAME.len, one behind the other."""
+
+
+class Parts:
+    """The folder of one job; many processes may use it at a time."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.folder = Path(f"{prefix}.parts")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it; `UserError` if another has it.
+
+        At the end it is removed if no part in it is finished.
+        """
+        with lock_in(self.folder):
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
+            try:
+                yield
+            finally:
+                if not any(self.folder.glob("*.json")):
+                    self.remove()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def load(self, name: str) -> Part | None:
+        """The finished part of this name; None if there is none, or not what was written."""
+        try:
+            part = Part(**json.loads(self._file(name, "json").read_bytes()))
+            sound = file_crc(self._file(name, "len"), file_crc(self._file(name, "bin"))) == part.crc32
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return part if sound else None
+
+    def tokens_file(self, part: Part) -> Path:
+        return self._file(part.name, "bin")
+
+    def lengths(self, part: Part) -> NDArray[np.int32]:
+        return np.fromfile(self._file(part.name, "len"), "<i4")
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.folder / f"{name}.{kind}"
+
+
+class PartWriter:
+    """Writes one part, batch by batch; a context manager that leaves nothing unless `finish` was reached."""
+
+    def __init__(self, parts: Parts, name: str) -> None:
+        self._final = {kind: parts.folder / f"{name}.{kind}" for kind in ("bin", "len", "json")}
+        self._temporary = {kind: temporary_beside(path) for kind, path in self._final.items()}
+        self._name, self._lengths, self._crc = name, list[NDArray[np.int32]](), 0
+        self.tokens = self.documents = self.text_bytes = 0
+        self._bin = self._temporary["bin"].open("wb", 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bin.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def add(self, tokens: TokenArray, lengths: NDArray[Any], text_bytes: int) -> None:
+        """A batch of documents: their tokens [N] in the dtype of the dataset, and lengths [D]."""
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            raise UserError(f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence")
+        rest = tokens.view(np.uint8).data
+        self._crc = zlib.crc32(rest, self._crc)
+        while rest:
+            rest = rest[self._bin.write(rest):]
+        self._lengths.append(lengths.astype("<i4"))
+        self.tokens += tokens.size
+        self.documents += len(lengths)
+        self.text_bytes += text_bytes
+
+    def finish(self, skipped: int, first_skipped: str | None) -> Part:
+        self._bin.close()
+        lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths]).tobytes()
+        self._temporary["len"].write_bytes(lengths)
+        part = Part(name=self._name, documents=self.documents, tokens=self.tokens, text_bytes=self.text_bytes,
+                    skipped=skipped, first_skipped=first_skipped, crc32=zlib.crc32(lengths, self._crc))
+        self._temporary["json"].write_text(json.dumps(asdict(part)))
+        for kind, path in self._final.items():
+            self._temporary[kind].replace(path)
+        return part
+
+
+def part_name(*what: object) -> str:
+    """A name for the part that `what`, made of plain values, decides."""
+    return hashlib.sha256(json.dumps([LAYOUT, *what]).encode()).hexdigest()[:24]
+
+
+def file_crc(path: Path, crc: int = 0) -> int:
+    with path.open("rb", 0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+@contextmanager
+def lock_in(folder: Path) -> Iterator[None]:
+    """Makes `folder` and holds its lock; `UserError` if another process does."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("w")
+        except FileNotFoundError:       # its last owner removed the folder just now
+            continue
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another run is writing this dataset; wait for it, or name another output") from error
+            if not is_same_file(folder / LOCK, lock.fileno()):
+                continue
+            yield
+            return
+
+
+def is_same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,63 @@
+"""A corpus cut into pieces of work, by what lies on disk and nothing else: the same for any number of workers."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megadyn.data.formats import CODECS, Span, form_of, open_parquet
+
+UNIT_BYTES = 2**24
+"""Bytes on disk that a unit has at least, but for the last one."""
+MOST_UNITS = 2**12
+"""A corpus has fewer units than this, and files that cannot be cut; each unit is two small files for a while."""
+
+Unit = tuple[Span, ...]
+"""Consecutive pieces of a corpus, which one process reads."""
+
+
+def units_of(files: Iterable[Path], form: str) -> list[Unit]:
+    """All of `files`, in order."""
+    sizes = [(file, file.stat().st_size) for file in files]
+    least = unit_bytes(sum(size for _, size in sizes))
+    units, unit, held = [], [], 0
+    for file, size in sizes:
+        for span in spans_of(file, size, form_of(file) if form == "auto" else form, least):
+            unit.append(span)
+            held += span.size
+            if held >= least:
+                units.append(tuple(unit))
+                unit, held = [], 0
+    return [*units, tuple(unit)] if unit else units
+
+
+def unit_bytes(total: int) -> int:
+    """`UNIT_BYTES` doubled until there are few units; so a corpus that grows a little keeps its units."""
+    least = UNIT_BYTES
+    while total // least >= MOST_UNITS:
+        least *= 2
+    return least
+
+
+def spans_of(file: Path, size: int, form: str, least: int) -> Iterator[Span]:
+    """`file` in pieces of about `least` bytes, or whole if its format cannot be cut."""
+    if form == "jsonl" and file.suffix not in CODECS:
+        for first in range(0, size, least):
+            end = min(first + least, size)
+            yield Span(file, form, first, end, end - first)
+    elif form == "parquet" and (groups := row_groups(file)):
+        step = max(1, least * groups // max(1, size))
+        for first in range(0, groups, step):
+            end = min(first + step, groups)
+            yield Span(file, form, first, end, size * end // groups - size * first // groups)
+    else:
+        yield Span(file, form, 0, 0, size)
+
+
+def row_groups(file: Path) -> int:
+    """0 for a file that is no Parquet: to read it will say why."""
+    import pyarrow
+
+    try:
+        with open_parquet(file) as table:
+            return int(table.num_row_groups)
+    except (pyarrow.ArrowException, OSError):
+        return 0

@@ -1,0 +1,68 @@
+"""Processes that do the same with many things; results in order, whatever their number."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from megadyn.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1
+
+
+def in_order(do: Callable[[Item], Result], items: Sequence[Item], workers: int,
+             on_wait: Callable[[], None]) -> Generator[Result, None, None]:
+    """`do` of each item, in the order of `items`, in this process or in `workers` others; `on_wait` is called now and then.
+
+    What fails is raised when its turn comes, so it does not depend on the number of workers which failure that is.
+    A worker that dies raises `UserError`. When the iteration ends early, so do the workers.
+    """
+    if min(workers, len(items)) <= 1:
+        for item in items:
+            on_wait()
+            yield do(item)
+        return
+    # Forked, so that they begin with the tokenizer and all modules loaded; nothing before this may start a thread.
+    already = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start, (do, os.getpid()))
+    futures: deque[Future[Result]] = deque(pool.submit(run, item) for item in items)
+    started = set(multiprocessing.active_children()) - already
+    try:
+        while futures:
+            future = futures.popleft()
+            while wait([future], POLL_SECONDS).not_done:
+                on_wait()
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died (out of memory?); fewer --workers take less") from error
+    finally:
+        if futures:
+            for process in started:
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+work: Callable[[Any], Any]      # of a worker process, set once when it starts
+
+
+def start(do: Callable[[Any], Any], parent: int) -> None:
+    global work
+    work = do
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent ends its workers itself
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # and a parent that is killed takes them along
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def run(item: Any) -> Any:
+    return work(item)

@@ -1,0 +1,149 @@
+"""gigatoken gives the ids of the reference tokenizer, or is not used."""
+
+import json
+import random
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megadyn.data.engine import CHARACTER_RANGES, GigatokenTokenizer, prove_equal, strange_characters, with_engine
+from megadyn.data.tokenizer import Tokenizer, load_tokenizer
+from megadyn.errors import UserError
+from megadyn.log import log
+from tests.data.corpora import WORDS, random_texts
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+QWEN = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}},
+    BYTE_LEVEL | {"use_regex": False}]}
+TOOL: dict[str, object] = {"id": 300, "content": "<tool>", "special": False,
+                           "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def awkward_texts(count: int) -> list[str]:
+    draw = random.Random(3)
+    words = [*WORDS, "<tool>", "<|endoftext|>", "</s>", "'S", "e\u0301", "\u00a0"]
+    return ["", *("".join(draw.choice(words) + chr(draw.randrange(*draw.choice(CHARACTER_RANGES))) * draw.randrange(2)
+                          for _ in range(draw.randrange(1, 30))) for _ in range(count))]
+
+
+def variant(source: Path, target: Path, **changes: object) -> Tokenizer:
+    shutil.copytree(source, target)
+    content = json.loads((source / "tokenizer.json").read_text()) | changes
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    return load_tokenizer(target)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger="megadyn")
+    return caplog
+
+
+@pytest.mark.parametrize(("changes", "extra"), [
+    ({}, []), ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, []), ({"pre_tokenizer": QWEN}, []),
+    ({"pre_tokenizer": QWEN, "normalizer": {"type": "NFC"}}, []), ({}, [TOOL]),
+    ({}, [TOOL | {"lstrip": True, "rstrip": True}]), ({"normalizer": {"type": "NFC"}}, [TOOL | {"normalized": True}])])
+def test_equal_to_the_reference(tokenizer_folder, tmp_path, changes, extra):
+    added = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
+    reference = variant(tokenizer_folder, tmp_path / "it", added_tokens=added + extra, **changes)
+    tokenizer, engine = with_engine(reference, "gigatoken", lambda: random_texts(50))
+    assert engine == "gigatoken"
+    texts = awkward_texts(1000)
+    tokens, lengths = tokenizer.encode(texts)
+    want = reference.encode_batch(texts)
+    assert lengths.tolist() == [len(ids) for ids in want]
+    assert tokens.tolist() == np.concatenate(want).tolist()
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts[:50])] == [ids.tolist() for ids in want[:50]]
+    assert (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod) \
+        == (reference.fingerprint, reference.vocab_size, reference.eod)
+
+
+@pytest.mark.parametrize("composing", [False, True])
+def test_characters_of_later_unicodes_are_left_to_the_reference(tokenizer_folder, tmp_path, composing):
+    """Each character that Python's table lacks or that composes late, where classing and composing it shows."""
+    reference = variant(tokenizer_folder, tmp_path / "it", normalizer={"type": "NFC"} if composing else None, pre_tokenizer=QWEN)
+    tokenizer = GigatokenTokenizer(reference)
+    marks = [chr(code) for code in range(0x300, 0x1f000) if unicodedata.combining(chr(code))]
+    codes = [0x88f, 0xa7ce, 0x10940, 0x18d91, 0x1e6c0, 0x2b73a, 0x323b0, 0x33479, *map(ord, marks), *range(0x11930, 0x11940)]
+    texts = [f"{chr(code)}'s in-{chr(code)}the 1{chr(code)}1 e\u0301{chr(code)}'s \u0928{chr(code)}\u093c \U00011935{chr(code)}"
+             for code in codes]
+    for ours, theirs, text in zip(tokenizer.encode_batch(texts), reference.encode_batch(texts), texts, strict=True):
+        assert ours.tolist() == theirs.tolist(), ascii(text)
+    strange = strange_characters(composing)
+    assert strange[[0x18d91, 0x323b0]].all()
+    assert not strange[[ord(character) for character in "aé日本🙂\u0301\u2019Ⅷ한"]].any()
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"pre_tokenizer": None}, "gigatoken differs from tokenizer it on the text"),
+    ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "gigatoken differs from tokenizer it on the text"),
+    ({"added_tokens": [TOOL | {"single_word": True}]}, "gigatoken differs from tokenizer it on the text"),
+    ({"normalizer": {"type": "Lowercase"}}, "gigatoken does not support tokenizer it (Unsupported normalizer type: Lowercase"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "gigatoken does not support tokenizer it (Unsupported pre_tokenizer"),
+])
+def test_tokenizers_it_cannot_do_go_to_the_reference(tokenizer_folder, tmp_path, logged, changes, reason):
+    reference = variant(tokenizer_folder, tmp_path / "it", **changes)
+    assert with_engine(reference, "auto", list) == (reference, "reference")
+    assert f"engine: reference tokenizer ({reason}" in logged.messages[-1]
+    with pytest.raises(UserError) as refused:
+        with_engine(reference, "gigatoken", list)
+    assert f"--engine gigatoken: {reason}" in str(refused.value)
+
+
+def test_difference_on_a_document_of_the_corpus_is_found(tokenizer_folder):
+    class Wrong(GigatokenTokenizer):
+        def encode_batch(self, texts):
+            right = super().encode_batch(texts)
+            return [ids[::-1] if "surprise" in text else ids for text, ids in zip(texts, right, strict=True)]
+
+    reference = load_tokenizer(tokenizer_folder)
+    documents = ["one", "two " * 10_000, "a surprise", "four"]
+    with pytest.raises(UserError, match="differs from tokenizer tokenizer on document 3 of the corpus"):
+        prove_equal(Wrong(reference), reference, documents)
+    assert "the first 2 documents" in prove_equal(Wrong(reference), reference, documents[:2])
+
+
+def test_what_was_proved_is_in_the_log(tokenizer_folder, logged):
+    reference = load_tokenizer(tokenizer_folder)
+    assert with_engine(reference, "auto", lambda: ["a", "b"])[1] == "gigatoken"
+    assert "engine: gigatoken, equal to the reference tokenizer on the first 2 documents and" in logged.messages[-1]
+    assert with_engine(reference, "reference", list) == (reference, "reference")
+
+
+def test_without_the_package(tokenizer_folder, monkeypatch, logged):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    reference = load_tokenizer(tokenizer_folder)
+    assert with_engine(reference, "auto", list) == (reference, "reference")
+    assert logged.messages == ["engine: reference tokenizer (gigatoken is not installed (pip install gigatoken))"]
+    with pytest.raises(UserError, match=r"gigatoken is not installed \(pip install gigatoken\)"):
+        with_engine(reference, "gigatoken", list)
+
+
+def test_bytes_need_no_engine():
+    with pytest.raises(UserError, match="the byte tokenizer needs no other engine"):
+        with_engine(load_tokenizer("byte"), "gigatoken", list)
+
+
+@pytest.mark.parametrize(("options", "engine"), [
+    ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, "gigatoken"),
+    ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}, "gigatoken"),
+    ({"normalization_rule_name": "identity"}, "reference"),
+    ({}, "reference"), ({"byte_fallback": False}, "reference"), ({"model_type": "unigram"}, "reference")])
+def test_sentencepiece(tmp_path, options, engine):
+    with (tmp_path / "it.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(random_texts(100)), model_writer=file, minloglevel=2,
+                                                 hard_vocab_limit=False,
+                                                 **{"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options)
+    reference = load_tokenizer(tmp_path / "it.model")
+    tokenizer, chosen = with_engine(reference, "auto", lambda: random_texts(20))
+    assert chosen == engine
+    texts = awkward_texts(500)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [ids.tolist() for ids in reference.encode_batch(texts)]

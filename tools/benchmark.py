@@ -1,0 +1,25 @@
+"""Measure how fast and how large parts of megadyn are; prints a table, and with --json one object.
+
+    python tools/benchmark.py data [options]        # text to a dataset; `data --help` says more
+    python tools/benchmark.py samples [options]     # opening, cutting, blending and reading datasets
+"""
+
+import argparse
+import sys
+from importlib import import_module
+
+from megadyn.errors import Parser, run_tool
+
+BENCHMARKS = {"data": "megadyn.benchmark.preparation", "samples": "megadyn.benchmark.samples"}
+"""Module of each, whose `main` takes the options."""
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=BENCHMARKS)
+    args = parser.parse_args(sys.argv[1:2])
+    import_module(BENCHMARKS[args.what]).main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
