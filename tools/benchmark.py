@@ -2,6 +2,7 @@
 
     python tools/benchmark.py data [options]        # text to a dataset; `data --help` says more
     python tools/benchmark.py samples [options]     # opening, cutting, blending and reading datasets
+    python tools/benchmark.py step [options]        # a training step of every kind of model, against dense and transformers
 """
 
 import argparse
@@ -10,7 +11,8 @@ from importlib import import_module
 
 from megadyn.errors import Parser, run_tool
 
-BENCHMARKS = {"data": "megadyn.benchmark.preparation", "samples": "megadyn.benchmark.samples"}
+BENCHMARKS = {"data": "megadyn.benchmark.preparation", "samples": "megadyn.benchmark.samples",
+              "step": "megadyn.benchmark.step"}
 """Module of each, whose `main` takes the options."""
 
 

@@ -1,0 +1,114 @@
+"""The models that are compared: ours of every kind, and transformers' Qwen2 with the dense one's weights."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megadyn.config import Config, DataConfig, ModelConfig, RoutingConfig, TokenizerConfig, TrainingConfig, capacity_count
+from megadyn.errors import UserError
+from megadyn.model.attention import attention_backend
+from megadyn.model.block import LayerContext
+from megadyn.network import Network
+from megadyn.parallel.params import ParamMaker, name_of
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.dtrnet import DtrLayer
+
+KINDS = ("dense", "mod", "dtf", "dtrnet")
+REFERENCE = "qwen2"
+
+
+@dataclass
+class Model:
+    name: str
+    module: nn.Module
+    config: ModelConfig
+    """DTRNet's capacity is the share of tokens that its routers are set to let attend."""
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of tokens [B, T] for the next ones, labels [B, T]."""
+        if isinstance(self.module, Network):
+            loss: Tensor = self.module(tokens, labels)
+            return loss
+        return self.module(tokens, labels=labels, shift_labels=labels, use_cache=False).loss
+
+
+def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
+          others: Sequence[Model]) -> Model:
+    """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
+    kind, _, capacity = name.partition(":")
+    if kind == REFERENCE:
+        dense = next((model for model in others if model.config.routing.kind == "dense"), None)
+        if dense is None:
+            raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
+        return Model(name, qwen2_like(dense, args.recompute), dense.config)
+    if kind not in KINDS:
+        raise UserError(f"--models {name}: {kind!r} must be one of {', '.join((*KINDS, REFERENCE))}")
+    try:
+        share = float(capacity) if capacity else None
+    except ValueError:
+        raise UserError(f"--models {name}: {capacity!r} is no number") from None
+    config = Config(
+        model=ModelConfig(
+            hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
+            vocab_size=args.vocab, qkv_bias=True,
+            routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share)),
+        data=DataConfig(train="none"), tokenizer=TokenizerConfig(path="byte"), output_dir="none",
+        training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)).checked()
+    model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    backend, _ = attention_backend("auto", precision)
+    make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
+    network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
+    if kind == "dtrnet":
+        model.routing.capacity = share or 0.1
+        let_attend(network, tokens, model.routing.capacity)
+    return Model(name, network, model)
+
+
+def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
+    """transformers' Qwen2 of the same shapes and with the same weights, with torch's scaled dot-product attention."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config, parameter = dense.config, next(dense.module.parameters())
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
+        rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_position, tie_word_embeddings=False,
+        rope_theta=config.rope_theta, use_sliding_window=False, attn_implementation="sdpa"))
+    model.load_state_dict({name_of(param): param.detach() for param in dense.module.parameters()})
+    if recompute:
+        model.gradient_checkpointing_enable()
+    return model.to(device=parameter.device, dtype=parameter.dtype).train()
+
+
+@torch.no_grad()
+def let_attend(network: Network, tokens: Tensor, share: float) -> None:
+    """Sets each router's bias, first layer to last, so that `share` of `tokens` attend, to within a hundredth of them:
+    where scores lie farthest apart, so that rounding moves no token."""
+    lead = torch.empty(0)
+
+    def keep(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
+        nonlocal lead
+        lead = (logits[..., 0] - logits[..., 1]).flatten().sort(descending=True).values
+
+    for layer in (layer for layer in network.layers if isinstance(layer, DtrLayer)):
+        hook = layer.router.register_forward_hook(keep)
+        network(tokens)
+        hook.remove()
+        count = capacity_count(share, len(lead))
+        near = lead[count - count // 100 - 1:count + count // 100 + 1]
+        widest = int((near[:-1] - near[1:]).argmax())
+        assert layer.router.fc2.bias is not None
+        layer.router.fc2.bias[1] += near[widest:widest + 2].mean().to(layer.router.fc2.bias.dtype)
+
+
+def unseen_attention(model: ModelConfig, length: int) -> float:
+    """Forward operations of the half of causal attention's square that no token sees, of all layers, on one sequence."""
+    assert model.head_dim
+    kept = capacity_count(model.routing.capacity or 1.0, length)
+    seen = [length if kind in ("dense", "dtf_decision") else kept for kind in model.layer_types]
+    return sum(2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2 for tokens in seen)
