@@ -81,8 +81,8 @@ class RoutingConfig:
     safe_min_attn_ratio: float = 0.05
     """DTRNet token choice, in training: at least this share of a sequence attends; 0 turns it off."""
     jitter: float = 0.0
-    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter]. The noise is drawn
-    anew for each micro-batch, so with it a run depends on how its steps are split."""
+    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter], drawn anew for
+    each sample and step."""
     entropy_bonus: float = 0.0
     """DTRNet: weight of the router's entropy, which training then raises."""
 

@@ -60,7 +60,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
         data=DataConfig(train="none"), tokenizer=TokenizerConfig(path="byte"), output_dir="none",
         training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)).checked()
     model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    backend, _ = attention_backend("auto", precision)
+    backend, _ = attention_backend(model, precision)
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
     network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
     if kind == "dtrnet":

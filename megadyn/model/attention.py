@@ -16,18 +16,25 @@ from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
 
-def attention_backend(asked: str, precision: str) -> tuple[str, str]:
+def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
-    on_gpu = "no CUDA device" if not torch.cuda.is_available() else "no fp32 kernels" if precision == "fp32" else None
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    why_not = {"flash": on_gpu or (None if has_flash else "flash-attn is not installed (pip install megadyn[flash])"),
-               "varlen": on_gpu, "sdpa": None}
+    asked, head_dim = model.attention, model.head_dim
+    assert head_dim is not None
+    no_kernel = (
+        "no CUDA device" if not torch.cuda.is_available()
+        else "flash kernels need a GPU of compute capability 8.0" if torch.cuda.get_device_capability() < (8, 0)
+        else "no flash kernels for fp32" if precision == "fp32"
+        else f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256" if head_dim % 8 or head_dim > 256
+        else None
+    )
+    no_package = None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed (pip install megadyn[flash])"
+    why_not = {"flash": no_kernel or no_package, "varlen": no_kernel, "sdpa": None}
     if asked != "auto":
         if why_not[asked]:
             raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not[asked]}")
         return asked, "as configured"
     chosen = next(backend for backend, problem in why_not.items() if problem is None)
-    return chosen, f"auto: {on_gpu or ('flash-attn is installed' if has_flash else 'flash-attn is not installed')}"
+    return chosen, f"auto: {no_kernel or no_package or 'flash-attn is installed'}"
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None) -> Tensor:
@@ -58,8 +65,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments) -> Tensor:
     """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask."""
-    ends, longest = segments.ends(), q.shape[0]
-    if not longest:
+    _, ends, longest = segments
+    if not q.shape[0]:
         return q + (k.sum() + v.sum())     # nothing, but each of the three gets its gradient: zeros
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func

@@ -74,7 +74,7 @@ class Engine:
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
-        backend, why = attention_backend(model.attention, self.config.precision)
+        backend, why = attention_backend(model, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)

@@ -37,6 +37,7 @@ HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", "
         for layout, zero in (*TWO, ((1, 1, 2), 2), ((1, 1, 2), 3), ((2, 2, 1), 1), ((2, 1, 2), 1), ((1, 2, 2), 1))]
 HALF += [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("mod", "dtrnet-token") for layout, zero in TWO]
 HALF += [Case("dtf", *layout, zero=zero, precision="fp16") for layout, zero in TWO]
+HALF += [Case(kind, 2, 1, 1, precision="bf16", sequence=True) for kind in ("dense", "dtf")]
 
 
 @pytest.fixture(scope="module")
