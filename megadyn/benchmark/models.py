@@ -45,7 +45,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
         dense = next((model for model in others if model.config.routing.kind == "dense"), None)
         if dense is None:
             raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
-        return Model(name, qwen2_like(dense, args.recompute), dense.config)
+        return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
     if kind not in KINDS:
         raise UserError(f"--models {name}: {kind!r} must be one of {', '.join((*KINDS, REFERENCE))}")
     try:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.benchmark.models import Model, build, unseen_attention
+from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.errors import Parser, UserError
 from megadyn.parallel.params import DTYPES
@@ -182,7 +183,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
