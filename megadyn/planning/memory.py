@@ -141,14 +141,13 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
     n = work.batch * work.length
     layers = layers_kept(work)[cuts[stage] : cuts[stage + 1]]
     kept = [layer.outside + (b * d * n if work.recompute else layer.input + layer.inside) for layer in layers]
-    ends = n * 8 * (stage == 0) + n * (work.norm(d) + 8) * (stage == stages - 1)
     crossing = 2 * b * d * n if stages > 1 else 0.0              # a stage's own copies of what comes in and goes out
-    whole = sum(kept) + ends + crossing
+    whole = sum(kept) + crossing + n * 8 * (stage == 0)          # token ids
     # Backward runs last layer first: each finds what the layers before it keep.
     moments = [sum(kept[: i + 1]) + layer.working + (layer.inside if work.recompute else 0) for i, layer in enumerate(layers)]
-    fullest = max(moments) + crossing + ends
+    fullest = max(moments) + whole - sum(kept)
     if stage == stages - 1:
-        fullest = max(fullest, whole + head_working(work))
+        fullest = max(fullest, whole + n * (work.norm(d) + 8) + head_working(work))
     held = in_flight(stage, stages, micro_batches) - 1
     tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
     return held * whole + fullest + tables + crossing

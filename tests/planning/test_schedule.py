@@ -1,6 +1,7 @@
 """The simulated pipeline against DeepSpeed's own schedule, closed forms and a measured run."""
 
 import json
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from megadyn.planning.schedule import Slot, in_flight, simulate, slot_of
+from megadyn.planning.schedule import Slot, in_flight, simulate, slot_of, step_time
 from tests.ranks import run_on_ranks
 
 
@@ -65,7 +66,15 @@ def test_one_stage_sends_nothing() -> None:
     assert simulate([1.0], [2.0], 5, send=100.0).step == 15
 
 
-CASES: list[tuple[list[float], int]] = [([0.03, 0.03, 0.03], 4), ([0.02, 0.05, 0.02], 4), ([0.06, 0.02, 0.02], 3)]
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_step_is_extrapolated(seed: int) -> None:
+    rng = random.Random(seed)
+    forward = [rng.uniform(1, 3) for _ in range(rng.randint(1, 6))]
+    backward, send = [2 * f for f in forward], rng.choice((0.0, 0.3))
+    assert step_time(forward, backward, 90, send) == pytest.approx(simulate(forward, backward, 90, send).step, rel=1e-3)
+
+
+CASES: list[tuple[list[float], int]] = [([0.03, 0.03, 0.03], 4), ([0.06, 0.02, 0.04], 3)]
 """Seconds of each stage's forward pass, its backward pass takes twice as long; micro-batches."""
 
 
@@ -93,7 +102,7 @@ class _Slow(torch.autograd.Function):
 
 
 def _measure(cases: list[tuple[list[float], int]], output: str) -> None:
-    """The best of three steps of a real engine whose stages sleep."""
+    """The best of two steps of a real engine whose stages sleep."""
     import torch.distributed as dist
 
     from megadyn.config import batch_plan
@@ -119,7 +128,7 @@ def _measure(cases: list[tuple[list[float], int]], output: str) -> None:
         engine = Engine(config, batch_plan(config, 3), make_grid(1, 3))
         seconds[0] = forward[engine.grid.pp.rank]
         times = []
-        for samples in tiny_tokens(4, samples=count):
+        for samples in tiny_tokens(3, samples=count):
             dist.barrier()
             start = time.perf_counter()
             engine.train_step(micro_batches(samples, 1), 1e-3)
