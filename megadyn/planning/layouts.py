@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadyn.config import BatchPlan, Config, batch_plan, check_together, engine_settings
-from megadyn.errors import ConfigError, UserError
+from megadyn.errors import UserError
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
 from megadyn.planning.memory import Memory, Workload, rank_memory
 from megadyn.planning.parameters import stage_parameters
@@ -106,7 +106,7 @@ def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusa
                             training=replace(config.training, micro_batch_size=1), deepspeed_config=settings.path)
             try:
                 if tensor > machine.node_gpus:
-                    raise ConfigError("parallel.tensor", tensor, f"at most the GPUs of a node, {machine.node_gpus}")
+                    raise UserError(f"parallel.tensor is more than the {machine.node_gpus} GPUs of a node")
                 check_together(trial)
                 engine_settings(trial)
                 if "offload_optimizer" in settings.zero or "offload_param" in settings.zero:
@@ -194,7 +194,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     return Layout(
         tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
         work.recompute, memory, memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
-        bubble=1 - busy / (stages * passes), tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
+        bubble=max(0.0, 1 - busy / (stages * passes)), tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
         pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1) * 1.0, data_bytes=reduced, step_s=step,
         tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
 

@@ -55,8 +55,8 @@ class Workload:
     recompute: bool
     documents: bool = False
     """Attention is masked by document."""
-    fused_norm: bool = True
-    """RMSNorm keeps its input alone, as on a GPU; on a CPU it keeps float32 copies."""
+    fused: bool = True
+    """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -68,7 +68,7 @@ class Workload:
 
     def norm(self, width: int, is_kept: bool = False) -> int:
         """What RMSNorm keeps of a token; `is_kept`: its input is kept anyway."""
-        if self.fused_norm:
+        if self.fused:
             return 4 + (0 if is_kept else self.bytes * width)
         return 4 + 4 * width + (0 if is_kept and self.bytes == 4 else 4 * width)
 
@@ -104,20 +104,22 @@ def layers_kept(work: Workload) -> list[Kept]:
     assert model.head_dim
     n = work.batch * work.length
     c = work.batch * capacity_count(model.routing.capacity or 1.0, work.length)
-    own = n * b * d * (work.fused_norm or b == 4 or model.normalization == "hybridnorm")
+    own = n * b * d * (work.fused or b == 4 or model.normalization == "hybridnorm")
     turned = 4 * model.head_dim                     # cosine and sine of a token's position, where they are looked up
-    block = block_kept(work, n) + (n * turned if work.documents else 0)
+    segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
+    block = block_kept(work, n) + n * (turned + segments) * work.documents
     backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
     # Three squares and two passes of the prior, all behind the block and so gone before its backward pass.
-    prior = n * (12 * d + work.norm(d, is_kept=True) + (0 if work.fused_norm else 4 * d) + b * (2 * d + 8 * model.prior_size) + 48)
-    skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned)
+    prior = n * (12 * d + work.norm(d, is_kept=True) + (0 if work.fused else 4 * d) + b * (2 * d + 8 * model.prior_size))
+    compared = n * d * (8 + 2 * b + (8 if b < 4 else 0))         # what is subtracted there: sums, and float32 copies
+    skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
     # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
     reads = n * b * d * (model.routing.causal == "predictor")
     widened = n * 4 * d * (b < 4)
-    attending = c * (b * (d + 2 * q + 2 * k) + turned + (0 if work.fused_norm else b * q))
+    attending = c * (b * (d + 2 * q + 2 * k) + turned + segments * (work.documents or model.routing.is_token_choice))
     bypass = n * (work.norm(d, is_kept=True) + work.norm(d) + b * (2 * d + q + d + 4 * f) + 12)
     of = {"dense": Kept(own, block, 0, n * backward),
-          "dtf_decision": Kept(own, block + prior, 0, max(n * 12 * d, n * backward - prior)),
+          "dtf_decision": Kept(own, block + prior, 0, max(compared, n * backward - prior)),
           "dtf_dynamic": Kept(reads, skipping, reads + 24 * n, c * backward + 2 * b * d * n),
           "mod": Kept(max(reads, n * b * d * (b == 4)), skipping, widened + reads + 32 * n, c * backward + 2 * b * d * n),
           "dtrnet": Kept(n * b * d, attending + bypass, n * (b * d + 24), n * backward)}
@@ -135,22 +137,32 @@ def head_working(work: Workload) -> float:
     return hidden + 4 * rows * d + max(forward, backward + b * d * n)
 
 
-def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int) -> float:
-    """Of one pipeline stage at the fullest moment of a step under 1F1B."""
+class Moments(NamedTuple):
+    """Bytes of activations when a step is fullest."""
+
+    layers: float
+    """While a transformer layer's backward pass runs."""
+    head: float
+    """While the head's does, before there is any gradient of the micro-batch; 0 on a stage without it."""
+
+
+def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int) -> Moments:
+    """Of one pipeline stage, under 1F1B."""
     stages, b, d = len(cuts) - 1, work.bytes, work.model.hidden_size
     n = work.batch * work.length
     layers = layers_kept(work)[cuts[stage] : cuts[stage + 1]]
     kept = [layer.outside + (b * d * n if work.recompute else layer.input + layer.inside) for layer in layers]
-    crossing = 2 * b * d * n if stages > 1 else 0.0              # a stage's own copies of what comes in and goes out
+    # DeepSpeed keeps a micro-batch's input with a copy, and its output; and has buffers to receive into.
+    crossing = b * d * n * (2 * (stage > 0) + (stage < stages - 1))
     whole = sum(kept) + crossing + n * 8 * (stage == 0)          # token ids
     # Backward runs last layer first: each finds what the layers before it keep.
-    moments = [sum(kept[: i + 1]) + layer.working + (layer.inside if work.recompute else 0) for i, layer in enumerate(layers)]
-    fullest = max(moments) + whole - sum(kept)
-    if stage == stages - 1:
-        fullest = max(fullest, whole + n * (work.norm(d) + 8) + head_working(work))
+    moments = [sum(kept[: i + 1]) + it.working + (it.inside if work.recompute else 0) for i, it in enumerate(layers)]
+    layer = max(moments) + whole - sum(kept)
+    head = whole + n * (work.norm(d) + 8) + head_working(work)
     held = in_flight(stage, stages, micro_batches) - 1
     tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
-    return held * whole + fullest + tables + crossing
+    always = held * whole + tables + crossing
+    return Moments(always + layer, always + head if stage == stages - 1 else 0.0)
 
 
 class Share(NamedTuple):
@@ -162,7 +174,7 @@ class Share(NamedTuple):
     reducing: float
     """For a while after the backward passes, when activations are gone."""
     backward: float
-    """Through all backward passes."""
+    """From the first gradient of a micro-batch on."""
 
 
 def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
@@ -196,8 +208,9 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     model, kind = work.model, zero["stage"]
     count = stage_parameters(model, work.tensor, cuts)[stage]
     share = state_bytes(precision, kind, data)
-    acts = activations(work, cuts, stage, micro_batches) + fresh_gradient(work, precision, kind)
-    running = share.backward * count
+    moments = activations(work, cuts, stage, micro_batches)
+    acts = max(moments.layers + share.backward * count, moments.head) + fresh_gradient(work, precision, kind)
+    running = 0.0
     bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
     if kind == 3:
         # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
