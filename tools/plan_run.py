@@ -82,9 +82,9 @@ def list_layouts(config: Config, machine: Machine, top: int) -> list[dict[str, o
         print(f"\n{len(fitting)} layouts fit; the fastest {min(top, len(fitting))}, by predicted step time:\n")
         print(table(fitting[:top]))
     else:
-        print("\nno layout fits")
+        print(f"\nno layout fits into {machine.memory_gib - machine.reserve_gib:g} GiB")
     if rest := [layout for layout in found if not layout.fits]:
-        print(f"\n{len(rest)} do not fit; nearest to fitting:\n")
+        print(f"\n{len(rest)} need more than {machine.memory_gib - machine.reserve_gib:g} GiB; the nearest:\n")
         print(table(sorted(rest, key=lambda layout: layout.memory.total)[:3]))
     if refused:
         print(f"\n{len(refused)} are not possible:\n")

@@ -15,7 +15,7 @@ from megadyn.planning.flops import head_flops, layer_costs, layer_flops, trainin
 from megadyn.planning.memory import Memory, Workload, rank_memory
 from megadyn.planning.parameters import stage_parameters
 from megadyn.planning.partition import balanced_stages
-from megadyn.planning.schedule import step_time
+from megadyn.planning.schedule import simulate
 
 GIB = 2**30
 NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -72,9 +72,10 @@ class Layout:
     """Useful TFLOP/s of one GPU."""
 
     def record(self) -> dict[str, Any]:
-        """For JSON; memory in GiB, by what it holds, too."""
-        return asdict(self) | {"memory": {name: size / GIB for name, size in self.memory._asdict().items()},
-                               "memory_gib": self.memory.total / GIB}
+        """For JSON; memory in GiB, also by what it holds."""
+        gib = self.memory.total / GIB
+        return asdict(self) | {"memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "memory_gib": gib,
+                               "reason": None if self.fits else f"needs {gib:.1f} GiB"}
 
 
 class Refusal(NamedTuple):
@@ -185,16 +186,15 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     forward, backward = [t.forward for t in times], [t.backward for t in times]
     crossing = work.batch * work.length * (work.bytes * config.model.hidden_size + 8)         # with a gate, with document ids
     send = machine.seconds(crossing, machine.gpus)
-    passes = step_time(forward, backward, plan.micro_batches, send)
+    passes = simulate(forward, backward, plan.micro_batches, send)
     reduced = data_bytes(work, cuts, settings.zero["stage"], plan)
     reducing = machine.seconds(reduced, tensor * plan.data_parallel)
-    step = max(passes, reducing) if settings.zero.get("overlap_comm") else passes + reducing
+    step = max(passes.step, reducing) if settings.zero.get("overlap_comm") else passes.step + reducing
     useful = training_flops(config.model, work.length) * plan.global_batch
-    busy = plan.micro_batches * (sum(forward) + sum(backward))
     return Layout(
         tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
         work.recompute, memory, memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
-        bubble=max(0.0, 1 - busy / (stages * passes)), tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
+        bubble=passes.bubble, tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
         pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1) * 1.0, data_bytes=reduced, step_s=step,
         tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
 

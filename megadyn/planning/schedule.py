@@ -24,7 +24,7 @@ class PipelineTimes(NamedTuple):
     @property
     def bubble(self) -> float:
         """Share of the stages' time in which they do not compute: 0 for one stage."""
-        return 1 - sum(self.busy) / (len(self.busy) * self.step) if self.step else 0.0
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.step))      # rounding leaves one stage a hair below 0
 
 
 def slot_of(stage: int, time: int, stages: int, micro_batches: int) -> Slot | None:
@@ -56,12 +56,3 @@ def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches:
             if slot is not None:
                 clock[stage] += forward[stage] if slot.is_forward else backward[stage]
     return PipelineTimes(max(clock), [micro_batches * (f + b) for f, b in zip(forward, backward, strict=True)])
-
-
-def step_time(forward: Sequence[float], backward: Sequence[float], micro_batches: int, send: float = 0.0) -> float:
-    """`simulate(...).step` within a thousandth, soon also for many micro-batches: a full pipeline takes as long for each more."""
-    enough = 4 * len(forward)
-    if micro_batches <= enough:
-        return simulate(forward, backward, micro_batches, send).step
-    before, full = (simulate(forward, backward, count, send).step for count in (enough - 1, enough))
-    return full + (micro_batches - enough) * (full - before)

@@ -1,7 +1,6 @@
 """The simulated pipeline against DeepSpeed's own schedule, closed forms and a measured run."""
 
 import json
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
-from megadyn.planning.schedule import Slot, in_flight, simulate, slot_of, step_time
+from megadyn.planning.schedule import Slot, in_flight, simulate, slot_of
 from tests.ranks import run_on_ranks
 
 
@@ -56,22 +55,14 @@ def test_a_slow_stage_sets_the_pace() -> None:
 
 
 def test_two_micro_batches_by_hand() -> None:
-    """Stage 0: F0 0-1, F1 1-2. Stage 1: F0 1-4, B0 4-8; there it meets stage 0. F1 8-11, B1 11-15, while stage 0 does
-    B0 8-10 and waits; B1 15-17. The sends add four meetings on the way, two of them double."""
+    """Stage 0 does F0 0-1 and F1 1-2 and waits; stage 1 F0 1-4 and B0 4-8. They meet: stage 0 does B0 8-10 and waits, stage 1
+    F1 8-11 and B1 11-15. They meet: stage 0 does B1 15-17. What crosses: an activation, one and a gradient, a gradient."""
     assert simulate([1.0, 3.0], [2.0, 4.0], 2).step == 17
     assert simulate([1.0, 3.0], [2.0, 4.0], 2, send=0.5).step == 17 + 4 * 0.5
 
 
 def test_one_stage_sends_nothing() -> None:
     assert simulate([1.0], [2.0], 5, send=100.0).step == 15
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_long_step_is_extrapolated(seed: int) -> None:
-    rng = random.Random(seed)
-    forward = [rng.uniform(1, 3) for _ in range(rng.randint(1, 6))]
-    backward, send = [2 * f for f in forward], rng.choice((0.0, 0.3))
-    assert step_time(forward, backward, 90, send) == pytest.approx(simulate(forward, backward, 90, send).step, rel=1e-3)
 
 
 CASES: list[tuple[list[float], int]] = [([0.03, 0.03, 0.03], 4), ([0.06, 0.02, 0.04], 3)]
