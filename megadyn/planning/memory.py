@@ -191,7 +191,7 @@ def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
         ("bf16", 1): Share(2, 4, 12 * part, 6, 0),
         ("bf16", 2): Share(2, 4 * part, 12 * part, 2 * part, 2 * part),
         ("bf16", 3): Share(2 * part, 4 * part, 12 * part, 4 * part, 0),
-        ("fp16", 1): Share(2, 2, 12 * part, 6 * part, 0),
+        ("fp16", 1): Share(2, 2, 12 * part, 4 * part, 0),
         ("fp16", 2): Share(2, 2 * part, 12 * part, 6 * part, 2 * part),
         ("fp16", 3): Share(2 * part, 2 * part, 12 * part, 4 * part, 0),
     }

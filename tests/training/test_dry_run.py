@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +51,19 @@ def test_the_examples_pass(monkeypatch: pytest.MonkeyPatch, name: str, gpus: int
     assert all(run.fits for run in found)
 
 
+LAYOUTS = [(2, 1), (1, 2)]
+
+
 def test_a_rank_holds_what_its_engine_holds(tmp_path: Path) -> None:
-    run_on_ranks(_engine_shapes, 4, str(tmp_path))
-    for rank in range(4):
-        config = tiny_config("dtf", tensor=2, pipeline=2)
-        grid = place_of(rank, 2, 2, 1)
-        parts = module.parts_of(config, grid.tp)
-        bounds = module.part_boundaries(module.stage_cuts(config), len(parts))
-        a, b = list(pairwise(bounds))[grid.pp.rank]
-        shapes = {name: list(shape) for name, shape in module.shapes_of(parts[a:b]).items()}
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == shapes
+    run_on_ranks(_engine_shapes, 2, str(tmp_path))
+    for rank in range(2):
+        for (tensor, pipeline), built in zip(LAYOUTS, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
+            config = tiny_config("dtf", tensor=tensor, pipeline=pipeline)
+            grid = place_of(rank, tensor, pipeline, 1)
+            parts = module.parts_of(config, grid.tp)
+            bounds = module.part_boundaries(module.stage_cuts(config), len(parts))
+            mine = parts[slice(*bounds[grid.pp.rank : grid.pp.rank + 2])]
+            assert built == {name: list(shape) for name, shape in module.shapes_of(mine).items()}
 
 
 def _engine_shapes(folder: str) -> None:
@@ -74,10 +76,12 @@ def _engine_shapes(folder: str) -> None:
     from megadyn.training.engine import Engine
 
     launch.join()
-    config = tiny_config("dtf", tensor=2, pipeline=2)
-    engine = Engine(config, batch_plan(config, 4), make_grid(2, 2))
-    shapes = {name_of(param): list(param.shape) for param in engine.parameters()}
-    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(shapes))
+    found = []
+    for tensor, pipeline in LAYOUTS:
+        config = tiny_config("dtf", tensor=tensor, pipeline=pipeline)
+        engine = Engine(config, batch_plan(config, 2), make_grid(tensor, pipeline))
+        found.append({name_of(param): list(param.shape) for param in engine.parameters()})
+    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
 def test_nothing_is_drawn_and_nothing_allocated() -> None:
