@@ -104,11 +104,3 @@ def let_attend(network: Network, tokens: Tensor, share: float) -> None:
         widest = int((near[:-1] - near[1:]).argmax())
         assert layer.router.fc2.bias is not None
         layer.router.fc2.bias[1] += near[widest:widest + 2].mean().to(layer.router.fc2.bias.dtype)
-
-
-def unseen_attention(model: ModelConfig, length: int) -> float:
-    """Forward operations of the half of causal attention's square that no token sees, of all layers, on one sequence."""
-    assert model.head_dim
-    kept = capacity_count(model.routing.capacity or 1.0, length)
-    seen = [length if kind in ("dense", "dtf_decision") else kept for kind in model.layer_types]
-    return sum(2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2 for tokens in seen)
