@@ -62,7 +62,7 @@ class Layout:
     tensor_bytes: float
     """Sent by one rank in a step: sums over tensor ranks, on the busiest stage."""
     pipeline_bytes: float
-    """Over both borders of a stage in its middle."""
+    """Sent by a stage in the middle: activations one way, their gradients the other."""
     data_bytes: float
     """Gradients and weights over data-parallel ranks, on the largest stage."""
     step_s: float
@@ -195,7 +195,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
         tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
         work.recompute, memory, memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
         bubble=passes.bubble, tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
-        pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1) * 1.0, data_bytes=reduced, step_s=step,
+        pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1), data_bytes=reduced, step_s=step,
         tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
 
 

@@ -155,6 +155,8 @@ class Moments(NamedTuple):
     """While a transformer layer's backward pass runs."""
     head: float
     """While the head's does, before there is any gradient of the micro-batch; 0 on a stage without it."""
+    end: float
+    """When a backward pass ends, with the embedding's gradient, which is not counted here."""
 
 
 def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int) -> Moments:
@@ -175,7 +177,7 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
     held = in_flight(stage, stages, micro_batches) - 1
     tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
     always = held * whole + tables + crossing
-    return Moments(always + layer, always + head if stage == stages - 1 else 0.0)
+    return Moments(always + layer, always + head if stage == stages - 1 else 0.0, always)
 
 
 class Share(NamedTuple):
@@ -211,6 +213,19 @@ def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
     return of[precision, zero_stage]
 
 
+def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int, collected: float = 0.0,
+            widened: bool = False) -> float:
+    """Activations at the fullest moment, with the gradient that a weight has just got.
+
+    Args:
+        collected: bytes that the first gradient of a micro-batch brings with it. widened: a gradient is copied to fp32.
+    """
+    moments, (d, _, _, f) = activations(work, cuts, stage, micro_batches), work.widths
+    fresh = work.bytes + 4 * widened
+    words = vocabulary_rows(work.model, work.tensor) * d if stage == 0 else 0
+    return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * words)
+
+
 def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int,
                 micro_batches: int) -> Memory:
     """Of a rank of pipeline stage `stage` at its fullest moment.
@@ -221,8 +236,7 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     model, kind = work.model, zero["stage"]
     count = stage_parameters(model, work.tensor, cuts)[stage]
     share = state_bytes(precision, kind, data)
-    moments = activations(work, cuts, stage, micro_batches)
-    acts = max(moments.layers + share.backward * count, moments.head) + fresh_gradient(work, precision, kind)
+    acts = fullest(work, cuts, stage, micro_batches, share.backward * count, precision == "bf16" and kind < 3)
     running = 0.0
     bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
     if kind == 3:
@@ -235,9 +249,3 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     # Activations are gone when gradients are reduced: the two never meet.
     return Memory(share.weights * count, share.gradients * count, share.optimizer * count, acts,
                   running + max(0.0, reducing - acts))
-
-
-def fresh_gradient(work: Workload, precision: str, zero_stage: int) -> float:
-    """A weight's fresh gradient, before it is added to those of the micro-batches before."""
-    d, _, _, f = work.widths
-    return d * f * (work.bytes + (4 if precision == "bf16" and zero_stage < 3 else 0))
