@@ -45,7 +45,8 @@ def test_diverged_weights_are_never_saved(config_file: Path) -> None:
     done = train(config_file, "optimizer.learning_rate=1e30", "optimizer.warmup_iterations=0", "logging.interval=100",
                  "checkpoint.interval=1", "checkpoint.keep=0", f"deepspeed_config={ROOT}/ds_configs/zero0.json")
     assert done.returncode == 1
-    assert "a loss was no number" in done.stderr
+    assert done.stderr.startswith("error: step 2 (samples 4 to 7) is bad: a loss of nan; ")
+    assert "Traceback" not in done.stderr
     for shard in (config_file.parent / "out/checkpoints").glob("*/weights-*"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(shard).values()), shard
 
