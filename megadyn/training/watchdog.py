@@ -2,18 +2,21 @@
 
 Every rank writes a heartbeat into the store that the ranks met through: what it is doing and for how long. Rank 0
 reads all of them, the others read rank 0's; a rank of the same machine is also looked up in the process table, so
-that its death is known within a second. Who finds a fault leaves a notice in the store, and every rank ends with it.
+that its death is known within a second. Who finds a fault leaves a notice in the store, and every rank ends with it; a
+silent rank cannot end itself, so the others of its machine kill it.
 Two threads: one may wait for the store as long as it likes, the other never waits for anything.
 """
 
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +55,14 @@ class OtherRankFailed(RunError):
     """The fault of another rank, which ended this one."""
 
 
+class Notice(NamedTuple):
+    """Why the job ends."""
+
+    sentence: str
+    silent: int | None = None
+    """The rank that is not heard from, and so will not read this."""
+
+
 class Watchdog:
     """Of one rank, around all its work. The rank calls `progress` as it goes."""
 
@@ -62,7 +73,8 @@ class Watchdog:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._poll_s = min(POLL_S, timeout_s / 8)
         self._doing, self._since = "starting", time.monotonic()
-        self._notice: tuple[str, float] | None = None
+        self._notice: Notice | None = None
+        self._noticed = 0.0
         self._asked_to_stop: tuple[str, float] | None = None
         self._stopped = threading.Event()
         self._missing_since: dict[int, float] = {}
@@ -113,25 +125,25 @@ class Watchdog:
         end = time.monotonic() + PATIENCE_S
         while self._notice is None and self.world > 1 and time.monotonic() < end:
             time.sleep(0.05)
-        return self._notice[0] if self._notice else None
+        return self._notice.sentence if self._notice else None
 
     def _report(self, error: BaseException) -> None:
         if self.world > 1 and self._notice is None:
             what = str(error) if isinstance(error, (UserError, RunError)) else f"{type(error).__name__}: {error}"
-            self._leave_notice(f"rank {self.rank} ({self._where(self.rank)}) failed, {self._doing}: {' '.join(what.split())}",
-                               wait_s=PATIENCE_S)
+            notice = Notice(f"rank {self.rank} ({self._where(self.rank)}) failed, {self._doing}: {' '.join(what.split())}")
+            self._leave(notice).join(PATIENCE_S)
 
     # ---- the thread that never waits -------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll_s):
             now = time.monotonic()
-            if self._notice and now - self._notice[1] > PATIENCE_S:
-                self._end_job(self._notice[0], stacks=False)
-            elif self._notice is None and (fault := self._fault(now)):
-                self._notice = (fault, now)
-                if self.world > 1:
-                    threading.Thread(target=self._leave_notice, args=(fault,), daemon=True).start()
+            if self._notice:
+                if now - self._noticed > PATIENCE_S:
+                    self._obey(self._notice)
+            elif fault := self._fault(now):
+                self._notice, self._noticed = fault, now
+                self._leave(fault)
             elif self._asked_to_stop and now - self._asked_to_stop[1] > self.grace_s:
                 self._end_job(f"rank {self.rank}: not saved and ended within training.grace_s = {self.grace_s:g} s of "
                               f"{self._asked_to_stop[0]} ({self._doing})", stacks=True)
@@ -139,20 +151,29 @@ class Watchdog:
                 self._end_job(f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
                               f"{self._doing}{self._others()}; raise training.timeout_s if that is usual", stacks=True)
 
-    def _fault(self, now: float) -> str | None:
+    def _obey(self, notice: Notice) -> None:
+        if notice.silent in self._neighbours:
+            with suppress(ProcessLookupError):
+                os.kill(self.places[notice.silent].pid, signal.SIGKILL)
+        self._end_job(notice.sentence, stacks=notice.silent is not None)
+
+    def _fault(self, now: float) -> Notice | None:
         """What is wrong with another rank, as far as seen from here."""
         for rank in self._neighbours:
             if process_state(self.places[rank].pid) not in (None, "Z", "X"):
                 continue
             if now - self._missing_since.setdefault(rank, now) > self._poll_s:         # twice: it may have left a notice
-                return f"rank {rank} ({self._where(rank)}) died: killed from outside, out of memory, or crashed{self._last(rank)}"
+                return Notice(f"rank {rank} ({self._where(rank)}) died: killed from outside, out of memory, or crashed"
+                              f"{self._last(rank)}")
         for rank, seen in self._seen.items():
             if now - seen.at > self.silence_s:
                 is_stopped = rank in self._neighbours and process_state(self.places[rank].pid) in ("T", "t")
                 why = "it is stopped (SIGSTOP)" if is_stopped else "hung, or its machine or network is gone"
-                return f"rank {rank} ({self._where(rank)}) was not heard from for {now - seen.at:.0f} s: {why}{self._last(rank)}"
+                return Notice(f"rank {rank} ({self._where(rank)}) was not heard from for {now - seen.at:.0f} s: {why}"
+                              f"{self._last(rank)}", silent=rank)
         if self._lost and not self._missing_since:
-            return f"rank {self.rank} ({self._where(self.rank)}) lost rank 0 ({self._where(0)}): {self._lost}"
+            return Notice(f"rank {self.rank} ({self._where(self.rank)}) lost the ranks' store at {os.environ['MASTER_ADDR']}, "
+                          f"with rank 0 ({self._where(0)}) or its launcher: {self._lost}")
         return None
 
     def _end_job(self, sentence: str, *, stacks: bool) -> None:
@@ -195,7 +216,7 @@ class Watchdog:
                 for rank, heard in zip(watched, self._store.multi_get([self._key(rank) for rank in watched])):
                     self._hear(rank, *json.loads(heard))
                 if self._notice is None and self._store.check([self._key("notice")]):
-                    self._notice = (self._store.get(self._key("notice")).decode(), time.monotonic())
+                    self._notice, self._noticed = Notice(*json.loads(self._store.get(self._key("notice")))), time.monotonic()
             except RuntimeError as error:                   # a connection that broke does not come back
                 self._lost = str(error).splitlines()[0]
                 return
@@ -204,16 +225,17 @@ class Watchdog:
         if number != self._seen[rank].number:
             self._seen[rank] = Seen(number, doing, for_s, time.monotonic())
 
-    def _leave_notice(self, sentence: str, wait_s: float = 0.0) -> None:
+    def _leave(self, notice: Notice) -> threading.Thread:
+        """Tells the other ranks, in a thread of its own: the store may be what is gone."""
         def put() -> None:
             try:
-                self._connect().compare_set(self._key("notice"), "", sentence)       # the first one counts
+                self._connect().compare_set(self._key("notice"), "", json.dumps(notice))       # the first one counts
             except RuntimeError as error:
-                print(f"error: the other ranks could not be told: {error}", file=sys.stderr, flush=True)
+                print(f"error: the other ranks could not be told: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
         thread = threading.Thread(target=put, daemon=True)
         thread.start()
-        thread.join(wait_s)
+        return thread
 
 
 def here() -> Place:
