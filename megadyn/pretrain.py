@@ -47,6 +47,7 @@ def run(config: Config) -> None:
     launch.join(timeout_s + COLLECTIVE_MARGIN_S)
     with Watchdog(timeout_s, config.training.grace_s) as watchdog:
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
+        watchdog.progress("setting up")
         job = Job(config, engine, data, watchdog)
         job.start()
         job.train()

@@ -7,7 +7,6 @@ from datetime import timedelta
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import DistError
 
 from megadyn.errors import RunError
 from megadyn.log import log
@@ -59,10 +58,10 @@ def join(timeout_s: float = 1800.0) -> None:
     try:
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(),
                                    timeout=timedelta(seconds=timeout_s))
-    except (DistError, RuntimeError) as error:
-        raise RunError(f"rank {os.environ['RANK']}: the {world_size()} processes did not meet at "
-                       f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} within {timeout_s:g} s: "
-                       f"{str(error).splitlines()[0]}") from error
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
+                       f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
 
 
 def _share_cores() -> None:

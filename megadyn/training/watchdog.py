@@ -72,7 +72,7 @@ class Watchdog:
         self.silence_s = timeout_s / 2                      # the silent one is named before the others' own time is over
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._poll_s = min(POLL_S, timeout_s / 8)
-        self._doing, self._since = "starting", time.monotonic()
+        self._doing, self._since = "building the model", time.monotonic()
         self._notice: Notice | None = None
         self._noticed = 0.0
         self._asked_to_stop: tuple[str, float] | None = None
@@ -90,7 +90,7 @@ class Watchdog:
         self._neighbours = [rank for rank, place in enumerate(self.places)
                             if rank != self.rank and machine and place.machine == machine]
         watched = range(1, self.world) if self.rank == 0 else [0]
-        self._seen = {rank: Seen(0, "starting", 0.0, time.monotonic()) for rank in watched}
+        self._seen = {rank: Seen(0, "building the model", 0.0, time.monotonic()) for rank in watched}
         for thread in threads:
             thread.start()
 
