@@ -437,6 +437,9 @@ def check_together(config: Config) -> None:
     if training.global_batch_size % training.micro_batch_size:
         raise ConfigError("training.global_batch_size", training.global_batch_size,
                           f"a multiple of training.micro_batch_size = {training.micro_batch_size}")
+    if training.on_bad_step == "rollback" and not config.checkpoint.interval:
+        raise ConfigError("training.on_bad_step", training.on_bad_step,
+                          "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -64,7 +64,7 @@ def test_rollback_goes_on_with_the_samples_after(config_file: Path) -> None:
 
 
 def test_rollback_without_a_checkpoint_stops(config_file: Path) -> None:
-    crew = run(config_file, "training.on_bad_step=rollback", factors={3: math.nan})
+    crew = run(config_file, "training.on_bad_step=rollback", "checkpoint.interval=5", factors={3: math.nan})
     assert crew.statuses == [1]
     assert "there is no checkpoint to go back to" in crew.errors()[0]
 
