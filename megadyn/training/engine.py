@@ -136,6 +136,7 @@ class Engine:
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
+        # Waits for the device, but no longer than the optimizer's own look at the norm just did.
         problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
                              scales_loss=self.config.precision == "fp16")
         self._end_step(counts=problem is None)

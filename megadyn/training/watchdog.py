@@ -79,11 +79,11 @@ class Watchdog:
         self._stopped = threading.Event()
         self._missing_since: dict[int, float] = {}
         self._lost: str | None = None
-        threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if self.world > 1:
             self._store = self._connect()
             self._beat(0)
-            threads.append(threading.Thread(target=self._exchange, name="heartbeat", daemon=True))
+            self._threads.append(threading.Thread(target=self._exchange, name="heartbeat", daemon=True))
         self.places: list[Place] = [here()] * self.world
         dist.all_gather_object(self.places, here())         # and from here on every heartbeat is there
         machine = self.places[self.rank].machine
@@ -91,7 +91,7 @@ class Watchdog:
                             if rank != self.rank and machine and place.machine == machine]
         watched = range(1, self.world) if self.rank == 0 else [0]
         self._seen = {rank: Seen(0, "building the model", 0.0, time.monotonic()) for rank in watched}
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
 
     def __enter__(self) -> "Watchdog":
@@ -119,6 +119,8 @@ class Watchdog:
     def stop(self) -> None:
         """Before the ranks end in order: one that is gone from now on is no fault."""
         self._stopped.set()
+        for thread in self._threads:                        # one inside a store call would abort the ending interpreter
+            thread.join(PATIENCE_S)
 
     def _cause_elsewhere(self) -> str | None:
         """The fault of another rank that explains an error of this one, or None. Takes a moment."""
