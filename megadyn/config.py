@@ -307,8 +307,31 @@ class TrainingConfig:
     """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
     attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
     projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
+    on_bad_step: str = "stop"
+    """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
+    `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
+    the samples after the bad step."""
+    spike_factor: float = 0.0
+    """A loss above this multiple of the running median is a spike; 0 for no such rule."""
+    spike_window: int = 64
+    """Good steps whose median counts; before there are so many, no loss is a spike."""
+    max_bad_steps: int = 10
+    """More bad steps than this since the last checkpoint stop the run."""
+    timeout_s: float = 600.0
+    """Seconds without progress (a step, an evaluation, loading or saving a checkpoint) after which the whole job ends,
+    naming the rank that is stuck or gone."""
+    grace_s: float = 600.0
+    """Seconds within which a run that SIGTERM, SIGINT or SIGUSR1 asked to stop has to save and end, or is ended by force."""
 
     def check(self) -> None:
+        one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
+        at_least("training.spike_factor", self.spike_factor, 0)
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
+        at_least("training.spike_window", self.spike_window, 1)
+        at_least("training.max_bad_steps", self.max_bad_steps, 0)
+        at_least("training.timeout_s", self.timeout_s, 1)
+        at_least("training.grace_s", self.grace_s, 1)
         for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
                      "eval_samples"):
             at_least(f"training.{name}", getattr(self, name), 1)
@@ -353,6 +376,14 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end (and on SIGTERM)."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of iterations that are multiples of this stay for good, beside the newest; 0 for none."""
+    background: bool = False
+    """Training waits only for a copy in host memory (12 bytes a parameter, shared out over the ranks) and goes on while it is
+    written. A run that dies meanwhile resumes from the checkpoint before."""
+    on_error: str = "stop"
+    """What follows a checkpoint that could not be written: `stop`, or `continue` with the earlier ones. The last one of a run
+    must be written either way."""
     resume: str = "auto"
     """`auto` (the newest in output_dir, if any), `never`, or the path of a checkpoint."""
     allow_other_data: bool = False
@@ -363,6 +394,8 @@ class CheckpointConfig:
     def check(self) -> None:
         at_least("checkpoint.interval", self.interval, 0)
         at_least("checkpoint.keep", self.keep, 0)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+        one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))
 
 
 @dataclass
@@ -427,6 +460,9 @@ def check_together(config: Config) -> None:
     if training.global_batch_size % training.micro_batch_size:
         raise ConfigError("training.global_batch_size", training.global_batch_size,
                           f"a multiple of training.micro_batch_size = {training.micro_batch_size}")
+    if training.on_bad_step == "rollback" and not config.checkpoint.interval:
+        raise ConfigError("training.on_bad_step", training.on_bad_step,
+                          "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -18,6 +18,13 @@ class ConfigError(UserError):
         super().__init__(f"{key} = {got!r}: must be {want}")
 
 
+class RunError(Exception):
+    """The run cannot go on, through no fault of its input. Its text is one sentence; exit status 1."""
+
+    is_everywhere = False
+    """Raised on all ranks alike, so that one may speak for them."""
+
+
 class Parser(argparse.ArgumentParser):
     """Its errors are the user's too."""
 

@@ -7,32 +7,38 @@ run is complete, or was asked to stop (SIGTERM) and has saved; 2 on bad input, w
 """
 
 import argparse
+import faulthandler
 import os
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from megadyn.checkpoint import save_load
 from megadyn.checkpoint.layout import read_manifest, resolve
+from megadyn.checkpoint.writing import CheckpointError, Writer
 from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
-from megadyn.errors import ConfigError, Parser, UserError
+from megadyn.errors import ConfigError, Parser, RunError, UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
 from megadyn.model.attention import attention_backend
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data
-from megadyn.training.engine import Engine, StepResult
-from megadyn.training.guard import StopSignal, TrainingDiverged
+from megadyn.training.engine import Engine, MicroBatch, StepResult
+from megadyn.training.guard import LossRule, Signals, TrainingDiverged
 from megadyn.training.loader import Loader
 from megadyn.training.optimizer import learning_rate
 from megadyn.training.telemetry import Telemetry
+from megadyn.training.watchdog import Watchdog
 
 
 def run(config: Config) -> None:
@@ -41,12 +47,21 @@ def run(config: Config) -> None:
     plan = batch_plan(config, launch.world_size())
     data = open_data(config)
     refuse_early(config, plan, data)
-    launch.join()
-    engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
-    job = Job(config, engine, data)
-    job.start()
-    job.train()
-    job.finish()
+    timeout_s = config.training.timeout_s
+    launch.join(timeout_s + COLLECTIVE_MARGIN_S)
+    with Watchdog(timeout_s, config.training.grace_s) as watchdog:
+        engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
+        watchdog.progress("setting up")
+        job = Job(config, engine, data, watchdog)
+        job.start()
+        job.train()
+        job.finish()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+COLLECTIVE_MARGIN_S = 30.0
+"""So much later than the watchdog, which can tell why, a collective gives up by itself."""
 
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
@@ -78,30 +93,33 @@ CHECKPOINTS = "checkpoints"
 class Job:
     """One run: where it stands, and the steps that `train` calls by name."""
 
-    def __init__(self, config: Config, engine: Engine, data: Data):
-        self.config, self.engine, self.data = config, engine, data
+    def __init__(self, config: Config, engine: Engine, data: Data, watchdog: Watchdog):
+        self.config, self.engine, self.data, self.watchdog = config, engine, data, watchdog
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / CHECKPOINTS
         self.iteration = 0
         self.consumed_samples = 0
-        self.saved_at = -1
+        self.saved_at = -1                                   # the newest whole checkpoint's iteration
+        self.bad_since_saved = 0
+        self.stall_s = 0.0                                   # how long training waited for the checkpoint being written
         self.telemetry: Telemetry | None = None              # rank 0's
-        self.stop = StopSignal()
+        self.loss_rule = LossRule(config.training)
+        self.signals = Signals(watchdog.asked_to_stop)
+        self.writer = Writer(self.checkpoints, config)
 
     def start(self) -> None:
         """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed."""
         settings = self.config.checkpoint
         found = None
         if settings.resume == "auto":
+            self.watchdog.progress("verifying checkpoints")
             found = save_load.newest_good(self.checkpoints)     # raises if there are some and none is good
         elif settings.resume != "never":
             found = resolve(Path(settings.resume))
             if problem := save_load.verify(found):
                 raise UserError(problem)
         if found:
-            manifest = save_load.load(self.engine, found, None if settings.allow_other_data else self.data.train.key)
-            self.iteration, self.consumed_samples = manifest["iteration"], manifest["consumed_samples"]
-            self.saved_at = self.iteration
+            self.consumed_samples = self.load(found)
             log.info("resumed from %s", found)
             if self.iteration >= (self.config.training.iterations or 0):
                 log.info("nothing to do: the run stands at iteration %d of %d", self.iteration, self.config.training.iterations)
@@ -109,45 +127,72 @@ class Job:
             save_load.init_from(self.engine, Path(settings.init_from))
             log.info("weights from %s", settings.init_from)
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.folder / "config.yaml")
-            self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration)
+            with os_errors_named(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_config(self.config, self.folder / "config.yaml")
+                self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration)
             log.info("%s", run_line(self.config, self.engine))
+
+    def load(self, checkpoint: Path) -> int:
+        """Sets the engine, the iteration and the loss rule to a checkpoint's; returns the samples consumed by then."""
+        self.watchdog.progress(f"loading {checkpoint}")
+        data_key = None if self.config.checkpoint.allow_other_data else self.data.train.key
+        manifest = save_load.load(self.engine, checkpoint, data_key)
+        self.iteration = self.saved_at = manifest["iteration"]
+        if manifest["loss_rule"]:
+            self.loss_rule.set_state(manifest["loss_rule"])
+        return int(manifest["consumed_samples"])
 
     def train(self) -> None:
         total = self.config.training.iterations or 0
         if self.iteration == 0:
             self.evaluate("validation", self.data.validation)
-        batch = self.engine.plan.global_batch
-        end = self.consumed_samples + (total - self.iteration) * batch
-        with self.load(self.data.train, self.consumed_samples, end, step=batch) as loader:
-            while self.iteration < total:
-                if self.step(loader, total):
-                    log.info("stopped by %s after iteration %d; start again to go on", self.stop.received or "a signal elsewhere",
-                             self.iteration)
-                    return
+        batch, stopping = self.engine.plan.global_batch, False
+        while self.iteration < total and not stopping:
+            # Anew after a rollback: then more steps follow than there were samples for.
+            end = self.consumed_samples + (total - self.iteration) * batch
+            with self.loader(self.data.train, self.consumed_samples, end, step=batch) as loader:
+                stopping = self.steps(loader, total)
+        if stopping:
+            log.info("stopped by %s after iteration %d; start again to go on", self.signals.received or "a signal elsewhere",
+                     self.iteration)
+
+    def steps(self, loader: Loader, total: int) -> bool:
+        """Steps until the run is complete or has gone back to a checkpoint; true if it was asked to stop."""
+        while self.iteration < total:
+            before = self.iteration
+            if self.step(loader, total):
+                return True
+            if self.iteration <= before:
+                break
+        return False
 
     def step(self, loader: Loader, total: int) -> bool:
         """One step of `total`, and what is due behind it; true if the run was asked to stop."""
-        cfg, plan = self.config.training, self.engine.plan
         rate = learning_rate(self.config.optimizer, self.iteration, total)
-        result = self.engine.train_step(islice(loader, plan.micro_batches), rate)
+        result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit)
         self.iteration += 1
-        self.consumed_samples += plan.global_batch
+        self.consumed_samples += self.engine.plan.global_batch
         if self.telemetry:
             self.telemetry.add_wait(loader.take_wait())
-        stopping = self.stop.asked()
-        if self.due(self.config.logging.interval) or stopping:
-            self.report(result, rate)
-        if self.due(cfg.eval_interval):
+        stopping, is_written = self.signals.ask(self.writer.is_busy)
+        if result.problem:
+            self.take_bad_step(result)
+        else:
+            self.loss_rule.note(float(result.loss))
+            if self.due(self.config.logging.interval) or stopping:
+                self.report(result, rate)
+        if is_written:
+            self.finish_save(last=False)
+        if self.due(self.config.checkpoint.interval) or stopping:
+            self.save(last=stopping or self.iteration == total)
+        if self.due(self.config.training.eval_interval):
             self.evaluate("validation", self.data.validation)
         if self.iteration == total:
             self.evaluate("test", self.data.test)
-        if self.due(self.config.checkpoint.interval) or stopping:
-            self.save()
         return stopping
 
-    def load(self, samples: Samples, first: int, end: int, step: int) -> Loader:
+    def loader(self, samples: Samples, first: int, end: int, step: int) -> Loader:
         """This rank's micro-batches of samples `first` to `end`; a stage between the first and the last reads none."""
         grid, plan = self.engine.grid, self.engine.plan
         reads = grid.is_first_stage or grid.is_last_stage
@@ -155,17 +200,58 @@ class Job:
                               dp_rank=grid.dp.rank, dp_size=grid.dp.size)
         return Loader(samples, ids, self.engine.device)
 
+    def watched(self, loader: Loader) -> Iterator[MicroBatch]:
+        """The micro-batches of the next step. Reading and computing show apart in what the watchdog tells."""
+        number = self.iteration + 1
+        self.watchdog.progress(f"in step {number}")
+        batches = islice(loader, self.engine.plan.micro_batches)
+        while True:
+            self.watchdog.progress(f"reading samples of step {number}")
+            batch = next(batches, None)
+            self.watchdog.progress(f"in step {number}")
+            if batch is None:
+                return
+            yield batch
+
     def due(self, interval: int) -> bool:
         """At every `interval`-th iteration and the last; at the last only where `interval` is 0."""
         return self.iteration == self.config.training.iterations or (interval > 0 and self.iteration % interval == 0)
 
     def report(self, result: StepResult, rate: float) -> None:
-        """Metrics of the last step. Raises TrainingDiverged rather than going on with a loss that is no number."""
-        self.check_sound()
+        """Metrics of the last step."""
         routing = self.engine.routing_statistics()
         if self.telemetry:
             self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=float(result.loss),
-                                 grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing)
+                                 grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing,
+                                 bad_steps=self.loss_rule.bad_steps)
+
+    def take_bad_step(self, result: StepResult) -> None:
+        """Does after a bad step what training.on_bad_step asks for; it has not reached the weights. Raises TrainingDiverged."""
+        cfg, at = self.config.training, self.iteration
+        self.loss_rule.bad_steps += 1
+        self.bad_since_saved += 1
+        samples = f"samples {self.consumed_samples - cfg.global_batch_size} to {self.consumed_samples - 1}"
+        said = f"step {at} ({samples}) is bad: {result.problem}"
+        kept = f"the step was not taken, and nothing was saved since iteration {max(0, self.saved_at)}"
+        if cfg.on_bad_step == "stop":
+            raise TrainingDiverged(f"{said}; {kept} (training.on_bad_step: skip or rollback goes on)")
+        if self.bad_since_saved > cfg.max_bad_steps:
+            raise TrainingDiverged(f"{said}, and more than training.max_bad_steps = {cfg.max_bad_steps} were; {kept}")
+        if cfg.on_bad_step == "rollback":
+            self.finish_save(last=False)
+            checkpoint = save_load.newest_good(self.checkpoints)
+            if checkpoint is None:
+                raise TrainingDiverged(f"{said}, and there is no checkpoint to go back to; {kept}")
+            self.load(checkpoint)
+        log.warning("%s; %s (%d bad steps so far)", said, f"back to iteration {self.iteration}, on with the samples after it"
+                    if cfg.on_bad_step == "rollback" else "skipped", self.loss_rule.bad_steps)
+        self.engine.routing_statistics()                     # the bad step's are dropped
+        if self.telemetry:
+            if cfg.on_bad_step == "rollback":
+                self.telemetry.go_back(self.iteration)
+            self.telemetry.event(self.iteration, "bad_step", {
+                "iteration": at, "problem": result.problem, "action": cfg.on_bad_step, "lm_loss": float(result.loss),
+                "consumed_samples": self.consumed_samples, "bad_steps": self.loss_rule.bad_steps})
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
         """Loss on held-out samples under each routing; a dense model has one, which stands for both."""
@@ -175,33 +261,53 @@ class Job:
         size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
         routed = self.config.model.routing.kind != "dense"
         losses = {}
+        self.watchdog.progress(f"evaluating after step {self.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
-            with self.load(samples, 0, size, step=size) as loader:
+            with self.loader(samples, 0, size, step=size) as loader:
                 losses[mode] = self.engine.evaluate(loader, size // (plan.micro_batch * plan.data_parallel), mode)
         losses.setdefault("causal", losses["topk"])
         if self.telemetry:
             self.telemetry.evaluation(self.iteration, name, losses)
 
-    def check_sound(self) -> None:
-        if not self.engine.weights_are_sound:
-            raise TrainingDiverged(f"a loss was no number by iteration {self.iteration} (samples up to {self.consumed_samples}); "
-                                   f"nothing was saved since iteration {max(0, self.saved_at)}")
-
-    def save(self) -> None:
+    def save(self, last: bool) -> None:
+        """Saves; where it is the run's last, the checkpoint is whole when this returns."""
+        self.watchdog.progress(f"saving iteration {self.iteration}")
+        self.finish_save(last=False)                         # one at a time
         if self.saved_at != self.iteration:
-            self.check_sound()
-            folder = save_load.save(self.engine, self.checkpoints, iteration=self.iteration,
-                                    consumed_samples=self.consumed_samples, data_key=self.data.train.key)
-            self.saved_at = self.iteration
-            log.info("saved %s", folder)
+            began = time.perf_counter()
+            self.writer.start(save_load.snapshot(
+                self.engine, iteration=self.iteration, consumed_samples=self.consumed_samples, data_key=self.data.train.key,
+                loss_rule=self.loss_rule.state()))
+            self.stall_s = time.perf_counter() - began
+            if last or not self.config.checkpoint.background:
+                self.finish_save(last)
         if self.telemetry:
             self.telemetry.restart_clock(self.iteration)
 
+    def finish_save(self, last: bool) -> None:
+        """Waits for the checkpoint that is being written, if any; at its failure does what checkpoint.on_error asks for."""
+        began = time.perf_counter()
+        try:
+            written = self.writer.collect()
+        except CheckpointError as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            log.warning("%s; the run goes on, its newest checkpoint is of iteration %d", error, max(0, self.saved_at))
+            if self.telemetry:
+                self.telemetry.event(self.iteration, "checkpoint", {"error": str(error)})
+            return
+        if written:
+            self.saved_at, self.bad_since_saved = written.iteration, 0
+            stall_s = self.stall_s + time.perf_counter() - began
+            log.info("saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s)
+            if self.telemetry:
+                self.telemetry.event(self.iteration, "checkpoint", {
+                    "iteration": written.iteration, "stall_s": stall_s, "write_s": written.write_s, "rank_bytes": written.bytes})
+
     def finish(self) -> None:
+        self.watchdog.progress("ending")
         if self.telemetry:
             self.telemetry.close()
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def run_line(config: Config, engine: Engine) -> str:
@@ -224,11 +330,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser.parse_args(argv)
         run(load_config(args.config, args.overrides))
     except UserError as error:
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        say(error)
         return 2
+    except RunError as error:
+        if not error.is_everywhere or os.environ.get("RANK") == "0":
+            say(error)
+        return 1
     return 0
 
 
+def say(error: Exception) -> None:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def main_of_a_rank() -> NoReturn:
+    """`main` for a process of its own. One that failed waits for nothing: not for collectives that will never end."""
+    faulthandler.enable()                          # a segmentation fault shows where
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main_of_a_rank()

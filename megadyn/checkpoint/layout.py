@@ -4,6 +4,7 @@
       latest                                  name of the newest, replaced atomically
       iteration-00000100/
         manifest.json                         format, iteration, topology, routing state, size and sha256 of each file
+        manifest.sha256                       of manifest.json
         config.yaml                           the run's resolved configuration
         weights-pp00-tp00-dp00.safetensors    fp32 weights under their Hugging Face names
         optimizer-pp00-tp00-dp00.safetensors  NAME/exp_avg and NAME/exp_avg_sq, fp32
@@ -12,7 +13,7 @@ A tensor that is cut over tensor ranks has a part in each rank's file, others st
 data-parallel ranks of a stage share its tensors out among them, so that all write at once.
 
 A checkpoint is written under a temporary name beside its place, synced to disk and renamed: under its own name
-it is complete. `latest` is a convenience; a reader that finds it missing takes the highest iteration.
+it is complete. `latest` is a convenience; a reader that finds it missing or damaged takes the highest iteration.
 """
 
 import hashlib
@@ -24,13 +25,21 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.errors import UserError
+from megadyn.log import log
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"iteration-(\d{8})$")
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
+"""Before a checkpoint's name while it is none."""
 
 
 def folder_name(iteration: int) -> str:
     return f"iteration-{iteration:08d}"
+
+
+def iteration_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iteration-"))
 
 
 def shard_file(kind: str, pp: int, tp: int, dp: int) -> str:
@@ -45,10 +54,12 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """
     found = [path for path in root.glob("iteration-*") if NAME.match(path.name)] if root.is_dir() else []
     found.sort(key=lambda path: path.name, reverse=True)
-    try:
-        latest = (root / "latest").read_text().strip()
-    except OSError:
+    if not (root / "latest").exists():
         return found                      # a convenience only: see the head of this file
+    latest = (root / "latest").read_bytes().strip().decode(errors="replace")
+    if latest not in [path.name for path in found]:
+        log.warning("%s names no checkpoint there is: passed over", root / "latest")
+        return found
     return [path for path in found if path.name <= latest]
 
 
@@ -79,31 +90,52 @@ def write_file(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / MANIFEST
+    write_file(path, json.dumps(manifest, indent=1))
+    write_file(folder / DIGEST, file_digest(path)["sha256"] + "\n")
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Gives a finished checkpoint its name and points `latest` at it."""
     sync_folder(temporary)
+    old = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():                    # a run that went back and reached the iteration again
-        shutil.rmtree(final)
+        final.rename(old)
     temporary.rename(final)
     write_file(final.parent / "latest", final.name + "\n")
     sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints; 0 keeps all."""
+def prune(root: Path, keep: int, keep_every: int = 0) -> None:
+    """Removes all but the `keep` newest checkpoints (0 keeps all) and those of iterations that `keep_every` divides."""
     for path in complete_checkpoints(root)[keep:] if keep else []:
-        dying = path.with_name(f".removing-{path.name}")     # a half-removed checkpoint must not look like one
-        path.rename(dying)
-        shutil.rmtree(dying)
+        if not (keep_every and iteration_of(path) % keep_every == 0):
+            dying = path.with_name(f"{REMOVING}{path.name}")     # a half-removed checkpoint must not look like one
+            path.rename(dying)
+            shutil.rmtree(dying)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Removes what an attempt to write, replace or remove a checkpoint left when the run died."""
+    for prefix in (WRITING, REPLACED, REMOVING):
+        for path in root.glob(f"{prefix}*"):
+            shutil.rmtree(path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises UserError unless `folder` holds a checkpoint of this format."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:       # other formats had no digest
+            digest = (folder / DIGEST).read_bytes()
+            if digest != hashlib.sha256(content).hexdigest().encode() + b"\n":
+                raise UserError(f"{path}: damaged (its sha256 is not that of {DIGEST})")
     except OSError as error:
-        raise UserError(f"{folder}: not a checkpoint ({path.name}: {error.strerror})") from None
+        raise UserError(f"{folder}: not a checkpoint ({Path(error.filename or path).name}: {error.strerror})") from None
     except ValueError:
         raise UserError(f"{path}: damaged: not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -114,16 +146,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, names: list[str]) -> str | None:
-    """What is wrong with the named files against the manifest, or None."""
+    """What is wrong with the named files against the manifest, or None. Raises UserError for a damaged manifest."""
     manifest = read_manifest(folder)
     for name in names:
         path, want = folder / name, manifest["files"][name]
-        if not path.exists():
+        try:
+            if path.stat().st_size != want["bytes"]:
+                return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
+            if file_digest(path)["sha256"] != want["sha256"]:
+                return f"{path}: damaged (its sha256 is not the manifest's)"
+        except FileNotFoundError:
             return f"{path}: missing"
-        if path.stat().st_size != want["bytes"]:
-            return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
-        if file_digest(path)["sha256"] != want["sha256"]:
-            return f"{path}: damaged (its sha256 is not the manifest's)"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
     return None
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megadyn.checkpoint.layout import read_manifest
+from megadyn.errors import UserError
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.causal import RunningThreshold
 
@@ -32,7 +33,10 @@ class ShardedTensors:
         for file_name in manifest["files"]:
             if file_name.startswith(f"{kind}-"):
                 rank = int(file_name.split("-tp")[1].split("-")[0])
-                handle = safe_open(folder / file_name, framework="pt")
+                try:
+                    handle = safe_open(folder / file_name, framework="pt")
+                except (OSError, SafetensorError) as error:
+                    raise UserError(f"{folder / file_name}: no safetensors file: {error}") from None
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     self._parts.setdefault(name, {})[rank] = handle
 

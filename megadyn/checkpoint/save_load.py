@@ -4,8 +4,7 @@ Weights and optimizer states pass through DeepSpeed's per-parameter access, so t
 ZeRO partitions and loads under any ZeRO stage, data-parallel size and topology.
 """
 
-import json
-import shutil
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +19,14 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for
-from megadyn.config import Config, save_config
-from megadyn.errors import UserError
+from megadyn.checkpoint.writing import Snapshot, all_gather, write
+from megadyn.config import Config
+from megadyn.errors import RunError, UserError
 from megadyn.hf.config_map import FIELDS
-from megadyn.hf.convert import readable
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log
 from megadyn.network import loads_of, thresholds_of
@@ -47,8 +44,10 @@ HF_SHAPE = sorted({*FIELDS, "rope_theta", "normalization"} - {"max_position", "i
 """Keys of the model section that a Hugging Face folder must share with the configuration."""
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the earlier ones are intact."""
+class PoisonedWeights(RunError):
+    """Weights, moments or routing state hold a number that is not finite; the earlier checkpoints are intact."""
+
+    is_everywhere = True
 
 
 class OptimizerAccess:
@@ -130,58 +129,50 @@ class OptimizerAccess:
                 safe_set_local_optimizer_state(param, mine, key)
 
 
-def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int, data_key: str = "") -> Path:
-    """Writes a checkpoint under `root` and returns its folder. Collective.
+def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_key: str = "",
+             loss_rule: dict[str, Any] | None = None) -> Snapshot:
+    """Copies to host memory what a checkpoint holds, each rank its share. Collective.
 
     Args:
         data_key: identifies the training data and their order.
+        loss_rule: state of the rule that tells bad steps.
+
+    Raises:
+        PoisonedWeights: on every rank, when something to be saved is no finite number.
+    """
+    shards = _shards(engine)
+    stages = [state for state in all_gather(_routing_state(engine)) if state]
+    routing = {kind: {index: state for stage in stages for index, state in stage[kind].items()} for kind in TRACKERS}
+    bad = next((name for shard in shards.values() for name, tensor in shard.items() if not torch.isfinite(tensor).all()), None)
+    bad = next((f"rank {rank}'s {name}" for rank, name in enumerate(all_gather(bad)) if name), None)
+    if bad or not all(math.isfinite(value) for kind in routing.values() for state in kind.values() for value in state.values()):
+        raise PoisonedWeights(f"{bad or 'the routing state'} holds a number that is not finite at iteration {iteration}: "
+                              "nothing was saved")
+    manifest = {
+        "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
+        "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
+                     "zero": engine.zero_stage},
+        "model": asdict(engine.config.model), "data_key": data_key,
+        "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
+        "optimizer_steps": OptimizerAccess(engine).steps,
+        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, **routing,
+    }
+    return Snapshot(iteration, shards, manifest)
+
+
+def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int, data_key: str = "") -> Path:
+    """Writes a checkpoint under `root` and returns its folder. Collective.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write. Nothing of the attempt remains.
+        PoisonedWeights: see `snapshot`.
     """
-    final = root / layout.folder_name(iteration)
-    temporary = root / f".writing-{final.name}"
-    _together(lambda: _fresh_folder(temporary) if dist.get_rank() == 0 else None, temporary)
-    try:
-        shards = _together(lambda: _write_shards(engine, temporary), temporary)
-        stages = [state for state in _all_gather(_routing_state(engine)) if state]
-        manifest = {
-            "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
-            "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
-                         "zero": engine.zero_stage},
-            "model": asdict(engine.config.model), "data_key": data_key,
-            "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
-            "optimizer_steps": OptimizerAccess(engine).steps,
-            "loss_scaler": engine.loss_scaler_state(),
-            **{kind: {index: state for stage in stages for index, state in stage[kind].items()} for kind in TRACKERS},
-            "files": {name: digest for shard in shards for name, digest in shard.items()},
-        }
-        _together(lambda: _finish(manifest, engine.config, temporary, final) if dist.get_rank() == 0 else None, temporary)
-    except CheckpointError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if dist.get_rank() == 0:
-        try:
-            layout.prune(root, engine.config.checkpoint.keep)
-        except OSError as error:                     # the new one stands; the run goes on with an old one too many
-            log.warning("an old checkpoint could not be removed: %s", error)
-    return final
+    taken = snapshot(engine, iteration=iteration, consumed_samples=consumed_samples, data_key=data_key)
+    return write(taken, root, engine.config)
 
 
-def _fresh_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _finish(manifest: dict[str, Any], config: Config, temporary: Path, final: Path) -> None:
-    save_config(config, temporary / "config.yaml")
-    layout.write_file(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    layout.publish(temporary, final)
-
-
-def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
-    """Writes this rank's share and returns {file name: size and digest}."""
+def _shards(engine: "Engine") -> dict[str, dict[str, Tensor]]:
+    """This rank's share of weights and moments, copied to host memory: {file name: {tensor name: tensor}}."""
     grid, access = engine.grid, OptimizerAccess(engine)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
@@ -191,15 +182,8 @@ def _write_shards(engine: "Engine", folder: Path) -> dict[str, Any]:
             values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
             weights[name_of(param)] = values["weight"]
             moments |= {f"{name_of(param)}/{key}": values[key] for key in MOMENTS}
-    written = {}
-    for kind, tensors in (("weights", weights), ("optimizer", moments)):
-        if tensors:
-            path = folder / layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank)
-            save_file(tensors, path)
-            readable(path)
-            layout.sync_file(path)
-            written[path.name] = layout.file_digest(path)
-    return written
+    return {layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank): tensors
+            for kind, tensors in (("weights", weights), ("optimizer", moments)) if tensors}
 
 
 TRACKERS: dict[str, Any] = {"thresholds": thresholds_of, "loads": loads_of}
@@ -244,7 +228,7 @@ def init_from(engine: "Engine", path: Path) -> None:
     if differences:
         raise UserError(f"{path} is another model: {'; '.join(differences)}")
     upcycled = folder.model.routing.kind == "dense"
-    wanted = set().union(*_all_gather({name_of(param) for param in engine.parameters()}))
+    wanted = set().union(*all_gather({name_of(param) for param in engine.parameters()}))
     given = {name for name in folder.names() if not name.endswith(THRESHOLD)}
     missing = sorted(name for name in wanted - given if not (upcycled and component(name) != "base"))
     if missing:
@@ -303,7 +287,7 @@ def newest_good(root: Path) -> Path | None:
     Raises UserError when there are checkpoints and none is whole: a run must not begin anew in silence.
     """
     # Rank 0's view counts: on a network file system others may see an older one.
-    listed = _all_gather(layout.complete_checkpoints(root))[0]
+    listed = all_gather(layout.complete_checkpoints(root))[0]
     for folder in listed:
         problem = verify(folder)
         if problem is None:
@@ -322,23 +306,4 @@ def verify(folder: Path) -> str | None:
         problem = layout.damage(folder, names[dist.get_rank() :: dist.get_world_size()])
     except UserError as error:
         problem = str(error)
-    return next((found for found in _all_gather(problem) if found), None)
-
-
-def _all_gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def _together(action: Any, where: Path) -> list[Any]:
-    """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
-    try:
-        outcome: tuple[str | None, Any] = (None, action())
-    except (OSError, RuntimeError, SafetensorError) as error:          # a full disk is the last of these
-        outcome = (f"{type(error).__name__}: {error}", None)
-    outcomes = _all_gather(outcome)
-    failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
-    if failed:
-        raise CheckpointError(f"{where.parent}: checkpoint not written ({failed[0]})")
-    return [result for _, result in outcomes]
+    return next((found for found in all_gather(problem) if found), None)

@@ -6,6 +6,7 @@ Without pipeline stages the list runs as a plain module, under any ZeRO stage. W
 
 import io
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.monitor import Monitor
+from megadyn.training.guard import LossGate, problem_of
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
 from megadyn.training.pipeline import Stages
 
@@ -43,6 +45,8 @@ class StepResult(NamedTuple):
     """Mean over the step's samples, equal on every rank; a scalar on the device."""
     grad_norm: Tensor
     """Global norm before clipping."""
+    problem: str | None = None
+    """Why the step was bad. It then changed neither weights nor optimizer nor routing."""
 
 
 class Engine:
@@ -57,7 +61,7 @@ class Engine:
         assert config.model.num_kv_heads is not None
         self.sharding = Sharding(grid.tp.size, config.model.num_kv_heads)
         self.loss_scale = LossScale()
-        self._sound: Tensor | None = None            # kept on the device: asking every step would wait for it
+        self.gate = LossGate(plan.micro_batches, grid.dp)
         self.module = self._build_module()
         self.routed = routed_layers(self.module)
         even_out_groups(self.module, grid.pp)
@@ -87,7 +91,7 @@ class Engine:
         log.info("pipeline stages:\n%s", stage_table(costs, head, cuts))
         with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
             return Stages(layer_list(ctx, self.loss_scale), cuts, grid, seq=seq, tied=model.tie_embeddings,
-                          by_document=self.eod is not None)
+                          by_document=self.eod is not None, gate=self.gate)
 
     def _deepspeed_config(self) -> dict[str, Any]:
         """The user's engine settings plus what is decided elsewhere in the configuration."""
@@ -112,8 +116,12 @@ class Engine:
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
         return self.settings | decided
 
-    def train_step(self, batches: Iterable[MicroBatch], rate: float) -> StepResult:
-        """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`."""
+    def train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float = math.inf) -> StepResult:
+        """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
+
+        A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over.
+        """
+        self.gate.limit = loss_limit
         set_learning_rate(self.engine.optimizer, rate)
         fp16_scale = self.engine.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
         self.loss_scale.value = fp16_scale / self.plan.micro_batches
@@ -124,21 +132,16 @@ class Engine:
             total = torch.zeros((), device=self.device)
             for tokens, labels in batches:
                 micro_loss = self.engine(self._on_device(tokens), self._on_device(labels))
-                self.engine.backward(micro_loss)
+                self.engine.backward(self.gate(micro_loss))
                 self.engine.step()
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
-        self._end_step()
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
-        # ZeRO optimizers skip a step whose gradients overflow; the plain one of ZeRO-0 takes it into the weights.
-        sound = torch.isfinite(loss).all() & (torch.isfinite(norm) if self.clipper else True)
-        self._sound = sound if self._sound is None else self._sound & sound
-        return StepResult(loss.squeeze(), norm)
-
-    @property
-    def weights_are_sound(self) -> bool:
-        """False once a loss was no number: the weights may then hold others of its kind. Equal on all ranks."""
-        return self._sound is None or bool(self._sound)
+        # Waits for the device, but no longer than the optimizer's own look at the norm just did.
+        problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
+                             scales_loss=self.config.precision == "fp16")
+        self._end_step(counts=problem is None)
+        return StepResult(loss.squeeze(), norm, problem)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch], count: int, mode: str) -> float:
@@ -191,12 +194,16 @@ class Engine:
         dist.all_gather_object(stages, local, group=self.grid.pp.group)
         return {index: record for stage in stages for index, record in stage.items()}
 
-    def _end_step(self) -> None:
-        """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks."""
+    def _end_step(self, counts: bool) -> None:
+        """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks. A bad step does not count."""
         thresholds, loads = list(thresholds_of(self.routed).values()), list(loads_of(self.routed).values())
         trackers = [*thresholds, *loads]
         if trackers:
-            means = sum_over(torch.stack([tracker.take_step_mean() for tracker in trackers]), self.grid.dp) / self.grid.dp.size
+            mine = torch.stack([tracker.take_step_mean() for tracker in trackers])
+        if not counts:
+            return
+        if trackers:
+            means = sum_over(mine, self.grid.dp) / self.grid.dp.size
             for threshold, mean in zip(thresholds, means):
                 threshold.end_step(mean)
             own = means[len(thresholds):]

@@ -1,34 +1,137 @@
-"""What can end a run from outside or inside: signals and divergence."""
+"""What can end or spoil a run: signals from outside, losses that are no number or far too high."""
 
+import math
 import signal
+import statistics
 import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megadyn.config import TrainingConfig
+from megadyn.errors import RunError
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.mappings import sum_over
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number. Nothing is saved; the last checkpoint is intact."""
+class TrainingDiverged(RunError):
+    """A step was bad and the run is not to go on. The step did not reach the weights; the last checkpoint is intact."""
+
+    is_everywhere = True
 
 
-class StopSignal:
-    """SIGTERM or SIGINT asks the run to save and end after the step in progress, on every rank in the same step."""
+class Answer(NamedTuple):
+    stop: bool
+    """Some rank was asked to stop."""
+    is_idle: bool
+    """No rank has work in the background."""
 
-    def __init__(self) -> None:
+
+class Signals:
+    """SIGTERM, SIGINT or SIGUSR1 asks the run to save and end after the step in progress, on every rank in the same step."""
+
+    def __init__(self, on_stop: Callable[[str], None] = lambda name: None):
+        """`on_stop` is told the signal's name as soon as it arrives."""
         self.received: str | None = None
+        self._on_stop = on_stop
         # A host-side group: asking every step must not wait for the device.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)          # asked twice, it ends at once
+        self._on_stop(self.received)
 
-    def asked(self) -> bool:
-        """True when any rank was asked to stop. Collective."""
-        flag = torch.tensor([float(self.received is not None)])
+    def ask(self, is_busy: bool = False) -> Answer:
+        """What holds for all ranks together; `is_busy`: this one has work in the background. Collective."""
+        flags = torch.tensor([float(self.received is not None), float(is_busy)])
         if self._group is not None:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
+        stop, busy = flags.tolist()
+        return Answer(bool(stop), not busy)
+
+
+class LossRule:
+    """Which losses are bad: no number, or a spike over the median of the good steps before. Equal on all ranks."""
+
+    def __init__(self, config: TrainingConfig):
+        self.factor, self.window = config.spike_factor, config.spike_window
+        self.recent: deque[float] = deque(maxlen=self.window)
+        self.bad_steps = 0
+        """Of the whole run."""
+
+    @property
+    def limit(self) -> float:
+        """The highest good loss; infinite until `spike_window` good steps were seen, or without a spike rule."""
+        if not self.factor or len(self.recent) < self.window:
+            return math.inf
+        return self.factor * statistics.median(self.recent)
+
+    def note(self, loss: float) -> None:
+        """A good step's loss."""
+        self.recent.append(loss)
+
+    def state(self) -> dict[str, Any]:
+        return {"recent_losses": list(self.recent), "bad_steps": self.bad_steps}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """`bad_steps` only rises: going back does not undo them."""
+        self.recent = deque(state["recent_losses"], maxlen=self.window)
+        self.bad_steps = max(self.bad_steps, state["bad_steps"])
+
+
+class LossGate:
+    """Keeps a bad step out of the weights, whatever the engine.
+
+    The step's mean loss is known after its last forward pass. If it is bad, the last backward pass is made to yield
+    NaN: then the gradient norm is NaN on every rank, and each of DeepSpeed's optimizers, and ours of ZeRO-0, passes
+    the step over by itself, as it does where gradients overflow. The loss itself stays as it is.
+    """
+
+    def __init__(self, micro_batches: int, dp: Axis):
+        self.micro_batches, self.dp = micro_batches, dp
+        self.limit = math.inf
+        self._total: Tensor | None = None
+        self._seen = 0
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """A micro-batch's loss, on its way to the backward pass. Collective over data-parallel ranks at the step's last."""
+        if not torch.is_grad_enabled():                # an evaluation
+            return loss
+        self._total = loss.detach().float() if self._total is None else self._total + loss.detach()
+        self._seen += 1
+        if self._seen < self.micro_batches:
+            return loss
+        mean = sum_over(self._total, self.dp) / (self.micro_batches * self.dp.size)
+        self._total, self._seen = None, 0
+        return _SpoilGradient.apply(loss, ~torch.isfinite(mean) | (mean > self.limit))
+
+
+class _SpoilGradient(torch.autograd.Function):
+    """Identity; where `bad` is true the gradient is NaN. Decided on the device: nothing waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, bad: Tensor) -> Tensor:
+        ctx.save_for_backward(bad)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        bad, = ctx.saved_tensors
+        return torch.where(bad, math.nan, grad), None
+
+
+def problem_of(loss: float, grad_norm: float, limit: float, *, was_applied: bool, scales_loss: bool) -> str | None:
+    """Why a step is bad, or None. With a dynamic loss scale (`scales_loss`) gradients that overflow are everyday."""
+    if not math.isfinite(loss):
+        return f"a loss of {loss}"
+    if was_applied or (scales_loss and loss <= limit):
+        return None
+    return f"a loss of {loss:.4f}, above {limit:.4f}" if loss > limit else f"a gradient norm of {grad_norm}"

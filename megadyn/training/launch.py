@@ -2,11 +2,13 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from megadyn.errors import RunError
 from megadyn.log import log
 
 MPI_VARIABLES = {
@@ -36,8 +38,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join() -> None:
-    """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU."""
+def join(timeout_s: float = 1800.0) -> None:
+    """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU.
+
+    `timeout_s`: how long processes wait for each other, now and in every collective.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -50,7 +55,13 @@ def join() -> None:
         _share_cores()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+    try:
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(),
+                                   timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
+                       f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
 
 
 def _share_cores() -> None:

@@ -77,14 +77,14 @@ class GradientClipper:
     """True global-norm clipping for ZeRO-0, where DeepSpeed would use each rank's own norm.
 
     Runs before every optimizer step. Cut parameters count on every tensor rank, whole ones on the first;
-    a tied embedding counts on its first stage only.
+    a tied embedding counts on its first stage only. A norm that is no number makes the optimizer pass the step over.
     """
 
     def __init__(self, module: nn.Module, max_norm: float, grid: Grid):
         self.params, self.max_norm, self.grid = list(module.parameters()), max_norm, grid
         self.norm = torch.zeros(())
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self, optimizer: Any = None, *_: object) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
         counted = [p.grad.square().sum() for p in self.params if p.grad is not None and counts_here(p, self.grid.tp)]
         total = torch.stack(counted).sum() if counted else grads[0].new_zeros(())
@@ -92,3 +92,7 @@ class GradientClipper:
         if self.max_norm > 0:
             scale = (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, scale)
+        if optimizer is not None:
+            overflow = ~torch.isfinite(self.norm)
+            optimizer.found_inf = overflow.float()       # torch's fused AdamW then does nothing
+            optimizer.overflow = bool(overflow)          # and DeepSpeed's engine knows of it

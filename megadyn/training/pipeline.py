@@ -1,5 +1,6 @@
 """The layer list cut into DeepSpeed pipeline stages."""
 
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -18,11 +19,14 @@ from megadyn.routing.dtf import DynamicLayer
 class Stages(PipelineModule):
     """This rank's stretch of the list. One tensor crosses each boundary."""
 
-    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool,
-                 by_document: bool):
-        """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`."""
+    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool, by_document: bool,
+                 gate: Callable[[Tensor], Tensor]):
+        """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`.
+
+        Each training loss passes `gate` before the backward pass.
+        """
         self.boundaries = part_boundaries(layer_boundaries, len(parts))
-        self.rank_grid, self.seq, self.by_document = grid, seq, by_document
+        self.rank_grid, self.seq, self.by_document, self.gate = grid, seq, by_document, gate
         topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
         super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
 
@@ -46,7 +50,7 @@ class Stages(PipelineModule):
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""
-        return self.forward_funcs[-1](Stream(hidden), labels)
+        return self.gate(self.forward_funcs[-1](Stream(hidden), labels))
 
 
 def part_boundaries(layer_boundaries: list[int], parts: int) -> list[int]:

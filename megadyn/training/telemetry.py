@@ -5,7 +5,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megadyn.config import Config
 from megadyn.log import log
@@ -22,14 +22,21 @@ class Telemetry:
         self.tokens_per_step = training.tokens_per_step
         flops = training_flops(config.model, training.sequence_length) * training.global_batch_size
         self.tflops_per_step = flops / world_size / 1e12
-        keep_lines_until(folder / "metrics.jsonl", start_iteration)
-        self.file = (folder / "metrics.jsonl").open("a")
-        self.board = None
-        if config.logging.tensorboard:
+        self.file: TextIO | None = None
+        self.board: Any = None
+        self.go_back(start_iteration)
+
+    def go_back(self, iteration: int) -> None:
+        """Goes on from `iteration`: what was reported of later ones will be done again."""
+        if self.file is not None:
+            self.close()
+        keep_lines_until(self.folder / "metrics.jsonl", iteration)
+        self.file = (self.folder / "metrics.jsonl").open("a")
+        if self.config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds of imports: only where it is asked for
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_iteration + 1)
-        self.restart_clock(start_iteration)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=iteration + 1)
+        self.restart_clock(iteration)
 
     def restart_clock(self, iteration: int) -> None:
         """Measures anew from here: what was done since the last step (evaluating, saving) is not training time."""
@@ -40,7 +47,7 @@ class Telemetry:
         self._waited_s += seconds
 
     def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
-              routing: dict[int, dict[str, float]]) -> None:
+              routing: dict[int, dict[str, float]], bad_steps: int = 0) -> None:
         """Reports the state after `iteration` steps."""
         steps = max(1, iteration - self._reported)
         step_time = (time.perf_counter() - self._since) / steps
@@ -51,7 +58,7 @@ class Telemetry:
             "learning_rate": learning_rate, "step_time_ms": step_time * 1e3,
             "data_time_ms": self._waited_s / steps * 1e3,
             "tokens_per_second": self.tokens_per_step / step_time, "model_tflops": self.tflops_per_step / step_time,
-            "routing": {str(layer): routing[layer] for layer in sorted(routing)},
+            "routing": {str(layer): routing[layer] for layer in sorted(routing)}, "bad_steps": bad_steps,
         }
         self._write(record)
         log.info("%s", train_line(record, self.iterations, (self.iterations - iteration) * step_time))
@@ -64,16 +71,29 @@ class Telemetry:
         log.info("%s", f"{progress(iteration, self.iterations)}  {name} loss  {shown}")
         self.restart_clock(iteration)
 
+    def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
+        """What happened when the run stood at `iteration`: a bad step, a checkpoint."""
+        self._write({"iteration": iteration, name: what})
+
     def _write(self, record: dict[str, Any]) -> None:
-        print(json.dumps(finite(record), allow_nan=False), file=self.file, flush=True)
-        if self.board is not None:
-            for name, value in flat_scalars(record):
-                self.board.add_scalar(name, value, record["iteration"])
+        """A full disk stops no run: the line is kept back until there is room, and the log says so."""
+        assert self.file is not None
+        try:
+            print(json.dumps(finite(record), allow_nan=False), file=self.file, flush=True)
+            if self.board is not None:
+                for name, value in flat_scalars(record):
+                    self.board.add_scalar(name, value, record["iteration"])
+        except OSError as error:
+            log.warning("metrics of iteration %d not written yet: %s", record["iteration"], error)
 
     def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        assert self.file is not None
+        try:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+        except OSError as error:
+            log.warning("the last metrics were not written: %s", error)
 
 
 def auxiliary_losses(routing: dict[int, dict[str, float]]) -> dict[str, float]:
@@ -135,7 +155,7 @@ def flat_scalars(record: dict[str, Any], prefix: str = "") -> list[tuple[str, fl
     for key, value in record.items():
         if isinstance(value, dict):
             found += flat_scalars(value, f"{prefix}{key}/")
-        elif key != "iteration":
+        elif key != "iteration" and isinstance(value, (int, float)):
             found.append((prefix + key, value))
     return found
 

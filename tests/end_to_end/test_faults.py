@@ -2,52 +2,92 @@
 
 import json
 import os
-import resource
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from megadyn.checkpoint.export import export
 from megadyn.errors import UserError
 from megadyn.pretrain import main
 from megadyn.training import launch
 from megadyn.training.telemetry import finite
+from tests.crew import Crew, lines
+from tests.sabotage import full_disk, slow_disk, small_files
 from tests.tiny import ROOT
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+class Done(NamedTuple):
+    returncode: int
+    output: str
 
 
-def train(config_file: Path, *overrides: str, file_limit: int | None = None) -> subprocess.CompletedProcess[str]:
-    def limit() -> None:
-        if file_limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    return subprocess.run([sys.executable, "-m", "megadyn.pretrain", str(config_file), *overrides], env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=120, check=False, preexec_fn=limit)
+def train(config_file: Path, *overrides: str, world: int = 1, sabotage: Callable[[int], None] | None = None) -> Done:
+    crew = Crew(config_file, *overrides, world=world, sabotage=sabotage)
+    return Done(max(crew.wait()), crew.output())
 
 
 def test_a_file_that_cannot_be_written_leaves_earlier_checkpoints(config_file: Path) -> None:
     assert train(config_file, "training.iterations=3").returncode == 0
     checkpoints = config_file.parent / "out/checkpoints"
     before = {path.name for path in checkpoints.iterdir()}
-    done = train(config_file, file_limit=50_000)            # smaller than the weights, as on a full disk
+    done = train(config_file, sabotage=partial(small_files, limit=50_000))            # smaller than the weights
     assert done.returncode == 1
-    assert "checkpoint not written (rank 0: " in done.stderr
+    assert "checkpoint not written (rank 0: " in done.output
+    assert "Traceback" not in done.output
     assert {path.name for path in checkpoints.iterdir()} == before
     assert train(config_file).returncode == 0                # and it goes on once there is room
 
 
-def test_diverged_weights_are_never_saved(config_file: Path) -> None:
-    done = train(config_file, "optimizer.learning_rate=1e30", "optimizer.warmup_iterations=0", "logging.interval=100",
-                 "checkpoint.interval=1", "checkpoint.keep=0", f"deepspeed_config={ROOT}/ds_configs/zero0.json")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_on_one_rank_stops_the_run_or_not_as_configured(background: bool, config_file: Path) -> None:
+    settings = ("parallel.tensor=2", "data.validation_fraction=0", "checkpoint.interval=2", f"checkpoint.background={background}")
+    fails_second = partial(full_disk, victim=1, saves=[2])
+    done = train(config_file, *settings, world=2, sabotage=fails_second)
     assert done.returncode == 1
-    assert "a loss was no number" in done.stderr
-    for shard in (config_file.parent / "out/checkpoints").glob("*/weights-*"):
-        assert all(torch.isfinite(tensor).all() for tensor in load_file(shard).values()), shard
+    stopped = "checkpoint not written (rank 1: OSError: [Errno 28] No space left on device"
+    assert stopped in done.output
+    checkpoints = config_file.parent / "out/checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"iteration-00000002", "latest"}
+
+    fails_first = partial(full_disk, victim=1, saves=[1])
+    done = train(config_file, *settings, "checkpoint.on_error=continue", world=2, sabotage=fails_first)
+    assert done.returncode == 0, done.output
+    assert stopped in done.output
+    assert "the run goes on, its newest checkpoint is of iteration 2" in done.output
+    assert {path.name for path in checkpoints.iterdir()} == {"iteration-00000002", "iteration-00000006", "latest"}
+    assert any("error" in line["checkpoint"] for line in lines(config_file.parent / "out") if "checkpoint" in line)
+
+
+def test_the_last_checkpoint_must_be_written(config_file: Path) -> None:
+    done = train(config_file, "checkpoint.on_error=continue", sabotage=partial(full_disk, victim=0, saves=[1]))
+    assert done.returncode == 1
+    assert "checkpoint not written" in done.output
+
+
+def test_saving_in_the_background_holds_training_up_for_the_copy_alone(config_file: Path) -> None:
+    quiet = ("data.validation_fraction=0", "parallel.tensor=2", "checkpoint.keep=0", "checkpoint.interval=2",
+             f"deepspeed_config={ROOT}/ds_configs/zero0.json")       # whose weights are the model's own, not a copy
+    slowly = partial(slow_disk, seconds=0.5)                 # two files a rank and save
+    assert train(config_file, *quiet, "checkpoint.background=true", world=2, sabotage=slowly).returncode == 0
+    assert train(config_file, *quiet, f"output_dir={config_file.parent}/direct", world=2).returncode == 0
+    saves = [line["checkpoint"] for line in lines(config_file.parent / "out") if "checkpoint" in line]
+    assert [save["iteration"] for save in saves] == [2, 4, 6]
+    assert all(save["write_s"] > 1 and save["rank_bytes"] > 0 for save in saves)
+    steps = [line for line in lines(config_file.parent / "out") if "checkpoint" in line or "lm_loss" in line]
+    first = next(place for place, line in enumerate(steps) if "checkpoint" in line)
+    assert steps[first - 1]["iteration"] >= 3                # training went on while the first one was written
+    for iteration in (2, 4, 6):                              # and what was written is what was there when the copy was made
+        mine, direct = (tensors(config_file.parent / run / f"checkpoints/iteration-{iteration:08d}") for run in ("out", "direct"))
+        assert mine == direct
+
+
+def tensors(checkpoint: Path) -> dict[str, str]:
+    """Digests of a checkpoint's tensor files."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
 def test_no_whole_checkpoint_is_no_reason_to_begin_anew(config_file: Path) -> None:
@@ -57,7 +97,7 @@ def test_no_whole_checkpoint_is_no_reason_to_begin_anew(config_file: Path) -> No
     shard.write_bytes(shard.read_bytes() + b"x")
     done = train(config_file)
     assert done.returncode == 2
-    assert "none of 1 checkpoints is whole" in done.stderr
+    assert "none of 1 checkpoints is whole" in done.output
     assert (config_file.parent / "out/metrics.jsonl").read_text() == metrics
 
 
@@ -65,7 +105,7 @@ def test_other_training_data_are_refused(config_file: Path) -> None:
     assert train(config_file, "training.iterations=2").returncode == 0
     done = train(config_file, "data.validation_fraction=0.3")
     assert done.returncode == 2
-    assert "trained on other data or in another order" in done.stderr
+    assert "trained on other data or in another order" in done.output
     assert train(config_file, "data.validation_fraction=0.3", "checkpoint.allow_other_data=true").returncode == 0
 
 

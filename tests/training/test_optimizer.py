@@ -184,7 +184,7 @@ def test_clipping_alone_equals_torchs(scale, max_norm):
 
 def test_clipping_runs_before_every_step_when_hooked():
     module = marked_module(100.0)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=True)
     optimizer.register_step_pre_hook(GradientClipper(module, 1.0, Grid()))
     before = torch.cat([p.detach().flatten() for p in module.parameters()])
     optimizer.step()

@@ -1,0 +1,168 @@
+"""A snapshot in host memory -> files. Knows neither engine nor device, so it runs beside training as well."""
+
+import shutil
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megadyn.checkpoint import layout
+from megadyn.config import Config, save_config
+from megadyn.errors import RunError
+from megadyn.hf.convert import readable
+from megadyn.log import log
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; the earlier ones are intact."""
+
+    is_everywhere = True
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint will hold. `shards` are this rank's, `manifest` is rank 0's to write."""
+
+    iteration: int
+    shards: dict[str, dict[str, Tensor]]
+    manifest: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank's tensors."""
+        return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard.values())
+
+
+def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGroup | None = None) -> Path:
+    """Writes a checkpoint under `root` and returns its folder. Collective over `group`.
+
+    Raises CheckpointError on every rank, when any rank could not write. Nothing of the attempt remains.
+    """
+    final = root / layout.folder_name(snapshot.iteration)
+    temporary = root / f"{layout.WRITING}{final.name}"
+    first = dist.get_rank() == 0
+
+    def prepare() -> None:
+        if first:
+            layout.clear_leftovers(root)
+            temporary.mkdir(parents=True)
+
+    def finish(files: dict[str, Any]) -> None:
+        if first:
+            save_config(config, temporary / "config.yaml")
+            layout.sync_file(temporary / "config.yaml")
+            files["config.yaml"] = layout.file_digest(temporary / "config.yaml")
+            layout.write_manifest(temporary, snapshot.manifest | {"files": files})
+            layout.publish(temporary, final)
+
+    try:
+        _together(prepare, root, group)
+        shards = _together(lambda: _write_shards(snapshot, temporary), root, group)
+        _together(lambda: finish({name: digest for shard in shards for name, digest in shard.items()}), root, group)
+    except CheckpointError:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if first:
+        try:
+            layout.prune(root, config.checkpoint.keep, config.checkpoint.keep_every)
+        except OSError as error:                     # the new one stands; the run goes on with an old one too many
+            log.warning("an old checkpoint could not be removed: %s", error)
+    return final
+
+
+def _write_shards(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+    """Writes this rank's share and returns {file name: size and digest}."""
+    written = {}
+    for name, tensors in snapshot.shards.items():
+        save_file(tensors, folder / name)
+        readable(folder / name)
+        layout.sync_file(folder / name)
+        written[name] = layout.file_digest(folder / name)
+    return written
+
+
+def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[Any]:
+    """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
+    try:
+        outcome: tuple[str | None, Any] = (None, action())
+    except (OSError, RuntimeError, SafetensorError) as error:          # a full disk is the last of these
+        outcome = (f"{type(error).__name__}: {error}", None)
+    outcomes = all_gather(outcome, group)
+    failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
+    if failed:
+        raise CheckpointError(f"{root}: checkpoint not written ({failed[0]})")
+    return [result for _, result in outcomes]
+
+
+class Writer:
+    """Writes snapshots one at a time, in a thread where `checkpoint.background` asks for it. Every method is collective."""
+
+    def __init__(self, root: Path, config: Config):
+        self.root, self.config = root, config
+        # Its own and host-side: the thread's collectives must not mix with training's.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.training.timeout_s + 30))
+        self._job: _Job | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """A write is under way in the background on this rank."""
+        return self._job is not None and self._job.is_alive()
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begins to write; the one before must have been collected."""
+        assert self._job is None
+        self._job = _Job(snapshot, self.root, self.config, self._group)
+        if self.config.checkpoint.background:
+            self._job.start()
+        else:
+            self._job.run()
+
+    def collect(self) -> "Written | None":
+        """Waits for the write that was begun, if any, and tells how it went. Raises CheckpointError when it failed."""
+        if self._job is None:
+            return None
+        job, self._job = self._job, None
+        if job.ident is not None:
+            job.join()
+        if job.error is not None:
+            raise job.error
+        assert job.written is not None
+        return job.written
+
+
+class Written(NamedTuple):
+    iteration: int
+    folder: Path
+    write_s: float
+    """From the snapshot to the finished checkpoint."""
+    bytes: int
+    """Of this rank's tensors."""
+
+
+class _Job(threading.Thread):
+    def __init__(self, snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGroup):
+        super().__init__(name="checkpoint", daemon=True)
+        self.arguments = snapshot, root, config, group
+        self.written: Written | None = None
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        snapshot, began = self.arguments[0], time.perf_counter()
+        try:
+            folder = write(*self.arguments)
+            self.written = Written(snapshot.iteration, folder, time.perf_counter() - began, snapshot.bytes)
+        except Exception as error:                  # told where the write is collected
+            self.error = error
+        del self.arguments                          # the host memory is free again

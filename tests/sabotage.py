@@ -1,0 +1,73 @@
+"""What can be made to go wrong in a crew's ranks. Each is called with the rank, in its process, before the job begins."""
+
+import errno
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadyn import network, pretrain
+from megadyn.checkpoint import writing
+
+
+def spoiled_losses(_rank: int, *, factors: dict[int, float], micro_batches: int = 4) -> None:
+    """Multiplies the losses of the n-th training step that this process runs by `factors[n]`, counted from 1."""
+    real, seen = network.linear_cross_entropy, 0
+
+    def loss(*arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal seen
+        if torch.is_grad_enabled():
+            seen += 1
+        return real(*arguments, **named) * factors.get((seen + micro_batches - 1) // micro_batches, 1.0)
+
+    network.linear_cross_entropy = loss
+
+
+def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
+    """The victim raises an error (`fail`), hangs (`hang`) or crashes (`crash`) when it reads the samples of a step."""
+    real = pretrain.step_batches
+
+    def batches(samples: Any, consumed: int, global_batch: int, *others: Any) -> Any:
+        if rank == victim and consumed == (step - 1) * global_batch:
+            if what == "fail":
+                raise RuntimeError("the disk is on fire")
+            if what == "crash":
+                os.abort()
+            time.sleep(3600)
+        yield from real(samples, consumed, global_batch, *others)
+
+    pretrain.step_batches = batches
+
+
+def full_disk(rank: int, *, victim: int, saves: list[int]) -> None:
+    """There is no room on the victim's disk in its n-th saves, counted from 1, once a part is written."""
+    real, seen = writing.save_file, 0
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        nonlocal seen
+        seen += path.name.startswith("weights")
+        if rank == victim and seen in saves:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(tensors, path)
+
+    writing.save_file = save_file
+
+
+def slow_disk(_rank: int, *, seconds: float) -> None:
+    """Every file takes `seconds` longer to write."""
+    real = writing.save_file
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        time.sleep(seconds)
+        real(tensors, path)
+
+    writing.save_file = save_file
+
+
+def small_files(_rank: int, *, limit: int) -> None:
+    """No file can grow beyond `limit` bytes: as on a full disk, by the system's own hand."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
