@@ -17,7 +17,7 @@ def test_only_stages_that_need_tokens_read_them(stage, stages, reads):
     engine = SimpleNamespace(grid=Grid(pp=Axis("pp", stage, stages), dp=Axis("dp", 1, 2)), plan=BatchPlan(8, 2, 2, 2),
                              device=torch.device("cpu"))
     samples = Counting()
-    with Job.load(SimpleNamespace(engine=engine), samples, 16, 32, step=8) as loader:
+    with Job.loader(SimpleNamespace(engine=engine), samples, 16, 32, step=8) as loader:
         firsts = [int(tokens[0, 0]) // 10 for tokens, _ in loader]
     assert firsts == ([20, 22, 28, 30] if reads else [])        # the second data-parallel rank's halves of two steps
     assert bool(samples.taken) == reads
