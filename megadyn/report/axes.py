@@ -46,7 +46,7 @@ class Axis:
         low, high = self.value(0), self.value(1)
         step = round_step((high - low) / self.count)
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        return [(k * step, label(k * step, step, high)) for k in range(first, last + 1)]
+        return [(k * step, label(k * step, step, max(abs(low), abs(high)))) for k in range(first, last + 1)]
 
 
 def round_step(wanted: float) -> float:
@@ -56,12 +56,14 @@ def round_step(wanted: float) -> float:
 
 
 def label(value: float, step: float, largest: float) -> str:
-    """`value` with as many decimals as `step` needs, all labels of an axis in one unit: `0.75`, `1.2M`, `2e-05`."""
-    if abs(largest) < 1e-3 and value:
+    """`value` with as many decimals as `step` needs, in the unit of the axis's `largest` size: `0.75`, `1.2M`, `2e-05`."""
+    if value == 0:
+        return "0"
+    if largest < 1e-3:
         return f"{value:.3g}"
-    unit, suffix = next(((unit, suffix) for unit, suffix in UNITS if abs(largest) >= max(unit, 1e4)), (1.0, ""))
+    unit, suffix = next(((unit, suffix) for unit, suffix in UNITS if largest >= max(unit, 1e4)), (1.0, ""))
     decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9))
-    return f"{value / unit:,.{decimals}f}{suffix if value else ''}"
+    return f"{value / unit:,.{decimals}f}{suffix}"
 
 
 def brief(value: float) -> str:

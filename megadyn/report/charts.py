@@ -35,8 +35,9 @@ class Curve(NamedTuple):
 
 
 def line_chart(title: str, curves: Sequence[Curve], *, x_name: str, from_zero: bool = False,
-               y_range: tuple[float, float] | None = None) -> str:
-    """One or more curves over a common axis; logarithmic where the values span decades. Empty without any number."""
+               y_range: tuple[float, float] | None = None, named: bool = True) -> str:
+    """One or more curves over a common axis, with a legend where `named`; logarithmic where the values span decades. Empty
+    without any number."""
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
     if not curves:
         return ""
@@ -51,7 +52,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, x_name: str, from_zero: b
     hover = {"kind": "lines", "name": x_name, "x": [x_axis.low, x_axis.high],
              "curves": [{"name": curve.name, "x": rounded(curve.x[kept]), "y": rounded(curve.y[kept])}
                         for curve in curves for kept in [thin(curve.y)]]}
-    keys = legend(curves) if len(curves) > 1 else ""
+    keys = legend(curves) if named else ""
     return figure(title + (" (logarithmic)" if log else ""), keys, svg(parts, HEIGHT), hover)
 
 
@@ -142,8 +143,8 @@ def heat_map(title: str, layers: Sequence[int], x: Values, z: Values, *, x_name:
         parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y:.1f}" text-anchor="end">{layer}</text>'
                      f'<text class="tick" x="{WIDTH - right + 4}" y="{y:.1f}">{brief(known[-1]) if known.size else ""}</text>')
     parts.append(x_ticks(axis, bottom, x_name, right))
-    parts.append(f'<text class="tick" x="{LEFT - 5}" y="{bottom + 14}" text-anchor="end">layer</text>'
-                 f'<text class="tick" x="{WIDTH - right + 4}" y="{bottom + 14}">last</text>')
+    parts.append(f'<text class="tick" x="{LEFT - 5}" y="{bottom + 27}" text-anchor="end">layer</text>'
+                 f'<text class="tick" x="{WIDTH - right + 4}" y="{bottom + 27}">last</text>')
     hover = {"kind": "heat", "name": x_name, "x": [axis.low, axis.high], "columns": rounded(columns), "rows": list(layers),
              "right": right, "row": row, "z": [rounded(values) for values in means]}
     scale = "".join(f'<rect class="h{k}" x="{k * 10}" width="10" height="8"/>' for k in range(LEVELS))

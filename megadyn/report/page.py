@@ -1,5 +1,6 @@
 """The page: one self-contained HTML file. Its sections are functions of the run, or of the runs that it compares."""
 
+import json
 import platform
 from collections.abc import Sequence
 from html import escape
@@ -30,7 +31,7 @@ class LayerStatistic(NamedTuple):
 
 SHARE = (0.0, 1.0)
 LAYER_STATISTICS = {
-    "routed_fraction": LayerStatistic("Share of tokens processed", SHARE),
+    "routed_fraction": LayerStatistic("Share of tokens routed", SHARE),
     "causal_agreement": LayerStatistic("Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE),
     "S_CE": LayerStatistic("S_CE: expected change, mean over tokens"),
     "S_CU": LayerStatistic("S_CU: unexpected change, mean over tokens"),
@@ -69,7 +70,7 @@ def page(subjects: Sequence[Subject]) -> str:
              config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects),
              *(checkpoint_section(subject, len(runs) > 1) for subject in subjects), *(events(run, len(runs) > 1) for run in runs),
              "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; columns of heat maps are "
-             "means of stretches. All figures are those of metrics.jsonl.</footer>"]
+             "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>"]
     css, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_LOADED}"><title>{escape(title)}</title>'
@@ -93,8 +94,11 @@ def describe(run: Run) -> str:
     if not run.config:
         return str(run.folder)
     kind = get("model.routing.kind", "?")
-    capacity = "" if kind == "dense" else f" at capacity {get('model.routing.capacity')}"
-    return (f"{kind}{capacity}: {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
+    if kind == "dtrnet" and get("model.routing.router_type") == "token_choice":
+        kind += ", each token's own choice"
+    elif kind != "dense":
+        kind += f" at capacity {get('model.routing.capacity')}"
+    return (f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
             f"{get('training.sequence_length')} tokens, {get('precision')}")
 
 
@@ -115,7 +119,7 @@ def facts(run: Run) -> list[str]:
     for name, key in (("tokens/s, median", "tokens_per_second"), ("model TFLOP/s a device, median", "model_tflops")):
         if np.isfinite(run.values(key)).any():
             found.append(fact(name, brief(float(np.nanmedian(run.values(key))))))
-    for name, key in (("tokens processed, mean of routed layers", "routed_fraction"),
+    for name, key in (("tokens routed, mean of layers", "routed_fraction"),
                       ("causal agreement, mean of layers", "causal_agreement")):
         _, values = run.by_layer(key)
         if values.size and np.isfinite(values[:, -1]).any():
@@ -149,7 +153,7 @@ def curves(runs: Sequence[Run]) -> str:
     def chart(title: str, *path: str, from_zero: bool = False) -> str:
         found = [Curve(run.name if len(runs) > 1 else path[-1], x(run, run.iterations), run.values(*path), i, STYLES[i][0])
                  for i, run in enumerate(runs)]
-        return line_chart(title, found, x_name=x_name, from_zero=from_zero)
+        return line_chart(title, found, x_name=x_name, from_zero=from_zero, named=len(runs) > 1)
 
     losses = []
     for i, run in enumerate(runs):
@@ -220,10 +224,10 @@ def gate_charts(run: Run, several: bool) -> str:
     for layer in indices:
         lines = [Curve(shown, run.iterations, run.values("routing", str(layer), name), colour, STYLES[colour][0],
                        spread=run.values("routing", str(layer), f"{name}_std"))
-                 for colour, (name, shown) in enumerate(zip(GATES, ("processed", "skipped")))]
+                 for colour, (name, shown) in enumerate(zip(GATES, ("routed", "unrouted")))]
         charts.append(line_chart(f"Layer {layer}", lines, x_name="iteration", y_range=(low, high)))
-    return (f"<h3>Gates{of(run, several)}</h3><p class=\"dim\">Mean of the gate over the tokens that are processed and over "
-            f"those that are not, with one standard deviation to either side; all layers over one range.</p>"
+    return (f"<h3>Gates{of(run, several)}</h3><p class=\"dim\">Mean of the gate over the routed and over the other tokens, "
+            f"with one standard deviation to either side; all layers over one range.</p>"
             f'<div class="grid-of">{"".join(charts)}</div>')
 
 
@@ -234,18 +238,18 @@ def text_section(subject: Subject, several: bool) -> str:
         return f"{heading}<p>There is none here: {escape(found)}.</p>"
     counts, total = found.processed.sum(axis=0), len(found.layers)
     is_dtrnet = subject.run.config.get("model.routing.kind") == "dtrnet"
-    verb = "attended" if is_dtrnet else "processed"
+    did = "attended" if is_dtrnet else "was processed"
     spans = []
     for k, piece in enumerate(found.pieces):
         through = [str(layer) for layer, chosen in zip(found.layers, found.processed[:, k]) if chosen]
-        hint = f"{piece!r}: {verb} in {len(through)} of {total} routed layers" + (f" ({', '.join(through)})" if through else "")
+        hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (f" ({', '.join(through)})" if through else "")
         spans.append(f'<b style="--k:{counts[k] / total:.2g}" title="{escape(hint)}">{visible(piece)}</b>')
     scale = "".join(f'<span class="swatch" style="--k:{k / total:.2g}">{k}</span>' for k in shown_counts(total))
     shares = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(found.layers, found.processed.mean(axis=1)))
     return (f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
             f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
-            f"colour is in how many of the {total} routed layers it was {verb}; point at it for which.</p>"
-            f'<p class="dim">Share of these tokens {verb}, by layer: {shares}.</p><div class="card">'
+            f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
+            f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
             f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>')
 
 
@@ -326,7 +330,7 @@ def checkpoint_section(subject: Subject, several: bool) -> str:
 
 
 def state(one: Checkpoint, run: Path) -> str:
-    found = "whole: every file has its sha256" if one.problem is None else one.problem.replace(f"{run}/", "")
+    found = "whole: every file has its sha256" if one.problem is None else f"damaged: {one.problem.replace(f'{run}/', '')}"
     return escape(found + ("" if one.is_used else "; not used: the run has since gone back before it"))
 
 
@@ -345,7 +349,7 @@ def events(run: Run, several: bool) -> str:
         return ""
     rows = []
     for record in run.events:
-        what = "; ".join(f"{key}: {value}" for key, value in record.items() if key != "iteration")
+        what = "; ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items() if key != "iteration")
         rows.append(f'<tr><td class="number">{record["iteration"]:,}</td><td>{escape(what)}</td></tr>')
     return (f'<h2>Events{of(run, several)}</h2><div class="card wide"><table><tr><th>iteration</th><th>event</th></tr>'
             f'{"".join(rows)}</table></div>')

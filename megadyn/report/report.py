@@ -1,9 +1,10 @@
 """From run folders to the page's file."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from megadyn.data.files import os_errors_named, temporary_beside
+from megadyn.data.files import temporary_beside
 from megadyn.errors import UserError
 from megadyn.report.page import Subject, page
 from megadyn.report.run import Run, read_checkpoints, read_runs
@@ -18,13 +19,15 @@ def write_report(folders: list[Path], output: Path, *, tokens: int, look_at_chec
     check_output(output)
     subjects = [study(run, tokens, look_at_checkpoints) for run in read_runs(folders)]
     html = page(subjects).encode()
-    with os_errors_named(output):
-        temporary = temporary_beside(output)
+    temporary = temporary_beside(output)
+    try:
         try:
             temporary.write_bytes(html)
             temporary.replace(output)
         finally:
             temporary.unlink(missing_ok=True)
+    except OSError as error:        # of the last line too
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     return {"output": str(output), "bytes": len(html), "runs": [summary(subject) for subject in subjects]}
 
 
@@ -36,6 +39,8 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: is a folder")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder to write {output.name} into")
+    if not os.access(output.parent, os.W_OK):
+        raise UserError(f"{output.parent}: no permission to write {output.name} into it")
 
 
 def study(run: Run, tokens: int, look_at_checkpoints: bool) -> Subject:

@@ -104,7 +104,7 @@ def read_run(folder: Path, name: str) -> Run:
     _take_config(run)
     planned = run.config.get("training.iterations")
     if isinstance(planned, int) and run.last_iteration < planned:
-        run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on or was stopped.")
+        run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped.")
     return run
 
 

@@ -39,11 +39,15 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
     config = load_config(checkpoint / "config.yaml")
     if config.model.routing.kind == "dense":
         raise UserError("the model is dense: every token passes through every layer")
-    with contextlib.chdir(launch_folder(run, config)):      # the configuration's paths are relative to it
-        tokenizer = load_tokenizer(config.tokenizer.path)
-        ids, labels = first_sample(config, tokenizer, tokens)
-        saved = open_saved(checkpoint)
-    saved.model.attention = "sdpa"                          # as here is no GPU asked for
+    base = launch_folder(run, config)
+    try:
+        with contextlib.chdir(base):            # the configuration's paths are relative to it
+            tokenizer = load_tokenizer(config.tokenizer.path)
+            ids, labels = first_sample(config, tokenizer, tokens)
+            saved = open_saved(checkpoint)
+    except UserError as error:
+        raise UserError(f"{error} (relative paths count from {base})") from None
+    saved.model.attention = "sdpa"              # the other backends need a GPU
     network = load_network(saved, torch.device("cpu"))
     layers, processed, loss = processed_tokens(network, torch.from_numpy(ids), torch.from_numpy(labels))
     return TextMap(pieces(tokenizer, ids[0].tolist()), layers, processed, loss)
