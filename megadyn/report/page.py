@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megadyn import __version__
-from megadyn.report.axes import brief, spans_decades
-from megadyn.report.charts import Curve, heat_map, line_chart
+import megadyn
+from megadyn.report.axes import bin_means, brief, spans_decades
+from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.run import Checkpoint, Run, Values, differences
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def page(subjects: Sequence[Subject]) -> str:
              curves(runs), layers(runs), *(text_section(subject, len(runs) > 1) for subject in subjects),
              config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects),
              *(checkpoint_section(subject, len(runs) > 1) for subject in subjects), *(events(run, len(runs) > 1) for run in runs),
-             "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; columns of heat maps are "
+             "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
              "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>"]
     css, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -198,7 +198,8 @@ def layers(runs: Sequence[Run]) -> str:
 def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, float] | None) -> str:
     """A heat map a run, all in the same colours."""
     found = [(run, *run.by_layer(name)) for run in runs]
-    every = np.concatenate([values.ravel() for _, _, values in found])
+    drawn = [bin_means(run.iterations, values, HEAT_COLUMNS)[1].ravel() for run, layers, values in found if layers]
+    every = np.concatenate(drawn)
     every = every[np.isfinite(every)]
     if not every.size:
         return ""
@@ -209,23 +210,22 @@ def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, 
 
 
 def gate_charts(run: Run, several: bool) -> str:
-    """Gates of routed and unrouted tokens, a chart a layer, all over one range."""
-    found = {name: run.by_layer(name) for name in (*GATES, *(f"{name}_std" for name in GATES))}
-    indices = found[GATES[0]][0]
-    if not indices:
+    """Gates of routed and unrouted tokens, a chart a layer, all over one range; of many records, means of stretches."""
+    layers, _ = run.by_layer(GATES[0])
+    curves: dict[int, list[Curve]] = {}
+    reach = [np.zeros(0)]
+    for layer in layers:
+        for i, name in enumerate(GATES):
+            both = np.array([run.values("routing", str(layer), name), run.values("routing", str(layer), f"{name}_std")])
+            columns, (mean, spread) = bin_means(run.iterations, both, HEAT_COLUMNS)
+            curves.setdefault(layer, []).append(Curve(name.removeprefix("gate_"), columns, mean, i, STYLES[i][0], spread))
+            reach += [mean - np.nan_to_num(spread), mean + np.nan_to_num(spread)]
+    every = np.concatenate(reach)
+    every = every[np.isfinite(every)]
+    if not every.size:
         return ""
-    limits = []
-    for name in GATES:
-        mean, spread = found[name][1], found[f"{name}_std"][1]
-        spread = spread if spread.shape == mean.shape else np.zeros_like(mean)
-        limits += [mean - spread, mean + spread]
-    low, high = float(np.nanmin(limits)), float(np.nanmax(limits))
-    charts = []
-    for layer in indices:
-        lines = [Curve(shown, run.iterations, run.values("routing", str(layer), name), colour, STYLES[colour][0],
-                       spread=run.values("routing", str(layer), f"{name}_std"))
-                 for colour, (name, shown) in enumerate(zip(GATES, ("routed", "unrouted")))]
-        charts.append(line_chart(f"Layer {layer}", lines, x_name="iteration", y_range=(low, high)))
+    limits = float(every.min()), float(every.max())
+    charts = (line_chart(f"Layer {layer}", found, x_name="iteration", y_range=limits) for layer, found in curves.items())
     return (f"<h3>Gates{of(run, several)}</h3><p class=\"dim\">Mean of the gate over the routed and over the other tokens, "
             f"with one standard deviation to either side; all layers over one range.</p>"
             f'<div class="grid-of">{"".join(charts)}</div>')
@@ -305,7 +305,7 @@ def environment(subject: Subject, several: bool) -> str:
         ("precision", "precision"), ("attention", "model.attention"), ("DeepSpeed settings", "deepspeed_config"),
         ("output folder", "output_dir")) if key in run.config]
     rows.append(("versions of Python, torch, DeepSpeed; devices", "not recorded by the run"))
-    rows.append(("this page, maybe elsewhere", f"megadyn {__version__}, Python {platform.python_version()}, "
+    rows.append(("this page, maybe elsewhere", f"megadyn {megadyn.__version__}, Python {platform.python_version()}, "
                  f"torch {installed('torch')}"))
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
     return f'<h2>Environment{of(run, several)}</h2><div class="card wide"><table>{table}</table></div>'

@@ -1,6 +1,7 @@
 """What a run left in its output folder, read without torch. What is broken there is left out and named in `notes`."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,8 @@ def number(record: Record, *path: str) -> float:
     value: Any = record
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else math.nan
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

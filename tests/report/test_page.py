@@ -1,6 +1,7 @@
 """The page as a whole: all of the run is on it, nothing of elsewhere, and no text of the run becomes markup."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -100,6 +101,25 @@ def test_no_text_of_a_run_becomes_markup(make_run, tmp_path):
     assert [tag for tag, _ in Outline(made([run, make_run("mod")], tmp_path / "b.html")).tags].count("script") == 1
 
 
+@pytest.mark.parametrize("value", [None, "x", 0.5])
+def test_a_run_whose_numbers_are_all_missing_or_constant_has_a_page(make_run, tmp_path, value):
+    """fp16's overflows leave nulls; a page of them has fewer charts."""
+    def emptied(found):
+        return {key: emptied(inner) if isinstance(inner, dict) else inner if key == "iteration" else value
+                for key, inner in found.items()}
+
+    run = make_run()
+    write_metrics(run, [emptied(record) for record in records()])
+    shown = captions(made([run, run], tmp_path / "a.html"))
+    assert ("Learning rate" in shown) == ("Layer 1" in shown) == (value == 0.5)
+
+
+def test_many_records_are_thinned(make_run, tmp_path):
+    run = make_run()
+    write_metrics(run, records(steps=3000))
+    assert len(made([run], tmp_path / "a.html", tokens=0)) < 400_000
+
+
 def test_two_runs_share_their_charts_and_show_their_differences(make_run, tmp_path):
     first, second = make_run("dtf", "one"), make_run("mod", "two")
     html = made([first, second], tmp_path / "a.html")
@@ -148,6 +168,14 @@ def test_an_older_whole_checkpoint_stands_in_for_a_damaged_one(make_run, tmp_pat
     html = made([run], tmp_path / "a.html")
     assert "run through iteration-00000006 with causal routing" in html
     assert "damaged: checkpoints/iteration-00000009: not a checkpoint" in html
+
+
+def test_a_checkpoint_that_the_run_went_back_from_is_not_run(make_run, tmp_path):
+    run = make_run()
+    shutil.copytree(run / "checkpoints" / "iteration-00000006", run / "checkpoints" / "iteration-00000009")
+    html = made([run], tmp_path / "a.html")
+    assert "run through iteration-00000006 with causal routing" in html
+    assert "whole: every file has its sha256; not used: the run has since gone back before it" in html
 
 
 def test_events_are_listed(make_run, tmp_path):

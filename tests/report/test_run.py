@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megadyn.errors import UserError
-from megadyn.report.run import differences, read_checkpoints, read_run, read_runs, short_names
+from megadyn.report.run import differences, number, read_checkpoints, read_run, read_runs, short_names
 from tests.report.conftest import records, write_metrics
 
 
@@ -56,6 +56,12 @@ def test_of_a_repeated_iteration_the_later_record_counts(make_run):
     assert run.iterations.tolist() == [1, 2, 3, 4, 5, 6]
     assert run.values("lm_loss")[2] == 99
     assert run.events == [{"iteration": 5, "bad_step": {"problem": "loss is nan"}}]
+
+
+@pytest.mark.parametrize("value", [None, "1.0", True, float("inf"), float("nan"), [1], {}])
+def test_what_is_no_number_is_a_gap(value):
+    assert np.isnan(number({"a": {"b": value}}, "a", "b"))
+    assert np.isnan(number({"a": value}, "a", "b"))
 
 
 def test_an_unfinished_run_says_so(make_run):
