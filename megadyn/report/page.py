@@ -237,20 +237,24 @@ def text_section(subject: Subject, several: bool) -> str:
     if isinstance(found, str):
         return f"{heading}<p>There is none here: {escape(found)}.</p>"
     counts, total = found.processed.sum(axis=0), len(found.layers)
-    is_dtrnet = subject.run.config.get("model.routing.kind") == "dtrnet"
-    did = "attended" if is_dtrnet else "was processed"
+    did = "attended" if subject.run.config.get("model.routing.kind") == "dtrnet" else "was processed"
     spans = []
     for k, piece in enumerate(found.pieces):
         through = [str(layer) for layer, chosen in zip(found.layers, found.processed[:, k]) if chosen]
         hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (f" ({', '.join(through)})" if through else "")
-        spans.append(f'<b style="--k:{counts[k] / total:.2g}" title="{escape(hint)}">{visible(piece)}</b>')
-    scale = "".join(f'<span class="swatch" style="--k:{k / total:.2g}">{k}</span>' for k in shown_counts(total))
+        spans.append(f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}</b>')
+    scale = "".join(f'<span class="swatch" style="--k:{shade(k, total):.2g}">{k}</span>' for k in shown_counts(total))
     shares = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(found.layers, found.processed.mean(axis=1)))
     return (f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
             f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
             f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
             f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
             f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>')
+
+
+def shade(count: int, total: int) -> float:
+    """0 for no layer, 1 for all, and for one layer enough to be seen."""
+    return 0.2 + 0.8 * count / total if count else 0.0
 
 
 def shown_counts(total: int) -> list[int]:

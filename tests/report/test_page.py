@@ -68,6 +68,10 @@ def test_everything_of_a_run_is_on_its_page(make_run, tmp_path):
     assert {"4.9000", "5.0000"} <= set(outline.text["b"])
     tokens = [attributes["title"] for tag, attributes in outline.tags if tag == "b" and "title" in attributes]
     assert len(tokens) == 24 and all("of 2 routed layers" in title for title in tokens)
+    shades = {attributes["title"].split(" in ")[-1][0]: attributes["style"] for tag, attributes in outline.tags
+              if tag == "b" and "title" in attributes}
+    assert {count: {"0": "--k:0", "1": "--k:0.6", "2": "--k:1"}[count] for count in shades} == shades
+    assert len(shades) > 1
     assert "whole: every file has its sha256" in html and "not recorded by the run" in html
     assert "routing:\n" in "".join(outline.text["pre"])
 
