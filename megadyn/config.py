@@ -81,8 +81,8 @@ class RoutingConfig:
     safe_min_attn_ratio: float = 0.05
     """DTRNet token choice, in training: at least this share of a sequence attends; 0 turns it off."""
     jitter: float = 0.0
-    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter]. The noise is drawn
-    anew for each micro-batch, so with it a run depends on how its steps are split."""
+    """DTRNet, in training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter], drawn anew for
+    each sample and step."""
     entropy_bonus: float = 0.0
     """DTRNet: weight of the router's entropy, which training then raises."""
 
@@ -281,6 +281,9 @@ LENGTHS = ("iterations", "tokens", "samples", "epochs")
 """Keys that give the length of a run; one of them is given."""
 
 
+RECOMPUTE = ("none", "selective", "full")
+
+
 @dataclass
 class TrainingConfig:
     iterations: int | None = None
@@ -300,13 +303,16 @@ class TrainingConfig:
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_samples: int = 64
     """Validation samples in an evaluation; fewer if the set is smaller."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    recompute: str = "none"
+    """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
+    attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
+    projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
 
     def check(self) -> None:
         for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
                      "eval_samples"):
             at_least(f"training.{name}", getattr(self, name), 1)
+        one_of("training.recompute", self.recompute, RECOMPUTE)
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.seed", self.seed, 0)
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -509,7 +515,7 @@ DECIDED_HERE = {
     "train_batch_size": "training.global_batch_size", "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "the training section", "gradient_clipping": "optimizer.clip_grad",
     "optimizer": "the optimizer section", "scheduler": "the optimizer section", "bf16": "precision", "fp16": "precision",
-    "data_types": "precision", "activation_checkpointing": "training.activation_checkpointing", "pipeline": "parallel.pipeline",
+    "data_types": "precision", "activation_checkpointing": "training.recompute", "pipeline": "parallel.pipeline",
     "steps_per_print": "logging.interval", "zero_allow_untested_optimizer": "the optimizer section",
     "zero_force_ds_cpu_optimizer": "the optimizer section",
 }

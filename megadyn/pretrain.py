@@ -51,7 +51,7 @@ def run(config: Config) -> None:
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
-    attention_backend(config.model.attention, config.precision)
+    attention_backend(config.model, config.precision)
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)

@@ -198,6 +198,7 @@ IMPOSSIBLE = [
     ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate", "at most optimizer.learning_rate = 0.0003"),
     *((f"training.{name}=0", f"training.{name}", "at least 1") for name in (
         "iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples")),
+    ("training.recompute=selectiv", "training.recompute", "did you mean 'selective'?"),
     ("training.eval_interval=-1", "training.eval_interval", "at least 0"),
     ("training.seed=-1", "training.seed", "at least 0"),
     ("training.tokens=100", "training.iterations", "one of the four and not training.iterations with training.tokens"),

@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 
 
-def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: int = 1, recompute: bool = False,
+def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: int = 1, recompute: str = "none",
                 precision: str = "fp32", tied: bool = False, micro_batch: int = 1, iterations: int = 10,
                 output_dir: str = "unused", **model: Any) -> Config:
     """A checked configuration of a four-layer model on sequences of 24 tokens, 4 samples a step.
@@ -50,7 +50,7 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
         optimizer=OptimizerConfig(learning_rate=1e-3 if precision == "fp32" else 1e-4, min_learning_rate=1e-4,
                                   warmup_iterations=2, weight_decay=0.1),
         training=TrainingConfig(iterations=iterations, global_batch_size=4, micro_batch_size=micro_batch, sequence_length=24,
-                                activation_checkpointing=recompute),
+                                recompute=recompute),
         precision=precision, deepspeed_config=str(ROOT / f"ds_configs/zero{zero}.json"), output_dir=output_dir,
     ).checked()
 

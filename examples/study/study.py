@@ -47,10 +47,10 @@ def command(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> lis
 
 def finished(folder: Path, iterations: int) -> bool:
     try:
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        _, last = records_of(folder)
     except (OSError, IndexError, ValueError):
         return False
-    return last["iteration"] == iterations and "validation" in last
+    return bool(last["iteration"] == iterations)
 
 
 def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
@@ -60,13 +60,12 @@ def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
         raise UserError(f"{name}, seed {seed}: {words[-1].removeprefix('error: ')}")
-    print(f"trained {name}, seed {seed}", flush=True)
 
 
 def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The training records of a run, and its last one, of the validation."""
+    """The training records of a run, and the last of the validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "lm_loss" in record], records[-1]
+    return [record for record in records if "lm_loss" in record], [record for record in records if "validation" in record][-1]
 
 
 def time_steps(folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]) -> dict[str, float]:
@@ -79,7 +78,7 @@ def time_steps(folders: dict[str, Path], iterations: int, scratch: Path, overrid
         for name, folder in folders.items():
             run = scratch / f"{turn}-{folder.parent.name}"
             train(name, 1, run, [*overrides, f"checkpoint.resume={folder}", f"training.iterations={iterations + TIMED_STEPS}",
-                                 "logging.interval=1", "training.eval_samples=8"])
+                                 "logging.interval=1"])
             steps, _ = records_of(run)
             found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
     return {name: min(medians) for name, medians in found.items()}
@@ -148,11 +147,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.model.vocab_size = json.loads(Path(f"{config.data.train}.json").read_text())["vocab_size"]
     iterations = config.training.iterations or 0
     open_runs = [key for key, folder in folders.items() if not finished(folder, iterations)]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for job in [pool.submit(train, *key, folders[key], args.overrides) for key in open_runs]:
-            job.result()
     timing = args.output / "timing.json"
-    if open_runs or not timing.exists():
+    if open_runs:
+        timing.unlink(missing_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {key: pool.submit(train, *key, folders[key], args.overrides) for key in open_runs}
+        for (name, seed), job in jobs.items():
+            job.result()
+            print(f"trained {name}, seed {seed}", flush=True)
+    if not timing.exists():
         with tempfile.TemporaryDirectory(dir=args.output) as scratch:
             first_seeds = {name: folders[name, 1] for name in MODELS}
             timing.write_text(json.dumps(time_steps(first_seeds, iterations, Path(scratch), args.overrides)))

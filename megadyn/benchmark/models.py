@@ -45,7 +45,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
         dense = next((model for model in others if model.config.routing.kind == "dense"), None)
         if dense is None:
             raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
-        return Model(name, qwen2_like(dense, args.recompute), dense.config)
+        return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
     if kind not in KINDS:
         raise UserError(f"--models {name}: {kind!r} must be one of {', '.join((*KINDS, REFERENCE))}")
     try:
@@ -60,7 +60,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
         data=DataConfig(train="none"), tokenizer=TokenizerConfig(path="byte"), output_dir="none",
         training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)).checked()
     model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    backend, _ = attention_backend("auto", precision)
+    backend, _ = attention_backend(model, precision)
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
     network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
     if kind == "dtrnet":
@@ -104,11 +104,3 @@ def let_attend(network: Network, tokens: Tensor, share: float) -> None:
         widest = int((near[:-1] - near[1:]).argmax())
         assert layer.router.fc2.bias is not None
         layer.router.fc2.bias[1] += near[widest:widest + 2].mean().to(layer.router.fc2.bias.dtype)
-
-
-def unseen_attention(model: ModelConfig, length: int) -> float:
-    """Forward operations of the half of causal attention's square that no token sees, of all layers, on one sequence."""
-    assert model.head_dim
-    kept = capacity_count(model.routing.capacity or 1.0, length)
-    seen = [length if kind in ("dense", "dtf_decision") else kept for kind in model.layer_types]
-    return sum(2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2 for tokens in seen)

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.benchmark.models import Model, build, unseen_attention
+from megadyn.benchmark.models import Model, build
+from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.errors import Parser, UserError
 from megadyn.parallel.params import DTYPES
-from megadyn.planning.flops import training_flops
+from megadyn.planning.flops import attention_flops, training_flops
 
 CHECKED_TOKENS = 512
 """Of a sequence, for the comparison with float64 and for torch's count of operations, which both cost more than a step."""
@@ -109,8 +110,12 @@ def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
         model.loss(tokens, labels).backward()
     model.module.zero_grad(set_to_none=True)
     batch, length = tokens.shape
-    planned = batch * (training_flops(model.config, length) + 3 * unseen_attention(model.config, length))
-    return counter.get_total_flops() / planned
+    return counter.get_total_flops() / (batch * whole_square_flops(model, length))
+
+
+def whole_square_flops(model: Model, length: int) -> float:
+    """Of a step on one sequence, with the half of attention's square that no token sees."""
+    return training_flops(model.config, length) + 3 * sum(attention_flops(model.config, length))
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -153,9 +158,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
     for model in contest.models:
         seconds = statistics.median(contest.times[model.name])
         flops = args.batch * training_flops(model.config, args.sequence)
-        unseen = args.batch * 3 * unseen_attention(model.config, args.sequence)
         figure = Figure(model.name, seconds, min(contest.times[model.name]), flops, *checks[model.name],
-                        args.batch * args.sequence / seconds, flops / seconds / peak, (flops + unseen) / seconds / peak)
+                        args.batch * args.sequence / seconds, flops / seconds / peak,
+                        args.batch * whole_square_flops(model, args.sequence) / seconds / peak)
         first = figures[0] if figures else figure
         figure.flops_share, figure.time_share = flops / first.flops, seconds / first.seconds
         figures.append(figure)
@@ -182,7 +187,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
     add_json_argument(parser)
     return parser.parse_args(argv)
 

@@ -1,6 +1,7 @@
 """Grouped-query causal self-attention."""
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +11,32 @@ from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
 from megadyn.model.documents import Segments
 from megadyn.model.norm import HeadNorm
+from megadyn.model.recompute import recomputed
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
 
-def attention_backend(asked: str, precision: str) -> tuple[str, str]:
+def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
-    on_gpu = "no CUDA device" if not torch.cuda.is_available() else "no fp32 kernels" if precision == "fp32" else None
-    has_flash = importlib.util.find_spec("flash_attn") is not None
-    why_not = {"flash": on_gpu or (None if has_flash else "flash-attn is not installed (pip install megadyn[flash])"),
-               "varlen": on_gpu, "sdpa": None}
+    asked, head_dim = model.attention, model.head_dim
+    assert head_dim is not None
+    no_kernel = (
+        "no CUDA device" if not torch.cuda.is_available()
+        else "flash kernels need a GPU of compute capability 8.0" if torch.cuda.get_device_capability() < (8, 0)
+        else "no flash kernels for fp32" if precision == "fp32"
+        else f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256" if head_dim % 8 or head_dim > 256
+        else None
+    )
+    no_package = None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed (pip install megadyn[flash])"
+    why_not = {"flash": no_kernel or no_package, "varlen": no_kernel, "sdpa": None}
     if asked != "auto":
         if why_not[asked]:
             raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not[asked]}")
         return asked, "as configured"
     chosen = next(backend for backend, problem in why_not.items() if problem is None)
-    return chosen, f"auto: {on_gpu or ('flash-attn is installed' if has_flash else 'flash-attn is not installed')}"
+    return chosen, f"auto: {no_kernel or no_package or 'flash-attn is installed'}"
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None) -> Tensor:
@@ -58,8 +67,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments) -> Tensor:
     """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask."""
-    ends, longest = segments.ends(), q.shape[0]
-    if not longest:
+    _, ends, longest = segments
+    if not q.shape[0]:
         return q + (k.sum() + v.sum())     # nothing, but each of the three gets its gradient: zeros
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
@@ -80,11 +89,12 @@ def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segmen
 class Attention(nn.Module):
     """Attn(x) of a layer, x already normed; heads are cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, *, backend: str, make: ParamMaker, output_std: float):
+    def __init__(self, name: str, model: ModelConfig, *, backend: str, make: ParamMaker, output_std: float,
+                 recompute: bool = False):
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
         d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
-        self.tp, self.seq = make.tp, make.seq
+        self.tp, self.seq, self.recompute = make.tp, make.seq, recompute
         init = normal(model.init_std)
         self.q_proj = ColumnParallelLinear(f"{name}.q_proj", d, model.num_heads * self.head_dim,
                                            make=make, init=init, bias=model.qkv_bias)
@@ -99,17 +109,26 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm, self.v_norm = (
             HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None for kind in "qkv")
 
-    def queries_keys(self, x: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """q [B, S, H/tp, K] and k [B, S, G/tp, K], turned to their positions; x has passed `enter_tp`."""
+    def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, S, H/tp, K] and k [B, S, G/tp, K], not yet turned to their positions; x has passed `enter_tp`."""
         q, k = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.rotary(q, k, positions, length)
+        return q, k
 
     def values(self, x: Tensor) -> Tensor:
         """v [B, S, G/tp, K]; x has passed `enter_tp`."""
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return v if self.v_norm is None else self.v_norm(v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, length: int, segments: Segments | None) -> Tensor:
+        """[B, S, H/tp * K], the input of the output projection. Arguments as in `forward`."""
+        q, k = self.rotary(q, k, positions, length)
+        return causal_attention(q, k, v, self.backend, segments).flatten(-2)
+
+    def term(self, *inputs: Any) -> Tensor:
+        """This rank's term of the output, for the arguments of `attend`."""
+        return self.o_proj.term(self.attend(*inputs))
 
     def forward(self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None) -> Tensor:
         """x [B, S/seq, D] -> [B, S/seq, D].
@@ -118,5 +137,5 @@ class Attention(nn.Module):
             positions: [B, S], below `length`; None for 0 .. S-1. segments: see `causal_attention`.
         """
         x = enter_tp(x, self.tp, self.seq)
-        q, k = self.queries_keys(x, positions, length)
-        return self.o_proj(causal_attention(q, k, self.values(x), self.backend, segments).flatten(-2))
+        inputs = (*self.queries_keys(x), self.values(x), positions, length, segments)
+        return self.o_proj.join(recomputed(self.term, *inputs, when=self.recompute))

@@ -4,15 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megadyn.config import ModelConfig
 from megadyn.model.attention import Attention
 from megadyn.model.documents import Documents, Segments
 from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
+from megadyn.model.recompute import recomputed
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 
@@ -39,8 +38,8 @@ class LayerContext:
     """Token that ends a document, where samples are masked by document."""
     first_sample: int = 0
     """Place in a step's global batch of the first sample that this data-parallel rank takes."""
-    recompute: bool = False
-    """Keep only each layer's inputs and routing decision, and compute the rest again in the backward pass."""
+    recompute: str = "none"
+    """`training.recompute`. Routing decisions are kept always."""
 
 
 class Layer(nn.Module):
@@ -56,7 +55,8 @@ class Layer(nn.Module):
 
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
-        model, self.index, self.recompute, self.seq = ctx.model, index, ctx.recompute, ctx.make.seq
+        model, self.index, self.seq = ctx.model, index, ctx.make.seq
+        self.recompute, inner = ctx.recompute == "full", ctx.recompute == "selective"
         make = ctx.make if self.block_is_split else replace(ctx.make, seq=Axis("seq"))
         self.name = name = f"model.layers.{index}"
         self.hybrid = model.normalization == "hybridnorm"
@@ -66,10 +66,11 @@ class Layer(nn.Module):
         output_std = model.init_std if lns else model.init_std / (2 * model.num_layers) ** 0.5
         self.input_layernorm = nn.Identity() if self.hybrid else RMSNorm(
             f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=make, scale=scale)
-        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=make, output_std=output_std)
+        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=make, output_std=output_std,
+                                   recompute=inner)
         self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps,
                                                 make=make, scale=scale)
-        self.mlp = Mlp(f"{name}.mlp", model, make=make, output_std=output_std)
+        self.mlp = Mlp(f"{name}.mlp", model, make=make, output_std=output_std, recompute=inner)
 
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T/seq, D]."""
@@ -99,9 +100,7 @@ class Layer(nn.Module):
         Routing decisions are taken outside `function` and passed in, so a recomputation re-uses them,
         and statistics are recorded outside, so they count once.
         """
-        if not (self.recompute and torch.is_grad_enabled()):
-            return function(*inputs)
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return recomputed(function, *inputs, when=self.recompute)
 
 
 class DenseLayer(Layer):

@@ -10,13 +10,17 @@ class Segments(NamedTuple):
     """Runs of tokens that attention must not leave, one behind the other in the flattened batch."""
 
     ids: Tensor
-    """The run that each token belongs to; int64, rising. A part of the tokens may leave some runs empty."""
-    runs: int
-    """How many there are: ids are below."""
+    """The run that each token belongs to; int64, rising."""
+    ends: Tensor
+    """Where each run ends, as the running lengths [runs + 1] int32 that variable-length attention takes."""
+    longest: int
+    """No run has more tokens; what a kernel is laid out for, known without asking the device."""
 
-    def ends(self) -> Tensor:
-        """Where each run ends, as the running lengths [runs + 1] int32 that variable-length attention takes."""
-        return torch.searchsorted(self.ids.flatten(), torch.arange(self.runs + 1, device=self.ids.device), out_int32=True)
+
+def segments_of(ids: Tensor, runs: int, longest: int) -> Segments:
+    """`ids` below `runs`, of which some may be empty."""
+    ends = torch.searchsorted(ids.flatten(), torch.arange(runs + 1, device=ids.device), out_int32=True)
+    return Segments(ids, ends, longest)
 
 
 class Documents(NamedTuple):
@@ -41,4 +45,4 @@ def from_ids(ids: Tensor) -> Documents:
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     start = torch.where(begins, place, 0).cummax(dim=1).values
     numbers = begins.flatten().cumsum(dim=0) - 1
-    return Documents(Segments(numbers.view_as(ids), int(numbers[-1]) + 1), place - start)
+    return Documents(segments_of(numbers.view_as(ids), int(numbers[-1]) + 1, ids.shape[1]), place - start)

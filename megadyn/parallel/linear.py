@@ -52,7 +52,14 @@ class RowParallelLinear(nn.Module):
         self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [D, F/tp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return leave_tp(F.linear(x, self.weight), self.tp, self.seq)
+        return self.join(self.term(x))
+
+    def term(self, x: Tensor) -> Tensor:
+        """This rank's term of the sum."""
+        return F.linear(x, self.weight)
+
+    def join(self, term: Tensor) -> Tensor:
+        return leave_tp(term, self.tp, self.seq)
 
 
 class VocabParallelEmbedding(nn.Module):

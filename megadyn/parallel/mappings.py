@@ -4,8 +4,10 @@
     copy_to_tp        identity                 sum over tp             before linears cut along their outputs
     reduce_from_tp    sum over tp              identity                after a linear cut along its inputs
     gather_from_tp    join the last dimension  this rank's part        whole logits, outside training
-    gather_sequence   join the sequence        sum, this rank's part   copy_to_tp under sequence parallelism
-    scatter_sequence  sum, this rank's part    join the sequence       reduce_from_tp under sequence parallelism
+    enter_tp          copy_to_tp, or under sequence parallelism: join the sequence; backward sum, this rank's part
+    leave_tp          reduce_from_tp, or under sequence parallelism: sum, this rank's part; backward join the sequence
+    whole_sequence    join the sequence        none                    scores, for choices over the whole sequence
+    own_part          this rank's part         zeros elsewhere         of what every rank holds whole
 
 Under sequence parallelism (arXiv 2205.05198) each tensor rank holds a part [B, T/tp, ...] of the sequence wherever nothing is
 cut over heads or widths. `seq` is then the tensor axis, and else an axis of size 1, which makes all of it do nothing. What is

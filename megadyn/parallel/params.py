@@ -38,9 +38,15 @@ class ParamMaker:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
-        """The part of tensor `name` (whole: `shape`) that this rank holds. One whole tensor exists at a time."""
-        generator = torch.Generator().manual_seed(self.seed_for(name))
-        part = self.sharding.cut(name, init(shape, generator), self.tp.rank)
+        """The part of tensor `name` (whole: `shape`) that this rank holds. One whole tensor exists at a time.
+
+        On the `meta` device nothing is drawn: the part has its shape and no values.
+        """
+        if torch.device(self.device).type == "meta":
+            whole = torch.empty(shape, device="meta")
+        else:
+            whole = init(shape, torch.Generator().manual_seed(self.seed_for(name)))
+        part = self.sharding.cut(name, whole, self.tp.rank)
         param = nn.Parameter(part.to(device=self.device, dtype=self.dtype, copy=True).contiguous())
         return mark(param, name, is_cut=self.sharding.dim(name) is not None)
 

@@ -5,6 +5,8 @@ costs three forward passes (arXiv 2001.08361), or four where activations are rec
 as useful work.
 """
 
+from typing import NamedTuple
+
 from megadyn.config import ModelConfig, capacity_count
 
 
@@ -22,8 +24,17 @@ def block_flops(model: ModelConfig, tokens: float, attending: float | None = Non
     return values_outputs + queries_keys + attention + 2 * tokens * d * model.ffn_size * 3
 
 
-def layer_costs(model: ModelConfig, length: int) -> list[float]:
-    """Forward operations of each layer on one sequence of `length` tokens at the configured capacity.
+class LayerFlops(NamedTuple):
+    """Forward operations of one layer on one sequence."""
+
+    cut: float
+    """Shared out over tensor ranks."""
+    whole: float
+    """Done by every tensor rank alike: routers, predictors, priors."""
+
+
+def layer_flops(model: ModelConfig, length: int) -> list[LayerFlops]:
+    """Of each layer, on one sequence of `length` tokens at the configured capacity.
 
     DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend.
     """
@@ -31,12 +42,25 @@ def layer_costs(model: ModelConfig, length: int) -> list[float]:
     # The prior runs twice: once for the routing score, once on detached inputs for its own loss.
     prior = 2 * 2 * length * d * model.prior_size * 3
     predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0
-    of = {"dense": block_flops(model, length),
-          "dtf_decision": block_flops(model, length) + prior,
-          "dtf_dynamic": block_flops(model, kept) + predictor,
-          "mod": block_flops(model, kept) + predictor + 2 * length * d,
-          "dtrnet": block_flops(model, length, kept) + 2 * length * (d * (d // 2) + d)}
+    of = {"dense": LayerFlops(block_flops(model, length), 0),
+          "dtf_decision": LayerFlops(block_flops(model, length), prior),
+          "dtf_dynamic": LayerFlops(block_flops(model, kept), predictor),
+          "mod": LayerFlops(block_flops(model, kept), predictor + 2 * length * d),
+          "dtrnet": LayerFlops(block_flops(model, length, kept), 2 * length * (d * (d // 2) + d))}
     return [of[kind] for kind in model.layer_types]
+
+
+def attention_flops(model: ModelConfig, length: int) -> list[float]:
+    """Of each layer, what `layer_flops` counts for scores and averages: half of the square, as attention is causal."""
+    assert model.head_dim
+    kept = capacity_count(model.routing.capacity or 1.0, length)
+    seen = [length if kind in ("dense", "dtf_decision") else kept for kind in model.layer_types]
+    return [2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2 for tokens in seen]
+
+
+def layer_costs(model: ModelConfig, length: int) -> list[float]:
+    """Forward operations of each layer on one sequence, on all tensor ranks together but counted once."""
+    return [sum(layer) for layer in layer_flops(model, length)]
 
 
 def head_flops(model: ModelConfig, length: int) -> float:

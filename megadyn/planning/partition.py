@@ -1,7 +1,7 @@
 """Pipeline stages of equal cost."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 def balanced_stages(layers: Sequence[float], head: float, stages: int) -> list[int]:
@@ -21,3 +21,23 @@ def balanced_stages(layers: Sequence[float], head: float, stages: int) -> list[i
             for i in range(stage, count + 1)
         }
     return best[count][1]
+
+
+def stage_costs(layers: Sequence[float], head: float, cuts: Sequence[int]) -> list[float]:
+    """Cost of each stage between `cuts`, boundaries as `balanced_stages` gives them; the last has the head too."""
+    costs = [float(sum(layers[a:b])) for a, b in pairwise(cuts)]
+    costs[-1] += head
+    return costs
+
+
+def stage_table(layers: Sequence[float], head: float, cuts: Sequence[int]) -> str:
+    """The stages line by line: which layers, and their share of the whole cost."""
+    costs = stage_costs(layers, head, cuts)
+    count = len(costs)
+    lines = ["stage  layers     share of FLOPs"]
+    for stage, ((a, b), cost) in enumerate(zip(pairwise(cuts), costs, strict=True)):
+        extras = ["embedding"] * (stage == 0) + ["head"] * (stage == count - 1)
+        span = f"{a}-{b - 1}" if b - a > 1 else str(a)
+        lines.append(f"{stage:>5}  {span:<9}  {cost / sum(costs):>6.1%}  {', '.join(extras)}".rstrip())
+    lines.append(f"the dearest costs {max(costs) * count / sum(costs):.2f} times the mean")
+    return "\n".join(lines)

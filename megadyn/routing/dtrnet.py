@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.model.attention import causal_attention
 from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.model.recompute import recomputed
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
@@ -94,11 +94,11 @@ class DtrLayer(Layer):
         positions, segments = origins(stream, selection, length)
         x = enter_tp(self.input_layernorm(hidden), attention.tp, attention.seq)
         v = attention.values(x)                                                    # [B, T, G/tp, K]
-        q, k = attention.queries_keys(take(x, places), positions, length)            # of attending tokens only
+        q, k = attention.queries_keys(take(x, places))                             # of attending tokens only
         chosen_v = take(v.flatten(2), places).unflatten(-1, v.shape[2:])
-        attended = causal_attention(q, k, chosen_v, attention.backend, segments)
+        attended = recomputed(attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute)
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
-        mixed = attention.o_proj(replace(passed, places, attended.flatten(2)))
+        mixed = attention.o_proj(replace(passed, places, attended))
         weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megadyn.model.block import Stream
-from megadyn.model.documents import Segments
+from megadyn.model.documents import Segments, segments_of
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import copy_to_tp, reduce_from_tp
 
@@ -68,9 +68,8 @@ def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq
 def _of_part(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
     """Places in this rank's part x [B, T/seq, D], and which tokens lie in another (their places are of no meaning)."""
     length = x.shape[1]
-    local = places % (length * seq.size) - seq.rank * length
-    elsewhere = (local < 0) | (local >= length)
-    return places // (length * seq.size) * length + local.clamp(0, length - 1), elsewhere
+    sequence, position = places // (length * seq.size), places % (length * seq.size)
+    return sequence * length + position % length, position // length != seq.rank
 
 
 def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, Segments | None]:
@@ -78,9 +77,9 @@ def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, 
     and the segments that attention among them must not leave (None: each row is one)."""
     places, sequences = selection
     if stream.documents is None:
-        return places % length, None if sequences is None else Segments(sequences, stream.hidden.shape[0])
-    (ids, runs), positions = stream.documents
-    return take(positions, places), Segments(take(ids, places), runs)
+        return places % length, None if sequences is None else segments_of(sequences, stream.hidden.shape[0], length)
+    (ids, ends, _), positions = stream.documents
+    return take(positions, places), segments_of(take(ids, places), len(ends) - 1, length)
 
 
 def as_mask(selection: Selection, shape: torch.Size) -> Tensor:

@@ -8,7 +8,6 @@ import io
 import logging
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -27,7 +26,7 @@ from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
-from megadyn.planning.partition import balanced_stages
+from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.monitor import Monitor
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
@@ -74,17 +73,18 @@ class Engine:
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
-        backend, why = attention_backend(model.attention, self.config.precision)
+        backend, why = attention_backend(model, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
-        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.activation_checkpointing)
+        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.recompute)
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)
         length = self.config.training.sequence_length
-        cuts = balanced_stages(layer_costs(model, length), head_flops(model, length), grid.pp.size)
-        log.info("pipeline stages, by FLOPs: layers %s", ", ".join(f"{a}-{b - 1}" for a, b in pairwise(cuts)))
+        costs, head = layer_costs(model, length), head_flops(model, length)
+        cuts = balanced_stages(costs, head, grid.pp.size)
+        log.info("pipeline stages:\n%s", stage_table(costs, head, cuts))
         with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
             return Stages(layer_list(ctx, self.loss_scale), cuts, grid, seq=seq, tied=model.tie_embeddings,
                           by_document=self.eod is not None)

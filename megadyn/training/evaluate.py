@@ -66,7 +66,7 @@ def _open_hf(path: Path) -> Saved:
 def load_network(saved: Saved, device: torch.device) -> Network:
     """The whole model in one process, in its own precision."""
     assert saved.model.num_kv_heads is not None
-    backend, _ = attention_backend(saved.model.attention, saved.precision)
+    backend, _ = attention_backend(saved.model, saved.precision)
     make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=DTYPES[saved.precision])
     network = Network(LayerContext(saved.model, make, backend, saved.eod), LossScale())
     missing = sorted({name_of(param) for param in network.parameters()} - saved.weights.names())

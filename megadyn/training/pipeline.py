@@ -21,8 +21,7 @@ class Stages(PipelineModule):
     def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool,
                  by_document: bool):
         """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`."""
-        # In the list, Embed stands before the first layer; FinalNorm and Head behind the last.
-        self.boundaries = [0, *(cut + 1 for cut in layer_boundaries[1:-1]), len(parts)]
+        self.boundaries = part_boundaries(layer_boundaries, len(parts))
         self.rank_grid, self.seq, self.by_document = grid, seq, by_document
         topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
         super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
@@ -48,6 +47,11 @@ class Stages(PipelineModule):
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""
         return self.forward_funcs[-1](Stream(hidden), labels)
+
+
+def part_boundaries(layer_boundaries: list[int], parts: int) -> list[int]:
+    """Stages as cuts in the whole list, where Embed stands before the first layer, FinalNorm and Head behind the last."""
+    return [0, *(cut + 1 for cut in layer_boundaries[1:-1]), parts]
 
 
 def _specs(parts: list[Part], tied: bool) -> list[LayerSpec]:

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from megadyn.benchmark import step
-from megadyn.benchmark.models import build, unseen_attention
+from megadyn.benchmark.models import build
 from megadyn.errors import UserError
 from megadyn.network import routed_layers
 
@@ -57,11 +57,6 @@ def test_as_many_tokens_attend_as_asked(share):
     model.loss(tokens, labels).backward()
     for layer in layers:
         assert layer.monitor.read()["routed_fraction"].item() == pytest.approx(float(share), rel=0.02)
-
-
-def test_unseen_attention_of_a_dense_layer():
-    model, *_ = built("dense")
-    assert unseen_attention(model.config, 10) == 2 * (2 * 10 * 10 * 64)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -1,5 +1,7 @@
 """Causal attention: segments against loops, every backend against the plain one."""
 
+from unittest.mock import create_autospec
+
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -9,7 +11,8 @@ from torch.testing import assert_close
 
 from megadyn.errors import ConfigError
 from megadyn.model.attention import attention_backend, causal_attention
-from megadyn.model.documents import Segments
+from megadyn.model.documents import Segments, segments_of
+from tests.tiny import tiny_config
 
 F64 = torch.float64
 LENGTHS = (3, 0, 1, 5, 0, 4, 0)
@@ -23,7 +26,8 @@ def drawn(tokens: int = 13, heads: int = 4, groups: int = 2, size: int = 8, dtyp
 
 
 def segments(lengths: tuple[int, ...] = LENGTHS) -> Segments:
-    return Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0), len(lengths))
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    return segments_of(ids, len(lengths), max(lengths))
 
 
 def token_by_token(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -56,12 +60,12 @@ def test_attention_in_segments_equals_a_loop_over_tokens(groups):
 def test_one_segment_a_row_is_plain_attention():
     q, k, v = (x.detach().view(2, 6, *x.shape[2:]) for x in drawn(tokens=12))
     ids = torch.tensor([[0] * 6, [1] * 6])
-    assert_close(causal_attention(q, k, v, "sdpa", Segments(ids, 2)), causal_attention(q, k, v, "sdpa"))
+    assert_close(causal_attention(q, k, v, "sdpa", segments_of(ids, 2, 6)), causal_attention(q, k, v, "sdpa"))
 
 
 def test_no_token_attends():
     inputs = drawn(tokens=0)
-    output = causal_attention(*inputs, "sdpa", Segments(torch.zeros(1, 0, dtype=torch.int64), 3))
+    output = causal_attention(*inputs, "sdpa", segments_of(torch.zeros(1, 0, dtype=torch.int64), 3, 8))
     assert output.shape == inputs[0].shape
     assert all(grad.shape == x.shape for grad, x in zip(gradients(output, inputs), inputs, strict=True)), "none is left out"
 
@@ -77,7 +81,8 @@ def test_the_varlen_kernel_gets_what_it_asks_for(monkeypatch):
         assert max_q == max_k >= max(lengths)
         return token_by_token(*(x.unsqueeze(0) for x in (q, k, v)), lengths).squeeze(0)
 
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    known = create_autospec(torch.nn.attention.varlen.varlen_attn, side_effect=kernel)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", known)
     inputs = drawn()
     assert_close(causal_attention(*inputs, "varlen", segments()), causal_attention(*inputs, "sdpa", segments()))
     assert_close(causal_attention(*inputs, "varlen"), causal_attention(*inputs, "sdpa"))
@@ -85,15 +90,15 @@ def test_the_varlen_kernel_gets_what_it_asks_for(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["varlen", "flash"])
-@pytest.mark.parametrize("lengths", [None, (300, 0, 1, 723), (1024,)], ids=str)
+@pytest.mark.parametrize("lengths", [None, (300, 0, 1, 723), (1024,), (0, 1, 0)], ids=str)
 def test_gpu_backends_equal_float64(backend, lengths):
     if backend == "flash":
         pytest.importorskip("flash_attn")
-    inputs = drawn(tokens=1024, heads=8, groups=2, size=64, dtype=torch.bfloat16)
+    inputs = drawn(tokens=sum(lengths or (1024,)), heads=8, groups=2, size=64, dtype=torch.bfloat16)
     parts = None if lengths is None else segments(lengths)
     want = causal_attention(*(x.double() for x in inputs), "sdpa", parts)
     on_gpu = tuple(x.detach().cuda().requires_grad_() for x in inputs)
-    where = None if parts is None else Segments(parts.ids.cuda(), parts.runs)
+    where = None if parts is None else Segments(parts.ids.cuda(), parts.ends.cuda(), parts.longest)
     got = causal_attention(*on_gpu, backend, where)
     assert F.mse_loss(got.double().cpu(), want) / want.square().mean() < 1e-4
     for grad, wanted in zip(gradients(got, on_gpu), gradients(want, inputs), strict=True):
@@ -102,17 +107,23 @@ def test_gpu_backends_equal_float64(backend, lengths):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPU gets")
 def test_backends_without_a_gpu():
-    assert attention_backend("auto", "bf16") == ("sdpa", "auto: no CUDA device")
-    assert attention_backend("sdpa", "fp32") == ("sdpa", "as configured")
+    assert attention_backend(tiny_config(attention="auto").model, "bf16") == ("sdpa", "auto: no CUDA device")
+    assert attention_backend(tiny_config(attention="sdpa").model, "fp32") == ("sdpa", "as configured")
     for asked in ("flash", "varlen"):
         with pytest.raises(ConfigError, match="sdpa on this machine: no CUDA device"):
-            attention_backend(asked, "bf16")
+            attention_backend(tiny_config(attention=asked).model, "bf16")
 
 
-@pytest.mark.parametrize(("installed", "precision", "want"), [
-    (True, "bf16", ("flash", "auto: flash-attn is installed")), (False, "bf16", ("varlen", "auto: flash-attn is not installed")),
-    (True, "fp32", ("sdpa", "auto: no fp32 kernels"))])
-def test_backends_with_a_gpu(monkeypatch, installed, precision, want):
+@pytest.mark.parametrize(("installed", "precision", "generation", "head_dim", "want"), [
+    (True, "bf16", (9, 0), 64, ("flash", "flash-attn is installed")),
+    (False, "bf16", (8, 0), 64, ("varlen", "flash-attn is not installed")),
+    (True, "fp32", (9, 0), 64, ("sdpa", "no flash kernels for fp32")),
+    (True, "fp16", (7, 0), 64, ("sdpa", "flash kernels need a GPU of compute capability 8.0")),
+    (True, "bf16", (9, 0), 36, ("sdpa", "no flash kernels for model.head_dim = 36"))])
+def test_backends_with_a_gpu(monkeypatch, installed, precision, generation, head_dim, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: generation)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    assert attention_backend("auto", precision) == want
+    backend, why = attention_backend(tiny_config(head_dim=head_dim).model, precision)
+    assert backend == want[0]
+    assert why.startswith(f"auto: {want[1]}")

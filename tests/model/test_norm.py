@@ -78,7 +78,7 @@ def test_head_norms_stand_before_the_rotation():
     make = param_maker(config)
     attention = disturb(Attention("model.layers.0.self_attn", config.model, backend="sdpa", make=make, output_std=0.2), make)
     x = random(1, 5, 32)
-    q, k = attention.queries_keys(x, None, 5)
+    q, k = attention.rotary(*attention.queries_keys(x), None, 5)
     plain_q, plain_k = ((x @ proj.weight.T + proj.bias).unflatten(-1, (-1, 8)) for proj in (attention.q_proj, attention.k_proj))
 
     def normed(x, norm):

@@ -32,28 +32,34 @@ def test_bytes_moved():
 
 
 def check() -> None:
-    """In units of [B, T, D] sent around once. Beside hidden states go scores [B, T] and gradients of replicated weights [D]."""
+    """In units of [B, T, D] sent around once. Under sequence parallelism come scores [B, T] and, as each rank sees a part of the
+    tokens, the gradients of weights that all ranks hold whole."""
     tp = make_grid(2, 1).tp
+    unit, scores = BATCH * LENGTH * WIDTH, 1 / (2 * WIDTH)
     # dense: 2 all-reduces forward, 2 backward; under sequence parallelism each becomes a gather and a scatter.
-    dense = {split: units(tp, "dense", split) for split in (False, True)}
-    assert dense[False] == 4
-    assert dense[True] == pytest.approx(4, abs=0.05)
-    for kind in ("dtf", "mod"):
-        # of the chosen tokens: the same 4; under sequence parallelism 1 more to bring them together, 1 for their gradients.
-        assert units(tp, kind, False) == pytest.approx(4 * CAPACITY)
-        assert units(tp, kind, True) == pytest.approx(6 * CAPACITY, abs=0.05)
-    for split in (False, True):          # every token keeps its MLP and its bypass
-        assert units(tp, "dtrnet-expert", split) == pytest.approx(4, abs=0.1)
+    assert units(tp, "dense", split=False) == 4
+    assert units(tp, "dense", split=True) == pytest.approx(4 + 2 * WIDTH / unit)
+    # Of the chosen tokens the same; under sequence parallelism 1 more to bring them together, 1 for their gradients.
+    for name, whole in (("dtf_dynamic", 0), ("mod", WIDTH)):
+        assert units(tp, name, split=False) == pytest.approx(4 * CAPACITY)
+        assert units(tp, name, split=True) == pytest.approx(6 * CAPACITY + scores + whole / unit)
+    # Every token keeps its MLP and its bypass.
+    router = WIDTH * WIDTH // 2 + WIDTH // 2 + WIDTH + 2
+    assert units(tp, "dtrnet", split=False) == pytest.approx(4)
+    assert units(tp, "dtrnet", split=True) == pytest.approx(4 + scores + (2 * WIDTH + router) / unit)
+    prior = 3 * WIDTH * 4 + WIDTH                        # which runs twice
+    assert units(tp, "dtf_decision", split=False) == pytest.approx(4)
+    assert units(tp, "dtf_decision", split=True) == pytest.approx(4 + scores + (2 * WIDTH + 2 * prior + 4) / unit)
 
 
-def units(tp: Axis, kind: str, split: bool) -> float:
+def units(tp: Axis, name: str, split: bool) -> float:
+    kind = {"dtrnet": "dtrnet-expert"}.get(name, name.split("_")[0])
     config = with_routing(tiny_config(kind, hidden_size=WIDTH, num_layers=4), capacity=CAPACITY)
     config.parallel.sequence = split
-    name = {"dense": "dense", "dtf": "dtf_dynamic", "mod": "mod", "dtrnet-expert": "dtrnet"}[kind]
     ctx = layer_context(config, tp)
-    layer = LAYERS[name](ctx, 1) if kind == "dense" else LAYERS[name](ctx, 1, LossScale())
+    layer = LAYERS[name](ctx, 1) if kind == "dense" else LAYERS[name](ctx, config.model.layer_types.index(name), LossScale())
     hidden = own_part(torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), ctx.make.seq).clone().requires_grad_()
-    gate = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if kind == "dtf" else None
+    gate = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
     sent = [0.0]
     originals = {name: getattr(dist, name) for name in MOVED}
 
@@ -66,7 +72,8 @@ def units(tp: Axis, kind: str, split: bool) -> float:
     for name in MOVED:
         setattr(dist, name, counting(name))
     try:
-        layer(Stream(hidden, gate)).hidden.sum().backward()
+        out = layer(Stream(hidden, gate))
+        (out.hidden.sum() + (out.gate.sum() if out.gate is not None else 0)).backward()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)

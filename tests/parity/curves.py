@@ -19,7 +19,7 @@ class Case(NamedTuple):
     pipeline: int = 1
     data: int = 1
     zero: int = 1
-    recompute: bool = False
+    recompute: str = "none"
     precision: str = "fp32"
     tied: bool = False
     norm: str = "pre"
@@ -38,10 +38,10 @@ class Case(NamedTuple):
     @property
     def is_evaluated(self) -> bool:
         """Evaluation depends neither on ZeRO nor on recomputation: one case of each layout shows it."""
-        return self.zero == 1 and not (self.recompute or self.tied or self.documents) and self.norm == "pre"
+        return self.zero == 1 and not (self.recompute != "none" or self.tied or self.documents) and self.norm == "pre"
 
     def __str__(self) -> str:
-        marks = {"recompute": self.recompute, "tied": self.tied, self.precision: self.precision != "fp32",
+        marks = {self.recompute: self.recompute != "none", "tied": self.tied, self.precision: self.precision != "fp32",
                  self.norm: self.norm != "pre",
                  "documents": self.documents, "sequence": self.sequence}
         extras = [word for word, on in marks.items() if on]

@@ -12,24 +12,24 @@ OTHERS = ("dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "d
 # Dense and DTF: every layout under ZeRO 0 and 1, two also under 2 and 3; recomputed too.
 CASES = [Case(kind, *layout, zero=zero) for kind in ("dense", "dtf") for layout in LAYOUTS for zero in (0, 1)]
 CASES += [Case(kind, *layout, zero=zero) for kind in ("dense", "dtf") for layout in ((1, 1, 2), (2, 1, 2)) for zero in (2, 3)]
-CASES += [case._replace(recompute=True) for case in CASES if case.zero]
+CASES += [case._replace(recompute="full") for case in CASES if case.zero]
 CASES += [Case("dtf", *layout, zero=zero, tied=True) for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))]
 # The other kinds: each layout of two processes, and both cuts at once with recomputation.
 CASES += [Case(kind, *layout) for kind in OTHERS for layout in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))]
-CASES += [Case(kind, 2, 2, 1, recompute=True) for kind in ("mod", "dtrnet-token", "dtrnet-expert")]
-CASES += [Case(kind, 1, 1, 2, zero=3, recompute=True) for kind in ("mod", "dtrnet-token")]
+CASES += [Case(kind, 2, 2, 1, recompute="full") for kind in ("mod", "dtrnet-token", "dtrnet-expert")]
+CASES += [Case(kind, 1, 1, 2, zero=3, recompute="full") for kind in ("mod", "dtrnet-token")]
 # Every kind under every normalisation: lns through a pipeline cut, for it knows the layer's global number, hybridnorm
 # through a tensor cut, for its weights serve the heads of all ranks.
 CASES += [Case(kind, *layout, norm=norm) for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
           for norm, layout in (("lns", (1, 2, 1)), ("hybridnorm", (2, 1, 1)))]
 # Documents: their ids cross the pipeline cut, between a Decision and its Dynamic layer too.
 CASES += [Case(kind, *layout, documents=True, recompute=recompute) for kind in ("dense", "dtf", "mod", "dtrnet-token")
-          for layout, recompute in (((2, 1, 1), True), ((1, 2, 1), False))]
+          for layout, recompute in (((2, 1, 1), "full"), ((1, 2, 1), "selective"))]
 CASES += [Case("dtf", 1, 4, 1, documents=True)]
 # Sequence parallelism: every kind; with a pipeline cut between Decision and Dynamic layer, documents and recomputation; ZeRO.
 CASES += [Case(kind, 2, 1, 1, sequence=True) for kind in ("dense", "dtf", *OTHERS)]
-CASES += [Case(kind, 2, 2, 1, sequence=True, documents=True, recompute=True) for kind in ("dense", "dtrnet-token")]
-CASES += [Case("mod", 2, 2, 1, sequence=True, recompute=True), Case("dtf", 2, 1, 2, zero=3, sequence=True),
+CASES += [Case(kind, 2, 2, 1, sequence=True, documents=True, recompute="full") for kind in ("dense", "dtrnet-token")]
+CASES += [Case("mod", 2, 2, 1, sequence=True, recompute="selective"), Case("dtf", 2, 1, 2, zero=3, sequence=True),
           Case("dtf", 2, 2, 1, sequence=True, tied=True), Case("dtf", 2, 1, 1, sequence=True, documents=True)]
 
 TWO = (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 1, 2), 1))
@@ -37,6 +37,7 @@ HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", "
         for layout, zero in (*TWO, ((1, 1, 2), 2), ((1, 1, 2), 3), ((2, 2, 1), 1), ((2, 1, 2), 1), ((1, 2, 2), 1))]
 HALF += [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("mod", "dtrnet-token") for layout, zero in TWO]
 HALF += [Case("dtf", *layout, zero=zero, precision="fp16") for layout, zero in TWO]
+HALF += [Case(kind, 2, 1, 1, precision="bf16", sequence=True) for kind in ("dense", "dtf")]
 
 
 @pytest.fixture(scope="module")

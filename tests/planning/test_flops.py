@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config
-from megadyn.planning.flops import block_flops, head_flops, layer_costs, training_flops
+from megadyn.planning.flops import block_flops, head_flops, layer_costs, layer_flops, training_flops
 from megadyn.routing.dtrnet import AttentionRouter
 from tests.networks import make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
@@ -112,3 +112,13 @@ def test_a_dense_layer_is_counted_by_hand():
     tokens, q, k, v, o, mlp = 10, 8 * 8, 8 * 4, 8 * 4, 8 * 8, 3 * 8 * 12
     attention = 2 * 10 * 10 * 8 / 2            # scores and values: two products of [T, T] with 8 columns, half of them seen
     assert block_flops(model, tokens) == 2 * tokens * (q + k + v + o + mlp) + 2 * attention
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_tensor_ranks_share_and_what_each_does_add_up(kind):
+    config = tiny_config(kind)
+    flops = layer_flops(config.model, 24)
+    assert [layer.cut + layer.whole for layer in flops] == layer_costs(config.model, 24)
+    routers = [layer in ("dtf_decision", "mod", "dtrnet") or (layer == "dtf_dynamic" and kind == "dtf-predictor")
+               for layer in config.model.layer_types]
+    assert [layer.whole > 0 for layer in flops] == routers

@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from megadyn.planning.partition import balanced_stages
+from megadyn.planning.partition import balanced_stages, stage_costs, stage_table
 
 
 def dearest(layers: list[float], head: float, cuts: list[int]) -> float:
@@ -37,3 +37,14 @@ def test_a_dear_head_makes_the_last_stage_short():
 def test_cheap_skipping_layers_stand_closer_together():
     assert balanced_stages([2.0, 1.0] * 4, 0.0, 2) == [0, 4, 8]
     assert balanced_stages([4.0, 1.0, 1.0, 1.0, 1.0], 0.0, 2) == [0, 1, 5]
+
+
+def test_the_table_shows_what_each_stage_holds_and_costs():
+    cuts = balanced_stages([2.0, 1.0] * 4, 3.0, 2)
+    assert stage_costs([2.0, 1.0] * 4, 3.0, cuts) == [8.0, 7.0]
+    assert stage_table([2.0, 1.0] * 4, 3.0, cuts).splitlines() == [
+        "stage  layers     share of FLOPs",
+        "    0  0-4         53.3%  embedding",
+        "    1  5-7         46.7%  head",
+        "the dearest costs 1.07 times the mean"]
+    assert stage_table([1.0], 1.0, [0, 1]).splitlines()[1] == "    0  0          100.0%  embedding, head"

@@ -39,14 +39,14 @@ def test_an_attached_loss_is_sent_once_however_often_its_activation_is_used():
 
 # ---- DTF: the prior alone ------------------------------------------------------------------------
 
-def grads(weight: float, loss_scale: float = 1.0, recompute: bool = False) -> dict[str, torch.Tensor]:
+def grads(weight: float, loss_scale: float = 1.0, recompute: str = "none") -> dict[str, torch.Tensor]:
     network = make_network(with_routing(tiny_config(recompute=recompute), prior_loss_weight=weight), loss_scale=loss_scale)
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:]).backward()
     return gradients(network)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_prior_loss_reaches_the_prior_and_nothing_else(recompute):
     without, large = grads(0.0, recompute=recompute), grads(1e4, recompute=recompute)
     for name in without:
@@ -113,7 +113,7 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
     return loss / 2                                                             # the mean over two such layers
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("kind", ["dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert"])
 def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
     """Of every parameter: what a loss should not reach shows as much as what it should."""

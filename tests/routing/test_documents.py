@@ -64,11 +64,11 @@ def test_routing_in_these_comparisons_is_mixed() -> None:
 
 def test_ids_and_positions() -> None:
     documents = documents_of(torch.tensor([[4, 0, 5, 6, 0, 0, 7], [1, 2, 3, 4, 5, 6, 7]]), eod=0)
-    ids, runs = documents.segments
+    ids, ends, longest = documents.segments
     assert ids.tolist() == [[0, 0, 1, 1, 1, 2, 3], [4] * 7]
-    assert runs == 5
+    assert longest == 7
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
-    assert documents.segments.ends().tolist() == [0, 2, 5, 6, 7, 14]
+    assert ends.tolist() == [0, 2, 5, 6, 7, 14]
     again = from_ids(ids)                       # as behind a pipeline cut
     assert torch.equal(again.segments.ids, ids)
     assert torch.equal(again.positions, documents.positions)

@@ -181,13 +181,14 @@ DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED), ("dtf", "hybridnorm"), ("dtrnet-token", "lns"),
                                             ("dtrnet-expert", "hybridnorm")])
-def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind, norm, dtype):
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind, norm, dtype, recompute):
     """Two micro-batches of one step, with and without; DTRNet with jitter and with choices filled up."""
     calls = Calls(monkeypatch)
     for owner, name in (*WORK, *DECISIONS):
         calls.watch(owner, name)
 
-    def step(recompute: bool) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Any], dict[str, int]]:
+    def step(recompute: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Any], dict[str, int]]:
         calls.count = dict.fromkeys(calls.count, 0)
         config = with_routing(tiny_config(kind, recompute=recompute, normalization=norm), jitter=0.2, safe_min_attn_ratio=0.5)
         network = make_network(config, dtype=dtype, loss_scale=0.5)
@@ -202,10 +203,11 @@ def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind
         return (gradients(network), [layer.monitor.read() for layer in layers], [tracker.state() for tracker in trackers],
                 dict(calls.count))
 
-    grads, statistics, trackers, count = step(recompute=False)
-    again_grads, again_statistics, again_trackers, again_count = step(recompute=True)
+    grads, statistics, trackers, count = step("none")
+    again_grads, again_statistics, again_trackers, again_count = step(recompute)
     calls_of_work = {f"{owner.__name__}.{name}" for owner, name in WORK}
-    assert again_count == {name: 2 * n if name in calls_of_work else n for name, n in count.items()}
+    times = 2 if recompute == "full" else 1
+    assert again_count == {name: times * n if name in calls_of_work else n for name, n in count.items()}
     per_layer = {name: n / 2 for name, n in count.items() if n}                     # of one micro-batch
     assert per_layer == expected_calls(kind)
     for name, grad in grads.items():
@@ -232,7 +234,7 @@ def expected_calls(kind: str) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["dtf", "dtf-predictor"])
 def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch, kind):
     """The second time a gate is computed its order is reversed: tokens and gradients must stay those of the first."""
-    def grads(recompute: bool, disturbed: bool) -> dict[str, Tensor]:
+    def grads(recompute: str, disturbed: bool) -> dict[str, Tensor]:
         network = make_network(tiny_config(kind, recompute=recompute))
         seen: set[int] = set()
         router = SurpriseRouter.forward
@@ -248,7 +250,7 @@ def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change
         assert len(seen) == 2
         return gradients(network)
 
-    plain, disturbed = grads(False, False), grads(True, True)
+    plain, disturbed = grads("none", False), grads("full", True)
     for name, grad in plain.items():
         assert_close(disturbed[name], grad)
 

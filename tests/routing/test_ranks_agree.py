@@ -23,11 +23,11 @@ def test_ranks_agree_on_every_token_and_every_whole_parameter():
 
 def check_agreement() -> None:
     tp = make_grid(4, 1).tp
-    train(tp, "dtf", torch.float32, recompute=True)
+    train(tp, "dtf", torch.float32, recompute="full")
     for kind in KINDS:
         if kind != "dense":
-            train(tp, kind, torch.bfloat16, recompute=False)
-    train(tp, "dtrnet-token", torch.float32, recompute=True)
+            train(tp, kind, torch.bfloat16, recompute="none")
+    train(tp, "dtrnet-token", torch.float32, recompute="full")
 
 
 def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
@@ -37,7 +37,7 @@ def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
     assert all(torch.equal(part, x) for part in parts), f"{what} differs between tensor ranks"
 
 
-def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: bool) -> None:
+def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
     """Two steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
     config = tiny_config(kind, tensor=4, recompute=recompute, normalization=NORMS.get(kind, "pre"))
     config = with_routing(config, capacity=0.4, jitter=0.2, safe_min_attn_ratio=0.4)

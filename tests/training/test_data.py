@@ -191,7 +191,7 @@ def test_positions_begin_anew_in_every_document_and_every_sample(tmp_path):
         found = documents_of(torch.from_numpy(tokens)[None], end)
         document, position = 0, 0
         for t, token in enumerate(tokens.tolist()):
-            assert (int(found.ids[0, t]), int(found.positions[0, t])) == (document, position)
+            assert (int(found.segments.ids[0, t]), int(found.positions[0, t])) == (document, position)
             if token != end:
                 assert position == token - (tokens[0] if document == 0 else 0)
             document, position = (document + 1, 0) if token == end else (document, position + 1)

@@ -1,0 +1,244 @@
+"""Ways to lay a run out over GPUs: which are possible, which fit, and how fast each would be.
+
+Memory and operations follow from the configuration. Speed also follows from what `Machine` assumes; nothing is measured.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megadyn.config import RECOMPUTE, BatchPlan, Config, batch_plan, check_together, engine_settings
+from megadyn.errors import UserError
+from megadyn.planning.flops import attention_flops, head_flops, layer_costs, layer_flops, training_flops
+from megadyn.planning.memory import Memory, Workload, rank_memory
+from megadyn.planning.parameters import stage_parameters
+from megadyn.planning.partition import balanced_stages
+from megadyn.planning.schedule import simulate
+
+GIB = 2**30
+NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs to plan for. All but their number and memory are assumptions."""
+
+    gpus: int
+    memory_gib: float
+    tflops: float = 400.0
+    """Achieved by one GPU in matrix products."""
+    node_gpus: int = 8
+    node_gbytes: float = 300.0
+    """Achieved between GPUs of a node: 10^9 bytes a second into and out of each."""
+    network_gbytes: float = 40.0
+    """The same between nodes."""
+    reserve_gib: float = 4.0
+    """Of each GPU's memory: CUDA, NCCL and what the allocator cannot use."""
+
+    def seconds(self, count: float, span: int) -> float:
+        """To move `count` bytes in or out of a GPU, in a group that `span` neighbouring ranks hold."""
+        return count / 1e9 / (self.node_gbytes if span <= self.node_gpus else self.network_gbytes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int
+    pipeline: int
+    data: int
+    zero_stage: int
+    deepspeed_config: str
+    micro_batch: int
+    """Samples."""
+    micro_batches: int
+    """In a step, on each data-parallel rank."""
+    recompute: str
+    memory: Memory
+    """Bytes of the fullest rank."""
+    fits: bool
+    bubble: float
+    """Share of the stages' time, within the forward and backward passes, in which they wait."""
+    tensor_bytes: float
+    """Sent by one rank in a step: sums over tensor ranks, on the busiest stage."""
+    pipeline_bytes: float
+    """Sent by a stage in the middle: activations one way, their gradients the other."""
+    data_bytes: float
+    """Gradients and weights over data-parallel ranks, on the largest stage."""
+    step_s: float
+    tokens_per_second: float
+    """Of the whole job."""
+    model_tflops: float
+    """Useful TFLOP/s of one GPU."""
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; memory in GiB, also by what it holds."""
+        gib = self.memory.total / GIB
+        return asdict(self) | {"memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "memory_gib": gib,
+                               "reason": None if self.fits else f"needs {gib:.1f} GiB"}
+
+
+class Refusal(NamedTuple):
+    """A combination that cannot run, and the sentence with which a run would refuse it."""
+
+    tensor: int
+    pipeline: int
+    zero_stage: int
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        return self._asdict() | {"fits": False}
+
+
+def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusal]]:
+    """Every layout that can run, those that fit first and each part by step time; and what cannot run.
+
+    Raises:
+        UserError: a configuration that cannot be planned at all.
+    """
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)")
+    found: list[Layout] = []
+    refused: list[Refusal] = []
+    for tensor, pipeline in shapes(machine.gpus):
+        for settings in engine_files(config):
+            stage = settings.zero["stage"]
+            trial = replace(config, parallel=replace(config.parallel, tensor=tensor, pipeline=pipeline),
+                            training=replace(config.training, micro_batch_size=1), deepspeed_config=settings.path)
+            try:
+                if tensor > machine.node_gpus:
+                    raise UserError(f"parallel.tensor is more than the {machine.node_gpus} GPUs of a node")
+                check_together(trial)
+                engine_settings(trial)
+                if "offload_optimizer" in settings.zero or "offload_param" in settings.zero:
+                    raise UserError(f"{settings.path}: offloading is not planned")
+                plan = batch_plan(trial, machine.gpus)
+            except UserError as error:
+                refused.append(Refusal(tensor, pipeline, stage, str(error)))
+                continue
+            for micro in micro_batch_sizes(config, plan):
+                for recompute in RECOMPUTE:
+                    training = replace(config.training, micro_batch_size=micro, recompute=recompute)
+                    found.append(lay_out(replace(trial, training=training), settings, machine))
+    return sorted(found, key=lambda it: (not it.fits, it.step_s, it.memory.total)), refused
+
+
+def shapes(gpus: int) -> Iterator[tuple[int, int]]:
+    """(tensor, pipeline) whose product divides the number of GPUs."""
+    for tensor in divisors(gpus):
+        for pipeline in divisors(gpus // tensor):
+            yield tensor, pipeline
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+class EngineFile(NamedTuple):
+    path: str
+    zero: dict[str, Any]
+    """Its `zero_optimization`."""
+
+
+def engine_files(config: Config) -> list[EngineFile]:
+    """The configuration's own engine settings, and zero0.json ... zero3.json beside them for other ZeRO stages."""
+    files: dict[int, EngineFile] = {}
+    own = Path(config.deepspeed_config)
+    for path in (own, *(own.parent / f"zero{stage}.json" for stage in range(4))):
+        if path == own or path.exists():
+            alone = replace(config, parallel=replace(config.parallel, pipeline=1), precision="fp32", deepspeed_config=str(path))
+            zero = engine_settings(alone)["zero_optimization"]
+            files.setdefault(zero["stage"], EngineFile(str(path), zero))
+    return [files[stage] for stage in sorted(files)]
+
+
+def micro_batch_sizes(config: Config, plan: BatchPlan) -> list[int]:
+    """Powers of two that divide a data-parallel rank's share of a step, and the configured size if it does."""
+    share = plan.global_batch // plan.data_parallel
+    sizes = {2**i for i in range(share.bit_length()) if 2**i <= 64} | {config.training.micro_batch_size}
+    return sorted(size for size in sizes if share % size == 0)
+
+
+@cache
+def _cuts(layers: tuple[float, ...], head: float, stages: int) -> list[int]:
+    return balanced_stages(layers, head, stages)
+
+
+def stage_cuts(config: Config) -> list[int]:
+    """Where the engine cuts the layers into stages."""
+    length = config.training.sequence_length
+    return _cuts(tuple(layer_costs(config.model, length)), head_flops(config.model, length), config.parallel.pipeline)
+
+
+def workload(config: Config) -> Workload:
+    training = config.training
+    return Workload(config.model, training.micro_batch_size, training.sequence_length, config.parallel.tensor,
+                    NUMBER_BYTES[config.precision], training.recompute, config.data.document_mask)
+
+
+def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
+    """What `config`, which can run, takes on all of the machine's GPUs."""
+    plan, cuts, work = batch_plan(config, machine.gpus), stage_cuts(config), workload(config)
+    tensor, stages = config.parallel.tensor, config.parallel.pipeline
+    memory = max((rank_memory(work, cuts, stage, precision=config.precision, zero=settings.zero, data=plan.data_parallel,
+                              micro_batches=plan.micro_batches) for stage in range(stages)), key=lambda it: it.total)
+    times = [stage_times(work, cuts, stage, machine) for stage in range(stages)]
+    forward, backward = [t.forward for t in times], [t.backward for t in times]
+    crossing = work.batch * work.length * (work.bytes * config.model.hidden_size + 8)         # with a gate, with document ids
+    send = machine.seconds(crossing, machine.gpus)
+    passes = simulate(forward, backward, plan.micro_batches, send)
+    reduced = data_bytes(work, cuts, settings.zero["stage"], plan)
+    reducing = machine.seconds(reduced, tensor * plan.data_parallel)
+    step = max(passes.step, reducing) if settings.zero.get("overlap_comm") else passes.step + reducing
+    useful = training_flops(config.model, work.length) * plan.global_batch
+    return Layout(
+        tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
+        work.recompute, memory, memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
+        bubble=passes.bubble, tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
+        pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1), data_bytes=reduced, step_s=step,
+        tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
+
+
+class StageTimes(NamedTuple):
+    """Of one stage on one micro-batch."""
+
+    forward: float
+    """Seconds."""
+    backward: float
+    tensor_bytes: float
+    """Sent by a rank in both."""
+
+
+def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machine) -> StageTimes:
+    """A backward pass is two forward passes, and one more of what is recomputed: of the layers, or of attention."""
+    model, mine = work.model, slice(cuts[stage], cuts[stage + 1])
+    layers = sum(layer.cut / work.tensor + layer.whole for layer in layer_flops(model, work.length)[mine]) * work.batch
+    head = head_flops(model, work.length) / work.tensor * work.batch if stage == len(cuts) - 2 else 0.0
+    rate = machine.tflops * 1e12
+    # A sum over t ranks moves (t - 1) / t of the tensor out of each, twice.
+    one = work.batch * work.length * model.hidden_size * work.bytes * 2 * (work.tensor - 1) / work.tensor
+    sums = 2 * one * sum(shares_summed(work)[mine])
+    ends = (one * (stage == 0), one * (stage == len(cuts) - 2))       # the embedding's in forward, the head's in backward
+    attention = sum(attention_flops(model, work.length)[mine]) / work.tensor * work.batch
+    again = {"none": 0.0, "selective": attention, "full": layers}[work.recompute]
+    moved = (sums + ends[0], sums * (2 if work.recompute == "full" else 1) + ends[1])
+    computed = ((layers + head) / rate, (2 * (layers + head) + again) / rate)
+    forward, backward = (c + machine.seconds(m, work.tensor) for c, m in zip(computed, moved, strict=True))
+    return StageTimes(forward, backward, sum(moved))
+
+
+def shares_summed(work: Workload) -> list[float]:
+    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward."""
+    routed = work.model.routing.capacity or 1.0
+    return [routed if kind in ("dtf_dynamic", "mod") else 1.0 for kind in work.model.layer_types]
+
+
+def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: BatchPlan) -> float:
+    """Sent by a rank of the largest stage over its data-parallel group in a step, as DeepSpeed's optimizers do it.
+
+    ZeRO 0 and 1 sum gradients once a step, in the type of the weights; from 1 on the new weights are gathered.
+    ZeRO 2 sums them for every micro-batch. ZeRO 3 gathers weights for both passes of it, and scatters the sums.
+    """
+    sent = max(stage_parameters(work.model, work.tensor, cuts)) * work.bytes * (plan.data_parallel - 1) / plan.data_parallel
+    times = {0: 2, 1: 2 + 1, 2: 2 * plan.micro_batches + 1, 3: 3 * plan.micro_batches}
+    return sent * times[zero_stage]

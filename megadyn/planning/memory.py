@@ -1,0 +1,251 @@
+"""Bytes that one rank holds at its fullest moment, in closed form.
+
+Weights, gradients and optimizer states follow DeepSpeed's optimizers as `training/engine.py` sets them up; activations
+follow the tensors that each layer keeps for its backward pass. `tests/planning/test_memory.py` holds both to the peak
+of real training steps.
+
+    n  tokens of a micro-batch that a layer works on     d  hidden size     f  feed-forward width of this rank
+    q  width of this rank's queries                      k  width of its keys, or values          b  bytes a number
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from megadyn.config import ModelConfig, capacity_count
+from megadyn.planning.parameters import stage_parameters, vocabulary_rows
+from megadyn.planning.schedule import in_flight
+
+LOGITS_AT_ONCE = 2**25
+"""Logits that the loss makes at once (`parallel/loss.py`)."""
+ALLREDUCE_BUCKET = 500_000_000
+"""DeepSpeed's default of `reduce_bucket_size`, and its fixed size where no ZeRO optimizer reduces; in elements."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of `stage3_max_live_parameters`."""
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank, by what they hold."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """fp32 master weights and Adam's two moments."""
+    activations: float
+    """Kept for backward passes, and what the fullest of these needs while it runs."""
+    buffers: float
+    """What reducing gradients and stepping take beyond that."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank computes with: everything that activations depend on."""
+
+    model: ModelConfig
+    batch: int
+    """Samples of a micro-batch."""
+    length: int
+    tensor: int
+    bytes: int
+    """Of a number: 4 in fp32, 2 in bf16 and fp16."""
+    recompute: str
+    """`training.recompute`."""
+    documents: bool = False
+    """Attention is masked by document."""
+    fused: bool = True
+    """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """d, q, k, f"""
+        model, t = self.model, self.tensor
+        assert model.head_dim and model.num_kv_heads and model.ffn_size
+        return (model.hidden_size, model.num_heads // t * model.head_dim, max(1, model.num_kv_heads // t) * model.head_dim,
+                model.ffn_size // t)
+
+    def norm(self, width: int, is_kept: bool = False) -> int:
+        """What RMSNorm keeps of a token; `is_kept`: its input is kept anyway."""
+        if self.fused:
+            return 4 + (0 if is_kept else self.bytes * width)
+        return 4 + 4 * width + (0 if is_kept and self.bytes == 4 else 4 * width)
+
+
+class Kept(NamedTuple):
+    """Bytes of one layer on one micro-batch."""
+
+    input: float
+    """The layer's own input, where something in it needs that as it is."""
+    inside: float
+    """Kept by what `training.recompute: full` recomputes, beside the input."""
+    inner: float
+    """Of these, kept by what `selective` recomputes."""
+    outside: float
+    """Kept in any case: a router's."""
+    working: float
+    """Above these, while the layer's backward pass runs."""
+
+
+def block_kept(work: Workload, n: float, *, has_own_input: bool = False) -> float:
+    """Of attention and feed-forward on `n` tokens, their input counted only if it is no layer's."""
+    (d, q, k, f), b = work.widths, work.bytes
+    heads = q // (work.model.head_dim or 1)
+    attention = b * (2 * q + 2 * k) + 4 * heads
+    if work.model.normalization == "hybridnorm":
+        norms = b * d * has_own_input + work.norm(q) + 2 * work.norm(k) + work.norm(d) + b * d
+    else:
+        norms = work.norm(d, is_kept=not has_own_input) + work.norm(d) + 2 * b * d
+    return n * (norms + attention + 4 * b * f)
+
+
+def inner_kept(work: Workload, n: float, attending: float) -> float:
+    """What attention averaged, and two products of the feed-forward's inner width."""
+    (_, q, _, f), b = work.widths, work.bytes
+    return n * 2 * b * f + attending * (b * q + 4 * q // (work.model.head_dim or 1))
+
+
+def layers_kept(work: Workload) -> list[Kept]:
+    """Of each transformer layer. DTRNet's token choice: at the share `model.routing.capacity`."""
+    model, (d, q, k, f), b = work.model, work.widths, work.bytes
+    assert model.head_dim
+    n = work.batch * work.length
+    c = work.batch * capacity_count(model.routing.capacity or 1.0, work.length)
+    own = n * b * d * (work.fused or b == 4 or model.normalization == "hybridnorm")
+    turned = 4 * model.head_dim                     # cosine and sine of a token's position, where they are looked up
+    segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
+    block = block_kept(work, n) + n * (turned + segments) * work.documents
+    backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
+    # Three squares and two passes of the prior, all behind the block and so gone before its backward pass.
+    prior = n * (12 * d + work.norm(d, is_kept=True) + (0 if work.fused else 4 * d) + b * (2 * d + 8 * model.prior_size))
+    compared = n * d * (8 + 2 * b + (8 if b < 4 else 0))         # what is subtracted there: sums, and float32 copies
+    skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
+    # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
+    reads = n * b * d * (model.routing.causal == "predictor")
+    widened = n * 4 * d * (b < 4)
+    attending = c * (b * (d + 2 * q + 2 * k) + turned + segments * (work.documents or model.routing.is_token_choice))
+    bypass = n * (work.norm(d, is_kept=True) + work.norm(d) + b * (2 * d + q + d + 4 * f) + 12)
+    inner, inner_chosen = inner_kept(work, n, n), inner_kept(work, c, c)
+    of = {"dense": Kept(own, block, inner, 0, n * backward),
+          "dtf_decision": Kept(own, block + prior, inner, 0, max(compared, n * backward - prior)),
+          "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * n),
+          "mod": Kept(max(reads, n * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
+                      c * backward + 2 * b * d * n),
+          "dtrnet": Kept(n * b * d, attending + bypass, inner_kept(work, n, c), n * (b * d + 24), n * backward)}
+    return [of[kind] for kind in model.layer_types]
+
+
+def head_working(work: Workload) -> float:
+    """Of the vocabulary head and its loss, above what the layers keep: the larger of its two passes."""
+    d, rows, b = work.model.hidden_size, vocabulary_rows(work.model, work.tensor), work.bytes
+    n = work.batch * work.length
+    logits = min(n, max(1, LOGITS_AT_ONCE // rows)) * rows
+    hidden = 2 * b * d * n                                       # the final hidden states and their gradient
+    forward = max(logits * (4 + (b if b < 4 else 0)), 4 * logits + rows * d * b + (b if b < 4 else 0) * logits)
+    backward = 4 * rows * d + (b * rows * d if b < 4 else 0)
+    return hidden + 4 * rows * d + max(forward, backward + b * d * n)
+
+
+class Moments(NamedTuple):
+    """Bytes of activations when a step is fullest."""
+
+    layers: float
+    """While a transformer layer's backward pass runs."""
+    head: float
+    """While the head's does, before there is any gradient of the micro-batch; 0 on a stage without it."""
+    end: float
+    """When a backward pass ends, with the embedding's gradient, which is not counted here."""
+
+
+def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int) -> Moments:
+    """Of one pipeline stage, under 1F1B."""
+    stages, b, d = len(cuts) - 1, work.bytes, work.model.hidden_size
+    n = work.batch * work.length
+    layers = layers_kept(work)[cuts[stage] : cuts[stage + 1]]
+    again = [{"none": 0.0, "selective": layer.inner, "full": layer.inside}[work.recompute] for layer in layers]
+    kept = [layer.outside + (b * d * n if work.recompute == "full" else layer.input + layer.inside - redone)
+            for layer, redone in zip(layers, again, strict=True)]
+    # DeepSpeed keeps a micro-batch's input with a copy, and its output; and has buffers to receive into.
+    crossing = b * d * n * (2 * (stage > 0) + (stage < stages - 1))
+    whole = sum(kept) + crossing + n * 8 * (stage == 0)          # token ids
+    # Backward runs last layer first: each finds what the layers before it keep.
+    moments = [sum(kept[: i + 1]) + it.working + again[i] for i, it in enumerate(layers)]
+    layer = max(moments) + whole - sum(kept)
+    head = whole + n * (work.norm(d) + 8) + head_working(work)
+    held = in_flight(stage, stages, micro_batches) - 1
+    tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
+    always = held * whole + tables + crossing
+    return Moments(always + layer, always + head if stage == stages - 1 else 0.0, always)
+
+
+class Share(NamedTuple):
+    """Bytes a parameter of a rank, by what they hold; `/ data` where a rank holds its part only."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    reducing: float
+    """For a while after the backward passes, when activations are gone."""
+    backward: float
+    """From the first gradient of a micro-batch on."""
+
+
+def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
+    """What DeepSpeed's optimizer of this precision and ZeRO stage keeps of a parameter."""
+    part = 1 / data
+    of = {
+        # AdamW itself; gradients are joined to be reduced.
+        ("fp32", 0): Share(4, 4, 8, 4, 0),
+        # DeepSpeedZeroOptimizer: a rank's part of the gradients is copied out, then flattened.
+        ("fp32", 1): Share(4, 4, 12 * part, 4 * part, 0),
+        ("fp32", 2): Share(4, 4 * part, 12 * part, 4 * part, 4 * part),
+        ("fp32", 3): Share(4 * part, 4 * part, 12 * part, 4 * part, 0),
+        # BF16_Optimizer: fp32 gradients, joined and then halved to be reduced.
+        ("bf16", 1): Share(2, 4, 12 * part, 6, 0),
+        ("bf16", 2): Share(2, 4 * part, 12 * part, 2 * part, 2 * part),
+        ("bf16", 3): Share(2 * part, 4 * part, 12 * part, 4 * part, 0),
+        ("fp16", 1): Share(2, 2, 12 * part, 4 * part, 0),
+        ("fp16", 2): Share(2, 2 * part, 12 * part, 6 * part, 2 * part),
+        ("fp16", 3): Share(2 * part, 2 * part, 12 * part, 4 * part, 0),
+    }
+    return of[precision, zero_stage]
+
+
+def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int, collected: float = 0.0,
+            widened: bool = False) -> float:
+    """Activations at the fullest moment, with the gradient that a weight has just got.
+
+    Args:
+        collected: bytes that the first gradient of a micro-batch brings with it. widened: a gradient is copied to fp32.
+    """
+    moments, (d, _, _, f) = activations(work, cuts, stage, micro_batches), work.widths
+    fresh = work.bytes + 4 * widened
+    words = vocabulary_rows(work.model, work.tensor) * d if stage == 0 else 0
+    return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * words)
+
+
+def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int,
+                micro_batches: int) -> Memory:
+    """Of a rank of pipeline stage `stage` at its fullest moment.
+
+    Args:
+        cuts: stages as boundaries in the layers. zero: `zero_optimization` of DeepSpeed's settings, without offloading.
+    """
+    model, kind = work.model, zero["stage"]
+    count = stage_parameters(model, work.tensor, cuts)[stage]
+    share = state_bytes(precision, kind, data)
+    acts = fullest(work, cuts, stage, micro_batches, share.backward * count, precision == "bf16" and kind < 3)
+    running = 0.0
+    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
+    if kind == 3:
+        # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
+        live = min(count, int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
+        running += work.bytes * (live if work.recompute == "full" else count) * (data > 1)
+    if kind > 1 or (kind == 1 and precision != "bf16"):
+        running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
+    reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
+    # Activations are gone when gradients are reduced: the two never meet.
+    return Memory(share.weights * count, share.gradients * count, share.optimizer * count, acts,
+                  running + max(0.0, reducing - acts))

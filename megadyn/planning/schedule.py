@@ -1,0 +1,58 @@
+"""The 1F1B pipeline in slow motion: how long a step takes when stages and micro-batches wait for each other.
+
+Time is cut into slots as DeepSpeed's `TrainSchedule` cuts it: in slot t, stage i runs a forward pass if t + i is even and
+a backward pass if it is odd, where there is a micro-batch for it. Before an odd slot's backward pass a stage meets the
+stage behind it: activations of the slot before go one way, their gradients come the other, and both wait for that.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Slot(NamedTuple):
+    micro_batch: int
+    is_forward: bool
+
+
+class PipelineTimes(NamedTuple):
+    """A simulated step, in the unit of the times given."""
+
+    step: float
+    busy: list[float]
+    """Of each stage, without its waiting and sending."""
+
+    @property
+    def bubble(self) -> float:
+        """Share of the stages' time in which they do not compute: 0 for one stage."""
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.step))      # rounding leaves one stage a hair below 0
+
+
+def slot_of(stage: int, time: int, stages: int, micro_batches: int) -> Slot | None:
+    """What `stage` computes in slot `time`; None for a slot that it idles through."""
+    is_forward = (time + stage) % 2 == 0
+    micro_batch = (time - stage) // 2 if is_forward else (time - (2 * stages - 1 - stage)) // 2
+    return Slot(micro_batch, is_forward) if 0 <= micro_batch < micro_batches else None
+
+
+def in_flight(stage: int, stages: int, micro_batches: int) -> int:
+    """Most micro-batches whose activations `stage` holds at once."""
+    return min(stages - stage, micro_batches)
+
+
+def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches: int, send: float = 0.0) -> PipelineTimes:
+    """One step of 1F1B.
+
+    Args:
+        forward, backward: time of each stage on a micro-batch. send: time of one transfer between neighbours.
+    """
+    stages = len(forward)
+    clock = [0.0] * stages
+    for time in range(2 * (micro_batches + stages - 1)):
+        slots = [slot_of(stage, time, stages, micro_batches) for stage in range(stages)]
+        for stage in range(1 - time % 2, stages - 1, 2):          # this one's turn is backward, its neighbour's forward
+            if crossing := (slots[stage] is not None) + (slots[stage + 1] is not None):
+                clock[stage] = clock[stage + 1] = max(clock[stage : stage + 2]) + crossing * send
+        for stage, slot in enumerate(slots):
+            if slot is not None:
+                clock[stage] += forward[stage] if slot.is_forward else backward[stage]
+    return PipelineTimes(max(clock), [micro_batches * (f + b) for f, b in zip(forward, backward, strict=True)])

@@ -1,0 +1,117 @@
+"""Layouts of the example runs: which there are, what they take, and why others are not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megadyn.config import Config, batch_plan, load_config
+from megadyn.errors import UserError
+from megadyn.planning.flops import training_flops
+from megadyn.planning.layouts import Layout, Machine, engine_files, lay_out, layouts, micro_batch_sizes
+from tests.tiny import ROOT, tiny_config
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(ROOT)
+    return lambda name, *words: load_config(ROOT / "examples" / name / "config.yaml", words)
+
+
+@pytest.mark.parametrize("name", ["dtf_3b", "dtf_7b"])
+@pytest.mark.parametrize("gpus", [8, 64, 1024])
+def test_the_examples_fit_on_gpus_of_80_gib(example: Any, name: str, gpus: int) -> None:
+    config = example(name)
+    found, refused = layouts(config, Machine(gpus, 80))
+    fitting = [layout for layout in found if layout.fits]
+    assert len(fitting) > 10
+    assert [layout.step_s for layout in fitting] == sorted(layout.step_s for layout in fitting)
+    assert found[: len(fitting)] == fitting
+    for layout in found:
+        assert layout.tensor * layout.pipeline * layout.data == gpus
+        assert layout.micro_batch * layout.micro_batches * layout.data == config.training.global_batch_size
+        assert layout.fits == (layout.memory.total <= 76 * 2**30)
+        assert 0 <= layout.bubble < 1
+    assert refused
+    own = [it for it in fitting if (it.tensor, it.pipeline, it.zero_stage, it.micro_batch, it.recompute) ==
+           (config.parallel.tensor, config.parallel.pipeline, 1, config.training.micro_batch_size, "full")]
+    assert len(own) == 1                   # the example runs as it stands
+
+
+def test_what_cannot_run_is_refused_with_the_sentence_of_a_run(example: Any) -> None:
+    _, refused = layouts(example("dtf_7b"), Machine(16, 80))
+    said = {(it.tensor, it.pipeline, it.zero_stage): it.reason for it in refused}
+    assert said[8, 1, 1] == "parallel.tensor = 8: must be a divisor of model.num_heads = 28"
+    assert said[16, 1, 1] == "parallel.tensor is more than the 8 GPUs of a node"
+    assert "must be at least 1 with precision = bf16" in said[1, 1, 0]
+    assert "must be 0 or 1 with parallel.pipeline > 1" in said[1, 2, 3]
+    assert (1, 1, 1) not in said
+    _, refused = layouts(example("dtf_7b", "training.global_batch_size=6"), Machine(16, 80))
+    assert any("data-parallel size" in it.reason for it in refused)
+
+
+def test_offloading_is_not_planned(example: Any) -> None:
+    found, refused = layouts(example("dtf_3b", "deepspeed_config=ds_configs/zero3_offload.json"), Machine(2, 80))
+    assert {it.reason for it in refused if it.zero_stage == 3} >= {"ds_configs/zero3_offload.json: offloading is not planned"}
+    assert not [layout for layout in found if layout.zero_stage == 3]
+
+
+def test_no_vocabulary_is_no_plan() -> None:
+    config = tiny_config("dense")
+    config.model.vocab_size = None
+    with pytest.raises(UserError, match=r"model\.vocab_size is left out"):
+        layouts(config, Machine(2, 80))
+
+
+def test_settings_of_the_run_come_before_those_beside_them() -> None:
+    config = tiny_config("dense", zero=2)
+    assert [file.zero["stage"] for file in engine_files(config)] == [0, 1, 2, 3]
+    config.training.micro_batch_size, config.training.global_batch_size = 3, 24
+    assert micro_batch_sizes(config, batch_plan(config, 2)) == [1, 2, 3, 4]
+
+
+def one(machine: Machine, *, zero: int = 1, gpus: int = 4, kind: str = "dtf", micro: int = 1, **parallel: int) -> Layout:
+    config: Config = tiny_config(kind, zero=zero, hidden_size=64, **parallel)
+    config.training.global_batch_size, config.training.micro_batch_size = 64, micro
+    settings = {file.zero["stage"]: file for file in engine_files(config)}[zero]
+    return lay_out(config, settings, replace(machine, gpus=gpus))
+
+
+FREE = Machine(1, 80, tflops=1e-6, node_gbytes=1e30, network_gbytes=1e30)
+"""Moving costs nothing."""
+
+
+def test_one_gpu_takes_as_long_as_its_operations() -> None:
+    layout = one(FREE, gpus=1)
+    flops = training_flops(tiny_config("dtf", hidden_size=64).model, 24) * 64
+    assert layout.step_s == pytest.approx(flops / 1e6)
+    assert layout.model_tflops == pytest.approx(FREE.tflops)
+    assert (layout.bubble, layout.tensor_bytes, layout.pipeline_bytes, layout.data_bytes) == (0, 0, 0, 0)
+
+
+def test_more_data_ranks_share_the_work_and_pipelines_idle() -> None:
+    alone, data, pipe = one(FREE, gpus=1), one(FREE, gpus=4), one(FREE, gpus=4, pipeline=4)
+    assert data.step_s == pytest.approx(alone.step_s / 4)
+    assert pipe.step_s > 1.05 * alone.step_s / 4
+    assert 0.03 < pipe.bubble < 0.6
+
+
+def test_bytes_over_data_ranks_follow_the_zero_stage() -> None:
+    """Of 4 ranks with P parameters of 4 bytes, each sends 3/4: two of them for a sum, one to gather."""
+    tiny = {zero: one(FREE, zero=zero, kind="dense").data_bytes for zero in range(4)}
+    unit = tiny[0] / 2
+    assert tiny == pytest.approx({0: 2 * unit, 1: 3 * unit, 2: (2 * 16 + 1) * unit, 3: 3 * 16 * unit})
+
+
+def test_bytes_over_tensor_ranks_follow_the_tokens_that_are_processed() -> None:
+    """Four layers, two sums each way; a Dynamic layer's of half the tokens; the embedding's and the head's."""
+    whole = 64 * 24 * 64 * 4 * 2 * (1 / 2)                      # all tokens of a step, out of one of two ranks
+    assert one(FREE, kind="dense", tensor=2, gpus=2).tensor_bytes == pytest.approx(whole * (4 * 4 + 2))
+    assert one(FREE, kind="dtf", tensor=2, gpus=2).tensor_bytes == pytest.approx(whole * (2 * 4 + 2 * 2 + 2))
+
+
+def test_slow_links_cost_time_between_nodes_only() -> None:
+    slow = replace(FREE, network_gbytes=1e-6)
+    assert one(replace(slow, node_gpus=4)).step_s == one(FREE).step_s
+    there = one(replace(slow, node_gpus=2))
+    assert there.step_s == pytest.approx(one(FREE).step_s + there.data_bytes / 1e3)
