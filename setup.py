@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megadyn", "megadyn.*"]),
+    package_data={"megadyn.report": ["page.css", "page.js"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14", "deepspeed==0.19.8", "transformers>=5,<6", "tokenizers", "sentencepiece", "safetensors", "numpy",

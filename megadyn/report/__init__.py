@@ -1,0 +1,1 @@
+"""One page a run: what its output folder holds, as a single HTML file."""

@@ -1,0 +1,359 @@
+"""The page: one self-contained HTML file. Its sections are functions of the run, or of the runs that it compares."""
+
+import json
+import platform
+from collections.abc import Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+import megadyn
+from megadyn.report.axes import bin_means, brief, spans_decades
+from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
+from megadyn.report.run import Checkpoint, Run, Values, differences
+
+if TYPE_CHECKING:
+    from megadyn.report.text_map import TextMap
+
+HERE = Path(__file__).parent
+NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""Content security policy: the page may ask for no file and no host."""
+
+
+class LayerStatistic(NamedTuple):
+    title: str
+    bounds: tuple[float, float] | None = None
+    """Of the colours; None: the values' own."""
+
+
+SHARE = (0.0, 1.0)
+LAYER_STATISTICS = {
+    "routed_fraction": LayerStatistic("Share of tokens routed", SHARE),
+    "causal_agreement": LayerStatistic("Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE),
+    "S_CE": LayerStatistic("S_CE: expected change, mean over tokens"),
+    "S_CU": LayerStatistic("S_CU: unexpected change, mean over tokens"),
+    "D_st": LayerStatistic("D_st: what the layer changed, mean square"),
+    "D_ch": LayerStatistic("D_ch: what the prior left unexplained, mean square"),
+    "beta_ce": LayerStatistic("beta_ce, before softplus"),
+    "beta_cu": LayerStatistic("beta_cu, before softplus"),
+    "ce_offset": LayerStatistic("ce_offset"),
+    "cu_multiplier": LayerStatistic("cu_multiplier"),
+}
+"""Shown in this order; what else layers report stands folded below them."""
+GATES = ("gate_routed", "gate_unrouted")
+
+
+STYLES = (("", "dotted"), ("dashed", "mixed"))
+"""Of the curves of the first and the second run: the usual one, and one that shows where two lie on each other."""
+
+
+class Subject(NamedTuple):
+    """A run with what was found out about it for the page."""
+
+    run: Run
+    checkpoints: list[Checkpoint] | None
+    """None: not looked at."""
+    text: "TextMap | str"
+    """Or a sentence that says why there is none."""
+    text_from: str = ""
+    """What made the map: a checkpoint's name."""
+
+
+def page(subjects: Sequence[Subject]) -> str:
+    runs = [subject.run for subject in subjects]
+    title = " and ".join(run.name for run in runs)
+    parts = [f"<h1>{escape(title)}</h1>", *(head(subject.run, len(runs) > 1) for subject in subjects),
+             curves(runs), layers(runs), *(text_section(subject, len(runs) > 1) for subject in subjects),
+             config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects),
+             *(checkpoint_section(subject, len(runs) > 1) for subject in subjects), *(events(run, len(runs) > 1) for run in runs),
+             "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
+             "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>"]
+    css, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_LOADED}"><title>{escape(title)}</title>'
+            f"<style>{css}</style></head><body>\n" + "\n".join(parts) + f"\n<script>{script}</script></body></html>\n")
+
+
+def of(run: Run, several: bool) -> str:
+    """What tells a run's heading from the other's."""
+    return f": {escape(run.name)}" if several else ""
+
+
+def head(run: Run, several: bool) -> str:
+    """The run in one line and its last figures."""
+    name = f"<h3>{escape(run.name)}</h3>" if several else ""
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
+    return f'{name}<p class="dim">{escape(describe(run))}</p>{notes}<div class="facts">{"".join(facts(run))}</div>'
+
+
+def describe(run: Run) -> str:
+    get = run.config.get
+    if not run.config:
+        return str(run.folder)
+    kind = get("model.routing.kind", "?")
+    if kind == "dtrnet" and get("model.routing.router_type") == "token_choice":
+        kind += ", each token's own choice"
+    elif kind != "dense":
+        kind += f" at capacity {get('model.routing.capacity')}"
+    return (f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
+            f"{get('training.sequence_length')} tokens, {get('precision')}")
+
+
+def facts(run: Run) -> list[str]:
+    def fact(name: str, value: str) -> str:
+        return f"<div><span>{name}</span><b>{value}</b></div>"
+
+    planned = run.config.get("training.iterations")
+    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if isinstance(planned, int) else ""))]
+    for dataset in run.evaluations:
+        for mode, shown in (("topk", "top-k"), ("causal", "causal")):
+            _, losses = run.evaluated(dataset, mode)
+            if np.isfinite(losses).any():
+                found.append(fact(f"{dataset} loss, {shown}", f"{last(losses):.4f}"))
+    for name, key, unit in (("training loss", "lm_loss", ""), ("tokens", "consumed_tokens", "")):
+        if np.isfinite(run.values(key)).any():
+            found.append(fact(name, f"{last(run.values(key)):.4f}" if key == "lm_loss" else brief(last(run.values(key))) + unit))
+    for name, key in (("tokens/s, median", "tokens_per_second"), ("model TFLOP/s a device, median", "model_tflops")):
+        if np.isfinite(run.values(key)).any():
+            found.append(fact(name, brief(float(np.nanmedian(run.values(key))))))
+    for name, key in (("tokens routed, mean of layers", "routed_fraction"),
+                      ("causal agreement, mean of layers", "causal_agreement")):
+        _, values = run.by_layer(key)
+        if values.size and np.isfinite(values[:, -1]).any():
+            found.append(fact(name, f"{np.nanmean(values[:, -1]):.1%}"))
+    return found
+
+
+def last(values: Values) -> float:
+    """The last that is a number."""
+    return float(values[np.isfinite(values)][-1])
+
+
+def axis_of(runs: Sequence[Run]) -> tuple[str, list[float]]:
+    """What the x axis counts, and how many of it an iteration of each run is: tokens where runs take unequal steps."""
+    steps = [float(run.tokens_at(np.array([1.0]))[0]) if run.training else 0.0 for run in runs]
+    if len(runs) == 1 or len(set(steps)) == 1 or not all(step > 0 for step in steps):
+        return "iteration", [1.0] * len(runs)
+    return "tokens", steps
+
+
+def curves(runs: Sequence[Run]) -> str:
+    """Everything that is one number a step, the runs over each other."""
+    x_name, _ = axis_of(runs)
+
+    def x(run: Run, iterations: Values) -> Values:
+        return iterations if x_name == "iteration" else run.tokens_at(iterations)
+
+    def named(run: Run, what: str) -> str:
+        return f"{what}, {run.name}" if len(runs) > 1 else what
+
+    def chart(title: str, *path: str, from_zero: bool = False) -> str:
+        found = [Curve(run.name if len(runs) > 1 else path[-1], x(run, run.iterations), run.values(*path), i, STYLES[i][0])
+                 for i, run in enumerate(runs)]
+        return line_chart(title, found, x_name=x_name, from_zero=from_zero, named=len(runs) > 1)
+
+    losses = []
+    for i, run in enumerate(runs):
+        losses.append(Curve(named(run, "training"), x(run, run.iterations), run.values("lm_loss"), 0, STYLES[i][0]))
+        for colour, (dataset, mode, shown) in enumerate((
+                ("validation", "topk", "validation, top-k"), ("validation", "causal", "validation, causal"),
+                ("test", "topk", "test, top-k"), ("test", "causal", "test, causal")), start=1):
+            at, values = run.evaluated(dataset, mode)
+            losses.append(Curve(named(run, shown), x(run, at), values, colour, STYLES[i][mode == "causal"]))
+    first = [line_chart("Loss (nats per token)", losses, x_name=x_name)]
+    first += [chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
+              for name in dict.fromkeys(name for run in runs for name in run.auxiliary())]
+    second = [chart("Learning rate", "learning_rate"), chart("Gradient norm", "grad_norm"),
+              chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
+              chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
+              chart("Time of a step (ms)", "step_time_ms", from_zero=True),
+              chart("Time of a step spent waiting for data (ms)", "data_time_ms", from_zero=True)]
+    missing = "" if any(run.training for run in runs) else "<p>No training step was logged yet.</p>"
+    return (f'<h2>Loss</h2>{missing}<div class="grid-of">{"".join(first)}</div>'
+            f'<h2>Learning rate and speed</h2>{missing}<div class="grid-of">{"".join(second)}</div>')
+
+
+def layers(runs: Sequence[Run]) -> str:
+    """Everything that is one number a layer and step."""
+    names = list(dict.fromkeys(name for run in runs for name in run.layer_statistics()))
+    if not names:
+        return ("<h2>Routing by layer</h2><p>There is nothing to show: no layer reported routing statistics, "
+                "as in a dense model.</p>")
+    shown = {name: statistic for name, statistic in LAYER_STATISTICS.items() if name in names}
+    gates = "".join(gate_charts(run, len(runs) > 1) for run in runs)
+    others = [name for name in names if name not in LAYER_STATISTICS and not name.startswith(GATES)]
+    parts = ["<h2>Routing by layer</h2><p class=\"dim\">A row a layer, darker for more in the light scheme and lighter in the "
+             "dark one. The number behind a row is its last value.</p>",
+             f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>', gates]
+    if others:
+        maps = "".join(layer_maps(runs, name, name, None) for name in others)
+        parts.append(f"<details><summary>Other statistics of the layers ({len(others)})</summary>"
+                     f'<div class="grid-of">{maps}</div></details>')
+    return "".join(parts)
+
+
+def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, float] | None) -> str:
+    """A heat map a run, all in the same colours."""
+    found = [(run, *run.by_layer(name)) for run in runs]
+    drawn = [bin_means(run.iterations, values, HEAT_COLUMNS)[1].ravel() for run, layers, values in found if layers]
+    every = np.concatenate(drawn)
+    every = every[np.isfinite(every)]
+    if not every.size:
+        return ""
+    log = bounds is None and spans_decades(every)
+    low, high = bounds or (float(every.min()), float(every.max()))
+    return "".join(heat_map(f"{title} ({run.name})" if len(runs) > 1 else title, layers, run.iterations, values,
+                            x_name="iteration", low=low, high=high, log=log) for run, layers, values in found if layers)
+
+
+def gate_charts(run: Run, several: bool) -> str:
+    """Gates of routed and unrouted tokens, a chart a layer, all over one range; of many records, means of stretches."""
+    layers, _ = run.by_layer(GATES[0])
+    curves: dict[int, list[Curve]] = {}
+    reach = [np.zeros(0)]
+    for layer in layers:
+        for i, name in enumerate(GATES):
+            both = np.array([run.values("routing", str(layer), name), run.values("routing", str(layer), f"{name}_std")])
+            columns, (mean, spread) = bin_means(run.iterations, both, HEAT_COLUMNS)
+            curves.setdefault(layer, []).append(Curve(name.removeprefix("gate_"), columns, mean, i, STYLES[i][0], spread))
+            reach += [mean - np.nan_to_num(spread), mean + np.nan_to_num(spread)]
+    every = np.concatenate(reach)
+    every = every[np.isfinite(every)]
+    if not every.size:
+        return ""
+    limits = float(every.min()), float(every.max())
+    charts = (line_chart(f"Layer {layer}", found, x_name="iteration", y_range=limits) for layer, found in curves.items())
+    return (f"<h3>Gates{of(run, several)}</h3><p class=\"dim\">Mean of the gate over the routed and over the other tokens, "
+            f"with one standard deviation to either side; all layers over one range.</p>"
+            f'<div class="grid-of">{"".join(charts)}</div>')
+
+
+def text_section(subject: Subject, several: bool) -> str:
+    heading = f"<h2>A validation text, token by token{of(subject.run, several)}</h2>"
+    found = subject.text
+    if isinstance(found, str):
+        return f"{heading}<p>There is none here: {escape(found)}.</p>"
+    counts, total = found.processed.sum(axis=0), len(found.layers)
+    did = "attended" if subject.run.config.get("model.routing.kind") == "dtrnet" else "was processed"
+    spans = []
+    for k, piece in enumerate(found.pieces):
+        through = [str(layer) for layer, chosen in zip(found.layers, found.processed[:, k]) if chosen]
+        hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (f" ({', '.join(through)})" if through else "")
+        spans.append(f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}</b>')
+    scale = "".join(f'<span class="swatch" style="--k:{shade(k, total):.2g}">{k}</span>' for k in shown_counts(total))
+    shares = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(found.layers, found.processed.mean(axis=1)))
+    return (f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
+            f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
+            f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
+            f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
+            f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>')
+
+
+def shade(count: int, total: int) -> float:
+    """0 for no layer, 1 for all, and for one layer enough to be seen."""
+    return 0.2 + 0.8 * count / total if count else 0.0
+
+
+def shown_counts(total: int) -> list[int]:
+    """0 to `total`, at most nine of them."""
+    return sorted({round(k * total / min(total, 8)) for k in range(min(total, 8) + 1)})
+
+
+def visible(piece: str) -> str:
+    """A token's text as HTML that shows spaces, ends of lines and control characters."""
+    if not piece:
+        return "<i>▫</i>"       # the beginning of a character that the next token completes
+    return "".join(_visible(character) for character in piece)
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "<i>↵</i>\n"
+    if character == "\t":
+        return "<i>→</i>\t"
+    if character == " ":
+        return "<i>·</i><wbr>"
+    if ord(character) < 32 or ord(character) == 127:
+        return f"<i>{chr(0x2400 + ord(character)) if character != chr(127) else '␡'}</i>"
+    return escape(character)
+
+
+def config_section(runs: Sequence[Run]) -> str:
+    parts = ["<h2>Configuration</h2>"]
+    if len(runs) > 1 and all(run.config for run in runs):
+        first, second = runs
+        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
+                       for key, a, b in differences(first.config, second.config))
+        parts.append(f'<div class="card wide"><table class="differences"><tr><th>differs</th><th>{escape(first.name)}</th>'
+                     f"<th>{escape(second.name)}</th></tr>{rows}</table></div>" if rows else "<p>The two are equal.</p>")
+    for run in runs:
+        if run.config_text is None:
+            parts.append(f"<p>There is none{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
+        else:
+            parts.append(f"<details><summary>config.yaml, as resolved{of(run, len(runs) > 1)}</summary>"
+                         f'<div class="card"><pre>{escape(run.config_text)}</pre></div></details>')
+    return "".join(parts)
+
+
+def environment(subject: Subject, several: bool) -> str:
+    """What the run recorded of where it ran, and with what this page was made."""
+    run, rows = subject.run, []
+    topology = next((checkpoint.topology for checkpoint in subject.checkpoints or () if checkpoint.topology), None)
+    if topology:
+        rows.append(("ranks", " x ".join(f"{name} {size}" for name, size in topology.items() if name != "zero")
+                     + f", ZeRO-{topology.get('zero', '?')} (of the newest checkpoint)"))
+    rows += [(name, str(run.config[key])) for name, key in (
+        ("precision", "precision"), ("attention", "model.attention"), ("DeepSpeed settings", "deepspeed_config"),
+        ("output folder", "output_dir")) if key in run.config]
+    rows.append(("versions of Python, torch, DeepSpeed; devices", "not recorded by the run"))
+    rows.append(("this page, maybe elsewhere", f"megadyn {megadyn.__version__}, Python {platform.python_version()}, "
+                 f"torch {installed('torch')}"))
+    table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    return f'<h2>Environment{of(run, several)}</h2><div class="card wide"><table>{table}</table></div>'
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def checkpoint_section(subject: Subject, several: bool) -> str:
+    heading = f"<h2>Checkpoints{of(subject.run, several)}</h2>"
+    if subject.checkpoints is None:
+        return f"{heading}<p>They were not looked at, as asked (--no-checkpoints).</p>"
+    if not subject.checkpoints:
+        return f"{heading}<p>The run folder holds none.</p>"
+    rows = "".join(f'<tr><td class="number">{one.iteration:,}</td><td class="number">{size(one.bytes)}</td>'
+                   f"<td>{state(one, subject.run.folder)}</td></tr>" for one in subject.checkpoints)
+    return (f'{heading}<div class="card wide"><table><tr><th>iteration</th><th>size</th><th>state</th></tr>{rows}</table></div>')
+
+
+def state(one: Checkpoint, run: Path) -> str:
+    found = "whole: every file has its sha256" if one.problem is None else f"damaged: {one.problem.replace(f'{run}/', '')}"
+    return escape(found + ("" if one.is_used else "; not used: the run has since gone back before it"))
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: `57.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def events(run: Run, several: bool) -> str:
+    """Records that are neither of a step nor of an evaluation."""
+    if not run.events:
+        return ""
+    rows = []
+    for record in run.events:
+        what = "; ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items() if key != "iteration")
+        rows.append(f'<tr><td class="number">{record["iteration"]:,}</td><td>{escape(what)}</td></tr>')
+    return (f'<h2>Events{of(run, several)}</h2><div class="card wide"><table><tr><th>iteration</th><th>event</th></tr>'
+            f'{"".join(rows)}</table></div>')

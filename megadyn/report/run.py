@@ -1,0 +1,220 @@
+"""What a run left in its output folder, read without torch. What is broken there is left out and named in `notes`."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+
+from megadyn.checkpoint.layout import NAME, complete_checkpoints, damage, read_manifest
+from megadyn.data.files import os_errors_named
+from megadyn.errors import UserError
+
+Values = NDArray[np.float64]
+Record = dict[str, Any]
+
+EVALUATIONS = ("validation", "test")
+
+
+@dataclass
+class Run:
+    folder: Path
+    name: str
+    """Short, and another for each run of a page."""
+    config_text: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    """By dotted key, lists whole; empty where there is no readable config.yaml."""
+    training: list[Record] = field(default_factory=list)
+    """Records of training steps, by rising iteration."""
+    evaluations: dict[str, list[Record]] = field(default_factory=dict)
+    """By the set's name."""
+    events: list[Record] = field(default_factory=list)
+    """Records of any other sort, in the order written."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences on what is broken or unfinished."""
+
+    @property
+    def iterations(self) -> Values:
+        return np.array([record["iteration"] for record in self.training], np.float64)
+
+    @property
+    def last_iteration(self) -> int:
+        records = [*self.training, *(record for found in self.evaluations.values() for record in found)]
+        return max((record["iteration"] for record in records), default=0)
+
+    def tokens_at(self, iterations: Values) -> Values:
+        """Tokens consumed by then, read off between the training records."""
+        known = np.concatenate([[0.0], self.iterations])
+        return np.interp(iterations, known, np.concatenate([[0.0], self.values("consumed_tokens")]))
+
+    def values(self, *path: str) -> Values:
+        """A number of each training record, by the keys that lead to it; NaN where it is missing or null."""
+        return np.array([number(record, *path) for record in self.training], np.float64)
+
+    def evaluated(self, dataset: str, mode: str) -> tuple[Values, Values]:
+        """Iterations and losses on `validation` or `test` under `topk` or `causal`."""
+        records = self.evaluations.get(dataset, [])
+        return (np.array([record["iteration"] for record in records], np.float64),
+                np.array([number(record, dataset, mode) for record in records], np.float64))
+
+    def auxiliary(self) -> list[str]:
+        """Names of the auxiliary losses."""
+        return sorted({name for record in self.training for name in record.get("aux_losses", {})})
+
+    def layer_statistics(self) -> list[str]:
+        """Names of all statistics that some layer has, in the order of the records."""
+        return list(dict.fromkeys(name for record in self.training for layer in record.get("routing", {}).values()
+                                  for name in layer))
+
+    def by_layer(self, name: str) -> tuple[list[int], Values]:
+        """The layers that have this statistic, and its values [layers, records]."""
+        layers = sorted({int(layer) for record in self.training for layer, found in record.get("routing", {}).items()
+                         if name in found})
+        return layers, np.array([self.values("routing", str(layer), name) for layer in layers])
+
+
+def number(record: Record, *path: str) -> float:
+    value: Any = record
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_number else math.nan
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Raises UserError for a folder that is none, or that holds no metrics."""
+    absolute = [folder.resolve() for folder in folders]
+    return [read_run(folder, name) for folder, name in zip(absolute, short_names(absolute), strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: " + ("not a folder" if folder.exists() else "no such folder"))
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: not the output folder of a run: it holds no {path.name}")
+    run = Run(folder, name)
+    with os_errors_named(path):
+        text = path.read_bytes().decode(errors="replace")
+    _take_records(run, text)
+    if not (run.training or run.evaluations):
+        raise UserError(f"{path}: no whole record in it" + (", only broken lines" if run.notes else " yet"))
+    _take_config(run)
+    planned = run.config.get("training.iterations")
+    if isinstance(planned, int) and run.last_iteration < planned:
+        run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped.")
+    return run
+
+
+def _take_records(run: Run, text: str) -> None:
+    """Sorts the lines; of two records of one iteration, as a run leaves that went back, the later counts."""
+    lines = text.splitlines()
+    training: dict[int, Record] = {}
+    evaluations: dict[str, dict[int, Record]] = {}
+    broken = []
+    for at, line in enumerate(lines, start=1):
+        record = whole_record(line)
+        if record is None:
+            broken.append(at)
+        elif "lm_loss" in record:
+            training[record["iteration"]] = record
+        elif found := [name for name in EVALUATIONS if name in record]:
+            evaluations.setdefault(found[0], {})[record["iteration"]] = record
+        else:
+            run.events.append(record)
+    run.training = [training[at] for at in sorted(training)]
+    run.evaluations = {name: [found[at] for at in sorted(found)] for name, found in evaluations.items()}
+    if broken and broken[-1] == len(lines):
+        run.notes.append("The last line of metrics.jsonl is half-written and was left out: the run was cut off or is writing it.")
+        broken.pop()
+    if broken:
+        run.notes.append(f"Left out as no whole records: {len(broken)} line(s) of metrics.jsonl, the first of them {broken[0]}.")
+
+
+def whole_record(line: str) -> Record | None:
+    """The record of a line of metrics.jsonl, or None for one that is not whole."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+        return None
+    routing = record.get("routing", {})
+    sound = isinstance(record.get("aux_losses", {}), dict) and isinstance(routing, dict) and all(
+        layer.isdecimal() and isinstance(found, dict) for layer, found in routing.items())
+    return record if sound else None
+
+
+def _take_config(run: Run) -> None:
+    path = run.folder / "config.yaml"
+    try:
+        run.config_text = path.read_text()
+        run.config = flat(OmegaConf.to_container(OmegaConf.create(run.config_text)))
+    except OSError as error:
+        run.notes.append(f"config.yaml cannot be read ({error.strerror or error}).")
+    except Exception as error:      # the YAML library has no common base for its errors
+        run.notes.append(f"config.yaml is not valid YAML ({' '.join(str(error).split())}).")
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Keys that differ, with both values as YAML shows them; `-` where one has no such key."""
+    def shown(config: dict[str, Any], key: str) -> str:
+        return json.dumps(config[key], ensure_ascii=False) if key in config else "-"
+
+    keys = dict.fromkeys([*first, *second])
+    return [(key, shown(first, key), shown(second, key)) for key in keys if shown(first, key) != shown(second, key)]
+
+
+def short_names(folders: list[Path]) -> list[str]:
+    """The last parts of each path, as many as tell them apart; numbered where nothing does."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{folder.name} ({i})" for i, folder in enumerate(folders, start=1)]
+
+
+class Checkpoint(NamedTuple):
+    folder: Path
+    iteration: int
+    bytes: int
+    """Of all its files, as they are on disk."""
+    problem: str | None
+    """What is damaged; None for a whole one."""
+    is_used: bool
+    """Not left behind by a run that has since gone back."""
+    topology: dict[str, int]
+
+
+def read_checkpoints(run: Path) -> list[Checkpoint]:
+    """All checkpoints of a run, newest first, each file held to its sha256."""
+    root = run / "checkpoints"
+    folders = [path for path in root.glob("iteration-*") if NAME.match(path.name) and path.is_dir()]
+    used = set(complete_checkpoints(root))
+    return [_checkpoint(folder, folder in used) for folder in sorted(folders, key=lambda path: path.name, reverse=True)]
+
+
+def _checkpoint(folder: Path, is_used: bool) -> Checkpoint:
+    topology: dict[str, int] = {}
+    with os_errors_named(folder):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        try:
+            manifest = read_manifest(folder)
+            topology, problem = manifest["topology"], damage(folder, sorted(manifest["files"]))
+        except UserError as error:
+            problem = str(error)
+    return Checkpoint(folder, int(folder.name.rpartition("-")[2]), size, problem, is_used, topology)

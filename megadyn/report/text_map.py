@@ -1,0 +1,109 @@
+"""Which tokens of a real text the routed layers of a checkpoint process."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megadyn.config import Config, load_config
+from megadyn.data.batches import read_batch
+from megadyn.data.tokenizer import Tokenizer, load_tokenizer
+from megadyn.errors import UserError
+from megadyn.network import Network, RoutedLayer, routed_layers, set_routing_mode
+from megadyn.routing.select import Selection, as_mask
+from megadyn.training.data import open_data
+from megadyn.training.evaluate import load_network, open_saved
+
+
+class TextMap(NamedTuple):
+    pieces: list[str]
+    """The text of each token [N]; empty where a character goes on in the next."""
+    layers: list[int]
+    """The routed layers, of R."""
+    processed: NDArray[np.bool_]
+    """[R, N]"""
+    loss: float
+    """Mean over the tokens, of each one's successor; in nats."""
+
+
+def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
+    """The first `tokens` tokens of the first validation sample, routed causally by `checkpoint` on the CPU.
+
+    A causal rule looks at no later token, so these are the decisions on the whole sample too.
+    UserError where the checkpoint is damaged, the model is dense, or tokenizer or dataset are not at hand.
+    """
+    config = load_config(checkpoint / "config.yaml")
+    if config.model.routing.kind == "dense":
+        raise UserError("the model is dense: every token passes through every layer")
+    base = launch_folder(run, config)
+    try:
+        with contextlib.chdir(base):            # the configuration's paths are relative to it
+            tokenizer = load_tokenizer(config.tokenizer.path)
+            ids, labels = first_sample(config, tokenizer, tokens)
+            saved = open_saved(checkpoint)
+    except UserError as error:
+        raise UserError(f"{error} (relative paths count from {base})") from None
+    saved.model.attention = "sdpa"              # the other backends need a GPU
+    network = load_network(saved, torch.device("cpu"))
+    layers, processed, loss = processed_tokens(network, torch.from_numpy(ids), torch.from_numpy(labels))
+    return TextMap(pieces(tokenizer, ids[0].tolist()), layers, processed, loss)
+
+
+def launch_folder(run: Path, config: Config) -> Path:
+    """Where the run was started, as far as its relative output folder tells; else the working directory."""
+    parts = Path(config.output_dir).parts
+    if not Path(config.output_dir).is_absolute() and run.parts[-len(parts):] == parts:
+        return Path(*run.parts[:-len(parts)])
+    return Path.cwd()
+
+
+def first_sample(config: Config, tokenizer: Tokenizer, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(ids, labels), each [1, N], N at most `tokens`. UserError for ids that the tokenizer does not have."""
+    samples = open_data(config).validation
+    if samples is None:
+        raise UserError("the run has no validation set")
+    ids, labels = (part[:, :tokens].copy() for part in read_batch(samples, [0]))
+    if (largest := int(max(ids.max(), labels.max()))) >= tokenizer.vocab_size:
+        raise UserError(f"the validation set holds token id {largest}, but tokenizer {tokenizer.name} has "
+                        f"{tokenizer.vocab_size} ids only")
+    return ids, labels
+
+
+@torch.no_grad()
+def processed_tokens(network: Network, ids: torch.Tensor, labels: torch.Tensor) -> tuple[list[int], NDArray[np.bool_], float]:
+    """One causal pass over ids [1, N]: the routed layers, which tokens [R, N] each processed, and the loss."""
+    routed = routed_layers(network)
+    set_routing_mode(routed, "causal")
+    seen: dict[int, NDArray[np.bool_]] = {}
+    for layer in routed:
+        watch(layer, lambda index, choice: seen.update({index: as_mask(choice, ids.shape)[0].numpy()}))
+    loss = float(network(ids, labels))
+    return list(seen), np.stack(list(seen.values())), loss
+
+
+def watch(layer: RoutedLayer, tell: Callable[[int, Selection], None]) -> None:
+    """Calls tell(layer's index, selection) whenever the layer runs its block: what was chosen is passed to `Layer.run`."""
+    run = layer.run
+
+    def watched(function: Callable[..., Any], *inputs: Any) -> Any:
+        for choice in (value for value in inputs if isinstance(value, Selection)):
+            tell(layer.index, choice)
+        return run(function, *inputs)
+
+    layer.run = watched  # type: ignore[method-assign]
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text. Bytes that are not yet a whole character count for the token that completes it."""
+    found: list[str] = []
+    done = 0
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        end = len(text) if count == len(ids) else len(text.rstrip("\ufffd"))
+        found.append(text[done:end])
+        done = max(done, end)
+    return found
