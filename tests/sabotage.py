@@ -11,6 +11,7 @@ import torch
 
 from megadyn import network, pretrain
 from megadyn.checkpoint import writing
+from megadyn.training.loader import Loader
 
 
 def spoiled_losses(_rank: int, *, factors: dict[int, float], micro_batches: int = 4) -> None:
@@ -28,18 +29,24 @@ def spoiled_losses(_rank: int, *, factors: dict[int, float], micro_batches: int 
 
 def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
     """The victim raises an error (`fail`), hangs (`hang`) or crashes (`crash`) when it reads the samples of a step."""
-    real = pretrain.step_batches
+    real_watched, real_next = pretrain.Job.watched, Loader.__next__
+    is_now = False
 
-    def batches(samples: Any, consumed: int, global_batch: int, *others: Any) -> Any:
-        if rank == victim and consumed == (step - 1) * global_batch:
+    def watched(job: pretrain.Job, loader: Loader) -> Any:
+        nonlocal is_now
+        is_now = rank == victim and job.iteration == step - 1
+        return real_watched(job, loader)
+
+    def read(loader: Loader) -> Any:
+        if is_now:
             if what == "fail":
                 raise RuntimeError("the disk is on fire")
             if what == "crash":
                 os.abort()
             time.sleep(3600)
-        yield from real(samples, consumed, global_batch, *others)
+        return real_next(loader)
 
-    pretrain.step_batches = batches
+    pretrain.Job.watched, Loader.__next__ = watched, read
 
 
 def full_disk(rank: int, *, victim: int, saves: list[int]) -> None:

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megadyn.errors import RunError
@@ -55,13 +56,23 @@ def join(timeout_s: float = 1800.0) -> None:
         _share_cores()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
+    backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(),
-                                   timeout=timedelta(seconds=timeout_s))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _join_anew(backend, timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)      # takes up what was started before
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
                        f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
+
+
+def _join_anew(backend: str, timeout: timedelta) -> None:
+    """Under torchrun, whose store outlives a restart: without a prefix, ranks would read the addresses of those that died."""
+    env = os.environ
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size(), is_master=False, timeout=timeout)
+    dist.init_process_group(backend, rank=int(env["RANK"]), world_size=world_size(), timeout=timeout,
+                            store=dist.PrefixStore(f"restart {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
 
 
 def _share_cores() -> None:

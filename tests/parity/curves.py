@@ -58,6 +58,7 @@ def tokens_of(case: Case) -> torch.Tensor:
     """
     tokens = tiny_tokens(STEPS)
     if case.documents:
+        tokens = tokens.flip(-1).contiguous()      # a draw in which no scores lie close at the cut
         tokens[tokens == EOD] += 1
         tokens[..., [7, 16]] = EOD
         tokens[..., [0, 8, 17]] = torch.tensor([10, 20, 30])
