@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megadyn.errors import RunError
@@ -38,6 +39,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def attempt() -> int:
+    """How often torchrun has restarted the job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join(timeout_s: float = 1800.0) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU.
 
@@ -55,9 +61,15 @@ def join(timeout_s: float = 1800.0) -> None:
         _share_cores()
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
+    backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(),
-                                   timeout=timedelta(seconds=timeout_s))
+        if attempt() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The store of torchrun's agent outlives a restart, with the addresses of the processes that died: read by
+            # the new ones, they would wait for the dead. DeepSpeed takes over what stands.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+            dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt()}", store), timeout=timeout,
+                                    rank=int(os.environ["RANK"]), world_size=world_size())
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
