@@ -39,6 +39,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def attempt() -> int:
+    """How often torchrun has restarted the job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def join(timeout_s: float = 1800.0) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU.
 
@@ -58,21 +63,17 @@ def join(timeout_s: float = 1800.0) -> None:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
     backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _join_anew(backend, timeout)
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)      # takes up what was started before
+        if attempt() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The store of torchrun's agent outlives a restart, with the addresses of the processes that died: read by
+            # the new ones, they would wait for the dead. DeepSpeed takes over what stands.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+            dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt()}", store), timeout=timeout,
+                                    rank=int(os.environ["RANK"]), world_size=world_size())
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
                        f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
-
-
-def _join_anew(backend: str, timeout: timedelta) -> None:
-    """Under torchrun, whose store outlives a restart: without a prefix, ranks would read the addresses of those that died."""
-    env = os.environ
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world_size(), is_master=False, timeout=timeout)
-    dist.init_process_group(backend, rank=int(env["RANK"]), world_size=world_size(), timeout=timeout,
-                            store=dist.PrefixStore(f"restart {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store))
 
 
 def _share_cores() -> None:

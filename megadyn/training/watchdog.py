@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megadyn.errors import RunError, UserError
+from megadyn.training.launch import attempt
 
 POLL_S = 0.5
 PATIENCE_S = 2.0
@@ -199,8 +200,7 @@ class Watchdog:
     # ---- the thread that talks to the store ------------------------------------------------------
 
     def _key(self, name: object) -> str:
-        # The store of torchrun's agent outlives a restart.
-        return f"megadyn/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
+        return f"megadyn/{attempt()}/{name}"               # the store of torchrun's agent outlives a restart
 
     def _connect(self) -> Any:
         return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
