@@ -55,17 +55,17 @@ def _run_all(folder: str) -> None:
     launch.join()
     found: dict[str, Any] = {}
     for case in SAME:
-        found[f"{case} straight"] = _train(case, range(STEPS))
-        half = _train(case, range(SAVED), save_to=Path(folder) / str(case))
-        rest = _train(case, range(SAVED, STEPS), load_from=Path(folder) / str(case))
+        found[f"{case} straight"] = train(case, range(STEPS))
+        half = train(case, range(SAVED), save_to=Path(folder) / str(case))
+        rest = train(case, range(SAVED, STEPS), load_from=Path(folder) / str(case))
         found[f"{case} resumed"] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.trackers)
     for saved, resumed in OTHER:
-        found[f"{saved} to {resumed}"] = _train(resumed, range(SAVED, STEPS), load_from=Path(folder) / str(saved))
+        found[f"{saved} to {resumed}"] = train(resumed, range(SAVED, STEPS), load_from=Path(folder) / str(saved))
     if dist.get_rank() == 0:
         (Path(folder) / "runs.json").write_text(json.dumps(found))
 
 
-def _train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
+def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
     from megadyn.network import loads_of, thresholds_of

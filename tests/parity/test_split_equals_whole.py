@@ -9,8 +9,9 @@ from tests.parity.curves import Case, Curve, curves, plain_curve
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 3, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1))
 OTHERS = ("dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
 
-# Dense and DTF: every layout under ZeRO 0 and 1, two also under 2 and 3; recomputed too, dense on two processes alone.
+# Dense and DTF: every layout under ZeRO 0 and 1, two also under 2 and 3; recomputed too. Dense alone needs fewer of them.
 CASES = [Case(kind, *layout, zero=zero) for kind in ("dense", "dtf") for layout in LAYOUTS for zero in (0, 1)]
+CASES = [case for case in CASES if case.zero or case.kind == "dtf" or case.world < 4]
 CASES += [Case(kind, *layout, zero=zero) for kind in ("dense", "dtf") for layout in ((1, 1, 2), (2, 1, 2)) for zero in (2, 3)]
 CASES += [case._replace(recompute="full") for case in CASES if case.zero and (case.kind == "dtf" or case.world == 2)]
 CASES += [Case("dtf", *layout, zero=zero, tied=True) for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))]
@@ -34,7 +35,8 @@ CASES += [Case("mod", 2, 2, 1, sequence=True, recompute="selective"), Case("dtf"
 
 TWO = (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1), ((1, 1, 2), 1))
 HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", "dtf")
-        for layout, zero in (*TWO, ((1, 1, 2), 2), ((1, 1, 2), 3), ((2, 2, 1), 1), ((2, 1, 2), 1), ((1, 2, 2), 1))]
+        for layout, zero in (*TWO, ((1, 1, 2), 2), ((1, 1, 2), 3), ((2, 2, 1), 1))]
+HALF += [Case("dtf", *layout, precision="bf16") for layout in ((2, 1, 2), (1, 2, 2))]
 HALF += [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("mod", "dtrnet-token") for layout, zero in TWO]
 HALF += [Case("dtf", *layout, zero=zero, precision="fp16") for layout, zero in TWO]
 HALF += [Case(kind, 2, 1, 1, precision="bf16", sequence=True) for kind in ("dense", "dtf")]

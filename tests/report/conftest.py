@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megadyn.checkpoint.layout import FORMAT, file_digest, folder_name, publish, shard_file
+from megadyn.checkpoint.layout import FORMAT, file_digest, folder_name, publish, shard_file, write_manifest
 from megadyn.config import save_config
 from megadyn.data.indexed import IndexedWriter
 from megadyn.network import routed_layers, thresholds_of
@@ -72,11 +72,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         network(tokens, tokens)
         end_step(network)       # thresholds that part these tokens
         averages = thresholds_of(routed_layers(network))
-        (temporary / "manifest.json").write_text(json.dumps({
+        write_manifest(temporary, {
             "format": FORMAT, "iteration": 6, "consumed_samples": 24, "model": asdict(config.model),
             "topology": {"tensor": 1, "pipeline": 1, "data": 1, "zero": 1},
             "thresholds": {str(index): average.state() for index, average in averages.items()},
-            "files": {weights.name: file_digest(weights)}}))
+            "files": {weights.name: file_digest(weights)}})       # not config.yaml, which tests change
         publish(temporary, folder / "checkpoints" / folder_name(6))
         return folder
 
