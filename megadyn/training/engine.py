@@ -144,8 +144,8 @@ class Engine:
         """
         if not measure:
             return self._train_step(batches, rate, loss_limit)
-        self.norms.start()
         with ExitStack() as stack:
+            stack.enter_context(self.norms.measuring())
             stack.enter_context(self.clock.measuring())
             if isinstance(self.module, Stages):
                 does = self.engine._INSTRUCTION_MAP

@@ -1,5 +1,7 @@
 """The gradient norm of each component of the model, under any layout."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,23 +30,29 @@ class GradientNorms:
     def __init__(self, params: list[nn.Parameter], wrapper: Any, adam: torch.optim.Optimizer, zero_stage: int, grid: Grid):
         """`wrapper` is DeepSpeed's optimizer around `adam`; at ZeRO-0 they are one."""
         self._own = _own_fragments(params, wrapper, zero_stage, grid)
-        self._squares: list[Tensor] | None = None
+        self._squares: list[Tensor] = []
+        self._is_wanted = False
         adam.register_step_pre_hook(self._before_step)
 
-    def start(self) -> None:
-        """The next step's norms are wanted."""
-        self._squares = []
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """The norms of the step inside are wanted."""
+        self._squares, self._is_wanted = [], True
+        try:
+            yield
+        finally:
+            self._is_wanted = False          # also behind a bad step, which is not reported
 
     def take(self, device: torch.device) -> Tensor:
         """This rank's share of the squares [COMPONENTS], of clipped gradients; NaN if the optimizer passed the step over."""
-        squares, self._squares = self._squares, None
+        squares, self._squares = self._squares, []
         if not squares:
             return torch.full((len(COMPONENTS),), torch.nan, dtype=torch.float64, device=device)
         return torch.stack(squares).sum(dim=0).to(device)
 
     def _before_step(self, adam: torch.optim.Optimizer, *_: object) -> None:
         """ZeRO steps one group of parameters after another."""
-        if self._squares is None:
+        if not self._is_wanted:
             return
         for tensor in (param for group in adam.param_groups for param in group["params"]):
             total = torch.zeros(len(COMPONENTS), dtype=torch.float64, device=tensor.device)

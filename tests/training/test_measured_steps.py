@@ -1,16 +1,21 @@
 """A measured step under every layout: norms by component, a time that adds up, and no collective more than another step."""
 
 import json
+import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megadyn.training.engine import memory_gib
 from megadyn.training.gradient_norms import COMPONENTS, component_of, unclipped
-from megadyn.training.step_clock import PARTS
+from megadyn.training.step_clock import PARTS, replaced
 from tests.crew import Crew
 from tests.parity.curves import Case, config_of, tokens_of
 from tests.tiny import ROOT, micro_batches
@@ -66,10 +71,10 @@ def measure_all(output: str) -> None:
 
 
 def measured(case: Case) -> dict:
-    """Two steps, the first measured: its statistics, its time outside, and the collectives of each."""
+    """Some steps, not all of them measured, and what was found out about them."""
     from megadyn.config import batch_plan
     from megadyn.parallel.grid import make_grid
-    from megadyn.training.engine import Engine
+    from megadyn.training.engine import Engine, StepResult
 
     config = config_of(case)
     if case.zero == 3:
@@ -77,48 +82,48 @@ def measured(case: Case) -> dict:
     plan, grid = batch_plan(config, dist.get_world_size()), make_grid(case.tensor, case.pipeline)
     engine = Engine(config, plan, grid)
     share = plan.global_batch // plan.data_parallel
-    counts, results, times, statistics = [], [], [], {}
-    for step, samples in enumerate(tokens_of(case)[:3]):
-        batches = micro_batches(samples[grid.dp.rank * share : (grid.dp.rank + 1) * share], case.micro_batch)
-        began = time.perf_counter()
-        with counting() as count:
-            results.append(engine.train_step(batches, 1e-3, measure=step != 1))
-        spent = torch.tensor(time.perf_counter() - began)
-        dist.all_reduce(spent)
-        times.append(float(spent) / dist.get_world_size() * 1e3)
-        counts.append(count)
-        if step != 1:
-            with counting() as count:
-                statistics = engine.step_statistics(float(results[-1].grad_norm))
-            counts.append(count)
-        if step == 0:
-            first = statistics
+    samples = iter(tokens_of(case)[:, grid.dp.rank * share : (grid.dp.rank + 1) * share])
+
+    def step(**options) -> StepResult:
+        return engine.train_step(micro_batches(next(samples), case.micro_batch), 1e-3, **options)
+
+    result = step(measure=True)
+    found = {"grad_norm": float(result.grad_norm), "first": engine.step_statistics(float(result.grad_norm))}
+    with counting() as found["unmeasured"]:             # not the first step, in which a pipeline also exchanges shapes
+        step()
+    began = time.perf_counter()
+    with counting() as found["measured"]:
+        result = step(measure=True)
+    spent_ms = torch.tensor((time.perf_counter() - began) * 1e3)
+    with counting() as found["reporting"]:
+        found["split"] = engine.step_statistics(float(result.grad_norm))["step_split_ms"]
+    dist.all_reduce(spent_ms)
+    assert step(loss_limit=0.0, measure=True).problem is not None
+    bad = engine.step_statistics(math.nan)["grad_norms"].values()
+    step()
+    unasked = engine.norms.take(engine.device).tolist()
     engine.engine.destroy()
-    # The first step of a pipeline also exchanges shapes: compare with the last.
-    return {"first": first, "grad_norm": float(results[0].grad_norm), "last_split": statistics["step_split_ms"],
-            "last_time": times[2], "unmeasured": counts[2], "measured": counts[3], "reporting": counts[4]}
+    return found | {"spent_ms": float(spent_ms) / dist.get_world_size(), "bad": list(bad), "unasked": unasked}
 
 
-class counting:  # noqa: N801
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
     """Counts this process's collectives, by name."""
+    count: Counter[str] = Counter()
 
-    def __enter__(self) -> Counter[str]:
-        self.count: Counter[str] = Counter()
-        self.originals = {name: getattr(dist, name) for name in WATCHED}
-        for name, original in self.originals.items():
-            setattr(dist, name, self._counted(name, original))
-        return self.count
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(dist, name)
 
-    def _counted(self, name, original):
-        def call(*args, **kwargs):
-            self.count[name] += 1
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
             return original(*args, **kwargs)
 
         return call
 
-    def __exit__(self, *_: object) -> None:
-        for name, original in self.originals.items():
-            setattr(dist, name, original)
+    with ExitStack() as restored:
+        for name in WATCHED:
+            restored.enter_context(replaced(dist, name, counted(name)))
+        yield count
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +145,8 @@ def test_norms_of_the_components_are_the_whole_models_and_sum_to_its_norm(found,
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parts_of_a_step_add_up_to_it(found, case):
     """Both are means over the ranks."""
-    split, outside = found[str(case)]["last_split"], found[str(case)]["last_time"]
-    assert sum(split.values()) == pytest.approx(outside, rel=0.05, abs=5)
+    split = found[str(case)]["split"]
+    assert sum(split.values()) == pytest.approx(found[str(case)]["spent_ms"], rel=0.05, abs=5)
     assert all(split[part] > 0 for part in PARTS)
 
 
@@ -152,3 +157,16 @@ def test_measuring_costs_two_collectives_at_the_report_and_none_in_a_step(found,
     assert record["measured"] == record["unmeasured"]
     assert record["reporting"] == {"all_reduce": 2}
     assert record["first"]["memory_gib"]["resident_peak"] > 0.1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_bad_step_has_no_norms_and_one_not_measured_adds_none_up(found, case):
+    assert any(math.isnan(norm) for norm in found[str(case)]["bad"])
+    assert len(found[str(case)]["unasked"]) == len(COMPONENTS)
+    assert all(math.isnan(norm) for norm in found[str(case)]["unasked"])
+
+
+def test_on_a_gpu_memory_is_what_torch_took(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * 2**30)
+    assert memory_gib(torch.device("cuda:1")) == {"allocated_peak": 3, "reserved_peak": 4}

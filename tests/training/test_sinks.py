@@ -102,6 +102,12 @@ def test_weights_and_biases_offline_holds_the_records(tmp_path, monkeypatch):
         assert said in content
 
 
+def test_a_run_that_begins_anew_is_another_of_weights_and_biases(tmp_path):
+    first = WeightsAndBiases._id(tmp_path, True)
+    assert WeightsAndBiases._id(tmp_path, False) == first
+    assert WeightsAndBiases._id(tmp_path, True) != first
+
+
 def test_weights_and_biases_without_a_login_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path))
