@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.11,<2.14", "deepspeed==0.19.8", "transformers>=5,<6", "tokenizers", "sentencepiece", "safetensors", "numpy",
-        "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tqdm", "tensorboard",
+        "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tqdm", "rich>=13", "tensorboard",
     ],
-    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"]},
+    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"], "wandb": ["wandb>=0.31,<1"]},
 )

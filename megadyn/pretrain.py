@@ -15,28 +15,30 @@ import traceback
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 from megadyn.checkpoint import save_load
-from megadyn.checkpoint.layout import read_manifest, resolve
+from megadyn.checkpoint.layout import resolve
 from megadyn.checkpoint.writing import CheckpointError, Writer
-from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, save_config
+from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
-from megadyn.errors import ConfigError, Parser, RunError, UserError
-from megadyn.hf.reader import HfFolder
+from megadyn.errors import Parser, RunError, UserError
 from megadyn.log import log, start_logging
-from megadyn.model.attention import attention_backend
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data
 from megadyn.training.engine import Engine, MicroBatch, StepResult
+from megadyn.training.environment import record_start
 from megadyn.training.guard import LossRule, Signals, TrainingDiverged
 from megadyn.training.loader import Loader
 from megadyn.training.optimizer import learning_rate
+from megadyn.training.profile import Profile
+from megadyn.training.refuse import CHECKPOINTS, refuse_early, refuse_login
 from megadyn.training.telemetry import Telemetry
 from megadyn.training.watchdog import Watchdog
 
@@ -49,45 +51,22 @@ def run(config: Config) -> None:
     refuse_early(config, plan, data)
     timeout_s = config.training.timeout_s
     launch.join(timeout_s + COLLECTIVE_MARGIN_S)
+    refuse_login(config)
     with Watchdog(timeout_s, config.training.grace_s) as watchdog:
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
         watchdog.progress("setting up")
         job = Job(config, engine, data, watchdog)
-        job.start()
-        job.train()
-        job.finish()
+        try:
+            job.start()
+            job.train()
+        finally:
+            job.finish()
     dist.barrier()
     dist.destroy_process_group()
 
 
 COLLECTIVE_MARGIN_S = 30.0
 """So much later than the watchdog, which can tell why, a collective gives up by itself."""
-
-
-def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
-    """Raises UserError for what can be known to fail before the ranks meet."""
-    attention_backend(config.model, config.precision)
-    for name, samples in (("validation", data.validation), ("test", data.test)):
-        if samples is not None:
-            evaluation_size(name, samples, config.training.eval_samples, plan)
-    resume = config.checkpoint.resume
-    checkpoints = Path(config.output_dir) / CHECKPOINTS
-    if resume == "never" and any(checkpoints.glob("iteration-*")):
-        raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
-                        "set checkpoint.resume=auto, or another output_dir")
-    if resume not in ("auto", "never"):
-        found = resolve(Path(resume))
-        save_load.check_same_run(config, read_manifest(found), found)
-    if config.checkpoint.init_from:
-        HfFolder(Path(config.checkpoint.init_from))
-    with os_errors_named(config.output_dir):
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        if not os.access(config.output_dir, os.W_OK):
-            raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
-
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints inside its output folder."""
 
 
 class Job:
@@ -103,6 +82,7 @@ class Job:
         self.bad_since_saved = 0
         self.stall_s = 0.0                                   # how long training waited for the checkpoint being written
         self.telemetry: Telemetry | None = None              # rank 0's
+        self.profile: Profile | None = None
         self.loss_rule = LossRule(config.training)
         self.signals = Signals(watchdog.asked_to_stop)
         self.writer = Writer(self.checkpoints, config)
@@ -126,12 +106,16 @@ class Job:
         elif settings.init_from:
             save_load.init_from(self.engine, Path(settings.init_from))
             log.info("weights from %s", settings.init_from)
-        if dist.get_rank() == 0:
-            with os_errors_named(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+        grid, device = self.engine.grid, self.engine.device
+        with os_errors_named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record_start(self.folder, grid, self.engine.zero_stage, device, self.iteration)
+            self.profile = Profile(self.config.logging, self.folder, dist.get_rank(), self.iteration)
+            if dist.get_rank() == 0:
                 save_config(self.config, self.folder / "config.yaml")
-                self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration)
-            log.info("%s", run_line(self.config, self.engine))
+                log.info("%s", run_line(self.config, self.engine))
+                self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration,
+                                           torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
     def load(self, checkpoint: Path) -> int:
         """Sets the engine, the iteration and the loss rule to a checkpoint's; returns the samples consumed by then."""
@@ -169,19 +153,24 @@ class Job:
 
     def step(self, loader: Loader, total: int) -> bool:
         """One step of `total`, and what is due behind it; true if the run was asked to stop."""
-        rate = learning_rate(self.config.optimizer, self.iteration, total)
-        result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit)
-        self.iteration += 1
+        assert self.profile is not None
+        rate, number = learning_rate(self.config.optimizer, self.iteration, total), self.iteration + 1
+        is_measured = self.due(self.config.logging.interval, number)
+        self.profile.before_step(number)
+        result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit, measure=is_measured)
+        self.iteration = number
         self.consumed_samples += self.engine.plan.global_batch
         if self.telemetry:
-            self.telemetry.add_wait(loader.take_wait())
+            self.telemetry.step(number, loader.take_wait())
         stopping, is_written = self.signals.ask(self.writer.is_busy)
         if result.problem:
             self.take_bad_step(result)
         else:
             self.loss_rule.note(float(result.loss))
-            if self.due(self.config.logging.interval) or stopping:
-                self.report(result, rate)
+            if is_measured or stopping:
+                self.report(result, rate, is_measured)
+        if self.profile.after_step(number) and self.telemetry:
+            self.telemetry.restart_clock(self.iteration)
         if is_written:
             self.finish_save(last=False)
         if self.due(self.config.checkpoint.interval) or stopping:
@@ -213,17 +202,21 @@ class Job:
                 return
             yield batch
 
-    def due(self, interval: int) -> bool:
+    def due(self, interval: int, iteration: int | None = None) -> bool:
         """At every `interval`-th iteration and the last; at the last only where `interval` is 0."""
-        return self.iteration == self.config.training.iterations or (interval > 0 and self.iteration % interval == 0)
+        iteration = self.iteration if iteration is None else iteration
+        return iteration == self.config.training.iterations or (interval > 0 and iteration % interval == 0)
 
-    def report(self, result: StepResult, rate: float) -> None:
-        """Metrics of the last step."""
+    def report(self, result: StepResult, rate: float, is_measured: bool) -> None:
+        """Metrics of the last step. One that a signal made the last is reported without what only a measured step has."""
         routing = self.engine.routing_statistics()
+        more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}
+        if is_measured:
+            more |= self.engine.step_statistics(float(result.grad_norm))
         if self.telemetry:
             self.telemetry.train(self.iteration, consumed_samples=self.consumed_samples, lm_loss=float(result.loss),
                                  grad_norm=float(result.grad_norm), learning_rate=rate, routing=routing,
-                                 bad_steps=self.loss_rule.bad_steps)
+                                 bad_steps=self.loss_rule.bad_steps, more=more)
 
     def take_bad_step(self, result: StepResult) -> None:
         """Does after a bad step what training.on_bad_step asks for; it has not reached the weights. Raises TrainingDiverged."""
@@ -305,7 +298,10 @@ class Job:
                     "iteration": written.iteration, "stall_s": stall_s, "write_s": written.write_s, "rank_bytes": written.bytes})
 
     def finish(self) -> None:
+        """Ends what reports, also of a run that failed."""
         self.watchdog.progress("ending")
+        if self.profile:
+            self.profile.finish(self.iteration)
         if self.telemetry:
             self.telemetry.close()
 

@@ -1,4 +1,4 @@
-"""The main job on several ranks of this machine, in milliseconds: processes forked from one that has imported it all."""
+"""The main job, or a check, on several ranks of this machine, in milliseconds: forked from a process that has imported all."""
 
 import json
 import multiprocessing
@@ -21,13 +21,21 @@ class Crew:
 
     def __init__(self, config_file: Path, *overrides: str, world: int = 1, sabotage: Callable[[int], None] | None = None):
         """`sabotage` is called with the rank in each process, before the job: a module's function or a `partial` of one."""
-        folder = config_file.parent
+        self._start(config_file.parent, world, _run_job, [str(config_file), *overrides], sabotage)
+
+    @classmethod
+    def of_check(cls, check: Callable[..., None], folder: Path, *args: Any, world: int) -> "Crew":
+        """check(*args), a module's function, on `world` ranks that have met. Their output goes into `folder`."""
+        crew = cls.__new__(cls)
+        crew._start(folder, world, _run_check, check, args)
+        return crew
+
+    def _start(self, folder: Path, world: int, *work: Any) -> None:
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
-        arguments = [str(config_file), *overrides]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.ranks = [METHOD.Process(target=_be_rank, args=(rank, world, port, arguments, str(log), sabotage))
+        self.ranks = [METHOD.Process(target=_be_rank, args=(rank, world, port, str(log), *work))
                       for rank, log in enumerate(self.logs)]
         for rank in self.ranks:
             rank.start()
@@ -65,19 +73,30 @@ class Crew:
         return [line for line in self.output(rank).splitlines() if line.startswith("error: ")]
 
 
-def _be_rank(rank: int, world: int, port: int, arguments: list[str], log: str, sabotage: Callable[[int], None] | None) -> None:
+def _be_rank(rank: int, world: int, port: int, log: str, work: Callable[..., None], *args: Any) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(handle), "w", buffering=1) for _ in range(2))
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(rank, *args)
+
+
+def _run_job(rank: int, arguments: list[str], sabotage: Callable[[int], None] | None) -> None:
     from megadyn.pretrain import main_of_a_rank
 
     if sabotage is not None:
         sabotage(rank)
     sys.argv[1:] = arguments
     main_of_a_rank()
+
+
+def _run_check(rank: int, check: Callable[..., None], args: tuple[Any, ...]) -> None:
+    from megadyn.training import launch
+
+    launch.join()
+    check(*args)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60, poll_s: float = 0.02) -> None:

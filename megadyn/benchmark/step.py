@@ -26,13 +26,12 @@ from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.errors import Parser, UserError
 from megadyn.parallel.params import DTYPES
-from megadyn.planning.flops import attention_flops, training_flops
+from megadyn.planning.devices import peak_tflops
+from megadyn.planning.flops import training_flops
 
 CHECKED_TOKENS = 512
 """Of a sequence, for the comparison with float64 and for torch's count of operations, which both cost more than a step."""
 FP32_TOLERANCE = 1e-4
-PEAKS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
-"""Dense bf16 operations a second, by datasheet."""
 
 
 @dataclass
@@ -115,16 +114,15 @@ def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
 
 def whole_square_flops(model: Model, length: int) -> float:
     """Of a step on one sequence, with the half of attention's square that no token sees."""
-    return training_flops(model.config, length) + 3 * sum(attention_flops(model.config, length))
+    return training_flops(model.config, length, whole_square=True)
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """(operations a second, where the figure is from): a datasheet's for a GPU in half precision, else a matrix product's."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name and dtype != torch.float32:
-                return peak, f"{peak / 1e12:.1f} TFLOP/s by the datasheet"
+        known = peak_tflops(torch.cuda.get_device_name(device), "fp32" if dtype == torch.float32 else "bf16")
+        if known is not None:
+            return known * 1e12, f"{known:.1f} TFLOP/s by the datasheet"
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(8))

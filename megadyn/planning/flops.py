@@ -2,12 +2,17 @@
 
 Matrix products and attention only; causal attention counted at half, as Megatron-LM does. A training step
 costs three forward passes (arXiv 2001.08361), or four where activations are recomputed, which is not counted
-as useful work.
+as useful work. Documents masked inside a sample are not counted as shorter.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
-from megadyn.config import ModelConfig, capacity_count
+from megadyn.config import ModelConfig, RoutingConfig, capacity_count
+
+Shares = Mapping[int, float]
+"""By layer, the share of tokens that attends in it where each token chooses for itself; `model.routing.capacity` elsewhere."""
 
 
 def block_flops(model: ModelConfig, tokens: float, attending: float | None = None) -> float:
@@ -33,28 +38,38 @@ class LayerFlops(NamedTuple):
     """Done by every tensor rank alike: routers, predictors, priors."""
 
 
-def layer_flops(model: ModelConfig, length: int) -> list[LayerFlops]:
+def layer_flops(model: ModelConfig, length: int, shares: Shares | None = None) -> list[LayerFlops]:
     """Of each layer, on one sequence of `length` tokens at the configured capacity.
 
-    DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend.
+    DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend, and `shares`
+    those that did (of sequences alike; where they differ, the square of attention is a little more).
     """
     d, kept = model.hidden_size, capacity_count(model.routing.capacity or 1.0, length)
+    chosen = _chosen(model, length, shares)
     # The prior runs twice: once for the routing score, once on detached inputs for its own loss.
     prior = 2 * 2 * length * d * model.prior_size * 3
     predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0
     of = {"dense": LayerFlops(block_flops(model, length), 0),
           "dtf_decision": LayerFlops(block_flops(model, length), prior),
           "dtf_dynamic": LayerFlops(block_flops(model, kept), predictor),
-          "mod": LayerFlops(block_flops(model, kept), predictor + 2 * length * d),
-          "dtrnet": LayerFlops(block_flops(model, length, kept), 2 * length * (d * (d // 2) + d))}
-    return [of[kind] for kind in model.layer_types]
+          "mod": LayerFlops(block_flops(model, kept), predictor + 2 * length * d)}
+    router = 2 * length * (d * (d // 2) + d)
+    return [LayerFlops(block_flops(model, length, chosen[i]), router) if kind == "dtrnet" else of[kind]
+            for i, kind in enumerate(model.layer_types)]
 
 
-def attention_flops(model: ModelConfig, length: int) -> list[float]:
+def _chosen(model: ModelConfig, length: int, shares: Shares | None) -> list[float]:
+    """Of each layer, how many of a sequence's tokens its routing takes."""
+    kept = capacity_count(model.routing.capacity or 1.0, length)
+    known = shares if shares and model.routing.is_token_choice else {}
+    return [known[i] * length if i in known else kept for i in range(model.num_layers)]
+
+
+def attention_flops(model: ModelConfig, length: int, shares: Shares | None = None) -> list[float]:
     """Of each layer, what `layer_flops` counts for scores and averages: half of the square, as attention is causal."""
     assert model.head_dim
-    kept = capacity_count(model.routing.capacity or 1.0, length)
-    seen = [length if kind in ("dense", "dtf_decision") else kept for kind in model.layer_types]
+    seen = [length if kind in ("dense", "dtf_decision") else chosen
+            for kind, chosen in zip(model.layer_types, _chosen(model, length, shares), strict=True)]
     return [2 * 2 * tokens * tokens * model.num_heads * model.head_dim / 2 for tokens in seen]
 
 
@@ -69,6 +84,14 @@ def head_flops(model: ModelConfig, length: int) -> float:
     return 2 * length * model.hidden_size * model.vocab_size
 
 
-def training_flops(model: ModelConfig, length: int) -> float:
-    """Operations of forward and backward on one sequence of `length` tokens."""
-    return 3 * (sum(layer_costs(model, length)) + head_flops(model, length))
+def training_flops(model: ModelConfig, length: int, shares: Shares | None = None, *, whole_square: bool = False) -> float:
+    """Operations of forward and backward on one sequence of `length` tokens; `whole_square` counts causal attention in full, as
+    llm-foundry, nanotron and torchtitan do."""
+    layers = sum(sum(layer) for layer in layer_flops(model, length, shares))
+    unseen = sum(attention_flops(model, length, shares)) if whole_square else 0.0
+    return 3 * (layers + unseen + head_flops(model, length))
+
+
+def dense_twin(model: ModelConfig) -> ModelConfig:
+    """The same model with every token in every layer."""
+    return replace(model, routing=RoutingConfig(kind="dense", capacity=1.0))

@@ -18,6 +18,8 @@ WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 32
 LEVELS = 9
 """Shades of a heat map; page.css has as many."""
+COLOURS = 6
+"""Of curves; page.css has as many."""
 HEAT_COLUMNS = 90
 FEW_POINTS = 12
 """So few are marked, since a line alone hides where they stand."""

@@ -1,18 +1,17 @@
 """The page: one self-contained HTML file. Its sections are functions of the run, or of the runs that it compares."""
 
 import json
-import platform
 from collections.abc import Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import megadyn
 from megadyn.report.axes import bin_means, brief, spans_decades
 from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
+from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
+from megadyn.report.environment import difference_table, environment_differences, environment_section
 from megadyn.report.run import Checkpoint, Run, Values, differences
 
 if TYPE_CHECKING:
@@ -46,10 +45,6 @@ LAYER_STATISTICS = {
 GATES = ("gate_routed", "gate_unrouted")
 
 
-STYLES = (("", "dotted"), ("dashed", "mixed"))
-"""Of the curves of the first and the second run: the usual one, and one that shows where two lie on each other."""
-
-
 class Subject(NamedTuple):
     """A run with what was found out about it for the page."""
 
@@ -66,8 +61,9 @@ def page(subjects: Sequence[Subject]) -> str:
     runs = [subject.run for subject in subjects]
     title = " and ".join(run.name for run in runs)
     parts = [f"<h1>{escape(title)}</h1>", *(head(subject.run, len(runs) > 1) for subject in subjects),
-             curves(runs), layers(runs), *(text_section(subject, len(runs) > 1) for subject in subjects),
-             config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects),
+             loss_section(runs), optimization_section(runs), speed_section(runs), layers(runs),
+             *(text_section(subject, len(runs) > 1) for subject in subjects),
+             config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects), environment_differences(runs),
              *(checkpoint_section(subject, len(runs) > 1) for subject in subjects), *(events(run, len(runs) > 1) for run in runs),
              "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
              "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>"]
@@ -116,9 +112,12 @@ def facts(run: Run) -> list[str]:
     for name, key, unit in (("training loss", "lm_loss", ""), ("tokens", "consumed_tokens", "")):
         if np.isfinite(run.values(key)).any():
             found.append(fact(name, f"{last(run.values(key)):.4f}" if key == "lm_loss" else brief(last(run.values(key))) + unit))
-    for name, key in (("tokens/s, median", "tokens_per_second"), ("model TFLOP/s a device, median", "model_tflops")):
+    for name, key in (("tokens/s, median", "tokens_per_second"), ("tokens/s a device, median", "tokens_per_second_per_gpu"),
+                      ("model TFLOP/s a device, median", "model_tflops"), ("MFU, causal half, median", "mfu_causal_half"),
+                      ("MFU, whole square, median", "mfu_whole_square")):
         if np.isfinite(run.values(key)).any():
-            found.append(fact(name, brief(float(np.nanmedian(run.values(key))))))
+            median = float(np.nanmedian(run.values(key)))
+            found.append(fact(name, f"{median:.1%}" if key in MFU else brief(median)))
     for name, key in (("tokens routed, mean of layers", "routed_fraction"),
                       ("causal agreement, mean of layers", "causal_agreement")):
         _, values = run.by_layer(key)
@@ -130,50 +129,6 @@ def facts(run: Run) -> list[str]:
 def last(values: Values) -> float:
     """The last that is a number."""
     return float(values[np.isfinite(values)][-1])
-
-
-def axis_of(runs: Sequence[Run]) -> tuple[str, list[float]]:
-    """What the x axis counts, and how many of it an iteration of each run is: tokens where runs take unequal steps."""
-    steps = [float(run.tokens_at(np.array([1.0]))[0]) if run.training else 0.0 for run in runs]
-    if len(runs) == 1 or len(set(steps)) == 1 or not all(step > 0 for step in steps):
-        return "iteration", [1.0] * len(runs)
-    return "tokens", steps
-
-
-def curves(runs: Sequence[Run]) -> str:
-    """Everything that is one number a step, the runs over each other."""
-    x_name, _ = axis_of(runs)
-
-    def x(run: Run, iterations: Values) -> Values:
-        return iterations if x_name == "iteration" else run.tokens_at(iterations)
-
-    def named(run: Run, what: str) -> str:
-        return f"{what}, {run.name}" if len(runs) > 1 else what
-
-    def chart(title: str, *path: str, from_zero: bool = False) -> str:
-        found = [Curve(run.name if len(runs) > 1 else path[-1], x(run, run.iterations), run.values(*path), i, STYLES[i][0])
-                 for i, run in enumerate(runs)]
-        return line_chart(title, found, x_name=x_name, from_zero=from_zero, named=len(runs) > 1)
-
-    losses = []
-    for i, run in enumerate(runs):
-        losses.append(Curve(named(run, "training"), x(run, run.iterations), run.values("lm_loss"), 0, STYLES[i][0]))
-        for colour, (dataset, mode, shown) in enumerate((
-                ("validation", "topk", "validation, top-k"), ("validation", "causal", "validation, causal"),
-                ("test", "topk", "test, top-k"), ("test", "causal", "test, causal")), start=1):
-            at, values = run.evaluated(dataset, mode)
-            losses.append(Curve(named(run, shown), x(run, at), values, colour, STYLES[i][mode == "causal"]))
-    first = [line_chart("Loss (nats per token)", losses, x_name=x_name)]
-    first += [chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
-              for name in dict.fromkeys(name for run in runs for name in run.auxiliary())]
-    second = [chart("Learning rate", "learning_rate"), chart("Gradient norm", "grad_norm"),
-              chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
-              chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
-              chart("Time of a step (ms)", "step_time_ms", from_zero=True),
-              chart("Time of a step spent waiting for data (ms)", "data_time_ms", from_zero=True)]
-    missing = "" if any(run.training for run in runs) else "<p>No training step was logged yet.</p>"
-    return (f'<h2>Loss</h2>{missing}<div class="grid-of">{"".join(first)}</div>'
-            f'<h2>Learning rate and speed</h2>{missing}<div class="grid-of">{"".join(second)}</div>')
 
 
 def layers(runs: Sequence[Run]) -> str:
@@ -287,8 +242,7 @@ def config_section(runs: Sequence[Run]) -> str:
         first, second = runs
         rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
                        for key, a, b in differences(first.config, second.config))
-        parts.append(f'<div class="card wide"><table class="differences"><tr><th>differs</th><th>{escape(first.name)}</th>'
-                     f"<th>{escape(second.name)}</th></tr>{rows}</table></div>" if rows else "<p>The two are equal.</p>")
+        parts.append(difference_table(rows, first.name, second.name) if rows else "<p>The two are equal.</p>")
     for run in runs:
         if run.config_text is None:
             parts.append(f"<p>There is none{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
@@ -299,27 +253,8 @@ def config_section(runs: Sequence[Run]) -> str:
 
 
 def environment(subject: Subject, several: bool) -> str:
-    """What the run recorded of where it ran, and with what this page was made."""
-    run, rows = subject.run, []
-    topology = next((checkpoint.topology for checkpoint in subject.checkpoints or () if checkpoint.topology), None)
-    if topology:
-        rows.append(("ranks", " x ".join(f"{name} {size}" for name, size in topology.items() if name != "zero")
-                     + f", ZeRO-{topology.get('zero', '?')} (of the newest checkpoint)"))
-    rows += [(name, str(run.config[key])) for name, key in (
-        ("precision", "precision"), ("attention", "model.attention"), ("DeepSpeed settings", "deepspeed_config"),
-        ("output folder", "output_dir")) if key in run.config]
-    rows.append(("versions of Python, torch, DeepSpeed; devices", "not recorded by the run"))
-    rows.append(("this page, maybe elsewhere", f"megadyn {megadyn.__version__}, Python {platform.python_version()}, "
-                 f"torch {installed('torch')}"))
-    table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f'<h2>Environment{of(run, several)}</h2><div class="card wide"><table>{table}</table></div>'
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    topology = next((checkpoint.topology for checkpoint in subject.checkpoints or () if checkpoint.topology), {})
+    return environment_section(subject.run, topology, of(subject.run, several))
 
 
 def checkpoint_section(subject: Subject, several: bool) -> str:

@@ -34,6 +34,8 @@ class Run:
     """By the set's name."""
     events: list[Record] = field(default_factory=list)
     """Records of any other sort, in the order written."""
+    starts: list[Record] = field(default_factory=list)
+    """What each start of the run recorded of its environment, in order; empty where it recorded none."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what is broken or unfinished."""
 
@@ -54,6 +56,16 @@ class Run:
     def values(self, *path: str) -> Values:
         """A number of each training record, by the keys that lead to it; NaN where it is missing or null."""
         return np.array([number(record, *path) for record in self.training], np.float64)
+
+    def keys_under(self, *path: str) -> list[str]:
+        """Names of the numbers that stand under these keys in some training record, in the order of the records."""
+        found: dict[str, None] = {}
+        for record in self.training:
+            value: Any = record
+            for key in path:
+                value = value.get(key) if isinstance(value, dict) else None
+            found |= dict.fromkeys(value if isinstance(value, dict) else ())
+        return list(found)
 
     def evaluated(self, dataset: str, mode: str) -> tuple[Values, Values]:
         """Iterations and losses on `validation` or `test` under `topk` or `causal`."""
@@ -104,6 +116,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not (run.training or run.evaluations):
         raise UserError(f"{path}: no whole record in it" + (", only broken lines" if run.notes else " yet"))
     _take_config(run)
+    _take_starts(run)
     planned = run.config.get("training.iterations")
     if isinstance(planned, int) and run.last_iteration < planned:
         run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped.")
@@ -158,6 +171,19 @@ def _take_config(run: Run) -> None:
         run.notes.append(f"config.yaml cannot be read ({error.strerror or error}).")
     except Exception as error:      # the YAML library has no common base for its errors
         run.notes.append(f"config.yaml is not valid YAML ({' '.join(str(error).split())}).")
+
+
+def _take_starts(run: Run) -> None:
+    """Earlier runs have no such file."""
+    path = run.folder / "environment.jsonl"
+    if not path.exists():
+        return
+    with os_errors_named(path):
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    found = [whole_record(line) for line in lines]
+    run.starts = [record for record in found if record is not None]
+    if broken := found.count(None):
+        run.notes.append(f"Left out as no whole records: {broken} line(s) of {path.name}.")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

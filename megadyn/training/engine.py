@@ -7,14 +7,16 @@ Without pipeline stages the list runs as a plain module, under any ZeRO stage. W
 import io
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from megadyn.config import BatchPlan, Config, engine_settings
@@ -30,14 +32,27 @@ from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.monitor import Monitor
+from megadyn.training.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.training.guard import LossGate, problem_of
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
 from megadyn.training.pipeline import Stages
+from megadyn.training.step_clock import PARTS, StepClock, replaced
 
 MicroBatch = tuple[Tensor, Tensor]
 """tokens and labels, [b, T] int64 each."""
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+               "all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_to_all_single", "send",
+               "recv", "barrier")
+"""By the names of torch.distributed, which the model calls, and of DeepSpeed's backend."""
+
+STAGE_PARTS = {schedule.LoadMicroBatch: "data", schedule.ForwardPass: "forward", schedule.BackwardPass: "backward",
+               schedule.ReduceGrads: "communication", schedule.ReduceTiedGrads: "communication",
+               schedule.OptimizerStep: "optimizer"}
+"""What of a pipeline's schedule counts as which part of a step; sends and receives are collectives."""
 
 
 class StepResult(NamedTuple):
@@ -74,6 +89,10 @@ class Engine:
         self.engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
             mpu=_Mpu(grid) if grid.pp.size == 1 else None)          # a PipelineModule brings its own
+        self.clock = StepClock(self.device)
+        self.clock.watch(dist, COLLECTIVES)
+        self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
+        self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
@@ -116,11 +135,25 @@ class Engine:
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
         return self.settings | decided
 
-    def train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float = math.inf) -> StepResult:
+    def train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float = math.inf, *,
+                   measure: bool = False) -> StepResult:
         """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
 
-        A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over.
+        A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over. Of one to `measure`,
+        `step_statistics` tells more.
         """
+        if not measure:
+            return self._train_step(batches, rate, loss_limit)
+        with ExitStack() as stack:
+            stack.enter_context(self.norms.measuring())
+            stack.enter_context(self.clock.measuring())
+            if isinstance(self.module, Stages):
+                does = self.engine._INSTRUCTION_MAP
+                timed = {step: self.clock.timed(part, does[step]) for step, part in STAGE_PARTS.items()}
+                stack.enter_context(replaced(self.engine, "_INSTRUCTION_MAP", does | timed))
+            return self._train_step(batches, rate, loss_limit)
+
+    def _train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float) -> StepResult:
         self.gate.limit = loss_limit
         set_learning_rate(self.engine.optimizer, rate)
         fp16_scale = self.engine.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
@@ -130,10 +163,14 @@ class Engine:
         else:
             self.engine.train()
             total = torch.zeros((), device=self.device)
-            for tokens, labels in batches:
-                micro_loss = self.engine(self._on_device(tokens), self._on_device(labels))
-                self.engine.backward(self.gate(micro_loss))
-                self.engine.step()
+            for tokens, labels in self._loaded(batches):
+                with self.clock.part("forward"):
+                    micro_loss = self.engine(tokens, labels)
+                    gated = self.gate(micro_loss)
+                with self.clock.part("backward"):
+                    self.engine.backward(gated)
+                with self.clock.part("optimizer"):
+                    self.engine.step()
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
@@ -156,8 +193,8 @@ class Engine:
             else:
                 self.engine.eval()
                 total = torch.zeros((), device=self.device)
-                for tokens, labels in batches:
-                    total += self.engine(self._on_device(tokens), self._on_device(labels))
+                for tokens, labels in self._loaded(batches):
+                    total += self.engine(tokens, labels)
                 loss = self._mean_over_ranks(total, count)
         finally:
             for layer, monitor in zip(self.routed, monitors):
@@ -194,6 +231,25 @@ class Engine:
         dist.all_gather_object(stages, local, group=self.grid.pp.group)
         return {index: record for stage in stages for index, record in stage.items()}
 
+    def step_statistics(self, grad_norm: float) -> dict[str, Any]:
+        """Of the last step, which was measured and had this gradient norm, over all ranks: `grad_norms` by COMPONENTS before
+        clipping; `step_split_ms` by PARTS, mean over ranks, adding up to the step; `memory_gib`, the highest of any rank.
+        Collective, and the only collectives that measuring costs."""
+        squares, split = self.norms.take(self.device), self.clock.read()
+        sums = torch.cat([squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)])
+        dist.all_reduce(sums)
+        memory = memory_gib(self.device)
+        peaks = torch.tensor(list(memory.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        norms = unclipped(sums[:len(COMPONENTS)], grad_norm, self.config.optimizer.clip_grad)
+        spent = (sums[len(COMPONENTS):] / dist.get_world_size()).tolist()
+        return {"grad_norms": dict(zip(COMPONENTS, norms)), "step_split_ms": dict(zip(PARTS, spent)),
+                "memory_gib": dict(zip(memory, peaks.tolist()))}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last step, by what has a multiplier of its own."""
+        return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
+
     def _end_step(self, counts: bool) -> None:
         """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks. A bad step does not count."""
         thresholds, loads = list(thresholds_of(self.routed).values()), list(loads_of(self.routed).values())
@@ -218,11 +274,28 @@ class Engine:
             x = sum_over(x, self.grid.tp) / self.grid.tp.size
         return sum_over(x, self.grid.dp) / self.grid.dp.size
 
-    def _on_device(self, tokens: Tensor) -> Tensor:
-        return tokens.to(self.device, non_blocking=True)        # without a wait where the loader pinned them
+    def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on the device, without a wait for the copy where the loader pinned them."""
+        left = iter(batches)
+        while True:
+            with self.clock.part("data"):
+                if (batch := next(left, None)) is None:
+                    return
+                tokens, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield tokens, labels
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peaks of this process so far: what torch allocated and reserved on a CUDA device, elsewhere the resident set."""
+    if device.type == "cuda":
+        peaks = {"allocated_peak": torch.cuda.max_memory_allocated(device),
+                 "reserved_peak": torch.cuda.max_memory_reserved(device)}
+    else:
+        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}        # counted in KiB by Linux
+    return {name: size / 2**30 for name, size in peaks.items()}
 
 
 class _Mpu:

@@ -13,7 +13,7 @@ from megadyn.checkpoint.export import export
 from megadyn.errors import UserError
 from megadyn.pretrain import main
 from megadyn.training import launch
-from megadyn.training.telemetry import finite
+from megadyn.training.sinks import finite
 from tests.crew import Crew, lines
 from tests.sabotage import full_disk, slow_disk, small_files
 from tests.tiny import ROOT

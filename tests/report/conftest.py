@@ -40,6 +40,32 @@ def records(steps: int = 6, per_step: int = 96) -> list[dict[str, Any]]:
     return [*found, {"iteration": steps, "validation": {"topk": 4.9, "causal": 5.0}}]
 
 
+def full_records(**options: Any) -> list[dict[str, Any]]:
+    """The same of a run that also reports speed by part and device."""
+    found = records(**options)
+    for record in found[1:-1]:
+        split = {"data": 0.1, "forward": 3.0, "backward": 5.0, "communication": 1.0, "optimizer": 0.8, "other": 0.1}
+        record |= {"tokens_per_second_per_gpu": 2400.0, "dense_equivalent_tokens_per_second": 7200.0, "mfu_causal_half": 0.41,
+                   "mfu_whole_square": 0.45, "step_split_ms": split,
+                   "memory_gib": {"allocated_peak": 61.0, "reserved_peak": 70.0},
+                   "grad_norms": {"embedding": 0.5, "attention": 0.4, "mlp": 0.3, "norm": 0.2, "router": 0.1, "prior": 0.05,
+                                  "head": 0.6},
+                   "learning_rates": {"base": 1e-3, "router": 1e-2}}
+    return found
+
+
+def start(iteration: int = 0, **changes: Any) -> dict[str, Any]:
+    """A line of environment.jsonl."""
+    return {"started": "2026-01-02T03:04:05Z", "iteration": iteration, "versions": {"python": "3.11.7", "torch": "2.13.0+cu130",
+            "megadyn commit": "0123abc", "flash-attn": None}, "command": ["x"], "platform": "Linux",
+            "world": {"size": 4, "tensor": 2}, "hosts": {"node<0>": 4}, "devices": {"NVIDIA H200": 4},
+            "variables": {"NCCL_DEBUG": "INFO"}} | changes
+
+
+def write_starts(folder: Path, *starts: dict[str, Any]) -> None:
+    (folder / "environment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+
+
 def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

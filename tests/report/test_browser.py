@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megadyn.report.report import write_report
+from tests.report.conftest import full_records, start, write_metrics, write_starts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -51,7 +52,11 @@ def browser() -> str:
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_page_fits_and_answers_the_pointer(browser, make_run, tmp_path, width):
     page = tmp_path / "report.html"
-    write_report([make_run("dtf", "a-run-of-a-long-name-" + "x" * 60), make_run("mod", "other")], page, tokens=24)
+    first, second = make_run("dtf", "a-run-of-a-long-name-" + "x" * 60), make_run("mod", "other")
+    write_metrics(first, full_records())
+    write_starts(first, start(variables={"NCCL_SOCKET_IFNAME": "eth" * 60}))
+    write_starts(second, start())
+    write_report([first, second], page, tokens=24)
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.format(width=width, page=escape(page.read_text())))
     done = subprocess.run([browser, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--window-size=1280,1000", probe.as_uri()],

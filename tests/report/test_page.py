@@ -12,7 +12,7 @@ from megadyn.report.page import Subject, page, shown_counts, size, visible
 from megadyn.report.report import write_report
 from megadyn.report.run import read_checkpoints, read_runs
 from megadyn.report.text_map import TextMap
-from tests.report.conftest import records, write_metrics
+from tests.report.conftest import full_records, records, start, write_metrics, write_starts
 
 VOID = {"meta", "line", "path", "rect", "circle", "polygon", "br", "wbr"}
 
@@ -74,6 +74,59 @@ def test_everything_of_a_run_is_on_its_page(make_run, tmp_path):
     assert len(shades) > 1
     assert "whole: every file has its sha256" in html and "not recorded by the run" in html
     assert "routing:\n" in "".join(outline.text["pre"])
+
+
+def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_path):
+    run = make_run()
+    write_metrics(run, full_records())
+    write_starts(run, start(), start(4, hosts={"node<1>": 4}))
+    html = made([run], tmp_path / "a.html", tokens=0)
+    assert {"Where the time of the reported step goes (ms, mean of ranks)", "MFU: share of the device's peak",
+            "Tokens/s of one device", "Tokens/s of the dense model at the same FLOP/s", "Memory of the fullest rank (GiB)",
+            "Gradient norm by component", "Learning rate by parameter group"} <= set(captions(html))
+    outline = Outline(html)
+    assert {"forward", "communication", "other", "allocated peak", "head",
+            "causal attention at half"} <= set(outline.text["span"])
+    assert {"41.0%", "45.0%", "2,400"} <= set(outline.text["b"])
+    assert "ot recorded" not in html.replace("not recorded by both", "")
+    cells = outline.text["td"]
+    assert "python 3.11.7, torch 2.13.0+cu130, megadyn commit 0123abc, flash-attn not known" in cells
+    assert {"4 x NVIDIA H200", "node<1> (4 ranks)", "NCCL_DEBUG=INFO"} <= set(cells)
+    assert "iteration 0 at 2026-01-02T03:04:05Z; iteration 4 at 2026-01-02T03:04:05Z" in cells
+
+
+def test_what_an_earlier_run_lacks_is_not_recorded(make_run, tmp_path):
+    html = made([make_run()], tmp_path / "a.html", tokens=0)
+    assert ("Not recorded by this run: tokens/s of one device, MFU, dense-equivalent tokens/s, where a step&#x27;s time goes, "
+            "memory, gradient norm by component, learning rate by parameter group.") in html
+    assert "not recorded by the run" in html
+    on_cpu = make_run("mod", "cpu")
+    write_metrics(on_cpu, [record | {"mfu_causal_half": None, "mfu_whole_square": None} if "lm_loss" in record else record
+                           for record in full_records()])
+    (on_cpu / "environment.jsonl").write_text('{"iteration": 3, "versions": {}}\n{"iterat')
+    html = made([on_cpu], tmp_path / "b.html", tokens=0)
+    assert "Not recorded by this run" not in html
+    assert "No MFU: the peak of its device is not known" in html and "MFU" not in " ".join(captions(html))
+    assert "Left out as no whole records: 1 line(s) of environment.jsonl." in html
+    assert {"none", "not recorded"} <= set(Outline(html).text["td"])
+
+
+def test_two_runs_compare_speed_and_environment(make_run, tmp_path):
+    first, second = make_run("dtf", "one"), make_run("mod", "two")
+    for run in (first, second):
+        write_metrics(run, full_records())
+    write_starts(first, start())
+    write_starts(second, start(9, started="later", devices={"NVIDIA H100": 4}))
+    html = made([first, second], tmp_path / "a.html", tokens=0)
+    for run in ("one", "two"):
+        assert f"Where the time of the reported step goes (ms, mean of ranks), {run}" in captions(html)
+    assert captions(html).count("MFU: share of the device's peak") == 1
+    assert "causal attention at half, two" in Outline(html).text["span"]
+    table = html[html.rindex('class="differences"'):]
+    assert re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)[:2] == [
+        ("devices.NVIDIA H200", "4", "-"), ("devices.NVIDIA H100", "-", "4")]
+    (second / "environment.jsonl").unlink()
+    assert "not recorded by both runs" in made([first, second], tmp_path / "a.html", tokens=0)
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(make_run, tmp_path):

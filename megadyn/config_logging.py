@@ -1,0 +1,43 @@
+"""The `logging` section of the configuration: what a run reports, where, and how often."""
+
+from dataclasses import dataclass, field
+
+from megadyn.config_checks import at_least, one_of
+from megadyn.errors import ConfigError
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 10
+    """Steps between log lines and metrics."""
+    tensorboard: bool = True
+    csv: bool = False
+    """The same numbers in metrics.csv: a row is an iteration, a name and a value."""
+    wandb: str = "none"
+    """Weights & Biases: `none`, `online`, or `offline` (into OUTPUT_DIR/wandb, for `wandb sync` later)."""
+    wandb_project: str = "megadyn"
+    wandb_entity: str | None = None
+    """User or team; the account's own when left out."""
+    live: str = "auto"
+    """A view that renews itself instead of a log line each report: `auto`, where standard output is a terminal; `always`;
+    `never`."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device, by which MFU divides; known for common ones (`planning/devices.py`) in 16-bit precision. Where
+    neither says it there is no MFU."""
+    profile_steps: list[int] | None = None
+    """[first, last] step of a torch.profiler trace, written to OUTPUT_DIR/profile."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that trace."""
+
+    def check(self) -> None:
+        at_least("logging.interval", self.interval, 1)
+        one_of("logging.wandb", self.wandb, ("none", "online", "offline"))
+        one_of("logging.live", self.live, ("auto", "always", "never"))
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
+            raise ConfigError("logging.peak_tflops", self.peak_tflops, "a finite number above 0")
+        steps = self.profile_steps
+        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ConfigError("logging.profile_steps", steps, "[first, last], with 1 <= first <= last")
+        ranks = self.profile_ranks
+        if not ranks or min(ranks) < 0 or len(set(ranks)) < len(ranks):
+            raise ConfigError("logging.profile_ranks", ranks, "at least one rank, each once")

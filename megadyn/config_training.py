@@ -1,0 +1,173 @@
+"""The sections `optimizer`, `training` and `checkpoint` of the configuration."""
+
+import math
+from dataclasses import dataclass, field
+
+from megadyn.config_checks import at_least, in_range, one_of
+from megadyn.errors import ConfigError
+
+
+@dataclass
+class MultipliersConfig:
+    """Learning-rate multipliers of the parameter groups."""
+
+    base: float = 1.0
+    router: float = 1.0
+    prior: float = 1.0
+
+    def check(self) -> None:
+        for name in ("base", "router", "prior"):
+            at_least(f"optimizer.multipliers.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 3e-4
+    min_learning_rate: float = 3e-5
+    schedule: str = "cosine"
+    """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
+    warmup_iterations: int = 100
+    decay_iterations: int | None = None
+    """wsd: length of the closing decay; a tenth of the run when left out."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only: not to norms, biases, embeddings-of-one-row or router scalars."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
+
+    def check(self) -> None:
+        one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        for name in ("learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay",
+                     "clip_grad"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        in_range("optimizer.eps", self.eps, 0, 1)
+        if self.min_learning_rate > self.learning_rate:
+            raise ConfigError("optimizer.min_learning_rate", self.min_learning_rate,
+                              f"at most optimizer.learning_rate = {self.learning_rate}")
+
+
+LENGTHS = ("iterations", "tokens", "samples", "epochs")
+"""Keys that give the length of a run; one of them is given."""
+
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass
+class TrainingConfig:
+    iterations: int | None = None
+    tokens: int | None = None
+    """Length of the run in tokens, instead of `iterations`; rounded up to whole steps."""
+    samples: int | None = None
+    """The same in samples; rounded up to whole steps."""
+    epochs: float | None = None
+    """The same in passes over the training data (a blend's: until its first dataset runs out); rounded down to whole steps."""
+    global_batch_size: int = 32
+    """Samples in a step, over all data-parallel ranks and micro-batches."""
+    micro_batch_size: int = 1
+    """Samples that one rank runs at once."""
+    sequence_length: int = 1024
+    seed: int = 1234
+    eval_interval: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_samples: int = 64
+    """Validation samples in an evaluation; fewer if the set is smaller."""
+    recompute: str = "none"
+    """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
+    attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
+    projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
+    on_bad_step: str = "stop"
+    """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
+    `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
+    the samples after the bad step."""
+    spike_factor: float = 0.0
+    """A loss above this multiple of the running median is a spike; 0 for no such rule."""
+    spike_window: int = 64
+    """Good steps whose median counts; before there are so many, no loss is a spike."""
+    max_bad_steps: int = 10
+    """More bad steps than this since the last checkpoint stop the run."""
+    timeout_s: float = 600.0
+    """Seconds without progress (a step, an evaluation, loading or saving a checkpoint) after which the whole job ends,
+    naming the rank that is stuck or gone."""
+    grace_s: float = 600.0
+    """Seconds within which a run that SIGTERM, SIGINT or SIGUSR1 asked to stop has to save and end, or is ended by force."""
+
+    def check(self) -> None:
+        one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
+        at_least("training.spike_factor", self.spike_factor, 0)
+        if 0 < self.spike_factor <= 1:
+            raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
+        at_least("training.spike_window", self.spike_window, 1)
+        at_least("training.max_bad_steps", self.max_bad_steps, 0)
+        at_least("training.timeout_s", self.timeout_s, 1)
+        at_least("training.grace_s", self.grace_s, 1)
+        for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
+                     "eval_samples"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        one_of("training.recompute", self.recompute, RECOMPUTE)
+        at_least("training.eval_interval", self.eval_interval, 0)
+        at_least("training.seed", self.seed, 0)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError("training.epochs", self.epochs, "a finite number above 0")
+        given = [f"training.{name}" for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, training.samples or "
+                              f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}")
+        if self.tokens is not None:
+            self.iterations = -(-self.tokens // self.tokens_per_step)
+        if self.samples is not None:
+            self.iterations = -(-self.samples // self.global_batch_size)
+        self.tokens = self.samples = None       # the resolved config states the length once
+
+    def resolve_epochs(self, samples: int) -> None:
+        """Turns `epochs` into `iterations`, once the `samples` of one are known. ConfigError if they make no step."""
+        if self.epochs is None:
+            return
+        self.iterations = int(self.epochs * samples) // self.global_batch_size
+        if self.iterations == 0:
+            raise ConfigError("training.epochs", self.epochs, f"more: an epoch has {samples} samples, and a step takes "
+                              f"training.global_batch_size = {self.global_batch_size}")
+        self.epochs = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def num_samples(self) -> int:
+        """Of the whole run; once `epochs` is resolved."""
+        return (self.iterations or 0) * self.global_batch_size
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = 0
+    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM)."""
+    keep: int = 2
+    """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of iterations that are multiples of this stay for good, beside the newest; 0 for none."""
+    background: bool = False
+    """Training waits only for a copy in host memory (12 bytes a parameter, shared out over the ranks) and goes on while it is
+    written. A run that dies meanwhile resumes from the checkpoint before."""
+    on_error: str = "stop"
+    """What follows a checkpoint that could not be written: `stop`, or `continue` with the earlier ones. The last one of a run
+    must be written either way."""
+    resume: str = "auto"
+    """`auto` (the newest in output_dir, if any), `never`, or the path of a checkpoint."""
+    allow_other_data: bool = False
+    """Resume although the training data, or their order, are not those of the checkpoint."""
+    init_from: str | None = None
+    """Hugging Face folder whose weights the run starts from."""
+
+    def check(self) -> None:
+        at_least("checkpoint.interval", self.interval, 0)
+        at_least("checkpoint.keep", self.keep, 0)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
+        one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))

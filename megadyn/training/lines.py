@@ -1,0 +1,51 @@
+"""What a run reports, as text."""
+
+import math
+from typing import Any
+
+
+def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> str:
+    """One line that fits 100 columns. MFU counts causal attention at half."""
+    parts = [progress(record["iteration"], iterations), f"loss {record['lm_loss']:.4f}"]
+    parts += [f"{name} {value:.2g}" for name, value in record["aux_losses"].items()]
+    norm = record["grad_norm"]
+    parts.append(f"grad {norm:.2f}" if norm < 10 else f"grad {norm:.3g}")
+    if (routed := routed_share(record)) is not None:
+        parts.append(f"routed {routed:.0%}")
+    mfu = record.get("mfu_causal_half")
+    parts += [f"{short(record['tokens_per_second'])} tok/s",
+              f"{record['model_tflops']:.3g} TFLOP/s" if mfu is None else f"MFU {mfu:.1%}", f"left {duration(seconds_left)}"]
+    return "  ".join(parts)
+
+
+def routed_share(record: dict[str, Any]) -> float | None:
+    """Mean over the layers that route, None without any."""
+    routed = [layer["routed_fraction"] for layer in record["routing"].values() if "routed_fraction" in layer]
+    return sum(routed) / len(routed) if routed else None
+
+
+def evaluation_line(iteration: int, iterations: int, name: str, losses: dict[str, float]) -> str:
+    shown = "  ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
+    return f"{progress(iteration, iterations)}  {name} loss  {shown}"
+
+
+def progress(iteration: int, iterations: int) -> str:
+    """`  120/50000`, as wide in every line of a run."""
+    return f"{iteration:>{len(str(iterations))}d}/{iterations}"
+
+
+def short(count: float) -> str:
+    """`3,457`, `45.7k`, `1.23M`: three figures or more."""
+    if count < 10_000:
+        return f"{count:,.0f}"
+    return f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
+
+
+def duration(seconds: float) -> str:
+    """`3d04h`, `2h05m`, `4m07s`, `9s`: the two largest units."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days}d{h:02d}h" if days else f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"

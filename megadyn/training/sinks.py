@@ -1,0 +1,232 @@
+"""Where records go: metrics.jsonl, TensorBoard, metrics.csv, Weights & Biases. Rank 0 only.
+
+A record is an object with an `iteration`. When a run goes back, what was written of later iterations is dropped, or is drawn
+over where a sink cannot drop anything.
+"""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from megadyn.config import Config
+from megadyn.config_logging import LoggingConfig
+from megadyn.data.files import os_errors_named
+from megadyn.errors import ConfigError, UserError
+from megadyn.log import log
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Opened for a run that stands at an iteration."""
+
+    def write(self, record: Record) -> None: ...
+
+    def go_back(self, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
+    """All that the configuration asks for, for a run that stands at `iteration`."""
+    asked = config.logging
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", iteration)]
+    if asked.csv:
+        sinks.append(CsvRows(folder / "metrics.csv", iteration))
+    if asked.tensorboard:
+        sinks.append(TensorBoard(folder / "tensorboard", iteration))
+    if asked.wandb != "none":
+        sinks.append(WeightsAndBiases(config, folder, iteration))
+    return sinks
+
+
+class JsonLines:
+    """A line is a record."""
+
+    def __init__(self, path: Path, iteration: int):
+        self.path = path
+        self._open(iteration)
+
+    def _open(self, iteration: int) -> None:
+        keep_lines(self.path, lambda line: self._iteration(line) <= iteration, at_start=iteration == 0)
+        self.file = self.path.open("a")
+
+    @staticmethod
+    def _iteration(line: str) -> int:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise ValueError("no record")
+        return int(record["iteration"])
+
+    def write(self, record: Record) -> None:
+        print(json.dumps(finite(record), allow_nan=False), file=self.file, flush=True)
+
+    def go_back(self, iteration: int) -> None:
+        self.close()
+        self._open(iteration)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class CsvRows:
+    """A row is an iteration, a name and a value: it needs no column for what some other record has."""
+
+    HEADER = ("iteration", "name", "value")
+
+    def __init__(self, path: Path, iteration: int):
+        self.path = path
+        self._open(iteration)
+
+    def _open(self, iteration: int) -> None:
+        keep_lines(self.path, lambda line: self._is_kept(line, iteration), at_start=iteration == 0)
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        self.file = self.path.open("a", newline="")
+        self.rows = csv.writer(self.file, lineterminator="\n")
+        if is_new:
+            self.rows.writerow(self.HEADER)
+
+    def _is_kept(self, line: str, iteration: int) -> bool:
+        first, _, value = next(csv.reader([line]), [])
+        if line.strip() == ",".join(self.HEADER):
+            return True
+        float(value)
+        return int(first) <= iteration
+
+    def write(self, record: Record) -> None:
+        self.rows.writerows((record["iteration"], name, value) for name, value in flat_scalars(record))
+        self.file.flush()
+
+    def go_back(self, iteration: int) -> None:
+        self.close()
+        self._open(iteration)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    def __init__(self, folder: Path, iteration: int):
+        self.folder = folder
+        self._open(iteration)
+
+    def _open(self, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # seconds of imports: only where it is asked for
+
+        self.board = SummaryWriter(str(self.folder), purge_step=iteration + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in flat_scalars(record):
+            self.board.add_scalar(name, value, record["iteration"])
+
+    def go_back(self, iteration: int) -> None:
+        self.close()
+        self._open(iteration)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A run of that service, which a resumed run goes on with. Curves are drawn over `iteration`, not over W&B's own step, which
+    can only rise: so a run that goes back draws over what it had drawn."""
+
+    def __init__(self, config: Config, folder: Path, iteration: int):
+        import wandb
+
+        asked = config.logging
+        try:
+            self.run = wandb.init(
+                project=asked.wandb_project, entity=asked.wandb_entity, name=folder.resolve().name, dir=str(folder),
+                mode="offline" if asked.wandb == "offline" else "online", id=self._id(folder, iteration == 0), resume="allow",
+                config=asdict(config), settings=wandb.Settings(console="off", silent=True))
+        except wandb.Error as error:
+            raise UserError(f"logging.wandb = {asked.wandb}: {one_line(error)}") from None
+        self.run.define_metric("iteration")
+        self.run.define_metric("*", step_metric="iteration")
+
+    @staticmethod
+    def _id(folder: Path, is_new: bool) -> str:
+        path = folder / "wandb-id"
+        if is_new or not path.exists():
+            path.write_text(f"{secrets.token_hex(4)}\n")
+        return path.read_text().strip()
+
+    def write(self, record: Record) -> None:
+        self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
+
+    def go_back(self, iteration: int) -> None:
+        pass                                     # see the class
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def refuse_wandb(asked: LoggingConfig) -> None:
+    """Raises ConfigError where W&B is asked for and not installed. Imports nothing."""
+    if asked.wandb != "none" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("logging.wandb", asked.wandb, "none: the wandb package is missing (pip install megadyn[wandb])")
+
+
+def refuse_wandb_login(asked: LoggingConfig) -> None:
+    """Raises ConfigError where W&B is asked for online and knows no account. Asks the service."""
+    if asked.wandb != "online":
+        return
+    import wandb
+
+    try:
+        problem = "" if wandb.login(prompt=False) else "nobody is logged in"
+    except wandb.Error as error:
+        problem = one_line(error)
+    if problem:
+        raise ConfigError("logging.wandb", "online", "offline or none, or first run `wandb login` or set WANDB_API_KEY: "
+                          f"{problem}")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for what JSON has no number for: fp16's gradient norm in a step that overflowed."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat_scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:
+    """`a/b/c` names and values of all numbers in a metrics record but its iteration."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += flat_scalars(value, f"{prefix}{key}/")
+        elif key != "iteration" and isinstance(value, (int, float)):
+            found.append((prefix + key, value))
+    return found
+
+
+def keep_lines(path: Path, is_kept: Callable[[str], bool], *, at_start: bool) -> None:
+    """Drops the lines of steps that a resumed run will do again, and half-written ones (ValueError of `is_kept`); all, for a
+    run that begins (`at_start`)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in [] if at_start else path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n"):
+                raise ValueError("cut off")
+            if is_kept(line):
+                kept.append(line)
+        except ValueError:
+            log.warning("%s: a half-written line was dropped", path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with os_errors_named(path):
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)

@@ -1,0 +1,109 @@
+"""Which part of a step its time goes to, for the steps that are reported. Others run as if this file were not there."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import wraps
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
+"""`data`: waiting for samples and moving them to the device. `communication`: every collective, send and receive that the host
+or the device's stream waits in, wherever it comes from (tensor ranks inside forward and backward, stages, reduction of
+gradients, gathering of weights), with the waiting for other ranks and so a pipeline's bubble; one that runs beside computation
+counts only as far as it is waited for. `forward`, `backward` and `optimizer` are what remains of them; recomputation is
+`backward`'s. `other`: all else."""
+
+
+class StepClock:
+    """Time of a step by part. One part runs at a time: an inner one interrupts the outer, so that the parts add up to the step.
+
+    On a CUDA device marks are events on the stream, which nothing waits for until `read`; elsewhere the host's clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_stream = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []      # (the part that ran until then, when)
+        self._running: list[str] = []
+        self._watched: list[tuple[Any, Sequence[str]]] = []
+        self._stream: Any = None
+
+    def watch(self, owner: Any, names: Sequence[str]) -> None:
+        """Counts calls of these functions of `owner` (a module or an object) as communication while a step is measured."""
+        self._watched.append((owner, [name for name in names if hasattr(owner, name)]))
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Measures what runs inside as one step."""
+        with ExitStack() as restored:
+            for owner, names in self._watched:
+                for name in names:
+                    restored.enter_context(replaced(owner, name, self.timed("communication", getattr(owner, name))))
+            # DeepSpeed reduces on a stream of its own: there, a mark would stand out of order.
+            self._stream = torch.cuda.current_stream() if self._on_stream else None
+            self._running = ["other"]
+            self._marks = [("", self._now())]
+            try:
+                yield
+            finally:
+                self._mark("other")
+                self._running = []
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Counts what runs inside as `name`, but for inner parts. Nothing at all while no step is measured."""
+        return self._part(name) if self._running else nullcontext()
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        self._mark(self._running[-1])
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._mark(self._running.pop())
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return inside
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of the last step by PARTS, whose sum is the step's; empty when none was measured. Waits for the device."""
+        marks, self._marks = self._marks, []
+        if not marks:
+            return {}
+        if self._on_stream:
+            marks[-1][1].synchronize()
+        spent = dict.fromkeys(PARTS, 0.0)
+        for (_, before), (name, after) in pairwise(marks):
+            spent[name] += before.elapsed_time(after) if self._on_stream else (after - before) * 1e3
+        return spent
+
+    def _mark(self, part: str) -> None:
+        self._marks.append((part, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_stream:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` inside; of an object whose class has it, afterwards the class's again."""
+    own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

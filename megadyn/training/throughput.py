@@ -1,0 +1,42 @@
+"""Speed of a run by several measures, each defined once."""
+
+from typing import Any
+
+from megadyn.config import Config
+from megadyn.planning.devices import peak_tflops
+from megadyn.planning.flops import dense_twin, training_flops
+
+
+class Throughput:
+    """What follows from the time of a step.
+
+    `tokens_per_second`, of all devices, and `tokens_per_second_per_gpu`, of one (or of one process on a CPU).
+    `dense_equivalent_tokens_per_second`: what the dense twin (the same model, every token in every layer) would reach at the same
+    FLOP/s, so tokens/s x the model's FLOPs a token / the twin's: a dense run as fast as that is on a par in FLOP/s.
+    `model_tflops`: useful TFLOP/s of one device, of tokens that a layer did process, causal attention at half its square,
+    recomputation not counted. `mfu_causal_half` is that over the device's peak; `mfu_whole_square` counts attention's whole
+    square instead, as many systems do. Both are None where the peak is not known.
+    """
+
+    def __init__(self, config: Config, world_size: int, device_name: str | None):
+        """`device_name`: a GPU's, None on a CPU."""
+        self.model, self.world_size = config.model, world_size
+        self.length, self.samples = config.training.sequence_length, config.training.global_batch_size
+        self.peak = config.logging.peak_tflops
+        if self.peak is None and device_name is not None:
+            self.peak = peak_tflops(device_name, config.precision)
+        self.dense_flops = training_flops(dense_twin(self.model), self.length)
+
+    def rates(self, step_s: float, routing: dict[int, dict[str, float]]) -> dict[str, Any]:
+        """Of a step of `step_s` seconds; `routing` tells how many tokens attended where each chose for itself."""
+        shares = {layer: found["routed_fraction"] for layer, found in routing.items() if "routed_fraction" in found}
+        flops, square = (training_flops(self.model, self.length, shares, whole_square=whole) for whole in (False, True))
+        per_device = self.samples / step_s / self.world_size           # samples a second
+        tokens = self.samples * self.length / step_s
+        return {
+            "tokens_per_second": tokens, "tokens_per_second_per_gpu": tokens / self.world_size,
+            "dense_equivalent_tokens_per_second": tokens * flops / self.dense_flops,
+            "model_tflops": flops * per_device / 1e12,
+            "mfu_causal_half": flops * per_device / 1e12 / self.peak if self.peak else None,
+            "mfu_whole_square": square * per_device / 1e12 / self.peak if self.peak else None,
+        }
