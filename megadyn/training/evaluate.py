@@ -1,8 +1,10 @@
 """Loss of a checkpoint or an exported model on a dataset, in one process and without DeepSpeed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,7 +91,7 @@ def load_network(saved: Saved, device: torch.device) -> Network:
 
 @torch.no_grad()
 def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | None = None, batch_size: int = 8,
-             sequence_length: int | None = None) -> dict[str, float]:
+             sequence_length: int | None = None) -> dict[str, Any]:
     """Mean next-token loss over `data`, in file order, under each routing mode.
 
     Args:
@@ -97,8 +99,8 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
         samples: only the first so many. sequence_length: the run's own when left out.
 
     Returns:
-        A loss by mode, `tokens` (predicted, in each mode), and for a routed model `routed_fraction` of the last mode and
-        `causal_agreement`, means over its routed layers.
+        A loss by mode in nats per token, `tokens` (predicted, in each mode), by mode `perplexity` and `bits_per_byte` (see
+        there), and for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over its routed layers.
     """
     saved = open_saved(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +113,7 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
     chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
     count = min(len(chosen), samples or len(chosen))
     routed = routed_layers(network)
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {}
     for mode in modes:
         set_routing_mode(routed, mode)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -125,4 +127,23 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
             values = [float(record[name]) for record in statistics if name in record]
             if values:
                 result[name] = sum(values) / len(values)
-    return result | {"tokens": count * length}
+    losses = {mode: result[mode] for mode in modes}
+    return result | {"tokens": count * length, "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
+                     "bits_per_byte": bits_per_byte(losses, dataset)}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:
+    """Losses in bits per byte of text, which do not depend on the tokenizer; None where the dataset does not know its bytes.
+
+    Nats per token, times tokens per byte, divided by ln 2. Tokens per byte are of the whole dataset, as its record counts
+    them: all tokens, those that end documents too, to the documents' UTF-8 bytes before tokenizing.
+    """
+    if dataset.record is None or not dataset.record.text_bytes:
+        return None
+    tokens_per_byte = dataset.record.tokens / dataset.record.text_bytes
+    return {mode: loss * tokens_per_byte / math.log(2) for mode, loss in losses.items()}
