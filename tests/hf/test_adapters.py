@@ -1,4 +1,4 @@
-"""An exported folder fine-tunes with PEFT's LoRA and quantises with torchao, without a change of code."""
+"""An exported folder fine-tunes with PEFT's LoRA and quantises to int8, without a change of code."""
 
 import copy
 import re
@@ -8,15 +8,13 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch.testing import assert_close
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.hf.tiny_models import MAIN_KINDS, ROUTED, random_tokens, set_thresholds, tiny_model
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),     # peft asks by the old name
-    pytest.mark.filterwarnings("ignore:.*torchao:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")     # peft asks by the old name
 TEXT = random_tokens(4, 24, seed=3)
 BLOCK = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -87,16 +85,24 @@ def test_lora_learns_merges_and_reloads(folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_quantised_blocks_and_exact_routers(folder: Path) -> None:
-    int8 = TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
-    whole, quantised = load(folder), load(folder, quantization_config=int8)
-    changed = {name.removesuffix(".weight") for name, parameter in quantised.named_parameters()
-               if type(parameter).__name__ == "Int8Tensor"}
+def test_int8_blocks_and_exact_routers(folder: Path) -> None:
+    whole = load(folder)
+    quantised = torch.ao.quantization.quantize_dynamic(whole, {torch.nn.Linear}, dtype=torch.qint8)
+    changed = {name for name, module in quantised.named_modules() if "quantized.dynamic" in type(module).__module__}
     routers = {name for name in linear_layers(whole.config) if ".router" in name}
-    assert changed == linear_layers(whole.config) - routers
+    assert changed == linear_layers(whole.config) - routers | {"lm_head"}
     wanted, found = (model(TEXT, labels=TEXT, output_routing=True) for model in (whole, quantised))
-    assert found.loss.item() == pytest.approx(wanted.loss.item(), abs=0.15)
+    assert found.loss.item() == pytest.approx(wanted.loss.item(), abs=0.4)
     assert not torch.equal(found.logits, wanted.logits)
     same = [(a == b).float().mean() for a, b in zip(found.routing, wanted.routing, strict=True)]
-    assert min(same) > 0.9
+    assert min(same) > 0.85
     assert quantised.generate(TEXT[:, :8], max_new_tokens=4, do_sample=False).shape == (4, 12)
+
+
+def test_quantizers_of_transformers_pass_the_routers_by(folder: Path) -> None:
+    """torchao, bitsandbytes and the others ask these two functions; a rounded router would choose other tokens."""
+    model = load(folder)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name in linear if not should_convert_module(name, skipped)} == {
+        "lm_head", *(name for name in linear if ".router" in name)}
