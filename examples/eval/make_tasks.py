@@ -11,18 +11,20 @@ import random
 import sys
 from pathlib import Path
 
+from megadyn.data.readers import Corpus
+from megadyn.errors import UserError, run_tool
+
 DOCUMENTS, CHARACTERS = 100, 4000
 """Of each task, and of each document."""
 CONTEXT_LINES, CHOICES = 8, 4
 
 
 def main(corpus: Path, folder: Path) -> None:
-    with corpus.open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+    texts = list(Corpus([corpus]))
     texts = [text[:CHARACTERS] for text in texts if text.strip()][:DOCUMENTS]
     questions = next_lines(texts)
     if not questions:
-        raise SystemExit(f"error: {corpus}: no two documents of more than {CONTEXT_LINES} lines to make questions from")
+        raise UserError(f"{corpus}: no two documents of more than {CONTEXT_LINES} lines to make questions from")
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("heldout_text", [{"text": text} for text in texts]), ("next_line", questions)):
         temporary = folder / f".{name}.tmp"
@@ -51,4 +53,4 @@ def next_lines(texts: list[str]) -> list[dict[str, object]]:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "runs/eval"))
+    raise SystemExit(run_tool(lambda: main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "runs/eval"))))

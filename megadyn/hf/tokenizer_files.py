@@ -20,6 +20,8 @@ from megadyn.log import log
 COPIED = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
 SENTENCEPIECE = "sentencepiece.model"
 """Not tokenizer.model: AutoTokenizer would read that, and leave out its dummy prefix and its rules for spaces."""
+FINGERPRINT = "megadyn_fingerprint"
+"""Key of tokenizer_config.json: of the tokenizer in training, by which a dataset is known to fit."""
 NORMAL, USER_DEFINED = 1, 4
 """Types of SentencePiece's pieces: found by merging, and cut out of the text before. The others stand for no text."""
 
@@ -36,6 +38,7 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
         settings |= tokenizer_settings(source)
     else:
         settings["split_special_tokens"] = True       # a special token that a text spells is text to both
+    settings[FINGERPRINT] = tokenizer.fingerprint
     if max_position is not None:
         settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
     special = {}

@@ -14,9 +14,11 @@ from megadyn.config import ModelConfig, load_config
 from megadyn.data.batches import read_batch
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.samples import SampleSet
-from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.tokenizer import load_tokenizer, tokenizer_settings
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
+from megadyn.hf.tokenizer_files import FINGERPRINT
+from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
@@ -37,6 +39,8 @@ class Saved:
     sequence_length: int
     eod: int | None = None
     """The token that ends a document, where the run masked its samples by document."""
+    fingerprint: str | None = None
+    """Of the tokenizer in training; None where that is not to be found."""
 
 
 def open_saved(path: Path) -> Saved:
@@ -50,7 +54,15 @@ def open_saved(path: Path) -> Saved:
     config = load_config(folder / "config.yaml")
     return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
                  config.training.sequence_length,
-                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None)
+                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None,
+                 _fingerprint(config.tokenizer.path))
+
+
+def _fingerprint(tokenizer: str) -> str | None:
+    try:
+        return load_tokenizer(tokenizer).fingerprint
+    except UserError:           # a checkpoint may lie elsewhere than its tokenizer
+        return None
 
 
 def _open_hf(path: Path) -> Saved:
@@ -62,7 +74,8 @@ def _open_hf(path: Path) -> Saved:
         if name in folder.names():
             found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
-    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024)
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024,
+                 fingerprint=tokenizer_settings(path).get(FINGERPRINT))
 
 
 def load_network(saved: Saved, device: torch.device) -> Network:
@@ -106,9 +119,7 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(saved, device)
     dataset = IndexedDataset(data)
-    if dataset.record is not None and dataset.record.vocab_size > (saved.model.vocab_size or 0):
-        raise UserError(f"dataset {data} was made with a vocabulary of {dataset.record.vocab_size}, larger than the model's "
-                        f"{saved.model.vocab_size}")
+    check_dataset(dataset, saved)
     length = sequence_length or saved.sequence_length
     chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
     count = min(len(chosen), samples or len(chosen))
@@ -130,6 +141,20 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
     losses = {mode: result[mode] for mode in modes}
     return result | {"tokens": count * length, "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
                      "bits_per_byte": bits_per_byte(losses, dataset)}
+
+
+def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
+    """UserError for tokens that mean nothing to the model."""
+    if (record := dataset.record) is None:
+        return
+    if saved.fingerprint is None:
+        log.warning("nothing says which tokenizer the model was trained with: not compared with that of %s", dataset.prefix)
+    elif saved.fingerprint != record.fingerprint:
+        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
+                        f"{record.fingerprint[:12]}), the model was trained with another ({saved.fingerprint[:12]})")
+    if record.vocab_size > (saved.model.vocab_size or 0):
+        raise UserError(f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
+                        f"{saved.model.vocab_size}")
 
 
 def perplexity(loss: float) -> float:

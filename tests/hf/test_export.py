@@ -217,6 +217,24 @@ def test_evaluation_at_any_topology(trained: tuple[Path, dict[str, Any]], text: 
         assert found["topk"] != pytest.approx(found["causal"], rel=1e-4)
 
 
+def test_dataset_of_another_tokenizer_is_refused(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],
+                                                 tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By a checkpoint and by its export; where the tokenizer cannot be told, the log says so."""
+    checkpoint, hf, prefix = trained[0] / "dense-tensor" / "iteration-00000006", tmp_path / "hf", tmp_path / "other"
+    export(checkpoint, hf)
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{text[0]}.{suffix}", f"{prefix}.{suffix}")
+    record = json.loads(Path(f"{text[0]}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(record | {"fingerprint": "0" * 64, "tokenizer": "other"}))
+    for path in (checkpoint, hf):
+        with pytest.raises(UserError, match="made with tokenizer other"):
+            evaluate(path, prefix, modes=["topk"])
+    assert not caplog.messages
+    (hf / "tokenizer_config.json").unlink()
+    evaluate(hf, prefix, modes=["topk"])
+    assert "nothing says which tokenizer" in caplog.text
+
+
 def tool_named(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None

@@ -92,7 +92,7 @@ def by_the_oracle(folder: Path, mode: str, tokens: list[int], scored: int) -> fl
 @pytest.mark.parametrize(("model", "mode"), [("dtf4", "causal"), ("dtf4", "topk"), ("mod", "causal")])
 def test_log_likelihoods_are_the_oracles(workplace: Path, monkeypatch: pytest.MonkeyPatch, model: str, mode: str) -> None:
     """Under causal routing at a batch size of 4 too; run.sh gives top-k one row at a time, for lm_eval pads without a mask."""
-    samples = scores(workplace, monkeypatch, model, ROUTING=mode, BATCH="4")
+    samples = scores(workplace, monkeypatch, model, ROUTING=mode, **{"causal": {"BATCH": "4"}, "topk": {}}[mode])
     wanted = []
     for row in samples["heldout_text"]:       # in windows, the last filled up from the left
         tokens = [EOD, *row["doc"]["text"].encode()]
@@ -110,3 +110,17 @@ def test_log_likelihoods_are_the_oracles(workplace: Path, monkeypatch: pytest.Mo
     if (model, mode) == ("dtf4", "causal"):
         assert found == pytest.approx(log_likelihoods(scores(workplace, monkeypatch, model, BATCH="1")), rel=1e-5)
         assert found != pytest.approx(log_likelihoods(scores(workplace, monkeypatch, model, ROUTING="topk")), rel=1e-3)
+
+
+@pytest.mark.parametrize(("folder", "environment", "message"), [
+    ("mod", {"ROUTING": "topk", "BATCH": "4"}, "BATCH = 4: must be 1 with ROUTING=topk"),
+    ("mod", {"ROUTING": "best"}, "ROUTING = best: must be causal or topk"),
+    ("nowhere", {}, "nowhere: no folder that"),
+])
+def test_run_sh_refuses_in_one_sentence(workplace: Path, folder: str, environment: dict[str, str], message: str) -> None:
+    done = subprocess.run([EXAMPLE / "run.sh", workplace / folder], capture_output=True, text=True, check=False,
+                          env=os.environ | environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

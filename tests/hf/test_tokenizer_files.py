@@ -99,4 +99,5 @@ def test_settings_of_the_tokenizer_are_kept(sources: dict[str, str], tmp_path: P
     write_tokenizer(str(source), folder, 24)
     written = json.loads((folder / "tokenizer_config.json").read_text())
     assert written == stated | {"pad_token": "<|endoftext|>", "tokenizer_class": "TokenizersBackend",
-                                "clean_up_tokenization_spaces": False}
+                                "clean_up_tokenization_spaces": False,
+                                "megadyn_fingerprint": load_tokenizer(source).fingerprint}
