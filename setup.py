@@ -18,5 +18,6 @@ setup(
         "torch>=2.11,<2.14", "deepspeed==0.19.8", "transformers>=5,<6", "tokenizers", "sentencepiece", "safetensors", "numpy",
         "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tqdm", "rich>=13", "tensorboard",
     ],
-    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"], "wandb": ["wandb>=0.31,<1"]},
+    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"], "eval": ["lm_eval>=0.4.11,<0.5"],
+                    "wandb": ["wandb>=0.31,<1"]},
 )

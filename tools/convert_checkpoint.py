@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
-from megadyn.data.arguments import positive
+from megadyn.data.arguments import byte_count
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.parallel.params import DTYPES
 
@@ -31,7 +31,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--as", dest="style", choices=("megadyn", "qwen2"), default="megadyn",
                        help="qwen2: a dense model as plain Qwen2ForCausalLM")
     to_hf.add_argument("--precision", choices=tuple(DTYPES), help="of the weights (default: the run's)")
-    to_hf.add_argument("--shard-bytes", type=positive, default=SHARD_BYTES)
+    to_hf.add_argument("--max-shard-size", type=byte_count, default=SHARD_BYTES, metavar="SIZE",
+                       help="of a weight file, such as 2GB (default: 5GB); a tensor is never cut")
     to_hf.add_argument("--tokenizer", help="the run's tokenizer, where its configured path does not lead to it from here")
     to_hf.add_argument("--overwrite", action="store_true")
     return parser.parse_args(argv)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(str(result["damage"]))
         print(f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {result['files']} files, all whole")
     else:
-        result = export(checkpoint, args.output, style=args.style, precision=args.precision, shard_bytes=args.shard_bytes,
+        result = export(checkpoint, args.output, style=args.style, precision=args.precision, shard_bytes=args.max_shard_size,
                         tokenizer=args.tokenizer, overwrite=args.overwrite)
         print(f"{checkpoint} -> {args.output}: {result['parameters']:,} parameters in {result['precision']}, "
               f"{result['shards']} file(s)")

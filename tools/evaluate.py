@@ -1,12 +1,16 @@
-"""Loss of a run's checkpoint, or of an exported model, on an indexed dataset.
+"""Loss, perplexity and bits per byte of a run's checkpoint, or of an exported model, on an indexed dataset.
 
     python tools/evaluate.py --checkpoint runs/quickstart --data runs/quickstart/data/validation
     python tools/evaluate.py --checkpoint runs/quickstart/hf --data runs/quickstart/data/validation --routing causal
+
+The checkpoint may be of any number of ranks. Loss is the mean over predicted tokens in nats, perplexity its exponential.
+Bits per byte are loss / ln 2, times tokens per byte of text: those of the whole dataset, as PREFIX.json counts them.
+With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and `bits_per_byte` by routing
+(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = ("topk", "causal") if args.routing == "both" else (args.routing,)
     result = evaluate(args.checkpoint, args.data, modes=modes, samples=args.samples, batch_size=args.batch_size,
                       sequence_length=args.sequence_length)
+    bits = result["bits_per_byte"]
     for mode in modes:
-        print(f"{mode:>7}: loss {result[mode]:.4f}, perplexity {math.exp(min(result[mode], 700)):,.2f}")
+        per_byte = f", {bits[mode]:.4f} bits per byte" if bits else ""
+        print(f"{mode:>7}: loss {result[mode]:.4f}, perplexity {result['perplexity'][mode]:,.2f}{per_byte}")
+    if not bits:
+        print(f"bits per byte: not known, because nothing says how many bytes of text dataset {args.data} was made of")
     if "causal_agreement" in result:
         print(f"routed {result['routed_fraction']:.1%} of tokens ({modes[-1]}); "
               f"the causal rule agrees with top-k on {result['causal_agreement']:.1%}")

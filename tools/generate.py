@@ -45,7 +45,7 @@ def load(folder: Path) -> tuple[Any, Any]:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -53,7 +53,9 @@ def load(folder: Path) -> tuple[Any, Any]:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=True, dtype="auto", output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+        # tokenizer.json as it stands: for a Qwen2 folder AutoTokenizer would put Qwen2's own rules in its place.
+        kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"--model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
     for problem in ("missing_keys", "unexpected_keys"):

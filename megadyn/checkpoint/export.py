@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megadyn.checkpoint.card import last_records, model_card
 from megadyn.checkpoint.layout import damage, read_manifest
 from megadyn.checkpoint.merge import ShardedTensors, thresholds
 from megadyn.config import load_config
@@ -46,6 +47,10 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
         summary = write_hf_folder(
             temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=tokenizer or config.tokenizer.path,
             style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes)
+        history = last_records(checkpoint.absolute().parents[1] / "metrics.jsonl", manifest["iteration"])
+        (temporary / "README.md").write_text(model_card(
+            config, manifest["iteration"], manifest["consumed_samples"], history, style=style, precision=precision,
+            tokenizer=summary["tokenizer"]))
         old = output.with_name(f".replaced-{output.name}")
         if output.exists():
             output.rename(old)
@@ -60,7 +65,7 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
 
 def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
     """Only an earlier export may be replaced: never a run, or a folder of something else."""
-    if not output.exists():
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise UserError(f"{output} exists; pass --overwrite to replace it")

@@ -1,6 +1,7 @@
 """Command-line arguments that several data tools share."""
 
 import argparse
+import re
 from pathlib import Path
 
 from megadyn.data.readers import FORMATS, Corpus
@@ -34,3 +35,16 @@ def positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return number
+
+
+UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+         **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)}}
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, or one with a unit: 5GB (10^9), 512MiB (2^20)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
+    count = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of bytes above 0, such as 5GB or 512MiB")
+    return count

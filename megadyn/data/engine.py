@@ -131,8 +131,8 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
     return fast, "gigatoken"
 
 
-def prove_equal(fast: Tokenizer, reference: Tokenizer, documents: list[str]) -> str:
-    """On what the two are equal, in words; `UserError` with the first text on which they differ."""
+def prove_equal(fast: Tokenizer, reference: Tokenizer, documents: list[str], name: str = "gigatoken") -> str:
+    """On what the two are equal, in words; `UserError` with the first text on which they differ. `name` is that of `fast`."""
     left, first = PROOF_CHARACTERS, []
     for document in documents:
         first.append(document[:min(left, PROOF_DOCUMENT_CHARACTERS)])
@@ -145,7 +145,7 @@ def prove_equal(fast: Tokenizer, reference: Tokenizer, documents: list[str]) -> 
     for i, text in enumerate(texts):
         if not np.array_equal(found[i], wanted[i]):
             which = f"the text {text[:40]!r}" if i < len(probes) else f"document {i - len(probes) + 1} of the corpus"
-            raise UserError(f"gigatoken differs from tokenizer {reference.name} on {which}")
+            raise UserError(f"{name} differs from tokenizer {reference.name} on {which}")
     return f"on the first {len(first)} documents and {len(probes)} awkward texts"
 
 

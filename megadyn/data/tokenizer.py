@@ -58,6 +58,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included."""
 
+    def eod_text(self) -> str:
+        """How the end-of-document token is written."""
+        return self.decode([self.eod])
+
     def added_tokens(self) -> list[str]:
         """Texts that stand for a token of their own, whatever is around them."""
         return []
@@ -89,7 +93,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class HfTokenizer(Tokenizer):
-    """A folder with tokenizer.json and, for its eos_token, tokenizer_config.json."""
+    """A folder with tokenizer.json and, for its eos_token and split_special_tokens, tokenizer_config.json."""
 
     def __init__(self, folder: Path) -> None:
         import tokenizers
@@ -104,11 +108,14 @@ class HfTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None        # draws other ids for one text each time
+        settings = tokenizer_settings(folder)
+        splits = settings.get("split_special_tokens") is True       # special tokens that a text spells are text
+        self._tokenizer.encode_special_tokens = splits
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.eod_or_none = find_eod(vocab, folder)
-        self.fingerprint = fingerprint(raw)
+        self.eod_or_none = find_eod(vocab, settings.get("eos_token"), folder)
+        self.fingerprint = fingerprint(raw, splits)
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -148,6 +155,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._model.decode([int(i) for i in ids])
+        return text
+
+    def eod_text(self) -> str:
+        text: str = self._model.id_to_piece(self.eod)
         return text
 
     def added_tokens(self) -> list[str]:
@@ -192,27 +203,34 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def fingerprint(tokenizer_json: bytes) -> str:
+def fingerprint(tokenizer_json: bytes, splits_special_tokens: bool = False) -> str:
     """sha256 over what decides the ids, whatever its layout in the file.
 
     Truncation, padding, post-processor and decoder are left out: encoding uses none of them.
     """
     content = json.loads(tokenizer_json)
     deciding = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    deciding |= {"split_special_tokens": True} if splits_special_tokens else {}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def find_eod(vocab: dict[str, int], folder: Path) -> int | None:
-    """Id of the eos_token that tokenizer_config.json names, else of the first of `USUAL_EODS` in the vocabulary."""
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none."""
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(read_bytes(path)) if path.exists() else {}
-        stated = config.get("eos_token")
-    except (ValueError, AttributeError) as error:
+        settings = json.loads(read_bytes(path)) if path.exists() else {}
+    except ValueError as error:
         raise UserError(f"{path}: no JSON object ({error})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: no JSON object")
+    return settings
+
+
+def find_eod(vocab: dict[str, int], stated: Any, folder: Path) -> int | None:
+    """Id of the `stated` eos_token, else of the first of `USUAL_EODS` in the vocabulary."""
     if isinstance(stated, dict):        # older files store the whole added token
         stated = stated.get("content")
     if stated is not None and (not isinstance(stated, str) or stated not in vocab):
-        raise UserError(f"{path}: eos_token {stated!r} is not in the vocabulary")
+        raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {stated!r} is not in the vocabulary")
     candidates = [stated] if stated is not None else USUAL_EODS
     return next((vocab[token] for token in candidates if token in vocab), None)

@@ -63,6 +63,13 @@ NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     """The model that a config.json of megadyn, Qwen2, Llama or Mistral describes. UserError for what we cannot run."""
+    try:
+        return _described(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json: a value of a wrong type ({error})") from error
+
+
+def _described(config: dict[str, Any]) -> ModelConfig:
     kind = config.get("model_type")
     if kind != "megadyn" and kind not in DENSE_TYPES:
         raise UserError(f"model_type {kind!r} in config.json: must be one of megadyn, {', '.join(DENSE_TYPES)}")

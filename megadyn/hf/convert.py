@@ -1,6 +1,5 @@
 """Writes a Hugging Face folder that loads with megadyn uninstalled."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -11,10 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.config import ModelConfig
-from megadyn.data.tokenizer import load_tokenizer
 from megadyn.hf.config_map import to_hf_config, to_qwen2_config
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
+from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 
 
 def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
@@ -27,14 +24,16 @@ def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[st
         dtype: torch's name of the weights' type, for config.json.
     """
     summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
-    special = copy_tokenizer(tokenizer, folder)
+    special, note = write_tokenizer(tokenizer, folder, model.max_position)
     described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
     write_json(folder / "config.json", described | special)
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    write_json(folder / "generation_config.json", {"do_sample": False, **special})
     if style == "megadyn":
         for name in ("configuration_megadyn.py", "modeling_megadyn.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
-    return summary
+    elif warning := check_qwen2(folder, tokenizer):
+        note += f". {warning}"
+    return summary | {"tokenizer": note}
 
 
 def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
@@ -78,19 +77,3 @@ def readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def copy_tokenizer(path: str, folder: Path) -> dict[str, int]:
-    """Copies the tokenizer's files (the byte tokenizer has none); returns the special ids for config.json."""
-    source = Path(path)
-    if source.is_file():
-        shutil.copyfile(source, folder / "tokenizer.model")
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    eod = load_tokenizer(path).eod_or_none
-    return {} if eod is None else {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -608,6 +608,7 @@ class MegadynPreTrainedModel(PreTrainedModel):
     _no_split_modules = [layer.__name__ for layer in LAYERS.values()]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["router", "causal_router"]
+    _keep_in_fp32_modules = [".*router"]      # quantizers read this one, as patterns: they leave routers as they are
     _supports_sdpa = True
     _is_stateful = True      # the cache cannot be rolled back, so assisted generation is refused
 

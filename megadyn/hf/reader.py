@@ -21,7 +21,7 @@ class HfFolder:
         self.model: ModelConfig = from_hf_config(config)
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = files_of(index) if index.exists() else ["model.safetensors"]
         self._where: dict[str, Any] = {}
         for name in files:
             try:
@@ -35,6 +35,14 @@ class HfFolder:
 
     def whole(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
+
+
+def files_of(index: Path) -> list[str]:
+    """The shards that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map from tensors to files")
+    return sorted(set(weight_map.values()))
 
 
 def read_json(path: Path) -> dict[str, Any]:

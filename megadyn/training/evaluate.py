@@ -1,8 +1,10 @@
 """Loss of a checkpoint or an exported model on a dataset, in one process and without DeepSpeed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +14,11 @@ from megadyn.config import ModelConfig, load_config
 from megadyn.data.batches import read_batch
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.samples import SampleSet
-from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.tokenizer import load_tokenizer, tokenizer_settings
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
+from megadyn.hf.tokenizer_files import FINGERPRINT
+from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
@@ -35,6 +39,8 @@ class Saved:
     sequence_length: int
     eod: int | None = None
     """The token that ends a document, where the run masked its samples by document."""
+    fingerprint: str | None = None
+    """Of the tokenizer in training; None where that is not to be found."""
 
 
 def open_saved(path: Path) -> Saved:
@@ -48,7 +54,15 @@ def open_saved(path: Path) -> Saved:
     config = load_config(folder / "config.yaml")
     return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
                  config.training.sequence_length,
-                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None)
+                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None,
+                 _fingerprint(config.tokenizer.path))
+
+
+def _fingerprint(tokenizer: str) -> str | None:
+    try:
+        return load_tokenizer(tokenizer).fingerprint
+    except UserError:           # a checkpoint may lie elsewhere than its tokenizer
+        return None
 
 
 def _open_hf(path: Path) -> Saved:
@@ -60,7 +74,8 @@ def _open_hf(path: Path) -> Saved:
         if name in folder.names():
             found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
-    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024)
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024,
+                 fingerprint=tokenizer_settings(path).get(FINGERPRINT))
 
 
 def load_network(saved: Saved, device: torch.device) -> Network:
@@ -89,7 +104,7 @@ def load_network(saved: Saved, device: torch.device) -> Network:
 
 @torch.no_grad()
 def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | None = None, batch_size: int = 8,
-             sequence_length: int | None = None) -> dict[str, float]:
+             sequence_length: int | None = None) -> dict[str, Any]:
     """Mean next-token loss over `data`, in file order, under each routing mode.
 
     Args:
@@ -97,21 +112,19 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
         samples: only the first so many. sequence_length: the run's own when left out.
 
     Returns:
-        A loss by mode, `tokens` (predicted, in each mode), and for a routed model `routed_fraction` of the last mode and
-        `causal_agreement`, means over its routed layers.
+        A loss by mode in nats per token, `tokens` (predicted, in each mode), by mode `perplexity` and `bits_per_byte` (see
+        there), and for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over its routed layers.
     """
     saved = open_saved(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(saved, device)
     dataset = IndexedDataset(data)
-    if dataset.record is not None and dataset.record.vocab_size > (saved.model.vocab_size or 0):
-        raise UserError(f"dataset {data} was made with a vocabulary of {dataset.record.vocab_size}, larger than the model's "
-                        f"{saved.model.vocab_size}")
+    check_dataset(dataset, saved)
     length = sequence_length or saved.sequence_length
     chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
     count = min(len(chosen), samples or len(chosen))
     routed = routed_layers(network)
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {}
     for mode in modes:
         set_routing_mode(routed, mode)
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -125,4 +138,37 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
             values = [float(record[name]) for record in statistics if name in record]
             if values:
                 result[name] = sum(values) / len(values)
-    return result | {"tokens": count * length}
+    losses = {mode: result[mode] for mode in modes}
+    return result | {"tokens": count * length, "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
+                     "bits_per_byte": bits_per_byte(losses, dataset)}
+
+
+def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
+    """UserError for tokens that mean nothing to the model."""
+    if (record := dataset.record) is None:
+        return
+    if saved.fingerprint is None:
+        log.warning("nothing says which tokenizer the model was trained with: not compared with that of %s", dataset.prefix)
+    elif saved.fingerprint != record.fingerprint:
+        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
+                        f"{record.fingerprint[:12]}), the model was trained with another ({saved.fingerprint[:12]})")
+    if record.vocab_size > (saved.model.vocab_size or 0):
+        raise UserError(f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
+                        f"{saved.model.vocab_size}")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:
+    """Losses in bits per byte of text, which do not depend on the tokenizer; None where the dataset does not know its bytes.
+
+    Nats per token, times tokens per byte, divided by ln 2. Tokens per byte are of the whole dataset, as its record counts
+    them: all tokens, those that end documents too, to the documents' UTF-8 bytes before tokenizing.
+    """
+    if dataset.record is None or not dataset.record.text_bytes:
+        return None
+    tokens_per_byte = dataset.record.tokens / dataset.record.text_bytes
+    return {mode: loss * tokens_per_byte / math.log(2) for mode, loss in losses.items()}

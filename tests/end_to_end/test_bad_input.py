@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megadyn.hf.config_map import to_hf_config
 from megadyn.pretrain import main
-from tests.tiny import ROOT
+from tests.tiny import ROOT, tiny_config
 
 Break = Callable[[Path, Path], list[str]]
 """Breaks something, given the dataset's prefix (a copy) and a scratch folder; returns overrides."""
@@ -29,6 +30,20 @@ def another_tokenizer(prefix: Path, _: Path) -> list[str]:
     record = json.loads(Path(f"{prefix}.json").read_text())
     Path(f"{prefix}.json").write_text(json.dumps(record | {"fingerprint": "0" * 64, "tokenizer": "other"}))
     return [f"data.train={prefix}"]
+
+
+def another_architecture(_: Path, scratch: Path) -> list[str]:
+    (scratch / "gpt2").mkdir()
+    (scratch / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 8}')
+    return [f"checkpoint.init_from={scratch / 'gpt2'}"]
+
+
+def missing_shard(_: Path, scratch: Path) -> list[str]:
+    folder = scratch / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(tiny_config().model, "float32")))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    return [f"checkpoint.init_from={folder}"]
 
 
 CASES: dict[str, tuple[list[str] | Break, str]] = {
@@ -52,6 +67,8 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "flash without a GPU": (["model.attention=flash"], "sdpa on this machine"),
     "resume from nowhere": (["checkpoint.resume=nowhere"], "no such folder"),
     "start from nowhere": (["checkpoint.init_from=nowhere"], "nowhere"),
+    "start from another architecture": (another_architecture, "model_type 'gpt2'"),
+    "start from a folder with a missing shard": (missing_shard, "model-00002-of-00002.safetensors"),
     "truncated .bin": (truncated(".bin"), ".bin"),
     "truncated .idx": (truncated(".idx"), ".idx"),
     "another tokenizer's dataset": (another_tokenizer, "other"),

@@ -1,22 +1,29 @@
 """What the engine computes, the exported folder computes: against the independent oracle, and against Qwen2."""
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.checkpoint.export import export
-from megadyn.errors import UserError
-from megadyn.training.evaluate import load_network, open_saved
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.preprocess import preprocess
+from megadyn.data.readers import Corpus
+from megadyn.errors import UserError, run_tool
+from megadyn.training.evaluate import evaluate, load_network, open_saved
 from tests.oracle import oracle_logits, oracle_loss
 from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
 
 VOCAB = 259
 """Odd, so that two tensor ranks pad it, and above the byte tokenizer's ids."""
@@ -181,6 +188,135 @@ def test_routed_model_is_refused_as_qwen2(trained: tuple[Path, dict[str, Any]], 
     with pytest.raises(UserError, match="only a dense one"):
         export(trained[0] / "dtf-tensor" / "iteration-00000006", tmp_path / "out", style="qwen2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """A dataset of bytes: its prefix, its documents, and the bytes of their texts."""
+    folder, texts = tmp_path_factory.mktemp("text"), ["Grüße aus dem Text", "and some more of it, " * 9]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    preprocess(Corpus([folder / "corpus.jsonl"]), "byte", folder / "bytes", append_eod=True)
+    return folder / "bytes", len(texts), len("".join(texts).encode())
+
+
+def test_evaluation_at_any_topology(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path) -> None:
+    """Loss, perplexity and bits per byte of checkpoints of two ranks, by tensor and by pipeline, and of an export."""
+    prefix, documents, size = text
+    folder = trained[0] / "dtf-tensor" / "iteration-00000006"
+    export(folder, tmp_path / "hf")
+    stream = torch.from_numpy(IndexedDataset(prefix).tokens[:].astype(np.int64))
+    samples = stream[:len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24).numpy()
+    for path in (folder, trained[0] / "dtf-pipeline" / "iteration-00000006", tmp_path / "hf"):
+        found = evaluate(path, prefix, modes=MODES, batch_size=2)
+        assert found["tokens"] == samples[:, 1:].size > 7 * 24
+        for mode in MODES:
+            loss = oracle_loss(tmp_path / "hf", samples[:, :-1], samples[:, 1:], mode=mode)
+            assert found[mode] == pytest.approx(loss, rel=1e-5)
+            assert found["perplexity"][mode] == pytest.approx(2.718281828459045 ** loss, rel=1e-4)
+            assert found["bits_per_byte"][mode] == pytest.approx(loss / 0.6931471805599453 * (size + documents) / size, rel=1e-5)
+        assert found["topk"] != pytest.approx(found["causal"], rel=1e-4)
+
+
+def test_dataset_of_another_tokenizer_is_refused(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],
+                                                 tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By a checkpoint and by its export; where the tokenizer cannot be told, the log says so."""
+    checkpoint, hf, prefix = trained[0] / "dense-tensor" / "iteration-00000006", tmp_path / "hf", tmp_path / "other"
+    export(checkpoint, hf)
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{text[0]}.{suffix}", f"{prefix}.{suffix}")
+    record = json.loads(Path(f"{text[0]}.json").read_text())
+    Path(f"{prefix}.json").write_text(json.dumps(record | {"fingerprint": "0" * 64, "tokenizer": "other"}))
+    for path in (checkpoint, hf):
+        with pytest.raises(UserError, match="made with tokenizer other"):
+            evaluate(path, prefix, modes=["topk"])
+    assert not caplog.messages
+    (hf / "tokenizer_config.json").unlink()
+    evaluate(hf, prefix, modes=["topk"])
+    assert "nothing says which tokenizer" in caplog.text
+
+
+def tool_named(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_bits_per_byte_need_a_record_of_the_bytes(
+        trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    tool = tool_named("evaluate")
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{text[0]}.{suffix}", tmp_path / f"bare.{suffix}")
+    checkpoint = str(trained[0] / "dense-tensor")
+    for prefix, known in ((text[0], True), (tmp_path / "bare", False)):
+        tool.main(["--checkpoint", checkpoint, "--data", str(prefix), "--routing", "causal", "--samples", "2", "--json"])
+        out = capsys.readouterr().out
+        assert ("bits per byte: not known" not in out) == (" bits per byte\n" in out) == known
+        assert (json.loads(out.splitlines()[-1])["bits_per_byte"] is not None) == known
+
+
+def test_export_has_a_card_and_its_generation_settings(exported: tuple[str, Path]) -> None:
+    name, folder = exported
+    text = (folder / "README.md").read_text()
+    assert ModelCard(text).data.library_name == "transformers"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert f"of {sum(parameter.numel() for parameter in model.parameters()):,} parameters" in text
+    assert name.split("-")[0].upper() in text.upper()
+    assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 256
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in folder.glob("*.safetensors")}
+    assert sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values()) == (
+        index["metadata"]["total_size"])
+
+
+@pytest.mark.parametrize(("size", "fewest"), [("0.04MB", 3), ("39KiB", 3), ("1GB", 1), ("40000", 3), ("0", 0), ("5 pages", 0)])
+def test_size_of_shards(trained: tuple[Path, dict[str, Any]], tmp_path: Path, size: str, fewest: int,
+                        capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = trained[0] / "dense-tensor"
+    args = ["to-hf", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--max-shard-size", size]
+    assert run_tool(lambda: tool_named("convert_checkpoint").main(args)) == (0 if fewest else 2)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) >= fewest
+    assert fewest < 3 or max(sum(tensor.nbytes for tensor in load_file(path).values()) for path in files) <= 40_000
+    assert (capsys.readouterr().err == "") == bool(fewest)
+
+
+def test_only_an_empty_folder_or_an_earlier_export_is_written_over(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    checkpoint, output = trained[0] / "dense-tensor" / "iteration-00000006", tmp_path / "out"
+    output.mkdir()
+    export(checkpoint, output)
+    with pytest.raises(UserError, match="exists; pass --overwrite"):
+        export(checkpoint, output)
+    (output / "config.json").unlink()
+    before = sorted(path.name for path in output.iterdir())
+    with pytest.raises(UserError, match="no earlier export"):
+        export(checkpoint, output, overwrite=True)
+    assert sorted(path.name for path in output.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+BROKEN = {"another architecture": "model_type 'gpt2' in config.json: must be one of megadyn, qwen2, llama, mistral",
+          "a missing shard": "model-00002-of-", "a truncated file": "model-00001-of-", "an empty index": "has no weight_map"}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_folder_is_one_sentence(exported: tuple[str, Path], tmp_path: Path, what: str) -> None:
+    """For evaluation, and for a run that is to start from it: both open it so."""
+    folder = shutil.copytree(exported[1], tmp_path / "broken")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    if what == "another architecture":
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    elif what == "a missing shard":
+        second.unlink()
+    elif what == "an empty index":
+        (folder / "model.safetensors.index.json").write_text("{}")
+    else:
+        first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(UserError, match=BROKEN[what]) as caught:
+        open_saved(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_or_unexpected_tensor_is_named(trained: tuple[Path, dict[str, Any]]) -> None:

@@ -1,0 +1,190 @@
+"""README.md of an exported folder: what the model is, what it was trained on, how well it does, how to load it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megadyn.config import Config, ModelConfig, RoutingConfig
+from megadyn.data.indexed import files_of
+from megadyn.data.record import read_record
+from megadyn.errors import UserError
+from megadyn.log import log
+from megadyn.planning.flops import training_flops
+from megadyn.planning.parameters import total_parameters
+
+NAMES = {"dense": "dense transformer", "dtf": "Dynamic Transformer (DTF)", "mod": "Mixture-of-Depths", "dtrnet": "DTRNet"}
+TAGS = {"dense": [], "dtf": ["dynamic-transformer"], "mod": ["mixture-of-depths"], "dtrnet": ["dtrnet"]}
+ROUTES = {
+    "dtf": "Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
+           "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged.",
+    "mod": "A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
+           "2404.02258).",
+    "dtrnet": "In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
+              "every token keeps its feed-forward (arXiv 2509.00925).",
+}
+RULES = {
+    "threshold": "a token is processed if its score reaches a threshold, the running average in training of the lowest score "
+                 "that top-k took",
+    "predictor": "a small network, trained to tell which tokens top-k takes, decides for each token alone",
+    "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
+}
+"""By `model.routing.causal`."""
+
+
+def model_card(config: Config, iteration: int, consumed_samples: int, history: dict[str, Any], *, style: str, precision: str,
+               tokenizer: str) -> str:
+    """The whole text, front matter for Hugging Face's hub included.
+
+    Args:
+        history: from `last_records`.
+        style: `megadyn` or `qwen2`; precision: of the weights; tokenizer: a sentence on it.
+    """
+    model, length = config.model, config.training.sequence_length
+    kind = model.routing.kind
+    tags = ["megadyn", *TAGS[kind], *(["custom_code"] if style == "megadyn" else [])]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
+             "# license: to be filled in by whoever publishes these weights", "---"]
+    parts = [
+        "\n".join(front),
+        f"# A {NAMES[kind]} of {total_parameters(model):,} parameters",
+        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps of "
+        f"{config.training.global_batch_size} sequences of {length}). A base model: it continues text and follows no "
+        "instructions.",
+        "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
+        *([] if kind == "dense" else ["## Routing\n\n" + _routing(model, history)]),
+        "## Work per token\n\n" + _work(model, length, history),
+        "## Data\n\n" + _data(config),
+        "## Losses\n\n" + _losses(history, has_topk=kind != "dense" and not model.routing.is_token_choice),
+        "## Use\n\n" + _use(kind, style),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
+    """The last record of training, `validation` and `test` in a run's metrics.jsonl up to `iteration`, as far as there are."""
+    found: dict[str, Any] = {}
+    try:
+        lines = metrics.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{metrics}: cannot be read ({error})") from None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue            # a run that goes on may just be writing its last line
+        if record["iteration"] <= iteration:
+            for key in ("lm_loss", "validation", "test"):
+                if key in record:
+                    found[key] = record
+    return found
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[str, Any]:
+    norms = {"pre": "before attention and feed-forward", "lns": "before attention and feed-forward, divided by the root of the "
+             "layer's number", "hybridnorm": "on queries, keys and values, and after attention"}
+    return {
+        "layers": f"{model.num_layers}: " + ", ".join(f"{model.layer_types.count(kind)} `{kind}`"
+                                                      for kind in dict.fromkeys(model.layer_types)),
+        "hidden size, feed-forward": f"{model.hidden_size}, {model.ffn_size} (SwiGLU)",
+        "heads": f"{model.num_heads} of size {model.head_dim}, {model.num_kv_heads} for keys and values",
+        "positions": f"rotary, base {model.rope_theta:g}; up to {model.max_position}",
+        "norms": f"RMSNorm {norms[model.normalization]}",
+        "vocabulary": f"{model.vocab_size:,}{', input and output embeddings tied' if model.tie_embeddings else ''}",
+        "weights": precision,
+        "tokenizer": tokenizer,
+    }
+
+
+def _routing(model: ModelConfig, history: dict[str, Any]) -> str:
+    routing = model.routing
+    if routing.is_token_choice:
+        measured = _routed_fraction(history)
+        seen = "" if measured is None else f" At the end of training {measured:.1%} attended."
+        return f"{ROUTES['dtrnet']}\n\nEach token chooses for itself, in training and in use alike.{seen}"
+    agreement = _mean_over_layers(history, "causal_agreement")
+    agreed = "" if agreement is None else f" At the end of training the two agreed on {agreement:.1%} of the choices."
+    return (f"{ROUTES[routing.kind]}\n\n"
+            f"**In training** a routed layer takes exactly the {routing.capacity:.1%} of a sequence's tokens with the highest "
+            f"scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = \"causal\"`, the default, "
+            f"looks at no later token: {RULES[routing.causal]} (`{routing.causal}`).{agreed}\n\n"
+            "`routing_mode = \"topk\"` scores whole texts as in training. It has no cache, and its choice depends on all tokens "
+            "of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one.")
+
+
+def _mean_over_layers(history: dict[str, Any], name: str) -> float | None:
+    layers = history.get("lm_loss", {}).get("routing", {}).values()
+    values = [layer[name] for layer in layers if layer.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _routed_fraction(history: dict[str, Any]) -> float | None:
+    return _mean_over_layers(history, "routed_fraction")
+
+
+def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
+    """Operations per token of a training step, here and without routing."""
+    dense = replace(model, routing=RoutingConfig())
+    plain = training_flops(dense, length) / length
+    if model.routing.kind == "dense":
+        return f"{plain:.3g} floating-point operations per token of a training step, forward and backward, at length {length}."
+    share = f"the configured {model.routing.capacity:.1%} of tokens"
+    if model.routing.is_token_choice:
+        measured = _routed_fraction(history)
+        if measured is None:
+            return f"It depends on what the tokens choose; without routing it is {plain:.3g} operations per token."
+        model = replace(model, routing=replace(model.routing, capacity=measured))
+        share = f"the measured {measured:.1%} of tokens attending"
+    routed = training_flops(model, length) / length
+    return (f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "
+            f"{share}: {routed / plain:.1%} of the {plain:.3g} of the same model without routing.")
+
+
+def _data(config: Config) -> str:
+    rows = ["| dataset | share | documents | tokens, with those held out |", "|---|---|---|---|"]
+    for source in config.data.sources("train"):
+        prefix = Path(source.prefix)        # its last part alone: the rest is the machine's
+        share = "" if source.share is None else f"{source.share:g}"
+        try:
+            record = read_record(files_of(prefix)["json"])
+        except UserError as error:
+            log.warning("the model card says nothing of dataset %s: %s", prefix, error)
+            record = None
+        rows.append(f"| {prefix.name} | {share} | " + (f"{record.documents:,} | {record.tokens:,} |" if record else "? | ? |"))
+    return "\n".join(rows)
+
+
+def _losses(history: dict[str, Any], has_topk: bool) -> str:
+    """Without top-k there is one way to route, and one row a set."""
+    if not history:
+        return "Not known: there was no metrics.jsonl beside the checkpoint."
+    rows = ["| set | routing | loss, nats per token | step |", "|---|---|---|---|"]
+    if record := history.get("lm_loss"):
+        rows.append(f"| training | {'topk' if has_topk else ''} | {record['lm_loss']:.4f} | {record['iteration']:,} |")
+    for name in ("validation", "test"):
+        record = history.get(name, {name: {}})
+        for mode, loss in record[name].items():
+            if has_topk or mode == "causal":
+                rows.append(f"| {name} | {mode if has_topk else ''} | {loss:.4f} | {record['iteration']:,} |")
+    return "\n".join(rows)
+
+
+def _use(kind: str, style: str) -> str:
+    if style == "qwen2":
+        return ("A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
+                "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
+                "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=\"auto\")\n"
+                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n```")
+    return ("`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=\"auto\")\n"
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
+            "ids = tokenizer(\"Once\", return_tensors=\"pt\")\n"
+            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))\n```\n\n"
+            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy")

@@ -1,0 +1,151 @@
+"""The tokenizer of an exported folder, in the form that transformers reads: the same ids as in training, or none at all."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megadyn.data.engine import probe_texts, prove_equal
+from megadyn.data.tokenizer import (
+    ByteTokenizer,
+    HfTokenizer,
+    SentencePieceTokenizer,
+    load_tokenizer,
+    read_bytes,
+    tokenizer_settings,
+)
+from megadyn.errors import UserError
+from megadyn.log import log
+
+COPIED = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+SENTENCEPIECE = "sentencepiece.model"
+"""Not tokenizer.model: AutoTokenizer would read that, and leave out its dummy prefix and its rules for spaces."""
+FINGERPRINT = "megadyn_fingerprint"
+"""Key of tokenizer_config.json: of the tokenizer in training, by which a dataset is known to fit."""
+NORMAL, USER_DEFINED = 1, 4
+"""Types of SentencePiece's pieces: found by merging, and cut out of the text before. The others stand for no text."""
+
+
+def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[dict[str, int], str]:
+    """Writes the tokenizer at `path` into `folder`.
+
+    Returns:
+        The special ids for config.json, and what a reader of the folder must know of its tokenizer, in a sentence.
+    """
+    tokenizer, source = load_tokenizer(path), Path(path)
+    settings: dict[str, Any] = {"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, HfTokenizer):
+        settings |= tokenizer_settings(source)
+    else:
+        settings["split_special_tokens"] = True       # a special token that a text spells is text to both
+    settings[FINGERPRINT] = tokenizer.fingerprint
+    if max_position is not None:
+        settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
+    special = {}
+    if (eod := tokenizer.eod_or_none) is not None:
+        settings |= {name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None}
+        special = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+    write_json(folder / "tokenizer_config.json", settings)
+    if isinstance(tokenizer, ByteTokenizer):
+        (folder / "tokenizer.json").write_text(bytes_as_json(tokenizer))
+        return special, "UTF-8 bytes as ids 0-255, and 256 for the end of a document (a byte-level BPE without merges)"
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return special, _write_sentencepiece(tokenizer, source, folder)
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return special, "the tokenizer of the training run"
+
+
+def bytes_as_json(tokenizer: ByteTokenizer) -> str:
+    """The byte tokenizer as tokenizer.json. Byte-level tokenizers write each byte as a visible character: a printable
+    one of Latin-1 as itself, the others in order as those from U+0100 on."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    characters = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
+    library = Library(models.BPE({characters[byte]: byte for byte in range(0x100)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(tokenizer.eod_text(), special=True, normalized=False)])
+    text: str = library.to_str(pretty=True)
+    return text
+
+
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder: Path) -> str:
+    """The model's file, and as tokenizer.json if that is proved to give the same ids."""
+    shutil.copyfile(source, folder / SENTENCEPIECE)
+    try:
+        (folder / "tokenizer.json").write_text(sentencepiece_as_json(read_bytes(source)))
+        proved = prove_equal(HfTokenizer(folder), tokenizer, [], name="its form as tokenizer.json")
+    except UserError as error:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink(missing_ok=True)
+        log.warning("AutoTokenizer cannot load the export's %s: %s", SENTENCEPIECE, error)
+        return f"`{SENTENCEPIECE}`, for the sentencepiece library: AutoTokenizer cannot load it ({error})"
+    return f"converted from `{SENTENCEPIECE}`, and equal to it {proved}"
+
+
+def sentencepiece_as_json(raw: bytes) -> str:
+    """A SentencePiece BPE or unigram model as tokenizer.json. To be proved: SentencePiece has more rules than these."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers
+    from tokenizers import Tokenizer as Library
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(raw)
+    rules, trainer = proto.normalizer_spec, proto.trainer_spec
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    texts = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
+    if trainer.model_type == trainer.BPE:
+        # Pieces merge by falling score, which SentencePiece gives them in the order in which it found them.
+        merges = sorted((-piece.score, ids[left], ids[right], left, right) for piece in proto.pieces if piece.type == NORMAL
+                        for left, right in _halves(piece.piece) if left in texts and right in texts)
+        model: models.Model = models.BPE(ids, [merge[3:] for merge in merges], unk_token=trainer.unk_piece, fuse_unk=True,
+                           byte_fallback=trainer.byte_fallback)
+    elif trainer.model_type == trainer.UNIGRAM:
+        never = -1e9       # control symbols are never read from a text
+        model = models.Unigram([(piece.piece, piece.score if piece.piece in texts else never) for piece in proto.pieces],
+                               trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    else:
+        raise UserError("it is neither a BPE nor a unigram model")
+    library = Library(model)
+    steps: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps += [normalizers.Prepend("▁")] if rules.add_dummy_prefix else []
+    library.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    first_space = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first_space])
+    control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
+    library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control])
+    library.add_tokens([AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == USER_DEFINED])
+    text: str = library.to_str()
+    return text
+
+
+def check_qwen2(folder: Path, path: str) -> str | None:
+    """What a reader of a Qwen2 folder must know: for this type of model AutoTokenizer takes Qwen2's own rules of splitting,
+    whatever tokenizer.json says, and so may give other ids than in training. None if it gives the same."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        return None
+    reference, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = list(probe_texts(reference))
+    found = (theirs(text, add_special_tokens=False)["input_ids"] for text in texts)
+    if all(ids == wanted.tolist() for ids, wanted in zip(found, reference.encode_batch(texts), strict=True)):
+        return None
+    warning = ("AutoTokenizer splits texts by Qwen2's rules for this type of model, not by tokenizer.json's: "
+               "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training")
+    log.warning("%s", warning)
+    return warning
+
+
+def _halves(piece: str) -> list[tuple[str, str]]:
+    return [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,103 @@
+"""transformers gives every text the ids of training, whichever tokenizer the run had."""
+
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from megadyn.data.engine import probe_texts
+from megadyn.data.tokenizer import load_tokenizer
+from megadyn.data.train_tokenizer import train_tokenizer
+from megadyn.hf.config_map import to_hf_config, to_qwen2_config
+from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_qwen2, write_json, write_tokenizer
+from tests.data.corpora import random_texts
+from tests.tiny import tiny_config
+
+SOURCES = ("byte", "bpe", "sentencepiece-bpe", "sentencepiece-unigram")
+PACKAGE = Path(__file__).parents[2] / "megadyn" / "hf"
+
+
+def sentencepiece_model(path: Path, kind: str, **options: object) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(random_texts(100)), model_writer=model, vocab_size=310, model_type=kind,
+        minloglevel=2, hard_vocab_limit=False, **{"byte_fallback": True, "required_chars": "</unk|edoftx>0A"} | options)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sources")
+    train_tokenizer(random_texts(100), 300, folder / "bpe")
+    return {"byte": "byte", "bpe": str(folder / "bpe")} | {
+        f"sentencepiece-{kind}": str(sentencepiece_model(folder / f"{kind}.model", kind)) for kind in ("bpe", "unigram")}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_auto_tokenizer_gives_the_ids_of_training(name: str, sources: dict[str, str], tmp_path: Path) -> None:
+    reference = load_tokenizer(sources[name])
+    special, note = write_tokenizer(sources[name], tmp_path, max_position=24)
+    write_json(tmp_path / "config.json", to_hf_config(tiny_config("dtf", vocab_size=400).model, "float32") | special)
+    shutil.copy(PACKAGE / "configuration_megadyn.py", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    texts = [*probe_texts(reference), *random_texts(50, seed=1)]
+    wanted = [ids.tolist() for ids in reference.encode_batch(texts)]
+    assert [tokenizer(text)["input_ids"] for text in texts] == wanted
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path)(texts)["input_ids"] == wanted      # this needs no trust
+    assert [ids.tolist() for ids in load_tokenizer(tmp_path).encode_batch(texts)] == wanted      # we read it as well
+    draw = random.Random(0)
+    for ids in [*wanted, *([draw.randrange(257) for _ in range(12)] for _ in range(100) if name == "byte")]:
+        assert tokenizer.decode(ids) == reference.decode(ids)
+    assert set(special.values()) == {tokenizer.eos_token_id} == {tokenizer.pad_token_id} == {reference.eod}
+    assert tokenizer.model_max_length == 24
+    assert ("equal to it on" in note) == name.startswith("sentencepiece")
+
+
+@pytest.mark.parametrize("name", ["bpe", "qwen2s own"])
+def test_a_qwen2_folder_says_where_auto_tokenizer_gives_other_ids(name: str, sources: dict[str, str], tmp_path: Path) -> None:
+    path = sources["bpe"]
+    if name != "bpe":       # the same merges under Qwen2's rules
+        path = str(tmp_path / "own")
+        model = json.loads(Path(sources["bpe"], "tokenizer.json").read_text())["model"]
+        Qwen2Tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]]).save_pretrained(path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    special, _ = write_tokenizer(path, folder, None)
+    write_json(folder / "config.json", to_qwen2_config(tiny_config("dense", vocab_size=400).model, "float32") | special)
+    assert ("PreTrainedTokenizerFast" in (check_qwen2(folder, path) or "")) == (name == "bpe")
+    texts = list(probe_texts(load_tokenizer(path)))
+    assert PreTrainedTokenizerFast.from_pretrained(folder)(texts)["input_ids"] == [
+        ids.tolist() for ids in load_tokenizer(path).encode_batch(texts)]
+
+
+def test_sentencepiece_without_an_equal_form_is_kept_out_of_auto_tokenizers_reach(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A rule that tokenizer.json cannot hold: spaces stand behind words instead of before them."""
+    odd = sentencepiece_model(tmp_path / "odd.model", "unigram", treat_whitespace_as_suffix=True)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    _, note = write_tokenizer(str(odd), folder, None)
+    assert {path.name for path in folder.iterdir()} == {SENTENCEPIECE}
+    assert "AutoTokenizer cannot load it" in note
+    assert "differs from tokenizer odd on the text" in note
+    word = sentencepiece_model(tmp_path / "word.model", "word", byte_fallback=False)
+    assert "neither a BPE nor a unigram model" in write_tokenizer(str(word), folder, None)[1]
+
+
+def test_settings_of_the_tokenizer_are_kept(sources: dict[str, str], tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(sources["bpe"], source)
+    folder.mkdir()
+    stated = {"eos_token": "<|endoftext|>", "chat_template": "{{ x }}", "model_max_length": 7}
+    (source / "tokenizer_config.json").write_text(json.dumps(stated))
+    write_tokenizer(str(source), folder, 24)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written == stated | {"pad_token": "<|endoftext|>", "tokenizer_class": "TokenizersBackend",
+                                "clean_up_tokenization_spaces": False,
+                                "megadyn_fingerprint": load_tokenizer(source).fingerprint}
