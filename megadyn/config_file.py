@@ -32,5 +32,5 @@ def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, 
     extended = own.pop(EXTENDS, []) if isinstance(own, dict) else []
     names = extended if isinstance(extended, list) else [extended]
     if not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"{path}: {EXTENDS}", extended, "the path of a file, or a list of paths, relative to this file's folder")
+        raise ConfigError(f"{path}: {EXTENDS}", extended, "a path relative to this file, or a list of them")
     return [layer for name in names for layer in config_layers(path.parent / name, (*chain, path))] + [(path, own)]
