@@ -1,7 +1,7 @@
 """The configuration of a run: typed sections, read from YAML and `key=value`, refused early.
 
 `load_config` runs on one CPU before any process group exists. Every check names the key, what it
-holds and what it must be. Relative paths are relative to the working directory.
+holds and what it must be. Relative paths are relative to the working directory, but for those of `extends`.
 """
 
 import json
@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megadyn.config_checks import at_least, one_of
 from megadyn.config_data import DataConfig
+from megadyn.config_file import EXTENDS, config_layers
 from megadyn.config_logging import LoggingConfig
 from megadyn.config_model import CAPACITY, CAUSAL_RULES, ModelConfig, RoutingConfig, capacity_count, expand_layout
 from megadyn.config_training import RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
@@ -107,25 +108,20 @@ def check_together(config: Config) -> None:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration from a YAML file and `key=value` overrides.
+    """The checked configuration from a YAML file, over the files that it `extends`, and `key=value` overrides.
 
     Raises:
         UserError: missing or malformed file, unknown key, wrong type, impossible value or combination.
     """
-    try:
-        from_file = OmegaConf.load(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:           # the YAML library has no common base for its errors
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    files = config_layers(Path(path))
     for word in overrides:
         if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
     from_words = OmegaConf.from_dotlist(list(overrides))
-    for given, source in ((from_file, str(path)), (from_words, "the command line")):
-        _check_sections(Config, OmegaConf.to_container(given), "", source)
+    for source, given in (*files, ("the command line", OmegaConf.to_container(from_words))):
+        _check_sections(Config, given, "", str(source))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), from_file, from_words)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *(given for _, given in files), from_words)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
@@ -147,6 +143,8 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
 
 
 def _unknown_key(full_key: str) -> UserError:
+    if full_key == EXTENDS:
+        return UserError(f"{EXTENDS}: is a key of configuration files, not of the command line")
     section: Any = Config
     *path, name = full_key.split(".")
     for part in path:

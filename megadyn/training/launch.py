@@ -1,4 +1,4 @@
-"""Joins this process to the others, however it was started: deepspeed, torchrun, mpirun, or alone."""
+"""Joins this process to the others, however it was started: deepspeed, torchrun, mpirun, srun, or alone."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megadyn.errors import RunError
+from megadyn.errors import ConfigError, RunError
 from megadyn.log import log
 
 MPI_VARIABLES = {
@@ -25,13 +25,15 @@ def adopt_mpi_ranks() -> None:
     """Gives a process that mpirun or srun started the variables that torchrun would have; first of all, for the log too."""
     if "RANK" in os.environ:
         return
+    found = []
     for launcher in range(3):
         ranked = {ours: theirs[launcher] for ours, theirs in MPI_VARIABLES.items()}
         # A lone command inside a Slurm allocation sees Slurm's variables too: only srun sets a step.
         stepless = ranked["RANK"].startswith("SLURM") and "SLURM_STEP_ID" not in os.environ
         if ranked["RANK"] in os.environ and ranked["WORLD_SIZE"] in os.environ and not stepless:
-            os.environ |= {ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ}
-            return
+            found.append({ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ})
+    # srun may set MPICH's variables beside its own, but not the local rank: the fullest set counts, of equal ones the first.
+    os.environ |= max(found, key=len, default={})
 
 
 def world_size() -> int:
@@ -44,10 +46,26 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def local_ranks() -> int:
+    """Number of processes on this machine; 1 if the launcher does not tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def check_devices(local_rank: int, processes: int, devices: int) -> None:
+    """Raises UserError unless each of this machine's processes has a device of its own among the `devices` that one sees."""
+    if (wanted := max(processes, local_rank + 1)) > devices:
+        raise ConfigError("number of processes on this machine", wanted,
+                          f"at most the number of GPUs that each of them sees, which is {devices}: start fewer, or let each see "
+                          "all of the machine's (CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-node instead of --gpus-per-task)")
+
+
 def join(timeout_s: float = 1800.0) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU.
 
     `timeout_s`: how long processes wait for each other, now and in every collective.
+
+    Raises:
+        UserError: fewer devices than processes. RunError: the others were not met in time.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -60,6 +78,7 @@ def join(timeout_s: float = 1800.0) -> None:
     if get_accelerator().device_name() == "cpu":
         _share_cores()
     else:
+        check_devices(int(os.environ["LOCAL_RANK"]), local_ranks(), get_accelerator().device_count())
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
     backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
@@ -79,7 +98,6 @@ def join(timeout_s: float = 1800.0) -> None:
 def _share_cores() -> None:
     """Without OMP_NUM_THREADS every rank would use every core, and all would wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
         log.info("threads: %d a rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
-                 torch.get_num_threads(), os.cpu_count(), local_ranks)
+                 torch.get_num_threads(), os.cpu_count(), local_ranks())

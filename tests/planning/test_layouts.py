@@ -34,7 +34,7 @@ def test_the_examples_fit_on_gpus_of_80_gib(example: Any, name: str, gpus: int) 
         assert 0 <= layout.bubble < 1
     assert refused
     own = [it for it in fitting if (it.tensor, it.pipeline, it.zero_stage, it.micro_batch, it.recompute) ==
-           (config.parallel.tensor, config.parallel.pipeline, 1, config.training.micro_batch_size, "full")]
+           (config.parallel.tensor, config.parallel.pipeline, 1, config.training.micro_batch_size, config.training.recompute)]
     assert len(own) == 1                   # the example runs as it stands
 
 

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Trains with the deepspeed launcher, on this machine or on the hosts of a hostfile:
+#   [HOSTFILE=hosts] examples/launch/deepspeed.sh CONFIG.yaml [key=value ...]
+# HOSTFILE        a host a line as `name slots=8`, started from here by pdsh and ssh
+# NODE_RANK       to do without ssh: run this on each host of HOSTFILE, with 0, 1, ... in its order
+# GPUS            without HOSTFILE: how many of this machine's (default: all)
+# MASTER_ADDR     the first host's address as all hosts reach it (default: its name in HOSTFILE)
+# MASTER_PORT     (default: 29500)
+# DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
+set -euo pipefail
+root=$(dirname "$0")/../..
+options=(--master_port "${MASTER_PORT:-29500}")
+if [[ -n ${HOSTFILE:-} ]]; then
+    by_ssh=(--ssh)
+    if [[ -n ${NODE_RANK:-} ]]; then by_ssh=(); fi
+    python "$root/tools/check_launch.py" "$@" --hostfile "$HOSTFILE" "${by_ssh[@]}"
+    first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")
+    options+=(--hostfile "$HOSTFILE" --no_ssh_check --master_addr "${MASTER_ADDR:-$first}")
+    if [[ -n ${NODE_RANK:-} ]]; then
+        options+=(--no_ssh --node_rank "$NODE_RANK")
+    else
+        options+=(--force_multi)        # a single other host would otherwise be taken for this one
+    fi
+else
+    python "$root/tools/check_launch.py" "$@" ${GPUS:+--processes "$GPUS"}
+    options+=(${GPUS:+--num_accelerators "$GPUS"})
+fi
+# shellcheck disable=SC2086     # DEEPSPEED_ARGS are words
+exec deepspeed "${options[@]}" ${DEEPSPEED_ARGS:-} --module megadyn.pretrain "$@"

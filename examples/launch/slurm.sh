@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=megadyn
+#SBATCH --signal=USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Trains under Slurm. Run it, and it submits itself; inside an allocation it starts the job there:
+#   NODES=8 examples/launch/slurm.sh CONFIG.yaml [key=value ...]
+# NODES        machines (default: 1)
+# GPUS         of each (default: 8)
+# CPUS         cores for each GPU (default: 8)
+# MASTER_ADDR  the first machine's address as all reach it (default: its name)
+# MASTER_PORT  (default: from the job's number)
+# SRUN_ARGS    further options of srun, such as "--container-image=..."
+# Partition, account and time limit are sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
+# Ten minutes before the limit all ranks get SIGUSR1: they save and end. Submitted again, the run goes on.
+set -euo pipefail
+nodes=${NODES:-1} gpus=${GPUS:-8}
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    python "$(dirname "$0")/../../tools/check_launch.py" "$@" --processes $((nodes * gpus))
+    exec sbatch --nodes "$nodes" --ntasks-per-node "$gpus" --gpus-per-node "$gpus" --cpus-per-task "${CPUS:-8}" "$0" "$@"
+fi
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+# srun does not take over the job's cores a task by itself.
+# shellcheck disable=SC2086     # SRUN_ARGS are words
+exec srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" ${SRUN_ARGS:-} python -m megadyn.pretrain "$@"

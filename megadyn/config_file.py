@@ -1,0 +1,36 @@
+"""Configuration files as they were written: YAML, each over the files that it extends. `config.py` says what the keys mean."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megadyn.errors import ConfigError, UserError
+
+EXTENDS = "extends"
+"""Key of a file's own: the path of another file, or a list of them, relative to its folder."""
+
+
+def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, Any]]:
+    """What `path` holds, behind what the files hold that it extends: of two values of a key the later one counts.
+
+    Args:
+        chain: the files that led here, each extending the next.
+
+    Raises:
+        UserError: a file that is missing or no YAML, or that extends itself, be it through others.
+    """
+    came_from = f" (extended by {chain[-1]})" if chain else ""
+    if path.resolve() in [earlier.resolve() for earlier in chain]:
+        raise UserError(f"{path}: extends itself: {' -> '.join(map(str, (*chain, path)))}")
+    try:
+        own = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}{came_from}") from None
+    except Exception as error:           # the YAML library has no common base for its errors
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}{came_from}") from None
+    extended = own.pop(EXTENDS, []) if isinstance(own, dict) else []
+    names = extended if isinstance(extended, list) else [extended]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"{path}: {EXTENDS}", extended, "a path relative to this file, or a list of them")
+    return [layer for name in names for layer in config_layers(path.parent / name, (*chain, path))] + [(path, own)]
