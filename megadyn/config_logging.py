@@ -20,7 +20,7 @@ class LoggingConfig:
     """User or team; the account's own when left out."""
     live: str = "auto"
     """A view that renews itself instead of a log line each report: `auto`, where standard output is a terminal; `always`;
-    `never`."""
+    `never`. Whatever other ranks print there stands in its way until it is next renewed."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, by which MFU divides; known for common ones (`planning/devices.py`) in 16-bit precision. Where
     neither says it there is no MFU."""

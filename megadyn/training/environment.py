@@ -34,7 +34,7 @@ def record_start(folder: Path, grid: Grid, zero_stage: int, device: torch.device
     dist.all_gather_object(places, (socket.gethostname(), name))
     if dist.get_rank() == 0:
         record = describe(places, grid, zero_stage, iteration)
-        with (folder / "environment.jsonl").open("a") as file:
+        with (folder / "environment.jsonl").open("a" if iteration else "w") as file:      # as metrics.jsonl begins anew
             print(json.dumps(record), file=file)
 
 

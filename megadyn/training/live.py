@@ -1,5 +1,6 @@
 """A view of the run that renews itself at the foot of the terminal; log lines scroll by above it. Rank 0 only."""
 
+import logging
 import sys
 import time
 from collections import deque
@@ -22,23 +23,30 @@ STYLES = {"data": "yellow", "forward": "green", "backward": "cyan", "communicati
 
 
 def open_live_view(config: Config) -> "LiveView | None":
-    """As `logging.live` says; None for log lines."""
-    wanted = config.logging.live == "always" or (config.logging.live == "auto" and sys.stdout.isatty())
-    return LiveView(config) if wanted else None
+    """As `logging.live` says; None for log lines, also on a terminal that cannot move its cursor."""
+    if config.logging.live == "always":
+        return LiveView(config, Console(force_terminal=True, highlight=False))
+    console = Console(highlight=False)
+    is_wanted = config.logging.live == "auto" and console.is_terminal and not console.is_dumb_terminal
+    return LiveView(config, console) if is_wanted else None
 
 
 class LiveView:
     """The last report, and how far the run has come since. While it stands, whatever is printed goes above it."""
 
-    def __init__(self, config: Config, console: Console | None = None):
+    def __init__(self, config: Config, console: Console):
         """Stands from here until `close`."""
         self.iterations = config.training.iterations or 0
         self.record: dict[str, Any] = {}
         self.losses: deque[float] = deque(maxlen=CURVE_REPORTS)
         self.iteration, self.ends_at, self._drawn = 0, 0.0, 0.0
-        always = config.logging.live == "always"
-        self.live = Live(console=console or Console(force_terminal=True if always else None, highlight=False), auto_refresh=False)
+        self.live = Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+        terminal = sys.stdout, sys.stderr
         self.live.start()
+        # Loggers that were set up before, as DeepSpeed's, hold the terminal itself.
+        self.moved = [(handler, handler.stream) for handler in stream_handlers() if handler.stream in terminal]
+        for handler, stream in self.moved:
+            handler.setStream(sys.stdout if stream is terminal[0] else sys.stderr)
         self.live.console.show_cursor(True)        # a run that is killed leaves no terminal without one
 
     def step(self, iteration: int) -> None:
@@ -56,6 +64,8 @@ class LiveView:
         """Leaves the last report standing."""
         self._draw()
         self.live.stop()
+        for handler, stream in self.moved:
+            handler.setStream(stream)
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
@@ -64,6 +74,13 @@ class LiveView:
         if self.record:
             lines += report_lines(self.record, list(self.losses))
         self.live.update(Group(*lines), refresh=True)
+
+
+def stream_handlers() -> list[logging.StreamHandler[Any]]:
+    """Of all loggers, but for those that follow `sys.stdout` or `sys.stderr` by themselves."""
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    return [handler for one in loggers if isinstance(one, logging.Logger)
+            for handler in one.handlers if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)]
 
 
 def progress_bar(iteration: int, iterations: int, seconds_left: float, width: int = 30) -> Text:

@@ -160,7 +160,10 @@ class WeightsAndBiases:
         return path.read_text().strip()
 
     def write(self, record: Record) -> None:
-        self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
+        try:
+            self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
+        except Exception as error:               # its service may die in many ways; none of them ends a run
+            raise OSError(f"Weights & Biases: {one_line(error)}") from error
 
     def go_back(self, iteration: int) -> None:
         pass                                     # see the class

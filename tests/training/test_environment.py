@@ -10,7 +10,7 @@ from megadyn.parallel.grid import Axis, Grid
 from megadyn.training.environment import commit_of, describe, record_start, variables, versions
 
 
-def test_each_start_adds_its_record(tmp_path, monkeypatch):
+def test_each_start_adds_its_record_until_the_run_begins_anew(tmp_path, monkeypatch):
     places = [("node0", "NVIDIA H200"), ("node0", "NVIDIA H200"), ("node1", "NVIDIA H200"), ("node1", "NVIDIA H100")]
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
@@ -24,6 +24,8 @@ def test_each_start_adds_its_record(tmp_path, monkeypatch):
     assert second["devices"] == {"NVIDIA H200": 3, "NVIDIA H100": 1}
     assert second["world"] == {"size": 4, "tensor": 2, "pipeline": 1, "data": 2, "zero": 1}
     assert second["versions"]["torch"] == torch.__version__
+    record_start(tmp_path, grid, 1, torch.device("cpu"), 0)
+    assert len((tmp_path / "environment.jsonl").read_text().splitlines()) == 1
 
 
 def test_versions_name_what_is_missing():

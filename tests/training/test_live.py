@@ -1,6 +1,7 @@
 """The live view on a terminal of 80 columns, as an emulator shows it."""
 
 import io
+import logging
 import sys
 
 import pytest
@@ -79,6 +80,31 @@ def test_lines_scroll_by_above_the_view(monkeypatch):
     assert not screen.cursor.hidden
 
 
+def test_a_logger_of_before_does_not_write_into_the_view(monkeypatch):
+    screen = terminal_screen(monkeypatch)
+    handler, other = logging.StreamHandler(sys.stdout), logging.getLogger("of another package")
+    monkeypatch.setattr(other, "handlers", [handler])
+    view = open_live_view(tiny_config(iterations=40))
+    view.train(record(1), 60.0)
+    other.warning("first")
+    view.train(record(2), 60.0)
+    other.warning("second")
+    view.close()
+    assert handler.stream is sys.stdout
+    lines = shown(screen)
+    assert lines[:2] == ["first", "second"] and lines[2].startswith("2 of 40") and len(lines) == 10
+
+
+def test_errors_that_go_elsewhere_still_go_there(monkeypatch):
+    screen = terminal_screen(monkeypatch)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    view = open_live_view(tiny_config())
+    print("an error", file=sys.stderr)
+    view.close()
+    assert sys.stderr.getvalue() == "an error\n"
+    assert "error" not in "".join(shown(screen))
+
+
 def test_a_view_that_is_killed_leaves_the_cursor(monkeypatch):
     screen = terminal_screen(monkeypatch)
     view = open_live_view(tiny_config())
@@ -108,13 +134,16 @@ def test_what_is_not_there_is_not_shown():
     assert "learning rate 3.00e-04" in text
 
 
-@pytest.mark.parametrize(("setting", "is_terminal", "is_live"), [
-    ("auto", True, True), ("auto", False, False), ("always", False, True), ("never", True, False)])
-def test_the_view_is_for_terminals_or_as_asked(monkeypatch, setting, is_terminal, is_live):
+@pytest.mark.parametrize(("setting", "is_terminal", "kind", "is_live"), [
+    ("auto", True, "xterm", True), ("auto", True, "dumb", False), ("auto", False, "xterm", False),
+    ("always", False, "xterm", True), ("never", True, "xterm", False)])
+def test_the_view_is_for_terminals_or_as_asked(monkeypatch, setting, is_terminal, kind, is_live):
     class Output(io.StringIO):
         def isatty(self) -> bool:
             return is_terminal
 
+    terminal_screen(monkeypatch)
+    monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr(sys, "stdout", Output())
     config = tiny_config()
     config.logging.live = setting

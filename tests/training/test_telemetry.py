@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megadyn.log import log
 from megadyn.planning.flops import training_flops
+from megadyn.training.sinks import WeightsAndBiases
 from megadyn.training.telemetry import Telemetry, auxiliary_losses
 from tests.tiny import tiny_config
 
@@ -56,3 +58,31 @@ def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeyp
     assert train["model_tflops"] == pytest.approx(flops / 2 / 1e12)
     assert list(train["routing"]) == ["0", "1", "2", "3"]
     assert last["step_time_ms"] == pytest.approx(2000)                # the steps before the resumption are not counted
+
+
+def test_a_sink_that_fails_stops_neither_the_run_nor_the_others(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    config = tiny_config(iterations=20)
+    config.logging.tensorboard = False
+    telemetry = Telemetry(config, 1, tmp_path, 0)
+    service = WeightsAndBiases.__new__(WeightsAndBiases)
+    service.run = None                      # a service that died
+    telemetry.sinks.insert(0, service)
+    report(telemetry, 5)
+    assert "WeightsAndBiases: iteration 5 not written yet: Weights & Biases: " in caplog.text
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["iteration"] == 5
+    telemetry.sinks.pop(0)
+    telemetry.close()
+
+
+def test_a_rollback_takes_every_sink_back(tmp_path):
+    config = tiny_config(iterations=20)
+    config.logging.tensorboard, config.logging.csv = False, True
+    telemetry = Telemetry(config, 1, tmp_path, 0)
+    for iteration in (5, 10):
+        report(telemetry, iteration)
+    telemetry.go_back(5)
+    telemetry.event(5, "bad_step", {"iteration": 12})
+    telemetry.close()
+    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 5]
+    assert {row.split(",")[0] for row in (tmp_path / "metrics.csv").read_text().splitlines()} == {"iteration", "5"}
