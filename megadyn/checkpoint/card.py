@@ -30,6 +30,9 @@ RULES = {
     "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
 }
 """By `model.routing.causal`."""
+GENERATE = """ids = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0]))
+"""
 
 
 def model_card(config: Config, iteration: int, consumed_samples: int, history: dict[str, Any], *, style: str, precision: str,
@@ -180,11 +183,11 @@ def _use(kind: str, style: str) -> str:
         return ("A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
                 "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
                 "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=\"auto\")\n"
-                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n```")
+                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n" + GENERATE + "```")
     return ("`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=\"auto\")\n"
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
-            "ids = tokenizer(\"Once\", return_tensors=\"pt\")\n"
-            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))\n```\n\n"
-            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy")
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
+            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
+            "LoRA: `LoraConfig(task_type=\"CAUSAL_LM\", target_modules=\"all-linear\")`, or `target_modules=r\".*(self_attn|mlp)"
+            "\\..*_proj\"` for the blocks without what chooses tokens.")
