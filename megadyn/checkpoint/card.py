@@ -87,7 +87,12 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items())])
+
+
+def escaped(value: object) -> str:
+    """As a cell of a table, which a bar or the end of a line would close."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[str, Any]:
@@ -160,7 +165,7 @@ def _data(config: Config) -> str:
         except UserError as error:
             log.warning("the model card says nothing of dataset %s: %s", prefix, error)
             record = None
-        rows.append(f"| {prefix.name} | {share} | " + (f"{record.documents:,} | {record.tokens:,} |" if record else "? | ? |"))
+        rows.append(f"| {escaped(prefix.name)} | {share} | " + (f"{record.documents:,} | {record.tokens:,} |" if record else "? | ? |"))
     return "\n".join(rows)
 
 

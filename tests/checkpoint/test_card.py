@@ -71,6 +71,11 @@ def with_capacity(share: float) -> Config:
     return config
 
 
+def test_a_bar_closes_no_cell() -> None:
+    text = model_card(tiny_config("dense"), 1, 4, {}, style="megadyn", precision="fp32", tokenizer="differs on '<|x|>\n'")
+    assert r"| tokenizer | differs on '<\|x\|> ' |" in text
+
+
 def test_where_the_weights_came_from() -> None:
     config = tiny_config("mod")
     assert "starting from" not in card_of(config)
