@@ -165,7 +165,8 @@ def _data(config: Config) -> str:
         except UserError as error:
             log.warning("the model card says nothing of dataset %s: %s", prefix, error)
             record = None
-        rows.append(f"| {escaped(prefix.name)} | {share} | " + (f"{record.documents:,} | {record.tokens:,} |" if record else "? | ? |"))
+        size = f"{record.documents:,} | {record.tokens:,}" if record else "? | ?"
+        rows.append(f"| {escaped(prefix.name)} | {share} | {size} |")
     return "\n".join(rows)
 
 
