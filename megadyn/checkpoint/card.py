@@ -30,6 +30,9 @@ RULES = {
     "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
 }
 """By `model.routing.causal`."""
+GENERATE = """ids = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0]))
+"""
 
 
 def model_card(config: Config, iteration: int, consumed_samples: int, history: dict[str, Any], *, style: str, precision: str,
@@ -42,6 +45,7 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
     """
     model, length = config.model, config.training.sequence_length
     kind = model.routing.kind
+    start = f", starting from the weights of {Path(config.checkpoint.init_from).name}" if config.checkpoint.init_from else ""
     tags = ["megadyn", *TAGS[kind], *(["custom_code"] if style == "megadyn" else [])]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
              "# license: to be filled in by whoever publishes these weights", "---"]
@@ -49,7 +53,7 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
         "\n".join(front),
         f"# A {NAMES[kind]} of {total_parameters(model):,} parameters",
         f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps of "
-        f"{config.training.global_batch_size} sequences of {length}). A base model: it continues text and follows no "
+        f"{config.training.global_batch_size} sequences of {length}){start}. A base model: it continues text and follows no "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if kind == "dense" else ["## Routing\n\n" + _routing(model, history)]),
@@ -83,7 +87,12 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items())])
+
+
+def escaped(value: object) -> str:
+    """As a cell of a table, which a bar or the end of a line would close."""
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[str, Any]:
@@ -156,7 +165,8 @@ def _data(config: Config) -> str:
         except UserError as error:
             log.warning("the model card says nothing of dataset %s: %s", prefix, error)
             record = None
-        rows.append(f"| {prefix.name} | {share} | " + (f"{record.documents:,} | {record.tokens:,} |" if record else "? | ? |"))
+        size = f"{record.documents:,} | {record.tokens:,}" if record else "? | ?"
+        rows.append(f"| {escaped(prefix.name)} | {share} | {size} |")
     return "\n".join(rows)
 
 
@@ -180,11 +190,11 @@ def _use(kind: str, style: str) -> str:
         return ("A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
                 "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
                 "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=\"auto\")\n"
-                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n```")
+                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n" + GENERATE + "```")
     return ("`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=\"auto\")\n"
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n"
-            "ids = tokenizer(\"Once\", return_tensors=\"pt\")\n"
-            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))\n```\n\n"
-            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy")
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
+            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
+            "LoRA: `LoraConfig(task_type=\"CAUSAL_LM\", target_modules=\"all-linear\")`, or `target_modules=r\".*(self_attn|mlp)"
+            "\\..*_proj\"` for the blocks without what chooses tokens.")

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megadyn.data.engine import probe_texts, prove_equal
 from megadyn.data.tokenizer import (
     ByteTokenizer,
@@ -17,7 +19,7 @@ from megadyn.data.tokenizer import (
 from megadyn.errors import UserError
 from megadyn.log import log
 
-COPIED = ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja")
+COPIED = ("special_tokens_map.json", "chat_template.jinja")
 SENTENCEPIECE = "sentencepiece.model"
 """Not tokenizer.model: AutoTokenizer would read that, and leave out its dummy prefix and its rules for spaces."""
 FINGERPRINT = "megadyn_fingerprint"
@@ -36,6 +38,7 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
     settings: dict[str, Any] = {"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, HfTokenizer):
         settings |= tokenizer_settings(source)
+        settings |= {name: False for name in ("add_bos_token", "add_eos_token") if settings.get(name)}
     else:
         settings["split_special_tokens"] = True       # a special token that a text spells is text to both
     settings[FINGERPRINT] = tokenizer.fingerprint
@@ -51,10 +54,24 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
         return special, "UTF-8 bytes as ids 0-255, and 256 for the end of a document (a byte-level BPE without merges)"
     if isinstance(tokenizer, SentencePieceTokenizer):
         return special, _write_sentencepiece(tokenizer, source, folder)
+    (folder / "tokenizer.json").write_bytes(without_additions(read_bytes(source / "tokenizer.json")))
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     return special, "the tokenizer of the training run"
+
+
+def without_additions(raw: bytes) -> bytes:
+    """A tokenizer.json that does what training did, which cuts, pads, adds and drops no token; unchanged if it does."""
+    content = json.loads(raw)
+    wanted = content | {"truncation": None, "padding": None}
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":        # that one only moves offsets
+        wanted["post_processor"] = None
+    if content["model"].get("dropout"):
+        wanted["model"] = content["model"] | {"dropout": None}
+    if all(content.get(key) == value for key, value in wanted.items()):
+        return raw
+    return json.dumps(wanted, indent=2, ensure_ascii=False).encode()
 
 
 def bytes_as_json(tokenizer: ByteTokenizer) -> str:
@@ -79,7 +96,13 @@ def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder
     shutil.copyfile(source, folder / SENTENCEPIECE)
     try:
         (folder / "tokenizer.json").write_text(sentencepiece_as_json(read_bytes(source)))
-        proved = prove_equal(HfTokenizer(folder), tokenizer, [], name="its form as tokenizer.json")
+        converted = HfTokenizer(folder)
+        for symbol in user_defined(read_bytes(source)):
+            text = f"{symbol}a{symbol} b {symbol}{symbol} \n{symbol}"
+            found, wanted = (one.encode_batch([text])[0] for one in (converted, tokenizer))
+            if not np.array_equal(found, wanted):
+                raise UserError(f"its form as tokenizer.json differs from tokenizer {tokenizer.name} around its symbol {symbol!r}")
+        proved = prove_equal(converted, tokenizer, [], name="its form as tokenizer.json")
     except UserError as error:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).unlink(missing_ok=True)
@@ -102,8 +125,8 @@ def sentencepiece_as_json(raw: bytes) -> str:
         # Pieces merge by falling score, which SentencePiece gives them in the order in which it found them.
         merges = sorted((-piece.score, ids[left], ids[right], left, right) for piece in proto.pieces if piece.type == NORMAL
                         for left, right in _halves(piece.piece) if left in texts and right in texts)
-        model: models.Model = models.BPE(ids, [merge[3:] for merge in merges], unk_token=trainer.unk_piece, fuse_unk=True,
-                           byte_fallback=trainer.byte_fallback)
+        model: models.Model = models.BPE(
+            ids, [merge[3:] for merge in merges], unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == trainer.UNIGRAM:
         never = -1e9       # control symbols are never read from a text
         model = models.Unigram([(piece.piece, piece.score if piece.piece in texts else never) for piece in proto.pieces],
@@ -120,7 +143,7 @@ def sentencepiece_as_json(raw: bytes) -> str:
     library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first_space])
     control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
     library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control])
-    library.add_tokens([AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == USER_DEFINED])
+    library.add_tokens([AddedToken(symbol, normalized=False) for symbol in user_defined(raw)])
     text: str = library.to_str()
     return text
 
@@ -141,6 +164,14 @@ def check_qwen2(folder: Path, path: str) -> str | None:
                "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training")
     log.warning("%s", warning)
     return warning
+
+
+def user_defined(raw: bytes) -> list[str]:
+    """Symbols that a SentencePiece model takes whole from a text, whatever is around them."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(raw)
+    return [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
 
 
 def _halves(piece: str) -> list[tuple[str, str]]:

@@ -71,6 +71,18 @@ def with_capacity(share: float) -> Config:
     return config
 
 
+def test_a_bar_closes_no_cell() -> None:
+    text = model_card(tiny_config("dense"), 1, 4, {}, style="megadyn", precision="fp32", tokenizer="differs on '<|x|>\n'")
+    assert r"| tokenizer | differs on '<\|x\|> ' |" in text
+
+
+def test_where_the_weights_came_from() -> None:
+    config = tiny_config("mod")
+    assert "starting from" not in card_of(config)
+    config.checkpoint.init_from = "/somewhere/Qwen2.5-3B"
+    assert "starting from the weights of Qwen2.5-3B." in card_of(config)
+
+
 def test_data_by_name_alone(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"text": "some text"}\n{"text": "more"}\n')
     preprocess(Corpus([tmp_path / "corpus.jsonl"]), "byte", tmp_path / "web", append_eod=True)

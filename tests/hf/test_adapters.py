@@ -41,6 +41,13 @@ def linear_layers(config, chooses: bool = True) -> set[str]:
             for name in BLOCK | (CHOOSING[kind] if chooses else set())}
 
 
+def test_lora_of_the_blocks_alone(folder: Path) -> None:
+    model = get_peft_model(load(folder), LoraConfig(task_type="CAUSAL_LM", target_modules=r".*(self_attn|mlp)\..*_proj"))
+    adapted = {re.sub(r".*(model\.layers.*)\.lora_.*", r"\1", name) for name, parameter in model.named_parameters()
+               if parameter.requires_grad}
+    assert adapted == linear_layers(model.config, chooses=False)
+
+
 def test_lora_learns_merges_and_reloads(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = load(folder)

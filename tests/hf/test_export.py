@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -269,6 +270,15 @@ def test_export_has_a_card_and_its_generation_settings(exported: tuple[str, Path
     assert set(index["weight_map"].values()) == {path.name for path in folder.glob("*.safetensors")}
     assert sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values()) == (
         index["metadata"]["total_size"])
+
+
+@pytest.mark.parametrize(("layout", "style"), [("dtf-pipeline", "megadyn"), ("dense-tensor", "qwen2")])
+def test_code_of_the_card_runs(trained: tuple[Path, dict[str, Any]], tmp_path: Path, layout: str, style: str,
+                               capsys: pytest.CaptureFixture[str]) -> None:
+    export(trained[0] / layout / "iteration-00000006", tmp_path / "out", style=style)
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    exec(code, {"FOLDER": str(tmp_path / "out")})
+    assert capsys.readouterr().out.startswith("Once")
 
 
 @pytest.mark.parametrize(("size", "fewest"), [("0.04MB", 3), ("39KiB", 3), ("1GB", 1), ("40000", 3), ("0", 0), ("5 pages", 0)])

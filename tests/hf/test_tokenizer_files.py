@@ -90,6 +90,38 @@ def test_sentencepiece_without_an_equal_form_is_kept_out_of_auto_tokenizers_reac
     assert "neither a BPE nor a unigram model" in write_tokenizer(str(word), folder, None)[1]
 
 
+def test_a_symbol_of_ones_own_is_part_of_the_proof(tmp_path: Path) -> None:
+    """A text around it would get a dummy prefix on both sides."""
+    path = sentencepiece_model(tmp_path / "own.model", "bpe", user_defined_symbols=["<tool>"])
+    folder = tmp_path / "out"
+    folder.mkdir()
+    assert "differs from tokenizer own around its symbol '<tool>'" in write_tokenizer(str(path), folder, None)[1]
+
+
+def test_nothing_is_added_cut_or_dropped(sources: dict[str, str], tmp_path: Path) -> None:
+    """Training leaves out what a tokenizer.json may ask for beside encoding."""
+    source, folder = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(sources["bpe"], source)
+    folder.mkdir()
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.9
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                          "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    content["post_processor"] = {"type": "TemplateProcessing", "pair": [], "single": [
+        {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}}}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "add_bos_token": true}')
+    write_tokenizer(str(source), folder, None)
+    text = "return the first of several words"
+    wanted = load_tokenizer(source).encode_batch([text])[0].tolist()
+    assert len(wanted) > 8
+    assert PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"] == wanted
+    write_tokenizer(sources["bpe"], folder, None)
+    assert (folder / "tokenizer.json").read_bytes() == Path(sources["bpe"], "tokenizer.json").read_bytes()
+
+
 def test_settings_of_the_tokenizer_are_kept(sources: dict[str, str], tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "out"
     shutil.copytree(sources["bpe"], source)
