@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.data.arguments import positive
-from megadyn.errors import Parser, run_tool
+from megadyn.errors import Parser, UserError, run_tool
 from megadyn.training.hosts import check_ssh, read_hostfile
 
 
@@ -37,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes = args.processes or sum(host.slots for host in hosts) or None
     plan = batch_plan(config, processes) if processes else None
     if args.ssh:
+        if not hosts:
+            raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
         check_ssh(hosts)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"
     if plan:
-        on = f" of {len(hosts)} hosts" if hosts else ""
+        on = f" of {len(hosts)} host{'s'[:len(hosts) - 1]}" if hosts else ""
         text += (f" x data {plan.data_parallel} on {processes:,} processes{on}, "
                  f"{plan.micro_batches} micro-batches of {plan.micro_batch} each")
     print(text)

@@ -35,7 +35,7 @@ def read_hostfile(path: Path) -> list[Host]:
     for number, line in enumerate(lines, 1):
         if not (text := line.partition("#")[0].strip()):
             continue
-        found = re.fullmatch(r"([\w.:-]+)\s+slots=([1-9]\d{0,5})", text)
+        found = re.fullmatch(r"([\w:][\w.:-]*)\s+slots=([1-9]\d{0,5})", text)
         if not found:
             raise UserError(f"{path}, line {number}: {text!r} must be of the form `name slots=8`, with as many slots as GPUs")
         name = found[1]
