@@ -18,5 +18,5 @@ setup(
         "torch>=2.11,<2.14", "deepspeed==0.19.8", "transformers>=5,<6", "tokenizers", "sentencepiece", "safetensors", "numpy",
         "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tqdm", "tensorboard",
     ],
-    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"]},
+    extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"], "kernels": ["triton>=3.6,<3.8"]},
 )

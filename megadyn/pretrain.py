@@ -28,6 +28,7 @@ from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
 from megadyn.errors import ConfigError, Parser, RunError, UserError
 from megadyn.hf.reader import HfFolder
+from megadyn.kernels.rule import kernel_choice
 from megadyn.log import log, start_logging
 from megadyn.model.attention import attention_backend
 from megadyn.parallel.grid import make_grid
@@ -67,6 +68,7 @@ COLLECTIVE_MARGIN_S = 30.0
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model, config.precision)
+    kernel_choice(config.training.kernels)
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 GROUP = 16
-LARGEST = 16384
-"""Columns: a program holds a whole row."""
 
 
 def warps_for(block: int) -> int:
@@ -43,7 +41,7 @@ def _forward(x, u, w, h, y, inverse, width, eps, BLOCK: tl.constexpr):
 @triton.jit
 def _backward(grad_y, grad_h, h, w, inverse, grad_x, grad_w, rows, width, has_grad_h: tl.constexpr, GROUP: tl.constexpr,
               BLOCK: tl.constexpr):
-    """With n = h / rms: grad_x = (w grad_y - n mean(n w grad_y)) / rms + grad_h, and of w: the sum of grad_y n over this group."""
+    """With n = h / rms: grad_x = (w grad_y - n mean(n w grad_y)) / rms + grad_h, and grad_w = sum of grad_y n over this group."""
     group = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -96,6 +94,6 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_norm(x: Tensor, u: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, u [..., D] and w [D] -> x + u and its RMSNorm, each [..., D] in x's dtype; D at most `LARGEST`."""
+    """x, u [..., D] and w [D] -> x + u and its RMSNorm, each [..., D] in x's dtype; D at most `LARGEST_WIDTH`."""
     h, y = _AddNorm.apply(x.flatten(0, -2), u.flatten(0, -2), w, eps)
     return h.view_as(x), y.view_as(x)

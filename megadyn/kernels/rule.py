@@ -7,10 +7,10 @@ from torch import Tensor
 
 from megadyn.errors import ConfigError
 
-KERNELS = ("auto", "triton", "torch")
-"""Values of `training.kernels`."""
 LEAST_CAPABILITY = (8, 0)
 """Compute capability: bf16 arithmetic."""
+LARGEST_WIDTH = 16384
+"""Columns of a row that one program holds whole, for a norm; wider ones are torch's."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The kernels add up in float32, so float64 is torch's."""
 

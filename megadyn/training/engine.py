@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from megadyn.config import BatchPlan, Config, engine_settings
+from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
@@ -79,6 +80,7 @@ class Engine:
         model, grid = self.config.model, self.grid
         backend, why = attention_backend(model, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
+        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels))
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank

@@ -12,8 +12,8 @@ from tests.tiny import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed (requirements.txt)")
 
-from megadyn.kernels.norm import GROUP, add_norm  # noqa: E402
-from megadyn.kernels.rows import add_rows, take_rows  # noqa: E402
+from megadyn.kernels.norm import GROUP, add_norm
+from megadyn.kernels.rows import add_rows, take_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -93,7 +93,8 @@ def test_sum_and_norm_in_one_pass(rows, width, dtype):
 
 
 def test_a_norm_whose_sum_nobody_uses_has_its_gradient_and_the_reverse():
-    (x, x64), (u, u64), (w, w64) = (drawn(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate([(5, 8), (5, 8), (8,)]))
+    shapes = [(5, 8), (5, 8), (8,)]
+    (x, x64), (u, u64), (w, w64) = (drawn(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes))
     for part in (0, 1):
         got = torch.autograd.grad(add_norm(x, u, w, EPS)[part].square().sum(), (x, u), retain_graph=True)
         total = x64 + u64
@@ -115,14 +116,16 @@ def build(kernel, pointers, numbers, constants):
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(binary.asm["cubin"]) > 1000, kernel
 
-wide = {name: "bf16" for name in ("source", "target", "x", "u", "w", "h", "y", "update", "out", "grad_out", "grad_update", "grad_y",
-                                  "grad_h", "grad_x")}
+wide = dict.fromkeys(("source", "target", "x", "u", "w", "h", "y", "update", "out", "grad_out", "grad_update", "grad_y", "grad_h",
+                      "grad_x"), "bf16")
 wide |= {"gate": "fp32", "inverse": "fp32", "grad_w": "fp32", "grad_gate": "fp32", "place": "i64", "slot": "i32"}
 numbers = {"width": "i32", "rows": "i32", "eps": "fp32"}
-for kernel, constants in ((rows._copy_rows, {"scatter": True}), (rows._copy_rows, {"scatter": False}), (rows._add_rows, {}),
-                          (rows._add_rows_backward, {}), (norm._forward, {}),
-                          (norm._backward, {"has_grad_h": True, "GROUP": 16}), (norm._backward, {"has_grad_h": False, "GROUP": 16})):
-    build(kernel, wide, numbers, constants | {"BLOCK": 1024})
+for flag in (True, False):
+    build(rows._copy_rows, wide, numbers, {"scatter": flag, "BLOCK": 1024})
+    build(norm._backward, wide, numbers, {"has_grad_h": flag, "GROUP": norm.GROUP, "BLOCK": 4096})
+build(rows._add_rows, wide, numbers, {"BLOCK": 1024})
+build(rows._add_rows_backward, wide, numbers, {"BLOCK": 1024})
+build(norm._forward, wide, numbers, {"BLOCK": 4096})
 """
 
 
