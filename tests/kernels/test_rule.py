@@ -46,8 +46,8 @@ def test_kernels_take_cuda_tensors_only(gpu):
     assert not rule.fused(torch.zeros(2, 2))
 
 
-@pytest.mark.parametrize(("kind", "normalization"), [("dense", "lns"), ("dtf", "pre"), ("mod", "hybridnorm"), ("dtrnet-token", "pre")])
-def test_a_network_computes_the_same_with_triton_s_kernels(kind, normalization, monkeypatch):
+@pytest.mark.parametrize(("kind", "norms"), [("dense", "lns"), ("dtf", "pre"), ("mod", "hybridnorm"), ("dtrnet-token", "pre")])
+def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed (requirements.txt)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = tiny_tokens(1, samples=2, length=12)[0].to(device)
@@ -56,7 +56,7 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, normalization, 
         calls = []
         for module in (norm, select):
             monkeypatch.setattr(module, "fused", lambda x, calls=calls, on=with_kernels: calls.append(x.shape) or on)
-        network = make_network(tiny_config(kind, normalization=normalization, num_layers=2), dtype=torch.float32).to(device)
+        network = make_network(tiny_config(kind, normalization=norms, num_layers=2), dtype=torch.float32).to(device)
         loss = network(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         assert calls
@@ -64,4 +64,5 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, normalization, 
         grads.append(gradients(network))
     assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for name, want in grads[0].items():
-        assert_close(grads[1][name], want, rtol=1e-4, atol=1e-4 * want.abs().max().item(), msg=lambda text, of=name: f"{of}: {text}")
+        size = want.abs().max().item()
+        assert_close(grads[1][name], want, rtol=1e-4, atol=1e-4 * size, msg=lambda text, of=name: f"{of}: {text}")
