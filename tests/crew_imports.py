@@ -5,6 +5,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 import torch
+import torch._dynamo  # torch's optimizers load it in their first step
 
 import megadyn.pretrain  # noqa: F401
 

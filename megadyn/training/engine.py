@@ -7,8 +7,8 @@ Without pipeline stages the list runs as a plain module, under any ZeRO stage. W
 import io
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -72,9 +72,10 @@ class Engine:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
             optimizer.register_step_pre_hook(self.clipper)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
-            mpu=_Mpu(grid) if grid.pp.size == 1 else None)          # a PipelineModule brings its own
+        with without_compiler():
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
+                mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
@@ -225,6 +226,21 @@ class Engine:
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """`torch.compile` leaves functions as they are.
+
+    DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
+    load its compiler: seconds, of every start.
+    """
+    compiles = torch.compile
+    torch.compile = lambda function, **options: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiles
 
 
 class _Mpu:

@@ -10,8 +10,8 @@ from megadyn.errors import RunError, UserError
 from tests.tiny import ROOT
 
 SMALL = [f"--{name}={value}" for name, value in (
-    ("hidden", 32), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("ffn", 64), ("vocab", 61), ("sequence", 24), ("global-batch", 4),
-    ("rounds", 2), ("warmup", 1), ("device", "cpu"), ("deepspeed-config", ROOT / "ds_configs/zero1.json"))]
+    ("hidden", 32), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("ffn", 64), ("vocab", 61), ("sequence", 24),
+    ("global-batch", 4), ("rounds", 2), ("warmup", 1), ("device", "cpu"), ("deepspeed-config", ROOT / "ds_configs/zero1.json"))]
 
 
 def test_layouts_do_the_same_steps_in_turns(monkeypatch):
