@@ -1,10 +1,26 @@
-"""No test reaches the network, or leaves modules in the user's home; without a GPU Triton's kernels run in its interpreter."""
+"""No test reaches the network, leaves modules in the user's home, or hears the logger as an earlier test set it up.
+
+Without a GPU, Triton's kernels run in its interpreter.
+"""
 
 import os
 import tempfile
-
-import torch
+from collections.abc import Iterator
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="megadyn-tests-")}    # read on import
+
+import pytest
+import torch
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"             # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"                 # read when Triton is imported
+
+from megadyn.log import log
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+    log.setLevel(level)
