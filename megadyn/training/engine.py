@@ -72,7 +72,7 @@ class Engine:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
             optimizer.register_step_pre_hook(self.clipper)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with without_compiler():
+        with without_compiler(), redirect_stdout(io.StringIO()):      # its bf16 optimizer prints memory, group by group
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
                 mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
