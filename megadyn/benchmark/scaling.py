@@ -90,7 +90,6 @@ class Crew:
 
     def __init__(self, layout: Layout, args: argparse.Namespace):
         self.layout = layout
-        config_for(layout, args)                             # refused here, before anything starts
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -104,6 +103,10 @@ class Crew:
             theirs.close()
             self.lines.append(ours)
             self.ranks.append(process)
+
+    def wait_until_ready(self) -> None:
+        for rank in range(self.layout.processes):
+            self.answer(rank)
 
     def step(self, number: int) -> tuple[float, float]:
         """Loss of step `number`, and the seconds of the slowest rank."""
@@ -165,13 +168,15 @@ def _work(line: Connection, layout: Layout, args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, layouts: Sequence[Layout]) -> list[Figure]:
-    crews = [Crew(layout, args) for layout in layouts]
-    times: list[list[float]] = [[] for _ in crews]
-    losses = [math.nan] * len(crews)
+    for layout in layouts:
+        config_for(layout, args)                             # refused before anything starts
+    crews: list[Crew] = []
+    times: list[list[float]] = [[] for _ in layouts]
+    losses = [math.nan] * len(layouts)
     try:
-        for crew in crews:
-            for rank in range(crew.layout.processes):
-                crew.answer(rank)
+        for layout in layouts:                               # one after the other, or one may take the port of another
+            crews.append(Crew(layout, args))
+            crews[-1].wait_until_ready()
         for turn in range(args.warmup + args.rounds):
             for number, crew in enumerate(crews):
                 losses[number], seconds = crew.step(turn)
