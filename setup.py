@@ -19,5 +19,5 @@ setup(
         "pyarrow", "mpi4py", "omegaconf>=2.3", "orjson", "tqdm", "rich>=13", "tensorboard",
     ],
     extras_require={"flash": ["flash-attn>=2.6"], "fast": ["gigatoken>=0.10,<0.11"], "eval": ["lm_eval>=0.4.11,<0.5"],
-                    "wandb": ["wandb>=0.31,<1"]},
+                    "wandb": ["wandb>=0.31,<1"], "kernels": ["triton>=3.6,<3.8"]},
 )

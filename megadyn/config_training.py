@@ -57,6 +57,7 @@ LENGTHS = ("iterations", "tokens", "samples", "epochs")
 
 
 RECOMPUTE = ("none", "selective", "full")
+KERNELS = ("auto", "triton", "torch")
 
 
 @dataclass
@@ -82,6 +83,9 @@ class TrainingConfig:
     """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
     attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
     projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
+    kernels: str = "auto"
+    """Norms and the taking and putting back of tokens: `triton`, our fused kernels for GPUs; `torch`, its own operations; or
+    `auto`, Triton's where they can run."""
     on_bad_step: str = "stop"
     """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
     `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
@@ -111,6 +115,7 @@ class TrainingConfig:
                      "eval_samples"):
             at_least(f"training.{name}", getattr(self, name), 1)
         one_of("training.recompute", self.recompute, RECOMPUTE)
+        one_of("training.kernels", self.kernels, KERNELS)
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.seed", self.seed, 0)
         if self.epochs is not None and not 0 < self.epochs < math.inf:

@@ -39,9 +39,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2."""
+    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1."""
     try:
         return main() or 0
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1

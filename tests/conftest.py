@@ -1,4 +1,7 @@
-"""No test reaches the network, leaves modules in the user's home, or hears the logger as an earlier test set it up."""
+"""No test reaches the network, leaves modules in the user's home, or hears the logger as an earlier test set it up.
+
+Without a GPU, Triton's kernels run in its interpreter.
+"""
 
 import os
 import tempfile
@@ -7,6 +10,10 @@ from collections.abc import Iterator
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="megadyn-tests-")}    # read on import
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                 # read when Triton is imported
 
 from megadyn.log import log
 

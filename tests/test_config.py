@@ -199,6 +199,7 @@ IMPOSSIBLE = [
     *((f"training.{name}=0", f"training.{name}", "at least 1") for name in (
         "iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples")),
     ("training.recompute=selectiv", "training.recompute", "did you mean 'selective'?"),
+    ("training.kernels=tritn", "training.kernels", "did you mean 'triton'?"),
     ("training.eval_interval=-1", "training.eval_interval", "at least 0"),
     ("training.seed=-1", "training.seed", "at least 0"),
     ("training.tokens=100", "training.iterations", "one of the four and not training.iterations with training.tokens"),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megadyn.config import Config, load_config
-from megadyn.data.arguments import positive
+from megadyn.data.arguments import above_zero, positive
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import GIB, Layout, Machine, Refusal, layouts
@@ -43,12 +43,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
                                 help=f"assumed: {ASSUMED[f.name]} (default: {f.default:g})")
     parser.add_argument("--json", action="store_true", help="print all layouts, or ranks, as one JSON list in the last line")
     return parser.parse_intermixed_args(argv)
-
-
-def above_zero(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megadyn.config import Config, DataConfig, ModelConfig, RoutingConfig, TokenizerConfig, TrainingConfig, capacity_count
+from megadyn.benchmark.clock import PRECISION_OF
+from megadyn.config import (
+    CAPACITY,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RoutingConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    capacity_count,
+)
+from megadyn.data.arguments import positive
 from megadyn.errors import UserError
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
@@ -37,34 +48,54 @@ class Model:
         return self.module(tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
 
-def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
-          others: Sequence[Model]) -> Model:
-    """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
+def add_shape_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """A model's sizes; `defaults` change and add some."""
+    sizes = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 4, "ffn": 2816, "vocab": 8192, "sequence": 2048, "batch": 1}
+    for name, default in (sizes | defaults).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N")
+
+
+def shape_line(args: argparse.Namespace) -> str:
+    return (f"{args.layers} layers, hidden {args.hidden}, heads {args.heads} and {args.kv_heads}, ffn {args.ffn}, "
+            f"vocabulary {args.vocab}, {args.batch} x {args.sequence} tokens")
+
+
+def config_of(name: str, args: argparse.Namespace, **sections: Any) -> Config:
+    """The configuration of KIND[:CAPACITY] at the sizes in `args`; `sections` add to it or take a section's place."""
     kind, _, capacity = name.partition(":")
-    if kind == REFERENCE:
-        dense = next((model for model in others if model.config.routing.kind == "dense"), None)
-        if dense is None:
-            raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
-        return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
     if kind not in KINDS:
         raise UserError(f"--models {name}: {kind!r} must be one of {', '.join((*KINDS, REFERENCE))}")
     try:
         share = float(capacity) if capacity else None
     except ValueError:
         raise UserError(f"--models {name}: {capacity!r} is no number") from None
-    config = Config(
-        model=ModelConfig(
-            hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
-            vocab_size=args.vocab, qkv_bias=True,
-            routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share)),
-        data=DataConfig(train="none"), tokenizer=TokenizerConfig(path="byte"), output_dir="none",
-        training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)).checked()
-    model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    backend, _ = attention_backend(model, precision)
+    model = ModelConfig(
+        hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
+        vocab_size=args.vocab, qkv_bias=True, routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share))
+    training = TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)
+    chosen: dict[str, Any] = {"model": model, "data": DataConfig(train="none"), "tokenizer": TokenizerConfig(path="byte"),
+                              "output_dir": "none", "training": training}
+    config = Config(**(chosen | sections)).checked()
+    if kind == "dtrnet":
+        config.model.routing.capacity = share or CAPACITY[kind]      # each token chooses; what is counted is this share
+    return config
+
+
+def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
+          others: Sequence[Model]) -> Model:
+    """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
+    kind = name.partition(":")[0]
+    if kind == REFERENCE:
+        dense = next((model for model in others if model.config.routing.kind == "dense"), None)
+        if dense is None:
+            raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
+        return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
+    model = config_of(name, args).model
+    backend, _ = attention_backend(model, PRECISION_OF[dtype])
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
     network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
     if kind == "dtrnet":
-        model.routing.capacity = share or 0.1
+        assert model.routing.capacity is not None
         let_attend(network, tokens, model.routing.capacity)
     return Model(name, network, model)
 

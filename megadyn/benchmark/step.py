@@ -2,31 +2,36 @@
 
     python tools/benchmark.py step [--models dense mod:0.125 dtf:0.5 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
 
-One process and one device. The models take turns, step by step, on the same tokens, so that whatever else slows the
-machine slows all alike; medians count. `qwen2` has the weights of the dense model. DTRNet's routers are set so that as
+One process and one device, a CPU or a GPU. The models take turns, step by step, on the same tokens, so that whatever else
+slows the machine slows all alike; medians count. `qwen2` has the weights of the dense model. DTRNet's routers are set so that as
 many tokens attend as its number says; the learning rate is too small to change that.
+
+Tokens/s count every token of the batch, also one that a layer skipped: they are dense-equivalent, what a dense model of these
+shapes would have to reach. MFU counts the operations that the model itself needs.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.benchmark.models import Model, build
+from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, wait
+from megadyn.benchmark.models import Model, add_shape_arguments, build, shape_line
 from megadyn.config import RECOMPUTE
-from megadyn.data.arguments import add_json_argument, positive
+from megadyn.data.arguments import above_zero, add_json_argument
 from megadyn.errors import Parser, UserError
+from megadyn.kernels.rule import use_kernels
+from megadyn.model.attention import Attention
 from megadyn.parallel.params import DTYPES
-from megadyn.planning.devices import peak_tflops
 from megadyn.planning.flops import training_flops
 
 CHECKED_TOKENS = 512
@@ -45,9 +50,10 @@ class Figure:
     """Of a step, causal attention counted at half."""
     counted: float
     """Operations that torch counts, by those that `planning/flops` does, on a short sequence."""
-    float64_error: float
-    """Relative difference of loss and of gradient norm from a float64 copy, the larger; on a short sequence."""
+    float64_error: float | None
+    """Relative difference of loss and of gradient norm from a float64 copy, the larger; on a short sequence. None: unchecked."""
     tokens_per_second: float
+    """Skipped tokens too: dense-equivalent."""
     mfu_half: float
     """Causal attention counted at half, as Megatron-LM does."""
     mfu_full: float
@@ -59,6 +65,11 @@ class Figure:
     def saved(self) -> float | None:
         """Time saved by FLOPs saved."""
         return (1 - self.time_share) / (1 - self.flops_share) if self.flops_share < 0.99 else None
+
+    @property
+    def dense_equivalent(self) -> float:
+        """Tokens/s by the first model's."""
+        return 1 / self.time_share
 
 
 @dataclass
@@ -84,15 +95,11 @@ class Contest:
                     self.times.setdefault(model.name, []).append(time.perf_counter() - began)
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def float64_error(model: Model, tokens: Tensor, labels: Tensor) -> float:
     exact = Model(model.name, deepcopy(model.module).double(), model.config)
-    found = [loss_and_norm(one, tokens, labels) for one in (model, exact)]
-    return max(abs(got - want) / abs(want) for got, want in zip(*found, strict=True))
+    with plain_attention(exact.module):                  # no other takes float64
+        right = loss_and_norm(exact, tokens, labels)
+    return max(abs(got - want) / abs(want) for got, want in zip(loss_and_norm(model, tokens, labels), right, strict=True))
 
 
 def loss_and_norm(model: Model, tokens: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -104,37 +111,32 @@ def loss_and_norm(model: Model, tokens: Tensor, labels: Tensor) -> tuple[float, 
 
 
 def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
-    """torch counts the whole square of scores, and fused attention on a CPU not at all."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """torch counts the whole square of scores, and other attention than its plain one not at all."""
+    with plain_attention(model.module), FlopCounterMode(display=False) as counter:
         model.loss(tokens, labels).backward()
     model.module.zero_grad(set_to_none=True)
     batch, length = tokens.shape
     return counter.get_total_flops() / (batch * whole_square_flops(model, length))
 
 
+@contextmanager
+def plain_attention(module: nn.Module) -> Iterator[None]:
+    """Attention by matrix products, whatever backend the module was made for."""
+    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    backends = [layer.backend for layer in layers]
+    for layer in layers:
+        layer.backend = "sdpa"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for layer, backend in zip(layers, backends):
+            layer.backend = backend
+
+
 def whole_square_flops(model: Model, length: int) -> float:
     """Of a step on one sequence, with the half of attention's square that no token sees."""
     return training_flops(model.config, length, whole_square=True)
-
-
-def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(operations a second, where the figure is from): a datasheet's for a GPU in half precision, else a matrix product's."""
-    if device.type == "cuda":
-        known = peak_tflops(torch.cuda.get_device_name(device), "fp32" if dtype == torch.float32 else "bf16")
-        if known is not None:
-            return known * 1e12, f"{known:.1f} TFLOP/s by the datasheet"
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = min(timed(lambda: a @ b, device) for _ in range(8))
-    return 2 * size**3 / best, f"{2 * size**3 / best / 1e12:.3g} TFLOP/s, a {size} x {size} matrix product here"
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
-    began = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - began
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure], str]:
@@ -143,15 +145,16 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
     tokens = torch.randint(args.vocab, (args.batch, args.sequence + 1), device=device)
     contest = Contest([], tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     short = [part[:, :CHECKED_TOKENS].contiguous() for part in (contest.tokens, contest.labels)]
-    checks: dict[str, tuple[float, float]] = {}
+    checks: dict[str, tuple[float, float | None]] = {}
     for name in args.models:
         model = build(name, args, device, dtype, contest.tokens, contest.models)
-        checks[name] = counted_share(model, *short), float64_error(model, *short)
-        if dtype == torch.float32 and checks[name][1] > FP32_TOLERANCE:
-            raise UserError(f"{name}: loss or gradients differ from float64's by {checks[name][1]:.1e} of their size")
+        error = None if args.unchecked else float64_error(model, *short)
+        checks[name] = counted_share(model, *short), error
+        if dtype == torch.float32 and error is not None and error > FP32_TOLERANCE:
+            raise UserError(f"{name}: loss or gradients differ from float64's by {error:.1e} of their size")
         contest.models.append(model)
     contest.run(args.rounds, args.warmup)
-    peak, source = device_peak(device, dtype)
+    peak, source = device_peak(device, dtype, args.peak_tflops)
     figures: list[Figure] = []
     for model in contest.models:
         seconds = statistics.median(contest.times[model.name])
@@ -166,25 +169,31 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    rows = ["| model | ms (fastest) | FLOPs | time | time saved / FLOPs saved | tokens/s | MFU, half / full attention | counted "
-            "| off float64 |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = ["| model | ms (fastest) | FLOPs | time | time saved / FLOPs saved | tokens/s, dense-equivalent "
+            "| MFU, half / full attention | counted | off float64 |", "|---|---|---|---|---|---|---|---|---|"]
     for figure in figures:
         saved = "" if figure.saved is None else f"{figure.saved:.2f}"
         rows.append(f"| {figure.name} | {figure.seconds * 1e3:.1f} ({figure.fastest * 1e3:.1f}) | {figure.flops_share:.3f} | "
-                    f"{figure.time_share:.3f} | {saved} | {figure.tokens_per_second:,.0f} | "
-                    f"{figure.mfu_half:.1%} / {figure.mfu_full:.1%} | {figure.counted:.3f} | {figure.float64_error:.0e} |")
+                    f"{figure.time_share:.3f} | {saved} | {figure.tokens_per_second:,.0f} "
+                    f"({figure.dense_equivalent:.2f}x) | {figure.mfu_half:.1%} / {figure.mfu_full:.1%} | {figure.counted:.3f} | "
+                    f"{shown_error(figure.float64_error)} |")
     return "\n".join(rows)
+
+
+def shown_error(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["dense", "mod:0.125", "dtf:0.5", "dtrnet:0.1", "qwen2"],
                         metavar="KIND[:CAPACITY]", help="shares are of the first's (default: %(default)s)")
-    for name, default in (("hidden", 1024), ("layers", 4), ("heads", 16), ("kv-heads", 4), ("ffn", 2816), ("vocab", 8192),
-                          ("sequence", 2048), ("batch", 1), ("rounds", 7), ("warmup", 2)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_shape_arguments(parser, rounds=7, warmup=2)
+    add_device_arguments(parser)
+    parser.add_argument("--peak-tflops", type=above_zero, metavar="N",
+                        help="of the device, for MFU (default: by its datasheet, or else of a matrix product here)")
+    parser.add_argument("--unchecked", action="store_true",
+                        help="no comparison with float64, whose copy needs four times the memory of bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
     add_json_argument(parser)
     return parser.parse_args(argv)
@@ -192,13 +201,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA device")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = device_of(args)
+    chosen, _ = use_kernels(args.kernels)
     figures, peak = measure(args, device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {args.precision}; {args.layers} layers, hidden {args.hidden}, ffn {args.ffn}, "
-          f"vocabulary {args.vocab}, {args.batch} x {args.sequence} tokens; peak: {peak}\n")
+    print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}; peak: {peak}\n")
     print(as_table(figures))
     if args.json:
-        print(json.dumps([asdict(figure) | {"saved": figure.saved} for figure in figures]))
+        print(json.dumps([asdict(figure) | {name: getattr(figure, name) for name in ("saved", "dense_equivalent")}
+                          for figure in figures]))

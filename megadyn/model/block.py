@@ -75,15 +75,15 @@ class Layer(nn.Module):
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T/seq, D]."""
         segments, positions = documents or (None, None)
-        return self.feed_forward(hidden + self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments))
+        return self.feed_forward(hidden, self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments))
 
     def length(self, hidden: Tensor) -> int:
         """T of hidden [B, T/seq, D]."""
         return hidden.shape[1] * self.seq.size
 
-    def feed_forward(self, attended: Tensor) -> Tensor:
-        """The half behind attention: h + Attn -> h + Block(h)."""
-        normed = self.post_attention_layernorm(attended)
+    def feed_forward(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """The half behind attention: h and Attn -> h + Block(h)."""
+        attended, normed = self.post_attention_layernorm.of_sum(hidden, update)
         return (normed if self.hybrid else attended) + self.mlp(normed)
 
     def delta(self, hidden: Tensor, positions: Tensor, length: int, segments: Segments | None = None) -> Tensor:
@@ -91,8 +91,9 @@ class Layer(nn.Module):
         `causal_attention`."""
         update = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
         if self.hybrid:
-            return self.feed_forward(hidden + update) - hidden
-        return update + self.mlp(self.post_attention_layernorm(hidden + update))     # no large terms to cancel
+            return self.feed_forward(hidden, update) - hidden
+        _, normed = self.post_attention_layernorm.of_sum(hidden, update)
+        return update + self.mlp(normed)             # no large terms to cancel
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs), recomputed in the backward pass where configured.

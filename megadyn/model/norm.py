@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.kernels.rule import LARGEST_WIDTH, fused
 from megadyn.parallel.mappings import copy_to_tp
 from megadyn.parallel.params import ParamMaker, constant
 
@@ -16,9 +17,21 @@ class RMSNorm(nn.Module):
         self.weight = make(f"{name}.weight", (size,), constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = copy_to_tp(self.weight, self.seq)
-        weight = weight if self.scale == 1 else weight * self.scale
+        weight = self.scaled_weight()
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def of_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """x + update and its norm."""
+        if fused(x) and x.shape[-1] <= LARGEST_WIDTH:
+            from megadyn.kernels.norm import add_norm
+
+            return add_norm(x, update, self.scaled_weight(), self.eps)
+        total = x + update
+        return total, self(total)
+
+    def scaled_weight(self) -> Tensor:
+        weight = copy_to_tp(self.weight, self.seq)
+        return weight if self.scale == 1 else weight * self.scale
 
 
 class HeadNorm(RMSNorm):

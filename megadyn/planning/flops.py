@@ -20,13 +20,19 @@ def block_flops(model: ModelConfig, tokens: float, attending: float | None = Non
 
     The others of a DTRNet layer have a value and an output projection, and their MLP.
     """
-    assert model.head_dim and model.num_kv_heads and model.ffn_size
+    assert model.head_dim and model.num_kv_heads
     attending = tokens if attending is None else attending
     d, heads, kv = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     values_outputs = 2 * tokens * d * (heads + kv)
     queries_keys = 2 * attending * d * (heads + kv)
     attention = 2 * 2 * attending * attending * heads / 2
-    return values_outputs + queries_keys + attention + 2 * tokens * d * model.ffn_size * 3
+    return values_outputs + queries_keys + attention + mlp_flops(model, tokens)
+
+
+def mlp_flops(model: ModelConfig, tokens: float) -> float:
+    """Forward operations of one MLP on `tokens`."""
+    assert model.ffn_size
+    return 2 * tokens * model.hidden_size * model.ffn_size * 3
 
 
 class LayerFlops(NamedTuple):

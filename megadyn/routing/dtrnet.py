@@ -89,18 +89,22 @@ class DtrLayer(Layer):
         return choose_where(mask), mask, statistics
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
-        hidden, attention = stream.hidden, self.self_attn
-        places, length = selection.places, self.length(hidden)
+        mixed = self.mix(stream, self.input_layernorm(stream.hidden), selection)
+        weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
+        return self.feed_forward(stream.hidden, (weight * mixed).to(stream.hidden.dtype))
+
+    def mix(self, stream: Stream, normed: Tensor, selection: Selection) -> Tensor:
+        """O(attention) of attending tokens, O(V) of the others, [B, T/seq, D]; `normed` is the norm of the stream."""
+        attention = self.self_attn
+        places, length = selection.places, self.length(normed)
         positions, segments = origins(stream, selection, length)
-        x = enter_tp(self.input_layernorm(hidden), attention.tp, attention.seq)
+        x = enter_tp(normed, attention.tp, attention.seq)
         v = attention.values(x)                                                    # [B, T, G/tp, K]
         q, k = attention.queries_keys(take(x, places))                             # of attending tokens only
         chosen_v = take(v.flatten(2), places).unflatten(-1, v.shape[2:])
         attended = recomputed(attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute)
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
-        mixed = attention.o_proj(replace(passed, places, attended))
-        weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
-        return self.feed_forward(hidden + (weight * mixed).to(hidden.dtype))
+        return attention.o_proj(replace(passed, places, attended))
 
     def forward(self, stream: Stream) -> Stream:
         hidden = stream.hidden

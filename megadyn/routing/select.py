@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megadyn.kernels.rule import fused
 from megadyn.model.block import Stream
 from megadyn.model.documents import Segments, segments_of
 from megadyn.parallel.grid import Axis
@@ -34,13 +35,31 @@ def choose_where(mask: Tensor) -> Selection:
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, T] or [B, T, D] at places [b, c] -> [b, c] or [b, c, D]."""
+    """x [B, T] or [B, T, D] at places [b, c], no place twice -> [b, c] or [b, c, D]."""
+    if x.ndim == 3 and fused(x):
+        from megadyn.kernels.rows import take_rows
+
+        return take_rows(x.flatten(0, 1), places.flatten()).unflatten(0, places.shape)
+    return take_any(x, places)
+
+
+def take_any(x: Tensor, places: Tensor) -> Tensor:
+    """`take`, where places may repeat."""
     return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def put_back(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c]."""
+    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c], which may repeat."""
     return x.flatten(0, 1).index_add(0, places.flatten(), update.flatten(0, 1)).view_as(x)
+
+
+def put_back_gated(x: Tensor, places: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """A copy of x [B, T, D] with gate [B, T] at places [b, c], no place twice, times update [b, c, D] added."""
+    if fused(x):
+        from megadyn.kernels.rows import add_rows
+
+        return add_rows(x.flatten(0, 1), places.flatten(), gate.flatten(), update.flatten(0, 1)).view_as(x)
+    return put_back(x, places, (take(gate, places).unsqueeze(-1) * update).to(x.dtype))
 
 
 def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
@@ -53,15 +72,15 @@ def take_shared(x: Tensor, places: Tensor, seq: Axis) -> Tensor:
     if seq.size == 1:
         return take(x, places)
     index, elsewhere = _of_part(x, places, seq)
-    return reduce_from_tp(take(x, index).masked_fill(elsewhere.unsqueeze(-1), 0), seq)
+    return reduce_from_tp(take_any(x, index).masked_fill(elsewhere.unsqueeze(-1), 0), seq)
 
 
 def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
     """A copy of x [B, T/seq, D] with gate [B, T/seq] at those places times update [b, c, D], which all ranks hold, added."""
     if seq.size == 1:
-        return put_back(x, places, (take(gate, places).unsqueeze(-1) * update).to(x.dtype))
+        return put_back_gated(x, places, gate, update)
     index, elsewhere = _of_part(x, places, seq)
-    weight = take(gate, index).masked_fill(elsewhere, 0)
+    weight = take_any(gate, index).masked_fill(elsewhere, 0)
     return put_back(x, index, (weight.unsqueeze(-1) * copy_to_tp(update, seq)).to(x.dtype))
 
 

@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from megadyn.config import BatchPlan, Config, engine_settings
+from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
@@ -86,9 +87,10 @@ class Engine:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
             optimizer.register_step_pre_hook(self.clipper)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
-            mpu=_Mpu(grid) if grid.pp.size == 1 else None)          # a PipelineModule brings its own
+        with without_compiler(), redirect_stdout(io.StringIO()):      # its bf16 optimizer prints memory, group by group
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
+                mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
         self.clock = StepClock(self.device)
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
@@ -98,6 +100,7 @@ class Engine:
         model, grid = self.config.model, self.grid
         backend, why = attention_backend(model, self.config.precision)
         log.info("attention: %s (%s)", backend, why)
+        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels))
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
@@ -296,6 +299,21 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     else:
         peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}        # counted in KiB by Linux
     return {name: size / 2**30 for name, size in peaks.items()}
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """`torch.compile` leaves functions as they are.
+
+    DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
+    load its compiler: seconds, of every start.
+    """
+    compiles = torch.compile
+    torch.compile = lambda function, **options: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiles
 
 
 class _Mpu:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megadyn.errors import ConfigError, RunError
+from megadyn.errors import ConfigError, RunError, UserError
 from megadyn.log import log
 
 MPI_VARIABLES = {
@@ -39,6 +39,12 @@ def adopt_mpi_ranks() -> None:
 def world_size() -> int:
     """Number of processes, known before they are joined."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_device(wanted: str) -> None:
+    """Raises UserError when DeepSpeed has taken another kind of device than `wanted` (cpu or cuda)."""
+    if (taken := get_accelerator().device_name()) != wanted:
+        raise UserError(f"the device asked for is {wanted}, and DeepSpeed took {taken}: set DS_ACCELERATOR={wanted}")
 
 
 def attempt() -> int:
@@ -93,6 +99,10 @@ def join(timeout_s: float = 1800.0) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
                        f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
+
+
+def leave() -> None:
+    dist.destroy_process_group()
 
 
 def _share_cores() -> None:

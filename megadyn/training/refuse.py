@@ -11,6 +11,7 @@ from megadyn.config import BatchPlan, Config
 from megadyn.data.files import os_errors_named
 from megadyn.errors import ConfigError, UserError
 from megadyn.hf.reader import HfFolder
+from megadyn.kernels.rule import kernel_choice
 from megadyn.model.attention import attention_backend
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size
@@ -23,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model, config.precision)
+    kernel_choice(config.training.kernels)
     refuse_wandb(config.logging)
     if config.logging.profile_steps and max(config.logging.profile_ranks) >= launch.world_size():
         raise ConfigError("logging.profile_ranks", config.logging.profile_ranks, f"below {launch.world_size()}, the number of "

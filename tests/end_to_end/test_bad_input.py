@@ -65,6 +65,7 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "vocabulary too small": (["model.vocab_size=100"], "at least the tokenizer's 257"),
     "dataset too short": (["training.sequence_length=100000000"], "too few"),
     "flash without a GPU": (["model.attention=flash"], "sdpa on this machine"),
+    "Triton's kernels without a GPU": (["training.kernels=triton"], "torch on this machine: no CUDA device"),
     "resume from nowhere": (["checkpoint.resume=nowhere"], "no such folder"),
     "start from nowhere": (["checkpoint.init_from=nowhere"], "nowhere"),
     "start from another architecture": (another_architecture, "model_type 'gpt2'"),

@@ -1,0 +1,234 @@
+"""Where the time of a layer goes: each kind of layer and its parts, forward and backward.
+
+    python tools/benchmark.py layer [--models dense mod:0.125 dtf:0.5 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
+
+One process and one device, a CPU or a GPU. Layers stand in networks of two layers and get what reaches them there, so that they
+choose as many tokens as they are set to. The parts take turns; medians count. What lies between the parts and the whole layer
+(residual sums, auxiliary losses, statistics) is the rest. GB/s is by the least that a part can move.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
+from megadyn.benchmark.models import KINDS, Model, add_shape_arguments, build, shape_line
+from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
+from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, plain_attention, shown_error
+from megadyn.data.arguments import add_json_argument
+from megadyn.errors import Parser, UserError
+from megadyn.kernels.rule import use_kernels
+from megadyn.model.block import Layer, Stream
+from megadyn.network import Head, Network
+from megadyn.parallel.params import DTYPES
+
+
+@dataclass
+class Figure:
+    """What is measured of one part."""
+
+    layer: str
+    part: str
+    forward: float
+    backward: float
+    """Seconds, medians; backward 0 where nothing flows back."""
+    share: float
+    """Of the time of its layer."""
+    flops: float
+    """Of forward and backward, causal attention counted at half."""
+    bytes: float
+    counted: float | None
+    """Operations that torch counts, by those of `planning/flops`, on a short sequence."""
+    float64_error: float | None
+    """Of the output against a float64 copy's, by its size; on a short sequence, with the same tokens chosen."""
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    @property
+    def tflops(self) -> float | None:
+        return self.flops / self.seconds / 1e12 if self.flops else None
+
+    @property
+    def gbytes(self) -> float | None:
+        """GB/s."""
+        return self.bytes / self.seconds / 1e9 if self.bytes else None
+
+
+@dataclass
+class Case:
+    """A part and the module whose parameters it uses."""
+
+    part: Part
+    module: nn.Module
+    counted: float | None = None
+    float64_error: float | None = None
+    """As in `Figure`."""
+    grads: list[Tensor] | None = None
+    """Of the outputs that carry gradient; made in the first run, so that no timed one makes them."""
+
+    def run(self, laps: Laps | None = None) -> tuple[Tensor, ...]:
+        """Forward and backward with a mark behind each; the outputs. No gradient remains."""
+        found = self.part.run(*self.part.inputs)
+        if laps:
+            laps.mark()
+        outputs = found if isinstance(found, tuple) else (found,)
+        backward = [out for out in outputs if out.requires_grad]
+        if self.grads is None:
+            self.grads = [torch.randn_like(out) for out in backward]
+        if backward:
+            torch.autograd.backward(backward, self.grads)
+        if laps:
+            laps.mark()
+        for tensor in (*self.part.inputs, *self.module.parameters()):
+            tensor.grad = None
+        return tuple(out.detach() for out in outputs)
+
+
+def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -> list[Case]:
+    """The parts of each kind of layer that `model` adds to the dense one, or of that and of the head; counted and checked."""
+    network, head = model.module, model.module.head
+    assert isinstance(network, Network) and isinstance(head, Head)
+    routed = model.config.routing.kind != "dense"
+    brief = tokens[:, :CHECKED_TOKENS]
+    reached, short = reached_by(network, tokens), reached_by(network, brief)
+    cases = []
+    for kind in sorted(set(model.config.layer_types) - ({"dense"} if routed else set())):
+        index = model.config.layer_types.index(kind)
+        layer = network.layers[index + 1]                # behind the embedding
+        assert isinstance(layer, Layer)
+        selection = choice_of(layer, short[index])
+        parts = parts_of(layer, kind, reached[index], model.config, choice_of(layer, reached[index]))
+        small = parts_of(layer, kind, short[index], model.config, selection)
+        exact: list[Part] = []
+        twin = layer
+        if not unchecked:
+            twin = deepcopy(layer).double()
+            exact = parts_of(twin, kind, in_float64(short[index]), model.config, selection)
+        cases += [checked(part, like, layer, wanted, twin) for part, like, wanted in zip_longest(parts, small, exact)]
+    if not routed:
+        twin_head = head if unchecked else deepcopy(head).double()
+        of_head = [loss_part(whose, hidden, wanted, model.config) for whose, hidden, wanted in (
+            (head, reached[-1].hidden, labels), (head, short[-1].hidden, labels[:, :CHECKED_TOKENS]),
+            (twin_head, short[-1].hidden.to(twin_head.weight.dtype), labels[:, :CHECKED_TOKENS]))]
+        cases.append(checked(of_head[0], of_head[1], head, None if unchecked else of_head[2], twin_head))
+    return cases
+
+
+@torch.no_grad()
+def reached_by(network: Network, tokens: Tensor) -> list[Stream]:
+    """What each layer behind the embedding gets, and last what the head gets."""
+    streams: list[Any] = [network.layers[0](tokens)]
+    for layer in network.layers[1:]:
+        streams.append(layer(streams[-1]))
+    return streams
+
+
+def in_float64(stream: Stream) -> Stream:
+    return Stream(stream.hidden.double(), None if stream.gate is None else stream.gate.double())
+
+
+def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin: nn.Module) -> Case:
+    """`part` of `module`; on `small` inputs counted by torch, and held to `exact`, the same part of a float64 `twin`.
+
+    Raises UserError for fp32 that is not near float64.
+    """
+    case, trial = Case(part, module), Case(small, module)
+    with plain_attention(module), FlopCounterMode(display=False) as counter:
+        outputs = trial.run()
+    planned = small.flops + small.unseen
+    case.counted = counter.get_total_flops() / planned if planned else None
+    if exact is None:
+        return case
+    with plain_attention(twin):
+        wanted = Case(exact, twin).run()
+    outputs = trial.run()
+    errors = [((out.double() - want).norm() / want.norm()).item() for out, want in zip(outputs, wanted, strict=True)
+              if out.is_floating_point()]
+    is_half = outputs[0].dtype in (torch.bfloat16, torch.float16)
+    if not errors or (is_half and part.name == WHOLE):   # in half precision a near tie may fall the other way
+        return case
+    case.float64_error = max(errors)
+    if not is_half and case.float64_error > FP32_TOLERANCE:
+        raise UserError(f"{part.layer}, {part.name}: differs from float64's by {case.float64_error:.1e} of its size")
+    return case
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[Figure]:
+    torch.manual_seed(0)
+    dtype = DTYPES[args.precision]
+    tokens = torch.randint(args.vocab, (args.batch, args.sequence + 1), device=device)
+    tokens, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    cases: list[Case] = []
+    for name in args.models:
+        if name.partition(":")[0] not in KINDS:
+            raise UserError(f"--models {name}: must be KIND[:CAPACITY] with KIND one of {', '.join(KINDS)}")
+        cases += cases_of(build(name, args, device, dtype, tokens, []), tokens, labels, unchecked=args.unchecked)
+    times: list[list[list[float]]] = [[] for _ in cases]
+    for turn in range(args.warmup + args.rounds):
+        for case, found in zip(cases, times, strict=True):
+            laps = Laps(device)
+            case.run(laps)
+            if turn >= args.warmup:
+                found.append(laps.seconds())
+    medians = [[statistics.median(lap) for lap in zip(*found)] for found in times]
+    whole = {case.part.layer: sum(laps) for case, laps in zip(cases, medians) if case.part.name in (WHOLE, "loss")}
+    figures: list[Figure] = []
+    for case, (forward, backward) in zip(cases, medians):
+        part = case.part
+        if part.name == WHOLE:
+            mine = [figure for figure in figures if figure.layer == part.layer]
+            rest = [forward - sum(figure.forward for figure in mine), backward - sum(figure.backward for figure in mine)]
+            figures.append(Figure(part.layer, "rest", rest[0], rest[1], sum(rest) / whole[part.layer], 0, 0, None, None))
+        figures.append(Figure(part.layer, part.name, forward, backward, (forward + backward) / whole[part.layer], part.flops,
+                              part.bytes, case.counted, case.float64_error))
+    return figures
+
+
+def as_table(figures: Sequence[Figure]) -> str:
+    rows = ["| layer | part | forward, ms | backward, ms | share | GFLOP | TFLOP/s | GB/s | counted | off float64 |",
+            "|---|---|---|---|---|---|---|---|---|---|"]
+    for figure in figures:
+        counted = "" if figure.counted is None else f"{figure.counted:.3f}"
+        rows.append(f"| {figure.layer} | {figure.part} | {figure.forward * 1e3:.2f} | {figure.backward * 1e3:.2f} | "
+                    f"{figure.share:.1%} | {shown(figure.flops / 1e9 or None)} | {shown(figure.tflops)} | "
+                    f"{shown(figure.gbytes)} | {counted} | {shown_error(figure.float64_error)} |")
+    return "\n".join(rows)
+
+
+def shown(number: float | None) -> str:
+    return "" if number is None else f"{number:.3g}"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="benchmark.py layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["dense", "mod:0.125", "dtf:0.5", "dtrnet:0.1"],
+                        metavar="KIND[:CAPACITY]", help="whose layers (default: %(default)s)")
+    add_shape_arguments(parser, layers=2, rounds=7, warmup=2)
+    add_device_arguments(parser)
+    parser.add_argument("--unchecked", action="store_true", help="no comparison with float64")
+    add_json_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.recompute = "none"
+    device = device_of(args)
+    chosen, _ = use_kernels(args.kernels)
+    figures = measure(args, device)
+    print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}\n")
+    print(as_table(figures))
+    if args.json:
+        print(json.dumps([asdict(figure) | {name: getattr(figure, name) for name in ("seconds", "tflops", "gbytes")}
+                          for figure in figures]))

@@ -1,0 +1,138 @@
+"""A layer's parts as functions of tensors, so that each can be run, timed and counted alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megadyn.config import ModelConfig
+from megadyn.model.block import Layer, Stream
+from megadyn.network import Head
+from megadyn.parallel.loss import upcast
+from megadyn.planning.flops import block_flops, head_flops, layer_flops, mlp_flops
+from megadyn.routing.dtf import DecisionLayer, DynamicLayer
+from megadyn.routing.dtrnet import DtrLayer
+from megadyn.routing.mod import ModLayer
+from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
+from megadyn.routing.skipping import SkippingLayer
+
+Outputs = Tensor | tuple[Tensor, ...]
+WHOLE = "layer"
+"""Name of the part that is all of a layer."""
+
+
+@dataclass
+class Part:
+    layer: str
+    name: str
+    run: Callable[..., Outputs]
+    """Of `inputs`; an output that carries gradient is also run backward, into `inputs` and the layer's parameters."""
+    inputs: tuple[Tensor, ...]
+    flops: float = 0.0
+    """Of forward and backward on the whole batch, by `planning/flops`; 0 where it counts none."""
+    unseen: float = 0.0
+    """What counting the whole square of attention would add to them."""
+    bytes: float = 0.0
+    """Least that forward and backward can move: each activation in and out once. 0 where operations decide."""
+
+
+def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None) -> list[Part]:
+    """The parts of a layer of `kind` on its input, the whole layer last; `selection`: the tokens that it takes (`choice_of`)."""
+    parts = _Parts(layer, kind, stream, model, selection)
+    parts.add_decision()
+    parts.add_block()
+    inputs = [stream.hidden] if stream.gate is None else [stream.hidden, stream.gate]
+    parts.add(WHOLE, lambda *given: layer(Stream(*given)).hidden, *inputs, unseen=parts.unseen,
+              forward=sum(layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)]))
+    return parts.found
+
+
+class _Parts:
+    def __init__(self, layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None):
+        self.layer, self.kind, self.model, self.selection = layer, kind, model, selection
+        self.hidden, self.gate = stream.hidden.detach(), stream.gate
+        self.batch, self.length, _ = self.hidden.shape
+        self.seen = self.length if selection is None else selection.places.numel() / self.batch
+        """Tokens of a sequence that attend."""
+        assert model.head_dim
+        self.unseen = 2 * self.seen * self.seen * model.num_heads * model.head_dim
+        self.found: list[Part] = []
+
+    def add(self, name: str, run: Callable[..., Outputs], *inputs: Tensor, forward: float = 0.0, unseen: float = 0.0,
+            passes: float = 0.0) -> None:
+        """`forward` and `unseen`: operations of a forward pass on one sequence. `passes`: rows of the hidden size that are read
+        or written, in all."""
+        self.found.append(Part(self.kind, name, run, tuple(leaf(x) for x in inputs), 3 * forward * self.batch,
+                               3 * unseen * self.batch, passes * self.hidden.shape[-1] * self.hidden.element_size()))
+
+    def add_decision(self) -> None:
+        """Which tokens: router, choice, prior."""
+        layer, hidden = self.layer, self.hidden
+        whole = layer_flops(self.model, self.length)[self.model.layer_types.index(self.kind)].whole
+        if isinstance(layer, ModLayer):
+            self.add("router", layer.router, hidden, forward=2 * self.length * self.model.hidden_size)
+            score = layer.router(hidden).detach()
+            self.add("choose", lambda x: layer.causal_router(score, x).in_top, hidden)
+        elif isinstance(layer, DynamicLayer):
+            assert self.gate is not None
+            known = self.gate.detach()
+            self.add("choose", lambda x: layer.causal_router(known, x).in_top, hidden)
+        elif isinstance(layer, DtrLayer):
+            self.add("router", layer.probabilities, hidden, forward=whole)
+            attend = layer.probabilities(hidden)[..., 0].detach()
+            self.add("choose", lambda x: layer.choose(attend, x)[1], hidden)
+        elif isinstance(layer, DecisionLayer):
+            self.add("prior, one pass", layer.prior, hidden, forward=whole / 2)
+
+    def add_block(self) -> None:
+        """What is done with them."""
+        layer, selection, rows = self.layer, self.selection, self.hidden
+        positions, segments, tokens = None, None, self.batch * self.length
+        if isinstance(layer, SkippingLayer):
+            assert selection is not None
+            places, count = selection.places, selection.places.numel()
+            positions, segments = origins(Stream(rows), selection, self.length)
+            self.add("take", lambda x: take_shared(x, places, layer.seq), rows, passes=3 * count + tokens)
+            rows, tokens = take_shared(rows, places, layer.seq).detach(), count
+        self.add("norm", layer.input_layernorm, rows, passes=5 * tokens)
+        normed = layer.input_layernorm(rows).detach()
+        each = tokens / self.batch
+        attention = block_flops(self.model, each, self.seen) - mlp_flops(self.model, each)
+        if isinstance(layer, DtrLayer):
+            assert selection is not None
+            self.add("attention or bypass", lambda x: layer.mix(Stream(self.hidden), x, selection), normed, forward=attention,
+                     unseen=self.unseen)
+        else:
+            self.add("attention", lambda x: layer.self_attn(x, positions, self.length, segments), normed, forward=attention,
+                     unseen=self.unseen)
+        self.add("add + norm", layer.post_attention_layernorm.of_sum, rows, normed, passes=8 * tokens)
+        self.add("MLP", layer.mlp, normed, forward=mlp_flops(self.model, each))
+        if isinstance(layer, SkippingLayer):
+            gate = upcast(self.hidden[..., 0]).sigmoid()
+            self.add("put_back", lambda x, gate, u: put_back_shared(x, places, gate, u, layer.seq), self.hidden, gate, normed,
+                     passes=2 * self.batch * self.length + 4 * tokens)
+
+
+def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) -> Part:
+    """Head and loss, whose forward pass makes the gradients too."""
+    return Part("head", "loss", lambda x: head(Stream(x), labels), (leaf(hidden),),
+                3 * head_flops(model, hidden.shape[1]) * hidden.shape[0])
+
+
+@torch.no_grad()
+def choice_of(layer: Layer, stream: Stream) -> Selection | None:
+    """The tokens that a layer takes of its input; None for one that takes all."""
+    if isinstance(layer, ModLayer):
+        return layer.causal_router(layer.router(stream.hidden), stream.hidden).selection
+    if isinstance(layer, DynamicLayer):
+        assert stream.gate is not None
+        return layer.causal_router(stream.gate, stream.hidden).selection
+    if isinstance(layer, DtrLayer):
+        return layer.choose(layer.probabilities(stream.hidden)[..., 0], stream.hidden)[0]
+    return None
+
+
+def leaf(x: Tensor) -> Tensor:
+    x = x.detach().clone()
+    return x.requires_grad_() if x.is_floating_point() else x

@@ -1,0 +1,121 @@
+"""Chosen rows of a matrix: taken out, and put back with a gate. Import only where Triton runs.
+
+N tokens of width D, C of them chosen, each once. A program handles a whole row, in blocks of at most `BLOCK` columns;
+products and sums are in float32, and what is stored is rounded once.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 1024
+
+
+def block_of(width: int) -> int:
+    """Columns that a program reads at once: a power of two, as Triton's blocks are."""
+    return min(BLOCK, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _copy_rows(source, target, place, width, scatter: tl.constexpr, BLOCK: tl.constexpr):
+    """target[c] = source[place[c]], or with `scatter` target[place[c]] = source[c]."""
+    row = tl.program_id(0).to(tl.int64)                  # 64 bits: N * D may pass 2^31
+    chosen = tl.load(place + row)
+    at = source + (row if scatter else chosen) * width
+    to = target + (chosen if scatter else row) * width
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(to + column, tl.load(at + column, mask=column < width), mask=column < width)
+
+
+@triton.jit
+def _add_rows(x, update, gate, slot, out, width, BLOCK: tl.constexpr):
+    """out[n] = x[n] + gate[n] * update[slot[n]], or x[n] where slot[n] < 0."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(slot + row).to(tl.int64)
+    weight = tl.load(gate + row).to(tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        value = tl.load(x + row * width + column, mask=inside)
+        if source >= 0:
+            change = tl.load(update + source * width + column, mask=inside).to(tl.float32)
+            value = (value.to(tl.float32) + weight * change).to(value.dtype)
+        tl.store(out + row * width + column, value, mask=inside)
+
+
+@triton.jit
+def _add_rows_backward(grad_out, update, gate, place, grad_update, grad_gate, width, BLOCK: tl.constexpr):
+    """grad_update[c] = gate[p] * grad_out[p] and grad_gate[p] = <grad_out[p], update[c]>, p = place[c]."""
+    row = tl.program_id(0).to(tl.int64)
+    chosen = tl.load(place + row)
+    weight = tl.load(gate + chosen).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        grad = tl.load(grad_out + chosen * width + column, mask=inside, other=0.0).to(tl.float32)
+        change = tl.load(update + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_update + row * width + column, (weight * grad).to(grad_update.dtype.element_ty), mask=inside)
+        total += grad * change
+    tl.store(grad_gate + chosen, tl.sum(total, axis=0).to(grad_gate.dtype.element_ty))
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(place)
+        ctx.rows = x.shape[0]
+        out = x.new_empty(len(place), x.shape[1])
+        if out.numel():
+            _copy_rows[(len(place),)](x, out, place, x.shape[1], scatter=False, BLOCK=block_of(x.shape[1]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (place,) = ctx.saved_tensors
+        out = grad.new_zeros(ctx.rows, grad.shape[1])
+        if grad.numel():
+            _copy_rows[(len(place),)](grad.contiguous(), out, place, grad.shape[1], scatter=True, BLOCK=block_of(grad.shape[1]))
+        return out, None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        x, gate, update = x.contiguous(), gate.contiguous(), update.contiguous()
+        slot = torch.full((len(x),), -1, dtype=torch.int32, device=x.device)
+        slot[place] = torch.arange(len(place), dtype=torch.int32, device=x.device)
+        out = torch.empty_like(x)
+        if x.numel():
+            _add_rows[(len(x),)](x, update, gate, slot, out, x.shape[1], BLOCK=block_of(x.shape[1]))
+        ctx.save_for_backward(place, gate, update)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        place, gate, update = ctx.saved_tensors
+        grad_update, grad_gate = torch.empty_like(update), torch.zeros_like(gate)
+        if update.numel():
+            _add_rows_backward[(len(place),)](grad.contiguous(), update, gate, place, grad_update, grad_gate, update.shape[1],
+                                              BLOCK=block_of(update.shape[1]))
+        return grad, None, grad_gate, grad_update                # the residual's gradient is the output's own
+
+
+def take_rows(x: Tensor, place: Tensor) -> Tensor:
+    """x [N, D] at place [C], int64 and each row at most once -> [C, D]."""
+    out: Tensor = _TakeRows.apply(x, place)
+    return out
+
+
+def add_rows(x: Tensor, place: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """A copy of x [N, D] with gate [N] at place [C] times update [C, D] added at place, each row at most once."""
+    out: Tensor = _AddRows.apply(x, place, gate, update)
+    return out

@@ -1,0 +1,35 @@
+"""What a run loads before its first step: seconds of imports that are not needed must not come back."""
+
+import sys
+
+from tests.crew import METHOD
+
+UNNEEDED = ("torch._inductor.compile_fx", "transformers", "tensorboard", "tokenizers", "sentencepiece", "pyarrow", "matplotlib")
+"""torch's compiler; what conversion, curves and data preparation need."""
+
+
+def first_step(output: str) -> None:
+    """Writes the names of all modules that are loaded after a training step."""
+    import megadyn.pretrain  # noqa: F401
+    from megadyn.config import batch_plan
+    from megadyn.parallel.grid import Grid
+    from megadyn.training import launch
+    from megadyn.training.engine import Engine
+    from tests.tiny import micro_batches, tiny_config, tiny_tokens
+
+    config = tiny_config("dtf")
+    launch.join()
+    engine = Engine(config, batch_plan(config, 1), Grid())
+    engine.train_step(micro_batches(tiny_tokens(1)[0], 1), 1e-3)
+    with open(output, "w") as file:
+        file.write("\n".join(sys.modules))
+
+
+def test_a_first_step_loads_no_compiler_and_no_tools(tmp_path):
+    process = METHOD.Process(target=first_step, args=(str(tmp_path / "modules"),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    loaded = set((tmp_path / "modules").read_text().split("\n"))
+    assert {"deepspeed", "torch", "megadyn.network"} <= loaded
+    assert not [name for name in UNNEEDED if name in loaded]
