@@ -19,11 +19,11 @@ from megadyn.config_data import DataConfig
 from megadyn.config_file import EXTENDS, config_layers
 from megadyn.config_logging import LoggingConfig
 from megadyn.config_model import CAPACITY, CAUSAL_RULES, ModelConfig, RoutingConfig, capacity_count, expand_layout
-from megadyn.config_training import RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
+from megadyn.config_training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
 
 __all__ = [
-    "CAPACITY", "CAUSAL_RULES", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig",
+    "CAPACITY", "CAUSAL_RULES", "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig",
     "ModelConfig", "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "RoutingConfig", "TokenizerConfig",
     "TrainingConfig", "batch_plan", "capacity_count", "check_together", "engine_settings", "expand_layout", "load_config",
     "save_config",
