@@ -16,7 +16,8 @@ from tests.tiny import ROOT
 
 EXAMPLES = ROOT / "examples"
 INDEX = (EXAMPLES / "README.md").read_text()
-CONFIGS = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml") if path.parent.name != "bases")
+CONFIGS = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml")
+                 if path.parent.name not in ("bases", "tasks"))
 ON_A_CPU = {"quickstart/config.yaml": ["model.vocab_size=4096"], "study/config.yaml": ["model.vocab_size=4096"]}
 """With what their tokenizers add."""
 
