@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+import tests.crew  # noqa: F401  (its fork server has imported all)
+
 WAIT = timedelta(seconds=120)
 
 
@@ -16,7 +18,7 @@ def run_on_ranks(check: Any, world_size: int, *args: Any) -> None:
 
     In each process torch.distributed is up and the launcher's variables (RANK, LOCAL_RANK, ...) are set.
     """
-    mp.start_processes(_rank_main, (world_size, _free_port(), check, args), nprocs=world_size, start_method="spawn")
+    mp.start_processes(_rank_main, (world_size, _free_port(), check, args), nprocs=world_size, start_method="forkserver")
 
 
 def _free_port() -> int:
