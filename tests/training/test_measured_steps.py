@@ -21,10 +21,9 @@ from tests.parity.curves import Case, config_of, tokens_of
 from tests.tiny import ROOT, micro_batches
 
 OFFLOADED = ROOT / "ds_configs" / "zero3_offload.json"
-CASES = [Case("dtf", 2, 2, 1), Case("dtf", 1, 4, 1, zero=0, tied=True), Case("dense", 1, 2, 2, tied=True),
-         Case("mod", 2, 1, 2, zero=2), Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"),
-         Case("dtrnet-expert", 4, 1, 1, zero=0), Case("dtrnet-token", 2, 1, 2, zero=3), Case("dtf", 1, 2, 2, precision="bf16"),
-         Case("mod", 1, 1, 4, precision="bf16")]
+CASES = [Case("dtf", 2, 2, 1), Case("dtrnet-expert", 2, 2, 1, zero=0, tied=True), Case("mod", 2, 1, 2, zero=2),
+         Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"), Case("dtrnet-token", 2, 1, 2, zero=3),
+         Case("dtf", 1, 2, 2, precision="bf16", tied=True)]
 WATCHED = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor",
            "all_gather_object", "send", "recv", "barrier")
 
