@@ -8,6 +8,7 @@ encoded is kept in data/corpus.parts until then: give the command again after an
 """
 
 import argparse
+import gc
 import json
 import signal
 import sys
@@ -22,6 +23,9 @@ from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
 from megadyn.errors import Parser, run_tool
 from megadyn.log import start_logging
+
+GARBAGE_THRESHOLD = 100_000
+"""Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,6 +72,7 @@ def interrupted(number: int, frame: object) -> None:
 
 
 def main() -> int:
+    gc.set_threshold(GARBAGE_THRESHOLD)
     ranks = Ranks()
     signal.signal(signal.SIGTERM, interrupted)
     try:
