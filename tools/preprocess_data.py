@@ -89,6 +89,7 @@ def main() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         ranks.abort(status)     # the others may be waiting for this one
+    gc.freeze()     # at its end too, Python would look through all modules for garbage
     return status
 
 

@@ -283,6 +283,9 @@ class IndexedWriter:
         with path.open("rb", 0) as tokens:
             while size := tokens.readinto(buffer):
                 self.write(buffer[:size])
+        # Nothing is dropped that is not on disk yet, but its way there begins: else all of it would wait for the end.
+        self._bin.flush()
+        os.posix_fadvise(self._bin.fileno(), before, self._bin.tell() - before, os.POSIX_FADV_DONTNEED)
         if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
             raise UserError(f"{path}: changed while it was copied")
         self._add_counts(lengths, sequences)
