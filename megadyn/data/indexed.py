@@ -12,6 +12,7 @@ Multimodal datasets add [S] i8 of modes, which nothing in the header announces; 
 
 import hashlib
 import os
+import shutil
 import struct
 import weakref
 from collections.abc import Sequence
@@ -279,10 +280,8 @@ class IndexedWriter:
     def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
         """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
         before = self._bin.tell()
-        buffer = memoryview(bytearray(COPY_BYTES))      # one for all: fresh memory costs more than the copying
         with path.open("rb", 0) as tokens:
-            while size := tokens.readinto(buffer):
-                self.write(buffer[:size])
+            shutil.copyfileobj(tokens, self, COPY_BYTES)
         # Nothing is dropped that is not on disk yet, but its way there begins: else all of it would wait for the end.
         self._bin.flush()
         os.posix_fadvise(self._bin.fileno(), before, self._bin.tell() - before, os.POSIX_FADV_DONTNEED)
@@ -290,10 +289,10 @@ class IndexedWriter:
             raise UserError(f"{path}: changed while it was copied")
         self._add_counts(lengths, sequences)
 
-    def write(self, raw: bytes | memoryview) -> None:
+    def write(self, raw: bytes) -> int:
         """Appends tokens that are bytes already."""
         self._hash.update(raw)
-        self._bin.write(raw)
+        return self._bin.write(raw)
 
     def _add_counts(self, lengths: NDArray[Any], sequences: NDArray[np.int64]) -> None:
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:

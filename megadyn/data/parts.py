@@ -32,7 +32,7 @@ from megadyn.errors import UserError
 LAYOUT = 1
 """Part of every name; raised whenever the same unit is to give other files."""
 LOCK = "lock"
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +142,9 @@ def part_name(*what: object) -> str:
 
 
 def file_crc(path: Path, crc: int = 0) -> int:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", 0) as file:
-        while size := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:size], crc)
+        while chunk := file.read(CHUNK_BYTES):
+            crc = zlib.crc32(chunk, crc)
     return crc
 
 

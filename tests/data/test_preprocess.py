@@ -1,11 +1,13 @@
+import errno
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.merge import merge_datasets
 from megadyn.data.parts import Parts
 from megadyn.data.preprocess import Encoder, batches_of, preprocess
@@ -121,6 +123,24 @@ def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
             else:
                 with pytest.raises(UserError, match="no JSON"):
                     encoder.part(corpus.units()[0])
+
+
+def test_no_room_for_the_dataset_ends_the_workers_and_keeps_their_parts(tmp_path, small_units, monkeypatch):
+    """The parts are joined while others are still encoded."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(200))
+    joined = []
+
+    def no_room(writer: IndexedWriter, part: Path, *_: object) -> None:
+        joined.append(part)
+        if len(joined) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexedWriter, "add_file", no_room)
+    with pytest.raises(UserError, match=f"{tmp_path / 'x'}: No space left on device"):
+        preprocess(Corpus([path]), "byte", tmp_path / "x", workers=2)
+    assert not multiprocessing.active_children()
+    assert [file.name for file in tmp_path.iterdir() if file != path] == ["x.parts"]
+    assert {file.stem for file in joined} <= {file.stem for file in (tmp_path / "x.parts").glob("*.json")}
 
 
 def test_bad_line_in_a_small_corpus_leaves_nothing(tmp_path):
