@@ -58,7 +58,7 @@ def run(ranks: Ranks) -> None:
     if ranks.rank != 0:
         return
     text_bytes = record.text_bytes or 0
-    tokens_per_byte = record.tokens / text_bytes
+    tokens_per_byte = record.tokens / max(1, text_bytes)        # some tokenizers have a token for no text
     print(f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json")
     print(f"{text_bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte, {text_bytes / seconds / 1e6:.1f} MB/s")
     print(f"{record.skipped:,} documents skipped{f', the first: {corpus.first_skipped}' if record.skipped else ''}")

@@ -7,7 +7,7 @@ and the result depends neither on their number nor on that of MPI ranks.
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -176,8 +176,8 @@ def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers
     """(number, part) of each unit, in order, until there are as many documents as are wanted."""
     documents = 0
     with Progress(sum(span.size for _, unit in numbered for span in unit)) as progress:
-        encoder.progress = progress
-        with closing(in_order(encoder.part, [unit for _, unit in numbered], workers, progress.show)) as results:
+        reporting = replace(encoder, progress=progress)
+        with closing(in_order(reporting.part, [unit for _, unit in numbered], workers, progress.show)) as results:
             for (number, _), part in zip(numbered, results, strict=False):
                 yield number, part
                 documents += part.documents

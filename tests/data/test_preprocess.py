@@ -11,6 +11,7 @@ from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.merge import merge_datasets
 from megadyn.data.parts import Parts
 from megadyn.data.preprocess import Encoder, batches_of, preprocess
+from megadyn.data.progress import Progress
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import ByteTokenizer, Encoded, load_tokenizer
 from megadyn.errors import UserError
@@ -197,6 +198,15 @@ def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, sm
     preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)     # the first bad line comes later
     with pytest.raises(UserError, match="jsonl:11: no JSON"):
         preprocess(fails, "byte", tmp_path / "behind", max_documents=11, workers=2)
+
+
+def test_what_is_encoded_once_more_is_not_reported_again(tmp_path, small_units, monkeypatch):
+    """Nor may it be: the lock on the counts may be held for ever by a worker that was no longer needed, and so killed."""
+    path = corpus_file(tmp_path / "a.jsonl", ["x" * 237] * 4)       # units of two lines of 250 bytes
+    reported: list[int] = []
+    monkeypatch.setattr(Progress, "add", lambda self, bytes_on_disk, tokens: reported.append(bytes_on_disk))
+    assert preprocess(Corpus([path]), "byte", tmp_path / "x", max_documents=3).documents == 3
+    assert sum(reported) == path.stat().st_size
 
 
 def test_shuffled_documents_are_the_same_ones_in_a_seeded_order(tmp_path, small_units, monkeypatch):
