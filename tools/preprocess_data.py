@@ -8,6 +8,7 @@ encoded is kept in data/corpus.parts until then: give the command again after an
 """
 
 import argparse
+import gc
 import json
 import signal
 import sys
@@ -22,6 +23,9 @@ from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
 from megadyn.errors import Parser, run_tool
 from megadyn.log import start_logging
+
+GARBAGE_THRESHOLD = 100_000
+"""Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +58,7 @@ def run(ranks: Ranks) -> None:
     if ranks.rank != 0:
         return
     text_bytes = record.text_bytes or 0
-    tokens_per_byte = record.tokens / text_bytes
+    tokens_per_byte = record.tokens / max(1, text_bytes)        # some tokenizers have a token for no text
     print(f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json")
     print(f"{text_bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte, {text_bytes / seconds / 1e6:.1f} MB/s")
     print(f"{record.skipped:,} documents skipped{f', the first: {corpus.first_skipped}' if record.skipped else ''}")
@@ -68,6 +72,7 @@ def interrupted(number: int, frame: object) -> None:
 
 
 def main() -> int:
+    gc.set_threshold(GARBAGE_THRESHOLD)
     ranks = Ranks()
     signal.signal(signal.SIGTERM, interrupted)
     try:
@@ -84,6 +89,7 @@ def main() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         ranks.abort(status)     # the others may be waiting for this one
+    gc.freeze()     # at its end too, Python would look through all modules for garbage
     return status
 
 

@@ -38,6 +38,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 UINT16_VOCAB_LIMIT = 65500
 """Vocabularies from here on are stored as int32; Megatron-LM's bound, a little under 2^16."""
 LONGEST_SEQUENCE = 2**31 - 1
+COPY_BYTES = 2**20
 CHUNK_SEQUENCES = 2**18
 """Sequences that are checked at once: few enough to stay in the processor's cache."""
 
@@ -221,15 +222,16 @@ class IndexedWriter:
             writer.add(tokens, lengths, sequences)
             writer.finish()
 
-    Until then all is under temporary names in the same folder, and what stood under PREFIX is left alone.
+    Until then all is under temporary names in the same folder, or in `scratch` on the same file system, and what stood
+    under PREFIX is left alone.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._code = CODES[self.dtype]
         self._final = files_of(Path(prefix))
-        self._temporary = {kind: temporary_beside(path) for kind, path in self._final.items()}
+        self._temporary = {kind: temporary_beside(scratch / path.name if scratch else path) for kind, path in self._final.items()}
         self._hash = hashlib.sha256()
         self._lengths: list[NDArray[np.int32]] = []
         self._sequences: list[NDArray[np.int64]] = []      # in each document
@@ -278,8 +280,11 @@ class IndexedWriter:
     def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
         """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
         before = self._bin.tell()
-        with path.open("rb") as tokens:
-            shutil.copyfileobj(tokens, self, 2**22)
+        with path.open("rb", 0) as tokens:
+            shutil.copyfileobj(tokens, self, COPY_BYTES)
+        # Nothing is dropped that is not on disk yet, but its way there begins: else all of it would wait for the end.
+        self._bin.flush()
+        os.posix_fadvise(self._bin.fileno(), before, self._bin.tell() - before, os.POSIX_FADV_DONTNEED)
         if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
             raise UserError(f"{path}: changed while it was copied")
         self._add_counts(lengths, sequences)

@@ -4,6 +4,7 @@
 #   NAME.bin    the tokens, back to back, in the dtype of the dataset
 #   NAME.len    [D] <i4  tokens in each document, 0 for one without
 #   NAME.json   a `Part`; written last, so with it the part is finished
+# and under .*.tmp what is being written, the dataset too; the next run removes what is left of that.
 
 So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
 """

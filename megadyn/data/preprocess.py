@@ -5,10 +5,11 @@ and the result depends neither on their number nor on that of MPI ranks.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megadyn.errors import UserError
 BATCH_BYTES = 2**22
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
 ALONE = Ranks()
+NumberedPart = tuple[int, Part]
 
 
 def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
@@ -57,13 +59,17 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
             refuse_existing(outputs, overwrite)     # another run may have finished just now
         units, tokenizer = plan(corpus, reference, engine, [*outputs, parts.folder], ranks)
         encoder = Encoder(corpus, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
-        done = ranks.gather(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers))
         record = None
+        with closing(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers)) as encoded:
+            found: Iterable[NumberedPart] = encoded     # one rank joins the parts while the next ones are encoded
+            if ranks.size > 1:
+                found = sorted(chain.from_iterable(ranks.gather(list(encoded))), key=itemgetter(0))
+            if first:
+                in_turn: Iterator[Part] = (part for _, part in found)
+                if max_documents is not None:
+                    in_turn = first_documents(encoder, units, in_turn, max_documents)
+                record = join(encoder, in_turn, prefix, shuffle_seed)
         if first:
-            found = [part for _, part in sorted((pair for pairs in done for pair in pairs), key=lambda pair: pair[0])]
-            if max_documents is not None:
-                found = first_documents(encoder, units, found, max_documents)
-            record = join(encoder, found, prefix, shuffle_seed)
             parts.remove()
         shared: Record = ranks.broadcast(record)
     return shared
@@ -166,45 +172,43 @@ def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
         yield batch, size
 
 
-def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers: int) -> list[tuple[int, Part]]:
+def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers: int) -> Generator[NumberedPart, None, None]:
     """(number, part) of each unit, in order, until there are as many documents as are wanted."""
-    done: list[tuple[int, Part]] = []
     documents = 0
     with Progress(sum(span.size for _, unit in numbered for span in unit)) as progress:
-        encoder.progress = progress
-        results = in_order(encoder.part, [unit for _, unit in numbered], workers, progress.show)
-        for (number, _), part in zip(numbered, results, strict=False):
-            done.append((number, part))
-            documents += part.documents
-            if encoder.limit is not None and documents >= encoder.limit:
-                break
-        results.close()
-    return done
+        reporting = replace(encoder, progress=progress)
+        with closing(in_order(reporting.part, [unit for _, unit in numbered], workers, progress.show)) as results:
+            for (number, _), part in zip(numbered, results, strict=False):
+                yield number, part
+                documents += part.documents
+                if encoder.limit is not None and documents >= encoder.limit:
+                    break
 
 
-def first_documents(encoder: Encoder, units: Sequence[Unit], found: Sequence[Part], limit: int) -> list[Part]:
+def first_documents(encoder: Encoder, units: Sequence[Unit], found: Iterator[Part], limit: int) -> Iterator[Part]:
     """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
-    kept = []
     for unit, part in zip(units, found, strict=False):
         if limit == 0:
             break
-        kept.append(part if part.documents <= limit else encoder.part(unit, limit))
-        limit -= kept[-1].documents
-    return kept
+        first = part if part.documents <= limit else encoder.part(unit, limit)
+        yield first
+        limit -= first.documents
 
 
-def join(encoder: Encoder, found: Sequence[Part], prefix: Path, shuffle_seed: int | None) -> Record:
+def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
     """The parts, one behind the other or shuffled by document, as the dataset PREFIX."""
     corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
-    corpus.skipped = sum(part.skipped for part in found)
-    corpus.first_skipped = next((part.first_skipped for part in found if part.skipped), None)
-    with IndexedWriter(prefix, encoder.dtype) as writer:
-        if shuffle_seed is None:
-            for part in found:
+    joined = []
+    with IndexedWriter(prefix, encoder.dtype, scratch=parts.folder) as writer:
+        for part in found:
+            joined.append(part)
+            if shuffle_seed is None:
                 lengths = parts.lengths(part)
                 writer.add_file(parts.tokens_file(part), lengths[lengths > 0], (lengths > 0).astype(np.int64))
-        else:
-            add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in found], shuffle_seed)
+        if shuffle_seed is not None:
+            add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in joined], shuffle_seed)
+        corpus.skipped = sum(part.skipped for part in joined)
+        corpus.first_skipped = next((part.first_skipped for part in joined if part.skipped), None)
         if not writer.num_tokens:
             parts.remove()
             raise UserError(f"the corpus is empty: no tokens in {writer.num_documents} documents of "
@@ -213,6 +217,6 @@ def join(encoder: Encoder, found: Sequence[Part], prefix: Path, shuffle_seed: in
             tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
             sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
-            source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in found))
+            source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in joined))
         writer.finish(record)
     return record

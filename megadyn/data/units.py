@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megadyn.data.formats import CODECS, Span, form_of, open_parquet
 
-UNIT_BYTES = 2**24
+UNIT_BYTES = 2**23
 """Bytes on disk that a unit has at least, but for the last one."""
 MOST_UNITS = 2**12
 """A corpus has fewer units than this, and files that cannot be cut; each unit is two small files for a while."""

@@ -13,7 +13,7 @@ STYLES = (("", "dotted"), ("dashed", "mixed"))
 
 MFU = {"mfu_causal_half": "causal attention at half", "mfu_whole_square": "attention's whole square"}
 RECORDED = {"tokens_per_second_per_gpu": "tokens/s of one device", "mfu_causal_half": "MFU",
-            "dense_equivalent_tokens_per_second": "dense-equivalent tokens/s", "step_split_ms": "where a step's time goes",
+            "dense_equivalent_tflops": "dense-equivalent TFLOP/s", "step_split_ms": "where a step's time goes",
             "memory_gib": "memory", "grad_norms": "gradient norm by component",
             "learning_rates": "learning rate by parameter group"}
 """What earlier runs lack."""
@@ -90,8 +90,8 @@ def speed_section(runs: Sequence[Run]) -> str:
     charts = [
         over.chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
         over.chart("Tokens/s of one device", "tokens_per_second_per_gpu", from_zero=True),
-        over.chart("Tokens/s of the dense model at the same FLOP/s", "dense_equivalent_tokens_per_second", from_zero=True),
         over.chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
+        over.chart("TFLOP/s of one device that the dense model would need to be as fast", "dense_equivalent_tflops", from_zero=True),
         line_chart("MFU: share of the device's peak", mfu, x_name=over.x_name, from_zero=True),
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
         over.parts("Where the time of the reported step goes (ms, mean of ranks)", "step_split_ms", from_zero=True),

@@ -10,11 +10,11 @@ from megadyn.planning.flops import dense_twin, training_flops
 class Throughput:
     """What follows from the time of a step.
 
-    `tokens_per_second`, of all devices, and `tokens_per_second_per_gpu`, of one (or of one process on a CPU).
-    `dense_equivalent_tokens_per_second`: what the dense twin (the same model, every token in every layer) would reach at the same
-    FLOP/s, so tokens/s x the model's FLOPs a token / the twin's: a dense run as fast as that is on a par in FLOP/s.
+    `tokens_per_second`, of all devices, and `tokens_per_second_per_gpu`, of one (or of one process on a CPU): they count every
+    token of the batch, also where a layer skips it, so they are dense-equivalent, to be held against a dense run's.
     `model_tflops`: useful TFLOP/s of one device, of tokens that a layer did process, causal attention at half its square,
-    recomputation not counted. `mfu_causal_half` is that over the device's peak; `mfu_whole_square` counts attention's whole
+    recomputation not counted. `dense_equivalent_tflops`: what the dense twin (the same model, every token in every layer) would
+    need to be as fast. `mfu_causal_half` is `model_tflops` over the device's peak; `mfu_whole_square` counts attention's whole
     square instead, as many systems do. Both are None where the peak is not known.
     """
 
@@ -35,8 +35,7 @@ class Throughput:
         tokens = self.samples * self.length / step_s
         return {
             "tokens_per_second": tokens, "tokens_per_second_per_gpu": tokens / self.world_size,
-            "dense_equivalent_tokens_per_second": tokens * flops / self.dense_flops,
-            "model_tflops": flops * per_device / 1e12,
+            "model_tflops": flops * per_device / 1e12, "dense_equivalent_tflops": self.dense_flops * per_device / 1e12,
             "mfu_causal_half": flops * per_device / 1e12 / self.peak if self.peak else None,
             "mfu_whole_square": square * per_device / 1e12 / self.peak if self.peak else None,
         }

@@ -1,14 +1,17 @@
+import errno
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.merge import merge_datasets
 from megadyn.data.parts import Parts
 from megadyn.data.preprocess import Encoder, batches_of, preprocess
+from megadyn.data.progress import Progress
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import ByteTokenizer, Encoded, load_tokenizer
 from megadyn.errors import UserError
@@ -123,6 +126,24 @@ def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
                     encoder.part(corpus.units()[0])
 
 
+def test_no_room_for_the_dataset_ends_the_workers_and_keeps_their_parts(tmp_path, small_units, monkeypatch):
+    """The parts are joined while others are still encoded."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(200))
+    joined = []
+
+    def no_room(writer: IndexedWriter, part: Path, *_: object) -> None:
+        joined.append(part)
+        if len(joined) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexedWriter, "add_file", no_room)
+    with pytest.raises(UserError, match=f"{tmp_path / 'x'}: No space left on device"):
+        preprocess(Corpus([path]), "byte", tmp_path / "x", workers=2)
+    assert not multiprocessing.active_children()
+    assert [file.name for file in tmp_path.iterdir() if file != path] == ["x.parts"]
+    assert {file.stem for file in joined} <= {file.stem for file in (tmp_path / "x.parts").glob("*.json")}
+
+
 def test_bad_line_in_a_small_corpus_leaves_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("broken\n")
     with pytest.raises(UserError, match="no JSON"):
@@ -177,6 +198,15 @@ def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, sm
     preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)     # the first bad line comes later
     with pytest.raises(UserError, match="jsonl:11: no JSON"):
         preprocess(fails, "byte", tmp_path / "behind", max_documents=11, workers=2)
+
+
+def test_what_is_encoded_once_more_is_not_reported_again(tmp_path, small_units, monkeypatch):
+    """Nor may it be: the lock on the counts may be held for ever by a worker that was no longer needed, and so killed."""
+    path = corpus_file(tmp_path / "a.jsonl", ["x" * 237] * 4)       # units of two lines of 250 bytes
+    reported: list[int] = []
+    monkeypatch.setattr(Progress, "add", lambda self, bytes_on_disk, tokens: reported.append(bytes_on_disk))
+    assert preprocess(Corpus([path]), "byte", tmp_path / "x", max_documents=3).documents == 3
+    assert sum(reported) == path.stat().st_size
 
 
 def test_shuffled_documents_are_the_same_ones_in_a_seeded_order(tmp_path, small_units, monkeypatch):

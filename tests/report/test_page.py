@@ -97,7 +97,7 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
 
 def test_what_an_earlier_run_lacks_is_not_recorded(make_run, tmp_path):
     html = made([make_run()], tmp_path / "a.html", tokens=0)
-    assert ("Not recorded by this run: tokens/s of one device, MFU, dense-equivalent tokens/s, where a step&#x27;s time goes, "
+    assert ("Not recorded by this run: tokens/s of one device, MFU, dense-equivalent TFLOP/s, where a step&#x27;s time goes, "
             "memory, gradient norm by component, learning rate by parameter group.") in html
     assert "not recorded by the run" in html
     on_cpu = make_run("mod", "cpu")

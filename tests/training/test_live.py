@@ -19,7 +19,7 @@ SPLIT = {"data": 1.0, "forward": 30.0, "backward": 50.0, "communication": 15.0, 
 def record(iteration: int, layers: int = 4, **changes) -> dict:
     return {"iteration": iteration, "lm_loss": 5.0 - iteration / 10, "aux_losses": {"prior": 0.012}, "grad_norm": 1.25,
             "learning_rate": 3e-4, "learning_rates": {"base": 3e-4, "router": 3e-3}, "tokens_per_second": 45678.9,
-            "tokens_per_second_per_gpu": 5709.9, "dense_equivalent_tokens_per_second": 35000.0, "model_tflops": 312.4,
+            "tokens_per_second_per_gpu": 5709.9, "dense_equivalent_tflops": 350.0, "model_tflops": 312.4,
             "mfu_causal_half": 0.412, "mfu_whole_square": 0.451, "step_split_ms": SPLIT, "memory_gib": {"allocated_peak": 61.25},
             "routing": {str(layer): {"routed_fraction": 0.5} for layer in range(1, layers, 2)}} | changes
 

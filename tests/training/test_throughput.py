@@ -23,13 +23,13 @@ def test_rates_follow_from_the_time_of_a_step():
     assert found["model_tflops"] == pytest.approx(flops * 4 / STEP_S / WORLD / 1e12)
     dense = training_flops(tiny_config("dense").model, 24)
     assert flops < dense
-    assert found["dense_equivalent_tokens_per_second"] == pytest.approx(TOKENS / STEP_S * flops / dense)
+    assert found["dense_equivalent_tflops"] == pytest.approx(found["model_tflops"] * dense / flops)
     assert found["mfu_causal_half"] is None and found["mfu_whole_square"] is None
 
 
 def test_a_dense_model_is_its_own_twin():
     config = tiny_config("dense")
-    assert rates(config)["dense_equivalent_tokens_per_second"] == pytest.approx(TOKENS / STEP_S)
+    assert rates(config)["dense_equivalent_tflops"] == rates(config)["model_tflops"]
     assert dense_twin(tiny_config("mod").model).layer_types == ["dense"] * 4
 
 
