@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
-"""`data`: waiting for samples and moving them to the device. `communication`: every collective, send and receive that the host
-or the device's stream waits in, wherever it comes from (tensor ranks inside forward and backward, stages, reduction of
-gradients, gathering of weights), with the waiting for other ranks and so a pipeline's bubble; one that runs beside computation
-counts only as far as it is waited for. `forward`, `backward` and `optimizer` are what remains of them; recomputation is
-`backward`'s. `other`: all else."""
+"""`data`: waiting for samples and moving them to the device. `communication`: every collective, send and receive that is called
+and waited for at once, wherever it comes from (tensor ranks inside forward and backward, stages, reduction of gradients,
+gathering of weights), with the waiting for other ranks and so a pipeline's bubble. One that is begun now and waited for later
+(ZeRO's `overlap_comm`, its gathering of weights ahead) counts where it is waited for, if it is. `forward`, `backward` and
+`optimizer` are what remains of them; recomputation is `backward`'s. `other`: all else."""
 
 
 class StepClock:
