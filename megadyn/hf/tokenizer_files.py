@@ -101,7 +101,8 @@ def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder
             text = f"{symbol}a{symbol} b {symbol}{symbol} \n{symbol}"
             found, wanted = (one.encode_batch([text])[0] for one in (converted, tokenizer))
             if not np.array_equal(found, wanted):
-                raise UserError(f"its form as tokenizer.json differs from tokenizer {tokenizer.name} around symbol {symbol!r}")
+                raise UserError(f"its form as tokenizer.json differs from tokenizer {tokenizer.name} around its symbol "
+                                f"{symbol!r}")
         proved = prove_equal(converted, tokenizer, [], name="its form as tokenizer.json")
     except UserError as error:
         for name in ("tokenizer.json", "tokenizer_config.json"):

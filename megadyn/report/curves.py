@@ -91,7 +91,7 @@ def speed_section(runs: Sequence[Run]) -> str:
         over.chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
         over.chart("Tokens/s of one device", "tokens_per_second_per_gpu", from_zero=True),
         over.chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
-        over.chart("TFLOP/s of one device that the dense model would need to be as fast", "dense_equivalent_tflops", from_zero=True),
+        over.chart("TFLOP/s of one device that a dense model needs to be as fast", "dense_equivalent_tflops", from_zero=True),
         line_chart("MFU: share of the device's peak", mfu, x_name=over.x_name, from_zero=True),
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
         over.parts("Where the time of the reported step goes (ms, mean of ranks)", "step_split_ms", from_zero=True),
