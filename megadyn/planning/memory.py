@@ -118,9 +118,9 @@ def layers_kept(work: Workload) -> list[Kept]:
     segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
     block = block_kept(work, n) + n * (turned + segments) * work.documents
     backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
-    # Three squares and two passes of the prior, all behind the block and so gone before its backward pass.
-    prior = n * (12 * d + work.norm(d, is_kept=True) + (0 if work.fused else 4 * d) + b * (2 * d + 8 * model.prior_size))
-    compared = n * d * (8 + 2 * b + (8 if b < 4 else 0))         # what is subtracted there: sums, and float32 copies
+    # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
+    prior = n * b * (2 * d + 2 * model.prior_size)
+    compared = n * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
     skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
     # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
     reads = n * b * d * (model.routing.causal == "predictor")
@@ -129,7 +129,7 @@ def layers_kept(work: Workload) -> list[Kept]:
     bypass = n * (work.norm(d, is_kept=True) + work.norm(d) + b * (2 * d + q + d + 4 * f) + 12)
     inner, inner_chosen = inner_kept(work, n, n), inner_kept(work, c, c)
     of = {"dense": Kept(own, block, inner, 0, n * backward),
-          "dtf_decision": Kept(own, block + prior, inner, 0, max(compared, n * backward - prior)),
+          "dtf_decision": Kept(n * b * d, block + prior, inner, 0, max(compared, n * backward - prior)),
           "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * n),
           "mod": Kept(max(reads, n * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
                       c * backward + 2 * b * d * n),
