@@ -50,10 +50,9 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half by half into one tensor, of cos and sin's type until it is whole."""
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    for half, ahead, other, sign in zip(out.chunk(2, dim=-1), (first, second), (second, first), (-1, 1)):
-        torch.mul(ahead, cos, out=half)
-        half.addcmul_(other, sin, value=sign)
-    return out.to(x.dtype)
+    """Both halves at once, and each then gets its share of the other, in the type of cos and sin."""
+    pair = x.unflatten(-1, (2, -1))
+    out = pair * cos.unsqueeze(-2)
+    out[..., 0, :].addcmul_(pair[..., 1, :], sin, value=-1)
+    out[..., 1, :].addcmul_(pair[..., 0, :], sin)
+    return out.flatten(-2).to(x.dtype)
