@@ -30,6 +30,7 @@ from megadyn.errors import ConfigError, Parser, RunError, UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.log import log, start_logging
 from megadyn.model.attention import attention_backend
+from megadyn.model.compiled import check_compiler
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data
@@ -67,6 +68,8 @@ COLLECTIVE_MARGIN_S = 30.0
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model, config.precision)
+    if config.training.compile:
+        check_compiler()
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)

@@ -62,7 +62,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
     model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     backend, _ = attention_backend(model, precision)
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
-    network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
+    network = Network(LayerContext(model, make, backend, recompute=args.recompute, compile=args.compile), LossScale())
     if kind == "dtrnet":
         model.routing.capacity = share or 0.1
         let_attend(network, tokens, model.routing.capacity)

@@ -152,6 +152,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
         if dtype == torch.float32 and checks[name][1] > FP32_TOLERANCE:
             raise UserError(f"{name}: loss or gradients differ from float64's by {checks[name][1]:.1e} of their size")
         contest.models.append(model)
+    torch._dynamo.reset()                # graphs are to be for the contest's shapes, not for the checks' as well
     contest.run(args.rounds, args.warmup)
     peak, source = device_peak(device, dtype)
     figures: list[Figure] = []
@@ -188,6 +189,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile, layer by layer")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
