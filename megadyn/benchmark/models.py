@@ -58,7 +58,8 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
             vocab_size=args.vocab, qkv_bias=True,
             routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share)),
         data=DataConfig(train="none"), tokenizer=TokenizerConfig(path="byte"), output_dir="none",
-        training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)).checked()
+        training=TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence,
+                                compile=args.compile)).checked()
     model, precision = config.model, {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     backend, _ = attention_backend(model, precision)
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
