@@ -105,6 +105,19 @@ def check_together(config: Config) -> None:
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
         raise ConfigError("training.on_bad_step", training.on_bad_step,
                           "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to")
+    if training.compile:
+        check_compilable(config)
+
+
+def check_compilable(config: Config) -> None:
+    """Raises ConfigError for what `training.compile` cannot capture as one graph of fixed shapes."""
+    if config.parallel.tensor > 1:
+        raise ConfigError("parallel.tensor", config.parallel.tensor, "1 with training.compile: tensor ranks talk inside a layer")
+    if config.data.document_mask:
+        raise ConfigError("data.document_mask", True, "false with training.compile: documents come in any number")
+    if config.model.routing.is_token_choice:
+        raise ConfigError("model.routing.router_type", "token_choice", "expert_choice with training.compile: "
+                          "by token choice any number of tokens attends")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -220,6 +233,9 @@ def engine_settings(config: Config) -> dict[str, Any]:
         raise ConfigError(f"{path}: zero_optimization.stage", stage,
                           "0 or 1 with parallel.pipeline > 1 (gradients and weights of a pipeline stage stay whole); "
                           "use ds_configs/zero1.json, or parallel.pipeline=1")
+    if config.training.compile and stage == 3:
+        raise ConfigError(f"{path}: zero_optimization.stage", stage, "at most 2 with training.compile: weights are gathered "
+                          "inside a layer; use ds_configs/zero2.json")
     if config.precision != "fp32" and stage == 0:
         raise ConfigError(f"{path}: zero_optimization.stage", stage,
                           f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "

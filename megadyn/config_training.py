@@ -83,6 +83,8 @@ class TrainingConfig:
     """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
     attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
     projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
+    compile: bool = False
+    """Layers' forward and backward passes through torch.compile, whose first step takes a minute; for shapes that stay."""
     kernels: str = "auto"
     """Norms and the taking and putting back of tokens: `triton`, our fused kernels for GPUs; `torch`, its own operations; or
     `auto`, Triton's where they can run."""

@@ -17,6 +17,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
 
 
+def prior_update(prior: nn.Module, h: Tensor, eps: float = 1e-6) -> Tensor:
+    """PriorFFN(RMSNorm(h)) of a DTF Decision layer, h [..., D]."""
+    x = rms_norm(h, prior.norm, eps)
+    return (F.silu(x @ prior.gate_proj.T) * (x @ prior.up_proj.T)) @ prior.down_proj.T
+
+
 def turned(x: Tensor, position: int, theta: float) -> Tensor:
     """RoPE on one head's vector: dimension i turns with dimension i + K/2."""
     half = len(x) // 2

@@ -31,7 +31,8 @@ def param_maker(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.flo
 
 
 def layer_context(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64) -> LayerContext:
-    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", recompute=config.training.recompute)
+    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", recompute=config.training.recompute,
+                        compile=config.training.compile)
 
 
 def make_network(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Network:

@@ -60,7 +60,7 @@ def shape_line(args: argparse.Namespace) -> str:
             f"vocabulary {args.vocab}, {args.batch} x {args.sequence} tokens")
 
 
-def config_of(name: str, args: argparse.Namespace, **sections: Any) -> Config:
+def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **sections: Any) -> Config:
     """The configuration of KIND[:CAPACITY] at the sizes in `args`; `sections` add to it or take a section's place."""
     kind, _, capacity = name.partition(":")
     if kind not in KINDS:
@@ -72,7 +72,8 @@ def config_of(name: str, args: argparse.Namespace, **sections: Any) -> Config:
     model = ModelConfig(
         hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
         vocab_size=args.vocab, qkv_bias=True, routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share))
-    training = TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence)
+    training = TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence,
+                              compile=compile)
     chosen: dict[str, Any] = {"model": model, "data": DataConfig(train="none"), "tokenizer": TokenizerConfig(path="byte"),
                               "output_dir": "none", "training": training}
     config = Config(**(chosen | sections)).checked()
@@ -82,7 +83,7 @@ def config_of(name: str, args: argparse.Namespace, **sections: Any) -> Config:
 
 
 def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
-          others: Sequence[Model]) -> Model:
+          others: Sequence[Model], *, compile: bool = False) -> Model:
     """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
     kind = name.partition(":")[0]
     if kind == REFERENCE:
@@ -90,10 +91,10 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
         if dense is None:
             raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
         return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
-    model = config_of(name, args).model
+    model = config_of(name, args, compile=compile).model
     backend, _ = attention_backend(model, PRECISION_OF[dtype])
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
-    network = Network(LayerContext(model, make, backend, recompute=args.recompute), LossScale())
+    network = Network(LayerContext(model, make, backend, recompute=args.recompute, compile=compile), LossScale())
     if kind == "dtrnet":
         assert model.routing.capacity is not None
         let_attend(network, tokens, model.routing.capacity)

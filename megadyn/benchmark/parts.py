@@ -83,7 +83,7 @@ class _Parts:
             attend = layer.probabilities(hidden)[..., 0].detach()
             self.add("choose", lambda x: layer.choose(attend, x)[1], hidden)
         elif isinstance(layer, DecisionLayer):
-            self.add("prior, one pass", layer.prior, hidden, forward=whole / 2)
+            self.add("prior and surprise", layer.prior, hidden, layer.dense(hidden, None).detach(), forward=whole)
 
     def add_block(self) -> None:
         """What is done with them."""
@@ -94,7 +94,7 @@ class _Parts:
             places, count = selection.places, selection.places.numel()
             positions, segments = origins(Stream(rows), selection, self.length)
             self.add("take", lambda x: take_shared(x, places, layer.seq), rows, passes=3 * count + tokens)
-            rows, tokens = take_shared(rows, places, layer.seq).detach(), count
+            rows, tokens = take_shared(rows, places, layer.seq)[1].detach(), count
         self.add("norm", layer.input_layernorm, rows, passes=5 * tokens)
         normed = layer.input_layernorm(rows).detach()
         each = tokens / self.batch

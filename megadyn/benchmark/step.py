@@ -147,12 +147,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
     short = [part[:, :CHECKED_TOKENS].contiguous() for part in (contest.tokens, contest.labels)]
     checks: dict[str, tuple[float, float | None]] = {}
     for name in args.models:
-        model = build(name, args, device, dtype, contest.tokens, contest.models)
+        model = build(name, args, device, dtype, contest.tokens, contest.models, compile=args.compile)
         error = None if args.unchecked else float64_error(model, *short)
         checks[name] = counted_share(model, *short), error
         if dtype == torch.float32 and error is not None and error > FP32_TOLERANCE:
             raise UserError(f"{name}: loss or gradients differ from float64's by {error:.1e} of their size")
         contest.models.append(model)
+    torch._dynamo.reset()                # graphs are to be for the contest's shapes, not for the checks' as well
     contest.run(args.rounds, args.warmup)
     peak, source = device_peak(device, dtype, args.peak_tflops)
     figures: list[Figure] = []
@@ -195,6 +196,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unchecked", action="store_true",
                         help="no comparison with float64, whose copy needs four times the memory of bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile, layer by layer")
     add_json_argument(parser)
     return parser.parse_args(argv)
 

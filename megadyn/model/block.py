@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.model.attention import Attention
+from megadyn.model.compiled import compiled
 from megadyn.model.documents import Documents, Segments
 from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
@@ -40,6 +43,8 @@ class LayerContext:
     """Place in a step's global batch of the first sample that this data-parallel rank takes."""
     recompute: str = "none"
     """`training.recompute`. Routing decisions are kept always."""
+    compile: bool = False
+    """`training.compile`: in training; evaluations run as written, because causal rules choose in any number."""
 
 
 class Layer(nn.Module):
@@ -56,6 +61,7 @@ class Layer(nn.Module):
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
         model, self.index, self.seq = ctx.model, index, ctx.make.seq
+        self.compile_run = ctx.compile
         self.recompute, inner = ctx.recompute == "full", ctx.recompute == "selective"
         make = ctx.make if self.block_is_split else replace(ctx.make, seq=Axis("seq"))
         self.name = name = f"model.layers.{index}"
@@ -96,11 +102,15 @@ class Layer(nn.Module):
         return update + self.mlp(normed)             # no large terms to cancel
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """function(*inputs), recomputed in the backward pass where configured.
+        """function(*inputs), a method of this layer, compiled and recomputed in the backward pass where configured.
 
         Routing decisions are taken outside `function` and passed in, so a recomputation re-uses them,
         and statistics are recorded outside, so they count once.
         """
+        if self.compile_run and torch.is_grad_enabled():
+            hidden = inputs[0].hidden if isinstance(inputs[0], Stream) else inputs[0]
+            self.self_attn.rotary.angles(self.length(hidden), hidden)      # grown out here: a graph is for a table that stays
+            function = partial(compiled, function)
         return recomputed(function, *inputs, when=self.recompute)
 
 

@@ -1,5 +1,7 @@
 """Rotary position embedding (arXiv 2104.09864), in the half-split form of Llama and Qwen2."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,27 @@ class Rotary:
         cos, sin = self.angles(length, q)
         cos, sin = (cos[: q.shape[1]], sin[: q.shape[1]]) if positions is None else (cos[positions], sin[positions])
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                  # over all heads alike
-        return _turn(q, cos, sin), _turn(k, cos, sin)
+        return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+class _Turn(torch.autograd.Function):
+    """Keeps only the angles: the way back is the turn by their opposite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Both halves at once, and each then gets its share of the other, in the type of cos and sin."""
+    pair = x.unflatten(-1, (2, -1))
+    out = pair * cos.unsqueeze(-2)
+    out[..., 0, :].addcmul_(pair[..., 1, :], sin, value=-1)
+    out[..., 1, :].addcmul_(pair[..., 0, :], sin)
+    return out.flatten(-2).to(x.dtype)

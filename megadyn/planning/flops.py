@@ -52,8 +52,7 @@ def layer_flops(model: ModelConfig, length: int, shares: Shares | None = None) -
     """
     d, kept = model.hidden_size, capacity_count(model.routing.capacity or 1.0, length)
     chosen = _chosen(model, length, shares)
-    # The prior runs twice: once for the routing score, once on detached inputs for its own loss.
-    prior = 2 * 2 * length * d * model.prior_size * 3
+    prior = 2 * length * d * model.prior_size * 3
     predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0
     of = {"dense": LayerFlops(block_flops(model, length), 0),
           "dtf_decision": LayerFlops(block_flops(model, length), prior),

@@ -16,7 +16,7 @@ from megadyn.config import ModelConfig, capacity_count
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
-LOGITS_AT_ONCE = 2**25
+LOGITS_AT_ONCE = 2**24
 """Logits that the loss makes at once (`parallel/loss.py`)."""
 ALLREDUCE_BUCKET = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, and its fixed size where no ZeRO optimizer reduces; in elements."""
@@ -118,9 +118,9 @@ def layers_kept(work: Workload) -> list[Kept]:
     segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
     block = block_kept(work, n) + n * (turned + segments) * work.documents
     backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
-    # Three squares and two passes of the prior, all behind the block and so gone before its backward pass.
-    prior = n * (12 * d + work.norm(d, is_kept=True) + (0 if work.fused else 4 * d) + b * (2 * d + 8 * model.prior_size))
-    compared = n * d * (8 + 2 * b + (8 if b < 4 else 0))         # what is subtracted there: sums, and float32 copies
+    # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
+    prior = n * b * (2 * d + 2 * model.prior_size)
+    compared = n * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
     skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
     # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
     reads = n * b * d * (model.routing.causal == "predictor")
@@ -129,7 +129,7 @@ def layers_kept(work: Workload) -> list[Kept]:
     bypass = n * (work.norm(d, is_kept=True) + work.norm(d) + b * (2 * d + q + d + 4 * f) + 12)
     inner, inner_chosen = inner_kept(work, n, n), inner_kept(work, c, c)
     of = {"dense": Kept(own, block, inner, 0, n * backward),
-          "dtf_decision": Kept(own, block + prior, inner, 0, max(compared, n * backward - prior)),
+          "dtf_decision": Kept(n * b * d, block + prior, inner, 0, max(compared, n * backward - prior)),
           "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * n),
           "mod": Kept(max(reads, n * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
                       c * backward + 2 * b * d * n),
@@ -138,14 +138,15 @@ def layers_kept(work: Workload) -> list[Kept]:
 
 
 def head_working(work: Workload) -> float:
-    """Of the vocabulary head and its loss, above what the layers keep: the larger of its two passes."""
+    """Of the vocabulary head and its loss, above what the layers keep: its backward pass, with the gradient of its weight."""
     d, rows, b = work.model.hidden_size, vocabulary_rows(work.model, work.tensor), work.bytes
     n = work.batch * work.length
-    logits = min(n, max(1, LOGITS_AT_ONCE // rows)) * rows
-    hidden = 2 * b * d * n                                       # the final hidden states and their gradient
-    forward = max(logits * (4 + (b if b < 4 else 0)), 4 * logits + rows * d * b + (b if b < 4 else 0) * logits)
-    backward = 4 * rows * d + (b * rows * d if b < 4 else 0)
-    return hidden + 4 * rows * d + max(forward, backward + b * d * n)
+    logits = min(rows, max(1, LOGITS_AT_ONCE // n)) * n
+    copies = b if b < 4 else 0                                   # beside float32
+    hidden = b * d * n * 2 + 4 * d * n                           # final hidden states, scaled, and their summed gradient
+    forward = logits * (4 + copies)
+    block = logits * (b if logits == n * rows else 4 + copies)
+    return hidden + max(forward - 4 * d * n - b * d * n, rows * d * b + max(block, logits * b + b * d * n))
 
 
 class Moments(NamedTuple):
@@ -237,15 +238,15 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     count = stage_parameters(model, work.tensor, cuts)[stage]
     share = state_bytes(precision, kind, data)
     acts = fullest(work, cuts, stage, micro_batches, share.backward * count, precision == "bf16" and kind < 3)
-    running = 0.0
+    running = gathered = 0.0
     bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
     if kind == 3:
         # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
         live = min(count, int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
-        running += work.bytes * (live if work.recompute == "full" else count) * (data > 1)
+        gathered = work.bytes * (live if work.recompute == "full" else count) * (data > 1)
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
-    # Activations are gone when gradients are reduced: the two never meet.
+    # Activations and gathered weights are gone when gradients are reduced: they never meet.
     return Memory(share.weights * count, share.gradients * count, share.optimizer * count, acts,
-                  running + max(0.0, reducing - acts))
+                  running + max(gathered, reducing - acts))

@@ -11,30 +11,14 @@ from torch import Tensor, nn
 
 from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.model.documents import Documents
-from megadyn.model.norm import RMSNorm
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
-from megadyn.parallel.params import ParamMaker, constant, normal
+from megadyn.parallel.params import constant
 from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.choice import Projection, gate_statistics
+from megadyn.routing.choice import gate_statistics
 from megadyn.routing.monitor import Monitor
+from megadyn.routing.prior import Prior
 from megadyn.routing.skipping import SkippingLayer
-
-
-class Prior(nn.Module):
-    """PriorFFN(RMSNorm(h)): the cheap prediction of a Decision layer's update; whole on every tensor rank."""
-
-    def __init__(self, name: str, hidden_size: int, width: int, eps: float, *, make: ParamMaker):
-        super().__init__()
-        init = normal(0.02)
-        self.norm = RMSNorm(f"{name}.norm", hidden_size, eps, make=make)
-        self.gate_proj = Projection(make(f"{name}.gate_proj.weight", (width, hidden_size), init), seq=make.seq)
-        self.up_proj = Projection(make(f"{name}.up_proj.weight", (width, hidden_size), init), seq=make.seq)
-        self.down_proj = Projection(make(f"{name}.down_proj.weight", (hidden_size, width), init), seq=make.seq)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        x = self.norm(hidden)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:
@@ -93,13 +77,8 @@ class DecisionLayer(Layer):
     def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """h [B, T/seq, D] -> post [B, T/seq, D], G [B, T/seq], the prior's loss, statistics."""
         post = self.dense(hidden, documents)
-        after, before = upcast(post), upcast(hidden)
-        static = (after - before).square().mean(dim=-1)
-        change = (after - (before + self.prior(hidden))).square().mean(dim=-1)
+        static, change, prior_loss = self.prior(hidden, post)
         gate, statistics = self.router(static, change, documents)
-        # A second pass of the small prior, on detached inputs: the loss teaches the prior and nothing else.
-        fixed = hidden.detach()
-        prior_loss = (upcast(fixed) + self.prior(fixed) - after.detach()).square().mean()
         return post, gate, prior_loss, statistics
 
     def forward(self, stream: Stream) -> Stream:

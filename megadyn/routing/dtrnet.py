@@ -15,7 +15,7 @@ from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
 from megadyn.routing.load import AttentionLoad
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
 
 
 class AttentionRouter(nn.Module):
@@ -99,9 +99,9 @@ class DtrLayer(Layer):
         places, length = selection.places, self.length(normed)
         positions, segments = origins(stream, selection, length)
         x = enter_tp(normed, attention.tp, attention.seq)
-        v = attention.values(x)                                                    # [B, T, G/tp, K]
-        q, k = attention.queries_keys(take(x, places))                             # of attending tokens only
-        chosen_v = take(v.flatten(2), places).unflatten(-1, v.shape[2:])
+        x, attending = take_out(x, places)
+        q, k = attention.queries_keys(attending)                                   # of attending tokens only
+        v, chosen_v = take_out(attention.values(x), places)                        # [B, T, G/tp, K] and [b, c, G/tp, K]
         attended = recomputed(attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute)
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
         return attention.o_proj(replace(passed, places, attended))

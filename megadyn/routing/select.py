@@ -1,6 +1,6 @@
 """Choose tokens, take them out of their sequences, put their updates back."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,46 @@ def take_any(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
+class _TakeOut(torch.autograd.Function):
+    """The two gradients meet in one copy: no zeros to add into, and rows are copied, as no two take the same place
+    (on a CPU adding at places takes ten times as long)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(places)
+        return x.view_as(x), take(x, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad_all: Tensor, grad_taken: Tensor) -> tuple[Tensor, None]:
+        places, = ctx.saved_tensors
+        return _with_added(grad_all, places, grad_taken), None
+
+
+class _PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, update: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return _with_added(x, places, update)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        places, = ctx.saved_tensors
+        return grad, None, take(grad, places)
+
+
+def _with_added(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    added = (take(x, places) + rows).flatten(0, 1)
+    return x.flatten(0, 1).index_copy(0, places.flatten(), added).view_as(x)
+
+
+def take_out(x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] itself, for all other uses, and its rows [b, c, D] at places [b, c], which must differ."""
+    return _TakeOut.apply(x, places)
+
+
 def put_back(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c], which may repeat."""
-    return x.flatten(0, 1).index_add(0, places.flatten(), update.flatten(0, 1)).view_as(x)
+    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c], which must differ."""
+    return _PutBack.apply(x, places, update)
 
 
 def put_back_gated(x: Tensor, places: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -67,12 +104,12 @@ def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     return x.flatten(0, 1).index_copy(0, places.flatten(), rows.flatten(0, 1)).view_as(x)
 
 
-def take_shared(x: Tensor, places: Tensor, seq: Axis) -> Tensor:
-    """`take`, from x [B, T/seq, D] of which each rank holds a part; every rank gets all tokens."""
+def take_shared(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
+    """`take_out`, from x [B, T/seq, D] of which each rank holds a part; every rank gets all tokens."""
     if seq.size == 1:
-        return take(x, places)
+        return take_out(x, places)
     index, elsewhere = _of_part(x, places, seq)
-    return reduce_from_tp(take_any(x, index).masked_fill(elsewhere.unsqueeze(-1), 0), seq)
+    return x, reduce_from_tp(take_any(x, index).masked_fill(elsewhere.unsqueeze(-1), 0), seq)
 
 
 def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
@@ -81,11 +118,13 @@ def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq
         return put_back_gated(x, places, gate, update)
     index, elsewhere = _of_part(x, places, seq)
     weight = take_any(gate, index).masked_fill(elsewhere, 0)
-    return put_back(x, index, (weight.unsqueeze(-1) * copy_to_tp(update, seq)).to(x.dtype))
+    added = (weight.unsqueeze(-1) * copy_to_tp(update, seq)).to(x.dtype)
+    return x.flatten(0, 1).index_add(0, index.flatten(), added.flatten(0, 1)).view_as(x)
 
 
 def _of_part(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
-    """Places in this rank's part x [B, T/seq, D], and which tokens lie in another (their places are of no meaning)."""
+    """Places in this rank's part x [B, T/seq, D], and which tokens lie in another (their places are of no meaning, and not
+    theirs alone)."""
     length = x.shape[1]
     sequence, position = places // (length * seq.size), places % (length * seq.size)
     return sequence * length + position % length, position // length != seq.rank

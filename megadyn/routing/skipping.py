@@ -39,5 +39,6 @@ class SkippingLayer(Layer):
         hidden, places = stream.hidden, selection.places
         length = self.length(hidden)
         positions, segments = origins(stream, selection, length)
-        delta = self.delta(take_shared(hidden, places, self.seq), positions, length, segments)
+        hidden, taken = take_shared(hidden, places, self.seq)
+        delta = self.delta(taken, positions, length, segments)
         return put_back_shared(hidden, places, gate, delta, self.seq)

@@ -104,7 +104,8 @@ class Engine:
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
-        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.recompute)
+        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.recompute,
+                           self.config.training.compile)
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)
         length = self.config.training.sequence_length

@@ -98,8 +98,8 @@ def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
     lines = [
         Text(f"loss {record['lm_loss']:.4f} {curve(losses)}{aux}  gradient norm {norm:.3g}"),
         Text("learning rate " + "  ".join(f"{name} {rate:.2e}".strip() for name, rate in rates.items())),
-        Text(f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} a device, for which a dense "
-             f"model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"),
+        Text(f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} a device, "
+             f"for which a dense model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"),
         Text(f"{record['model_tflops']:.3g} TFLOP/s a device"
              + (f"  MFU {mfu:.1%} (causal half), {record['mfu_whole_square']:.1%} (whole square)" if mfu is not None else "")),
     ]

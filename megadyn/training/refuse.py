@@ -13,6 +13,7 @@ from megadyn.errors import ConfigError, UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.kernels.rule import kernel_choice
 from megadyn.model.attention import attention_backend
+from megadyn.model.compiled import check_compiler
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size
 from megadyn.training.sinks import refuse_wandb, refuse_wandb_login
@@ -25,6 +26,8 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
     attention_backend(config.model, config.precision)
     kernel_choice(config.training.kernels)
+    if config.training.compile:
+        check_compiler()
     refuse_wandb(config.logging)
     if config.logging.profile_steps and max(config.logging.profile_ranks) >= launch.world_size():
         raise ConfigError("logging.profile_ranks", config.logging.profile_ranks, f"below {launch.world_size()}, the number of "

@@ -15,7 +15,7 @@ SMALL = [f"--{name}={value}" for name, value in (
     ("warmup", 1))]
 PARTS = {"dense": ["norm", "attention", "add + norm", "MLP"], "head": ["loss"],
          "mod": ["router", "choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
-         "dtf_decision": ["prior, one pass", "norm", "attention", "add + norm", "MLP"],
+         "dtf_decision": ["prior and surprise", "norm", "attention", "add + norm", "MLP"],
          "dtf_dynamic": ["choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
          "dtrnet": ["router", "choose", "norm", "attention or bypass", "add + norm", "MLP"]}
 
@@ -34,7 +34,6 @@ def test_every_part_is_timed_counted_and_checked(capsys):
         for figure in mine:
             name = f"{kind}, {figure['part']}"
             assert figure["part"] == "rest" or figure["forward"] > 0, name
-            # The prior's second pass sends nothing back to its input.
             assert figure["counted"] is None or figure["counted"] == pytest.approx(1, abs=0.02), name
             assert (figure["float64_error"] is None) == (figure["part"] in ("rest", "choose")), name
             assert bool(figure["bytes"]) == (figure["part"] in ("norm", "add + norm", "take", "put_back")), name
@@ -51,7 +50,7 @@ def test_the_parts_of_a_skipping_layer_make_its_output():
     stream, mod = layer.reached_by(model.module, tokens)[1], model.module.layers[2]
     parts = {part.name: part.run for part in parts_of(mod, "mod", stream, model.config, choice_of(mod, stream))}
     with torch.no_grad():
-        rows = parts["take"](stream.hidden)
+        _, rows = parts["take"](stream.hidden)
         update = parts["attention"](parts["norm"](rows))
         _, normed = parts["add + norm"](rows, update)
         gate = parts["router"](stream.hidden).sigmoid()

@@ -62,7 +62,8 @@ def test_as_many_tokens_attend_as_asked(share):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--models", "moe"], "'moe' must be one of dense, mod, dtf, dtrnet, qwen2"), (["--models", "mod:x"], "'x' is no number"),
     (["--models", "mod:0.5", "qwen2"], "takes its weights from a dense model"),
-    (["--models", "mod:2"], "model.routing.capacity")])
+    (["--models", "mod:2"], "model.routing.capacity"),
+    (["--models", "dtrnet", "--compile"], "expert_choice with training.compile")])
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         step.main([*SMALL, *arguments])

@@ -8,6 +8,7 @@ from megadyn.model.attention import Attention
 from megadyn.model.norm import HeadNorm, RMSNorm
 from megadyn.network import Network
 from megadyn.routing.aux_loss import LossScale
+from tests.naive import prior_update
 from tests.networks import disturb, layer_context, make_network, param_maker
 from tests.tiny import KINDS, tiny_config
 
@@ -36,9 +37,12 @@ def test_lns_scales_both_norms_by_the_layers_place_counted_from_one(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_lns_scales_neither_the_last_norm_nor_a_priors(kind):
     network = make_network(tiny_config(kind, normalization="lns"))
-    priors = [layer.prior.norm for layer in network.layers if hasattr(layer, "prior")]
+    priors = [layer.prior for layer in network.layers if hasattr(layer, "prior")]
     assert len(priors) == (2 if kind.startswith("dtf") else 0)
-    assert [norm.scale for norm in (*priors, network.layers[-1])] == [1.0] * (len(priors) + 1)
+    assert network.layers[-1].scale == 1.0
+    for prior in priors:
+        h = random(2, 3, 32)
+        assert_close(prior(h, h)[1], prior_update(prior, h).square().mean(dim=-1))
 
 
 def test_the_residual_outputs_start_small_except_under_lns():

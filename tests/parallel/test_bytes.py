@@ -47,9 +47,9 @@ def check() -> None:
     router = WIDTH * WIDTH // 2 + WIDTH // 2 + WIDTH + 2
     assert units(tp, "dtrnet", split=False) == pytest.approx(4)
     assert units(tp, "dtrnet", split=True) == pytest.approx(4 + scores + (2 * WIDTH + router) / unit)
-    prior = 3 * WIDTH * 4 + WIDTH                        # which runs twice
+    prior = 3 * WIDTH * 4 + WIDTH
     assert units(tp, "dtf_decision", split=False) == pytest.approx(4)
-    assert units(tp, "dtf_decision", split=True) == pytest.approx(4 + scores + (2 * WIDTH + 2 * prior + 4) / unit)
+    assert units(tp, "dtf_decision", split=True) == pytest.approx(4 + scores + (2 * WIDTH + prior + 4) / unit)
 
 
 def units(tp: Axis, name: str, split: bool) -> float:

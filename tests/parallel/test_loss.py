@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from megadyn.parallel import loss
 from megadyn.parallel.loss import linear_cross_entropy, upcast
+from tests.live_bytes import LiveBytes
 from tests.networks import ALONE
 
 
@@ -20,10 +21,10 @@ def reference(hidden, weight, labels):
     return F.cross_entropy(upcast(hidden @ weight.T).flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 15, 1000])
+@pytest.mark.parametrize("block_rows", [1, 4, 11, 1000])
 @pytest.mark.parametrize("rows", [11, 14], ids=["even", "padded"])
-def test_loss_and_gradients_equal_torchs_for_every_chunk(monkeypatch, chunk_tokens, rows):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_tokens * rows)
+def test_loss_and_gradients_equal_torchs_for_every_block(monkeypatch, block_rows, rows):
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
     hidden, weight, labels = draw(rows=rows)
     out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE)
     out.backward(torch.tensor(1.7, dtype=torch.float64))
@@ -37,7 +38,7 @@ def test_loss_and_gradients_equal_torchs_for_every_chunk(monkeypatch, chunk_toke
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * 14)
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", 4 * 15)
     hidden, weight, labels = draw(rows=14)
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, labels, vocab_size=11, tp=ALONE), (hidden, weight))
@@ -50,7 +51,9 @@ def test_without_gradients_the_loss_is_the_same():
         assert torch.equal(linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE), with_grad)
 
 
-def test_huge_logits_do_not_overflow():
+@pytest.mark.parametrize("block_rows", [4, 1000])
+def test_huge_logits_do_not_overflow(monkeypatch, block_rows):
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
     hidden, weight, labels = draw()
     big = (hidden * 1e4).detach().requires_grad_()
     out = linear_cross_entropy(big, weight, labels, vocab_size=11, tp=ALONE)
@@ -59,8 +62,10 @@ def test_huge_logits_do_not_overflow():
     assert big.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("block_rows", [4, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_sums_in_float32(dtype):
+def test_half_precision_sums_in_float32(monkeypatch, dtype, block_rows):
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
     hidden, weight, labels = draw(dtype)
     out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE)
     assert out.dtype == torch.float32
@@ -71,3 +76,28 @@ def test_half_precision_sums_in_float32(dtype):
     reference(exact_hidden, exact_weight, labels).backward()
     torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=0.03, atol=2e-3)
     torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=0.03, atol=4e-3)
+
+
+@pytest.mark.parametrize("block_rows", [4, 1000])
+def test_a_loss_that_is_no_number_spoils_every_gradient(monkeypatch, block_rows):
+    """`training/guard.py` counts on it."""
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    hidden, weight, labels = draw()
+    linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).backward(torch.tensor(torch.nan, dtype=torch.float64))
+    assert hidden.grad.isnan().all()
+    assert weight.grad.isnan().all()
+
+
+def test_the_head_needs_a_small_part_of_its_logits_memory(monkeypatch):
+    """16k tokens, 152k words and hidden size 2048 in 1 GB, the gradients of weights (0.62 GB) and hidden states among it; here
+    with tokens and words cut by 32 and the hidden size by 8, so all memory by 256."""
+    tokens, vocab, size = 16384 // 32, 152064 // 32, 2048 // 8
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", loss.BLOCK_ELEMENTS // 256)
+    hidden = torch.randn(tokens, size).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, size).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,))
+    with LiveBytes() as live:
+        before = live.now
+        linear_cross_entropy(hidden, weight, labels, vocab_size=vocab, tp=ALONE).backward()
+    assert live.peak - before < 1e9 / 256
+    assert tokens * vocab * 2 > 1e9 / 256, "all logits would not show"

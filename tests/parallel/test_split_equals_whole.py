@@ -265,7 +265,7 @@ def check_embedding(tp: Axis) -> None:
 
 # ---- loss ----------------------------------------------------------------------------------------
 
-def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
+def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
     """`vocab` = 5 leaves a rank of four with padding alone. Padding rows hold large weights here, and must not matter."""
     sharding, name = Sharding(tp.size, 2), "lm_head.weight"
     (hidden, hidden_split), weight = twice(random(3, 4, 6)), random(vocab, 6, seed=1).requires_grad_()
@@ -279,9 +279,9 @@ def check_loss(tp: Axis, vocab: int, chunk_tokens: int) -> None:
 
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
     whole.backward(grad)
-    default, loss.CHUNK_ELEMENTS = loss.CHUNK_ELEMENTS, chunk_tokens * rows
+    default, loss.BLOCK_ELEMENTS = loss.BLOCK_ELEMENTS, block_rows * labels.numel()
     split = linear_cross_entropy(copy_to_tp(hidden_split, tp), mine, labels, vocab_size=vocab, tp=tp)
-    loss.CHUNK_ELEMENTS = default
+    loss.BLOCK_ELEMENTS = default
     split.backward(grad)
     assert_close(split, whole)
     assert_close(hidden_split.grad, hidden.grad)

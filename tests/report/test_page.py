@@ -82,7 +82,8 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
     write_starts(run, start(), start(4, hosts={"node<1>": 4}))
     html = made([run], tmp_path / "a.html", tokens=0)
     assert {"Where the time of the reported step goes (ms, mean of ranks)", "MFU: share of the device's peak",
-            "Tokens/s of one device", "TFLOP/s of one device that a dense model needs to be as fast", "Memory of the fullest rank (GiB)",
+            "Tokens/s of one device", "TFLOP/s of one device that a dense model needs to be as fast",
+            "Memory of the fullest rank (GiB)",
             "Gradient norm by component", "Learning rate by parameter group"} <= set(captions(html))
     outline = Outline(html)
     assert {"forward", "communication", "other", "allocated peak", "head",

@@ -1,0 +1,36 @@
+"""Layers' inner functions through torch.compile: fewer kernels, fewer passes over memory."""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megadyn.errors import ConfigError
+
+BACKEND: str | Callable[..., Any] = "inductor"
+
+
+def check_compiler() -> None:
+    """Raises ConfigError where this machine has nothing to compile with."""
+    cxx = os.environ.get("CXX", "g++")                # as torch looks for it
+    problem = ("Triton is not installed" if torch.cuda.is_available() and importlib.util.find_spec("triton") is None
+               else None if shutil.which(cxx) else f"there is no C++ compiler {cxx} (CXX names another)")
+    if problem:
+        raise ConfigError("training.compile", True, f"false on this machine: {problem}")
+
+
+def compiled(method: Callable[..., Any], *inputs: Any) -> Any:
+    """method(*inputs), a layer's bound method, compiled as a whole, for all layers of its kind alike.
+
+    What cannot be compiled as a whole is an error, never a quiet way back.
+    """
+    return _compiled(method.__func__)(method.__self__, *inputs)          # type: ignore[attr-defined]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, backend=BACKEND, fullgraph=True)

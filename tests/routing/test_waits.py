@@ -1,0 +1,38 @@
+"""A step waits for the device nowhere in the model, unless tokens choose in any number: shown on tensors without values."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megadyn.network import Network
+from megadyn.routing.aux_loss import LossScale
+from tests.networks import end_step, layer_context
+from tests.tiny import KINDS, tiny_config
+
+
+def step(kind: str, recompute: str = "none", **model: object) -> None:
+    """Forward, backward and what follows on the `meta` device, where whatever asks for a value, or for how many, raises."""
+    ctx = layer_context(tiny_config(kind, recompute=recompute, **model), dtype=torch.float32)
+    network = Network(replace(ctx, make=replace(ctx.make, device="meta")), LossScale())
+    tokens = torch.empty(2, 25, dtype=torch.long, device="meta")
+    network(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert all(param.grad.device.type == "meta" for param in network.parameters())
+    end_step(network)
+    network(tokens[:, :-1], tokens[:, 1:]).backward()            # with what the first step left behind
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"dtrnet-token"}))
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_no_kind_that_chooses_a_fixed_number_waits(kind, recompute):
+    step(kind, recompute)
+
+
+@pytest.mark.parametrize("norm", ["lns", "hybridnorm"])
+def test_no_normalisation_waits(norm):
+    step("dtf", normalization=norm)
+
+
+def test_token_choice_does_wait_for_the_number_of_tokens():
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        step("dtrnet-token")
