@@ -6,8 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
 ROOMS = ("benchmark", "pretrain", "report", "training", "checkpoint", "hf", "network", "routing", "model", "kernels", "parallel",
-         "data", "planning", "config", "config_file", "config_data", "config_logging", "config_model", "config_training",
-         "config_checks", "errors", "log")
+         "data", "planning", "config", "errors", "log")
 """Highest first. `errors` and `log` stand side by side on the ground."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

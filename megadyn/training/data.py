@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megadyn.config import BatchPlan, Config
-from megadyn.config_data import Source
+from megadyn.config.data import Source
 from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.samples import Mask, Samples, SampleSet, split_documents

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megadyn.config_logging import LoggingConfig
+from megadyn.config.logging import LoggingConfig
 from megadyn.log import log
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megadyn.config import Config
-from megadyn.config_logging import LoggingConfig
+from megadyn.config.logging import LoggingConfig
 from megadyn.data.files import os_errors_named
 from megadyn.errors import ConfigError, UserError
 from megadyn.log import log

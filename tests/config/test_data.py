@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megadyn.config import load_config, save_config
-from megadyn.config_data import DataConfig, Source
+from megadyn.config.data import DataConfig, Source
 from megadyn.errors import UserError
 
 RUN = {"tokenizer": {"path": "byte"}, "training": {"iterations": 10}, "output_dir": "out"}

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from megadyn.config_checks import at_least, in_range, one_of
+from megadyn.config.checks import at_least, in_range, one_of
 from megadyn.errors import ConfigError
 
 CAPACITY = {"dense": 1.0, "dtf": 0.5, "mod": 0.125, "dtrnet": 0.1}

@@ -14,20 +14,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from megadyn.config_checks import at_least, one_of
-from megadyn.config_data import DataConfig
-from megadyn.config_file import EXTENDS, config_layers
-from megadyn.config_logging import LoggingConfig
-from megadyn.config_model import CAPACITY, CAUSAL_RULES, ModelConfig, RoutingConfig, capacity_count, expand_layout
-from megadyn.config_training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
+from megadyn.config.checks import at_least, one_of
+from megadyn.config.data import DataConfig
+from megadyn.config.file import EXTENDS, config_layers
+from megadyn.config.logging import LoggingConfig
+from megadyn.config.model import ModelConfig
+from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
-
-__all__ = [
-    "CAPACITY", "CAUSAL_RULES", "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig",
-    "ModelConfig", "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "RoutingConfig", "TokenizerConfig",
-    "TrainingConfig", "batch_plan", "capacity_count", "check_together", "engine_settings", "expand_layout", "load_config",
-    "save_config",
-]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Configuration files as they were written: YAML, each over the files that it extends. `config.py` says what the keys mean."""
+"""Configuration files as they were written: YAML, each over the files that it extends."""
 
 from pathlib import Path
 from typing import Any

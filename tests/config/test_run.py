@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from megadyn.config import (
-    DECIDED_HERE,
     Config,
     ModelConfig,
     RoutingConfig,
@@ -17,6 +16,7 @@ from megadyn.config import (
     load_config,
     save_config,
 )
+from megadyn.config.run import DECIDED_HERE
 from megadyn.errors import ConfigError, UserError
 
 RUN = """
