@@ -59,6 +59,7 @@ def run(config: Config) -> None:
         try:
             job.start()
             job.train()
+            watchdog.progress("ending")        # not of a run that failed: what it was at is to be told
         finally:
             job.finish()
     dist.barrier()
@@ -299,7 +300,6 @@ class Job:
 
     def finish(self) -> None:
         """Ends what reports, also of a run that failed."""
-        self.watchdog.progress("ending")
         if self.profile:
             self.profile.finish(self.iteration)
         if self.telemetry:
