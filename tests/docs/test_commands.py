@@ -236,8 +236,8 @@ def test_a_command_that_would_fail_is_found(text: str, root: Path) -> None:
 
 
 def test_marks_and_settings_are_read() -> None:
-    text = ("This needs\nGPUs. Not the last:\n\n    A=1 B=\"x y\" make test   # why\n    make x \\\n      y   # needs the network\n"
-            "\nAgain `make z`.\n")
+    text = ("This needs\nGPUs. Not the last:\n\n    A=1 B=\"x y\" make test   # why\n    make x \\\n      y   # needs the "
+            "network\n\nAgain `make z`.\n")
     first, second, third = read_commands("x", text)
     assert (first.settings, first.words, first.place) == ({"A": "1", "B": "x y"}, ["make", "test"], "x:4")
     assert [first.is_marked, second.is_marked, third.is_marked] == [True, True, False]
