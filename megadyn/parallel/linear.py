@@ -65,7 +65,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows and zeros elsewhere. [B, T] -> [B, T/seq, D]."""
+    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows, zeros elsewhere. [B, T] -> [B, T/seq, D]."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
         super().__init__()
