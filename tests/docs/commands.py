@@ -8,8 +8,9 @@ import importlib.util
 import re
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partialmethod
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from megadyn.errors import Parser
 from tests.tiny import ROOT
 
 MARKS = ("needs GPUs", "needs several machines", "needs the network")
@@ -119,8 +121,9 @@ def load(script: str) -> ModuleType:
 
 
 def parse(module: ModuleType, words: list[str]) -> None:
-    """By the module's own parser, from its argument or the command line. Raises what that raises."""
+    """By the module's own parser, from its argument or the command line; options in full. Raises what that raises."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "__init__", partialmethod(ArgumentParser.__init__, allow_abbrev=False))
         patch.setattr("sys.argv", ["program", *words])
         module.parse_args(*[words for _ in signature(module.parse_args).parameters])
 

@@ -215,7 +215,7 @@ def test_each_file_that_a_document_links_to_exists() -> None:
 
 @pytest.mark.parametrize("text", [
     "    python tools/plan_run.py examples/dtf_3b/config.yaml --gpus 8 --memory 80",
-    "    python tools/benchmark.py step --models dense --turns 1",
+    "    python tools/benchmark.py step --model dense --rounds 1",
     "    python tools/benchmark.py steps",
     "    deepspeed --processes 8 --module megadyn.pretrain CONFIG.yaml",
     "    torchrun --nproc_per_node 8 -m megadyn.pretrain CONFIG.yaml parallel.tensors=2",
