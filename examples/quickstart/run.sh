@@ -12,7 +12,7 @@ if [ -f "$run/layout" ] && [ "$(cat "$run/layout")" != "$layout" ]; then
     aside="$run/previous-$(tr ' =' '--' <"$run/layout")"
     step "another layout than last time: the earlier run moves to $aside"
     rm -rf "$aside" && mkdir -p "$aside"
-    for part in config.yaml checkpoints metrics.jsonl tensorboard hf evaluation.json summary.json; do
+    for part in config.yaml checkpoints metrics.jsonl environment.jsonl tensorboard hf evaluation.json summary.json; do
         if [ -e "$run/$part" ]; then mv "$run/$part" "$aside/"; fi
     done
 fi

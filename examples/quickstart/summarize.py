@@ -36,7 +36,8 @@ exported    loss {summary['topk_loss']:.3f} routed by top-k, {summary['causal_lo
 routing     {summary['routed_fraction']:.0%} of tokens processed causally; {summary['causal_agreement']:.0%} of choices as top-k's
 in {run}/
     tokenizer/   data/   checkpoints/   metrics.jsonl   tensorboard/   summary.json
-    hf/          the model for transformers: AutoModelForCausalLM.from_pretrained("{run}/hf", trust_remote_code=True)""")
+    hf/          the model for transformers: AutoModelForCausalLM.from_pretrained("{run}/hf", trust_remote_code=True)
+README.md, "A first hour", goes on from here: the run as a page, a second run, both compared""")
 
 
 if __name__ == "__main__":

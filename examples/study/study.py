@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.config import Config, load_config
-from megadyn.errors import UserError, run_tool
+from megadyn.data.arguments import positive
+from megadyn.errors import Parser, UserError, run_tool
 from megadyn.planning.flops import training_flops
 
 HERE = Path(__file__).parent
@@ -131,13 +132,17 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count())
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     folders = {(name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
                for name in MODELS for seed in range(1, args.seeds + 1)}
     configs: dict[Any, Config] = {}

@@ -115,5 +115,7 @@ class Layer(nn.Module):
 
 
 class DenseLayer(Layer):
+    """h + Block(h) for every token: a layer of Qwen2 or Llama."""
+
     def forward(self, stream: Stream) -> Stream:
         return stream._replace(hidden=self.run(self.dense, stream.hidden, stream.documents))

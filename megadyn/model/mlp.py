@@ -23,9 +23,10 @@ class Mlp(nn.Module):
         self.down_proj = RowParallelLinear(f"{name}.down_proj", width, d, make=make, init=normal(output_std))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T/seq, D] -> [B, T/seq, D]."""
         x = enter_tp(x, self.tp, self.seq)
         return self.down_proj.join(recomputed(self.down, self.gate_proj(x), self.up_proj(x), when=self.recompute))
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
-        """This rank's term of the output."""
+        """Both [B, T, F/tp] -> this rank's term of the output, [B, T, D]."""
         return self.down_proj.term(F.silu(gate) * up)

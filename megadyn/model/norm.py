@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def of_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """x + update and its norm."""
+        """x + update and its norm, all of x's shape [..., size]; one kernel where `training.kernels` has Triton's run."""
         if fused(x) and x.shape[-1] <= LARGEST_WIDTH:
             from megadyn.kernels.norm import add_norm
 
@@ -30,6 +30,7 @@ class RMSNorm(nn.Module):
         return total, self(total)
 
     def scaled_weight(self) -> Tensor:
+        """[size]; under sequence parallelism its gradient is summed over the parts of the sequence."""
         weight = copy_to_tp(self.weight, self.seq)
         return weight if self.scale == 1 else weight * self.scale
 

@@ -33,7 +33,8 @@ class Grid:
 
 
 def make_grid(tensor: int, pipeline: int) -> Grid:
-    """Cuts the world into tensor x pipeline x data groups. Collective: every process must call it."""
+    """Cuts the world into tensor x pipeline x data groups. Collective: every process must call it, after `batch_plan` has refused
+    a number of processes that tensor x pipeline does not divide."""
     world, me = dist.get_world_size(), dist.get_rank()
     assert world % (tensor * pipeline) == 0
     data = world // (tensor * pipeline)

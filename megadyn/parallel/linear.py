@@ -9,7 +9,8 @@ from megadyn.parallel.params import Init, ParamMaker, constant
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W [F, D] cut along its outputs. The caller has passed x through `enter_tp`, once for all users."""
+    """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The caller has
+    passed x through `enter_tp`, once for all users."""
 
     def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init, bias: bool = False):
         super().__init__()
@@ -25,7 +26,7 @@ class KeyValueLinear(ColumnParallelLinear):
 
     With at least as many heads as ranks it is an ordinary column cut. With fewer, every rank holds the whole
     weight and computes the one head that its query heads use; the weight's gradient is then summed over the
-    ranks, so that it is equal, and counted once, everywhere.
+    ranks, so that it is equal, and counted once, everywhere. x [..., D] -> [..., max(heads / tp, 1) * head_dim].
     """
 
     def __init__(self, name: str, in_features: int, heads: int, head_dim: int, *, make: ParamMaker, init: Init, bias: bool):
@@ -44,7 +45,7 @@ class KeyValueLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with W [D, F] cut along its inputs: each rank holds one term of the sum."""
+    """y = x W^T with W [D, F] cut along its inputs: each rank holds one term of the sum. x [B, T, F/tp] -> [B, T/seq, D]."""
 
     def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init):
         super().__init__()
@@ -59,11 +60,12 @@ class RowParallelLinear(nn.Module):
         return F.linear(x, self.weight)
 
     def join(self, term: Tensor) -> Tensor:
+        """The sum of all ranks' terms [B, T, D], of which this rank takes its part of the sequence: [B, T/seq, D]."""
         return leave_tp(term, self.tp, self.seq)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows and zeros elsewhere."""
+    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows, zeros elsewhere. [B, T] -> [B, T/seq, D]."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
         super().__init__()

@@ -33,6 +33,7 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
+    """Elementwise maximum of `x` over the ranks of `axis`; carries no gradient."""
     if axis.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
@@ -129,12 +130,15 @@ def leave_tp(x: Tensor, tp: Axis, seq: Axis) -> Tensor:
 
 
 def copy_to_tp(x: Tensor, tp: Axis) -> Tensor:
+    """x unchanged; its gradient, of any shape, is summed over the ranks, each of which computed on it."""
     return x if tp.size == 1 else _CopyToTP.apply(x, tp)
 
 
 def reduce_from_tp(x: Tensor, tp: Axis) -> Tensor:
+    """The sum of the ranks' x, of any shape; its gradient goes to each unchanged."""
     return x if tp.size == 1 else _ReduceFromTP.apply(x, tp)
 
 
 def gather_from_tp(x: Tensor, tp: Axis) -> Tensor:
+    """[..., n] -> [..., n * tp], the ranks' parts in their order; each gets back its own part of the gradient."""
     return x if tp.size == 1 else _GatherFromTP.apply(x, tp)

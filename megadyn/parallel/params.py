@@ -15,13 +15,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the configuration's `precision`."""
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
+"""A whole tensor's shape and its generator -> its initial values, in float32."""
 
 
 def normal(std: float) -> Init:
+    """N(0, std^2)."""
     return lambda shape, generator: torch.randn(shape, generator=generator).mul_(std)
 
 
 def constant(value: float) -> Init:
+    """One value everywhere; draws nothing."""
     return lambda shape, generator: torch.full(shape, value)
 
 

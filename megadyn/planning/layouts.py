@@ -44,6 +44,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Layout:
+    """One way to spread a run over all GPUs, and what it is predicted to take. Bytes and seconds are of one step."""
+
     tensor: int
     pipeline: int
     data: int
@@ -131,10 +133,13 @@ def shapes(gpus: int) -> Iterator[tuple[int, int]]:
 
 
 def divisors(number: int) -> list[int]:
+    """By size, 1 and itself among them."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 class EngineFile(NamedTuple):
+    """A JSON of DeepSpeed's engine settings."""
+
     path: str
     zero: dict[str, Any]
     """Its `zero_optimization`."""
@@ -171,6 +176,7 @@ def stage_cuts(config: Config) -> list[int]:
 
 
 def workload(config: Config) -> Workload:
+    """What a rank of this configuration computes with; its vocabulary must be known."""
     training = config.training
     return Workload(config.model, training.micro_batch_size, training.sequence_length, config.parallel.tensor,
                     NUMBER_BYTES[config.precision], training.recompute, config.data.document_mask)

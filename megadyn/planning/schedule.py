@@ -1,4 +1,5 @@
-"""The 1F1B pipeline in slow motion: how long a step takes when stages and micro-batches wait for each other.
+"""The 1F1B pipeline (arXiv 2006.09503, PipeDream-Flush) in slow motion: how long a step takes when stages and micro-batches
+wait for each other.
 
 Time is cut into slots as DeepSpeed's `TrainSchedule` cuts it: in slot t, stage i runs a forward pass if t + i is even and
 a backward pass if it is odd, where there is a micro-batch for it. Before an odd slot's backward pass a stage meets the
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 
 class Slot(NamedTuple):
+    """One pass of one micro-batch, numbered from 0 within the step."""
+
     micro_batch: int
     is_forward: bool
 
@@ -28,7 +31,7 @@ class PipelineTimes(NamedTuple):
 
 
 def slot_of(stage: int, time: int, stages: int, micro_batches: int) -> Slot | None:
-    """What `stage` computes in slot `time`; None for a slot that it idles through."""
+    """What `stage` computes in slot `time`, both from 0; None for a slot that it idles through."""
     is_forward = (time + stage) % 2 == 0
     micro_batch = (time - stage) // 2 if is_forward else (time - (2 * stages - 1 - stage)) // 2
     return Slot(micro_batch, is_forward) if 0 <= micro_batch < micro_batches else None

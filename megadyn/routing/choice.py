@@ -17,12 +17,16 @@ from megadyn.routing.select import Selection, as_mask, choose_top, choose_where,
 
 
 class Choice(NamedTuple):
+    """What a routed layer does with each token of a micro-batch."""
+
     selection: Selection
+    """The tokens that it processes, under the current mode."""
     in_top: Tensor
     """[B, T], true where top-k chooses, whatever the mode."""
     loss: Tensor | None
     """The predictor's, weighted; None without a predictor."""
     statistics: dict[str, Tensor]
+    """Scalars for `Monitor`: the share routed (mean, least, most of a sequence), how often the causal rule agrees with top-k."""
 
 
 class CausalRouter(nn.Module):

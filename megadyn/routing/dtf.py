@@ -37,7 +37,11 @@ def moving_average(x: Tensor, window: int, documents: Documents | None = None) -
 
 
 class SurpriseRouter(nn.Module):
-    """G = S_CE + S_CU - S_CE S_CU: the probability that a token's change was expected-but-late or unexpected."""
+    """G = S_CE + S_CU - S_CE S_CU: the probability that a token's change was expected-but-late or unexpected.
+
+    S_CE = sigmoid(softplus(beta_ce) (D_st - D_ch + log o_ce)) and S_CU = sigmoid(softplus(beta_cu) (D_st - m_cu MA(D_st))), with
+    four learnable scalars: beta_ce, beta_cu, o_ce (`ce_offset`) and m_cu (`cu_multiplier`).
+    """
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
@@ -82,6 +86,7 @@ class DecisionLayer(Layer):
         return post, gate, prior_loss, statistics
 
     def forward(self, stream: Stream) -> Stream:
+        """The dense layer's output, with G as its gate; the prior's loss is attached to it in training."""
         post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
         self.monitor.record(statistics | {"prior_loss": prior_loss})
         if torch.is_grad_enabled():
@@ -90,7 +95,7 @@ class DecisionLayer(Layer):
 
 
 class DynamicLayer(SkippingLayer):
-    """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged."""
+    """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged: post + G Block(post) for these."""
 
     def forward(self, stream: Stream) -> Stream:
         gate = stream.gate

@@ -89,6 +89,7 @@ class DtrLayer(Layer):
         return choose_where(mask), mask, statistics
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
+        """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens as a selection and as a mask [B, T]."""
         mixed = self.mix(stream, self.input_layernorm(stream.hidden), selection)
         weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(stream.hidden, (weight * mixed).to(stream.hidden.dtype))

@@ -7,7 +7,8 @@ from megadyn.routing.tracker import StepTracker
 
 
 class AttentionLoad(StepTracker):
-    """This layer's term of lambda * sum_l f_l mean(p0_l) / sum_l f_l, f_l being the fraction of tokens that attended.
+    """This layer's term of lambda * sum_l f_l mean(p0_l) / sum_l f_l (arXiv 2509.00925), f_l being the fraction of tokens that
+    attended.
 
     The f_l are those of the step before, of all layers on all stages and ranks (equal shares in the first step), so
     a micro-batch waits for no collective, and the loss depends on no layout.

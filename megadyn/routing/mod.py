@@ -47,4 +47,5 @@ class ModLayer(SkippingLayer):
         return self.process(stream, self.gate(logit), choice, self.bce_weight * bce + self.z_weight * z)
 
     def gate(self, logit: Tensor) -> Tensor:
+        """g(r), of any shape: `model.routing.gate`."""
         return logit.sigmoid() if self.sigmoid_gate else logit

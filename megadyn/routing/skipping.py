@@ -36,6 +36,7 @@ class SkippingLayer(Layer):
         return Stream(out, documents=stream.documents)
 
     def update(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
+        """h_out [B, T/seq, D]. What `run` recomputes: the selection is fixed by now."""
         hidden, places = stream.hidden, selection.places
         length = self.length(hidden)
         positions, segments = origins(stream, selection, length)
