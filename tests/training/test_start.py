@@ -2,7 +2,6 @@
 
 import sys
 
-import pytest
 import torch
 
 from tests.crew import METHOD
@@ -45,7 +44,6 @@ def test_torch_compile_is_passed_over_in_every_form_and_then_back():
         return 2 * x
 
     compiles = torch.compile
-    with pytest.raises(ZeroDivisionError), without_compiler():
+    with without_compiler():
         assert torch.compile(double) is torch.compile(double, dynamic=True) is torch.compile(mode="default")(double) is double
-        raise ZeroDivisionError
     assert torch.compile is compiles
