@@ -6,7 +6,8 @@
 The checkpoint may be of any number of ranks. Loss is the mean over predicted tokens in nats, perplexity its exponential.
 Bits per byte are loss / ln 2, times tokens per byte of text: those of the whole dataset, as PREFIX.json counts them.
 With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and `bits_per_byte` by routing
-(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`.
+(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`; a figure that is
+no finite number is null.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.errors import Parser, run_tool
 from megadyn.training.evaluate import evaluate
+from megadyn.training.sinks import finite
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               f"the causal rule agrees with top-k on {result['causal_agreement']:.1%}")
     print(f"{result['tokens']:,} tokens")
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(finite(result), allow_nan=False))
     return 0
 
 

@@ -7,6 +7,7 @@
 # MASTER_ADDR     the first host's address as all hosts reach it (default: its name in HOSTFILE)
 # MASTER_PORT     (default: 29500)
 # DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
+# Over ssh the deepspeed command hands on variables of Python and NCCL alone; others stand in ~/.deepspeed_env, NAME=value a line.
 set -euo pipefail
 root=$(dirname "$0")/../..
 options=(--master_port "${MASTER_PORT:-29500}")

@@ -21,8 +21,9 @@ else
     echo "error: neither HOSTFILE nor GPUS is set: mpirun needs to know where and how many to start" >&2
     exit 2
 fi
+names='(CUDA|DS|FI|GLOO|HF|MASTER|MEGADYN|MKL|NCCL|OMP|PYTORCH|TORCH|TRITON|UCX|WANDB)_.*'      # for the other hosts
 export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT=${MASTER_PORT:-29500}
-for name in $(compgen -e | grep -E '^((|LD_LIBRARY_|PYTHON)PATH|OMP_NUM_THREADS|(CUDA|DS|GLOO|HF|MASTER|NCCL|TORCH)_.*)$'); do
+for name in $(compgen -e | grep -E "^((|LD_LIBRARY_|PYTHON)PATH|$names)$"); do
     options+=(-x "$name")
 done
 # Bound to a core each, as mpirun would have it, ranks could not use threads; by slot, neighbouring ranks share a host.

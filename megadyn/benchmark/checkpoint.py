@@ -14,14 +14,14 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megadyn.benchmark.clock import add_device_arguments, device_of, machine, wait
+from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
 from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
@@ -76,14 +76,8 @@ class Trainer:
         self.batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
 
     def step(self) -> float:
-        return self.seconds(lambda: self.engine.train_step(self.batches, 1e-5))
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        wait(self.device)
-        began = time.perf_counter()
-        work()
-        wait(self.device)
-        return time.perf_counter() - began
+        """Seconds of it."""
+        return timed(lambda: self.engine.train_step(self.batches, 1e-5), self.device)
 
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Figures:
@@ -144,10 +138,10 @@ def restored(trainer: Trainer, folder: Path, saved: Snapshot) -> tuple[float, fl
     """Seconds of verifying `folder` and of reading it into an engine that has gone on since. UserError if it is not `saved`."""
     trainer.step()
     problem: list[str | None] = []
-    verify = trainer.seconds(lambda: problem.append(save_load.verify(folder)))
+    verify = timed(lambda: problem.append(save_load.verify(folder)), trainer.device)
     if problem[0]:
         raise UserError(problem[0])
-    restore = trainer.seconds(lambda: save_load.load(trainer.engine, folder))
+    restore = timed(lambda: save_load.load(trainer.engine, folder), trainer.device)
     found = save_load.snapshot(trainer.engine, iteration=saved.iteration, consumed_samples=0)
     for name, shard in saved.shards.items():
         for tensor, value in shard.items():

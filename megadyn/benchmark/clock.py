@@ -5,6 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Laps:
     def seconds(self) -> list[float]:
         wait(self.device)
         if self.device.type == "cuda":
-            return [first.elapsed_time(second) / 1e3 for first, second in zip(self.marks[:-1], self.marks[1:])]
-        return [second - first for first, second in zip(self.marks[:-1], self.marks[1:])]
+            return [first.elapsed_time(second) / 1e3 for first, second in pairwise(self.marks)]
+        return [second - first for first, second in pairwise(self.marks)]
 
 
 def device_peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> tuple[float, str]:

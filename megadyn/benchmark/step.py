@@ -13,18 +13,18 @@ shapes would have to reach. MFU counts the operations that the model itself need
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, wait
+from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, timed
 from megadyn.benchmark.models import Model, add_shape_arguments, build, shape_line
 from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import above_zero, add_json_argument
@@ -85,14 +85,14 @@ class Contest:
         optimizers = [torch.optim.AdamW(model.module.parameters(), lr=1e-9, fused=True) for model in self.models]
         for turn in range(warmup + rounds):
             for model, optimizer in zip(self.models, optimizers, strict=True):
-                wait(self.tokens.device)
-                began = time.perf_counter()
-                model.loss(self.tokens, self.labels).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                wait(self.tokens.device)
+                seconds = timed(partial(self.step, model, optimizer), self.tokens.device)
                 if turn >= warmup:
-                    self.times.setdefault(model.name, []).append(time.perf_counter() - began)
+                    self.times.setdefault(model.name, []).append(seconds)
+
+    def step(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
+        model.loss(self.tokens, self.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def float64_error(model: Model, tokens: Tensor, labels: Tensor) -> float:

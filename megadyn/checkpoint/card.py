@@ -69,16 +69,18 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
     """The last record of training, `validation` and `test` in a run's metrics.jsonl up to `iteration`, as far as there are."""
     found: dict[str, Any] = {}
     try:
-        lines = metrics.read_text().splitlines()
+        lines = metrics.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{metrics}: cannot be read ({error})") from None
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
-            continue            # a run that goes on may just be writing its last line
+            continue            # half-written: a run that goes on may just be at its last line
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            continue
         if record["iteration"] <= iteration:
             for key in ("lm_loss", "validation", "test"):
                 if key in record:
@@ -173,16 +175,21 @@ def _data(config: Config) -> str:
 def _losses(history: dict[str, Any], has_topk: bool) -> str:
     """Without top-k there is one way to route, and one row a set."""
     if not history:
-        return "Not known: there was no metrics.jsonl beside the checkpoint."
+        return "Not known: no metrics.jsonl with a record of this step or an earlier one lay beside the checkpoint."
     rows = ["| set | routing | loss, nats per token | step |", "|---|---|---|---|"]
     if record := history.get("lm_loss"):
-        rows.append(f"| training | {'topk' if has_topk else ''} | {record['lm_loss']:.4f} | {record['iteration']:,} |")
+        rows.append(f"| training | {'topk' if has_topk else ''} | {_loss(record['lm_loss'])} | {record['iteration']:,} |")
     for name in ("validation", "test"):
         record = history.get(name, {name: {}})
         for mode, loss in record[name].items():
             if has_topk or mode == "causal":
-                rows.append(f"| {name} | {mode if has_topk else ''} | {loss:.4f} | {record['iteration']:,} |")
+                rows.append(f"| {name} | {mode if has_topk else ''} | {_loss(loss)} | {record['iteration']:,} |")
     return "\n".join(rows)
+
+
+def _loss(value: float | None) -> str:
+    """metrics.jsonl has null for what is no number."""
+    return "no number" if value is None else f"{value:.4f}"
 
 
 def _use(kind: str, style: str) -> str:

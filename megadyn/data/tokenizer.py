@@ -214,9 +214,9 @@ def fingerprint(tokenizer_json: bytes, splits_special_tokens: bool = False) -> s
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty where there is none."""
-    path = folder / "tokenizer_config.json"
+def tokenizer_settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    """The object in that file, empty where there is none."""
+    path = folder / name
     try:
         settings = json.loads(read_bytes(path)) if path.exists() else {}
     except ValueError as error:

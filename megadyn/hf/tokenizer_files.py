@@ -19,7 +19,9 @@ from megadyn.data.tokenizer import (
 from megadyn.errors import UserError
 from megadyn.log import log
 
-COPIED = ("special_tokens_map.json", "chat_template.jinja")
+OWN_RULES = ("auto_map", "add_prefix_space", "added_tokens_decoder")
+"""Settings by which transformers would leave tokenizer.json's rules for others; so would classes as Qwen2's and GPT-NeoX's."""
+TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "sentencepiece.model"
 """Not tokenizer.model: AutoTokenizer would read that, and leave out its dummy prefix and its rules for spaces."""
 FINGERPRINT = "megadyn_fingerprint"
@@ -35,13 +37,14 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
         The special ids for config.json, and what a reader of the folder must know of its tokenizer, in a sentence.
     """
     tokenizer, source = load_tokenizer(path), Path(path)
-    settings: dict[str, Any] = {"tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False}
+    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, HfTokenizer):
-        settings |= tokenizer_settings(source)
+        stated = tokenizer_settings(source, "special_tokens_map.json") | tokenizer_settings(source)
+        settings |= without_own_rules(stated, set(tokenizer.added_tokens()))
         settings |= {name: False for name in ("add_bos_token", "add_eos_token") if settings.get(name)}
     else:
         settings["split_special_tokens"] = True       # a special token that a text spells is text to both
-    settings[FINGERPRINT] = tokenizer.fingerprint
+    settings |= {"tokenizer_class": "TokenizersBackend", FINGERPRINT: tokenizer.fingerprint}
     if max_position is not None:
         settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
     special = {}
@@ -55,10 +58,33 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
     if isinstance(tokenizer, SentencePieceTokenizer):
         return special, _write_sentencepiece(tokenizer, source, folder)
     (folder / "tokenizer.json").write_bytes(without_additions(read_bytes(source / "tokenizer.json")))
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    if (source / TEMPLATE).is_file():
+        shutil.copyfile(source / TEMPLATE, folder / TEMPLATE)
     return special, "the tokenizer of the training run"
+
+
+def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, Any]:
+    """Settings less what makes transformers read a text otherwise than tokenizer.json does, whose tokens cut out
+    of texts are `added`: others that it names as special would be cut out as well, or made anew."""
+    def is_known(token: Any) -> bool:
+        return token is None or (token.get("content") if isinstance(token, dict) else token) in added
+
+    kept, unknown = {}, []
+    for name, value in settings.items():
+        if name in ("additional_special_tokens", "extra_special_tokens") and value:
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            unknown += [token for _, token in pairs if not is_known(token)]
+            value = ({key: token for key, token in pairs if is_known(token)} if isinstance(value, dict)
+                     else [token for token in value if is_known(token)])
+        elif name.endswith("_token") and name != "eos_token" and not isinstance(value, bool) and not is_known(value):
+            unknown.append(value)
+            continue
+        if name not in OWN_RULES:
+            kept[name] = value
+    if unknown:
+        log.warning("left out of the export's tokenizer_config.json, as its tokenizer.json has no such tokens: %s",
+                    ", ".join(map(str, unknown)))
+    return kept
 
 
 def without_additions(raw: bytes) -> bytes:

@@ -8,7 +8,7 @@ from torch import Tensor
 from megadyn.errors import ConfigError
 
 LEAST_CAPABILITY = (8, 0)
-"""Compute capability: bf16 arithmetic."""
+"""Compute capability that flash attention and our own kernels need: bf16 arithmetic."""
 LARGEST_WIDTH = 16384
 """Columns of a row that one program holds whole, for a norm; wider ones are torch's."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,14 +21,19 @@ class _Process:
     uses_triton = False
 
 
+def gpu_lacks(kernels: str) -> str | None:
+    """Why these kernels run on no device of this machine, None if they do."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    major, minor = LEAST_CAPABILITY
+    return (f"{kernels} need a GPU of compute capability {major}.{minor}"
+            if torch.cuda.get_device_capability() < LEAST_CAPABILITY else None)
+
+
 def kernel_choice(asked: str) -> tuple[str, str]:
     """`triton` or `torch`, and why. Raises ConfigError when Triton is asked for and cannot run here."""
-    why_not = (
-        "no CUDA device" if not torch.cuda.is_available()
-        else "Triton kernels need a GPU of compute capability 8.0" if torch.cuda.get_device_capability() < LEAST_CAPABILITY
-        else "Triton is not installed (pip install megadyn[kernels])" if importlib.util.find_spec("triton") is None
-        else None
-    )
+    why_not = gpu_lacks("Triton kernels") or (
+        "Triton is not installed (pip install megadyn[kernels])" if importlib.util.find_spec("triton") is None else None)
     if asked == "triton" and why_not:
         raise ConfigError("training.kernels", asked, f"torch on this machine: {why_not}")
     if asked != "auto":

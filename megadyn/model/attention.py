@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
+from megadyn.kernels.rule import gpu_lacks
 from megadyn.model.documents import Segments
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
@@ -22,10 +23,8 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
     asked, head_dim = model.attention, model.head_dim
     assert head_dim is not None
-    no_kernel = (
-        "no CUDA device" if not torch.cuda.is_available()
-        else "flash kernels need a GPU of compute capability 8.0" if torch.cuda.get_device_capability() < (8, 0)
-        else "no flash kernels for fp32" if precision == "fp32"
+    no_kernel = gpu_lacks("flash kernels") or (
+        "no flash kernels for fp32" if precision == "fp32"
         else f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256" if head_dim % 8 or head_dim > 256
         else None
     )

@@ -310,7 +310,8 @@ def without_compiler() -> Iterator[None]:
     load its compiler: seconds, of every start.
     """
     compiles = torch.compile
-    torch.compile = lambda function, **options: function  # type: ignore[assignment]
+    # Also as a decorator with options, which gets no function yet.
+    torch.compile = lambda function=None, **options: function or (lambda inner: inner)  # type: ignore[assignment]
     try:
         yield
     finally:

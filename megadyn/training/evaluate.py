@@ -158,8 +158,8 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp(loss); infinite where a float cannot hold it, no number for a loss that is none."""
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:

@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -22,11 +23,17 @@ STYLES = {"data": "yellow", "forward": "green", "backward": "cyan", "communicati
           "other": "bright_black"}
 
 
+class Terminal(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process."""
+        raise
+
+
 def open_live_view(config: Config) -> "LiveView | None":
     """As `logging.live` says; None for log lines, also on a terminal that cannot move its cursor."""
     if config.logging.live == "always":
-        return LiveView(config, Console(force_terminal=True, highlight=False))
-    console = Console(highlight=False)
+        return LiveView(config, Terminal(force_terminal=True, highlight=False))
+    console = Terminal(highlight=False)
     is_wanted = config.logging.live == "auto" and console.is_terminal and not console.is_dumb_terminal
     return LiveView(config, console) if is_wanted else None
 
@@ -64,6 +71,15 @@ class LiveView:
         """Leaves the last report standing."""
         self._draw()
         self.live.stop()
+        self._give_back()
+
+    def abandon(self) -> None:
+        """Ends what a terminal that is gone can show no more."""
+        with suppress(OSError):
+            self.live.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         for handler, stream in self.moved:
             handler.setStream(stream)
 

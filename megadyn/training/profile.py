@@ -1,6 +1,7 @@
 """A trace of some steps on some ranks, for chrome://tracing, Perfetto or TensorBoard."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,6 +54,8 @@ class Profile:
             trace.export_chrome_trace(str(temporary))
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             log.warning("%s: the trace was not written: %s", path, error)
             return
         log.info("traced steps %d to %d: %s", self._began, number, path)

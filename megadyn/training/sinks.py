@@ -10,7 +10,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -94,7 +95,7 @@ class CsvRows:
             self.rows.writerow(self.HEADER)
 
     def _is_kept(self, line: str, iteration: int) -> bool:
-        first, _, value = next(csv.reader([line]), [])
+        first, _, value = line.split(",")         # names have no commas
         if line.strip() == ",".join(self.HEADER):
             return True
         float(value)
@@ -160,16 +161,24 @@ class WeightsAndBiases:
         return path.read_text().strip()
 
     def write(self, record: Record) -> None:
-        try:
+        with service_errors_named():
             self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
-        except Exception as error:               # its service may die in many ways; none of them ends a run
-            raise OSError(f"Weights & Biases: {one_line(error)}") from error
 
     def go_back(self, iteration: int) -> None:
         pass                                     # see the class
 
     def close(self) -> None:
-        self.run.finish()
+        with service_errors_named():
+            self.run.finish()
+
+
+@contextmanager
+def service_errors_named() -> Iterator[None]:
+    """W&B's service may die in many ways; none of them ends a run: all become an OSError, as a full disk is."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"Weights & Biases: {one_line(error)}") from error
 
 
 def refuse_wandb(asked: LoggingConfig) -> None:

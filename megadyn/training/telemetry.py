@@ -1,13 +1,14 @@
 """What a run reports: records to its sinks, and a line in the log or a live view. Rank 0 only."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megadyn.config import Config
 from megadyn.log import log
 from megadyn.training.lines import evaluation_line, train_line
-from megadyn.training.live import open_live_view
+from megadyn.training.live import LiveView, open_live_view
 from megadyn.training.sinks import open_sinks
 from megadyn.training.throughput import Throughput
 
@@ -40,8 +41,7 @@ class Telemetry:
     def step(self, iteration: int, waited_s: float) -> None:
         """Counts a step, in which training waited for its data for so long."""
         self._waited_s += waited_s
-        if self.live is not None:
-            self.live.step(iteration)
+        self._show(lambda live: live.step(iteration))
 
     def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
               routing: dict[int, dict[str, float]], bad_steps: int = 0, more: dict[str, Any] | None = None) -> None:
@@ -58,9 +58,8 @@ class Telemetry:
         }
         self._write(record)
         seconds_left = (self.iterations - iteration) * step_s
-        if self.live is not None:
-            self.live.train(record, seconds_left)
-        else:
+        self._show(lambda live: live.train(record, seconds_left))
+        if self.live is None:
             log.info("%s", train_line(record, self.iterations, seconds_left))
         self.restart_clock(iteration)
 
@@ -82,10 +81,20 @@ class Telemetry:
             except OSError as error:
                 log.warning("%s: iteration %d not written yet: %s", type(sink).__name__, record["iteration"], error)
 
+    def _show(self, act: Callable[[LiveView], None]) -> None:
+        """A terminal that is gone (its window closed, its connection lost) stops no run: log lines follow."""
+        if self.live is None:
+            return
+        try:
+            act(self.live)
+        except OSError as error:
+            view, self.live = self.live, None
+            view.abandon()
+            log.warning("the live view ends: %s", error)
+
     def close(self) -> None:
         """Ends the view and the sinks, whatever one of them does."""
-        if self.live is not None:
-            self.live.close()
+        self._show(LiveView.close)
         for sink in self.sinks:
             try:
                 sink.close()

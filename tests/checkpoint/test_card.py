@@ -54,6 +54,11 @@ def test_losses_by_routing_only_where_there_are_two() -> None:
     assert "Not known" in card_of(tiny_config("mod"), history={})
 
 
+def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:
+    card = card_of(tiny_config("mod"), {"validation": {"iteration": 5, "validation": {"topk": None, "causal": 3.0}}})
+    assert "| validation | topk | no number | 5 |\n| validation | causal | 3.0000 | 5 |" in card
+
+
 def test_work_follows_what_was_routed() -> None:
     """Of a layer, attention and feed-forward shrink with the share of tokens; of DTRNet's, attention's queries and keys alone."""
     half, few = (percentage_of_work(card_of(with_capacity(share))) for share in (0.5, 0.1))
@@ -105,10 +110,12 @@ def test_last_records_end_at_the_checkpoint(tmp_path: Path) -> None:
     lines = [{"iteration": 1, "lm_loss": 3.0}, {"iteration": 1, "validation": {"topk": 2.9}}, {"iteration": 2, "lm_loss": 2.5},
              {"iteration": 2, "checkpoint": {}}, {"iteration": 3, "lm_loss": 2.0}]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')
+    damaged = [b"\xff\xfe\0\n", b"7\n", b'{"lm_loss": 9.0}\n', b'{"iterat']
+    path.write_bytes(b"".join([*(json.dumps(line).encode() + b"\n" for line in lines), *damaged]))
     found = last_records(path, 2)
     assert found == {"lm_loss": lines[2], "validation": lines[1]}
     assert last_records(tmp_path / "none.jsonl", 2) == {}
-    path.write_bytes(b"\xff\xfe")
+    path.unlink()
+    path.mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         last_records(path, 2)

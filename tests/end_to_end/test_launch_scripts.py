@@ -132,6 +132,7 @@ def test_settings_become_the_launchers_options(script: str, settings: dict[str, 
     path = commands(tmp_path / "bin", deepspeed=ECHO, torchrun=ECHO, mpirun=ECHO, ssh="#!/bin/sh\n", pdsh="#!/bin/sh\n")
     given = {name: value.replace("HOSTS", str(hosts)) for name, value in settings.items()}
     override = f"output_dir={tmp_path}/a b"
+    more = {"PYTORCH_ALLOC_CONF": "", "WANDB_MODE": "offline"}
     script_path = LAUNCH / script
     if script == "run.sh":                              # stands in the folder of its example as a link
         (tmp_path / "launch").symlink_to(LAUNCH)
@@ -140,14 +141,15 @@ def test_settings_become_the_launchers_options(script: str, settings: dict[str, 
         script_path.symlink_to("../launch/run.sh")
         config_file = config_file.rename(script_path.with_name("config.yaml"))
     done = subprocess.run([script_path, *([] if script == "run.sh" else [config_file]), override], cwd=ROOT,
-                          env=ENVIRONMENT | {"PATH": path} | given, capture_output=True, text=True, timeout=60, check=False)
+                          env=ENVIRONMENT | more | {"PATH": path} | given, capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()[1:]                # after what check_launch.py says
     assert override in words
     said = " ".join(words).replace(str(config_file), "CONFIG").replace(override, "a=b c").replace(str(hosts), "HOSTS")
     assert re.sub(r"(-x \w+ )+", "-x ... ", said) == started
     if script == "mpi.sh":
-        assert {"PATH", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "OMP_NUM_THREADS"} <= set(words)
+        assert {"PATH", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR", "OMP_NUM_THREADS", *more} <= set(words)
 
 
 @pytest.mark.parametrize(("script", "settings", "words", "said"), [

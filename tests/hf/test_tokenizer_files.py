@@ -122,14 +122,36 @@ def test_nothing_is_added_cut_or_dropped(sources: dict[str, str], tmp_path: Path
     assert (folder / "tokenizer.json").read_bytes() == Path(sources["bpe"], "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("stated", [
+    {"tokenizer_class": "Qwen2Tokenizer"}, {"tokenizer_class": "GPTNeoXTokenizerFast"}, {"add_prefix_space": True},
+    {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}, {"bos_token": "return", "unk_token": {"content": "<unk>"}},
+    {"additional_special_tokens": ["return", "<|endoftext|>"]}, {"extra_special_tokens": {"of_image": "return"}},
+    {"added_tokens_decoder": {"299": {"content": "return", "lstrip": False, "rstrip": False, "normalized": False,
+                                      "single_word": False, "special": True}}}], ids=lambda stated: next(iter(stated)))
+def test_no_setting_makes_transformers_read_otherwise_than_training(
+        stated: dict, sources: dict[str, str], tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(sources["bpe"], source)
+    folder.mkdir()
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"} | stated))
+    special, _ = write_tokenizer(str(source), folder, None)
+    write_json(folder / "config.json", to_hf_config(tiny_config("dtf", vocab_size=400).model, "float32") | special)
+    shutil.copy(PACKAGE / "configuration_megadyn.py", folder)
+    reference = load_tokenizer(source)
+    texts = ["def f(): return <unk> 7<|endoftext|>", *probe_texts(reference), *random_texts(20, seed=1)]
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts)["input_ids"] == [
+        ids.tolist() for ids in reference.encode_batch(texts)]
+
+
 def test_settings_of_the_tokenizer_are_kept(sources: dict[str, str], tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "out"
     shutil.copytree(sources["bpe"], source)
     folder.mkdir()
     stated = {"eos_token": "<|endoftext|>", "chat_template": "{{ x }}", "model_max_length": 7}
     (source / "tokenizer_config.json").write_text(json.dumps(stated))
+    (source / "special_tokens_map.json").write_text('{"eos_token": "?", "mask_token": "<|endoftext|>"}')      # older folders'
     write_tokenizer(str(source), folder, 24)
     written = json.loads((folder / "tokenizer_config.json").read_text())
-    assert written == stated | {"pad_token": "<|endoftext|>", "tokenizer_class": "TokenizersBackend",
-                                "clean_up_tokenization_spaces": False,
+    assert written == stated | {"pad_token": "<|endoftext|>", "mask_token": "<|endoftext|>",
+                                "tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False,
                                 "megadyn_fingerprint": load_tokenizer(source).fingerprint}

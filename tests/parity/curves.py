@@ -11,6 +11,8 @@ from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
 STEPS = 10
+EVERYTHING_CUT = Path(__file__).with_name("zero3_everything_cut.json")
+"""By default ZeRO-3 keeps parameters below 100,000 elements whole: here, all of them."""
 
 
 class Case(NamedTuple):
@@ -72,6 +74,8 @@ Curve = dict[str, list[float]]
 def config_of(case: Case) -> Any:
     config = tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
                        precision=case.precision, tied=case.tied, micro_batch=case.micro_batch, normalization=case.norm)
+    if case.zero == 3:
+        config.deepspeed_config = str(EVERYTHING_CUT)
     config.parallel.sequence = case.sequence
     config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0      # noise too depends on no layout
     return config

@@ -6,7 +6,18 @@ import torch
 from megadyn.config import capacity_count
 from megadyn.model.block import Stream
 from megadyn.model.documents import documents_of
-from megadyn.routing.select import as_mask, choose_top, choose_where, origins, put_back, replace, take
+from megadyn.routing.select import (
+    Selection,
+    as_mask,
+    choose_top,
+    choose_where,
+    origins,
+    put_back,
+    put_back_gated,
+    replace,
+    take,
+    take_out,
+)
 
 
 @pytest.mark.parametrize(("capacity", "length", "count"), [
@@ -131,3 +142,31 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: take(x[..., 0], places), (x,))
     assert torch.autograd.gradcheck(lambda x, rows: put_back(x, places, rows), (x, rows))
     assert torch.autograd.gradcheck(lambda x, rows: replace(x, places, rows), (x, rows))
+    assert torch.autograd.gradcheck(lambda x, gate, rows: put_back_gated(x, places, gate, rows),
+                                    (x, x.detach()[..., 1].clone().requires_grad_(), rows))
+
+
+@SHAPES
+def test_what_is_taken_out_sends_its_gradient_with_that_of_the_rest(shape):
+    """Also where one of the two is not used, no token is taken, or a gradient is no block of memory of its own."""
+    x, places, _ = draw()
+    x, places = x.requires_grad_(), places.view(shape)
+    assert torch.autograd.gradcheck(lambda x: take_out(x, places), (x,))
+    assert torch.autograd.gradcheck(lambda x: take_out(x, places)[0], (x,))
+    assert torch.autograd.gradcheck(lambda x: take_out(x, places)[1], (x,))
+    assert torch.autograd.gradcheck(lambda x: take_out(x, places[:1, :0]), (x,))
+    heads = x.detach().unflatten(-1, (2, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: take_out(x, places), (heads,))
+    (found,) = torch.autograd.grad(take_out(x, places)[0].sum() + take_out(x, places)[1].transpose(0, 1).sum(), x)
+    assert torch.equal(found, 1 + as_mask(Selection(places), x.shape[:2]).double().unsqueeze(-1).expand_as(x))
+
+
+def test_gradients_keep_half_precision_and_gates_float32():
+    x, places, rows = (part.bfloat16() if part.is_floating_point() else part for part in draw())
+    x, rows, gate = x.requires_grad_(), rows.requires_grad_(), torch.rand(3, 7).requires_grad_()
+    all_of_it, taken = take_out(x, places)
+    out = put_back_gated(all_of_it, places, gate, taken * rows)
+    assert out.dtype == torch.bfloat16
+    out.backward(torch.ones_like(out))
+    assert (x.grad.dtype, rows.grad.dtype, gate.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert not torch.equal(gate.grad, gate.grad.bfloat16().float()), "rounded to bf16 on the way"

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile as profiled
 
 from megadyn.config import LoggingConfig
 from megadyn.log import log
@@ -58,3 +60,15 @@ def test_a_trace_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch, capl
     (tmp_path / "profile").write_text("a file")
     run(Profile(config(), tmp_path, 0, 0), range(1, 4))
     assert "the trace was not written" in caplog.text
+
+
+def test_no_half_a_trace_is_left(tmp_path, monkeypatch, caplog):
+    def export(trace, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(profiled, "export_chrome_trace", export)
+    run(Profile(config(), tmp_path, 0, 0), range(1, 4))
+    assert "no space left" in caplog.text
+    assert not list((tmp_path / "profile").iterdir())

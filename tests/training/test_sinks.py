@@ -45,7 +45,8 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path, caplog):
     (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', '{"iteration": 2, "lm_lo'),
     (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "\n"), (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "[2]\n"),
     (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm_loss,2."),      # a number that was longer
-    (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm\n")])
+    (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm\n"),
+    (CsvRows, "metrics.csv", "iteration,name,value\n", "\0" * 200_000 + "\n")])              # what a lost disk leaves
 def test_a_half_written_line_is_dropped_with_a_warning(tmp_path, caplog, monkeypatch, kind, name, whole, cut):
     monkeypatch.setattr(log, "propagate", True)
     path = tmp_path / name

@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 from tests.crew import METHOD
 
 UNNEEDED = ("torch._inductor.compile_fx", "transformers", "tensorboard", "tokenizers", "sentencepiece", "pyarrow", "matplotlib")
@@ -33,3 +35,15 @@ def test_a_first_step_loads_no_compiler_and_no_tools(tmp_path):
     loaded = set((tmp_path / "modules").read_text().split("\n"))
     assert {"deepspeed", "torch", "megadyn.network"} <= loaded
     assert not [name for name in UNNEEDED if name in loaded]
+
+
+def test_torch_compile_is_passed_over_in_every_form_and_then_back():
+    from megadyn.training.engine import without_compiler
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    compiles = torch.compile
+    with without_compiler():
+        assert torch.compile(double) is torch.compile(double, dynamic=True) is torch.compile(mode="default")(double) is double
+    assert torch.compile is compiles

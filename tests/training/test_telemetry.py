@@ -1,6 +1,8 @@
 """What a run reports about itself."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,47 @@ def test_a_sink_that_fails_stops_neither_the_run_nor_the_others(tmp_path, monkey
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["iteration"] == 5
     telemetry.sinks.pop(0)
     telemetry.close()
+
+
+def test_weights_and_biases_that_fails_at_the_end_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
+    config = tiny_config(iterations=20)
+    config.logging.tensorboard = False
+    telemetry = Telemetry(config, 1, tmp_path, 0)
+    service = WeightsAndBiases.__new__(WeightsAndBiases)
+    service.run = None
+    telemetry.sinks.insert(0, service)
+    telemetry.close()
+    assert "WeightsAndBiases: the last metrics were not written: Weights & Biases: " in caplog.text
+    assert telemetry.sinks[1].file.closed
+
+
+@pytest.mark.parametrize("kind", [OSError, BrokenPipeError])
+def test_a_terminal_that_is_gone_stops_no_run(tmp_path, monkeypatch, caplog, kind):
+    class Output(io.StringIO):
+        is_gone = False
+
+        def write(self, text: str) -> int:
+            if self.is_gone:
+                raise kind("gone")
+            return super().write(text)
+
+    output = Output()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", log.name)
+    config = tiny_config(iterations=20)
+    config.logging.tensorboard, config.logging.live = False, "always"
+    telemetry = Telemetry(config, 1, tmp_path, 0)
+    report(telemetry, 5)
+    assert "5 of 20" in output.getvalue() and not caplog.records
+    output.is_gone = True
+    report(telemetry, 10)
+    telemetry.step(11, 0.0)
+    telemetry.close()
+    assert "the live view ends: gone" in caplog.text and "10/20  loss 2.5000" in caplog.text
+    assert sys.stdout is output
+    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 10]
 
 
 def test_a_rollback_takes_every_sink_back(tmp_path):
