@@ -14,7 +14,8 @@ from tests.tiny import KINDS, tiny_config
 
 
 def step(kind: str, recompute: str = "none", **model: object) -> None:
-    """Forward, backward behind the gate that spoils bad steps, and what follows on the `meta` device, where whatever asks for a value, or for how many, raises."""
+    """Forward, backward behind the gate that spoils bad steps, and what follows, on the `meta` device,
+    where whatever asks for a value, or for how many, raises."""
     ctx = layer_context(tiny_config(kind, recompute=recompute, **model), dtype=torch.float32)
     network = Network(replace(ctx, make=replace(ctx.make, device="meta")), LossScale())
     tokens = torch.empty(2, 25, dtype=torch.long, device="meta")
