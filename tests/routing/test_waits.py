@@ -6,17 +6,21 @@ import pytest
 import torch
 
 from megadyn.network import Network
+from megadyn.parallel.grid import Axis
 from megadyn.routing.aux_loss import LossScale
+from megadyn.training.guard import LossGate
 from tests.networks import end_step, layer_context
 from tests.tiny import KINDS, tiny_config
 
 
 def step(kind: str, recompute: str = "none", **model: object) -> None:
-    """Forward, backward and what follows on the `meta` device, where whatever asks for a value, or for how many, raises."""
+    """Forward, backward behind the gate that spoils bad steps, and what follows, on the `meta` device,
+    where whatever asks for a value, or for how many, raises."""
     ctx = layer_context(tiny_config(kind, recompute=recompute, **model), dtype=torch.float32)
     network = Network(replace(ctx, make=replace(ctx.make, device="meta")), LossScale())
     tokens = torch.empty(2, 25, dtype=torch.long, device="meta")
-    network(tokens[:, :-1], tokens[:, 1:]).backward()
+    gate = LossGate(1, Axis("dp"))
+    gate(network(tokens[:, :-1], tokens[:, 1:])).backward()
     assert all(param.grad.device.type == "meta" for param in network.parameters())
     end_step(network)
     network(tokens[:, :-1], tokens[:, 1:]).backward()            # with what the first step left behind
