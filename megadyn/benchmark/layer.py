@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
 from megadyn.benchmark.models import KINDS, Model, add_shape_arguments, build, shape_line
 from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
-from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, plain_attention, shown_error
+from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
 from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
@@ -144,13 +144,13 @@ def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin
     Raises UserError for fp32 that is not near float64.
     """
     case, trial = Case(part, module), Case(small, module)
-    with plain_attention(module), FlopCounterMode(display=False) as counter:
+    with as_written(module), FlopCounterMode(display=False) as counter:
         outputs = trial.run()
     planned = small.flops + small.unseen
     case.counted = counter.get_total_flops() / planned if planned else None
     if exact is None:
         return case
-    with plain_attention(twin):
+    with as_written(twin):
         wanted = Case(exact, twin).run()
     outputs = trial.run()
     errors = [((out.double() - want).norm() / want.norm()).item() for out, want in zip(outputs, wanted, strict=True)

@@ -30,7 +30,7 @@ from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import above_zero, add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
-from megadyn.model.attention import Attention
+from megadyn.model.block import Layer
 from megadyn.parallel.params import DTYPES
 from megadyn.planning.flops import training_flops
 
@@ -97,7 +97,7 @@ class Contest:
 
 def float64_error(model: Model, tokens: Tensor, labels: Tensor) -> float:
     exact = Model(model.name, deepcopy(model.module).double(), model.config)
-    with plain_attention(exact.module):                  # no other takes float64
+    with as_written(exact.module):                       # no other attention takes float64
         right = loss_and_norm(exact, tokens, labels)
     return max(abs(got - want) / abs(want) for got, want in zip(loss_and_norm(model, tokens, labels), right, strict=True))
 
@@ -112,7 +112,7 @@ def loss_and_norm(model: Model, tokens: Tensor, labels: Tensor) -> tuple[float, 
 
 def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
     """torch counts the whole square of scores, and other attention than its plain one not at all."""
-    with plain_attention(model.module), FlopCounterMode(display=False) as counter:
+    with as_written(model.module), FlopCounterMode(display=False) as counter:
         model.loss(tokens, labels).backward()
     model.module.zero_grad(set_to_none=True)
     batch, length = tokens.shape
@@ -120,18 +120,19 @@ def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
 
 
 @contextmanager
-def plain_attention(module: nn.Module) -> Iterator[None]:
-    """Attention by matrix products, whatever backend the module was made for."""
-    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
-    backends = [layer.backend for layer in layers]
+def as_written(module: nn.Module) -> Iterator[None]:
+    """Layers uncompiled, and attention by matrix products, whatever the module was made for."""
+    layers = [layer for layer in module.modules() if isinstance(layer, Layer)]
+    compiled = [layer.compile_run for layer in layers]
+    backends = [layer.self_attn.backend for layer in layers]
     for layer in layers:
-        layer.backend = "sdpa"
+        layer.compile_run, layer.self_attn.backend = False, "sdpa"
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for layer, backend in zip(layers, backends):
-            layer.backend = backend
+        for layer, compile_run, backend in zip(layers, compiled, backends):
+            layer.compile_run, layer.self_attn.backend = compile_run, backend
 
 
 def whole_square_flops(model: Model, length: int) -> float:

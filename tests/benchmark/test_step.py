@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from megadyn.benchmark import step
 from megadyn.benchmark.models import build
 from megadyn.errors import UserError
+from megadyn.model import compiled
 from megadyn.network import routed_layers
 
 SMALL = [f"--{name}={value}" for name, value in (
@@ -40,6 +41,15 @@ def test_every_model_is_timed_counted_and_checked(capsys):
     assert mod["saved"] == pytest.approx((1 - mod["time_share"]) / (1 - mod["flops_share"]))
     assert found["qwen2"]["saved"] is None
     assert table.startswith("| qwen2 |")
+
+
+def test_compiled_models_are_counted_and_checked_too(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    compiled._compiled.cache_clear()
+    step.main([*SMALL, "--json", "--compile", "--models", "dense", "dtf:0.5"])
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [figure["counted"] for figure in found] == pytest.approx([1, 1], abs=0.01)
+    compiled._compiled.cache_clear()
 
 
 def test_qwen2_is_the_dense_model():
