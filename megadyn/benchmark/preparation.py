@@ -31,7 +31,6 @@ import orjson
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.engine import GigatokenTokenizer
 from megadyn.data.files import os_errors_named
-from megadyn.data.preprocess import batches_of
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.data.train_tokenizer import train_tokenizer
@@ -44,6 +43,7 @@ TRAINING_DOCUMENTS = 3_000
 FAST_BYTES, SLOW_BYTES = 400_000_000, 4_000_000
 """Text for each worker of the ways that hold it in memory."""
 POLL_SECONDS = 0.1
+FAST_BATCH = 2**22
 READY_SECONDS = 600
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -159,33 +159,48 @@ def timed(prepare: Prepare, corpus: Path, tokenizer: Path, worker: int, workers:
 
 
 def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
-    """gigatoken's own batch call on batches as large as the tool's; smaller and larger ones are no faster."""
+    """gigatoken's own batch call."""
     batches, held = [], 0
-    for batch in batches_of(texts_of(corpus, worker, workers)):
+    for batch in text_batches(corpus, worker, workers):
         batches.append(batch)
-        held += batch[1]
+        held += utf8_bytes(batch)
         if held >= FAST_BYTES:
             break
-    return encode_batches(tokenizer, lambda: batches)
+    return encode_batches(tokenizer, lambda: batches, held)
 
 
 def encode_read(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
     """The least that any tool does with this JSONL: its lines are read, parsed and encoded."""
-    return encode_batches(tokenizer, lambda: batches_of(texts_of(corpus, worker, workers)))
+    size = sum(map(utf8_bytes, text_batches(corpus, worker, workers)))
+    return encode_batches(tokenizer, lambda: text_batches(corpus, worker, workers), size)
 
 
-def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[tuple[list[str], int]]]) -> Callable[[], int]:
+def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[str]]], size: int) -> Callable[[], int]:
     engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
     engine.encode_batch(["x"], parallel=False)      # imports awkward
 
     def work() -> int:
-        done = 0
-        for texts, size in batches():
+        for texts in batches():
             engine.encode_batch(texts, parallel=False)
-            done += size
-        return done
+        return size
 
     return work
+
+
+def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[str]]:
+    """Each of `FAST_BATCH` characters or a little more; smaller and larger ones are no faster."""
+    batch, left = [], FAST_BATCH
+    for text in texts_of(corpus, worker, workers):
+        batch.append(text)
+        left -= len(text)
+        if left <= 0:
+            yield batch
+            batch, left = [], FAST_BATCH
+    yield batch
+
+
+def utf8_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
 
 
 def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:

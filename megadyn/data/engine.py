@@ -8,18 +8,20 @@ It knows a later Unicode than the reference does. Documents with characters that
 different ways, which are very rare, are therefore left to the reference.
 """
 
-import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from megadyn.data.tokenizer import Encoded, TokenArray, Tokenizer
+from megadyn.data.tokenizer import Encoded, TokenArray, Tokenizer, ended, joined, split
 from megadyn.errors import UserError
 from megadyn.log import log
 
@@ -39,16 +41,24 @@ CHARACTER_RANGES = ((0x00, 0x80), (0x80, 0x600), (0x600, 0x3100), (0x3100, 0xd80
 
 FIRST_STRANGE = 0x300
 """Below this all characters are older than any table of Unicode in use."""
+FIRST_STRANGE_BYTE = chr(FIRST_STRANGE).encode()[0]
 LAST_KNOWN = 0x323af
 """Highest character of Unicode 15 and 16; above are those of later versions, and those that will stay without a class."""
 
 
+PICTOGRAPHS = range(0x1F200, 0x1FB00)
+"""Symbols all, those to come too: most of the new characters in real texts, as each Unicode brings new emoji."""
+SYMBOL_BLIND = re.compile("[LMNPZ]")
+"""Beginnings of the names of classes, as in `\\p{Lu}`, that hold no symbol and no character without a class."""
+
+
 @cache
-def strange_characters(composing: bool) -> NDArray[np.bool_]:
+def strange_characters(composing: bool, pictographs: bool) -> NDArray[np.bool_]:
     """[all characters] Which ones engines may class in different ways; if `composing`, also compose.
 
     To class, those that Python's own table does not know: Unicode 14 or 15, while the reference has 16 and gigatoken
-    17. To compose, marks and compositions later than Unicode 3.2, as the reference's table is of about Unicode 9.
+    17. `pictographs` are among them only if it matters whether a character is known. To compose, marks and compositions
+    later than Unicode 3.2, as the reference's table is of about Unicode 9.
     """
     strange = np.zeros(0x110000, np.bool_)
     strange[LAST_KNOWN + 1:0xe0000] = True
@@ -63,13 +73,57 @@ def strange_characters(composing: bool) -> NDArray[np.bool_]:
             if parts and not parts.startswith("<"):
                 codes = [ord(character), *(int(part, 16) for part in parts.split())]
                 strange[[code for code in codes if old.category(chr(code)) == "Cn"]] = True
+    if not pictographs:
+        strange[PICTOGRAPHS] = False
     return strange
 
 
-class GigatokenTokenizer(Tokenizer):
-    """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one."""
+def tells_symbols(content: Any) -> bool:
+    """Whether a tokenizer.json may cut a text in another place where a character without a class becomes a symbol."""
+    rules = orjson.dumps([content["normalizer"], content["pre_tokenizer"]]).decode()
+    return not all(map(SYMBOL_BLIND.match, re.findall(r"\\[pP]\{?\^?(\w+)", rules)))
 
-    def __init__(self, reference: Tokenizer) -> None:
+
+def strange_pairs(strange: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[256, 256] Whether a character whose UTF-8 begins with these two bytes may be one of `strange`."""
+    pairs = np.zeros((256, 256), np.bool_)
+    pairs[0xC0:0xE0] = strange[:0x800].reshape(32, 64).any(1, keepdims=True)
+    pairs[0xE0:0xF0, 0x80:0xC0] = strange[:0x10000].reshape(16, 64, 64).any(2)
+    pairs[0xF0:0xF4, 0x80:0xC0] = strange[:0x100000].reshape(4, 64, 4096).any(2)
+    pairs[0xF4, 0x80:0x90] = strange[0x100000:].reshape(16, 4096).any(1)
+    return pairs
+
+
+class Unequal(UserError):
+    """Two tokenizers give a text different ids."""
+
+
+Make = Callable[[Tokenizer], Tokenizer]
+
+
+class Separator(NamedTuple):
+    """An added token that stands between texts, which are then encoded as one."""
+
+    text: bytes
+    id: int
+
+
+def separator_of(content: Any, eod: int | None) -> Separator | None:
+    """An added token that is found whatever is around it and takes nothing of that along: `eod` itself, if it is one."""
+    usable = [token for token in content["added_tokens"] if token["content"]
+              and not any(token[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized"))]
+    usable.sort(key=lambda token: (not token["content"].isascii(), token["id"] != eod))
+    return Separator(usable[0]["content"].encode(), usable[0]["id"]) if usable else None
+
+
+class GigatokenTokenizer(Tokenizer):
+    """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one.
+
+    Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
+    awkward, which takes a third of a tool's start. With `apart` they are not.
+    """
+
+    def __init__(self, reference: Tokenizer, apart: bool = False) -> None:
         self._reference = reference
         self.name, self.vocab_size = reference.name, reference.vocab_size
         self.fingerprint, self.eod_or_none = reference.fingerprint, reference.eod_or_none
@@ -77,34 +131,63 @@ class GigatokenTokenizer(Tokenizer):
             import gigatoken
         except ImportError as error:
             raise UserError("gigatoken is not installed (pip install gigatoken)") from error
-        content = reference.gigatoken_json()
-        self._strange = strange_characters('"NFC"' in json.dumps(json.loads(content)["normalizer"]))
+        raw = reference.gigatoken_json()
+        content = orjson.loads(raw)
+        self._strange = strange_characters(b'"NFC"' in orjson.dumps(content["normalizer"]), tells_symbols(content))
+        self._pairs = strange_pairs(self._strange)
+        self._separator = None if apart else separator_of(content, reference.eod_or_none)
         try:
-            self.engine = gigatoken.Tokenizer.from_json(content)
+            self.engine = gigatoken.Tokenizer.from_json(raw)
         except BaseException as error:      # a panic of the library is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(f"gigatoken does not support tokenizer {self.name} ({str(error).splitlines()[0]})") from error
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
-        ids, lengths = self.encode(texts)
-        return np.split(ids, np.cumsum(lengths)[:-1])
+        return split(self.encode([text.encode() for text in texts]))
 
-    def encode(self, texts: list[str]) -> Encoded:
-        layout = self.engine.encode_batch(texts, parallel=False).layout
-        encoded = Encoded(layout.content.data, np.diff(layout.offsets.data))
-        if not self._is_strange("".join(text for text in texts if not text.isascii())):
+    def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
+        strange = self._strange_among(texts)
+        encoded = self._as_one(texts, None if strange else eod) or ended(self._apart(texts), None if strange else eod)
+        if not strange:
             return encoded
-        strange = [i for i, text in enumerate(texts) if self._is_strange(text)]
-        arrays = np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
-        for i, ids in zip(strange, self._reference.encode_batch([texts[i] for i in strange]), strict=True):
+        arrays = split(encoded)
+        for i, ids in zip(strange, self._reference.encode_batch([texts[i].decode() for i in strange]), strict=True):
             arrays[i] = ids
-        return Encoded(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+        return ended(joined(arrays), eod)
 
-    def _is_strange(self, text: str) -> bool:
-        """Whether gigatoken and the reference may differ on a character of `text`."""
-        codes = np.frombuffer(text.encode("utf-32-le"), np.int32)
-        return bool(self._strange.take(codes[codes >= FIRST_STRANGE]).any())
+    def _as_one(self, texts: Sequence[bytes], eod: int | None) -> Encoded | None:
+        """What `encode` returns; None if there is no separator, or one of the texts holds it."""
+        if self._separator is None:
+            return None
+        ids = self.engine.encode(self._separator.text.join([*texts, b""]))
+        ends = np.flatnonzero(ids == self._separator.id)
+        if len(ends) != len(texts):
+            return None
+        lengths = np.diff(ends, prepend=-1)
+        if eod is None:
+            return Encoded(np.delete(ids, ends), lengths - 1)
+        ids[ends] = eod
+        empty = lengths == 1
+        return Encoded(np.delete(ids, ends[empty]), lengths - empty) if empty.any() else Encoded(ids, lengths)
+
+    def _apart(self, texts: Sequence[bytes]) -> Encoded:
+        if self._separator:     # then it is rare that texts are encoded apart
+            return joined([self.engine.encode(text) for text in texts])
+        layout = self.engine.encode_batch(list(texts), parallel=False).layout
+        return Encoded(layout.content.data, np.diff(layout.offsets.data))
+
+    def _strange_among(self, texts: Sequence[bytes]) -> list[int]:
+        """The texts with a character on which gigatoken and the reference may differ."""
+        doubtful = [i for i, text in enumerate(texts) if not text.isascii()]
+        raw = np.frombuffer(b"".join([*(texts[i] for i in doubtful), b"   "]), np.uint8)
+        first = np.flatnonzero(raw >= FIRST_STRANGE_BYTE)
+        first = first[self._pairs[raw[first], raw[first + 1]]]
+        first = first[self._strange[characters_at(raw, first)]]
+        if not first.size:
+            return []
+        ends = np.cumsum([len(texts[i]) for i in doubtful])
+        return [doubtful[i] for i in np.unique(np.searchsorted(ends, first, "right"))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)
@@ -113,43 +196,80 @@ class GigatokenTokenizer(Tokenizer):
         return self._reference.added_tokens()
 
 
-def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]) -> tuple[Tokenizer, str]:
-    """(the tokenizer to encode with, the name of its engine), and in the log why.
+def characters_at(utf8: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The characters, of two bytes or more, that begin at `first`; three bytes of any kind follow the last."""
+    lead, *rest = (utf8[first + i].astype(np.int32) for i in range(4))
+    one, two, three = (byte & 0x3F for byte in rest)
+    return np.select([lead < 0xE0, lead < 0xF0], [(lead & 0x1F) << 6 | one, (lead & 0x0F) << 12 | one << 6 | two],
+                     (lead & 0x07) << 18 | one << 12 | two << 6 | three)
+
+
+def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]) -> tuple[Tokenizer, Make]:
+    """(the tokenizer to encode with, what makes it of `reference`), and in the log why.
 
     `engine` is one of `ENGINES`; `gigatoken` raises `UserError` where `auto` takes the reference.
     """
     if engine == "reference":
-        return reference, "reference"
+        return reference, itself
     try:
-        fast = GigatokenTokenizer(reference)
-        proved = prove_equal(fast, reference, list(islice(documents(), PROOF_DOCUMENTS)))
+        with Proof(reference, islice(documents(), PROOF_DOCUMENTS)) as proof:
+            make: Make = GigatokenTokenizer
+            fast = make(reference)
+            try:
+                proved = proof.of(fast)
+            except Unequal:     # some tokenizers treat the beginning of a text in a way of its own
+                make = gigatoken_apart
+                fast = make(reference)
+                proved = proof.of(fast)
     except UserError as error:
         if engine == "gigatoken":
             raise UserError(f"--engine gigatoken: {error}") from error
         log.info("engine: reference tokenizer (%s)", error)
-        return reference, "reference"
+        return reference, itself
     log.info("engine: gigatoken, equal to the reference tokenizer %s", proved)
-    return fast, "gigatoken"
+    return fast, make
 
 
-def prove_equal(fast: Tokenizer, reference: Tokenizer, documents: list[str], name: str = "gigatoken") -> str:
-    """On what the two are equal, in words; `UserError` with the first text on which they differ. `name` is that of `fast`."""
-    left, first = PROOF_CHARACTERS, []
-    for document in documents:
-        first.append(document[:min(left, PROOF_DOCUMENT_CHARACTERS)])
-        left -= len(first[-1])
-        if left <= 0:
-            break
-    probes = list(probe_texts(reference))
-    texts = probes + first
-    with ThreadPoolExecutor(1) as other:        # the reference needs no Python, the first batch of gigatoken many imports
-        encoding = other.submit(reference.encode_batch, texts)
-        found, wanted = fast.encode_batch(texts), encoding.result()
-    for i, text in enumerate(texts):
-        if not np.array_equal(found[i], wanted[i]):
-            which = f"the text {text[:40]!r}" if i < len(probes) else f"document {i - len(probes) + 1} of the corpus"
-            raise UserError(f"{name} differs from tokenizer {reference.name} on {which}")
-    return f"on the first {len(first)} documents and {len(probes)} awkward texts"
+def gigatoken_apart(reference: Tokenizer) -> Tokenizer:
+    return GigatokenTokenizer(reference, apart=True)
+
+
+def itself(reference: Tokenizer) -> Tokenizer:
+    return reference
+
+
+class Proof:
+    """Texts on which others are held to `reference`, which encodes them in a thread meanwhile: it needs little Python."""
+
+    def __init__(self, reference: Tokenizer, documents: Iterable[str]) -> None:
+        self._reference = reference
+        self._probes = list(probe_texts(reference))
+        self._first: list[str] = []
+        left = PROOF_CHARACTERS
+        for document in documents:
+            self._first.append(document[:min(left, PROOF_DOCUMENT_CHARACTERS)])
+            left -= len(self._first[-1])
+            if left <= 0:
+                break
+        self._texts = self._probes + self._first
+        self._thread = ThreadPoolExecutor(1)
+        self._wanted = self._thread.submit(reference.encode_batch, self._texts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def of(self, other: Tokenizer, name: str = "gigatoken") -> str:
+        """On what `other`, called `name`, is equal, in words; `Unequal` with the first text on which it is not."""
+        found, wanted = other.encode_batch(self._texts), self._wanted.result()
+        for i, text in enumerate(self._texts):
+            if not np.array_equal(found[i], wanted[i]):
+                of_corpus = i - len(self._probes) + 1
+                which = f"document {of_corpus} of the corpus" if of_corpus > 0 else f"the text {text[:40]!r}"
+                raise Unequal(f"{name} differs from tokenizer {self._reference.name} on {which}")
+        return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts"
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:

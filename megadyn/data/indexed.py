@@ -11,10 +11,11 @@ Multimodal datasets add [S] i8 of modes, which nothing in the header announces; 
 """
 
 import hashlib
+import io
 import os
-import shutil
 import struct
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -223,10 +224,11 @@ class IndexedWriter:
             writer.finish()
 
     Until then all is under temporary names in the same folder, or in `scratch` on the same file system, and what stood
-    under PREFIX is left alone.
+    under PREFIX is left alone. With `tokens`, these are written to that file; it stays where `finish` is not reached,
+    and what it holds at the beginning can be taken up (`add_kept`).
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None, tokens: Path | None = None) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._code = CODES[self.dtype]
@@ -236,16 +238,20 @@ class IndexedWriter:
         self._lengths: list[NDArray[np.int32]] = []
         self._sequences: list[NDArray[np.int64]] = []      # in each document
         self._final["bin"].parent.mkdir(parents=True, exist_ok=True)
-        self._bin: IO[bytes] = self._temporary["bin"].open("wb")
+        self._buffer = memoryview(bytearray(COPY_BYTES))
+        self._kept = tokens is not None
+        if tokens:
+            self._temporary["bin"] = tokens
+            tokens.touch()
+        self._bin = self._temporary["bin"].open("r+b" if tokens else "wb", 0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._bin.close()       # fails once more where the disk is full
-        finally:
-            for path in self._temporary.values():
+        self._bin.close()
+        for which, path in self._temporary.items():
+            if which != "bin" or not self._kept:
                 path.unlink(missing_ok=True)
 
     @property
@@ -268,7 +274,7 @@ class IndexedWriter:
             low, high, holds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
             if low < holds.min or high > holds.max:
                 raise UserError(f"token id {low if low < holds.min else high} does not fit the dataset's {self.dtype}")
-        self.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._write(np.ascontiguousarray(tokens, self.dtype).view(np.uint8).data)
         self._add_counts(lengths, sequences)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
@@ -278,21 +284,43 @@ class IndexedWriter:
         self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index))
 
     def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
-        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already."""
+        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already.
+
+        Where that fails, for want of room say, none of them has been appended.
+        """
         before = self._bin.tell()
-        with path.open("rb", 0) as tokens:
-            shutil.copyfileobj(tokens, self, COPY_BYTES)
+        try:
+            with path.open("rb", 0) as tokens:
+                self._copy(tokens)
+            if self._bin.tell() - before != self._bytes_of(lengths):
+                raise UserError(f"{path}: changed while it was copied")
+        except BaseException:
+            self._bin.truncate(before)
+            raise
         # Nothing is dropped that is not on disk yet, but its way there begins: else all of it would wait for the end.
-        self._bin.flush()
         os.posix_fadvise(self._bin.fileno(), before, self._bin.tell() - before, os.POSIX_FADV_DONTNEED)
-        if self._bin.tell() - before != lengths.sum(dtype=np.int64) * self.dtype.itemsize:
-            raise UserError(f"{path}: changed while it was copied")
         self._add_counts(lengths, sequences)
 
-    def write(self, raw: bytes) -> int:
-        """Appends tokens that are bytes already."""
+    def add_kept(self, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> int:
+        """Appends documents (see `add`) whose tokens are those that `tokens` holds next, and returns the crc32 of these."""
+        left, crc = self._bytes_of(lengths), 0
+        while left and (size := self._bin.readinto(self._buffer[:left])):
+            self._hash.update(self._buffer[:size])
+            crc = zlib.crc32(self._buffer[:size], crc)
+            left -= size
+        self._add_counts(lengths, sequences)
+        return crc
+
+    def _copy(self, tokens: io.FileIO) -> None:
+        while size := tokens.readinto(self._buffer):
+            self._write(self._buffer[:size])
+
+    def _write(self, raw: memoryview) -> None:
         self._hash.update(raw)
-        return self._bin.write(raw)
+        write_all(self._bin, raw)
+
+    def _bytes_of(self, lengths: NDArray[np.int32]) -> int:
+        return int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
 
     def _add_counts(self, lengths: NDArray[Any], sequences: NDArray[np.int64]) -> None:
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
@@ -305,6 +333,7 @@ class IndexedWriter:
 
     def finish(self, record: Record | None = None) -> None:
         """Puts the dataset in its place: `.bin`, then `.json` if there is a `record`, and `.idx` last."""
+        self._bin.truncate()
         sync_and_close(self._bin)
         with self._temporary["idx"].open("wb") as index:
             self._write_index(index)
@@ -329,6 +358,12 @@ class IndexedWriter:
 
 def join(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *parts])
+
+
+def write_all(file: io.FileIO, raw: memoryview) -> None:
+    """A single write may take less: of 2 GB and more, or where the disk is nearly full."""
+    while raw:
+        raw = raw[file.write(raw):]
 
 
 def sync_and_close(file: IO[bytes]) -> None:

@@ -1,10 +1,13 @@
 """PREFIX.parts: the units of a job that are encoded already, kept until the dataset is complete.
 
 # For each unit, under a name that is a hash of all that decides its tokens:
-#   NAME.bin    the tokens, back to back, in the dtype of the dataset
+#   NAME.bin    the tokens, back to back, in the dtype of the dataset; gone once they are in joined.bin
 #   NAME.len    [D] <i4  tokens in each document, 0 for one without
 #   NAME.json   a `Part`; written last, so with it the part is finished
-# and under .*.tmp what is being written, the dataset too; the next run removes what is left of that.
+# the dataset as far as it is joined, so that a job needs room for hardly more than that:
+#   joined.bin  the tokens of the first parts, in order
+#   joined.txt  their names, one a line
+# and under .*.tmp what is being written; the next run removes what is left of that.
 
 So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
 """
@@ -15,7 +18,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megadyn.data.files import temporary_beside
-from megadyn.data.indexed import LONGEST_SEQUENCE
+from megadyn.data.indexed import LONGEST_SEQUENCE, write_all
 from megadyn.data.tokenizer import TokenArray
 from megadyn.errors import UserError
 
@@ -77,12 +80,65 @@ class Parts:
 
     def load(self, name: str) -> Part | None:
         """The finished part of this name; None if there is none, or not what was written."""
+        part = self._read(name)
         try:
-            part = Part(**json.loads(self._file(name, "json").read_bytes()))
-            sound = file_crc(self._file(name, "len"), file_crc(self._file(name, "bin"))) == part.crc32
+            return part if part and self.is_sound(part, file_crc(self._file(name, "bin"))) else None
+        except FileNotFoundError:
+            return None
+
+    def _read(self, name: str) -> Part | None:
+        try:
+            return Part(**json.loads(self._file(name, "json").read_bytes()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        return part if sound else None
+
+    def is_sound(self, part: Part, tokens_crc: int) -> bool:
+        """Whether the part's lengths, and tokens of this crc32, are what was written."""
+        try:
+            return zlib.crc32(self._file(part.name, "len").read_bytes(), tokens_crc) == part.crc32
+        except FileNotFoundError:
+            return False
+
+    @property
+    def joined_tokens(self) -> Path:
+        return self.folder / "joined.bin"
+
+    def joined(self, names: Sequence[str], itemsize: int) -> dict[str, Part]:
+        """The parts in joined.bin, as far as they are those of `names`, in order; what follows them is forgotten.
+
+        Whether their tokens are what was written is left to who reads them (`is_sound`).
+        """
+        found: dict[str, Part] = {}
+        if self.joined_tokens.exists() and self._joined_list.exists():
+            left = self.joined_tokens.stat().st_size
+            for name, listed in zip(names, self._joined_list.read_text().split(), strict=False):
+                part = self._read(name)
+                left -= part.tokens * itemsize if part else 0
+                if part is None or name != listed or left < 0 or not self._file(name, "len").exists():
+                    break
+                found[name] = part
+        self._rewrite_joined_list(found)
+        return found
+
+    def add_joined(self, part: Part) -> None:
+        """Tells that joined.bin holds this part now, too."""
+        with self._joined_list.open("a") as file:
+            file.write(f"{part.name}\n")
+        self.tokens_file(part).unlink()
+
+    def damaged_joined(self, sound: Iterable[str]) -> UserError:
+        """Forgets all parts in joined.bin but the first, `sound` ones."""
+        self._rewrite_joined_list(sound)
+        return UserError(f"{self.joined_tokens}: damaged; the same command goes on from what is sound of it")
+
+    def _rewrite_joined_list(self, names: Iterable[str]) -> None:
+        temporary = temporary_beside(self._joined_list)
+        temporary.write_text("".join(f"{name}\n" for name in names))
+        temporary.replace(self._joined_list)
+
+    @property
+    def _joined_list(self) -> Path:
+        return self.folder / "joined.txt"
 
     def tokens_file(self, part: Part) -> Path:
         return self._file(part.name, "bin")
@@ -116,10 +172,9 @@ class PartWriter:
         """A batch of documents: their tokens [N] in the dtype of the dataset, and lengths [D]."""
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
             raise UserError(f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence")
-        rest = tokens.view(np.uint8).data
-        self._crc = zlib.crc32(rest, self._crc)
-        while rest:
-            rest = rest[self._bin.write(rest):]
+        raw = tokens.view(np.uint8).data
+        self._crc = zlib.crc32(raw, self._crc)
+        write_all(self._bin, raw)
         self._lengths.append(lengths.astype("<i4"))
         self.tokens += tokens.size
         self.documents += len(lengths)
@@ -142,7 +197,8 @@ def part_name(*what: object) -> str:
     return hashlib.sha256(json.dumps([LAYOUT, *what]).encode()).hexdigest()[:24]
 
 
-def file_crc(path: Path, crc: int = 0) -> int:
+def file_crc(path: Path) -> int:
+    crc = 0
     with path.open("rb", 0) as file:
         while chunk := file.read(CHUNK_BYTES):
             crc = zlib.crc32(chunk, crc)

@@ -5,9 +5,9 @@ and the result depends neither on their number nor on that of MPI ranks.
 """
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.data.engine import GigatokenTokenizer, with_engine
+from megadyn.data.engine import with_engine
 from megadyn.data.files import os_errors_named, refuse_existing
 from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
 from megadyn.data.parts import Part, Parts, PartWriter, part_name
@@ -29,7 +29,7 @@ from megadyn.data.units import Unit
 from megadyn.data.workers import in_order
 from megadyn.errors import UserError
 
-BATCH_BYTES = 2**22
+BATCH_BYTES = 2**21
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
 ALONE = Ranks()
 NumberedPart = tuple[int, Part]
@@ -59,6 +59,8 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
             refuse_existing(outputs, overwrite)     # another run may have finished just now
         units, tokenizer = plan(corpus, reference, engine, [*outputs, parts.folder], ranks)
         encoder = Encoder(corpus, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
+        if shuffle_seed is None:
+            encoder.joined = ranks.broadcast(parts.joined(encoder.names(units), encoder.dtype.itemsize) if first else None)
         record = None
         with closing(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers)) as encoded:
             found: Iterable[NumberedPart] = encoded     # one rank joins the parts while the next ones are encoded
@@ -81,13 +83,14 @@ def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Pa
     if ranks.rank == 0:
         corpus.leave_out(outputs)
         units = corpus.units()
-        tokenizer, chosen = with_engine(reference, engine, lambda: first_texts(corpus, units))
-        ranks.broadcast((units, chosen, reference.fingerprint))
+        tokenizer, make = with_engine(reference, engine, lambda: first_texts(corpus, units))
+        ranks.broadcast((units, make, reference.fingerprint))
         return units, tokenizer
-    units, chosen, fingerprint = ranks.broadcast(None)
+    units, make, fingerprint = ranks.broadcast(None)
     if fingerprint != reference.fingerprint:
         raise UserError(f"tokenizer {reference.name}: rank {ranks.rank} finds another one than rank 0")
-    return units, GigatokenTokenizer(reference) if chosen == "gigatoken" else reference
+    made: Tokenizer = make(reference)
+    return units, made
 
 
 def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
@@ -108,6 +111,8 @@ class Encoder:
     limit: int | None
     """Documents that are wanted of a unit, from its beginning."""
     progress: Progress | None = None
+    joined: Mapping[str, Part] = field(default_factory=dict)
+    """The parts with which the dataset begins already."""
 
     def __post_init__(self) -> None:
         self.dtype = dtype_for(self.tokenizer.vocab_size)
@@ -116,7 +121,7 @@ class Encoder:
         """The part of `unit`, or of its first `limit` documents: from an earlier run, or encoded now."""
         limit = self.limit if limit is None else limit
         name = self._name(unit, limit)
-        found = self.parts.load(name)
+        found = self.joined.get(name) or self.parts.load(name)
         if found and (not found.skipped or self.corpus.on_error == "skip"):
             self._report(sum(span.size for span in unit), found.tokens)
             return found
@@ -130,25 +135,19 @@ class Encoder:
                 reported = self.corpus.consumed
             return writer.finish(self.corpus.skipped, self.corpus.first_skipped)
 
-    def _encode(self, texts: list[str]) -> Encoded:
+    def _encode(self, texts: Sequence[bytes]) -> Encoded:
         """`texts` in the dtype of the dataset, each that has tokens ended by `eod`."""
-        ids, lengths = self.tokenizer.encode(texts)
+        ids, lengths = self.tokenizer.encode(texts, self.eod)
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
             raise UserError(f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}")
-        if self.eod is None:
-            return Encoded(ids.astype(self.dtype), lengths)
-        lengths = lengths + (lengths > 0)
-        ends = np.cumsum(lengths)[lengths > 0] - 1
-        tokens = np.empty(len(ids) + len(ends), self.dtype)
-        is_text = np.ones(len(tokens), np.bool_)
-        is_text[ends] = False
-        tokens[is_text] = ids
-        tokens[ends] = self.eod
-        return Encoded(tokens, lengths)
+        return Encoded(ids.astype(self.dtype), lengths)
 
     def _report(self, bytes_on_disk: int, tokens: int) -> None:
         if self.progress:
             self.progress.add(bytes_on_disk, tokens)
+
+    def names(self, units: Iterable[Unit]) -> list[str]:
+        return [self._name(unit, self.limit) for unit in units]
 
     def _name(self, unit: Unit, limit: int | None) -> str:
         spans: list[Any] = []
@@ -158,13 +157,13 @@ class Encoder:
         return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, limit)
 
 
-def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
-    """(consecutive texts, their bytes as UTF-8), each batch closed once it has `BATCH_BYTES` or more."""
-    batch: list[str] = []
+def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[bytes], int]]:
+    """(consecutive texts as UTF-8, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
+    batch: list[bytes] = []
     size = 0
     for text in texts:
-        batch.append(text)
-        size += len(text) if text.isascii() else len(text.encode())
+        batch.append(text.encode())
+        size += len(batch[-1])
         if size >= BATCH_BYTES:
             yield batch, size
             batch, size = [], 0
@@ -196,15 +195,24 @@ def first_documents(encoder: Encoder, units: Sequence[Unit], found: Iterator[Par
 
 
 def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
-    """The parts, one behind the other or shuffled by document, as the dataset PREFIX."""
+    """The parts, one behind the other or shuffled by document, as the dataset PREFIX.
+
+    One behind the other, they leave their files for the dataset's, from which an interrupted run goes on.
+    """
     corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
-    joined = []
-    with IndexedWriter(prefix, encoder.dtype, scratch=parts.folder) as writer:
+    joined: list[Part] = []
+    in_order = shuffle_seed is None
+    with IndexedWriter(prefix, encoder.dtype, parts.folder, parts.joined_tokens if in_order else None) as writer:
         for part in found:
-            joined.append(part)
-            if shuffle_seed is None:
+            if in_order:
                 lengths = parts.lengths(part)
-                writer.add_file(parts.tokens_file(part), lengths[lengths > 0], (lengths > 0).astype(np.int64))
+                sequences = (lengths[lengths > 0], (lengths > 0).astype(np.int64))
+                if part.name not in encoder.joined:
+                    writer.add_file(parts.tokens_file(part), *sequences)
+                    parts.add_joined(part)
+                elif not parts.is_sound(part, writer.add_kept(*sequences)):
+                    raise parts.damaged_joined(before.name for before in joined)
+            joined.append(part)
         if shuffle_seed is not None:
             add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in joined], shuffle_seed)
         corpus.skipped = sum(part.skipped for part in joined)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from megadyn.errors import UserError
@@ -27,6 +28,28 @@ class Encoded(NamedTuple):
 
     tokens: TokenArray          # [N] of all texts, back to back
     lengths: NDArray[np.int64]  # [texts]
+
+
+def joined(arrays: Sequence[TokenArray]) -> Encoded:
+    return Encoded(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+
+
+def split(encoded: Encoded) -> list[TokenArray]:
+    return np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
+
+
+def ended(encoded: Encoded, eod: int | None) -> Encoded:
+    """Each text that has tokens ended by `eod`, if that is a token."""
+    if eod is None:
+        return encoded
+    lengths = encoded.lengths + (encoded.lengths > 0)
+    ends = np.cumsum(lengths)[encoded.lengths > 0] - 1
+    tokens = np.empty(len(encoded.tokens) + len(ends), np.promote_types(encoded.tokens.dtype, np.min_scalar_type(eod)))
+    is_text = np.ones(len(tokens), np.bool_)
+    is_text[ends] = False
+    tokens[is_text] = encoded.tokens
+    tokens[ends] = eod
+    return Encoded(tokens, lengths)
 
 
 class Tokenizer(ABC):
@@ -49,10 +72,9 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         """One array of ids per text, in order."""
 
-    def encode(self, texts: list[str]) -> Encoded:
-        """The ids of all texts in one array."""
-        arrays = self.encode_batch(texts)
-        return Encoded(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+    def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
+        """The ids of all texts, which are UTF-8, in one array; with `eod`, each that has tokens ends with that one."""
+        return ended(joined(self.encode_batch([text.decode() for text in texts])), eod)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -83,9 +105,8 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def encode(self, texts: list[str]) -> Encoded:
-        raw = [text.encode() for text in texts]
-        return Encoded(np.frombuffer(b"".join(raw), np.uint8), np.array([len(one) for one in raw], np.int64))
+    def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
+        return ended(Encoded(np.frombuffer(b"".join(texts), np.uint8), np.array([len(text) for text in texts], np.int64)), eod)
 
     def decode(self, ids: Sequence[int]) -> str:
         eod = USUAL_EODS[0].encode()
@@ -208,7 +229,7 @@ def fingerprint(tokenizer_json: bytes, splits_special_tokens: bool = False) -> s
 
     Truncation, padding, post-processor and decoder are left out: encoding uses none of them.
     """
-    content = json.loads(tokenizer_json)
+    content = orjson.loads(tokenizer_json)
     deciding = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     deciding |= {"split_special_tokens": True} if splits_special_tokens else {}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.data.engine import probe_texts, prove_equal
+from megadyn.data.engine import Proof, probe_texts
 from megadyn.data.tokenizer import (
     ByteTokenizer,
     HfTokenizer,
@@ -129,7 +129,8 @@ def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder
             if not np.array_equal(found, wanted):
                 raise UserError(f"its form as tokenizer.json differs from tokenizer {tokenizer.name} around its symbol "
                                 f"{symbol!r}")
-        proved = prove_equal(converted, tokenizer, [], name="its form as tokenizer.json")
+        with Proof(tokenizer, []) as proof:
+            proved = proof.of(converted, name="its form as tokenizer.json")
     except UserError as error:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (folder / name).unlink(missing_ok=True)

@@ -100,7 +100,7 @@ def test_skipped_documents_are_counted_in_the_summary(tmp_path, run_tool_script)
 @pytest.mark.parametrize("limit", ["file size", "file system"])
 @pytest.mark.parametrize("at", ["the parts", "the dataset"])
 def test_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, limit, at):
-    """Room for nothing, or for the parts (100 KB of text, 200 KB of tokens) but not for a dataset beside them."""
+    """Room for nothing, or for a part (200 KB of tokens) but not for its copy in the dataset."""
     (tmp_path / "a.txt").write_text("x" * 100_000)
     (tmp_path / "b.txt").write_text("x" * 50_000)
     out = tmp_path / "out"
@@ -109,7 +109,7 @@ def test_full_disk_is_one_line_and_leaves_no_dataset(tmp_path, limit, at):
             "--output-prefix", "out/x"]
     unit = "import megadyn.data.units as units; units.UNIT_BYTES = 1; import runpy, sys; sys.argv = sys.argv[1:]; " \
            "runpy.run_path(sys.argv[0], run_name='__main__')"
-    room = {"the parts": 64, "the dataset": 250 if limit == "file size" else 450}[at]
+    room = {"the parts": 64, "the dataset": 250 if limit == "file size" else 350}[at]
     command = shlex.join([sys.executable, "-c", unit, *tool[1:]])
     if limit == "file size":
         done = shell(f"ulimit -f {room}; {command}", tmp_path)

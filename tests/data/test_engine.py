@@ -7,11 +7,19 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
 
-from megadyn.data.engine import CHARACTER_RANGES, GigatokenTokenizer, prove_equal, strange_characters, with_engine
+from megadyn.data.engine import (
+    CHARACTER_RANGES,
+    PICTOGRAPHS,
+    GigatokenTokenizer,
+    Proof,
+    gigatoken_apart,
+    itself,
+    strange_characters,
+    with_engine,
+)
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import UserError
 from megadyn.log import log
@@ -54,13 +62,20 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 def test_equal_to_the_reference(tokenizer_folder, tmp_path, changes, extra):
     added = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
     reference = variant(tokenizer_folder, tmp_path / "it", added_tokens=added + extra, **changes)
-    tokenizer, engine = with_engine(reference, "gigatoken", lambda: random_texts(50))
-    assert engine == "gigatoken"
+    tokenizer, make = with_engine(reference, "gigatoken", lambda: random_texts(50))
+    assert make is GigatokenTokenizer
     texts = awkward_texts(1000)
-    tokens, lengths = tokenizer.encode(texts)
     want = reference.encode_batch(texts)
-    assert lengths.tolist() == [len(ids) for ids in want]
-    assert tokens.tolist() == np.concatenate(want).tolist()
+    without = [i for i, text in enumerate(texts) if "<|endoftext|>" not in text]       # encoded as one; others apart
+    for some in (range(len(texts)), without, without[:1], range(0)):
+        raw = [texts[i].encode() for i in some]
+        ids = [want[i].tolist() for i in some]
+        for one in (tokenizer, gigatoken_apart(reference)):
+            for eod in (None, 7, one.eod):
+                tokens, lengths = one.encode(raw, eod)
+                ended = [[*some, eod] if some and eod is not None else some for some in ids]
+                assert lengths.tolist() == [len(some) for some in ended]
+                assert tokens.tolist() == [i for some in ended for i in some]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts[:50])] == [ids.tolist() for ids in want[:50]]
     assert (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod) \
         == (reference.fingerprint, reference.vocab_size, reference.eod)
@@ -77,8 +92,10 @@ def test_characters_of_later_unicodes_are_left_to_the_reference(tokenizer_folder
              for code in codes]
     for ours, theirs, text in zip(tokenizer.encode_batch(texts), reference.encode_batch(texts), texts, strict=True):
         assert ours.tolist() == theirs.tolist(), ascii(text)
-    strange = strange_characters(composing)
+    strange = strange_characters(composing, pictographs=False)
     assert strange[[0x18d91, 0x323b0]].all()
+    assert not strange[PICTOGRAPHS].any()
+    assert strange_characters(composing, pictographs=True)[0x1faef]
     assert not strange[[ord(character) for character in "aé日本🙂\u0301\u2019Ⅷ한"]].any()
 
 
@@ -91,7 +108,7 @@ def test_characters_of_later_unicodes_are_left_to_the_reference(tokenizer_folder
 ])
 def test_tokenizers_it_cannot_do_go_to_the_reference(tokenizer_folder, tmp_path, logged, changes, reason):
     reference = variant(tokenizer_folder, tmp_path / "it", **changes)
-    assert with_engine(reference, "auto", list) == (reference, "reference")
+    assert with_engine(reference, "auto", list) == (reference, itself)
     assert f"engine: reference tokenizer ({reason}" in logged.messages[-1]
     with pytest.raises(UserError) as refused:
         with_engine(reference, "gigatoken", list)
@@ -107,21 +124,21 @@ def test_difference_on_a_document_of_the_corpus_is_found(tokenizer_folder):
     reference = load_tokenizer(tokenizer_folder)
     documents = ["one", "two " * 10_000, "a surprise", "four"]
     with pytest.raises(UserError, match="differs from tokenizer tokenizer on document 3 of the corpus"):
-        prove_equal(Wrong(reference), reference, documents)
-    assert "the first 2 documents" in prove_equal(Wrong(reference), reference, documents[:2])
+        Proof(reference, documents).of(Wrong(reference))
+    assert "the first 2 documents" in Proof(reference, documents[:2]).of(Wrong(reference))
 
 
 def test_what_was_proved_is_in_the_log(tokenizer_folder, logged):
     reference = load_tokenizer(tokenizer_folder)
-    assert with_engine(reference, "auto", lambda: ["a", "b"])[1] == "gigatoken"
+    assert with_engine(reference, "auto", lambda: ["a", "b"])[1] is GigatokenTokenizer
     assert "engine: gigatoken, equal to the reference tokenizer on the first 2 documents and" in logged.messages[-1]
-    assert with_engine(reference, "reference", list) == (reference, "reference")
+    assert with_engine(reference, "reference", list) == (reference, itself)
 
 
 def test_without_the_package(tokenizer_folder, monkeypatch, logged):
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     reference = load_tokenizer(tokenizer_folder)
-    assert with_engine(reference, "auto", list) == (reference, "reference")
+    assert with_engine(reference, "auto", list) == (reference, itself)
     assert logged.messages == ["engine: reference tokenizer (gigatoken is not installed (pip install gigatoken))"]
     with pytest.raises(UserError, match=r"gigatoken is not installed \(pip install gigatoken\)"):
         with_engine(reference, "gigatoken", list)
@@ -144,6 +161,6 @@ def test_sentencepiece(tmp_path, options, engine):
                                                  **{"vocab_size": 300, "model_type": "bpe", "byte_fallback": True} | options)
     reference = load_tokenizer(tmp_path / "it.model")
     tokenizer, chosen = with_engine(reference, "auto", lambda: random_texts(20))
-    assert chosen == engine
+    assert (chosen is itself) == (engine == "reference")
     texts = awkward_texts(500)
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [ids.tolist() for ids in reference.encode_batch(texts)]

@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -177,7 +178,8 @@ def test_output_inside_the_input_folder_is_no_input(tmp_path):
 def test_batches_keep_order_and_are_bounded(monkeypatch):
     monkeypatch.setattr("megadyn.data.preprocess.BATCH_BYTES", 8)
     texts = ["é" * 2, "a", "", "aaa", "a" * 20, "a", "a"]
-    assert list(batches_of(iter(texts))) == [(texts[:4], 8), (texts[4:5], 20), (texts[5:], 2)]
+    raw = [text.encode() for text in texts]
+    assert list(batches_of(iter(texts))) == [(raw[:4], 8), (raw[4:5], 20), (raw[5:], 2)]
 
 
 def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, small_units, monkeypatch):
@@ -222,33 +224,109 @@ def test_shuffled_documents_are_the_same_ones_in_a_seeded_order(tmp_path, small_
         assert [bytes(dataset.document(k).tolist()).decode() for k in range(len(texts))] == [texts[i] for i in order]
 
 
-def test_an_interrupted_run_keeps_its_finished_parts(tmp_path, small_units, monkeypatch):
-    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
-    preprocess(Corpus([path]), "byte", tmp_path / "whole")
+Fails = Callable[[int], None]
+
+
+@pytest.fixture
+def fails_later(monkeypatch: pytest.MonkeyPatch) -> Fails:
+    """fails_later(n): the byte tokenizer encodes n more batches, then is interrupted."""
     encode = ByteTokenizer.encode
 
-    def fails_later(left: int) -> None:
-        def encode_or_fail(self: ByteTokenizer, texts: list[str]) -> Encoded:
+    def fail(left: int) -> None:
+        def encode_or_fail(self: ByteTokenizer, texts: Sequence[bytes], eod: int | None) -> Encoded:
             nonlocal left
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
-            return encode(self, texts)
+            return encode(self, texts, eod)
         monkeypatch.setattr(ByteTokenizer, "encode", encode_or_fail)
+    return fail
 
+
+def units_of(path: Path) -> int:
     units = len(Corpus([path]).units())
     assert units > 10
+    return units
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_an_interrupted_run_keeps_its_finished_parts(tmp_path, small_units, fails_later, seed):
+    """In files of their own until they are joined, which for a shuffled dataset is at the end."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=seed)
+    for left in (7, 2, 0, units_of(path) - 9):      # the last run fails if any part is encoded again
+        fails_later(left)
+        if left < 8:
+            with pytest.raises(KeyboardInterrupt):
+                preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+            assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
+        else:
+            preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+        finished = {path.stem for path in tmp_path.glob("x.parts/*.json")}
+        files = {path.stem for path in tmp_path.glob("x.parts/*.bin")}
+        assert files == (finished if seed else {"joined"} if finished else set())
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert not (tmp_path / "x.parts").exists()
+
+
+def test_a_damaged_part_is_encoded_again(tmp_path, small_units, fails_later):
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=1)
+    fails_later(7)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=1)
+    parts = sorted(tmp_path.glob("x.parts/*.bin"))
+    parts[3].write_bytes(parts[3].read_bytes()[:-1] + b"?")
+    fails_later(units_of(path) - 7 + 1)          # fails if any of the other six is encoded again
+    preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=1)
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["changed", "cut", "lengths", "no list", "all of it"])
+def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, how):
+    """What is sound before it is kept."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole")
     fails_later(7)
     with pytest.raises(KeyboardInterrupt):
         preprocess(Corpus([path]), "byte", tmp_path / "x")
-    assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
-    parts = sorted((tmp_path / "x.parts").glob("*.bin"))
-    assert len(parts) == 7
-    parts[3].write_bytes(parts[3].read_bytes()[:-1] + b"?")        # damaged meanwhile
-    fails_later(units - 7 + 1)          # fails if any of the other six is encoded again
+    folder = tmp_path / "x.parts"
+    raw, names = (folder / "joined.bin").read_bytes(), (folder / "joined.txt").read_text().split()
+    assert len(names) == 7
+    sound = 6
+    match how:
+        case "changed":
+            (folder / "joined.bin").write_bytes(raw[:-1] + b"?")
+        case "cut":
+            (folder / "joined.bin").write_bytes(raw[:-1])
+        case "lengths":
+            (folder / f"{names[6]}.len").unlink()
+        case "no list":
+            (folder / "joined.txt").unlink()
+            sound = 0
+        case "all of it":
+            (folder / "joined.bin").unlink()
+            sound = 0
+    fails_later(units_of(path) - sound)
+    if how == "changed":
+        with pytest.raises(UserError, match=r"joined\.bin: damaged; the same command goes on from what is sound of it"):
+            preprocess(Corpus([path]), "byte", tmp_path / "x")
+        assert (folder / "joined.txt").read_text().split() == names[:6]
     preprocess(Corpus([path]), "byte", tmp_path / "x")
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
-    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_what_is_joined_is_taken_up_as_far_as_the_input_is_the_same(tmp_path, small_units, fails_later, limit):
+    first, second = (corpus_file(tmp_path / f"{name}.jsonl", random_texts(30)) for name in "ab")
+    before = [Corpus([first, second]), Corpus([second, first])][limit is not None]
+    fails_later(12)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(before, "byte", tmp_path / "x")
+    fails_later(1000)
+    preprocess(Corpus([first]), "byte", tmp_path / "x", max_documents=limit)
+    preprocess(Corpus([first]), "byte", tmp_path / "whole", max_documents=limit)
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", ["input", "tokenizer", "eod", "text_key"])
@@ -294,7 +372,7 @@ def test_eod_is_kept_whatever_the_type_of_the_ids(wide):
     if wide:
         tokenizer.vocab_size = 70_000
     encoder = Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=256, limit=None)
-    tokens, lengths = encoder._encode(["a", "", "b"])
+    tokens, lengths = encoder._encode([b"a", b"", b"b"])
     assert tokens.tolist() == [97, 256, 98, 256]
     assert lengths.tolist() == [2, 0, 2]
     assert tokens.dtype == ("<i4" if wide else "<u2")
@@ -304,4 +382,4 @@ def test_id_beyond_the_vocabulary_is_refused():
     tokenizer = byte()
     tokenizer.vocab_size = 98
     with pytest.raises(UserError, match="token id 98 is not below its 98"):
-        Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=None, limit=None)._encode(["ab"])
+        Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=None, limit=None)._encode([b"ab"])

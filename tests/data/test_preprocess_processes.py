@@ -69,7 +69,7 @@ def test_a_failing_rank_fails_the_job_with_its_error(tmp_path, corpus):
     assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
 
     crash = ("if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
-             "    megadyn.data.tokenizer.ByteTokenizer.encode = lambda self, texts: texts.nothing")
+             "    megadyn.data.tokenizer.ByteTokenizer.encode = lambda self, texts, eod: texts.nothing")
     done = mpirun(2, "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x", patch=crash)
     assert done.returncode == 1
     assert "has no attribute 'nothing'" in done.stderr
@@ -81,7 +81,7 @@ def slow_run(tmp_path: Path, corpus: Path) -> Iterator[Callable[[], subprocess.P
     patch = """
 import time
 encode = megadyn.data.tokenizer.ByteTokenizer.encode
-megadyn.data.tokenizer.ByteTokenizer.encode = lambda self, texts: (time.sleep(0.3), encode(self, texts))[1]
+megadyn.data.tokenizer.ByteTokenizer.encode = lambda self, *texts: (time.sleep(0.3), encode(self, *texts))[1]
 """
     runs = []
 
@@ -135,7 +135,7 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_when_started_again(tmp
 
     run = slow_run()
     assert {path: path.stat().st_mtime_ns for path in finished} == times        # not made again
-    assert len(list(tmp_path.glob("x.parts/.x.bin.*.tmp"))) == 1        # what the killed one left is cleared away
+    assert len(list(tmp_path.glob("x.parts/.x.*.tmp"))) <= 1        # what the killed one left is cleared away
     second = subprocess.run([*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"],
                             capture_output=True, text=True, timeout=60)
     assert (second.returncode, second.stderr.count("another run is writing this dataset")) == (2, 1)

@@ -111,7 +111,7 @@ def test_samples_beyond_2_31_tokens_and_2_32_bytes(tmp_path, mmap):
     with IndexedWriter(tmp_path / "x", "<u2") as writer:
         writer._bin.truncate(2 * sum(lengths))
         writer._bin.seek(2 * (sum(lengths) - 7))
-        writer.write(np.arange(1, 8, dtype="<u2").tobytes())
+        writer._write(np.arange(1, 8, dtype="<u2").view(np.uint8).data)
         writer._add_counts(np.array(lengths), np.array([1, 1, 1]))
         writer.finish()
     length = 1717300                        # divides all but one of the tokens
