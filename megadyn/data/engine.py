@@ -4,8 +4,8 @@ The reference is the library that belongs to the tokenizer's file. gigatoken ref
 support, but not all: it takes no notice of a `single_word` token, for one. So it is held to the reference before it is
 used: on awkward texts, on each added token in several surroundings, and on the first documents of the corpus.
 
-It knows a later Unicode than the reference does. Documents with characters that the two may class or compose in
-different ways, which are very rare, are therefore left to the reference.
+It knows a later Unicode than the reference does. Lines with characters that the two may class or compose in different
+ways, which are very rare, are therefore left to the reference.
 """
 
 import random
@@ -13,14 +13,14 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
+from megadyn.data.strange import StrangeCharacters
 from megadyn.data.tokenizer import Encoded, TokenArray, Tokenizer, ended, joined, split
 from megadyn.errors import UserError
 from megadyn.log import log
@@ -35,63 +35,17 @@ AWKWARD = (
     "it's IT'S 'll don'T we've ''s \u017fs '\u017f \u212a \u0130",
     "1234567 1.5e-3 \u0663\u0664 \u00bd \u2167", "na\u00efve nai\u0308ve \ufb01 \u00c5 A\u030a", "日本語のテキスト 한국어",
     "🙂👩\u200d👩\u200d👧🇩🇪", "\ufeffx \u200b \u00a0\u2028\u3000", "</s> <s> <unk> <|endoftext|> <0x0A>", "▁a ▁▁ _",
+    "a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny",
     "a" * 300, " " * 300, "=" * 300, "\ue000 \U000f0000 \U0010ffff", "\U00018d91's \u088f's")
 CHARACTER_RANGES = ((0x00, 0x80), (0x80, 0x600), (0x600, 0x3100), (0x3100, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000))
 
 
-FIRST_STRANGE = 0x300
-"""Below this all characters are older than any table of Unicode in use."""
-FIRST_STRANGE_BYTE = chr(FIRST_STRANGE).encode()[0]
-LAST_KNOWN = 0x323af
-"""Highest character of Unicode 15 and 16; above are those of later versions, and those that will stay without a class."""
+LINE = re.compile(rb"(?<=[!-~]\n)(?=[A-Za-z])")
+"""Between a line break after no space, and a letter: elsewhere what ends a line may depend on what begins the next."""
 
 
-PICTOGRAPHS = range(0x1F200, 0x1FB00)
-"""Symbols all, those to come too: most of the new characters in real texts, as each Unicode brings new emoji."""
-SYMBOL_BLIND = re.compile("[LMNPZ]")
-"""Beginnings of the names of classes, as in `\\p{Lu}`, that hold no symbol and no character without a class."""
-
-
-@cache
-def strange_characters(composing: bool, pictographs: bool) -> NDArray[np.bool_]:
-    """[all characters] Which ones engines may class in different ways; if `composing`, also compose.
-
-    To class, those that Python's own table does not know: Unicode 14 or 15, while the reference has 16 and gigatoken
-    17. `pictographs` are among them only if it matters whether a character is known. To compose, marks and compositions
-    later than Unicode 3.2, as the reference's table is of about Unicode 9.
-    """
-    strange = np.zeros(0x110000, np.bool_)
-    strange[LAST_KNOWN + 1:0xe0000] = True
-    old = unicodedata.ucd_3_2_0
-    for character in map(chr, range(FIRST_STRANGE, LAST_KNOWN + 1)):
-        if unicodedata.category(character) == "Cn":
-            strange[ord(character)] = True
-        elif composing and old.category(character) == "Cn":
-            parts = unicodedata.decomposition(character)
-            if unicodedata.combining(character):
-                strange[ord(character)] = True
-            if parts and not parts.startswith("<"):
-                codes = [ord(character), *(int(part, 16) for part in parts.split())]
-                strange[[code for code in codes if old.category(chr(code)) == "Cn"]] = True
-    if not pictographs:
-        strange[PICTOGRAPHS] = False
-    return strange
-
-
-def tells_symbols(content: Any) -> bool:
-    """Whether a tokenizer.json may cut a text in another place where a character without a class becomes a symbol."""
-    rules = orjson.dumps([content["normalizer"], content["pre_tokenizer"]]).decode()
-    return not all(map(SYMBOL_BLIND.match, re.findall(r"\\[pP]\{?\^?(\w+)", rules)))
-
-
-def strange_pairs(strange: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[256, 256] Whether a character whose UTF-8 begins with these two bytes may be one of `strange`."""
-    pairs = np.zeros((256, 256), np.bool_)
-    pairs[0xC0:0xE0] = strange[:0x800].reshape(32, 64).any(1, keepdims=True)
-    pairs[0xE0:0xF0, 0x80:0xC0] = strange[:0x10000].reshape(16, 64, 64).any(2)
-    pairs[0xF0:0xF4, 0x80:0xC0] = strange[:0x100000].reshape(4, 64, 4096).any(2)
-    pairs[0xF4, 0x80:0x90] = strange[0x100000:].reshape(16, 4096).any(1)
-    return pairs
+def lines_of(text: bytes) -> list[bytes]:
+    return LINE.split(text)
 
 
 class Unequal(UserError):
@@ -120,10 +74,12 @@ class GigatokenTokenizer(Tokenizer):
     """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one.
 
     Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
-    awkward, which takes a third of a tool's start. With `apart` they are not.
+    awkward, which takes a third of a tool's start. With `apart` they are not. With `by_line`, the reference gets only
+    those lines of a text in which it may differ.
     """
 
-    def __init__(self, reference: Tokenizer, apart: bool = False) -> None:
+    def __init__(self, reference: Tokenizer, apart: bool = False, by_line: bool = False) -> None:
+        self.by_line = by_line
         self._reference = reference
         self.name, self.vocab_size = reference.name, reference.vocab_size
         self.fingerprint, self.eod_or_none = reference.fingerprint, reference.eod_or_none
@@ -133,8 +89,7 @@ class GigatokenTokenizer(Tokenizer):
             raise UserError("gigatoken is not installed (pip install gigatoken)") from error
         raw = reference.gigatoken_json()
         content = orjson.loads(raw)
-        self._strange = strange_characters(b'"NFC"' in orjson.dumps(content["normalizer"]), tells_symbols(content))
-        self._pairs = strange_pairs(self._strange)
+        self._strange = StrangeCharacters(content)
         self._separator = None if apart else separator_of(content, reference.eod_or_none)
         try:
             self.engine = gigatoken.Tokenizer.from_json(raw)
@@ -147,14 +102,26 @@ class GigatokenTokenizer(Tokenizer):
         return split(self.encode([text.encode() for text in texts]))
 
     def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
-        strange = self._strange_among(texts)
+        strange = self._strange.among(texts)
         encoded = self._as_one(texts, None if strange else eod) or ended(self._apart(texts), None if strange else eod)
         if not strange:
             return encoded
         arrays = split(encoded)
-        for i, ids in zip(strange, self._reference.encode_batch([texts[i].decode() for i in strange]), strict=True):
-            arrays[i] = ids
+        for i in strange:
+            arrays[i] = self._with_reference(texts[i])
         return ended(joined(arrays), eod)
+
+    def _with_reference(self, text: bytes) -> TokenArray:
+        """The ids of a text with strange characters."""
+        if not self.by_line:
+            return self._reference.encode_batch([text.decode()])[0]
+        lines = lines_of(text)
+        strange = set(self._strange.among(lines))
+        arrays = []
+        for is_strange, numbers in groupby(range(len(lines)), strange.__contains__):
+            run = b"".join(lines[i] for i in numbers)
+            arrays.append(self._reference.encode_batch([run.decode()])[0] if is_strange else self._apart([run]).tokens)
+        return np.concatenate(arrays)
 
     def _as_one(self, texts: Sequence[bytes], eod: int | None) -> Encoded | None:
         """What `encode` returns; None if there is no separator, or one of the texts holds it."""
@@ -177,31 +144,11 @@ class GigatokenTokenizer(Tokenizer):
         layout = self.engine.encode_batch(list(texts), parallel=False).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
 
-    def _strange_among(self, texts: Sequence[bytes]) -> list[int]:
-        """The texts with a character on which gigatoken and the reference may differ."""
-        doubtful = [i for i, text in enumerate(texts) if not text.isascii()]
-        raw = np.frombuffer(b"".join([*(texts[i] for i in doubtful), b"   "]), np.uint8)
-        first = np.flatnonzero(raw >= FIRST_STRANGE_BYTE)
-        first = first[self._pairs[raw[first], raw[first + 1]]]
-        first = first[self._strange[characters_at(raw, first)]]
-        if not first.size:
-            return []
-        ends = np.cumsum([len(texts[i]) for i in doubtful])
-        return [doubtful[i] for i in np.unique(np.searchsorted(ends, first, "right"))]
-
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)
 
     def added_tokens(self) -> list[str]:
         return self._reference.added_tokens()
-
-
-def characters_at(utf8: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The characters, of two bytes or more, that begin at `first`; three bytes of any kind follow the last."""
-    lead, *rest = (utf8[first + i].astype(np.int32) for i in range(4))
-    one, two, three = (byte & 0x3F for byte in rest)
-    return np.select([lead < 0xE0, lead < 0xF0], [(lead & 0x1F) << 6 | one, (lead & 0x0F) << 12 | one << 6 | two],
-                     (lead & 0x07) << 18 | one << 12 | two << 6 | three)
 
 
 def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]) -> tuple[Tokenizer, Make]:
@@ -213,25 +160,22 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
         return reference, itself
     try:
         with Proof(reference, islice(documents(), PROOF_DOCUMENTS)) as proof:
-            make: Make = GigatokenTokenizer
-            fast = make(reference)
+            apart = False
+            fast = GigatokenTokenizer(reference)
             try:
                 proved = proof.of(fast)
             except Unequal:     # some tokenizers treat the beginning of a text in a way of its own
-                make = gigatoken_apart
-                fast = make(reference)
+                apart = True
+                fast = GigatokenTokenizer(reference, apart)
                 proved = proof.of(fast)
+            fast.by_line = proof.by_line(fast)
     except UserError as error:
         if engine == "gigatoken":
             raise UserError(f"--engine gigatoken: {error}") from error
         log.info("engine: reference tokenizer (%s)", error)
         return reference, itself
     log.info("engine: gigatoken, equal to the reference tokenizer %s", proved)
-    return fast, make
-
-
-def gigatoken_apart(reference: Tokenizer) -> Tokenizer:
-    return GigatokenTokenizer(reference, apart=True)
+    return fast, partial(GigatokenTokenizer, apart=apart, by_line=fast.by_line)
 
 
 def itself(reference: Tokenizer) -> Tokenizer:
@@ -270,6 +214,15 @@ class Proof:
                 which = f"document {of_corpus} of the corpus" if of_corpus > 0 else f"the text {text[:40]!r}"
                 raise Unequal(f"{name} differs from tokenizer {self._reference.name} on {which}")
         return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts"
+
+
+    def by_line(self, other: Tokenizer) -> bool:
+        """Whether `other` gives the lines of a text, each encoded on its own, the ids of the text."""
+        for text, wanted in zip(self._texts, self._wanted.result(), strict=True):
+            lines = lines_of(text.encode())
+            if len(lines) > 1 and not np.array_equal(other.encode(lines).tokens, wanted):
+                return False
+        return True
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
