@@ -10,6 +10,7 @@ encoded is kept in data/corpus.parts until then: give the command again after an
 import argparse
 import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -85,11 +86,15 @@ def main() -> int:
     except Exception:
         traceback.print_exc()
         status = 1
-    if status:
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except OSError:
+        return status       # and Python, which tries once more, says why
+    if status:
         ranks.abort(status)     # the others may be waiting for this one
-    gc.freeze()     # at its end too, Python would look through all modules for garbage
+    if ranks.size == 1:
+        os._exit(status)        # Python would take down all modules and tokenizers, piece by piece
     return status
 
 

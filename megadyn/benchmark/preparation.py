@@ -31,6 +31,7 @@ import orjson
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.engine import GigatokenTokenizer
 from megadyn.data.files import os_errors_named
+from megadyn.data.indexed import files_of
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.data.train_tokenizer import train_tokenizer
@@ -117,9 +118,11 @@ def texts_here() -> list[Path]:
 
 def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -> Run:
     """The tool as a user runs it, with the start of Python and all it imports."""
+    for path in files_of(prefix).values():
+        path.unlink(missing_ok=True)        # to remove what the round before left is no work of this one
     before, began = cpu_of_children(), time.perf_counter()
     command = [sys.executable, str(TOOL), "--input", str(corpus), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix),
-               "--append-eod", "--workers", str(workers), "--engine", "gigatoken", "--overwrite", "--json"]
+               "--append-eod", "--workers", str(workers), "--engine", "gigatoken", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         watch = MemoryWatch(process.pid)
         output, error = process.communicate()

@@ -4,8 +4,8 @@ The reference is the library that belongs to the tokenizer's file. gigatoken ref
 support, but not all: it takes no notice of a `single_word` token, for one. So it is held to the reference before it is
 used: on awkward texts, on each added token in several surroundings, and on the first documents of the corpus.
 
-It knows a later Unicode than the reference does. Lines with characters that the two may class or compose in different
-ways, which are very rare, are therefore left to the reference.
+It knows a later Unicode than the reference does. Pieces of text with characters that the two may class or compose in
+different ways, which are very rare, are therefore left to the reference.
 """
 
 import random
@@ -35,17 +35,14 @@ AWKWARD = (
     "it's IT'S 'll don'T we've ''s \u017fs '\u017f \u212a \u0130",
     "1234567 1.5e-3 \u0663\u0664 \u00bd \u2167", "na\u00efve nai\u0308ve \ufb01 \u00c5 A\u030a", "日本語のテキスト 한국어",
     "🙂👩\u200d👩\u200d👧🇩🇪", "\ufeffx \u200b \u00a0\u2028\u3000", "</s> <s> <unk> <|endoftext|> <0x0A>", "▁a ▁▁ _",
-    "a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny",
     "a" * 300, " " * 300, "=" * 300, "\ue000 \U000f0000 \U0010ffff", "\U00018d91's \u088f's")
+CUT_PROBES = ("a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny", "I,'s 1,2;3\n4 (a,b;;\n\n\nc)\nA,,\n", "x\n\n, y ,;z,\r\n9\n")
+CUT_DOCUMENTS = 4
 CHARACTER_RANGES = ((0x00, 0x80), (0x80, 0x600), (0x600, 0x3100), (0x3100, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000))
 
 
-LINE = re.compile(rb"(?<=[!-~]\n)(?=[A-Za-z])")
-"""Between a line break after no space, and a letter: elsewhere what ends a line may depend on what begins the next."""
-
-
-def lines_of(text: bytes) -> list[bytes]:
-    return LINE.split(text)
+CUT = re.compile(rb"(?<=[0-9A-Za-z])(?=[,;\n])|(?<=[!-~]\n)(?=[A-Za-z])")
+"""Where hardly any tokenizer lets one side depend on the other."""
 
 
 class Unequal(UserError):
@@ -74,12 +71,12 @@ class GigatokenTokenizer(Tokenizer):
     """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one.
 
     Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
-    awkward, which takes a third of a tool's start. With `apart` they are not. With `by_line`, the reference gets only
-    those lines of a text in which it may differ.
+    awkward, which takes a third of a tool's start. With `apart` they are not. With `in_pieces`, the reference
+    gets only those pieces of a text in which it may differ.
     """
 
-    def __init__(self, reference: Tokenizer, apart: bool = False, by_line: bool = False) -> None:
-        self.by_line = by_line
+    def __init__(self, reference: Tokenizer, apart: bool = False, in_pieces: bool = False) -> None:
+        self.in_pieces = in_pieces
         self._reference = reference
         self.name, self.vocab_size = reference.name, reference.vocab_size
         self.fingerprint, self.eod_or_none = reference.fingerprint, reference.eod_or_none
@@ -103,25 +100,29 @@ class GigatokenTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
         strange = self._strange.among(texts)
-        encoded = self._as_one(texts, None if strange else eod) or ended(self._apart(texts), None if strange else eod)
+        encoded = self._without_reference(texts, None if strange else eod)
         if not strange:
             return encoded
         arrays = split(encoded)
-        for i in strange:
-            arrays[i] = self._with_reference(texts[i])
+        for i, ids in zip(strange, self._with_reference([texts[i] for i in strange]), strict=True):
+            arrays[i] = ids
         return ended(joined(arrays), eod)
 
-    def _with_reference(self, text: bytes) -> TokenArray:
-        """The ids of a text with strange characters."""
-        if not self.by_line:
-            return self._reference.encode_batch([text.decode()])[0]
-        lines = lines_of(text)
-        strange = set(self._strange.among(lines))
-        arrays = []
-        for is_strange, numbers in groupby(range(len(lines)), strange.__contains__):
-            run = b"".join(lines[i] for i in numbers)
-            arrays.append(self._reference.encode_batch([run.decode()])[0] if is_strange else self._apart([run]).tokens)
-        return np.concatenate(arrays)
+    def _with_reference(self, texts: Sequence[bytes]) -> list[TokenArray]:
+        """The ids of texts with strange characters."""
+        pieces = [(i, piece) for i, text in enumerate(texts) for piece in (CUT.split(text) if self.in_pieces else [text])]
+        strange = set(self._strange.among([piece for _, piece in pieces]))
+        runs = [(i, is_strange, b"".join(pieces[k][1] for k in numbers)) for (i, is_strange), numbers
+                in groupby(range(len(pieces)), lambda k: (pieces[k][0], k in strange))]
+        by_reference = iter(self._reference.encode_batch([run.decode() for _, is_strange, run in runs if is_strange]))
+        usual = iter(split(self._without_reference([run for _, is_strange, run in runs if not is_strange])))
+        arrays: list[list[TokenArray]] = [[] for _ in texts]
+        for i, is_strange, _ in runs:
+            arrays[i].append(next(by_reference if is_strange else usual))
+        return [np.concatenate(some) for some in arrays]
+
+    def _without_reference(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
+        return self._as_one(texts, eod) or ended(self._apart(texts), eod)
 
     def _as_one(self, texts: Sequence[bytes], eod: int | None) -> Encoded | None:
         """What `encode` returns; None if there is no separator, or one of the texts holds it."""
@@ -168,14 +169,14 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
                 apart = True
                 fast = GigatokenTokenizer(reference, apart)
                 proved = proof.of(fast)
-            fast.by_line = proof.by_line(fast)
+            fast.in_pieces = proof.in_pieces(fast)
     except UserError as error:
         if engine == "gigatoken":
             raise UserError(f"--engine gigatoken: {error}") from error
         log.info("engine: reference tokenizer (%s)", error)
         return reference, itself
     log.info("engine: gigatoken, equal to the reference tokenizer %s", proved)
-    return fast, partial(GigatokenTokenizer, apart=apart, by_line=fast.by_line)
+    return fast, partial(GigatokenTokenizer, apart=apart, in_pieces=fast.in_pieces)
 
 
 def itself(reference: Tokenizer) -> Tokenizer:
@@ -216,18 +217,18 @@ class Proof:
         return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts"
 
 
-    def by_line(self, other: Tokenizer) -> bool:
-        """Whether `other` gives the lines of a text, each encoded on its own, the ids of the text."""
-        for text, wanted in zip(self._texts, self._wanted.result(), strict=True):
-            lines = lines_of(text.encode())
-            if len(lines) > 1 and not np.array_equal(other.encode(lines).tokens, wanted):
-                return False
-        return True
+    def in_pieces(self, other: Tokenizer) -> bool:
+        """Whether `other` gives the pieces of the texts (see `CUT`), each encoded on its own, the ids of the whole texts."""
+        those = [i for i, text in enumerate(self._texts[:len(self._probes) + CUT_DOCUMENTS])
+                 if i >= len(self._probes) or text in CUT_PROBES]
+        pieces = [piece for i in those for piece in CUT.split(self._texts[i].encode())]
+        return np.array_equal(other.encode(pieces).tokens, np.concatenate([self._wanted.result()[i] for i in those]))
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
     """Texts on which engines tend to differ; the same in each run."""
     yield from AWKWARD
+    yield from CUT_PROBES
     for token in tokenizer.added_tokens():
         forms = {token, *(unicodedata.normalize(form, token) for form in ("NFC", "NFD", "NFKC")), token.upper(), token.lower()}
         for form in sorted(forms):

@@ -157,14 +157,14 @@ def test_sentencepiece(tmp_path, options, engine):
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [ids.tolist() for ids in reference.encode_batch(texts)]
 
 
-@pytest.mark.parametrize(("changes", "by_line"), [
+@pytest.mark.parametrize(("changes", "in_pieces"), [
     ({}, True), ({"pre_tokenizer": QWEN, "normalizer": {"type": "NFC"}}, True),
     ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, False)])
-def test_only_strange_lines_are_left_to_the_reference_where_lines_may_be_apart(tokenizer_folder, tmp_path, monkeypatch,
-                                                                            changes, by_line):
+def test_only_strange_pieces_are_left_to_the_reference_where_pieces_may_be_apart(tokenizer_folder, tmp_path, monkeypatch,
+                                                                            changes, in_pieces):
     reference = variant(tokenizer_folder, tmp_path / "it", **changes)
     tokenizer, make = with_engine(reference, "gigatoken", list)
-    text = "one's\nTwo 2\n\nfor\u3000\nb\nthree \u0301\n 's \U00018d91's in\n 4\n\U00018d91.\nseven\neight\U00018d91\n"
+    text = "one's\nTwo 2\n\nfor\u3000\nb\nthree \u0301\n 's \U00018d91's in\n 4, 5;\U00018d91.\nseven\neight\U00018d91\n"
     wanted = reference.encode_batch([text])[0].tolist()
     seen = []
     encode_batch = reference.encode_batch
@@ -172,4 +172,4 @@ def test_only_strange_lines_are_left_to_the_reference_where_lines_may_be_apart(t
     for one in (tokenizer, make(reference)):
         seen.clear()
         assert one.encode([b"x", text.encode()]).tokens.tolist()[-len(wanted):] == wanted
-        assert seen == (["three \u0301\n 's \U00018d91's in\n 4\n\U00018d91.\n", "eight\U00018d91\n"] if by_line else [text])
+        assert seen == (["three \u0301\n 's \U00018d91's in", ";\U00018d91.\n", "eight\U00018d91\n"] if in_pieces else [text])
