@@ -18,7 +18,6 @@ from itertools import groupby, islice
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import orjson
 
 from megadyn.data.strange import StrangeCharacters
 from megadyn.data.tokenizer import Encoded, TokenArray, Tokenizer, ended, joined, split
@@ -59,10 +58,10 @@ class Separator(NamedTuple):
     id: int
 
 
-def separator_of(content: Any, eod: int | None) -> Separator | None:
+def separator_of(rules: dict[str, Any], eod: int | None) -> Separator | None:
     """An added token that is found whatever is around it and takes nothing of that along: `eod` itself, if it is one."""
-    usable = [token for token in content["added_tokens"] if token["content"]
-              and not any(token[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized"))]
+    usable = [token for token in rules["added_tokens"] or () if token["content"]
+              and not any(token.get(flag, True) for flag in ("single_word", "lstrip", "rstrip", "normalized"))]
     usable.sort(key=lambda token: (not token["content"].isascii(), token["id"] != eod))
     return Separator(usable[0]["content"].encode(), usable[0]["id"]) if usable else None
 
@@ -84,12 +83,11 @@ class GigatokenTokenizer(Tokenizer):
             import gigatoken
         except ImportError as error:
             raise UserError("gigatoken is not installed (pip install gigatoken)") from error
-        raw = reference.gigatoken_json()
-        content = orjson.loads(raw)
-        self._strange = StrangeCharacters(content)
-        self._separator = None if apart else separator_of(content, reference.eod_or_none)
+        content = reference.for_gigatoken()
+        self._strange = StrangeCharacters(content.rules)
+        self._separator = None if apart else separator_of(content.rules, reference.eod_or_none)
         try:
-            self.engine = gigatoken.Tokenizer.from_json(raw)
+            self.engine = gigatoken.Tokenizer.from_json(content.text)
         except BaseException as error:      # a panic of the library is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

@@ -1,16 +1,16 @@
 """Output that appears under its final name only when it is complete."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 from megadyn.errors import UserError
 
 
 def temporary_beside(path: Path) -> Path:
     """A fresh name in the folder of `path`: on the same file system, so that a rename is atomic."""
-    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    return path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
 
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:

@@ -52,6 +52,12 @@ def ended(encoded: Encoded, eod: int | None) -> Encoded:
     return Encoded(tokens, lengths)
 
 
+class TokenizerJson(NamedTuple):
+    text: str
+    rules: dict[str, Any]
+    """What it holds, with or without the vocabulary; large ones take a while to parse."""
+
+
 class Tokenizer(ABC):
     name: str
     vocab_size: int
@@ -88,7 +94,7 @@ class Tokenizer(ABC):
         """Texts that stand for a token of their own, whatever is around them."""
         return []
 
-    def gigatoken_json(self) -> str:
+    def for_gigatoken(self) -> TokenizerJson:
         """What gigatoken needs to give the same ids (see `engine`); `UserError` if it cannot."""
         raise UserError(f"the {self.name} tokenizer needs no other engine")
 
@@ -136,7 +142,9 @@ class HfTokenizer(Tokenizer):
         self.name = folder.resolve().name
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod_or_none = find_eod(vocab, settings.get("eos_token"), folder)
-        self.fingerprint = fingerprint(raw, splits)
+        content = orjson.loads(raw)
+        self.fingerprint = fingerprint(content, splits)
+        self._rules = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -149,9 +157,8 @@ class HfTokenizer(Tokenizer):
     def added_tokens(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
-    def gigatoken_json(self) -> str:
-        text: str = self._tokenizer.to_str()
-        return text
+    def for_gigatoken(self) -> TokenizerJson:
+        return TokenizerJson(self._tokenizer.to_str(), self._rules)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -185,7 +192,7 @@ class SentencePieceTokenizer(Tokenizer):
     def added_tokens(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
 
-    def gigatoken_json(self) -> str:
+    def for_gigatoken(self) -> TokenizerJson:
         from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
         try:
@@ -198,7 +205,7 @@ class SentencePieceTokenizer(Tokenizer):
         control = set(self.added_tokens())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
         content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in control]
-        return json.dumps(content)
+        return TokenizerJson(json.dumps(content), content)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -224,12 +231,11 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def fingerprint(tokenizer_json: bytes, splits_special_tokens: bool = False) -> str:
-    """sha256 over what decides the ids, whatever its layout in the file.
+def fingerprint(content: dict[str, Any], splits_special_tokens: bool = False) -> str:
+    """sha256 over what in a tokenizer.json decides the ids, whatever its layout in the file.
 
     Truncation, padding, post-processor and decoder are left out: encoding uses none of them.
     """
-    content = orjson.loads(tokenizer_json)
     deciding = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     deciding |= {"split_special_tokens": True} if splits_special_tokens else {}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
