@@ -230,7 +230,8 @@ def texts_of(path: Path, worker: int, workers: int) -> Iterator[str]:
     """This worker's units of the corpus."""
     corpus = Corpus([path])
     for unit in corpus.units()[worker::workers]:
-        yield from corpus.read(unit)
+        for text in corpus.read(unit):
+            yield text.decode()
 
 
 def cpu_of_children() -> float:

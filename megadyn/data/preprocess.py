@@ -97,7 +97,8 @@ def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
     """The documents that can be read, from the beginning."""
     readable = Corpus([], text_key=corpus.text_key, on_error="skip")
     for unit in units:
-        yield from readable.read(unit)
+        for text in readable.read(unit):
+            yield text.decode()
 
 
 @dataclass
@@ -157,13 +158,13 @@ class Encoder:
         return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, limit)
 
 
-def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[bytes], int]]:
-    """(consecutive texts as UTF-8, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
+def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
+    """(consecutive texts, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
     batch: list[bytes] = []
     size = 0
     for text in texts:
-        batch.append(text.encode())
-        size += len(batch[-1])
+        batch.append(text)
+        size += len(text)
         if size >= BATCH_BYTES:
             yield batch, size
             batch, size = [], 0

@@ -179,7 +179,7 @@ def test_batches_keep_order_and_are_bounded(monkeypatch):
     monkeypatch.setattr("megadyn.data.preprocess.BATCH_BYTES", 8)
     texts = ["é" * 2, "a", "", "aaa", "a" * 20, "a", "a"]
     raw = [text.encode() for text in texts]
-    assert list(batches_of(iter(texts))) == [(raw[:4], 8), (raw[4:5], 20), (raw[5:], 2)]
+    assert list(batches_of(iter(raw))) == [(raw[:4], 8), (raw[4:5], 20), (raw[5:], 2)]
 
 
 def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, small_units, monkeypatch):
