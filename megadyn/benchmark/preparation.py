@@ -166,7 +166,7 @@ def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     batches, held = [], 0
     for batch in text_batches(corpus, worker, workers):
         batches.append(batch)
-        held += utf8_bytes(batch)
+        held += sum(map(len, batch))
         if held >= FAST_BYTES:
             break
     return encode_batches(tokenizer, lambda: batches, held)
@@ -174,11 +174,11 @@ def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
 
 def encode_read(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
     """The least that any tool does with this JSONL: its lines are read, parsed and encoded."""
-    size = sum(map(utf8_bytes, text_batches(corpus, worker, workers)))
+    size = sum(map(len, texts_of(corpus, worker, workers)))
     return encode_batches(tokenizer, lambda: text_batches(corpus, worker, workers), size)
 
 
-def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[str]]], size: int) -> Callable[[], int]:
+def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[bytes]]], size: int) -> Callable[[], int]:
     engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
     engine.encode_batch(["x"], parallel=False)      # imports awkward
 
@@ -190,8 +190,8 @@ def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[str]]], 
     return work
 
 
-def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[str]]:
-    """Each of `FAST_BATCH` characters or a little more; smaller and larger ones are no faster."""
+def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[bytes]]:
+    """Each of `FAST_BATCH` bytes or a little more; smaller and larger ones are no faster."""
     batch, left = [], FAST_BATCH
     for text in texts_of(corpus, worker, workers):
         batch.append(text)
@@ -202,10 +202,6 @@ def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[str]]
     yield batch
 
 
-def utf8_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
-
-
 def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
     import tokenizers
 
@@ -213,8 +209,8 @@ def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     texts: list[str] = []
     size = 0
     for text in texts_of(corpus, worker, workers):
-        texts.append(text)
-        size += len(text.encode())
+        texts.append(text.decode())
+        size += len(text)
         if size >= SLOW_BYTES:
             break
 
@@ -226,12 +222,11 @@ def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     return work
 
 
-def texts_of(path: Path, worker: int, workers: int) -> Iterator[str]:
+def texts_of(path: Path, worker: int, workers: int) -> Iterator[bytes]:
     """This worker's units of the corpus."""
     corpus = Corpus([path])
     for unit in corpus.units()[worker::workers]:
-        for text in corpus.read(unit):
-            yield text.decode()
+        yield from corpus.read(unit)
 
 
 def cpu_of_children() -> float:
