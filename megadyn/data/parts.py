@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,6 +119,14 @@ class Parts:
                 found[name] = part
         self._rewrite_joined_list(found)
         return found
+
+    def take_back(self, dataset: Mapping[str, Path]) -> None:
+        """Undoes what a run did that was killed while it gave the dataset's files their names: joined.bin comes back."""
+        if not self._joined_list.exists() or not self._joined_list.stat().st_size or self.joined_tokens.exists():
+            return      # nothing was joined, or it is still here
+        if dataset["bin"].exists() and not dataset["idx"].exists():
+            dataset["json"].unlink(missing_ok=True)
+            dataset["bin"].replace(self.joined_tokens)
 
     def add_joined(self, part: Part) -> None:
         """Tells that joined.bin holds this part now, too."""
