@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-
 CLOSED_PIPE = 128 + 13
 """Exit status of a program that SIGPIPE ended."""
 
@@ -35,7 +34,7 @@ class OutputClosed(Exception):
 
 
 def line_lost(error: OSError) -> Exception:
-    """What to raise for a line of the log that standard output did not take: no `OSError`, as no file of the work's is to blame."""
+    """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
     return OutputClosed() if isinstance(error, BrokenPipeError) else RunError(f"standard output: {error.strerror}")
 
 

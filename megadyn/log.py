@@ -22,7 +22,7 @@ class StandardOutput(logging.StreamHandler):
         logging.Handler.__init__(self)
         self._raises = raises
 
-    def handleError(self, record: logging.LogRecord) -> None:       # noqa: N802: the library's name
+    def handleError(self, record: logging.LogRecord) -> None:       # noqa: N802
         error = sys.exception()
         if self._raises and isinstance(error, OSError):
             raise self._raises(error) from error

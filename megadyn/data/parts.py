@@ -7,6 +7,7 @@
 # the dataset as far as it is joined, so that a job needs room for hardly more than that:
 #   joined.bin  the tokens of the first parts, in order
 #   joined.txt  their names, one a line
+#   publishing  there while its files get their names
 # and under .*.tmp what is being written; the next run removes what is left of that.
 
 So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
@@ -120,13 +121,23 @@ class Parts:
         self._rewrite_joined_list(found)
         return found
 
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Notes that the dataset's files are being given their names, for `take_back`."""
+        self._publishing.touch()
+        try:
+            yield
+        finally:
+            self._publishing.unlink()
+
     def take_back(self, dataset: Mapping[str, Path]) -> None:
-        """Undoes what a run did that was killed while it gave the dataset's files their names: joined.bin comes back."""
-        if not self._joined_list.exists() or not self._joined_list.stat().st_size or self.joined_tokens.exists():
-            return      # nothing was joined, or it is still here
-        if dataset["bin"].exists() and not dataset["idx"].exists():
+        """Undoes what a run did that was killed while it gave the dataset's files their names; the index gets its own last."""
+        if self._publishing.exists() and not dataset["idx"].exists():
+            if dataset["bin"].exists() and self._joined_list.exists() and not self.joined_tokens.exists():
+                dataset["bin"].replace(self.joined_tokens)
+            dataset["bin"].unlink(missing_ok=True)
             dataset["json"].unlink(missing_ok=True)
-            dataset["bin"].replace(self.joined_tokens)
+        self._publishing.unlink(missing_ok=True)
 
     def add_joined(self, part: Part) -> None:
         """Tells that joined.bin holds this part now, too."""
@@ -143,6 +154,10 @@ class Parts:
         temporary = temporary_beside(self._joined_list)
         temporary.write_text("".join(f"{name}\n" for name in names))
         temporary.replace(self._joined_list)
+
+    @property
+    def _publishing(self) -> Path:
+        return self.folder / "publishing"
 
     @property
     def _joined_list(self) -> Path:

@@ -234,5 +234,6 @@ def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: in
             eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
             sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
             source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in joined))
-        writer.finish(record)
+        with parts.publishing():
+            writer.finish(record)
     return record

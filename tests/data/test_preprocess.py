@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -315,6 +316,46 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
         assert (folder / "joined.txt").read_text().split() == names[:6]
     preprocess(Corpus([path]), "byte", tmp_path / "x")
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("named", [1, 2])
+def test_a_run_killed_while_its_files_get_their_names_goes_on(tmp_path, small_units, fails_later, monkeypatch, seed, named):
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=seed)
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        done = real(self, target)
+        if target.suffix == (".bin", ".json")[named - 1] and target.parent == tmp_path:
+            os._exit(9)
+        return done
+
+    if os.fork() == 0:
+        monkeypatch.setattr(Path, "replace", replace)
+        preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    assert len(list(tmp_path.glob("x.[bij]*"))) == named
+    fails_later(0)
+    preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)       # and nothing is encoded again
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_file_given_twice_is_read_twice(tmp_path, small_units, fails_later, workers):
+    """Its parts are alike, but each is joined once; also by a run that finds some joined already."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "once")
+    twice = Corpus([path, path])
+    if workers == 1:
+        fails_later(units_of(path) - 3)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(twice, "byte", tmp_path / "x")
+        fails_later(1000)
+    preprocess(twice, "byte", tmp_path / "x", workers=workers)
+    merge_datasets([tmp_path / "once"] * 2, tmp_path / "want")
+    assert contents(tmp_path / "x", ("bin", "idx")) == contents(tmp_path / "want", ("bin", "idx"))
 
 
 @pytest.mark.parametrize("limit", [None, 40])
