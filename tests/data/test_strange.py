@@ -64,7 +64,8 @@ def test_new_emoji_are_strange_only_where_symbols_are_told():
 @pytest.mark.parametrize(("content", "tells"), [
     (GPT2, False), (split(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"), False),
     (split(r"[\p{Lu}\p{Lt}\p{M}]+|\p{Han}+"), True), (split(r"[^\s\p{P}\p{S}]+"), True), (split(r"\P{L}|\p{^L}"), False),
-    (split(r"\p{^S}"), True), (split(r"\p{Print}+"), True), (split("[[:punct:]]+"), True), (GPT2 | {"pre_tokenizer": {"type": "Punctuation"}}, True),
+    (split(r"\p{^S}"), True), (split(r"\p{Print}+"), True), (split("[[:punct:]]+"), True),
+    (GPT2 | {"pre_tokenizer": {"type": "Punctuation"}}, True),
     (GPT2 | {"normalizer": {"type": "BertNormalizer"}}, True), ({"normalizer": None, "pre_tokenizer": None}, False)])
 def test_what_tells_symbols(content, tells):
     assert tells_symbols(content) == tells
