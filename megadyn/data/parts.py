@@ -112,7 +112,7 @@ class Parts:
         found: dict[str, Part] = {}
         if self.joined_tokens.exists() and self._joined_list.exists():
             left = self.joined_tokens.stat().st_size
-            for name, listed in zip(names, self._joined_list.read_text().split(), strict=False):
+            for name, listed in zip(names, self._joined_list.read_text(errors="replace").split(), strict=False):
                 part = self._read(name)
                 left -= part.tokens * itemsize if part else 0
                 if part is None or name != listed or left < 0 or not self._file(name, "len").exists():

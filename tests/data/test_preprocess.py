@@ -284,7 +284,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, small_units, fails_later):
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["changed", "cut", "lengths", "no list", "all of it"])
+@pytest.mark.parametrize("how", ["changed", "cut", "lengths", "list", "no list", "all of it"])
 def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, how):
     """What is sound before it is kept."""
     path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
@@ -303,6 +303,8 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
             (folder / "joined.bin").write_bytes(raw[:-1])
         case "lengths":
             (folder / f"{names[6]}.len").unlink()
+        case "list":
+            (folder / "joined.txt").write_bytes("\n".join(names).encode()[:-1] + b"\xb8\n")
         case "no list":
             (folder / "joined.txt").unlink()
             sound = 0
@@ -332,8 +334,11 @@ def test_a_run_killed_while_its_files_get_their_names_goes_on(tmp_path, small_un
         return done
 
     if os.fork() == 0:
-        monkeypatch.setattr(Path, "replace", replace)
-        preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+        try:
+            monkeypatch.setattr(Path, "replace", replace)
+            preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
     assert len(list(tmp_path.glob("x.[bij]*"))) == named
     fails_later(0)
