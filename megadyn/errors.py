@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -39,9 +40,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1."""
+    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1.
+
+    So does an `OSError` about a file (no permission, a name too long) or a full disk, with status 2: that is the user's to mend.
+    """
     try:
         return main() or 0
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {'' if error.filename is None else f'{error.filename}: '}{error.strerror}", file=sys.stderr)
+        return 2
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

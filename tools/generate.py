@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megadyn.data.arguments import seed
 from megadyn.errors import Parser, UserError, run_tool
 
 
@@ -24,10 +25,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--routing", choices=("causal", "topk"), default="causal")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):         # how Python shows bytes that are none
+        raise UserError("--prompt is not valid UTF-8")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if not 0 <= args.temperature < float("inf"):

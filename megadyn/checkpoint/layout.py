@@ -59,18 +59,22 @@ def complete_checkpoints(root: Path) -> list[Path]:
     if not (root / "latest").exists():
         return found
     latest, check = read_latest(root / "latest")
-    problem = ("is damaged (its crc32 is not that of its name)" if check and check != check_of(latest) else
+    problem = ("cannot be read" if latest is None else
+               "is damaged (its crc32 is not that of its name)" if check and check != check_of(latest) else
                "names no checkpoint there is" if latest not in [path.name for path in found] else "")
-    if problem:
+    if latest is None or problem:
         log.warning("%s %s: passed over, %s", root / "latest", problem,
                     f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint")
         return found
     return [path for path in found if path.name <= latest]
 
 
-def read_latest(path: Path) -> tuple[str, str]:
-    """The name that it holds and the name's check; that is empty in a file of an earlier version."""
-    name, _, check = path.read_bytes().decode(errors="replace").partition("\n")
+def read_latest(path: Path) -> tuple[str | None, str]:
+    """The name that it holds and the name's check, which a file of an earlier version has not; None where it cannot be read."""
+    try:
+        name, _, check = path.read_bytes().decode(errors="replace").partition("\n")
+    except OSError:
+        return None, ""
     return name.strip(), check.strip()
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megadyn.config import ModelConfig, capacity_count
-from megadyn.errors import UserError
+from megadyn.errors import ConfigError, UserError
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
@@ -244,6 +244,14 @@ def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int,
     return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * words)
 
 
+def elements(zero: dict[str, Any], key: str, default: int) -> int:
+    """Raises ConfigError for what is no number of them."""
+    value = zero.get(key, default)
+    if not isinstance(value, int | float) or value < 0:
+        raise ConfigError(f"zero_optimization.{key}", value, "a number of elements")
+    return int(value)
+
+
 def is_offloaded(zero: dict[str, Any], what: str) -> bool:
     """Whether `what`, `optimizer` or `param`, stands in host memory under DeepSpeed's `zero_optimization`."""
     given = zero.get(f"offload_{what}")
@@ -293,10 +301,10 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     share, _ = offloaded(state_bytes(precision, kind, data), zero, data)
     acts = fullest(work, cuts, stage, micro_batches, share.backward * count, precision == "bf16" and kind < 3)
     running = gathered = 0.0
-    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
+    bucket = elements(zero, "reduce_bucket_size", ALLREDUCE_BUCKET)
     if kind == 3:
         # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
-        live = min(count, int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
+        live = min(count, elements(zero, "stage3_max_live_parameters", LIVE_PARAMETERS))
         gathered = work.bytes * (live if work.recompute == "full" else count) * (data > 1 or is_offloaded(zero, "param"))
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)

@@ -76,6 +76,8 @@ def test_text_to_dataset_and_back(tmp_path, corpus, run_tool_script):
     ({"--input": "bad.txt", "--format": "parquet"}, "bad.txt: no Parquet that can be read"),
     ({"--input": "none*.jsonl"}, "none*.jsonl: no such file or folder"),
     ({"--max-documents": "0"}, "0: must be at least 1"),
+    ({"--seed": "-1"}, "-1: must be at least 0"),
+    ({"--output-prefix": ""}, "'': must end in a name"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, corpus, run_tool_script, changes, sentence):
     monkeypatch.chdir(tmp_path)

@@ -80,6 +80,8 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
         (["--model", folder, "--prompt", "w1", "--top-p", 0], "must be in (0, 1]"),
         (["--model", folder, "--prompt", "w1", "--temperature", -1], "must be 0 or more"),
         (["--model", folder, "--prompt", "w1", "--routing", "random"], "invalid choice: 'random'"),
+        (["--model", folder, "--prompt", "w1", "--seed", str(2**64)], "below 2^63"),
+        (["--model", folder, "--prompt", "w1\udcff"], "--prompt is not valid UTF-8"),
         (["--prompt", "w1"], "required: --model"),
     ]:
         status, out, err = run(tool, capsys, *args)

@@ -83,6 +83,19 @@ def test_other_offloading_is_refused(zero: dict[str, Any], tmp_path: Path) -> No
                                              "is planned only with ZeRO-3, device cpu and ratio 1"}
 
 
+@pytest.mark.parametrize(("zero", "key"), [
+    ({"stage": 3, "stage3_max_live_parameters": "x"}, "stage3_max_live_parameters"),
+    ({"stage": 2, "reduce_bucket_size": "auto"}, "reduce_bucket_size"),
+    ({"stage": 2, "reduce_bucket_size": -1}, "reduce_bucket_size")])
+def test_sizes_that_are_no_numbers_are_refused(zero: dict[str, Any], key: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    config = tiny_config("dense")
+    config.deepspeed_config = str(path)
+    with pytest.raises(UserError, match=f"{key}.* must be a number of elements"):
+        layouts(config, Machine(1, 80))
+
+
 def test_no_vocabulary_is_no_plan() -> None:
     config = tiny_config("dense")
     config.model.vocab_size = None
