@@ -46,8 +46,6 @@ def load(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"--model {folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}")
     os.environ["HF_HUB_OFFLINE"] = "1"      # read when transformers is imported
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -59,8 +57,8 @@ def load(folder: Path) -> tuple[Any, Any]:
         # tokenizer.json as it stands: for a Qwen2 folder AutoTokenizer would put Qwen2's own rules in its place.
         kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:              # transformers raises anything at a file that holds something else than it expects
+        raise UserError(f"--model {folder}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if names := sorted(info[problem]):
             raise UserError(f"--model {folder}: {len(names)} {problem.replace('_', ' ')} in its weights, e.g. {names[0]}")
