@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ class OutputClosed(Exception):
 
 def line_lost(error: OSError) -> Exception:
     """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
-    return OutputClosed() if isinstance(error, BrokenPipeError) else RunError(f"standard output: {error.strerror}")
+    return OutputClosed() if isinstance(error, BrokenPipeError) else UserError(f"standard output: {error.strerror}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,7 +55,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def run_tool(main: Callable[[], int | None]) -> int:
     """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1.
 
-    So does an `OSError`, but for a reader of standard output that has gone (`| head`): that is no news, and status 141.
+    So does an `OSError` about a file (no permission, a name too long) or a full disk, with status 2: that is the user's to
+    mend. A reader of standard output that has gone (`| head`) is no news, and status 141.
     """
     if sys.stdout is None:      # the tool was started without one
         sys.stdout = open(os.devnull, "w")      # noqa: SIM115
@@ -71,8 +73,10 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except (BrokenPipeError, OutputClosed):
         status = CLOSED_PIPE
     except OSError as error:
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
-        status = 1
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {'' if error.filename is None else f'{error.filename}: '}{error.strerror}", file=sys.stderr)
+        status = 2
     leave_standard_output()
     return status
 

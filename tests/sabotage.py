@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,14 @@ def slow_disk(_rank: int, *, seconds: float) -> None:
 def small_files(_rank: int, *, limit: int) -> None:
     """No file can grow beyond `limit` bytes: as on a full disk, by the system's own hand."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+@contextmanager
+def no_room_beyond(limit: int) -> Iterator[None]:
+    """The same in this process, for a while."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megadyn.data.arguments import seed
 from megadyn.errors import Parser, UserError, run_tool
 
 
@@ -24,10 +25,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--routing", choices=("causal", "topk"), default="causal")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):         # how Python shows bytes that are none
+        raise UserError("--prompt is not valid UTF-8")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     if not 0 <= args.temperature < float("inf"):
@@ -43,8 +46,6 @@ def load(folder: Path) -> tuple[Any, Any]:
         raise UserError(f"--model {folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}")
     os.environ["HF_HUB_OFFLINE"] = "1"      # read when transformers is imported
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -56,8 +57,8 @@ def load(folder: Path) -> tuple[Any, Any]:
         # tokenizer.json as it stands: for a Qwen2 folder AutoTokenizer would put Qwen2's own rules in its place.
         kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"--model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:              # transformers raises anything at a file that holds something else than it expects
+        raise UserError(f"--model {folder}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}") from error
     for problem in ("missing_keys", "unexpected_keys"):
         if names := sorted(info[problem]):
             raise UserError(f"--model {folder}: {len(names)} {problem.replace('_', ' ')} in its weights, e.g. {names[0]}")

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megadyn.data.arguments import add_output_arguments
+from megadyn.data.arguments import add_output_arguments, output_prefix
 from megadyn.data.merge import merge_datasets
 from megadyn.errors import Parser, run_tool
 
@@ -17,7 +17,7 @@ from megadyn.errors import Parser, run_tool
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="PREFIX")
-    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     add_output_arguments(parser)
     return parser.parse_args()
 

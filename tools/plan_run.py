@@ -23,6 +23,8 @@ from megadyn.planning.parameters import total_parameters
 
 ASSUMED = {"tflops": "TFLOP/s that a GPU achieves in matrix products", "node_gpus": "GPUs of a node",
            "node_gbytes": "GB/s that a GPU sends inside a node", "network_gbytes": "GB/s that a GPU sends to other nodes",
+           "link_gbytes": "GB/s between a GPU and its node's memory, for what is offloaded",
+           "host_gbytes": "GB/s at which a node's processors step an offloaded optimizer",
            "reserve_gib": "GiB of each GPU left to CUDA, NCCL and the allocator"}
 """Fields of `Machine`, each an option."""
 
@@ -97,21 +99,25 @@ def headline(config: Config, machine: Machine) -> str:
         "assumed, not measured:",
         *(f"  {getattr(machine, name):>5g}  {text}" for name, text in ASSUMED.items()),
         "  what data-parallel ranks exchange is hidden where the DeepSpeed settings say",
-        "  overlap_comm, and comes after the passes where they do not"])
+        "  overlap_comm, and comes after the passes where they do not",
+        *(["  memory and times of layers as they are written: training.compile is not planned"] * config.training.compile)])
 
 
 HEADER = "tensor pipe data ZeRO    micro recompute   GiB bubble  sent GB  step s  tokens/s"
 
 
 def table(rows: Sequence[Layout]) -> str:
-    """One line a layout, 80 columns. `micro`: micro-batches x samples; `sent GB`: by one rank in a step."""
+    """One line a layout, 80 columns. `micro`: micro-batches x samples; `sent GB`: by one rank in a step; `*`: offloaded."""
     lines = [HEADER]
     for row in rows:
         micro, recompute = f"{row.micro_batches}x{row.micro_batch}", row.recompute
+        zero = f"{row.zero_stage}{'*' if row.host else ''}"
         sent = (row.tensor_bytes + row.pipeline_bytes + row.data_bytes) / 1e9
-        lines.append(f"{row.tensor:>6} {row.pipeline:>4} {row.data:>4} {row.zero_stage:>4} {micro:>8} {recompute:>9} "
+        lines.append(f"{row.tensor:>6} {row.pipeline:>4} {row.data:>4} {zero:>4} {micro:>8} {recompute:>9} "
                      f"{row.memory.total / GIB:>5.1f} {row.bubble:>6.1%} {sent:>8.1f} {row.step_s:>7.3g} "
                      f"{row.tokens_per_second:>9,.0f}")
+    if host := max(row.host for row in rows):
+        lines.append(f"\n* offloaded: up to {host / GIB:.1f} GiB of each node's own memory")
     return "\n".join(lines)
 
 

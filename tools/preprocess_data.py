@@ -16,9 +16,8 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
-from pathlib import Path
 
-from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of, positive
+from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of, output_prefix, positive, seed
 from megadyn.data.engine import ENGINES
 from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
@@ -34,14 +33,14 @@ def parse_args() -> argparse.Namespace:
     add_corpus_arguments(parser)
     parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE.model|byte",
                         help="folder with tokenizer.json, SentencePiece model, or the word byte")
-    parser.add_argument("--output-prefix", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)")
     parser.add_argument("--engine", choices=ENGINES, default="auto",
                         help="auto: gigatoken if it gives the ids of the reference tokenizer (default)")
     parser.add_argument("--max-documents", type=positive, metavar="N", help="take the first N documents")
     parser.add_argument("--shuffle-documents", action="store_true", help="write the documents in a random order")
-    parser.add_argument("--seed", type=int, default=0, help="of that order (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of that order (default: 0)")
     add_output_arguments(parser)
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """What a checkpoint is on disk, and how one becomes visible.
 
     checkpoints/
-      latest                                  name of the newest, replaced atomically
+      latest                                  name of the newest, and crc32 of that line; replaced atomically
       iteration-00000100/
         manifest.json                         format, iteration, topology, routing state, size and sha256 of each file
         manifest.sha256                       of manifest.json
@@ -13,7 +13,8 @@ A tensor that is cut over tensor ranks has a part in each rank's file, others st
 data-parallel ranks of a stage share its tensors out among them, so that all write at once.
 
 A checkpoint is written under a temporary name beside its place, synced to disk and renamed: under its own name
-it is complete. `latest` is a convenience; a reader that finds it missing or damaged takes the highest iteration.
+it is complete. `latest` decides, as a run that went back leaves higher iterations behind; a reader that finds it missing or
+damaged takes the highest iteration, and says so of a damaged one. Its first line is the name alone, for scripts.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +57,29 @@ def complete_checkpoints(root: Path) -> list[Path]:
     found = [path for path in root.glob("iteration-*") if NAME.match(path.name)] if root.is_dir() else []
     found.sort(key=lambda path: path.name, reverse=True)
     if not (root / "latest").exists():
-        return found                      # a convenience only: see the head of this file
-    latest = (root / "latest").read_bytes().strip().decode(errors="replace")
-    if latest not in [path.name for path in found]:
-        log.warning("%s names no checkpoint there is: passed over", root / "latest")
+        return found
+    latest, check = read_latest(root / "latest")
+    problem = ("cannot be read" if latest is None else
+               "is damaged (its crc32 is not that of its name)" if check and check != check_of(latest) else
+               "names no checkpoint there is" if latest not in [path.name for path in found] else "")
+    if latest is None or problem:
+        log.warning("%s %s: passed over, %s", root / "latest", problem,
+                    f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint")
         return found
     return [path for path in found if path.name <= latest]
+
+
+def read_latest(path: Path) -> tuple[str | None, str]:
+    """The name that it holds and the name's check, which a file of an earlier version has not; None where it cannot be read."""
+    try:
+        name, _, check = path.read_bytes().decode(errors="replace").partition("\n")
+    except OSError:
+        return None, ""
+    return name.strip(), check.strip()
+
+
+def check_of(name: str) -> str:
+    return f"crc32 {zlib.crc32(name.encode()):08x}"
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -103,7 +122,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():                    # a run that went back and reached the iteration again
         final.rename(old)
     temporary.rename(final)
-    write_file(final.parent / "latest", final.name + "\n")
+    write_file(final.parent / "latest", f"{final.name}\n{check_of(final.name)}\n")
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 

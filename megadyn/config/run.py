@@ -123,8 +123,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for word in overrides:
         if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
-    from_words = OmegaConf.from_dotlist(list(overrides))
-    for source, given in (*files, ("the command line", OmegaConf.to_container(from_words))):
+    try:
+        from_words = OmegaConf.from_dotlist(list(overrides))
+        words = OmegaConf.to_container(from_words)
+    except Exception as error:           # the YAML library has no common base for its errors
+        raise UserError(f"the command line: not valid YAML: {' '.join(str(error).split())}") from None
+    for source, given in (*files, ("the command line", words)):
         _check_sections(Config, given, "", str(source))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *(given for _, given in files), from_words)

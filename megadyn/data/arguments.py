@@ -31,10 +31,26 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
 
 
+LARGEST = 2**63 - 1
+
+
 def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    if not 1 <= (number := int(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1{' and below 2^63' if number > 1 else ''}")
     return number
+
+
+def seed(text: str) -> int:
+    if not 0 <= (number := int(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 2^63")
+    return number
+
+
+def output_prefix(text: str) -> Path:
+    """A path that ends in a name; without one the files would be hidden ones."""
+    if not (path := Path(text)).name or path.name == "..":
+        raise argparse.ArgumentTypeError(f"{text!r}: must end in a name, as data/corpus does")
+    return path
 
 
 UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},

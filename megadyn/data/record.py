@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from megadyn.errors import UserError
 
@@ -38,6 +39,15 @@ def read_record(path: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        return Record(**json.loads(path.read_bytes()))
+        record = Record(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: no record of a dataset ({error})") from error
+    for name, kind in get_type_hints(Record).items():
+        value = getattr(record, name)
+        if not (is_strings(value) if name == "source" else isinstance(value, kind)):
+            raise UserError(f"{path}: no record of a dataset ({name} is {value!r})")
+    return record
+
+
+def is_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)

@@ -13,6 +13,8 @@ from megadyn.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257
 """Every byte, and the end-of-text token."""
+LARGEST_VOCAB = 2**24
+"""Far above any in use; the library makes its tables at once, and breaks off where they are too large."""
 FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -31,6 +33,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path, *, 
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(f"vocabulary size {vocab_size}: must be at least {SMALLEST_VOCAB} (every byte and {END_OF_TEXT})")
+    if vocab_size > LARGEST_VOCAB:
+        raise UserError(f"vocabulary size {vocab_size}: must be at most {LARGEST_VOCAB}")
     refuse_folder(folder, overwrite)
     trained = train_bpe(documents, vocab_size)
     with os_errors_named(folder):

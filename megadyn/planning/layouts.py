@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 from megadyn.config import RECOMPUTE, BatchPlan, Config, batch_plan, check_together, engine_settings
 from megadyn.errors import UserError
 from megadyn.planning.flops import attention_flops, head_flops, layer_costs, layer_flops, training_flops
-from megadyn.planning.memory import Memory, Workload, rank_memory
+from megadyn.planning.memory import (
+    Memory,
+    Workload,
+    host_memory,
+    is_offloaded,
+    rank_memory,
+    refuse_offloading,
+    state_bytes,
+)
 from megadyn.planning.parameters import stage_parameters
 from megadyn.planning.partition import balanced_stages
 from megadyn.planning.schedule import simulate
@@ -34,6 +42,10 @@ class Machine:
     """Achieved between GPUs of a node: 10^9 bytes a second into and out of each."""
     network_gbytes: float = 40.0
     """The same between nodes."""
+    link_gbytes: float = 20.0
+    """Achieved between a GPU and its node's memory, where something is offloaded."""
+    host_gbytes: float = 100.0
+    """At which a node's processors read and write its memory when they step an offloaded optimizer."""
     reserve_gib: float = 4.0
     """Of each GPU's memory: CUDA, NCCL and what the allocator cannot use."""
 
@@ -58,6 +70,8 @@ class Layout:
     recompute: str
     memory: Memory
     """Bytes of the fullest rank."""
+    host: float
+    """Bytes of each node's own memory that offloading takes."""
     fits: bool
     bubble: float
     """Share of the stages' time, within the forward and backward passes, in which they wait."""
@@ -77,6 +91,7 @@ class Layout:
         """For JSON; memory in GiB, also by what it holds."""
         gib = self.memory.total / GIB
         return asdict(self) | {"memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "memory_gib": gib,
+                               "host_gib": self.host / GIB,
                                "reason": None if self.fits else f"needs {gib:.1f} GiB"}
 
 
@@ -112,8 +127,7 @@ def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusa
                     raise UserError(f"parallel.tensor is more than the {machine.node_gpus} GPUs of a node")
                 check_together(trial)
                 engine_settings(trial)
-                if "offload_optimizer" in settings.zero or "offload_param" in settings.zero:
-                    raise UserError(f"{settings.path}: offloading is not planned")
+                refuse_offloading(settings.zero, settings.path)
                 plan = batch_plan(trial, machine.gpus)
             except UserError as error:
                 refused.append(Refusal(tensor, pipeline, stage, str(error)))
@@ -146,15 +160,17 @@ class EngineFile(NamedTuple):
 
 
 def engine_files(config: Config) -> list[EngineFile]:
-    """The configuration's own engine settings, and zero0.json ... zero3.json beside them for other ZeRO stages."""
-    files: dict[int, EngineFile] = {}
+    """The configuration's own engine settings, and beside them zero0.json ... zero3.json and zero3_offload.json for other ZeRO
+    stages, with and without offloading."""
+    files: dict[tuple[int, bool], EngineFile] = {}
     own = Path(config.deepspeed_config)
-    for path in (own, *(own.parent / f"zero{stage}.json" for stage in range(4))):
+    for path in (own, *(own.parent / f"zero{kind}.json" for kind in (0, 1, 2, 3, "3_offload"))):
         if path == own or path.exists():
             alone = replace(config, parallel=replace(config.parallel, pipeline=1), precision="fp32", deepspeed_config=str(path))
             zero = engine_settings(alone)["zero_optimization"]
-            files.setdefault(zero["stage"], EngineFile(str(path), zero))
-    return [files[stage] for stage in sorted(files)]
+            offloads = any(is_offloaded(zero, what) for what in ("optimizer", "param"))
+            files.setdefault((zero["stage"], offloads), EngineFile(str(path), zero))
+    return [files[kind] for kind in sorted(files)]
 
 
 def micro_batch_sizes(config: Config, plan: BatchPlan) -> list[int]:
@@ -179,7 +195,8 @@ def workload(config: Config) -> Workload:
     """What a rank of this configuration computes with; its vocabulary must be known."""
     training = config.training
     return Workload(config.model, training.micro_batch_size, training.sequence_length, config.parallel.tensor,
-                    NUMBER_BYTES[config.precision], training.recompute, config.data.document_mask)
+                    NUMBER_BYTES[config.precision], training.recompute, config.data.document_mask,
+                    config.parallel.sequence and config.parallel.tensor > 1)
 
 
 def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
@@ -190,16 +207,21 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
                               micro_batches=plan.micro_batches) for stage in range(stages)), key=lambda it: it.total)
     times = [stage_times(work, cuts, stage, machine) for stage in range(stages)]
     forward, backward = [t.forward for t in times], [t.backward for t in times]
-    crossing = work.batch * work.length * (work.bytes * config.model.hidden_size + 8)         # with a gate, with document ids
+    # With a gate, with document ids.
+    crossing = work.batch * work.length * (work.bytes * config.model.hidden_size / work.parts + 8)
     send = machine.seconds(crossing, machine.gpus)
     passes = simulate(forward, backward, plan.micro_batches, send)
     reduced = data_bytes(work, cuts, settings.zero["stage"], plan)
     reducing = machine.seconds(reduced, tensor * plan.data_parallel)
     step = max(passes.step, reducing) if settings.zero.get("overlap_comm") else passes.step + reducing
+    step += offloading_s(work, cuts, config.precision, settings.zero, plan, machine)
+    ranks = min(machine.node_gpus, machine.gpus)
     useful = training_flops(config.model, work.length) * plan.global_batch
     return Layout(
         tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
-        work.recompute, memory, memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
+        work.recompute, memory,
+        ranks * host_memory(work, cuts, 0, precision=config.precision, zero=settings.zero, data=plan.data_parallel),
+        memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
         bubble=passes.bubble, tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
         pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1), data_bytes=reduced, step_s=step,
         tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
@@ -218,7 +240,8 @@ class StageTimes(NamedTuple):
 def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machine) -> StageTimes:
     """A backward pass is two forward passes, and one more of what is recomputed: of the layers, or of attention."""
     model, mine = work.model, slice(cuts[stage], cuts[stage + 1])
-    layers = sum(layer.cut / work.tensor + layer.whole for layer in layer_flops(model, work.length)[mine]) * work.batch
+    flops = layer_flops(model, work.length)[mine]
+    layers = sum(layer.cut / work.tensor + layer.whole / work.parts for layer in flops) * work.batch
     head = head_flops(model, work.length) / work.tensor * work.batch if stage == len(cuts) - 2 else 0.0
     rate = machine.tflops * 1e12
     # A sum over t ranks moves (t - 1) / t of the tensor out of each, twice.
@@ -234,8 +257,9 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
 
 
 def shares_summed(work: Workload) -> list[float]:
-    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward."""
-    routed = work.model.routing.capacity or 1.0
+    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward. Under
+    sequence parallelism chosen tokens are summed once more, when they come together from the parts."""
+    routed = (work.model.routing.capacity or 1.0) * (1.5 if work.sequence else 1.0)
     return [routed if kind in ("dtf_dynamic", "mod") else 1.0 for kind in work.model.layer_types]
 
 
@@ -248,3 +272,20 @@ def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: Batch
     sent = max(stage_parameters(work.model, work.tensor, cuts)) * work.bytes * (plan.data_parallel - 1) / plan.data_parallel
     times = {0: 2, 1: 2 + 1, 2: 2 * plan.micro_batches + 1, 3: 3 * plan.micro_batches}
     return sent * times[zero_stage]
+
+
+def offloading_s(work: Workload, cuts: Sequence[int], precision: str, zero: dict[str, Any], plan: BatchPlan,
+                 machine: Machine) -> float:
+    """Seconds of a step for what is offloaded, none of it hidden: gradients are summed up in the host's memory, where the
+    optimizer steps; weights come from there for every pass."""
+    share = state_bytes(precision, zero["stage"], plan.data_parallel)
+    moved = stepped = 0.0                            # bytes a parameter of the stage: over a GPU's link, in its node's memory
+    if is_offloaded(zero, "optimizer"):
+        # Out for every micro-batch, in again before all but the first; once more out in fp32; and the new weights in.
+        moved += share.gradients * (2 * plan.micro_batches - 1) + 4 / plan.data_parallel + share.weights
+        stepped += (4 * 4 + 3 * 4) / plan.data_parallel + share.weights          # all four read, all but the gradient written
+    if is_offloaded(zero, "param"):
+        moved += share.weights * 2 * plan.micro_batches
+    count = stage_parameters(work.model, work.tensor, cuts)[0]
+    ranks = min(machine.node_gpus, machine.gpus)
+    return count * (moved / machine.link_gbytes + ranks * stepped / machine.host_gbytes) / 1e9

@@ -5,7 +5,11 @@ follow the tensors that each layer keeps for its backward pass. `tests/planning/
 of real training steps.
 
     n  tokens of a micro-batch that a layer works on     d  hidden size     f  feed-forward width of this rank
-    q  width of this rank's queries                      k  width of its keys, or values          b  bytes a number
+    m  of these, the rank's part under sequence parallelism (arXiv 2205.05198); else all          b  bytes a number
+    q  width of this rank's queries                      k  width of its keys, or values
+
+Under sequence parallelism norms, residuals, priors, routers and what crosses stages are of m tokens. What a linear layer reads is
+of n all the same: we keep it as it was gathered, where the paper keeps the part and gathers again.
 """
 
 from collections.abc import Sequence
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megadyn.config import ModelConfig, capacity_count
+from megadyn.errors import ConfigError, UserError
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
@@ -56,8 +61,15 @@ class Workload:
     """`training.recompute`."""
     documents: bool = False
     """Attention is masked by document."""
+    sequence: bool = False
+    """`parallel.sequence`: tensor ranks share out the sequence."""
     fused: bool = True
     """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
+
+    @property
+    def parts(self) -> int:
+        """Of the sequence, one a tensor rank."""
+        return self.tensor if self.sequence else 1
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -89,16 +101,17 @@ class Kept(NamedTuple):
     """Above these, while the layer's backward pass runs."""
 
 
-def block_kept(work: Workload, n: float, *, has_own_input: bool = False) -> float:
-    """Of attention and feed-forward on `n` tokens, their input counted only if it is no layer's."""
+def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: int = 1) -> float:
+    """Of attention and feed-forward on `n` tokens, in `parts` where they are not cut by heads and widths; their input counted
+    only if it is no layer's."""
     (d, q, k, f), b = work.widths, work.bytes
     heads = q // (work.model.head_dim or 1)
     attention = b * (2 * q + 2 * k) + 4 * heads
     if work.model.normalization == "hybridnorm":
-        norms = b * d * has_own_input + work.norm(q) + 2 * work.norm(k) + work.norm(d) + b * d
+        whole, split = b * d * (has_own_input or parts > 1) + work.norm(q) + 2 * work.norm(k) + b * d, work.norm(d)
     else:
-        norms = work.norm(d, is_kept=not has_own_input) + work.norm(d) + 2 * b * d
-    return n * (norms + attention + 4 * b * f)
+        whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
+    return n * (whole + split / parts + attention + 4 * b * f)
 
 
 def inner_kept(work: Workload, n: float, attending: float) -> float:
@@ -112,28 +125,31 @@ def layers_kept(work: Workload) -> list[Kept]:
     model, (d, q, k, f), b = work.model, work.widths, work.bytes
     assert model.head_dim
     n = work.batch * work.length
+    m = n / work.parts
     c = work.batch * capacity_count(model.routing.capacity or 1.0, work.length)
-    own = n * b * d * (work.fused or b == 4 or model.normalization == "hybridnorm")
+    hybrid = model.normalization == "hybridnorm"
+    own = m * b * d * (work.parts == 1 if hybrid else work.fused or b == 4)
     turned = 4 * model.head_dim                     # cosine and sine of a token's position, where they are looked up
     segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
-    block = block_kept(work, n) + n * (turned + segments) * work.documents
+    block = block_kept(work, n, parts=work.parts) + n * (turned + segments) * work.documents
     backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
     # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
-    prior = n * b * (2 * d + 2 * model.prior_size)
-    compared = n * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
+    prior = m * b * (2 * d + 2 * model.prior_size)
+    compared = m * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
+    # A block on chosen tokens is whole on every tensor rank.
     skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
     # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
-    reads = n * b * d * (model.routing.causal == "predictor")
-    widened = n * 4 * d * (b < 4)
+    reads = m * b * d * (model.routing.causal == "predictor")
+    widened = m * 4 * d * (b < 4)
     attending = c * (b * (d + 2 * q + 2 * k) + turned + segments * (work.documents or model.routing.is_token_choice))
-    bypass = n * (work.norm(d, is_kept=True) + work.norm(d) + b * (2 * d + q + d + 4 * f) + 12)
+    bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
     inner, inner_chosen = inner_kept(work, n, n), inner_kept(work, c, c)
     of = {"dense": Kept(own, block, inner, 0, n * backward),
-          "dtf_decision": Kept(n * b * d, block + prior, inner, 0, max(compared, n * backward - prior)),
-          "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * n),
-          "mod": Kept(max(reads, n * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
-                      c * backward + 2 * b * d * n),
-          "dtrnet": Kept(n * b * d, attending + bypass, inner_kept(work, n, c), n * (b * d + 24), n * backward)}
+          "dtf_decision": Kept(m * b * d, block + prior, inner, 0, max(compared, n * backward - prior)),
+          "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * m),
+          "mod": Kept(max(reads, m * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
+                      c * backward + 2 * b * d * m),
+          "dtrnet": Kept(m * b * d, attending + bypass, inner_kept(work, n, c), m * b * d + 24 * n, n * backward)}
     return [of[kind] for kind in model.layer_types]
 
 
@@ -164,17 +180,18 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
     """Of one pipeline stage, under 1F1B."""
     stages, b, d = len(cuts) - 1, work.bytes, work.model.hidden_size
     n = work.batch * work.length
+    m = n / work.parts
     layers = layers_kept(work)[cuts[stage] : cuts[stage + 1]]
     again = [{"none": 0.0, "selective": layer.inner, "full": layer.inside}[work.recompute] for layer in layers]
-    kept = [layer.outside + (b * d * n if work.recompute == "full" else layer.input + layer.inside - redone)
+    kept = [layer.outside + (b * d * m if work.recompute == "full" else layer.input + layer.inside - redone)
             for layer, redone in zip(layers, again, strict=True)]
     # DeepSpeed keeps a micro-batch's input with a copy, and its output; and has buffers to receive into.
-    crossing = b * d * n * (2 * (stage > 0) + (stage < stages - 1))
+    crossing = b * d * m * (2 * (stage > 0) + (stage < stages - 1))
     whole = sum(kept) + crossing + n * 8 * (stage == 0)          # token ids
     # Backward runs last layer first: each finds what the layers before it keep.
     moments = [sum(kept[: i + 1]) + it.working + again[i] for i, it in enumerate(layers)]
     layer = max(moments) + whole - sum(kept)
-    head = whole + n * (work.norm(d) + 8) + head_working(work)
+    head = whole + m * work.norm(d) + n * 8 + head_working(work)
     held = in_flight(stage, stages, micro_batches) - 1
     tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
     always = held * whole + tables + crossing
@@ -227,23 +244,68 @@ def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int,
     return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * words)
 
 
+def elements(zero: dict[str, Any], key: str, default: int) -> int:
+    """Raises ConfigError for what is no number of them."""
+    value = zero.get(key, default)
+    if not isinstance(value, int | float) or value < 0:
+        raise ConfigError(f"zero_optimization.{key}", value, "a number of elements")
+    return int(value)
+
+
+def is_offloaded(zero: dict[str, Any], what: str) -> bool:
+    """Whether `what`, `optimizer` or `param`, stands in host memory under DeepSpeed's `zero_optimization`."""
+    given = zero.get(f"offload_{what}")
+    return isinstance(given, dict) and given.get("device", "none") == "cpu"
+
+
+def refuse_offloading(zero: dict[str, Any], path: str) -> None:
+    """Raises UserError for offloading that is not planned: anywhere but to host memory, in part, or below ZeRO-3."""
+    for what in ("optimizer", "param"):
+        given = zero.get(f"offload_{what}")
+        if given is None or (isinstance(given, dict) and given.get("device", "none") == "none"):
+            continue
+        if not is_offloaded(zero, what) or given.get("ratio", 1.0) != 1.0 or zero["stage"] != 3:
+            raise UserError(f"{path}: offload_{what} is planned only with ZeRO-3, device cpu and ratio 1")
+
+
+def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, float]:
+    """What stays on the device of a parameter's share, and bytes a parameter that go into the host's memory.
+
+    With the optimizer its gradients go too, as the micro-batches sum them up and once more in fp32, as Adam reads them.
+    """
+    host = 0.0
+    if is_offloaded(zero, "optimizer"):
+        host += share.optimizer + share.gradients + 4 / data
+        share = share._replace(optimizer=0, gradients=0, reducing=0)
+    if is_offloaded(zero, "param"):
+        host += share.weights
+        share = share._replace(weights=0)
+    return share, host
+
+
+def host_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int) -> float:
+    """Bytes that a rank of this stage keeps in its node's memory because of offloading."""
+    _, host = offloaded(state_bytes(precision, zero["stage"], data), zero, data)
+    return host * stage_parameters(work.model, work.tensor, cuts)[stage]
+
+
 def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int,
                 micro_batches: int) -> Memory:
     """Of a rank of pipeline stage `stage` at its fullest moment.
 
     Args:
-        cuts: stages as boundaries in the layers. zero: `zero_optimization` of DeepSpeed's settings, without offloading.
+        cuts: stages as boundaries in the layers. zero: `zero_optimization` of DeepSpeed's settings.
     """
     model, kind = work.model, zero["stage"]
     count = stage_parameters(model, work.tensor, cuts)[stage]
-    share = state_bytes(precision, kind, data)
+    share, _ = offloaded(state_bytes(precision, kind, data), zero, data)
     acts = fullest(work, cuts, stage, micro_batches, share.backward * count, precision == "bf16" and kind < 3)
     running = gathered = 0.0
-    bucket = int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET))
+    bucket = elements(zero, "reduce_bucket_size", ALLREDUCE_BUCKET)
     if kind == 3:
         # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
-        live = min(count, int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS)))
-        gathered = work.bytes * (live if work.recompute == "full" else count) * (data > 1)
+        live = min(count, elements(zero, "stage3_max_live_parameters", LIVE_PARAMETERS))
+        gathered = work.bytes * (live if work.recompute == "full" else count) * (data > 1 or is_offloaded(zero, "param"))
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)

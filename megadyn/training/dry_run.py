@@ -14,7 +14,7 @@ from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import GIB, Machine, stage_cuts, workload
-from megadyn.planning.memory import Memory, rank_memory
+from megadyn.planning.memory import Memory, host_memory, rank_memory, refuse_offloading
 from megadyn.planning.parameters import stage_parameters, total_parameters
 from megadyn.routing.aux_loss import LossScale
 from megadyn.training.pipeline import part_boundaries
@@ -35,25 +35,29 @@ class DryRun(NamedTuple):
     parameters: int
     whole_parameters: int
     memory: Memory
+    host: float
+    """Bytes of its node's own memory that it takes by offloading."""
     fits: bool
 
     def text(self) -> str:
         places = " ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in
                           (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp)))
         parts = "  ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory._asdict().items())
+        host = f"\n  offloaded: {self.host / GIB:.1f} GiB of its node's own memory" if self.host else ""
         ends = ["the embedding"] * self.grid.is_first_stage + ["the head"] * self.grid.is_last_stage
         return "\n".join([
             f"rank {self.rank} of {self.world:,}: {places}",
             f"  layers {self.first_layer} to {self.end_layer - 1}{''.join(f', {end}' for end in ends)}",
             f"  {self.tensors:,} tensors with {self.parameters:,} of the model's {self.whole_parameters:,} parameters; checked",
-            f"  {self.memory.total / GIB:.1f} GiB{'' if self.fits else ', which does not fit'}: {parts}"])
+            f"  {self.memory.total / GIB:.1f} GiB{'' if self.fits else ', which does not fit'}: {parts}{host}"])
 
     def record(self) -> dict[str, Any]:
         """For JSON; memory in GiB."""
         grid = {name: axis.rank for name, axis in (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp))}
         return {"rank": self.rank, **grid, "layers": [self.first_layer, self.end_layer], "tensors": self.tensors,
                 "parameters": self.parameters, "whole_parameters": self.whole_parameters, "memory_gib": self.memory.total / GIB,
-                "memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "fits": self.fits}
+                "memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "host_gib": self.host / GIB,
+                "fits": self.fits}
 
 
 def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
@@ -65,6 +69,7 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)")
     zero = engine_settings(config)["zero_optimization"]
+    refuse_offloading(zero, config.deepspeed_config)
     plan = batch_plan(config, machine.gpus)
     if not 0 <= rank < machine.gpus:
         raise UserError(f"--rank {rank}: must be 0 to {machine.gpus - 1} on {machine.gpus} GPUs")
@@ -85,7 +90,8 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
     check_equal(f"parameters of stage {stage}", held, stage_parameters(config.model, grid.tp.size, cuts)[stage])
     memory = rank_memory(workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel,
                          micro_batches=plan.micro_batches)
-    return DryRun(rank, machine.gpus, grid, cuts[stage], cuts[stage + 1], len(stages[stage]), held, total, memory,
+    host = host_memory(workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel)
+    return DryRun(rank, machine.gpus, grid, cuts[stage], cuts[stage + 1], len(stages[stage]), held, total, memory, host,
                   memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB)
 
 

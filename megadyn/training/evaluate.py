@@ -151,7 +151,7 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
         log.warning("nothing says which tokenizer the model was trained with: not compared with that of %s", dataset.prefix)
     elif saved.fingerprint != record.fingerprint:
         raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
-                        f"{record.fingerprint[:12]}), the model was trained with another ({saved.fingerprint[:12]})")
+                        f"{record.fingerprint[:12]}), the model was trained with another ({str(saved.fingerprint)[:12]})")
     if record.vocab_size > (saved.model.vocab_size or 0):
         raise UserError(f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
                         f"{saved.model.vocab_size}")

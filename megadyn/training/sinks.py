@@ -4,12 +4,14 @@ A record is an object with an `iteration`. When a run goes back, what was writte
 over where a sink cannot drop anything.
 """
 
-import csv
 import importlib.util
+import io
 import json
 import math
 import os
+import platform
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,7 +28,11 @@ Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Opened for a run that stands at an iteration."""
+    """Opened for a run that stands at an iteration, where bad input is a UserError. Later every method may raise OSError, and
+    has then done nothing, or what another call puts right."""
+
+    name: str
+    """For the log."""
 
     def write(self, record: Record) -> None: ...
 
@@ -48,96 +54,103 @@ def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
     return sinks
 
 
-class JsonLines:
-    """A line is a record."""
+class Lines:
+    """A file of lines that belong to an iteration each. It is opened for each record, so that there is no open file which a
+    failure leaves in some other state than the disk."""
+
+    header = ""
+    """First line of the file."""
 
     def __init__(self, path: Path, iteration: int):
-        self.path = path
-        self._open(iteration)
+        self.path, self.name = path, path.name
+        with os_errors_named(path):
+            self.go_back(iteration)
 
-    def _open(self, iteration: int) -> None:
-        keep_lines(self.path, lambda line: self._iteration(line) <= iteration, at_start=iteration == 0)
-        self.file = self.path.open("a")
+    def lines(self, record: Record) -> str:
+        raise NotImplementedError
 
-    @staticmethod
-    def _iteration(line: str) -> int:
+    def iteration_of(self, line: str) -> int:
+        """Raises ValueError for a line that is not whole."""
+        raise NotImplementedError
+
+    def write(self, record: Record) -> None:
+        is_new = not self.path.exists() or self.path.stat().st_size == 0
+        append(self.path, ((self.header if is_new else "") + self.lines(record)).encode())
+
+    def go_back(self, iteration: int) -> None:
+        keep_lines(self.path, lambda line: line == self.header or self.iteration_of(line) <= iteration, at_start=iteration == 0)
+
+    def close(self) -> None:
+        pass                                     # nothing is open
+
+
+class JsonLines(Lines):
+    """A line is a record."""
+
+    def lines(self, record: Record) -> str:
+        return json.dumps(finite(record), allow_nan=False) + "\n"
+
+    def iteration_of(self, line: str) -> int:
         record = json.loads(line)
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             raise ValueError("no record")
         return int(record["iteration"])
 
-    def write(self, record: Record) -> None:
-        print(json.dumps(finite(record), allow_nan=False), file=self.file, flush=True)
 
-    def go_back(self, iteration: int) -> None:
-        self.close()
-        self._open(iteration)
-
-    def close(self) -> None:
-        self.file.close()
-
-
-class CsvRows:
+class CsvRows(Lines):
     """A row is an iteration, a name and a value: it needs no column for what some other record has."""
 
-    HEADER = ("iteration", "name", "value")
+    header = "iteration,name,value\n"
 
-    def __init__(self, path: Path, iteration: int):
-        self.path = path
-        self._open(iteration)
+    def lines(self, record: Record) -> str:
+        return "".join(f"{record['iteration']},{name},{value}\n" for name, value in flat_scalars(record))
 
-    def _open(self, iteration: int) -> None:
-        keep_lines(self.path, lambda line: self._is_kept(line, iteration), at_start=iteration == 0)
-        is_new = not self.path.exists() or self.path.stat().st_size == 0
-        self.file = self.path.open("a", newline="")
-        self.rows = csv.writer(self.file, lineterminator="\n")
-        if is_new:
-            self.rows.writerow(self.HEADER)
-
-    def _is_kept(self, line: str, iteration: int) -> bool:
-        first, _, value = line.split(",")         # names have no commas
-        if line.strip() == ",".join(self.HEADER):
-            return True
+    def iteration_of(self, line: str) -> int:
+        iteration, _, value = line.split(",")    # names have no commas
         float(value)
-        return int(first) <= iteration
-
-    def write(self, record: Record) -> None:
-        self.rows.writerows((record["iteration"], name, value) for name, value in flat_scalars(record))
-        self.file.flush()
-
-    def go_back(self, iteration: int) -> None:
-        self.close()
-        self._open(iteration)
-
-    def close(self) -> None:
-        self.file.close()
+        return int(iteration)
 
 
 class TensorBoard:
+    """An event a record, in one file for each start. Built from TensorBoard's own parts and written at once: its writer works
+    in a thread, where an error ends it for good."""
+
+    name = "tensorboard"
+
     def __init__(self, folder: Path, iteration: int):
-        self.folder = folder
-        self._open(iteration)
-
-    def _open(self, iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # seconds of imports: only where it is asked for
-
-        self.board = SummaryWriter(str(self.folder), purge_step=iteration + 1)
+        self.path = folder / f"events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}"
+        with os_errors_named(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.go_back(iteration)
 
     def write(self, record: Record) -> None:
-        for name, value in flat_scalars(record):
-            self.board.add_scalar(name, value, record["iteration"])
+        self._append(step=record["iteration"], summary={
+            "value": [{"tag": name, "simple_value": float(value)} for name, value in flat_scalars(record)]})
 
     def go_back(self, iteration: int) -> None:
-        self.close()
-        self._open(iteration)
+        """Later events are hidden by the mark of a new start behind them."""
+        self._append(step=iteration + 1, session_log={"status": "START"})
+
+    def _append(self, **event: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        content = io.BytesIO()
+        file = RecordWriter(content)
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            file.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+        file.write(Event(wall_time=time.time(), **event).SerializeToString())
+        append(self.path, content.getvalue())
 
     def close(self) -> None:
-        self.board.close()
+        pass                                     # nothing is open
 
 
 class WeightsAndBiases:
     """A run of that service, which a resumed run goes on with. Curves are drawn over `iteration`, not over W&B's own step, which
     can only rise: so a run that goes back draws over what it had drawn."""
+
+    name = "Weights & Biases"
 
     def __init__(self, config: Config, folder: Path, iteration: int):
         import wandb
@@ -178,7 +191,7 @@ def service_errors_named() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"Weights & Biases: {one_line(error)}") from error
+        raise OSError(one_line(error)) from error
 
 
 def refuse_wandb(asked: LoggingConfig) -> None:
@@ -224,6 +237,18 @@ def flat_scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:
     return found
 
 
+def append(path: Path, content: bytes) -> None:
+    """Adds all of `content`, or nothing where that fails."""
+    with path.open("ab", buffering=0) as file:
+        end, left = file.tell(), memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left):]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def keep_lines(path: Path, is_kept: Callable[[str], bool], *, at_start: bool) -> None:
     """Drops the lines of steps that a resumed run will do again, and half-written ones (ValueError of `is_kept`); all, for a
     run that begins (`at_start`)."""
@@ -239,6 +264,9 @@ def keep_lines(path: Path, is_kept: Callable[[str], bool], *, at_start: bool) ->
         except ValueError:
             log.warning("%s: a half-written line was dropped", path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with os_errors_named(path):
+    try:
         temporary.write_text("".join(kept))
         os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -9,6 +9,7 @@ from megadyn.config import Config
 from megadyn.log import log
 from megadyn.training.lines import evaluation_line, train_line
 from megadyn.training.live import LiveView, open_live_view
+from megadyn.training.patience import PatientSink
 from megadyn.training.sinks import open_sinks
 from megadyn.training.throughput import Throughput
 
@@ -24,7 +25,7 @@ class Telemetry:
         if device_name is not None and self.throughput.peak is None:
             log.info("MFU is not reported: no peak is known of %s in %s; logging.peak_tflops gives it", device_name,
                      config.precision)
-        self.sinks = open_sinks(config, folder, start_iteration)
+        self.sinks = [PatientSink(sink) for sink in open_sinks(config, folder, start_iteration)]
         self.live = open_live_view(config)
         self.restart_clock(start_iteration)
 
@@ -74,12 +75,8 @@ class Telemetry:
         self._write({"iteration": iteration, name: what})
 
     def _write(self, record: dict[str, Any]) -> None:
-        """A full disk stops no run: the record is kept back until there is room, and the log says so."""
         for sink in self.sinks:
-            try:
-                sink.write(record)
-            except OSError as error:
-                log.warning("%s: iteration %d not written yet: %s", type(sink).__name__, record["iteration"], error)
+            sink.write(record)
 
     def _show(self, act: Callable[[LiveView], None]) -> None:
         """A terminal that is gone (its window closed, its connection lost) stops no run: log lines follow."""
@@ -96,10 +93,7 @@ class Telemetry:
         """Ends the view and the sinks, whatever one of them does."""
         self._show(LiveView.close)
         for sink in self.sinks:
-            try:
-                sink.close()
-            except OSError as error:
-                log.warning("%s: the last metrics were not written: %s", type(sink).__name__, error)
+            sink.close()
 
 
 def auxiliary_losses(routing: dict[int, dict[str, float]]) -> dict[str, float]:

@@ -67,6 +67,11 @@ def test_a_damaged_latest_hides_no_checkpoint(content: bytes, checkpoint: Path) 
     assert layout.resolve(checkpoint.parent.parent) == checkpoint
 
 
+def test_a_folder_in_place_of_latest_hides_no_checkpoint(checkpoint: Path) -> None:
+    (checkpoint.parent / "latest").mkdir()
+    assert layout.resolve(checkpoint.parent) == checkpoint
+
+
 def test_latest_counts_where_a_run_went_back(checkpoint: Path) -> None:
     abandoned = checkpoint.with_name("iteration-00000004")
     shutil.copytree(checkpoint, abandoned)

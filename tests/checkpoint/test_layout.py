@@ -1,10 +1,12 @@
 """Names, publishing, pruning: what stands under a checkpoint's name is whole at any moment."""
 
+import zlib
 from pathlib import Path
 
 import pytest
 
 from megadyn.checkpoint import layout
+from megadyn.log import log
 
 
 def make(root: Path, *iterations: int) -> None:
@@ -35,6 +37,35 @@ def test_pruning_leaves_what_lies_beyond_latest(tmp_path: Path) -> None:
     assert kept(tmp_path) == [6, 8]
 
 
+def test_any_flipped_bit_of_latest_is_told_and_never_repeats_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
+    """Iteration 2 is one bit from 6 ("2" and "6"), and 4 is one from both 5 and 6."""
+    monkeypatch.setattr(log, "propagate", True)
+    make(tmp_path, 2, 4, 5, 6)
+    latest, newest = tmp_path / "latest", tmp_path / "iteration-00000006"
+    content = latest.read_bytes()
+    assert content == b"iteration-00000006\ncrc32 %08x\n" % zlib.crc32(b"iteration-00000006")
+    for place in range(8 * len(content)):
+        broken = bytearray(content)
+        broken[place // 8] ^= 1 << place % 8
+        latest.write_bytes(broken)
+        caplog.clear()
+        assert layout.complete_checkpoints(tmp_path)[0] == newest, bytes(broken)
+        if bytes(broken).split() != content.split():
+            assert caplog.messages[0].endswith("passed over, iteration-00000006 is the highest iteration"), bytes(broken)
+    latest.write_bytes(content)
+    caplog.clear()
+    assert layout.complete_checkpoints(tmp_path)[0] == newest
+    assert not caplog.messages
+
+
+def test_a_latest_without_a_check_counts_as_it_stands(tmp_path: Path) -> None:
+    """Earlier versions wrote none."""
+    make(tmp_path, 2, 4)
+    (tmp_path / "latest").write_text("iteration-00000002\n")
+    assert layout.complete_checkpoints(tmp_path) == [tmp_path / "iteration-00000002"]
+
+
 def test_one_of_the_same_iteration_is_replaced_whole(tmp_path: Path) -> None:
     make(tmp_path, 4)
     (tmp_path / "iteration-00000004/old").touch()
@@ -48,7 +79,7 @@ def test_a_failed_rename_leaves_the_old_latest(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(OSError, match="no"):
         make(tmp_path, 4)
-    assert (tmp_path / "latest").read_text() == "iteration-00000002\n"
+    assert (tmp_path / "latest").read_text().splitlines()[0] == "iteration-00000002"
 
 
 def test_leftovers_of_a_run_that_died_are_no_checkpoints_and_go(tmp_path: Path) -> None:

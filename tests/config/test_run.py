@@ -77,7 +77,8 @@ def test_an_unknown_key_in_the_file_is_refused_too(tmp_path):
     ("optimizer.learning_rate=fast", "optimizer.learning_rate"), ("model.qkv_bias=perhaps", "model.qkv_bias"),
     ("training.sequence_length=[1,2]", "training.sequence_length"), ("model.hidden_size=null", "model.hidden_size"),
     ("optimizer.multipliers=3", "optimizer.multipliers"), ("model.routing=dtf", "model.routing"), ("model=null", "model"),
-    ("precision.kind=fp32", "precision"), ("model.hidden_size=${nothing}", "model.hidden_size"),
+    ("precision.kind=fp32", "precision"), ("model=[]", "model"),
+    ("model={{", "the command line"), ("model.hidden_size=${nothing}", "model.hidden_size"),
 ])
 def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, named):
     assert refusal(tmp_path, override).startswith(f"{named}: ")

@@ -76,6 +76,8 @@ def test_text_to_dataset_and_back(tmp_path, corpus, run_tool_script):
     ({"--input": "bad.txt", "--format": "parquet"}, "bad.txt: no Parquet that can be read"),
     ({"--input": "none*.jsonl"}, "none*.jsonl: no such file or folder"),
     ({"--max-documents": "0"}, "0: must be at least 1"),
+    ({"--seed": "-1"}, "-1: must be at least 0"),
+    ({"--output-prefix": ""}, "'': must end in a name"),
 ])
 def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, corpus, run_tool_script, changes, sentence):
     monkeypatch.chdir(tmp_path)
@@ -158,7 +160,7 @@ def test_standard_output_that_takes_no_more_is_one_line_or_silence(tmp_path, cor
     command = f"PYTHONUNBUFFERED= {shlex.join([sys.executable, str(TOOLS / name), *args])}"
     full = shell(f"{command} >/dev/full", tmp_path)
     place = "standard output: " if tool == "preprocess_data" else ""
-    assert (full.returncode, full.stderr) == (1, f"error: {place}No space left on device\n")
+    assert (full.returncode, full.stderr) == (2, f"error: {place}No space left on device\n")
     closed = shell(f"{{ sleep 0.2; {command}; echo $? >&2; }} | true", tmp_path)
     assert closed.stderr.split() == ["141"]
     assert shell(f"{command} >&-", tmp_path).returncode == 0

@@ -363,7 +363,10 @@ def test_record_must_belong_to_the_dataset(tmp_path):
     path.write_bytes(record().to_json())
     assert IndexedDataset(prefix).record == record()
     for content, sentence in [(record(tokens=4).to_json(), "belongs to another dataset"), (b"{", "no record of a dataset"),
-                              (b"[1]", "no record"), (b'{"tokens": 3}', "no record")]:
+                              (b"[1]", "no record"), (b'{"tokens": 3}', "no record"),
+                              *((record(**{name: wrong}).to_json(), rf"no record of a dataset \({name} is ")
+                                for name, wrong in (("fingerprint", None), ("vocab_size", "x"), ("text_bytes", []),
+                                                    ("skipped", None), ("source", {}), ("source", [1])))]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"x\.json: .*{sentence}"):
             IndexedDataset(prefix)

@@ -66,12 +66,15 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
     (other / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "attention_bias": False}))
     odd = shutil.copytree(folder, tmp_path / "odd")
     (odd / "config.json").write_text(json.dumps(config | {"routing": config["routing"] | {"kind": "mop"}}))
+    typed = shutil.copytree(folder, tmp_path / "typed")
+    (typed / "config.json").write_text(json.dumps(config | {"dtype": True}))
     wordless = shutil.copytree(folder, tmp_path / "wordless", ignore=shutil.ignore_patterns("tokenizer*"))
     for args, message in [
         (["--model", tmp_path / "nowhere", "--prompt", "w1"], "no such folder"),
         (["--model", tmp_path, "--prompt", "w1"], "no config.json there"),
         (["--model", broken, "--prompt", "w1"], "cannot be loaded"),
         (["--model", wordless, "--prompt", "w1"], "cannot be loaded"),
+        (["--model", typed, "--prompt", "w1"], "cannot be loaded"),
         (["--model", odd, "--prompt", "w1"], "routing.kind = 'mop'"),
         (["--model", other, "--prompt", "w1"], "12 unexpected keys in its weights, e.g. model.layers.0.self_attn.k_proj.bias"),
         (["--model", folder, "--prompt", ""], "--prompt is empty"),
@@ -80,6 +83,8 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
         (["--model", folder, "--prompt", "w1", "--top-p", 0], "must be in (0, 1]"),
         (["--model", folder, "--prompt", "w1", "--temperature", -1], "must be 0 or more"),
         (["--model", folder, "--prompt", "w1", "--routing", "random"], "invalid choice: 'random'"),
+        (["--model", folder, "--prompt", "w1", "--seed", str(2**64)], "below 2^63"),
+        (["--model", folder, "--prompt", "w1\udcff"], "--prompt is not valid UTF-8"),
         (["--prompt", "w1"], "required: --model"),
     ]:
         status, out, err = run(tool, capsys, *args)

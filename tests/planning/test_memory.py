@@ -15,7 +15,7 @@ from megadyn.network import Network
 from megadyn.parallel.params import DTYPES, ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
-from megadyn.planning.memory import Workload, fullest, rank_memory
+from megadyn.planning.memory import Workload, fullest, host_memory, layers_kept, rank_memory
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.aux_loss import LossScale
 from tests.live_bytes import LiveBytes
@@ -95,10 +95,14 @@ class Case(NamedTuple):
     recompute: str = "none"
     tensor: int = 1
     pipeline: int = 1
+    sequence: bool = False
+    offload: bool = False
 
 
 CASES = [Case("dtf", "activations", tensor=2), Case("mod", "activations", tensor=2, recompute="full"),
          Case("dtf", "activations", pipeline=2), Case("dense", "activations", pipeline=2, recompute="full"),
+         *(Case(kind, "activations", tensor=2, sequence=True) for kind in ("dtf", "mod", "dtrnet-token")),
+         Case("dense", "weights", zero=3, offload=True),
          Case("mod", "weights", pipeline=2), Case("dense", "words", pipeline=2), Case("dense", "activations", zero=3),
          *(Case("dense", "weights", precision, zero) for precision, zero in
            (("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1)))]
@@ -140,6 +144,9 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
     zero = {"stage": case.zero, "reduce_bucket_size": 1000, "overlap_comm": case.zero == 2}
     if case.zero == 3:
         zero |= {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 1000}
+    if case.offload:
+        zero |= {f"offload_{what}": {"device": "cpu"} for what in ("optimizer", "param")}
+    config.parallel.sequence = case.sequence
     path = folder / f"settings-{dist.get_rank()}.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     config.deepspeed_config = str(path)
@@ -156,7 +163,10 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
     engine.engine.destroy()
     planned = rank_memory(on_a_cpu(config), stage_cuts(config), grid.pp.rank, precision=case.precision, zero=zero,
                           data=plan.data_parallel, micro_batches=micro)
-    return step.peak - before.now, planned.total
+    # On a CPU the host's memory is the device's, and both count.
+    host = host_memory(on_a_cpu(config), stage_cuts(config), grid.pp.rank, precision=case.precision, zero=zero,
+                       data=plan.data_parallel)
+    return step.peak - before.now, planned.total + host
 
 
 def plan(**changes: Any) -> float:
@@ -171,6 +181,17 @@ def test_activations_shrink_by_recomputation_fused_kernels_and_tensor_ranks() ->
     assert plan(fused=True) < plan(fused=False)
     assert plan(tensor=2) < plan()
     assert plan(batch=4) > 1.5 * plan()
+
+
+@pytest.mark.parametrize(("normalization", "by_hand"), [
+    # Bytes a token of 2 layers of d = 32, f = 96 (48 on a rank), q = 16 and k = 8 there, 2 heads, in bf16 with fused kernels:
+    # norms' inputs and scales and the layer's input are of half the tokens; what linears read is not, for it was gathered.
+    ("pre", 2 * (32 * 2 / 2 + (4 + 4 + 64) / 2 + 2 * 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48)),
+    ("hybridnorm", 2 * (64 + (4 + 64) / 2 + (4 + 32) + 2 * (4 + 16) + 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48))])
+def test_sequence_parallelism_divides_norms_and_residuals(normalization: str, by_hand: float) -> None:
+    config = tiny_config("dense", num_layers=2, ffn_size=96, normalization=normalization)
+    found = layers_kept(Workload(config.model, 3, 100, 2, 2, "none", sequence=True))
+    assert sum(layer.input + layer.inside for layer in found) == 300 * by_hand
 
 
 def test_an_earlier_stage_holds_more_micro_batches() -> None:

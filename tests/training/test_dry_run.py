@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,8 +127,9 @@ def call(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tool_prints_layouts_that_fit_80_columns() -> None:
-    done = call("examples/dtf_7b/config.yaml", "--gpus", 64, "--gpu-memory", 80, "--json")
+    done = call("examples/dtf_7b/config.yaml", "--gpus", 64, "--gpu-memory", 80, "--json", "--top", 9999)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +1 +1 +64 +3\* .*\n(.*\n)*\n\* offloaded: up to \d+\.\d GiB of each node's", done.stdout, re.MULTILINE)
     *lines, last = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     records = json.loads(last)

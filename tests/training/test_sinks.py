@@ -18,6 +18,7 @@ from megadyn.training.sinks import (
     refuse_wandb,
     refuse_wandb_login,
 )
+from tests.sabotage import no_room_beyond
 from tests.tiny import tiny_config
 
 
@@ -83,6 +84,38 @@ def test_each_sink_is_there_when_it_is_asked_for(tmp_path):
         sink.write(record(1))
         sink.close()
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "metrics.csv", "tensorboard"}
+
+
+def test_tensorboard_shows_what_was_written_and_hides_what_is_done_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown() -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("lm_loss")]
+
+    board = TensorBoard(tmp_path, 0)
+    for iteration in (3, 6, 9):
+        board.write(record(iteration))
+    assert shown() == [(3, 1.0), (6, 2.0), (9, 3.0)]
+    board.go_back(3)
+    board.write(record(6) | {"lm_loss": 2.5})
+    board.close()
+    assert shown() == [(3, 1.0), (6, 2.5)]
+    resumed = TensorBoard(tmp_path, 3)
+    resumed.write(record(6))
+    assert shown() == [(3, 1.0), (6, 2.0)]
+
+
+@pytest.mark.parametrize("kind", [JsonLines, CsvRows, TensorBoard])
+def test_a_record_is_written_whole_or_not_at_all(tmp_path, kind):
+    sink = kind(tmp_path / "metrics", 0)
+    sink.write(record(1))
+    path = sink.path
+    before = path.read_bytes()
+    with no_room_beyond(len(before) + 9), pytest.raises(OSError, match="File too large"):
+        sink.write(record(2))
+    assert path.read_bytes() == before
+    sink.write(record(2))
+    assert len(path.read_bytes()) > len(before) + 9
 
 
 def test_weights_and_biases_offline_holds_the_records(tmp_path, monkeypatch):
