@@ -75,10 +75,15 @@ def interrupted(number: int, frame: object) -> None:
 def main() -> int:
     gc.set_threshold(GARBAGE_THRESHOLD)
     ranks = Ranks()
+
+    def work() -> None:
+        nonlocal ranks
+        ranks = ranks_of_job()
+        run(ranks)
+
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        ranks = ranks_of_job()
-        status = run_tool(lambda: run(ranks))
+        status = run_tool(work)
     except KeyboardInterrupt:
         if ranks.size == 1:     # else the launcher stopped this rank, and says why
             print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)

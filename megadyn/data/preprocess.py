@@ -5,11 +5,12 @@ and the result depends neither on their number nor on that of MPI ranks.
 """
 
 import os
+import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megadyn.data.files import os_errors_named, refuse_existing
 from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
 from megadyn.data.parts import Part, Parts, PartWriter, part_name
 from megadyn.data.progress import Progress
-from megadyn.data.ranks import Ranks
+from megadyn.data.ranks import POLL_SECONDS, Ranks
 from megadyn.data.readers import Corpus
 from megadyn.data.record import Record
 from megadyn.data.shuffle import add_shuffled
@@ -33,6 +34,8 @@ BATCH_BYTES = 2**21
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
 ALONE = Ranks()
 NumberedPart = tuple[int, Part]
+ALL_SENT = None
+"""What another rank sends behind its last part."""
 
 
 def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
@@ -63,16 +66,18 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
             encoder.joined = ranks.broadcast(parts.joined(encoder.names(units), encoder.dtype.itemsize) if first else None)
         record = None
         with closing(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers)) as encoded:
-            found: Iterable[NumberedPart] = encoded     # one rank joins the parts while the next ones are encoded
-            if ranks.size > 1:
-                found = sorted(chain.from_iterable(ranks.gather(list(encoded))), key=itemgetter(0))
-            if first:
-                in_turn: Iterator[Part] = (part for _, part in found)
-                if max_documents is not None:
-                    in_turn = first_documents(encoder, units, in_turn, max_documents)
-                record = join(encoder, in_turn, prefix, shuffle_seed)
-        if first:
-            parts.remove()
+            if first:       # it joins the parts while all encode the next ones
+                found: Iterator[Part] = parts_of_all(encoder, encoded, ranks)
+                wanted = found if max_documents is None else first_documents(encoder, units, found, max_documents)
+                record = join(encoder, wanted, prefix, shuffle_seed)
+                encoded.close()
+                deque(found, maxlen=0)      # others may still be writing parts that are not wanted
+                parts.remove()
+            else:
+                parts.wait_for_folder(ranks.rank)
+                for numbered in encoded:
+                    ranks.send(numbered)
+                ranks.send(ALL_SENT)
         shared: Record = ranks.broadcast(record)
     return shared
 
@@ -184,14 +189,41 @@ def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers
                     break
 
 
+def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[Part]:
+    """The parts of all ranks in the order of their units, on rank 0; where the next one has not come, `own` goes on.
+
+    When it ends, no other rank is writing. `UserError` if a part of another rank cannot be seen here.
+    """
+    waiting: dict[int, Part] = {}
+    number, at_work = 0, ranks.size - 1
+    while True:
+        for message in ranks.received():
+            if message is ALL_SENT:
+                at_work -= 1
+            else:
+                waiting.update([message])
+        if number in waiting:
+            part = waiting.pop(number)
+            if (rank := number % ranks.size) and part.name not in encoder.joined:
+                encoder.parts.wait_for(part, encoder.dtype.itemsize, rank)
+            yield part
+            number += 1
+        elif mine := next(own, None):
+            waiting.update([mine])
+        elif at_work:
+            time.sleep(POLL_SECONDS)
+        else:
+            return
+
+
 def first_documents(encoder: Encoder, units: Sequence[Unit], found: Iterator[Part], limit: int) -> Iterator[Part]:
     """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
     for unit, part in zip(units, found, strict=False):
-        if limit == 0:
-            break
         first = part if part.documents <= limit else encoder.part(unit, limit)
         yield first
         limit -= first.documents
+        if limit == 0:
+            break       # the next part may never come
 
 
 def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
