@@ -45,7 +45,8 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
 
     `append_eod` ends each document that has tokens with the tokenizer's end-of-document token. `max_documents` takes
     the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
-    runs in as many processes on each rank. All ranks call this alike and get the record.
+    runs in as many processes on each rank, and with more than one rank on rank 0 always in processes of its own. All
+    ranks call this alike and get the record.
 
     `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
     without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
@@ -65,7 +66,10 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
         if shuffle_seed is None:
             encoder.joined = ranks.broadcast(parts.joined(encoder.names(units), encoder.dtype.itemsize) if first else None)
         record = None
-        with closing(encode_units(encoder, list(enumerate(units))[ranks.rank::ranks.size], workers)) as encoded:
+        own = list(enumerate(units))[ranks.rank::ranks.size]
+        joins_for_others = first and ranks.size > 1     # so it leaves encoding to a worker, and the others' parts do not wait
+        helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
+        with closing(encode_units(encoder, own, helpers)) as encoded:
             if first:       # it joins the parts while all encode the next ones
                 found: Iterator[Part] = parts_of_all(encoder, encoded, ranks)
                 wanted = found if max_documents is None else first_documents(encoder, units, found, max_documents)

@@ -192,7 +192,7 @@ def square(number: int) -> int:
     return number * number
 
 
-@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("workers", [0, 1, 2, 7])
 def test_results_come_in_order_and_a_failure_in_its_turn(workers):
     assert list(in_order(square, range(5), workers, lambda: None)) == [0, 1, 4, 9, 16]
     results = in_order(square, [4, 3, 5, 2, 5], workers, lambda: None)
