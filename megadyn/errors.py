@@ -2,9 +2,13 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
+
+CLOSED_PIPE = 128 + 13
+"""Exit status of a program that SIGPIPE ended."""
 
 
 class UserError(Exception):
@@ -25,6 +29,15 @@ class RunError(Exception):
     """Raised on all ranks alike, so that one may speak for them."""
 
 
+class OutputClosed(Exception):
+    """The reader of standard output has gone."""
+
+
+def line_lost(error: OSError) -> Exception:
+    """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
+    return OutputClosed() if isinstance(error, BrokenPipeError) else RunError(f"standard output: {error.strerror}")
+
+
 class Parser(argparse.ArgumentParser):
     """Its errors are the user's too."""
 
@@ -39,9 +52,34 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1."""
+    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1.
+
+    So does an `OSError`, but for a reader of standard output that has gone (`| head`): that is no news, and status 141.
+    """
+    if sys.stdout is None:      # the tool was started without one
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115
     try:
-        return main() or 0
+        try:
+            status = main() or 0
+        except SystemExit:      # --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        status = 2 if isinstance(error, UserError) else 1
+    except (BrokenPipeError, OutputClosed):
+        status = CLOSED_PIPE
+    except OSError as error:
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
+        status = 1
+    leave_standard_output()
+    return status
+
+
+def leave_standard_output() -> None:
+    """Drops what it will not take: Python would try once more at its end, and show a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

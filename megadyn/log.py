@@ -3,26 +3,43 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
+
+Raises = Callable[[OSError], Exception]
 
 log = logging.getLogger("megadyn")
 
 
 class StandardOutput(logging.StreamHandler):
-    """Writes to what `sys.stdout` is when the line comes: it may have been replaced since the start (by a capture, a pager)."""
+    """Writes to what `sys.stdout` is when the line comes: it may have been replaced since the start (by a capture, a pager).
 
-    def __init__(self) -> None:
+    For a line that cannot be written it raises what `raises` makes of the error, if that is given; else the library
+    tells so on standard error, and all goes on.
+    """
+
+    def __init__(self, raises: Raises | None) -> None:
         logging.Handler.__init__(self)
+        self._raises = raises
+
+    def handleError(self, record: logging.LogRecord) -> None:       # noqa: N802
+        error = sys.exception()
+        if self._raises and isinstance(error, OSError):
+            raise self._raises(error) from error
+        super().handleError(record)
 
     @property
     def stream(self) -> TextIO:
         return sys.stdout
 
 
-def start_logging() -> None:
-    """Plain lines on standard output from rank 0, warnings and errors with their rank from the others."""
+def start_logging(raises: Raises | None = None) -> None:
+    """Plain lines on standard output from rank 0, warnings and errors with their rank from the others.
+
+    `raises` is for tools, which end where nobody hears them (`errors.line_lost`); training goes on.
+    """
     rank = int(os.environ.get("RANK", 0))
-    handler = StandardOutput()
+    handler = StandardOutput(raises)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -22,7 +22,7 @@ from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, c
 from megadyn.data.engine import ENGINES
 from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
-from megadyn.errors import Parser, run_tool
+from megadyn.errors import Parser, line_lost, run_tool
 from megadyn.log import start_logging
 
 GARBAGE_THRESHOLD = 100_000
@@ -46,10 +46,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(ranks: Ranks) -> None:
-    args = parse_args()
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank == 0:
-        start_logging()
+        start_logging(raises=line_lost)
     corpus = corpus_of(args)
     began = time.perf_counter()
     record = preprocess(corpus, args.tokenizer, args.output_prefix, append_eod=args.append_eod, workers=args.workers,
@@ -75,15 +74,15 @@ def interrupted(number: int, frame: object) -> None:
 def main() -> int:
     gc.set_threshold(GARBAGE_THRESHOLD)
     ranks = Ranks()
+    signal.signal(signal.SIGTERM, interrupted)
 
-    def work() -> None:
+    def job() -> None:
         nonlocal ranks
         ranks = ranks_of_job()
-        run(ranks)
+        run(parse_args(), ranks)
 
-    signal.signal(signal.SIGTERM, interrupted)
     try:
-        status = run_tool(work)
+        status = run_tool(job)
     except KeyboardInterrupt:
         if ranks.size == 1:     # else the launcher stopped this rank, and says why
             print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
@@ -91,11 +90,6 @@ def main() -> int:
     except Exception:
         traceback.print_exc()
         status = 1
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
-        return status       # and Python, which tries once more, says why
     if status:
         ranks.abort(status)     # the others may be waiting for this one
     if ranks.size == 1:

@@ -1,10 +1,11 @@
 """How fast text becomes a dataset, start to finish, beside what its tokenizer alone can do.
 
-    python tools/benchmark.py data [--megabytes 200] [--workers 2] [--rounds 3] [--folder DIR] [--json]
+    python tools/benchmark.py data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
 
 The corpus is JSONL of the source code and documentation on this machine; what there is too little of comes again with
-its lines in another order. All runs take turns, each in processes of its own. MB are 10^6 bytes of text as UTF-8; CPU
-time is that of all processes, and so the better figure where others use the machine too.
+its lines in another order. With another `--form` the tool reads the same documents from shards in that one. All runs
+take turns, each in processes of its own. MB are 10^6 bytes of text as UTF-8; CPU time is that of all processes, and so
+the better figure where others use the machine too.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import orjson
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.engine import GigatokenTokenizer
 from megadyn.data.files import os_errors_named
+from megadyn.data.formats import CODECS
 from megadyn.data.indexed import files_of
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer
@@ -45,6 +47,8 @@ FAST_BYTES, SLOW_BYTES = 400_000_000, 4_000_000
 """Text for each worker of the ways that hold it in memory."""
 POLL_SECONDS = 0.1
 FAST_BATCH = 2**22
+FORMS = ("jsonl", "parquet", "jsonl.gz", "jsonl.zst")
+SHARDS, ROW_GROUP = 16, 1000
 READY_SECONDS = 600
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -65,13 +69,14 @@ class Figure:
     """Of all processes, shared memory counted once."""
 
 
-def measure(folder: Path, megabytes: int, workers: int, rounds: int) -> list[Figure]:
+def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) -> list[Figure]:
     """The median run of each way."""
     corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
     write_corpus(corpus, megabytes * 10**6)
     train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
+    source = corpus if form == "jsonl" else write_shards(corpus, folder / "shards", form)
     ways: dict[str, Callable[[], Run]] = {
-        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(corpus, tokenizer, folder / "dataset", workers),
+        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(source, tokenizer, folder / "dataset", workers),
         "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
         "gigatoken with reading and parsing, nothing kept": lambda: in_processes(encode_read, corpus, tokenizer, workers),
         "one `tokenizers` encode per document": lambda: in_processes(encode_each, corpus, tokenizer, workers),
@@ -108,6 +113,27 @@ def write_corpus(path: Path, size: int) -> None:
                 if written >= size:
                     return
             again = True
+
+
+def write_shards(corpus: Path, folder: Path, form: str) -> Path:
+    """The lines of `corpus` in `SHARDS` files of equal numbers of them; the folder."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    with corpus.open("rb") as file:
+        count = sum(1 for _ in file)
+    with corpus.open("rb") as file:
+        for i in range(SHARDS):
+            lines = list(islice(file, count * (i + 1) // SHARDS - count * i // SHARDS))
+            path = folder / f"{i:02d}.{form}"
+            if form == "parquet":
+                table = pyarrow.Table.from_pylist([orjson.loads(line) for line in lines])
+                pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+            else:
+                with pyarrow.CompressedOutputStream(path, CODECS[path.suffix]) as packed:
+                    packed.write(b"".join(lines))
+    return folder
 
 
 def texts_here() -> list[Path]:
@@ -166,7 +192,7 @@ def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     batches, held = [], 0
     for batch in text_batches(corpus, worker, workers):
         batches.append(batch)
-        held += utf8_bytes(batch)
+        held += sum(map(len, batch))
         if held >= FAST_BYTES:
             break
     return encode_batches(tokenizer, lambda: batches, held)
@@ -174,11 +200,11 @@ def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
 
 def encode_read(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
     """The least that any tool does with this JSONL: its lines are read, parsed and encoded."""
-    size = sum(map(utf8_bytes, text_batches(corpus, worker, workers)))
+    size = sum(map(len, texts_of(corpus, worker, workers)))
     return encode_batches(tokenizer, lambda: text_batches(corpus, worker, workers), size)
 
 
-def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[str]]], size: int) -> Callable[[], int]:
+def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[bytes]]], size: int) -> Callable[[], int]:
     engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
     engine.encode_batch(["x"], parallel=False)      # imports awkward
 
@@ -190,8 +216,8 @@ def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[str]]], 
     return work
 
 
-def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[str]]:
-    """Each of `FAST_BATCH` characters or a little more; smaller and larger ones are no faster."""
+def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[bytes]]:
+    """Each of `FAST_BATCH` bytes or a little more; smaller and larger ones are no faster."""
     batch, left = [], FAST_BATCH
     for text in texts_of(corpus, worker, workers):
         batch.append(text)
@@ -202,10 +228,6 @@ def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[str]]
     yield batch
 
 
-def utf8_bytes(texts: Iterable[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
-
-
 def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
     import tokenizers
 
@@ -213,8 +235,8 @@ def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     texts: list[str] = []
     size = 0
     for text in texts_of(corpus, worker, workers):
-        texts.append(text)
-        size += len(text.encode())
+        texts.append(text.decode())
+        size += len(text)
         if size >= SLOW_BYTES:
             break
 
@@ -226,7 +248,7 @@ def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     return work
 
 
-def texts_of(path: Path, worker: int, workers: int) -> Iterator[str]:
+def texts_of(path: Path, worker: int, workers: int) -> Iterator[bytes]:
     """This worker's units of the corpus."""
     corpus = Corpus([path])
     for unit in corpus.units()[worker::workers]:
@@ -268,8 +290,9 @@ class MemoryWatch:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-def as_table(figures: Sequence[Figure], megabytes: int) -> str:
-    rows = [f"| {megabytes} MB of JSONL | MB/s | CPU s per MB | peak memory, MB |", "|---|---|---|---|"]
+def as_table(figures: Sequence[Figure], megabytes: int, form: str) -> str:
+    what = f"{megabytes} MB of JSONL" + ("" if form == "jsonl" else f", for the tool as {form}")
+    rows = [f"| {what} | MB/s | CPU s per MB | peak memory, MB |", "|---|---|---|---|"]
     for figure in figures:
         peak = "" if figure.peak_mb is None else f"{figure.peak_mb:.0f}"
         rows.append(f"| {figure.what} | {figure.mb_per_second:.1f} | {figure.cpu_seconds_per_mb:.4f} | {peak} |")
@@ -283,6 +306,7 @@ def as_table(figures: Sequence[Figure], megabytes: int) -> str:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)")
+    parser.add_argument("--form", choices=FORMS, default="jsonl", help="what the tool reads (default: jsonl)")
     parser.add_argument("--workers", type=positive, default=2, metavar="N")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
@@ -294,7 +318,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with os_errors_named(args.folder), tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        figures = measure(Path(folder), args.megabytes, args.workers, args.rounds)
-    print(as_table(figures, args.megabytes))
+        figures = measure(Path(folder), args.megabytes, args.form, args.workers, args.rounds)
+    print(as_table(figures, args.megabytes, args.form))
     if args.json:
         print(json.dumps([asdict(one) for one in figures]))

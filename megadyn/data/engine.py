@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, islice
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
+import orjson
 
 from megadyn.data.strange import StrangeCharacters
-from megadyn.data.tokenizer import Encoded, TokenArray, Tokenizer, ended, joined, split
+from megadyn.data.tokenizer import AddedToken, Encoded, TokenArray, Tokenizer, TokenizerJson, ended, joined, split
 from megadyn.errors import UserError
 from megadyn.log import log
 
@@ -38,8 +39,6 @@ AWKWARD = (
 CUT_PROBES = ("a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny", "I,'s 1,2;3\n4 (a,b;;\n\n\nc)\nA,,\n", "x\n\n, y ,;z,\r\n9\n")
 CUT_DOCUMENTS = 4
 CHARACTER_RANGES = ((0x00, 0x80), (0x80, 0x600), (0x600, 0x3100), (0x3100, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000))
-
-
 CUT = re.compile(rb"(?<=[0-9A-Za-z])(?=[,;\n])|(?<=[!-~]\n)(?=[A-Za-z])")
 """Where hardly any tokenizer lets one side depend on the other."""
 
@@ -58,12 +57,34 @@ class Separator(NamedTuple):
     id: int
 
 
-def separator_of(rules: dict[str, Any], eod: int | None) -> Separator | None:
-    """An added token that is found whatever is around it and takes nothing of that along: `eod` itself, if it is one."""
-    usable = [token for token in rules["added_tokens"] or () if token["content"]
-              and not any(token.get(flag, True) for flag in ("single_word", "lstrip", "rstrip", "normalized"))]
-    usable.sort(key=lambda token: (not token["content"].isascii(), token["id"] != eod))
-    return Separator(usable[0]["content"].encode(), usable[0]["id"]) if usable else None
+def separator_of(added: Sequence[AddedToken], eod: int | None) -> Separator | None:
+    """One of the `added` tokens that is found whatever is around it: `eod` itself, if it is such a one."""
+    usable = sorted((token for token in added if not token.is_particular and not token.is_normalized),
+                    key=lambda token: (not token.content.isascii(), token.id != eod))
+    return next((Separator(token.content.encode(), token.id) for token in usable
+                 if not any(may_overlap(token.content, other.content) for other in added)), None)
+
+
+def may_overlap(one: str, other: str) -> bool:
+    """Whether a text can hold both so that they share characters; if they are equal, whether it can hold it so twice."""
+    if one != other and (one in other or other in one):
+        return True
+    return any(one.endswith(other[:shared]) or other.endswith(one[:shared]) for shared in range(1, min(len(one), len(other))))
+
+
+def refuse_added_tokens(content: TokenizerJson) -> None:
+    """`UserError` if it matters that gigatoken looks for all in the text as it is, for none once it is normalized."""
+    for token in content.added_tokens:
+        rivals = (other for other in content.added_tokens if other.is_normalized != token.is_normalized)
+        composes = b'"NFC"' in orjson.dumps(content.rules["normalizer"]) and not token.content.isascii()
+        if token.is_normalized and (composes or any(may_overlap(token.content, other.content) for other in rivals)):
+            raise UserError(f"gigatoken does not support added token {token.content!r}, which is looked for in normalized text")
+
+
+def may_be_cut(content: TokenizerJson) -> bool:
+    """Whether no token reaches over a place to `CUT`: texts are cut by class before, and added tokens hold none."""
+    return b'"ByteLevel"' in orjson.dumps(content.rules["pre_tokenizer"]) and not any(
+        token.is_particular or CUT.search(b"!" + token.content.encode()) for token in content.added_tokens)
 
 
 class GigatokenTokenizer(Tokenizer):
@@ -71,7 +92,7 @@ class GigatokenTokenizer(Tokenizer):
 
     Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
     awkward, which takes a third of a tool's start. With `apart` they are not. With `in_pieces`, the reference
-    gets only those pieces of a text in which it may differ.
+    gets only those pieces of a text in which it may differ; `may_be_cut` says whether that is for the proof to decide.
     """
 
     def __init__(self, reference: Tokenizer, apart: bool = False, in_pieces: bool = False) -> None:
@@ -84,8 +105,10 @@ class GigatokenTokenizer(Tokenizer):
         except ImportError as error:
             raise UserError("gigatoken is not installed (pip install gigatoken)") from error
         content = reference.for_gigatoken()
-        self._strange = StrangeCharacters(content.rules)
-        self._separator = None if apart else separator_of(content.rules, reference.eod_or_none)
+        refuse_added_tokens(content)
+        self._strange = StrangeCharacters(content.rules, content.added_tokens)
+        self._separator = None if apart else separator_of(content.added_tokens, reference.eod_or_none)
+        self.may_be_cut = may_be_cut(content)
         try:
             self.engine = gigatoken.Tokenizer.from_json(content.text)
         except BaseException as error:      # a panic of the library is no Exception
@@ -167,7 +190,7 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
                 apart = True
                 fast = GigatokenTokenizer(reference, apart)
                 proved = proof.of(fast)
-            fast.in_pieces = proof.in_pieces(fast)
+            fast.in_pieces = fast.may_be_cut and proof.in_pieces(fast)
     except UserError as error:
         if engine == "gigatoken":
             raise UserError(f"--engine gigatoken: {error}") from error
@@ -206,14 +229,15 @@ class Proof:
 
     def of(self, other: Tokenizer, name: str = "gigatoken") -> str:
         """On what `other`, called `name`, is equal, in words; `Unequal` with the first text on which it is not."""
-        found, wanted = other.encode_batch(self._texts), self._wanted.result()
+        found = other.encode_batch(self._texts)
+        alone = [other.encode_batch([text])[0] for text in AWKWARD]        # each as the first one, too
+        wanted = self._wanted.result()
         for i, text in enumerate(self._texts):
-            if not np.array_equal(found[i], wanted[i]):
+            if not np.array_equal(found[i], wanted[i]) or (i < len(alone) and not np.array_equal(alone[i], wanted[i])):
                 of_corpus = i - len(self._probes) + 1
                 which = f"document {of_corpus} of the corpus" if of_corpus > 0 else f"the text {text[:40]!r}"
                 raise Unequal(f"{name} differs from tokenizer {self._reference.name} on {which}")
         return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts"
-
 
     def in_pieces(self, other: Tokenizer) -> bool:
         """Whether `other` gives the pieces of the texts (see `CUT`), each encoded on its own, the ids of the whole texts."""

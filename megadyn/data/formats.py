@@ -1,7 +1,7 @@
 """Documents of one file, or of a part of it: text, JSON lines, Parquet; `.gz` and `.zst` are decompressed.
 
-Each reader yields (what was found, bytes on disk read so far) and stops at the end of its `Span`. A document that
-cannot be read is found as a `DocumentError`; so is, as one, what is lost of a damaged file. None holds more in
+Each reader yields (what was found, bytes on disk read so far) and stops at the end of its `Span`. A document is its text
+as UTF-8. One that cannot be read is found as a `DocumentError`; so is, as one, what is lost of a damaged file. None holds more in
 memory than a document or a few megabytes.
 """
 
@@ -9,9 +9,11 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import orjson
 
 JSONL_SUFFIXES = (".jsonl", ".json")
@@ -39,7 +41,7 @@ class Span:
     size: int       # bytes on disk
 
 
-Found = tuple[str | DocumentError, int]
+Found = tuple[bytes | DocumentError, int]
 
 
 def form_of(file: Path) -> str:
@@ -55,7 +57,9 @@ def text_file(span: Span, _: str) -> Iterator[Found]:
             raw = stream.read(LONGEST_DOCUMENT + 1)
         if len(raw) > LONGEST_DOCUMENT:
             raise DocumentError(f"a text of over {LONGEST_DOCUMENT:,} bytes")
-        yield raw.decode("utf-8"), span.size
+        if not raw.isascii():
+            raw.decode("utf-8")
+        yield raw, span.size
     except UnicodeDecodeError as error:
         yield DocumentError(f"{span.file}: no UTF-8 text (byte {error.start}: {error.reason})"), span.size
     except DocumentError as error:
@@ -83,7 +87,7 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
                         position += skip_line(lines)
                         raise DocumentError(f"a line of over {LONGEST_DOCUMENT:,} bytes")
                     if not line.isspace():
-                        yield jsonl_text(line, text_key), done
+                        yield jsonl_text(line, text_key).encode(), done
                 except DocumentError as error:
                     yield DocumentError(f"{span.file}:{lines_before(span) + number}: {error}"), done
     except OSError as error:
@@ -105,7 +109,7 @@ def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
                 for batch in table.iter_batches(min(max(1, rows), 2**16), [i], columns=[text_key], use_threads=False):
                     for text in column_texts(batch.column(0)):
                         row += 1
-                        yield (text if isinstance(text, str) else DocumentError(f"{span.file}: row {row}: {text}")), done
+                        yield (text if isinstance(text, bytes) else DocumentError(f"{span.file}: row {row}: {text}")), done
     except DocumentError as error:
         yield DocumentError(f"{span.file}: {error}"), span.size
     except pyarrow.ArrowException as error:
@@ -210,18 +214,30 @@ def check_column(schema: Any, name: str) -> None:
         raise DocumentError(f"column {name!r} holds {kind}, no text")
 
 
-def column_texts(column: Any) -> Iterator[str | DocumentError]:
+def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
+    """From the column's buffers, as pyarrow makes Python objects slowly."""
+    import pyarrow
+
     try:
-        texts = column.to_pylist()
-    except UnicodeDecodeError:      # one bad row; find which
-        texts = [scalar_text(scalar) for scalar in column]
-    for text in texts:
-        yield DocumentError("null, no text") if text is None else text
+        column.validate(full=True)
+        sound = True
+    except pyarrow.ArrowInvalid:        # a row is no UTF-8; find which
+        sound = False
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    column = column.cast(pyarrow.large_binary())
+    _, ends, raw = column.buffers()
+    offsets = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1].tolist()
+    known = column.is_valid().to_pylist() if column.null_count else repeat(True)
+    data = memoryview(raw) if raw else b""
+    for first, end, is_known in zip(offsets, offsets[1:], known, strict=False):
+        yield checked(bytes(data[first:end]), sound) if is_known else DocumentError("null, no text")
 
 
-def scalar_text(scalar: Any) -> str | DocumentError | None:
+def checked(text: bytes, sound: bool) -> bytes | DocumentError:
     try:
-        text: str | None = scalar.as_py()
+        if not sound:
+            text.decode()
+        return text
     except UnicodeDecodeError as error:
         return DocumentError(f"no UTF-8 text (byte {error.start}: {error.reason})")
-    return text

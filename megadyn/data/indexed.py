@@ -373,7 +373,7 @@ def sync_and_close(file: IO[bytes]) -> None:
 
 
 def publish(temporary: dict[str, Path], final: dict[str, Path]) -> None:
-    """Renames each temporary file that there is; on an error no part of the dataset stays under a final name."""
+    """Renames each temporary file that there is, or on an error back, so that no part of the dataset stays under a final name."""
     final["idx"].unlink(missing_ok=True)        # an old index beside new tokens would look like a dataset
     try:
         for kind, path in final.items():
@@ -382,6 +382,9 @@ def publish(temporary: dict[str, Path], final: dict[str, Path]) -> None:
             else:
                 path.unlink(missing_ok=True)        # the record of the dataset that stood here
     except BaseException:
-        for path in final.values():
-            path.unlink(missing_ok=True)
+        for kind, path in final.items():
+            if temporary[kind].exists():
+                path.unlink(missing_ok=True)        # of the dataset that stood here
+            elif path.exists():
+                path.replace(temporary[kind])
         raise

@@ -7,6 +7,7 @@
 # the dataset as far as it is joined, so that a job needs room for hardly more than that:
 #   joined.bin  the tokens of the first parts, in order
 #   joined.txt  their names, one a line
+#   publishing  there while its files get their names
 # and under .*.tmp what is being written; the next run removes what is left of that.
 
 So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
@@ -19,7 +20,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ class Parts:
         found: dict[str, Part] = {}
         if self.joined_tokens.exists() and self._joined_list.exists():
             left = self.joined_tokens.stat().st_size
-            for name, listed in zip(names, self._joined_list.read_text().split(), strict=False):
+            for name, listed in zip(names, self._joined_list.read_text(errors="replace").split(), strict=False):
                 part = self._read(name)
                 left -= part.tokens * itemsize if part else 0
                 if part is None or name != listed or left < 0 or not self._file(name, "len").exists():
@@ -136,6 +137,24 @@ class Parts:
                 found[name] = part
         self._rewrite_joined_list(found)
         return found
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Notes that the dataset's files are being given their names, for `take_back`."""
+        self._publishing.touch()
+        try:
+            yield
+        finally:
+            self._publishing.unlink()
+
+    def take_back(self, dataset: Mapping[str, Path]) -> None:
+        """Undoes what a run did that was killed while it gave the dataset's files their names; the index gets its own last."""
+        if self._publishing.exists() and not dataset["idx"].exists():
+            if dataset["bin"].exists() and self._joined_list.exists() and not self.joined_tokens.exists():
+                dataset["bin"].replace(self.joined_tokens)
+            dataset["bin"].unlink(missing_ok=True)
+            dataset["json"].unlink(missing_ok=True)
+        self._publishing.unlink(missing_ok=True)
 
     def add_joined(self, part: Part) -> None:
         """Tells that joined.bin holds this part now, too."""
@@ -152,6 +171,10 @@ class Parts:
         temporary = temporary_beside(self._joined_list)
         temporary.write_text("".join(f"{name}\n" for name in names))
         temporary.replace(self._joined_list)
+
+    @property
+    def _publishing(self) -> Path:
+        return self.folder / "publishing"
 
     @property
     def _joined_list(self) -> Path:

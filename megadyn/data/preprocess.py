@@ -6,7 +6,7 @@ and the result depends neither on their number nor on that of MPI ranks.
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -54,26 +54,23 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"      # processes are the parallelism; forked, they would miss its threads
     first = ranks.rank == 0
-    parts, outputs = Parts(prefix), list(files_of(prefix).values())
-    if first:
-        refuse_existing(outputs, overwrite)
-    reference = load_tokenizer(tokenizer_path)
+    parts, outputs = Parts(prefix), files_of(prefix)
     with os_errors_named(prefix), parts.locked() if first else nullcontext():
         if first:
-            refuse_existing(outputs, overwrite)     # another run may have finished just now
-        units, tokenizer = plan(corpus, reference, engine, [*outputs, parts.folder], ranks)
-        encoder = Encoder(corpus, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
-        if shuffle_seed is None:
-            encoder.joined = ranks.broadcast(parts.joined(encoder.names(units), encoder.dtype.itemsize) if first else None)
+            parts.take_back(outputs)
+            refuse_existing(outputs.values(), overwrite)
+        reference = load_tokenizer(tokenizer_path)
+        units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
+        encoder = Encoder(corpus, units, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
+        encoder.names, encoder.joined = ranks.broadcast(encoder.known(in_order=shuffle_seed is None) if first else None)
         record = None
-        own = list(enumerate(units))[ranks.rank::ranks.size]
+        own = range(ranks.rank, len(units), ranks.size)
         joins_for_others = first and ranks.size > 1     # so it leaves encoding to a worker, and the others' parts do not wait
         helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
         with closing(encode_units(encoder, own, helpers)) as encoded:
             if first:       # it joins the parts while all encode the next ones
-                found: Iterator[Part] = parts_of_all(encoder, encoded, ranks)
-                wanted = found if max_documents is None else first_documents(encoder, units, found, max_documents)
-                record = join(encoder, wanted, prefix, shuffle_seed)
+                found = parts_of_all(encoder, encoded, ranks)
+                record = join(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
                 encoded.close()
                 deque(found, maxlen=0)      # others may still be writing parts that are not wanted
                 parts.remove()
@@ -106,7 +103,8 @@ def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
     """The documents that can be read, from the beginning."""
     readable = Corpus([], text_key=corpus.text_key, on_error="skip")
     for unit in units:
-        yield from readable.read(unit)
+        for text in readable.read(unit):
+            yield text.decode()
 
 
 @dataclass
@@ -114,22 +112,28 @@ class Encoder:
     """Units to parts."""
 
     corpus: Corpus
+    units: Sequence[Unit]
     tokenizer: Tokenizer
     parts: Parts
     eod: int | None
     limit: int | None
     """Documents that are wanted of a unit, from its beginning."""
     progress: Progress | None = None
+    names: Sequence[str] = ()
+    """Of the parts, one for each unit."""
     joined: Mapping[str, Part] = field(default_factory=dict)
     """The parts with which the dataset begins already."""
 
     def __post_init__(self) -> None:
         self.dtype = dtype_for(self.tokenizer.vocab_size)
 
-    def part(self, unit: Unit, limit: int | None = None) -> Part:
-        """The part of `unit`, or of its first `limit` documents: from an earlier run, or encoded now."""
-        limit = self.limit if limit is None else limit
-        name = self._name(unit, limit)
+    def part(self, number: int, limit: int | None = None) -> Part:
+        """The part of a unit, or of its first `limit` documents: from an earlier run, or encoded now."""
+        unit, name = self.units[number], self.names[number]
+        if limit is None:
+            limit = self.limit
+        else:
+            name = part_name(name, limit)
         found = self.joined.get(name) or self.parts.load(name)
         if found and (not found.skipped or self.corpus.on_error == "skip"):
             self._report(sum(span.size for span in unit), found.tokens)
@@ -155,24 +159,30 @@ class Encoder:
         if self.progress:
             self.progress.add(bytes_on_disk, tokens)
 
-    def names(self, units: Iterable[Unit]) -> list[str]:
-        return [self._name(unit, self.limit) for unit in units]
+    def known(self, in_order: bool) -> tuple[list[str], dict[str, Part]]:
+        """`names` and `joined`."""
+        names, seen = [], Counter[str]()
+        for unit in self.units:
+            content = self._content_name(unit)
+            names.append(part_name(content, seen[content]))      # a file may be given twice, and a part is joined once
+            seen[content] += 1
+        return names, self.parts.joined(names, self.dtype.itemsize) if in_order else {}
 
-    def _name(self, unit: Unit, limit: int | None) -> str:
+    def _content_name(self, unit: Unit) -> str:
         spans: list[Any] = []
         for span in unit:
             state = span.file.stat()
             spans.append([str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end])
-        return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, limit)
+        return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, self.limit)
 
 
-def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[bytes], int]]:
-    """(consecutive texts as UTF-8, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
+def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
+    """(consecutive texts, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
     batch: list[bytes] = []
     size = 0
     for text in texts:
-        batch.append(text.encode())
-        size += len(batch[-1])
+        batch.append(text)
+        size += len(text)
         if size >= BATCH_BYTES:
             yield batch, size
             batch, size = [], 0
@@ -180,20 +190,20 @@ def batches_of(texts: Iterator[str]) -> Iterator[tuple[list[bytes], int]]:
         yield batch, size
 
 
-def encode_units(encoder: Encoder, numbered: Sequence[tuple[int, Unit]], workers: int) -> Generator[NumberedPart, None, None]:
-    """(number, part) of each unit, in order, until there are as many documents as are wanted."""
+def encode_units(encoder: Encoder, numbers: Sequence[int], workers: int) -> Generator[NumberedPart, None, None]:
+    """(number, part) of each of these units, in order, until there are as many documents as are wanted."""
     documents = 0
-    with Progress(sum(span.size for _, unit in numbered for span in unit)) as progress:
+    with Progress(sum(span.size for number in numbers for span in encoder.units[number])) as progress:
         reporting = replace(encoder, progress=progress)
-        with closing(in_order(reporting.part, [unit for _, unit in numbered], workers, progress.show)) as results:
-            for (number, _), part in zip(numbered, results, strict=False):
+        with closing(in_order(reporting.part, numbers, workers, progress.show)) as results:
+            for number, part in zip(numbers, results, strict=False):
                 yield number, part
                 documents += part.documents
                 if encoder.limit is not None and documents >= encoder.limit:
                     break
 
 
-def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[Part]:
+def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[NumberedPart]:
     """The parts of all ranks in the order of their units, on rank 0; where the next one has not come, `own` goes on.
 
     When it ends, no other rank is writing. `UserError` if a part of another rank cannot be seen here.
@@ -210,7 +220,7 @@ def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) ->
             part = waiting.pop(number)
             if (rank := number % ranks.size) and part.name not in encoder.joined:
                 encoder.parts.wait_for(part, encoder.dtype.itemsize, rank)
-            yield part
+            yield number, part
             number += 1
         elif mine := next(own, None):
             waiting.update([mine])
@@ -220,12 +230,12 @@ def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) ->
             return
 
 
-def first_documents(encoder: Encoder, units: Sequence[Unit], found: Iterator[Part], limit: int) -> Iterator[Part]:
+def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int | None) -> Iterator[Part]:
     """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
-    for unit, part in zip(units, found, strict=False):
-        first = part if part.documents <= limit else encoder.part(unit, limit)
+    for number, part in found:
+        first = part if limit is None or part.documents <= limit else encoder.part(number, limit)
         yield first
-        limit -= first.documents
+        limit = None if limit is None else limit - first.documents
         if limit == 0:
             break       # the next part may never come
 
@@ -262,5 +272,6 @@ def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: in
             eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
             sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
             source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in joined))
-        writer.finish(record)
+        with parts.publishing():
+            writer.finish(record)
     return record

@@ -64,19 +64,20 @@ class Corpus:
     def __iter__(self) -> Iterator[str]:
         self.restart()
         for unit in self.units():
-            yield from self.read(unit)
+            for text in self.read(unit):
+                yield text.decode()
 
     def restart(self) -> None:
         self.skipped, self.first_skipped, self.consumed = 0, None, 0
 
-    def read(self, unit: Unit) -> Iterator[str]:
-        """The documents of one unit; goes on counting in `skipped` and `consumed`."""
+    def read(self, unit: Unit) -> Iterator[bytes]:
+        """The documents of one unit, as UTF-8; goes on counting in `skipped` and `consumed`."""
         for span in unit:
             before = self.consumed
             with os_errors_named(span.file):
                 for found, done in READERS[span.form](span, self.text_key):
                     self.consumed = before + done
-                    if isinstance(found, str):
+                    if isinstance(found, bytes):
                         yield found
                     elif self.on_error == "skip":
                         self.skipped += 1

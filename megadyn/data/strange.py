@@ -13,6 +13,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megadyn.data.tokenizer import AddedToken
+
 FIRST = 0x300
 """Below this all characters are older than any table of Unicode in use."""
 FIRST_BYTE = chr(FIRST).encode()[0]
@@ -21,8 +23,8 @@ LAST_KNOWN = 0x323af
 PICTOGRAPHS = range(0x1F200, 0x1FB00)
 """Symbols all, those to come too: most of the new characters in real texts, as each Unicode brings new emoji."""
 SYMBOL_BLIND_STEPS = {"Sequence", "Split", "ByteLevel", "Digits", "Metaspace", "NFC", "Replace", "Prepend"}
-SYMBOL_BLIND_CLASSES = re.compile("[LMNPZ]")
-"""Beginnings of the names of classes, as in `\\p{Lu}`, that hold no symbol and no character without a class."""
+SYMBOL_BLIND_CLASSES = re.compile("[LMNPZ][a-z]?")
+"""Names of classes, as in `\\p{Lu}`, that hold no symbol and no character without a class."""
 BLOCK = 64
 """Characters that are looked at together; Unicode gives them out in blocks."""
 
@@ -30,13 +32,14 @@ BLOCK = 64
 class StrangeCharacters:
     """Those that libraries may class in different ways in the eyes of one tokenizer, and may compose if that does."""
 
-    def __init__(self, tokenizer_json: Any) -> None:
-        """`tokenizer_json`: what such a file holds."""
+    def __init__(self, rules: dict[str, Any], added_tokens: Sequence[AddedToken] = ()) -> None:
+        """`rules`: normalizer and pre_tokenizer of a tokenizer.json."""
         self._strange = unknown_characters()
-        if not tells_symbols(tokenizer_json):
+        if not tells_symbols(rules):
             self._strange[PICTOGRAPHS] = False
-        if b'"NFC"' in orjson.dumps(tokenizer_json["normalizer"]):
+        if b'"NFC"' in orjson.dumps(rules["normalizer"]):
             self._strange |= late_compositions()
+            self._strange[making_or_breaking([token.content for token in added_tokens if token.is_normalized])] = True
         self._pairs = beginnings(self._strange)
 
     def among(self, texts: Sequence[bytes]) -> list[int]:
@@ -82,11 +85,24 @@ def late_compositions() -> NDArray[np.bool_]:
     return late
 
 
-def tells_symbols(tokenizer_json: Any) -> bool:
+def making_or_breaking(tokens: Sequence[str]) -> list[int]:
+    """Characters with which a text does not hold the same ASCII `tokens` once it is composed, as `>` and U+0338 become one."""
+    characters, last = set("".join(tokens)), {token[-1] for token in tokens}
+    found = []
+    for code in range(0x80, 0x3000):
+        decomposition = unicodedata.decomposition(chr(code))
+        if decomposition and not decomposition.startswith("<"):
+            first, *marks = [chr(int(part, 16)) for part in decomposition.split()]
+            if first in (last if marks else characters):
+                found.append(ord(marks[0]) if marks else code)
+    return found
+
+
+def tells_symbols(rules: dict[str, Any]) -> bool:
     """Whether it may matter for where a text is cut that a character without a class has become a symbol."""
-    rules = orjson.dumps([tokenizer_json["normalizer"], tokenizer_json["pre_tokenizer"]]).decode()
-    steps, classes = re.findall(r'"type":"(\w+)"', rules), re.findall(r"\\[pP]\{?\^?(\w+)", rules)
-    return not SYMBOL_BLIND_STEPS.issuperset(steps) or "[:" in rules or not all(map(SYMBOL_BLIND_CLASSES.match, classes))
+    written = orjson.dumps([rules["normalizer"], rules["pre_tokenizer"]]).decode()
+    steps, classes = re.findall(r'"type":"(\w+)"', written), re.findall(r"\\[pP]\{?\^?(\w+)", written)
+    return not SYMBOL_BLIND_STEPS.issuperset(steps) or "[:" in written or not all(map(SYMBOL_BLIND_CLASSES.fullmatch, classes))
 
 
 def beginnings(characters: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -35,7 +35,7 @@ def joined(arrays: Sequence[TokenArray]) -> Encoded:
 
 
 def split(encoded: Encoded) -> list[TokenArray]:
-    return np.split(encoded.tokens, np.cumsum(encoded.lengths)[:-1])
+    return np.split(encoded.tokens, np.cumsum(encoded.lengths))[:-1]
 
 
 def ended(encoded: Encoded, eod: int | None) -> Encoded:
@@ -52,10 +52,22 @@ def ended(encoded: Encoded, eod: int | None) -> Encoded:
     return Encoded(tokens, lengths)
 
 
+class AddedToken(NamedTuple):
+    """A text that is one token wherever it stands."""
+
+    id: int
+    content: str
+    is_particular: bool
+    """About the characters around it: it is found between some only, or takes white space along."""
+    is_normalized: bool
+    """Looked for once the text is."""
+
+
 class TokenizerJson(NamedTuple):
     text: str
+    added_tokens: Sequence[AddedToken]
     rules: dict[str, Any]
-    """What it holds, with or without the vocabulary; large ones take a while to parse."""
+    """Its normalizer and pre_tokenizer; with the vocabulary, large ones take a while to parse."""
 
 
 class Tokenizer(ABC):
@@ -144,7 +156,7 @@ class HfTokenizer(Tokenizer):
         self.eod_or_none = find_eod(vocab, settings.get("eos_token"), folder)
         content = orjson.loads(raw)
         self.fingerprint = fingerprint(content, splits)
-        self._rules = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
+        self._rules = {key: content.get(key) for key in ("normalizer", "pre_tokenizer")}
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -158,7 +170,9 @@ class HfTokenizer(Tokenizer):
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def for_gigatoken(self) -> TokenizerJson:
-        return TokenizerJson(self._tokenizer.to_str(), self._rules)
+        added = [AddedToken(i, token.content, token.single_word or token.lstrip or token.rstrip, token.normalized)
+                 for i, token in self._tokenizer.get_added_tokens_decoder().items()]       # the file may number them otherwise
+        return TokenizerJson(self._tokenizer.to_str(), added, self._rules)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -190,6 +204,9 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
     def added_tokens(self) -> list[str]:
+        return [*user_defined(self._raw), *self._control_symbols()]     # the latter may not be taken for such, though
+
+    def _control_symbols(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
 
     def for_gigatoken(self) -> TokenizerJson:
@@ -202,10 +219,19 @@ class SentencePieceTokenizer(Tokenizer):
         if any(step["type"] == "Precompiled" for step in content["normalizer"]["normalizers"]):
             raise UserError(f"gigatoken normalizes some characters otherwise than tokenizer {self.name}")
         # SentencePiece spells out control symbols such as </s> where they stand in a text.
-        control = set(self.added_tokens())
+        control = set(self._control_symbols())
         content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
         content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in control]
-        return TokenizerJson(json.dumps(content), content)
+        added = [AddedToken(token["id"], token["content"], False, token["normalized"]) for token in content["added_tokens"]]
+        return TokenizerJson(json.dumps(content), added, content)
+
+
+def user_defined(raw: bytes) -> list[str]:
+    """Symbols that a SentencePiece model takes whole from a text, whatever is around them."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(raw)
+    return [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -6,7 +6,9 @@ from pathlib import Path
 from megadyn.data.formats import CODECS, Span, form_of, open_parquet
 
 UNIT_BYTES = 2**23
-"""Bytes on disk that a unit has at least, but for the last one."""
+"""Bytes of text, or a few more or less, that a unit has at least, but for the last one."""
+PACKED = 4
+"""How much smaller than their text Parquet and compressed files are, about; so their units hold as much as others."""
 MOST_UNITS = 2**12
 """A corpus has fewer units than this, and files that cannot be cut; each unit is two small files for a while."""
 
@@ -16,13 +18,14 @@ Unit = tuple[Span, ...]
 
 def units_of(files: Iterable[Path], form: str) -> list[Unit]:
     """All of `files`, in order."""
-    sizes = [(file, file.stat().st_size) for file in files]
-    least = unit_bytes(sum(size for _, size in sizes))
+    sized = [(file, file.stat().st_size, form_of(file) if form == "auto" else form) for file in files]
+    packs = [PACKED if its_form == "parquet" or file.suffix in CODECS else 1 for file, _, its_form in sized]
+    least = unit_bytes(sum(size * pack for (_, size, _), pack in zip(sized, packs, strict=True)))
     units, unit, held = [], [], 0
-    for file, size in sizes:
-        for span in spans_of(file, size, form_of(file) if form == "auto" else form, least):
+    for (file, size, its_form), pack in zip(sized, packs, strict=True):
+        for span in spans_of(file, size, its_form, least // pack):
             unit.append(span)
-            held += span.size
+            held += span.size * pack
             if held >= least:
                 units.append(tuple(unit))
                 unit, held = [], 0
@@ -38,7 +41,7 @@ def unit_bytes(total: int) -> int:
 
 
 def spans_of(file: Path, size: int, form: str, least: int) -> Iterator[Span]:
-    """`file` in pieces of about `least` bytes, or whole if its format cannot be cut."""
+    """`file` in pieces of about `least` bytes on disk, or whole if its format cannot be cut."""
     if form == "jsonl" and file.suffix not in CODECS:
         for first in range(0, size, least):
             end = min(first + least, size)

@@ -3,6 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import orjson
+import pytest
+
+from megadyn.benchmark.preparation import FORMS, SHARDS, write_shards
+from megadyn.data.readers import Corpus
+
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
 
@@ -16,6 +22,16 @@ def test_data_benchmark_measures_every_way_and_cleans_up(tmp_path):
     assert 20 < tool["peak_mb"] < 1000
     assert "The tool: " in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_shards_hold_the_documents_of_the_corpus(tmp_path, form):
+    texts = [f"document {i}\n" * i for i in range(3 * SHARDS + 5)]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(b"".join(orjson.dumps({"id": i, "text": text}) + b"\n" for i, text in enumerate(texts)))
+    shards = write_shards(corpus, tmp_path / "shards", form)
+    assert len(list(shards.iterdir())) == SHARDS
+    assert list(Corpus([shards])) == texts
 
 
 def test_unknown_benchmark_is_refused():

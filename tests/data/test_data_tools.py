@@ -145,6 +145,32 @@ def test_inspect_refuses_a_cut_dataset_and_another_tokenizer(tmp_path, corpus, r
     assert_refused(run_tool_script("inspect_dataset", tmp_path / "x"), "x.bin: 1 bytes, but its index describes")
 
 
+@pytest.mark.parametrize("tool", ["preprocess_data", "inspect_dataset", "help"])
+def test_standard_output_that_takes_no_more_is_one_line_or_silence(tmp_path, corpus, tool):
+    """A full disk, a pipe whose reader has gone, none at all."""
+    prepare = ["preprocess_data.py", "--input", "corpus", "--tokenizer", "byte", "--output-prefix", "x", "--overwrite"]
+    name, *args = {"preprocess_data": prepare, "inspect_dataset": ["inspect_dataset.py", "x"],
+                   "help": ["inspect_dataset.py", "--help"]}[tool]
+    if tool == "inspect_dataset":
+        with IndexedWriter(tmp_path / "x", "<u2") as writer:
+            writer.add(np.array([1]), [1], [1])
+            writer.finish()
+    command = f"PYTHONUNBUFFERED= {shlex.join([sys.executable, str(TOOLS / name), *args])}"
+    full = shell(f"{command} >/dev/full", tmp_path)
+    place = "standard output: " if tool == "preprocess_data" else ""
+    assert (full.returncode, full.stderr) == (1, f"error: {place}No space left on device\n")
+    closed = shell(f"{{ sleep 0.2; {command}; echo $? >&2; }} | true", tmp_path)
+    assert closed.stderr.split() == ["141"]
+    assert shell(f"{command} >&-", tmp_path).returncode == 0
+
+
+def test_a_launcher_without_its_library_is_one_line(tmp_path, corpus):
+    tool = str(TOOLS / "preprocess_data.py")
+    script = f"import runpy, sys; sys.modules['mpi4py'] = None; runpy.run_path({tool!r}, run_name='__main__')"
+    done = shell(f"PMI_SIZE=2 {shlex.join([sys.executable, '-c', script])}", tmp_path)
+    assert_refused(done, "mpi4py or the MPI library is missing")
+
+
 @pytest.mark.parametrize("name", ["train_tokenizer", "preprocess_data", "merge_datasets", "inspect_dataset"])
 def test_wrong_arguments_are_status_2_and_help_is_0(run_tool_script, name):
     assert run_tool_script(name, "--no-such-flag").returncode == 2

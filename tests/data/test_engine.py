@@ -15,6 +15,7 @@ from megadyn.data.engine import (
     GigatokenTokenizer,
     Proof,
     itself,
+    may_overlap,
     with_engine,
 )
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +27,22 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 QWEN = {"type": "Sequence", "pretokenizers": [
     {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}},
+    BYTE_LEVEL | {"use_regex": False}]}
+LLAMA3 = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")}},
+    BYTE_LEVEL | {"use_regex": False}]}
+O200K = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")}},
+    BYTE_LEVEL | {"use_regex": False}]}
+DEEPSEEK = {"type": "Sequence", "pretokenizers": [
+    *({"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}} for pattern in (
+        r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+        "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")),
     BYTE_LEVEL | {"use_regex": False}]}
 TOOL: dict[str, object] = {"id": 300, "content": "<tool>", "special": False,
                            "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -77,6 +94,57 @@ def test_equal_to_the_reference(tokenizer_folder, tmp_path, changes, extra):
         == (reference.fingerprint, reference.vocab_size, reference.eod)
 
 
+def added(*contents: str, normalized: bool = False) -> list[dict[str, object]]:
+    """Tokens beside <|endoftext|>."""
+    return [TOOL | {"id": 300 + i, "content": content, "normalized": normalized} for i, content in enumerate(contents)]
+
+
+def fuzzed(tokens: list[str], separator: str, count: int) -> list[str]:
+    """Texts with `tokens`, and with all beginnings and ends of `separator` anywhere and at their own ends."""
+    draw = random.Random(5)
+    bits = [half for i in range(1, len(separator)) for half in (separator[:i], separator[i:])]
+    words = [*WORDS, "\u0338", "\u0301", "\u3099", "\u037e", "\u212a", "\uac00", "\u11a8", "a\nb", "1,2;", "\U00018d91", "\u1dc4"]
+    return ["".join(draw.choice(draw.choices([words, bits, tokens or words], [6, 2, draw.randrange(2)])[0])
+                    for _ in range(draw.randrange(12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("composing", [False, True])
+@pytest.mark.parametrize(("split", "extra", "separator"), [
+    (BYTE_LEVEL, added("<|end|>", "endof"), b"<|end|>"), (LLAMA3, [], b"<|endoftext|>"),
+    (O200K, added("<|end", "<|pad|>"), b"<|pad|>"),
+    (DEEPSEEK, added("<\uff5cend\uff5c>", "t|>\n"), "<\uff5cend\uff5c>".encode()), (LLAMA3, added("x<|", "||"), None),
+    (QWEN, added("a\nb", "1,2"), b"<|endoftext|>"), (QWEN, added("<|endoftext|>x", "<|endoftext|>\n"), None),
+    (O200K, added("<tool>", "x;", "K", "   ", normalized=True), b"<|endoftext|>")])
+def test_no_text_changes_what_is_found_of_the_others(tokenizer_folder, tmp_path, composing, split, extra, separator):
+    """Texts are encoded as one, and may be cut, only where no added token reaches over the border, whatever the texts are."""
+    usual = json.loads((tokenizer_folder / "tokenizer.json").read_text())["added_tokens"]
+    reference = variant(tokenizer_folder, tmp_path / "it", pre_tokenizer=split, added_tokens=usual + extra,
+                        normalizer={"type": "NFC"} if composing else None)
+    tokenizer, _ = with_engine(reference, "gigatoken", list)
+    assert isinstance(tokenizer, GigatokenTokenizer)
+    assert (tokenizer._separator.text if tokenizer._separator else None) == separator
+    for tokens in ([], reference.added_tokens()):
+        texts = fuzzed(tokens, (separator or b"<|endoftext|>").decode(), 600)
+        want = reference.encode_batch(texts)
+        for size in (1, 3, 50):
+            for first in range(0, len(texts), size):
+                some = tokenizer.encode_batch(texts[first:first + size])
+                for text, found, wanted in zip(texts[first:], some, want[first:], strict=False):
+                    assert found.tolist() == wanted.tolist(), ascii(text)
+
+
+@pytest.mark.parametrize(("one", "other", "overlap"), [
+    ("<|end|>", "<|end|>", False), ("<|end|>", "a<", True), ("<|end|>", ">b", True), ("<|end|>", "end", True), ("||", "||", True),
+    ("<|end|>", "<|end|>x", True), ("<|end|>", "<|pad|>", False), ("<|a", "a|>", True), ("x", "x", False)])
+def test_which_tokens_may_overlap(one, other, overlap):
+    assert may_overlap(one, other) == may_overlap(other, one) == overlap
+
+
+def test_separator_has_the_librarys_id_whatever_the_file_says(tokenizer_folder, tmp_path):
+    reference = variant(tokenizer_folder, tmp_path / "it", added_tokens=[TOOL | {"id": 999}])
+    assert GigatokenTokenizer(reference)._separator == (b"<tool>", 300)
+
+
 @pytest.mark.parametrize("composing", [False, True])
 def test_characters_of_later_unicodes_are_left_to_the_reference(tokenizer_folder, tmp_path, composing):
     """Each character that Python's table lacks or that composes late, where classing and composing it shows."""
@@ -94,6 +162,9 @@ def test_characters_of_later_unicodes_are_left_to_the_reference(tokenizer_folder
     ({"pre_tokenizer": None}, "gigatoken differs from tokenizer it on the text"),
     ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": False}}, "gigatoken differs from tokenizer it on the text"),
     ({"added_tokens": [TOOL | {"single_word": True}]}, "gigatoken differs from tokenizer it on the text"),
+    ({"added_tokens": [TOOL, TOOL | {"content": "y<", "normalized": True}]}, "gigatoken does not support added token 'y<'"),
+    ({"added_tokens": [TOOL | {"content": "é", "normalized": True}], "normalizer": {"type": "NFC"}},
+     "gigatoken does not support added token 'é', which is looked for in normalized text"),
     ({"normalizer": {"type": "Lowercase"}}, "gigatoken does not support tokenizer it (Unsupported normalizer type: Lowercase"),
     ({"pre_tokenizer": {"type": "Whitespace"}}, "gigatoken does not support tokenizer it (Unsupported pre_tokenizer"),
 ])
@@ -143,6 +214,9 @@ def test_bytes_need_no_engine():
 @pytest.mark.parametrize(("options", "engine"), [
     ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, "gigatoken"),
     ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}, "gigatoken"),
+    ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<tool>"]}, "reference"),
+    ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "user_defined_symbols": ["<tool>"],
+      "add_dummy_prefix": False}, "gigatoken"),
     ({"normalization_rule_name": "identity"}, "reference"),
     ({}, "reference"), ({"byte_fallback": False}, "reference"), ({"model_type": "unigram"}, "reference")])
 def test_sentencepiece(tmp_path, options, engine):

@@ -312,6 +312,22 @@ def test_failed_rename_leaves_no_part_under_a_final_name(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_failed_rename_takes_back_the_tokens_that_were_kept(tmp_path, monkeypatch):
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if str(target).endswith("x.idx"):
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with IndexedWriter(tmp_path / "x", "<u2", tokens=tmp_path / "kept") as writer:
+        writer.add(np.array([1, 2, 3]), [3], [1])
+        with pytest.raises(OSError, match="No space left"):
+            writer.finish()
+    assert [(path.name, path.stat().st_size) for path in tmp_path.iterdir()] == [("kept", 6)]
+
+
 def test_over_4_gib_and_2_31_tokens_are_read_right(tmp_path):
     """A sparse .bin: 2 sequences of almost 2^31 tokens, and a short one behind them at 8 GiB."""
     lengths = [2**31 - 1, 2**31 - 1, 3]

@@ -1,6 +1,7 @@
 import errno
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -119,12 +120,13 @@ def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
     with parts.locked():
         for on_error in ("skip", "fail"):
             corpus = Corpus([tmp_path / "a.jsonl"], on_error=on_error)
-            encoder = Encoder(corpus, byte(), parts, eod=None, limit=None)
+            encoder = Encoder(corpus, corpus.units(), byte(), parts, eod=None, limit=None)
+            encoder.names, _ = encoder.known(in_order=False)
             if on_error == "skip":
-                assert encoder.part(corpus.units()[0]) == encoder.part(corpus.units()[0])
+                assert encoder.part(0) == encoder.part(0)
             else:
                 with pytest.raises(UserError, match="no JSON"):
-                    encoder.part(corpus.units()[0])
+                    encoder.part(0)
 
 
 def test_no_room_for_the_dataset_ends_the_workers_and_keeps_their_parts(tmp_path, small_units, monkeypatch):
@@ -179,7 +181,7 @@ def test_batches_keep_order_and_are_bounded(monkeypatch):
     monkeypatch.setattr("megadyn.data.preprocess.BATCH_BYTES", 8)
     texts = ["é" * 2, "a", "", "aaa", "a" * 20, "a", "a"]
     raw = [text.encode() for text in texts]
-    assert list(batches_of(iter(texts))) == [(raw[:4], 8), (raw[4:5], 20), (raw[5:], 2)]
+    assert list(batches_of(iter(raw))) == [(raw[:4], 8), (raw[4:5], 20), (raw[5:], 2)]
 
 
 def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, small_units, monkeypatch):
@@ -282,7 +284,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, small_units, fails_later):
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["changed", "cut", "lengths", "no list", "all of it"])
+@pytest.mark.parametrize("how", ["changed", "cut", "lengths", "list", "no list", "all of it"])
 def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, how):
     """What is sound before it is kept."""
     path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
@@ -301,6 +303,8 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
             (folder / "joined.bin").write_bytes(raw[:-1])
         case "lengths":
             (folder / f"{names[6]}.len").unlink()
+        case "list":
+            (folder / "joined.txt").write_bytes("\n".join(names).encode()[:-1] + b"\xb8\n")
         case "no list":
             (folder / "joined.txt").unlink()
             sound = 0
@@ -314,6 +318,49 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
         assert (folder / "joined.txt").read_text().split() == names[:6]
     preprocess(Corpus([path]), "byte", tmp_path / "x")
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+@pytest.mark.parametrize("named", [1, 2])
+def test_a_run_killed_while_its_files_get_their_names_goes_on(tmp_path, small_units, fails_later, monkeypatch, seed, named):
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=seed)
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        done = real(self, target)
+        if target.suffix == (".bin", ".json")[named - 1] and target.parent == tmp_path:
+            os._exit(9)
+        return done
+
+    if os.fork() == 0:
+        try:
+            monkeypatch.setattr(Path, "replace", replace)
+            preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+    assert len(list(tmp_path.glob("x.[bij]*"))) == named
+    fails_later(0)
+    preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)       # and nothing is encoded again
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert not (tmp_path / "x.parts").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_file_given_twice_is_read_twice(tmp_path, small_units, fails_later, workers):
+    """Its parts are alike, but each is joined once; also by a run that finds some joined already."""
+    path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
+    preprocess(Corpus([path]), "byte", tmp_path / "once")
+    twice = Corpus([path, path])
+    if workers == 1:
+        fails_later(units_of(path) - 3)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(twice, "byte", tmp_path / "x")
+        fails_later(1000)
+    preprocess(twice, "byte", tmp_path / "x", workers=workers)
+    merge_datasets([tmp_path / "once"] * 2, tmp_path / "want")
+    assert contents(tmp_path / "x", ("bin", "idx")) == contents(tmp_path / "want", ("bin", "idx"))
 
 
 @pytest.mark.parametrize("limit", [None, 40])
@@ -371,7 +418,7 @@ def test_eod_is_kept_whatever_the_type_of_the_ids(wide):
     tokenizer = byte()
     if wide:
         tokenizer.vocab_size = 70_000
-    encoder = Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=256, limit=None)
+    encoder = Encoder(Corpus([]), [], tokenizer, Parts(Path("x")), eod=256, limit=None)
     tokens, lengths = encoder._encode([b"a", b"", b"b"])
     assert tokens.tolist() == [97, 256, 98, 256]
     assert lengths.tolist() == [2, 0, 2]
@@ -382,4 +429,4 @@ def test_id_beyond_the_vocabulary_is_refused():
     tokenizer = byte()
     tokenizer.vocab_size = 98
     with pytest.raises(UserError, match="token id 98 is not below its 98"):
-        Encoder(Corpus([]), tokenizer, Parts(Path("x")), eod=None, limit=None)._encode([b"ab"])
+        Encoder(Corpus([]), [], tokenizer, Parts(Path("x")), eod=None, limit=None)._encode([b"ab"])

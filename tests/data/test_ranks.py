@@ -76,7 +76,7 @@ def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encoder:
     monkeypatch.setattr(preprocess_module, "POLL_SECONDS", 0.0)
     parts = Parts(tmp_path / "x")
     parts.folder.mkdir()
-    return Encoder(Corpus([]), ByteTokenizer(), parts, eod=None, limit=None)
+    return Encoder(Corpus([]), [], ByteTokenizer(), parts, eod=None, limit=None)
 
 
 def part(encoder: Encoder, number: int) -> Part:
@@ -97,9 +97,9 @@ def test_rank_0_takes_parts_in_order_and_goes_on_with_its_own_meanwhile(encoder)
     one, two, four, five, seven = ((number, part(encoder, number)) for number in (1, 2, 4, 5, 7))
     ranks = Rank0(3, [[], [five], [], [two, one], [], [], [], [ALL_SENT], [four], [], [seven, ALL_SENT]])
     found = parts_of_all(encoder, own(), ranks)
-    assert (next(found).name, made) == ("part0", [0])
-    assert (next(found).name, made) == ("part1", [0, 3])        # of it nothing was there, so unit 3 came first
-    assert [part.name for part in found] == [f"part{number}" for number in range(2, 8)]
+    assert (next(found)[1].name, made) == ("part0", [0])
+    assert (next(found)[1].name, made) == ("part1", [0, 3])     # of it nothing was there, so unit 3 came first
+    assert [(number, part.name) for number, part in found] == [(number, f"part{number}") for number in range(2, 8)]
     assert not ranks.messages
 
 
@@ -107,7 +107,7 @@ def test_as_many_documents_as_are_wanted_end_the_wait_for_more(encoder):
     """Rank 1 stops by itself where it has as many, so that its next part never comes."""
     ranks = Rank0(2, [[], [], [(1, part(encoder, 1))]])
     found = parts_of_all(encoder, iter([(0, part(encoder, 0))]), ranks)
-    assert [part.name for part in first_documents(encoder, [()] * 9, found, 4)] == ["part0", "part1"]
+    assert [part.name for part in first_documents(encoder, found, 4)] == ["part0", "part1"]
 
 
 @pytest.mark.parametrize("kind", ["bin", "len"])
@@ -118,7 +118,7 @@ def test_a_part_that_rank_0_cannot_see_ends_the_job(encoder, monkeypatch, kind):
     file = encoder.parts.folder / f"part1.{kind}"
     whole = file.read_bytes()
 
-    def taken() -> list[Part]:
+    def taken() -> list[NumberedPart]:
         return list(parts_of_all(encoder, iter([(0, part(encoder, 0))]), Rank0(2, [[(1, hidden), ALL_SENT]])))
 
     file.write_bytes(whole[:-1])
@@ -135,7 +135,7 @@ def test_a_part_that_rank_0_cannot_see_ends_the_job(encoder, monkeypatch, kind):
             file.write_bytes(whole)
 
     monkeypatch.setattr(parts_module.time, "sleep", wait)
-    assert [part.name for part in taken()] == ["part0", "part1"]
+    assert [part.name for _, part in taken()] == ["part0", "part1"]
     assert len(looks) == 2
     file.unlink()
     encoder.joined = {"part1": hidden}      # the dataset begins with it: its tokens have left their file

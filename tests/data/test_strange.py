@@ -9,6 +9,7 @@ import pytest
 
 from megadyn.data.engine import CHARACTER_RANGES
 from megadyn.data.strange import PICTOGRAPHS, StrangeCharacters, beginnings, characters_at, tells_symbols, unknown_characters
+from megadyn.data.tokenizer import AddedToken
 
 GPT2: dict[str, Any] = {"normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
 NEW_EMOJI, NEW_LETTER = "\U0001faef", "\U000323b0"      # Unicode 17
@@ -63,7 +64,17 @@ def test_new_emoji_are_strange_only_where_symbols_are_told():
 @pytest.mark.parametrize(("content", "tells"), [
     (GPT2, False), (split(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"), False),
     (split(r"[\p{Lu}\p{Lt}\p{M}]+|\p{Han}+"), True), (split(r"[^\s\p{P}\p{S}]+"), True), (split(r"\P{L}|\p{^L}"), False),
-    (split(r"\p{^S}"), True), (split("[[:punct:]]+"), True), (GPT2 | {"pre_tokenizer": {"type": "Punctuation"}}, True),
+    (split(r"\p{^S}"), True), (split(r"\p{Print}+"), True), (split("[[:punct:]]+"), True),
+    (GPT2 | {"pre_tokenizer": {"type": "Punctuation"}}, True),
     (GPT2 | {"normalizer": {"type": "BertNormalizer"}}, True), ({"normalizer": None, "pre_tokenizer": None}, False)])
 def test_what_tells_symbols(content, tells):
     assert tells_symbols(content) == tells
+
+
+def test_what_composes_with_a_token_is_strange():
+    nfc = {"normalizer": {"type": "NFC"}, "pre_tokenizer": None}
+    texts = [text.encode() for text in ("a\u0338", "b\u0301", "\u212a", "e\u0301", "\u037e", "\u00e1")]
+    for token, found in (("<K>", [0, 2]), ("a", [1, 3]), (";  ", [4]), ("é", [])):
+        assert StrangeCharacters(nfc, [AddedToken(1, token, False, True)]).among(texts) == found, token
+        assert StrangeCharacters(nfc, [AddedToken(1, token, False, False)]).among(texts) == []
+    assert StrangeCharacters(GPT2, [AddedToken(1, "<K>", False, True)]).among(texts) == []
