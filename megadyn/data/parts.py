@@ -18,9 +18,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,9 @@ LAYOUT = 1
 """Part of every name; raised whenever the same unit is to give other files."""
 LOCK = "lock"
 CHUNK_BYTES = 2**22
+VISIBLE_SECONDS = 120.0
+"""Within them a host sees what another has written: NFS, unless told otherwise, looks again after at most 60 s."""
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +71,30 @@ class Parts:
 
         At the end it is removed if no part in it is finished.
         """
-        with lock_in(self.folder):
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
-            try:
-                yield
-            finally:
-                if not any(self.folder.glob("*.json")):
-                    self.remove()
+        try:
+            with lock_in(self.folder):
+                for leftover in self.folder.glob(".*.tmp"):
+                    leftover.unlink()
+                try:
+                    yield
+                finally:
+                    if not any(self.folder.glob("*.json")):
+                        self.remove()
+        finally:
+            with suppress(OSError):
+                self.folder.rmdir()     # if it is empty: on NFS the lock keeps a name in it until it is closed
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def wait_for_folder(self, rank: int) -> None:
+        """Until `rank`, this one, sees the folder that rank 0 has made; `UserError` after `VISIBLE_SECONDS`."""
+        wait_to_see(self.folder / LOCK, 0, "rank 0", f"rank {rank} on {os.uname().nodename}")
+
+    def wait_for(self, part: Part, itemsize: int, rank: int) -> None:
+        """Until rank 0, this one, sees the files of a part that `rank` has written; `UserError` after `VISIBLE_SECONDS`."""
+        for path, size in ((self.tokens_file(part), part.tokens * itemsize), (self._file(part.name, "len"), part.documents * 4)):
+            wait_to_see(path, size, f"rank {rank}", f"rank 0 on {os.uname().nodename}")
 
     def load(self, name: str) -> Part | None:
         """The finished part of this name; None if there is none, or not what was written."""
@@ -228,6 +245,25 @@ def file_crc(path: Path) -> int:
     return crc
 
 
+def wait_to_see(path: Path, size: int, writer: str, reader: str) -> None:
+    """Returns once `path` has `size` bytes here; `UserError` that names `writer` and `reader` after `VISIBLE_SECONDS`."""
+    began = time.monotonic()
+    while size_of(path) != size:
+        if time.monotonic() - began > VISIBLE_SECONDS:
+            raise UserError(f"{path}: {writer} has written it, but {reader} does not see it whole within {VISIBLE_SECONDS:g} s; "
+                            "the output must be on a file system that all hosts share")
+        time.sleep(POLL_SECONDS)
+
+
+def size_of(path: Path) -> int | None:
+    """In bytes, of a file that can be opened: this, unlike a look at its name, makes a network file system ask its server."""
+    try:
+        with path.open("rb", 0) as file:
+            return os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+
+
 @contextmanager
 def lock_in(folder: Path) -> Iterator[None]:
     """Makes `folder` and holds its lock; `UserError` if another process does."""
@@ -242,6 +278,9 @@ def lock_in(folder: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{folder}: another run is writing this dataset; wait for it, or name another output") from error
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be locked ({error.strerror}); the output must be on a file system with locks "
+                                "(Lustre has them where it is mounted with flock)") from error
             if not is_same_file(folder / LOCK, lock.fileno()):
                 continue
             yield

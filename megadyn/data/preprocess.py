@@ -5,12 +5,12 @@ and the result depends neither on their number nor on that of MPI ranks.
 """
 
 import os
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megadyn.data.files import os_errors_named, refuse_existing
 from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
 from megadyn.data.parts import Part, Parts, PartWriter, part_name
 from megadyn.data.progress import Progress
-from megadyn.data.ranks import Ranks
+from megadyn.data.ranks import POLL_SECONDS, Ranks
 from megadyn.data.readers import Corpus
 from megadyn.data.record import Record
 from megadyn.data.shuffle import add_shuffled
@@ -34,6 +34,8 @@ BATCH_BYTES = 2**21
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
 ALONE = Ranks()
 NumberedPart = tuple[int, Part]
+ALL_SENT = None
+"""What another rank sends behind its last part."""
 
 
 def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
@@ -43,7 +45,8 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
 
     `append_eod` ends each document that has tokens with the tokenizer's end-of-document token. `max_documents` takes
     the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
-    runs in as many processes on each rank. All ranks call this alike and get the record.
+    runs in as many processes on each rank, and with more than one rank on rank 0 always in processes of its own. All
+    ranks call this alike and get the record.
 
     `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
     without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
@@ -61,14 +64,21 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
         encoder = Encoder(corpus, units, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
         encoder.names, encoder.joined = ranks.broadcast(encoder.known(in_order=shuffle_seed is None) if first else None)
         record = None
-        with closing(encode_units(encoder, range(ranks.rank, len(units), ranks.size), workers)) as encoded:
-            found: Iterable[NumberedPart] = encoded     # one rank joins the parts while the next ones are encoded
-            if ranks.size > 1:
-                found = sorted(chain.from_iterable(ranks.gather(list(encoded))), key=itemgetter(0))
-            if first:
+        own = range(ranks.rank, len(units), ranks.size)
+        joins_for_others = first and ranks.size > 1     # so it leaves encoding to a worker, and the others' parts do not wait
+        helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
+        with closing(encode_units(encoder, own, helpers)) as encoded:
+            if first:       # it joins the parts while all encode the next ones
+                found = parts_of_all(encoder, encoded, ranks)
                 record = join(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
-        if first:
-            parts.remove()
+                encoded.close()
+                deque(found, maxlen=0)      # others may still be writing parts that are not wanted
+                parts.remove()
+            else:
+                parts.wait_for_folder(ranks.rank)
+                for numbered in encoded:
+                    ranks.send(numbered)
+                ranks.send(ALL_SENT)
         shared: Record = ranks.broadcast(record)
     return shared
 
@@ -193,14 +203,41 @@ def encode_units(encoder: Encoder, numbers: Sequence[int], workers: int) -> Gene
                     break
 
 
+def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[NumberedPart]:
+    """The parts of all ranks in the order of their units, on rank 0; where the next one has not come, `own` goes on.
+
+    When it ends, no other rank is writing. `UserError` if a part of another rank cannot be seen here.
+    """
+    waiting: dict[int, Part] = {}
+    number, at_work = 0, ranks.size - 1
+    while True:
+        for message in ranks.received():
+            if message is ALL_SENT:
+                at_work -= 1
+            else:
+                waiting.update([message])
+        if number in waiting:
+            part = waiting.pop(number)
+            if (rank := number % ranks.size) and part.name not in encoder.joined:
+                encoder.parts.wait_for(part, encoder.dtype.itemsize, rank)
+            yield number, part
+            number += 1
+        elif mine := next(own, None):
+            waiting.update([mine])
+        elif at_work:
+            time.sleep(POLL_SECONDS)
+        else:
+            return
+
+
 def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int | None) -> Iterator[Part]:
     """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
     for number, part in found:
-        if limit == 0:
-            break
         first = part if limit is None or part.documents <= limit else encoder.part(number, limit)
         yield first
         limit = None if limit is None else limit - first.documents
+        if limit == 0:
+            break       # the next part may never come
 
 
 def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:

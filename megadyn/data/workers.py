@@ -21,12 +21,13 @@ PR_SET_PDEATHSIG = 1
 
 def in_order(do: Callable[[Item], Result], items: Sequence[Item], workers: int,
              on_wait: Callable[[], None]) -> Generator[Result, None, None]:
-    """`do` of each item, in the order of `items`, in this process or in `workers` others; `on_wait` is called now and then.
+    """`do` of each item, in the order of `items`, in `workers` other processes, or for 0 in this one.
 
+    `on_wait` is called now and then.
     What fails is raised when its turn comes, so it does not depend on the number of workers which failure that is.
     A worker that dies raises `UserError`. When the iteration ends early, so do the workers.
     """
-    if min(workers, len(items)) <= 1:
+    if not workers:
         for item in items:
             on_wait()
             yield do(item)

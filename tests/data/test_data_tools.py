@@ -169,7 +169,7 @@ def test_standard_output_that_takes_no_more_is_one_line_or_silence(tmp_path, cor
 def test_a_launcher_without_its_library_is_one_line(tmp_path, corpus):
     tool = str(TOOLS / "preprocess_data.py")
     script = f"import runpy, sys; sys.modules['mpi4py'] = None; runpy.run_path({tool!r}, run_name='__main__')"
-    done = shell(f"PMI_SIZE=1 {shlex.join([sys.executable, '-c', script])}", tmp_path)
+    done = shell(f"PMI_SIZE=2 {shlex.join([sys.executable, '-c', script])}", tmp_path)
     assert_refused(done, "mpi4py or the MPI library is missing")
 
 

@@ -60,6 +60,40 @@ def test_ranks_make_the_dataset_of_one_process(tmp_path, corpus, tokenizer_folde
     assert not list(tmp_path.glob("*.parts"))
 
 
+def test_parts_are_joined_while_other_ranks_encode(tmp_path, corpus):
+    last_one_waits = """
+if os.environ['OMPI_COMM_WORLD_RANK'] == '1':
+    import pathlib, time
+    encode, calls = megadyn.data.tokenizer.ByteTokenizer.encode, []
+
+    def later(self, *texts):
+        calls.append(texts)
+        joined = pathlib.Path(sys.argv[-1] + '.parts', 'joined.txt')
+        began = time.monotonic()
+        while len(calls) == 5 and len(joined.read_text().split()) < 9:
+            assert time.monotonic() - began < 30, joined.read_text()
+            time.sleep(0.02)
+        return encode(self, *texts)
+
+    megadyn.data.tokenizer.ByteTokenizer.encode = later
+"""
+    done = mpirun(2, "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "ranks", patch=last_one_waits)
+    assert done.returncode == 0, done.stderr
+    preprocess(Corpus([corpus]), "byte", tmp_path / "alone")
+    for kind in ("bin", "idx", "json"):
+        assert (tmp_path / f"ranks.{kind}").read_bytes() == (tmp_path / f"alone.{kind}").read_bytes()
+
+
+def test_processes_that_mpi_does_not_join_write_nothing(tmp_path, corpus):
+    """As under `srun -n 4` without --mpi: each would take itself for rank 0 of one."""
+    done = subprocess.run([*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"], text=True,
+                          env=os.environ | {"SLURM_STEP_NUM_TASKS": "4"}, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: started as 4 processes, but MPI (Open MPI) joins 1 of them" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*x*"))
+
+
 def test_a_failing_rank_fails_the_job_with_its_error(tmp_path, corpus):
     lines = [json.dumps({"text": "x" * 600}), "broken", json.dumps({"text": "x" * 600})]
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))          # the second unit, so that of rank 1
@@ -158,7 +192,7 @@ def square(number: int) -> int:
     return number * number
 
 
-@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("workers", [0, 1, 2, 7])
 def test_results_come_in_order_and_a_failure_in_its_turn(workers):
     assert list(in_order(square, range(5), workers, lambda: None)) == [0, 1, 4, 9, 16]
     results = in_order(square, [4, 3, 5, 2, 5], workers, lambda: None)

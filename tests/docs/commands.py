@@ -106,7 +106,7 @@ def as_command(place: str, line: str, around: str) -> Command:
 
 def script_of(words: list[str]) -> tuple[str, list[str]]:
     """Its program and that program's words: `python tools/x.py a` is tools/x.py with a."""
-    if words[:1] == ["python"]:
+    if words and words[0] in ("python", ".venv/bin/python"):
         return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     return (words[0], words[1:]) if words else ("", [])
 
@@ -164,6 +164,9 @@ def check_torchrun(command: Command) -> None:
 def check_mpirun(command: Command) -> None:
     _, option, count, *words = command.words
     assert option == "-n"
+    if words[0] == "--host":
+        assert sum(int(host.partition(":")[2]) for host in words[1].split(",")) == int(count)
+        words = words[2:]
     if script_of(words)[0] == "megadyn.pretrain":
         check_pretrain(script_of(words)[1], int(count))
     else:
