@@ -91,7 +91,7 @@ class GigatokenTokenizer(Tokenizer):
     """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one.
 
     Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
-    awkward, which takes a third of a tool's start. With `apart` they are not. With `in_pieces`, the reference
+    awkward, which takes a tenth of a second. With `apart` they are not. With `in_pieces`, the reference
     gets only those pieces of a text in which it may differ; `may_be_cut` says whether that is for the proof to decide.
     """
 
