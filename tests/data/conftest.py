@@ -57,3 +57,8 @@ def run_tool_script() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megadyn.data.units.UNIT_BYTES", 500)
