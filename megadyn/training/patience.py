@@ -20,11 +20,11 @@ class PatientSink:
         self.is_failing = False
 
     def write(self, record: Record) -> None:
-        if len(self.waiting) < WAITING:
-            self.waiting.append(record)
-        else:
-            self.dropped += 1
+        self.waiting.append(record)
         self._catch_up()
+        if len(self.waiting) > WAITING:
+            self.waiting.pop()
+            self.dropped += 1
 
     def go_back(self, iteration: int) -> None:
         self.waiting = deque(record for record in self.waiting if record["iteration"] <= iteration)
