@@ -5,7 +5,8 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 CLOSED_PIPE = 128 + 13
@@ -52,14 +53,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+@contextmanager
+def some_standard_output() -> Iterator[None]:
+    """A tool may be started without one (`>&-`); what it prints then goes nowhere."""
+    if sys.stdout is not None:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+@some_standard_output()
 def run_tool(main: Callable[[], int | None]) -> int:
     """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1.
 
     So does an `OSError` about a file (no permission, a name too long) or a full disk, with status 2: that is the user's to
     mend. A reader of standard output that has gone (`| head`) is no news, and status 141.
     """
-    if sys.stdout is None:      # the tool was started without one
-        sys.stdout = open(os.devnull, "w")      # noqa: SIM115
     try:
         try:
             status = main() or 0

@@ -2,35 +2,31 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable
-from typing import TextIO
 
 Raises = Callable[[OSError], Exception]
 
 log = logging.getLogger("megadyn")
 
 
-class StandardOutput(logging.StreamHandler):
-    """Writes to what `sys.stdout` is when the line comes: it may have been replaced since the start (by a capture, a pager).
+class StandardOutput(logging.Handler):
+    """Prints to what `sys.stdout` is when the line comes: it may have been replaced since the start (by a capture, a pager).
 
     For a line that cannot be written it raises what `raises` makes of the error, if that is given; else the library
     tells so on standard error, and all goes on.
     """
 
     def __init__(self, raises: Raises | None) -> None:
-        logging.Handler.__init__(self)
+        super().__init__()
         self._raises = raises
 
-    def handleError(self, record: logging.LogRecord) -> None:       # noqa: N802
-        error = sys.exception()
-        if self._raises and isinstance(error, OSError):
-            raise self._raises(error) from error
-        super().handleError(record)
-
-    @property
-    def stream(self) -> TextIO:
-        return sys.stdout
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(f"{self.format(record)}\n", end="", flush=True)      # in one piece, among those of other ranks
+        except Exception as error:
+            if self._raises and isinstance(error, OSError):
+                raise self._raises(error) from error
+            self.handleError(record)
 
 
 def start_logging(raises: Raises | None = None) -> None:

@@ -2,18 +2,18 @@
 
 import gc
 import os
+from importlib import import_module
 
-os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}     # read on import
 
-# Four modules that DeepSpeed imports late, at the first step: seconds in each rank.
-import deepspeed.module_inject.auto_ep_layer  # noqa: F401
 import torch
-import torch._dynamo
-import torch.distributed.tensor
-import torch.onnx
 
-import megadyn.pretrain  # noqa: F401
-from megadyn.training import engine, pipeline  # noqa: F401
+MODULES = (
+    # DeepSpeed imports these late, at the first step: seconds in each rank.
+    "deepspeed.module_inject.auto_ep_layer", "torch._dynamo", "torch.distributed.tensor", "torch.onnx",
+    "megadyn.pretrain", "megadyn.training.engine", "megadyn.training.pipeline")
+for name in MODULES:
+    import_module(name)
 
 torch.set_num_threads(1)
 gc.collect()

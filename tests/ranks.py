@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-import tests.crew  # noqa: F401  (its fork server has imported all)
+from tests.crew import METHOD
 
 WAIT = timedelta(seconds=120)
 
@@ -18,7 +18,8 @@ def run_on_ranks(check: Any, world_size: int, *args: Any) -> None:
 
     In each process torch.distributed is up and the launcher's variables (RANK, LOCAL_RANK, ...) are set.
     """
-    mp.start_processes(_rank_main, (world_size, _free_port(), check, args), nprocs=world_size, start_method="forkserver")
+    mp.start_processes(_rank_main, (world_size, _free_port(), check, args), nprocs=world_size,
+                       start_method=METHOD.get_start_method())      # from the fork server that has imported all
 
 
 def _free_port() -> int:

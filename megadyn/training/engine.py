@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -302,20 +302,14 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     return {name: size / 2**30 for name, size in peaks.items()}
 
 
-@contextmanager
-def without_compiler() -> Iterator[None]:
+def without_compiler() -> AbstractContextManager[None]:
     """`torch.compile` leaves functions as they are.
 
     DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
     load its compiler: seconds, of every start.
     """
-    compiles = torch.compile
     # Also as a decorator with options, which gets no function yet.
-    torch.compile = lambda function=None, **options: function or (lambda inner: inner)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compiles
+    return replaced(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))
 
 
 class _Mpu:

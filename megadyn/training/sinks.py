@@ -60,18 +60,15 @@ class Lines:
 
     header = ""
     """First line of the file."""
+    lines: Callable[[Record], str]
+    """What is appended for a record; a method of each kind, as the next."""
+    iteration_of: Callable[[str], int]
+    """Raises ValueError for a line that is not whole."""
 
     def __init__(self, path: Path, iteration: int):
         self.path, self.name = path, path.name
         with os_errors_named(path):
             self.go_back(iteration)
-
-    def lines(self, record: Record) -> str:
-        raise NotImplementedError
-
-    def iteration_of(self, line: str) -> int:
-        """Raises ValueError for a line that is not whole."""
-        raise NotImplementedError
 
     def write(self, record: Record) -> None:
         is_new = not self.path.exists() or self.path.stat().st_size == 0

@@ -7,7 +7,6 @@ that Slurm sets.
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -79,8 +78,6 @@ def call(script: str, *words: object, **settings: str) -> subprocess.CompletedPr
 
 def test_one_run_goes_on_under_every_launcher_and_layout(config_file: Path, tmp_path: Path) -> None:
     """One curve, that of one process straight through."""
-    if shutil.which("mpirun", path=ENVIRONMENT["PATH"]) is None:
-        pytest.skip("no mpirun")
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     slurm = {"PATH": commands(tmp_path / "bin", sbatch=SBATCH, scontrol=SCONTROL, srun=SRUN), "SPOOL": str(tmp_path)}

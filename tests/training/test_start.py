@@ -1,6 +1,7 @@
 """What a run loads before its first step: seconds of imports that are not needed must not come back."""
 
 import sys
+from importlib import import_module
 
 import torch
 
@@ -12,7 +13,7 @@ UNNEEDED = ("torch._inductor.compile_fx", "transformers", "tensorboard", "tokeni
 
 def first_step(output: str) -> None:
     """Writes the names of all modules that are loaded after a training step."""
-    import megadyn.pretrain  # noqa: F401
+    import_module("megadyn.pretrain")
     from megadyn.config import batch_plan
     from megadyn.parallel.grid import Grid
     from megadyn.training import launch
