@@ -1,6 +1,6 @@
 """The model as one ordered list of layers; a pipeline stage is a stretch of the list.
 
-    Embed, [DenseLayer | DecisionLayer | DynamicLayer | ModLayer | DtrLayer] ..., FinalNorm, Head
+    Embed, the layers of `ModelConfig.layer_types`, FinalNorm, Head
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
-from megadyn.model.block import DenseLayer, Layer, LayerContext, Stream
+from megadyn.kinds import DENSE, find_kind, module_of
+from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.model.documents import documents_of
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.linear import VocabParallelEmbedding
@@ -19,11 +20,8 @@ from megadyn.parallel.mappings import enter_tp, gather_from_tp
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
-from megadyn.routing.choice import CausalRouter
-from megadyn.routing.dtf import DecisionLayer, DynamicLayer
-from megadyn.routing.dtrnet import DtrLayer
-from megadyn.routing.load import AttentionLoad
-from megadyn.routing.mod import ModLayer
+from megadyn.routing.layer import RoutedLayer
+from megadyn.routing.tracker import StepTracker
 
 
 class Embed(VocabParallelEmbedding):
@@ -76,18 +74,20 @@ class Part(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-RoutedLayer = DecisionLayer | DynamicLayer | ModLayer | DtrLayer
-
-KINDS: dict[str, type[Layer]] = {"dense": DenseLayer, "dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer,
-                                 "mod": ModLayer, "dtrnet": DtrLayer}
-"""By the names in `ModelConfig.layer_types`."""
+def layer_classes(model: ModelConfig) -> dict[str, type[Layer]]:
+    """The class of each layer type that the model may have: its kind's own, and the dense one."""
+    kinds = (find_kind(DENSE), type(model.routing))
+    return {layer: getattr(module_of(kind, "layers"), name) for kind in kinds for layer, name in kind.layers.items()}
 
 
 def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
     """The whole model, first to last, before anything is allocated."""
     model, make = ctx.model, ctx.make
-    layers = [Part(KINDS[kind], (ctx, index) if kind == "dense" else (ctx, index, loss_scale))
-              for index, kind in enumerate(model.layer_types)]
+    classes = layer_classes(model)
+    layers = []
+    for index, layer in enumerate(model.layer_types):
+        build = classes[layer]
+        layers.append(Part(build, (ctx, index, loss_scale) if issubclass(build, RoutedLayer) else (ctx, index)))
     return [Part(Embed, (ctx,)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
 
 
@@ -96,6 +96,7 @@ class Network(nn.Module):
 
     def __init__(self, ctx: LayerContext, loss_scale: LossScale):
         super().__init__()
+        self.config = ctx.model
         *body, last = layer_list(ctx, loss_scale)
         self.layers = nn.ModuleList(part.build(*part.arguments) for part in body)
         embed = self.layers[0]
@@ -118,20 +119,20 @@ def routed_layers(module: nn.Module) -> list[RoutedLayer]:
 def set_routing_mode(layers: Sequence[RoutedLayer], mode: str) -> None:
     """`topk` or `causal` in every layer that chooses by top-k."""
     for layer in layers:
-        if (router := causal_router_of(layer)) is not None:
-            router.mode = mode
+        if layer.causal_router is not None:
+            layer.causal_router.mode = mode
 
 
-def causal_router_of(layer: RoutedLayer) -> CausalRouter | None:
-    return None if isinstance(layer, DecisionLayer) else layer.causal_router
+def trackers_of(layers: Sequence[RoutedLayer]) -> dict[str, dict[int, StepTracker]]:
+    """What these layers carry from step to step: by name, then by layer."""
+    found: dict[str, dict[int, StepTracker]] = {}
+    for layer in layers:
+        for name, tracker in layer.trackers().items():
+            found.setdefault(name, {})[layer.index] = tracker
+    return found
 
 
 def thresholds_of(layers: Sequence[RoutedLayer]) -> dict[int, RunningThreshold]:
     """The running thresholds of these layers, by layer."""
-    routers = {layer.index: causal_router_of(layer) for layer in layers}
+    routers = {layer.index: layer.causal_router for layer in layers}
     return {index: router.threshold for index, router in routers.items() if router is not None and router.threshold is not None}
-
-
-def loads_of(layers: Sequence[RoutedLayer]) -> dict[int, AttentionLoad]:
-    """DTRNet's attention loads, by layer."""
-    return {layer.index: layer.load for layer in layers if isinstance(layer, DtrLayer)}

@@ -28,6 +28,7 @@ from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
 from megadyn.errors import Parser, RunError, UserError
+from megadyn.kinds import DENSE
 from megadyn.log import log, start_logging
 from megadyn.parallel.grid import make_grid
 from megadyn.training import launch
@@ -253,7 +254,7 @@ class Job:
             return
         plan = self.engine.plan
         size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
-        routed = self.config.model.routing.kind != "dense"
+        routed = self.config.model.routing.name != DENSE
         losses = {}
         self.watchdog.progress(f"evaluating after step {self.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
@@ -309,8 +310,8 @@ class Job:
 def run_line(config: Config, engine: Engine) -> str:
     """What runs, in one line."""
     model, grid, training = config.model, engine.grid, config.training
-    kind = model.routing.kind if model.routing.kind == "dense" else f"{model.routing.kind} at capacity {model.routing.capacity}"
-    return (f"{kind}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{engine.zero_stage}, "
+    return (f"{model.routing.describe()}: "
+            f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{engine.zero_stage}, "
             f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
             f"{training.tokens_per_step:,} tokens ({engine.plan.micro_batches} x {engine.plan.micro_batch} samples a rank)")
 

@@ -1,6 +1,7 @@
 """Tiny networks on any tensor size, with every parameter random, equal under every cut."""
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -8,15 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from megadyn.config import Config
-from megadyn.model.block import LayerContext
-from megadyn.network import Network, loads_of, routed_layers, thresholds_of
+from megadyn.model.block import Layer, LayerContext
+from megadyn.network import Network, layer_list, routed_layers, trackers_of
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import RoutedLayer
 
 ALONE = Axis("tp")
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def known(config: Config, **fields: Any) -> dict[str, Any]:
+    """Those of `fields` that the configuration's kind of routing has."""
+    return {name: value for name, value in fields.items() if hasattr(config.model.routing, name)}
+
+
+def make_layer(config: Config, index: int, loss_scale: LossScale | None = None, *, tp: Axis = ALONE) -> Layer:
+    """The layer at `index` of the model, alone."""
+    part = layer_list(layer_context(config, tp), loss_scale or LossScale())[index + 1]
+    return part.build(*part.arguments)
 
 
 def with_routing(config: Config, **fields: Any) -> Config:
@@ -62,12 +75,15 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def end_step(network: nn.Module) -> None:
+def loads_of(layers: Sequence[RoutedLayer]) -> dict[int, Any]:
+    """DTRNet's attention loads, by layer."""
+    return trackers_of(layers).get("loads", {})
+
+
+def end_step(network: Network) -> None:
     """What the engine does behind a step, on one process."""
-    layers = routed_layers(network)
-    for threshold in thresholds_of(layers).values():
-        threshold.end_step(threshold.take_step_mean())
-    loads = loads_of(layers).values()
-    means = [load.take_step_mean() for load in loads]
-    for load, mean in zip(loads, means):
-        load.end_step(mean, torch.stack(means).sum())
+    for name, trackers in trackers_of(routed_layers(network)).items():
+        means = {index: tracker.take_step_mean() for index, tracker in trackers.items()}
+        total = torch.stack(list(means.values())).sum() if name in network.config.routing.totals else None
+        for index, tracker in trackers.items():
+            tracker.end_step(means[index], total)

@@ -12,10 +12,10 @@ from megadyn.config import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RoutingConfig,
     TokenizerConfig,
     TrainingConfig,
 )
+from megadyn.kinds import make_kind
 
 ROOT = Path(__file__).parents[1]
 VOCAB = 61
@@ -23,8 +23,8 @@ VOCAB = 61
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense"},
-    "dtf": {"kind": "dtf"},
-    "dtf-predictor": {"kind": "dtf", "causal": "predictor"},
+    "dtf": {"kind": "dtf", "ma_window": 7},
+    "dtf-predictor": {"kind": "dtf", "ma_window": 7, "causal": "predictor"},
     "mod": {"kind": "mod", "capacity": 0.3},
     "mod-predictor": {"kind": "mod", "capacity": 0.3, "causal": "predictor", "gate": "identity"},
     "mod-bce": {"kind": "mod", "capacity": 0.3, "causal": "bce"},
@@ -44,7 +44,7 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
     shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "qkv_bias": True,
              "init_std": 0.2, "tie_embeddings": tied} | model
     return Config(
-        model=ModelConfig(routing=RoutingConfig(ma_window=7, **KINDS[kind]), **shape),
+        model=ModelConfig(routing=make_kind(**KINDS[kind]), **shape),
         data=DataConfig(train="unused"), tokenizer=TokenizerConfig(path="byte"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
         optimizer=OptimizerConfig(learning_rate=1e-3 if precision == "fp32" else 1e-4, min_learning_rate=1e-4,

@@ -90,10 +90,9 @@ def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
     steps, last = records_of(folder)
     layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
     fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
-    if config.model.routing.is_token_choice:
-        config.model.routing.capacity = fraction        # its FLOPs follow from what attended, not from a setting
+    shares = dict.fromkeys(range(config.model.num_layers), fraction)      # counts where tokens choose for themselves
     found = {
-        "flops": training_flops(config.model, config.training.sequence_length) * config.training.global_batch_size,
+        "flops": training_flops(config.model, config.training.sequence_length, shares) * config.training.global_batch_size,
         "seconds": seconds, "routed": fraction, "topk": last["validation"]["topk"], "causal": last["validation"]["causal"]}
     agreements = [layer["causal_agreement"] for layer in layers if "causal_agreement" in layer]
     return found | ({"agreement": statistics.mean(agreements)} if agreements else {})

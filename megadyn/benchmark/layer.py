@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
-from megadyn.benchmark.models import KINDS, Model, add_shape_arguments, build, shape_line
+from megadyn.benchmark.models import REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
 from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
 from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
+from megadyn.kinds import DENSE, known_kinds
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head, Network
 from megadyn.parallel.params import DTYPES
@@ -99,11 +100,11 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
     """The parts of each kind of layer that `model` adds to the dense one, or of that and of the head; counted and checked."""
     network, head = model.module, model.module.head
     assert isinstance(network, Network) and isinstance(head, Head)
-    routed = model.config.routing.kind != "dense"
+    routed = model.config.routing.name != DENSE
     brief = tokens[:, :CHECKED_TOKENS]
     reached, short = reached_by(network, tokens), reached_by(network, brief)
     cases = []
-    for kind in sorted(set(model.config.layer_types) - ({"dense"} if routed else set())):
+    for kind in sorted(set(model.config.layer_types) - ({DENSE} if routed else set())):
         index = model.config.layer_types.index(kind)
         layer = network.layers[index + 1]                # behind the embedding
         assert isinstance(layer, Layer)
@@ -171,8 +172,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Figure]:
     tokens, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     cases: list[Case] = []
     for name in args.models:
-        if name.partition(":")[0] not in KINDS:
-            raise UserError(f"--models {name}: must be KIND[:CAPACITY] with KIND one of {', '.join(KINDS)}")
+        if name == REFERENCE:
+            raise UserError(f"--models {name}: must be KIND[:CAPACITY] with KIND one of {', '.join(known_kinds())}")
         cases += cases_of(build(name, args, device, dtype, tokens, []), tokens, labels, unchecked=args.unchecked)
     times: list[list[list[float]]] = [[] for _ in cases]
     for turn in range(args.warmup + args.rounds):

@@ -9,27 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from megadyn.benchmark.clock import PRECISION_OF
-from megadyn.config import (
-    CAPACITY,
-    Config,
-    DataConfig,
-    ModelConfig,
-    RoutingConfig,
-    TokenizerConfig,
-    TrainingConfig,
-    capacity_count,
-)
+from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from megadyn.data.arguments import positive
-from megadyn.errors import UserError
+from megadyn.errors import ConfigError, UserError
+from megadyn.kinds import DENSE, Kind, make_kind
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.dtrnet import DtrLayer
+from megadyn.routing.layer import RoutedLayer
 
-KINDS = ("dense", "mod", "dtf", "dtrnet")
 REFERENCE = "qwen2"
 
 
@@ -38,7 +29,7 @@ class Model:
     name: str
     module: nn.Module
     config: ModelConfig
-    """DTRNet's capacity is the share of tokens that its routers are set to let attend."""
+    """Where tokens choose for themselves, its routers are set to take the planned share."""
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of tokens [B, T] for the next ones, labels [B, T]."""
@@ -63,23 +54,26 @@ def shape_line(args: argparse.Namespace) -> str:
 def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **sections: Any) -> Config:
     """The configuration of KIND[:CAPACITY] at the sizes in `args`; `sections` add to it or take a section's place."""
     kind, _, capacity = name.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"--models {name}: {kind!r} must be one of {', '.join((*KINDS, REFERENCE))}")
     try:
-        share = float(capacity) if capacity else None
+        keys = {"capacity": float(capacity)} if capacity else {}
     except ValueError:
         raise UserError(f"--models {name}: {capacity!r} is no number") from None
     model = ModelConfig(
         hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
-        vocab_size=args.vocab, qkv_bias=True, routing=RoutingConfig(kind=kind, capacity=None if kind == "dtrnet" else share))
+        vocab_size=args.vocab, qkv_bias=True, routing=routing_of(name, kind, keys))
     training = TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence,
                               compile=compile)
     chosen: dict[str, Any] = {"model": model, "data": DataConfig(train="none"), "tokenizer": TokenizerConfig(path="byte"),
                               "output_dir": "none", "training": training}
-    config = Config(**(chosen | sections)).checked()
-    if kind == "dtrnet":
-        config.model.routing.capacity = share or CAPACITY[kind]      # each token chooses; what is counted is this share
-    return config
+    return Config(**(chosen | sections)).checked()
+
+
+def routing_of(name: str, kind: str, keys: dict[str, Any]) -> Kind:
+    """UserError, in the words of the command line, for a kind that does not exist or has no capacity."""
+    try:
+        return make_kind(kind, **keys)
+    except ConfigError as error:
+        raise UserError(f"--models {name}: must be KIND[:CAPACITY] or {REFERENCE} ({error})") from None
 
 
 def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
@@ -87,7 +81,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
     """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
     kind = name.partition(":")[0]
     if kind == REFERENCE:
-        dense = next((model for model in others if model.config.routing.kind == "dense"), None)
+        dense = next((model for model in others if model.config.routing.name == DENSE), None)
         if dense is None:
             raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
         return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
@@ -95,9 +89,7 @@ def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torc
     backend, _ = attention_backend(model, PRECISION_OF[dtype])
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
     network = Network(LayerContext(model, make, backend, recompute=args.recompute, compile=compile), LossScale())
-    if kind == "dtrnet":
-        assert model.routing.capacity is not None
-        let_attend(network, tokens, model.routing.capacity)
+    set_shares(network, tokens, model.routing.share)
     return Model(name, network, model)
 
 
@@ -118,21 +110,10 @@ def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def let_attend(network: Network, tokens: Tensor, share: float) -> None:
-    """Sets each router's bias, first layer to last, so that `share` of `tokens` attend, to within a hundredth of them:
-    where scores lie farthest apart, so that rounding moves no token."""
-    lead = torch.empty(0)
-
-    def keep(_module: nn.Module, _inputs: Any, logits: Tensor) -> None:
-        nonlocal lead
-        lead = (logits[..., 0] - logits[..., 1]).flatten().sort(descending=True).values
-
-    for layer in (layer for layer in network.layers if isinstance(layer, DtrLayer)):
-        hook = layer.router.register_forward_hook(keep)
-        network(tokens)
-        hook.remove()
-        count = capacity_count(share, len(lead))
-        near = lead[count - count // 100 - 1:count + count // 100 + 1]
-        widest = int((near[:-1] - near[1:]).argmax())
-        assert layer.router.fc2.bias is not None
-        layer.router.fc2.bias[1] += near[widest:widest + 2].mean().to(layer.router.fc2.bias.dtype)
+def set_shares(network: Network, tokens: Tensor, share: float) -> None:
+    """Sets routers, first layer to last, so that about `share` of `tokens` are taken where each chooses for itself."""
+    stream: Any = tokens
+    for layer in network.layers:
+        if isinstance(layer, RoutedLayer):
+            layer.set_share(stream, share)
+        stream = layer(stream)

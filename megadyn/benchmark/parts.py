@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from megadyn.config import ModelConfig
+from megadyn.costs.operations import block_flops, mlp_flops
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head
 from megadyn.parallel.loss import upcast
-from megadyn.planning.flops import block_flops, head_flops, layer_flops, mlp_flops
-from megadyn.routing.dtf import DecisionLayer, DynamicLayer
-from megadyn.routing.dtrnet import DtrLayer
-from megadyn.routing.mod import ModLayer
+from megadyn.planning.flops import head_flops, layer_flops
+from megadyn.routing.layer import RoutedLayer
 from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
 from megadyn.routing.skipping import SkippingLayer
 
@@ -44,7 +43,7 @@ def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, select
     parts.add_block()
     inputs = [stream.hidden] if stream.gate is None else [stream.hidden, stream.gate]
     parts.add(WHOLE, lambda *given: layer(Stream(*given)).hidden, *inputs, unseen=parts.unseen,
-              forward=sum(layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)]))
+              forward=layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)].total)
     return parts.found
 
 
@@ -69,21 +68,13 @@ class _Parts:
     def add_decision(self) -> None:
         """Which tokens: router, choice, prior."""
         layer, hidden = self.layer, self.hidden
-        whole = layer_flops(self.model, self.length)[self.model.layer_types.index(self.kind)].whole
-        if isinstance(layer, ModLayer):
-            self.add("router", layer.router, hidden, forward=2 * self.length * self.model.hidden_size)
-            score = layer.router(hidden).detach()
-            self.add("choose", lambda x: layer.causal_router(score, x).in_top, hidden)
-        elif isinstance(layer, DynamicLayer):
-            assert self.gate is not None
-            known = self.gate.detach()
-            self.add("choose", lambda x: layer.causal_router(known, x).in_top, hidden)
-        elif isinstance(layer, DtrLayer):
-            self.add("router", layer.probabilities, hidden, forward=whole)
-            attend = layer.probabilities(hidden)[..., 0].detach()
-            self.add("choose", lambda x: layer.choose(attend, x)[1], hidden)
-        elif isinstance(layer, DecisionLayer):
-            self.add("prior and surprise", layer.prior, hidden, layer.dense(hidden, None).detach(), forward=whole)
+        whole = layer_flops(self.model, self.length)[self.model.layer_types.index(self.kind)]
+        if not isinstance(layer, RoutedLayer):
+            return
+        counted = whole.whole - whole.detached
+        for name, run, inputs in layer.decision_steps(Stream(hidden, self.gate)):
+            self.add(name, run, *inputs, forward=counted)
+            counted = 0.0
 
     def add_block(self) -> None:
         """What is done with them."""
@@ -99,10 +90,11 @@ class _Parts:
         normed = layer.input_layernorm(rows).detach()
         each = tokens / self.batch
         attention = block_flops(self.model, each, self.seen) - mlp_flops(self.model, each)
-        if isinstance(layer, DtrLayer):
-            assert selection is not None
-            self.add("attention or bypass", lambda x: layer.mix(Stream(self.hidden), x, selection), normed, forward=attention,
-                     unseen=self.unseen)
+        mixing = None
+        if isinstance(layer, RoutedLayer) and selection is not None:
+            mixing = layer.mixing_step(Stream(self.hidden), selection)
+        if mixing is not None:
+            self.add(mixing.name, mixing.run, normed, forward=attention, unseen=self.unseen)
         else:
             self.add("attention", lambda x: layer.self_attn(x, positions, self.length, segments), normed, forward=attention,
                      unseen=self.unseen)
@@ -123,14 +115,7 @@ def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) ->
 @torch.no_grad()
 def choice_of(layer: Layer, stream: Stream) -> Selection | None:
     """The tokens that a layer takes of its input; None for one that takes all."""
-    if isinstance(layer, ModLayer):
-        return layer.causal_router(layer.router(stream.hidden), stream.hidden).selection
-    if isinstance(layer, DynamicLayer):
-        assert stream.gate is not None
-        return layer.causal_router(stream.gate, stream.hidden).selection
-    if isinstance(layer, DtrLayer):
-        return layer.choose(layer.probabilities(stream.hidden)[..., 0], stream.hidden)[0]
-    return None
+    return layer.choose(stream) if isinstance(layer, RoutedLayer) else None
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -1,35 +1,18 @@
 """README.md of an exported folder: what the model is, what it was trained on, how well it does, how to load it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megadyn.config import Config, ModelConfig, RoutingConfig
+from megadyn.config import Config, ModelConfig
 from megadyn.data.indexed import files_of
 from megadyn.data.record import read_record
 from megadyn.errors import UserError
+from megadyn.kinds import DENSE
 from megadyn.log import log
-from megadyn.planning.flops import training_flops
+from megadyn.planning.flops import dense_twin, training_flops
 from megadyn.planning.parameters import total_parameters
 
-NAMES = {"dense": "dense transformer", "dtf": "Dynamic Transformer (DTF)", "mod": "Mixture-of-Depths", "dtrnet": "DTRNet"}
-TAGS = {"dense": [], "dtf": ["dynamic-transformer"], "mod": ["mixture-of-depths"], "dtrnet": ["dtrnet"]}
-ROUTES = {
-    "dtf": "Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
-           "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged.",
-    "mod": "A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
-           "2404.02258).",
-    "dtrnet": "In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
-              "every token keeps its feed-forward (arXiv 2509.00925).",
-}
-RULES = {
-    "threshold": "a token is processed if its score reaches a threshold, the running average in training of the lowest score "
-                 "that top-k took",
-    "predictor": "a small network, trained to tell which tokens top-k takes, decides for each token alone",
-    "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
-}
-"""By `model.routing.causal`."""
 GENERATE = """ids = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0]))
 """
@@ -44,23 +27,24 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
         style: `megadyn` or `qwen2`; precision: of the weights; tokenizer: a sentence on it.
     """
     model, length = config.model, config.training.sequence_length
-    kind = model.routing.kind
+    routing = model.routing
+    is_dense = routing.name == DENSE
     start = f", starting from the weights of {Path(config.checkpoint.init_from).name}" if config.checkpoint.init_from else ""
-    tags = ["megadyn", *TAGS[kind], *(["custom_code"] if style == "megadyn" else [])]
+    tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
              "# license: to be filled in by whoever publishes these weights", "---"]
     parts = [
         "\n".join(front),
-        f"# A {NAMES[kind]} of {total_parameters(model):,} parameters",
+        f"# A {routing.title} of {total_parameters(model):,} parameters",
         f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps of "
         f"{config.training.global_batch_size} sequences of {length}){start}. A base model: it continues text and follows no "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
-        *([] if kind == "dense" else ["## Routing\n\n" + _routing(model, history)]),
+        *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),
         "## Work per token\n\n" + _work(model, length, history),
         "## Data\n\n" + _data(config),
-        "## Losses\n\n" + _losses(history, has_topk=kind != "dense" and not model.routing.is_token_choice),
-        "## Use\n\n" + _use(kind, style),
+        "## Losses\n\n" + _losses(history, has_topk=routing.has_topk),
+        "## Use\n\n" + _use(style),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -113,46 +97,31 @@ def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[st
     }
 
 
-def _routing(model: ModelConfig, history: dict[str, Any]) -> str:
-    routing = model.routing
-    if routing.is_token_choice:
-        measured = _routed_fraction(history)
-        seen = "" if measured is None else f" At the end of training {measured:.1%} attended."
-        return f"{ROUTES['dtrnet']}\n\nEach token chooses for itself, in training and in use alike.{seen}"
-    agreement = _mean_over_layers(history, "causal_agreement")
-    agreed = "" if agreement is None else f" At the end of training the two agreed on {agreement:.1%} of the choices."
-    return (f"{ROUTES[routing.kind]}\n\n"
-            f"**In training** a routed layer takes exactly the {routing.capacity:.1%} of a sequence's tokens with the highest "
-            f"scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = \"causal\"`, the default, "
-            f"looks at no later token: {RULES[routing.causal]} (`{routing.causal}`).{agreed}\n\n"
-            "`routing_mode = \"topk\"` scores whole texts as in training. It has no cache, and its choice depends on all tokens "
-            "of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one.")
-
-
-def _mean_over_layers(history: dict[str, Any], name: str) -> float | None:
+def _means_over_layers(history: dict[str, Any]) -> dict[str, float]:
+    """Of the last report of training, each statistic's mean over the layers that have it."""
     layers = history.get("lm_loss", {}).get("routing", {}).values()
-    values = [layer[name] for layer in layers if layer.get(name) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _routed_fraction(history: dict[str, Any]) -> float | None:
-    return _mean_over_layers(history, "routed_fraction")
+    found: dict[str, list[float]] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if value is not None:
+                found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
     """Operations per token of a training step, here and without routing."""
-    dense = replace(model, routing=RoutingConfig())
-    plain = training_flops(dense, length) / length
-    if model.routing.kind == "dense":
+    routing = model.routing
+    plain = training_flops(dense_twin(model), length) / length
+    if routing.name == DENSE:
         return f"{plain:.3g} floating-point operations per token of a training step, forward and backward, at length {length}."
-    share = f"the configured {model.routing.capacity:.1%} of tokens"
-    if model.routing.is_token_choice:
-        measured = _routed_fraction(history)
+    share, shares = f"the configured {routing.share:.1%} of tokens", None
+    if routing.varies:
+        measured = _means_over_layers(history).get("routed_fraction")
         if measured is None:
             return f"It depends on what the tokens choose; without routing it is {plain:.3g} operations per token."
-        model = replace(model, routing=replace(model.routing, capacity=measured))
-        share = f"the measured {measured:.1%} of tokens attending"
-    routed = training_flops(model, length) / length
+        shares = dict.fromkeys(range(model.num_layers), measured)
+        share = f"the measured share of {measured:.1%} of tokens ({routing.verb})"
+    routed = training_flops(model, length, shares) / length
     return (f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "
             f"{share}: {routed / plain:.1%} of the {plain:.3g} of the same model without routing.")
 
@@ -192,7 +161,7 @@ def _loss(value: float | None) -> str:
     return "no number" if value is None else f"{value:.4f}"
 
 
-def _use(kind: str, style: str) -> str:
+def _use(style: str) -> str:
     if style == "qwen2":
         return ("A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
                 "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"

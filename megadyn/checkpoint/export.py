@@ -15,6 +15,7 @@ from megadyn.checkpoint.merge import ShardedTensors, thresholds
 from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
+from megadyn.kinds import DENSE
 from megadyn.parallel.params import DTYPES
 
 SHARD_BYTES = 5 * 10**9
@@ -36,8 +37,8 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
         raise UserError(problem)
     _refuse_output(output, checkpoint, overwrite)
     config = load_config(checkpoint / "config.yaml")
-    kind = config.model.routing.kind
-    if style == "qwen2" and kind != "dense":
+    kind = config.model.routing.name
+    if style == "qwen2" and kind != DENSE:
         raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
     precision = precision or config.precision
     temporary = output.with_name(f".writing-{output.name}")

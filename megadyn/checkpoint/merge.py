@@ -59,8 +59,15 @@ def part_for(source: TensorSource, name: str, sharding: Sharding, rank: int) -> 
     return sharding.cut(parameter_of(name), source.whole(name), rank).to(torch.float32)
 
 
+def routing_state(manifest: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """What a checkpoint holds of the tracker `name`, by layer. Up to version 0.1 it stood at the manifest's top."""
+    state: dict[str, dict[str, float]] = manifest.get("routing", manifest).get(name, {})
+    return state
+
+
 def thresholds(manifest: dict[str, Any]) -> dict[int, RunningThreshold]:
     """The running thresholds of a checkpoint, by layer."""
-    momentum = manifest["model"]["routing"]["threshold_momentum"]
-    return {int(layer): RunningThreshold(momentum, torch.tensor(state["average"]), state["steps"])
-            for layer, state in manifest["thresholds"].items()}
+    state = routing_state(manifest, "thresholds")
+    momentum = manifest["model"]["routing"].get("threshold_momentum", 0.0)
+    return {int(layer): RunningThreshold(momentum, torch.tensor(of["average"]), int(of["steps"]))
+            for layer, of in state.items()}

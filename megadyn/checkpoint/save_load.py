@@ -22,14 +22,15 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from megadyn.checkpoint import layout
-from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for
+from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
 from megadyn.checkpoint.writing import Snapshot, all_gather, write
 from megadyn.config import Config
 from megadyn.errors import RunError, UserError
 from megadyn.hf.config_map import FIELDS
 from megadyn.hf.reader import HfFolder
+from megadyn.kinds import DENSE
 from megadyn.log import log
-from megadyn.network import loads_of, thresholds_of
+from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.params import component, counts_here, name_of
 
 if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
@@ -142,7 +143,10 @@ def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_ke
     """
     shards = _shards(engine)
     stages = [state for state in all_gather(_routing_state(engine)) if state]
-    routing = {kind: {index: state for stage in stages for index, state in stage[kind].items()} for kind in TRACKERS}
+    routing: dict[str, dict[str, dict[str, float]]] = {}
+    for stage in stages:
+        for name, of_layers in stage.items():
+            routing.setdefault(name, {}).update(of_layers)
     bad = next((name for shard in shards.values() for name, tensor in shard.items() if not torch.isfinite(tensor).all()), None)
     bad = next((f"rank {rank}'s {name}" for rank, name in enumerate(all_gather(bad)) if name), None)
     if bad or not all(math.isfinite(value) for kind in routing.values() for state in kind.values() for value in state.values()):
@@ -155,7 +159,7 @@ def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_ke
         "model": asdict(engine.config.model), "data_key": data_key,
         "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
         "optimizer_steps": OptimizerAccess(engine).steps,
-        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, **routing,
+        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, "routing": routing,
     }
     return Snapshot(iteration, shards, manifest)
 
@@ -186,15 +190,12 @@ def _shards(engine: "Engine") -> dict[str, dict[str, Tensor]]:
             for kind, tensors in (("weights", weights), ("optimizer", moments)) if tensors}
 
 
-TRACKERS: dict[str, Any] = {"thresholds": thresholds_of, "loads": loads_of}
-
-
 def _routing_state(engine: "Engine") -> dict[str, dict[str, dict[str, float]]]:
     """What routed layers carry from step to step, by its name and layer, from one rank of each stage."""
     if engine.grid.tp.rank or engine.grid.dp.rank:
         return {}
-    return {kind: {str(index): tracker.state() for index, tracker in found(engine.routed).items()}
-            for kind, found in TRACKERS.items()}
+    return {name: {str(index): tracker.state() for index, tracker in of_layers.items()}
+            for name, of_layers in trackers_of(engine.routed).items()}
 
 
 def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[str, Any]:
@@ -210,9 +211,9 @@ def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[st
     set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
-    for kind, found in TRACKERS.items():
-        for index, tracker in found(engine.routed).items():
-            tracker.set_state(manifest[kind][str(index)], engine.device)
+    for name, of_layers in trackers_of(engine.routed).items():
+        for index, tracker in of_layers.items():
+            tracker.set_state(routing_state(manifest, name)[str(index)], engine.device)
     return manifest
 
 
@@ -227,7 +228,7 @@ def init_from(engine: "Engine", path: Path) -> None:
                    for key in HF_SHAPE if getattr(folder.model, key) != getattr(engine.config.model, key)]
     if differences:
         raise UserError(f"{path} is another model: {'; '.join(differences)}")
-    upcycled = folder.model.routing.kind == "dense"
+    upcycled = folder.model.routing.name == DENSE
     wanted = set().union(*all_gather({name_of(param) for param in engine.parameters()}))
     given = {name for name in folder.names() if not name.endswith(THRESHOLD)}
     missing = sorted(name for name in wanted - given if not (upcycled and component(name) != "base"))

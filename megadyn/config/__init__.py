@@ -2,7 +2,7 @@
 
 from megadyn.config.data import DataConfig, Source
 from megadyn.config.logging import LoggingConfig
-from megadyn.config.model import CAPACITY, CAUSAL_RULES, ModelConfig, RoutingConfig, capacity_count, expand_layout
+from megadyn.config.model import ModelConfig
 from megadyn.config.run import (
     BatchPlan,
     Config,
@@ -17,8 +17,7 @@ from megadyn.config.run import (
 from megadyn.config.training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
 
 __all__ = [
-    "CAPACITY", "CAUSAL_RULES", "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig",
-    "LoggingConfig", "ModelConfig", "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "RoutingConfig", "Source",
-    "TokenizerConfig", "TrainingConfig", "batch_plan", "capacity_count", "check_together", "engine_settings",
-    "expand_layout", "load_config", "save_config",
+    "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig", "ModelConfig",
+    "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "Source", "TokenizerConfig", "TrainingConfig", "batch_plan",
+    "check_together", "engine_settings", "load_config", "save_config",
 ]

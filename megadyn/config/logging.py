@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from megadyn.config.checks import at_least, one_of
+from megadyn.checks import at_least, one_of
 from megadyn.errors import ConfigError
 
 

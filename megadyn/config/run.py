@@ -14,9 +14,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from megadyn.config.checks import at_least, one_of
+from megadyn.checks import at_least, one_of
 from megadyn.config.data import DataConfig
 from megadyn.config.file import EXTENDS, config_layers
+from megadyn.config.kinds import settle_kind
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
 from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
@@ -100,6 +101,7 @@ def check_together(config: Config) -> None:
                           "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to")
     if training.compile:
         check_compilable(config)
+    model.routing.check_run(pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask)
 
 
 def check_compilable(config: Config) -> None:
@@ -108,9 +110,6 @@ def check_compilable(config: Config) -> None:
         raise ConfigError("parallel.tensor", config.parallel.tensor, "1 with training.compile: tensor ranks talk inside a layer")
     if config.data.document_mask:
         raise ConfigError("data.document_mask", True, "false with training.compile: documents come in any number")
-    if config.model.routing.is_token_choice:
-        raise ConfigError("model.routing.router_type", "token_choice", "expert_choice with training.compile: "
-                          "by token choice any number of tokens attends")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -128,10 +127,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         words = OmegaConf.to_container(from_words)
     except Exception as error:           # the YAML library has no common base for its errors
         raise UserError(f"the command line: not valid YAML: {' '.join(str(error).split())}") from None
-    for source, given in (*files, ("the command line", words)):
+    layers = [*files, ("the command line", words)]
+    for source, given in layers:
         _check_sections(Config, given, "", str(source))
+    kind = settle_kind(layers)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *(given for _, given in files), from_words)
+        defaults = OmegaConf.structured(Config(model=ModelConfig(routing=kind())))
+        merged = OmegaConf.merge(defaults, *(given for _, given in files), from_words)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from megadyn.config.checks import at_least, in_range, one_of
+from megadyn.checks import at_least, in_range, one_of
 from megadyn.errors import ConfigError
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from megadyn.config import ModelConfig, RoutingConfig
-from megadyn.errors import UserError
+from megadyn.config import ModelConfig
+from megadyn.errors import ConfigError, UserError
+from megadyn.kinds import DENSE, Kind, find_kind
 
 FIELDS = {
     "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
@@ -24,22 +25,8 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
                      "AutoModelForCausalLM": "modeling_megadyn.MegadynForCausalLM"},
         **_shared_fields(model, dtype),
         "normalization": model.normalization, "routing_mode": "causal", "layer_types": model.layer_types,
-        "routing": _to_hf_routing(model),
+        "routing": model.routing.to_export(model),
     }
-
-
-def _to_hf_routing(model: ModelConfig) -> dict[str, Any]:
-    routing = model.routing
-    if routing.kind == "dense":
-        return {"kind": "dense"}
-    common = {"kind": routing.kind, "capacity": routing.capacity, "causal": routing.causal,
-              "threshold_momentum": routing.threshold_momentum}
-    if routing.kind == "dtf":
-        return common | {"ma_window": routing.ma_window, "prior_size": model.prior_size, "prior_factor": routing.prior_factor,
-                         "gate": "score", "router_type": "surprise"}
-    if routing.kind == "mod":
-        return common | {"gate": routing.gate, "router_type": "linear"}
-    return common | {"router_type": routing.router_type, "causal": "token_choice" if routing.is_token_choice else routing.causal}
 
 
 def to_qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -97,20 +84,15 @@ def _described(config: dict[str, Any]) -> ModelConfig:
     model.routing.check()
     model.check()
     if layer_types and layer_types != model.layer_types:
-        raise UserError(f"layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.kind}")
+        raise UserError(f"layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.name}")
     return model
 
 
-def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> RoutingConfig:
-    kind = routing.get("kind", "dense")
-    known = {"dense": (), "dtf": ("capacity", "causal", "threshold_momentum", "ma_window", "prior_factor"),
-             "mod": ("capacity", "causal", "threshold_momentum", "gate"),
-             "dtrnet": ("capacity", "causal", "threshold_momentum", "router_type")}
-    if kind not in known:
-        raise UserError(f"routing.kind {kind!r} in config.json: must be one of {', '.join(known)}")
-    values = {key: routing[key] for key in known[kind] if key in routing}
-    if values.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
-        del values["causal"]
-    if kind in ("mod", "dtrnet"):
-        values["layout"] = "".join("T" if layer == "dense" else "D" for layer in layer_types)
-    return RoutingConfig(kind=kind, **values)
+def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> Kind:
+    name = routing.get("module", routing.get("kind", DENSE))
+    if not isinstance(name, str):
+        raise UserError(f"routing.kind = {name!r} in config.json: must be the name of a kind")
+    try:
+        return find_kind(name).from_export(routing, layer_types)
+    except ConfigError as error:
+        raise UserError(f"config.json: {error}") from None

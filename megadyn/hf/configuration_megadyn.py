@@ -25,19 +25,12 @@ Qwen2's fields, and four of its own:
     Any other key of `routing` is a record of the training run and changes nothing here.
 """
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
-
-LAYER_TYPES: dict[str, tuple[str, ...]] = {
-    "dense": ("dense",),
-    "dtf": ("dense", "dtf_decision", "dtf_dynamic"),
-    "mod": ("dense", "mod"),
-    "dtrnet": ("dense", "dtrnet"),
-}
-"""By kind of routing, what a layer can be."""
 
 NORMALIZATIONS = ("pre", "lns", "hybridnorm")
 
@@ -51,16 +44,15 @@ class Router(NamedTuple):
     choices: dict[str, tuple[str, ...]] = {}      # keys with a fixed set of values; the first is the default
 
 
-ROUTERS: dict[str, dict[str, Router]] = {
-    "dense": {"none": Router()},
-    "dtf": {"surprise": Router(("capacity", "ma_window", "prior_size"),
-                               {"gate": ("score",), "causal": ("threshold", "predictor")})},
-    "mod": {"linear": Router(("capacity",),
-                             {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")})},
-    "dtrnet": {"token_choice": Router((), {"causal": ("token_choice",)}),
-               "expert_choice": Router(("capacity",), {"causal": ("threshold",)})},
-}
-"""By `kind`, then by `router_type`, whose default is the first."""
+class ExportedKind(NamedTuple):
+    """What a kind of routing brings to an exported model."""
+
+    layers: dict[str, type]
+    """Its own types of layer, beside `dense`."""
+    routers: dict[str, Router]
+    """By `router_type`, whose default is the first."""
+    check_types: Callable[[list[str]], None] | None = None
+    """Raises ValueError for an order of layer types that cannot be."""
 
 
 def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
@@ -76,13 +68,20 @@ def check_number(key: str, value: Any) -> None:
         raise ValueError(f"routing.{key} = {value!r}: must be a whole number, at least 1")
 
 
+def kind_of(routing: dict[str, Any]) -> ExportedKind:
+    """The kind's own part. Imported here, because its layers import this file."""
+    from .routing_of import exported_kind
+
+    return exported_kind(routing)
+
+
 def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
     """`routing` with its defaults filled in; ValueError for what this file cannot run."""
     kind: str = routing.get("kind", "")
-    one_of("routing.kind", kind, tuple(ROUTERS))
-    router_type: str = routing.get("router_type", next(iter(ROUTERS[kind])))
-    one_of(f"routing.router_type with routing.kind = {kind}", router_type, tuple(ROUTERS[kind]))
-    router = ROUTERS[kind][router_type]
+    routers = kind_of(routing).routers
+    router_type: str = routing.get("router_type", next(iter(routers)))
+    one_of(f"routing.router_type with routing.kind = {kind}", router_type, tuple(routers))
+    router = routers[router_type]
     what = f"routing.kind = {kind} with router_type = {router_type}"
     if missing := [key for key in router.required if key not in routing]:
         raise ValueError(f"routing.{missing[0]} is missing: {what} needs {', '.join(router.required)}")
@@ -95,19 +94,17 @@ def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
 
 def has_topk(routing: dict[str, Any]) -> bool:
     """Whether layers can choose by top-k; where they cannot, the two routing modes are one."""
-    return "capacity" in ROUTERS[routing["kind"]][routing["router_type"]].required
+    return "capacity" in kind_of(routing).routers[routing["router_type"]].required
 
 
-def check_layer_types(layer_types: list[str], kind: str, num_layers: int) -> None:
+def check_layer_types(layer_types: list[str], routing: dict[str, Any], num_layers: int) -> None:
     if len(layer_types) != num_layers:
         raise ValueError(f"layer_types has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
+    kind = kind_of(routing)
     for i, layer_type in enumerate(layer_types):
-        one_of(f"layer_types[{i}] with routing.kind = {kind}", layer_type, LAYER_TYPES[kind])
-        follows_decision = i > 0 and layer_types[i - 1] == "dtf_decision"
-        if (layer_type == "dtf_dynamic") != follows_decision:
-            raise ValueError(f"layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, and only it")
-    if layer_types[-1] == "dtf_decision":
-        raise ValueError("layer_types ends in a dtf_decision without its dtf_dynamic")
+        one_of(f"layer_types[{i}] with routing.kind = {routing['kind']}", layer_type, ("dense", *kind.layers))
+    if kind.check_types is not None:
+        kind.check_types(layer_types)
 
 
 @strict
@@ -163,7 +160,7 @@ class MegadynConfig(PretrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Stands in for transformers' own check, which knows no routed layers; called by it on saving too."""
-        check_layer_types(self.layer_types, self.routing["kind"], self.num_hidden_layers)
+        check_layer_types(self.layer_types, self.routing, self.num_hidden_layers)
 
 
 MegadynConfig.register_for_auto_class("AutoConfig")

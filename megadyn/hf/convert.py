@@ -12,6 +12,7 @@ from torch import Tensor
 from megadyn.config import ModelConfig
 from megadyn.hf.config_map import to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
+from megadyn.kinds import Kind, module_of
 
 
 def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
@@ -29,11 +30,39 @@ def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[st
     write_json(folder / "config.json", described | special)
     write_json(folder / "generation_config.json", {"do_sample": False, **special})
     if style == "megadyn":
-        for name in ("configuration_megadyn.py", "modeling_megadyn.py"):
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        write_code(folder, type(model.routing))
     elif warning := check_qwen2(folder, tokenizer):
         note += f". {warning}"
     return summary | {"tokenizer": note}
+
+
+CODE = ("configuration_megadyn.py", "layers_megadyn.py", "modeling_megadyn.py")
+"""Files of this folder that every export carries."""
+
+
+def write_code(folder: Path, kind: type[Kind]) -> None:
+    """The Python files that run the model without megadyn: what all exports share, and this kind's `exported.py`."""
+    for name in CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    own = Path(str(module_of(kind, "exported").__file__)).read_text()
+    (folder / f"routing_{kind.name}.py").write_text(own.replace("from megadyn.hf.", "from ."))
+    (folder / "routing_of.py").write_text(ROUTING_OF.format(name=kind.name))
+
+
+ROUTING_OF = '''"""The kind of routing that this model has."""
+
+from typing import Any
+
+from .configuration_megadyn import ExportedKind
+from .routing_{name} import EXPORTED
+
+
+def exported_kind(routing: dict[str, Any]) -> ExportedKind:
+    """ValueError for another kind: a folder holds the code of its own alone."""
+    if routing.get("kind") != "{name}":
+        raise ValueError(f"routing.kind = {{routing.get('kind')!r}}: this folder's code runs '{name}' alone")
+    return EXPORTED
+'''
 
 
 def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:

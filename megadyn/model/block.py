@@ -25,7 +25,7 @@ class Stream(NamedTuple):
     hidden: Tensor
     """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
     gate: Tensor | None = None
-    """[B, T/seq] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
+    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_gate`). Carries gradient."""
     documents: Documents | None = None
     """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
 
@@ -57,6 +57,8 @@ class Layer(nn.Module):
 
     block_is_split = True
     """Under sequence parallelism the block works on this rank's part of the sequence."""
+    takes_gate = False
+    """Reads `Stream.gate` of the layer before, which must then cross a stage boundary between the two."""
 
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
@@ -112,10 +114,3 @@ class Layer(nn.Module):
             self.self_attn.rotary.angles(self.length(hidden), hidden)      # grown out here: a graph is for a table that stays
             function = partial(compiled, function)
         return recomputed(function, *inputs, when=self.recompute)
-
-
-class DenseLayer(Layer):
-    """h + Block(h) for every token: a layer of Qwen2 or Llama."""
-
-    def forward(self, stream: Stream) -> Stream:
-        return stream._replace(hidden=self.run(self.dense, stream.hidden, stream.documents))

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadyn.config import RECOMPUTE, BatchPlan, Config, batch_plan, check_together, engine_settings
+from megadyn.costs.memory import Workload
 from megadyn.errors import UserError
-from megadyn.planning.flops import attention_flops, head_flops, layer_costs, layer_flops, training_flops
+from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
 from megadyn.planning.memory import (
     Memory,
-    Workload,
     host_memory,
     is_offloaded,
     rank_memory,
@@ -248,7 +248,7 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
     one = work.batch * work.length * model.hidden_size * work.bytes * 2 * (work.tensor - 1) / work.tensor
     sums = 2 * one * sum(shares_summed(work)[mine])
     ends = (one * (stage == 0), one * (stage == len(cuts) - 2))       # the embedding's in forward, the head's in backward
-    attention = sum(attention_flops(model, work.length)[mine]) / work.tensor * work.batch
+    attention = sum(layer.attention for layer in flops) / work.tensor * work.batch
     again = {"none": 0.0, "selective": attention, "full": layers}[work.recompute]
     moved = (sums + ends[0], sums * (2 if work.recompute == "full" else 1) + ends[1])
     computed = ((layers + head) / rate, (2 * (layers + head) + again) / rate)
@@ -257,10 +257,9 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
 
 
 def shares_summed(work: Workload) -> list[float]:
-    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward. Under
-    sequence parallelism chosen tokens are summed once more, when they come together from the parts."""
-    routed = (work.model.routing.capacity or 1.0) * (1.5 if work.sequence else 1.0)
-    return [routed if kind in ("dtf_dynamic", "mod") else 1.0 for kind in work.model.layer_types]
+    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward."""
+    model = work.model
+    return [model.routing.summed(layer, work) for layer in model.layer_types]
 
 
 def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: BatchPlan) -> float:

@@ -2,21 +2,13 @@
 
 Weights, gradients and optimizer states follow DeepSpeed's optimizers as `training/engine.py` sets them up; activations
 follow the tensors that each layer keeps for its backward pass. `tests/planning/test_memory.py` holds both to the peak
-of real training steps.
-
-    n  tokens of a micro-batch that a layer works on     d  hidden size     f  feed-forward width of this rank
-    m  of these, the rank's part under sequence parallelism (arXiv 2205.05198); else all          b  bytes a number
-    q  width of this rank's queries                      k  width of its keys, or values
-
-Under sequence parallelism norms, residuals, priors, routers and what crosses stages are of m tokens. What a linear layer reads is
-of n all the same: we keep it as it was gathered, where the paper keeps the part and gathers again.
+of real training steps. What a layer keeps is its kind's to say (`kinds/`), from the pieces in `costs/memory.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megadyn.config import ModelConfig, capacity_count
+from megadyn.costs.memory import Kept, Workload
 from megadyn.errors import ConfigError, UserError
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
@@ -46,111 +38,10 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What one rank computes with: everything that activations depend on."""
-
-    model: ModelConfig
-    batch: int
-    """Samples of a micro-batch."""
-    length: int
-    tensor: int
-    bytes: int
-    """Of a number: 4 in fp32, 2 in bf16 and fp16."""
-    recompute: str
-    """`training.recompute`."""
-    documents: bool = False
-    """Attention is masked by document."""
-    sequence: bool = False
-    """`parallel.sequence`: tensor ranks share out the sequence."""
-    fused: bool = True
-    """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
-
-    @property
-    def parts(self) -> int:
-        """Of the sequence, one a tensor rank."""
-        return self.tensor if self.sequence else 1
-
-    @property
-    def widths(self) -> tuple[int, int, int, int]:
-        """d, q, k, f"""
-        model, t = self.model, self.tensor
-        assert model.head_dim and model.num_kv_heads and model.ffn_size
-        return (model.hidden_size, model.num_heads // t * model.head_dim, max(1, model.num_kv_heads // t) * model.head_dim,
-                model.ffn_size // t)
-
-    def norm(self, width: int, is_kept: bool = False) -> int:
-        """What RMSNorm keeps of a token; `is_kept`: its input is kept anyway."""
-        if self.fused:
-            return 4 + (0 if is_kept else self.bytes * width)
-        return 4 + 4 * width + (0 if is_kept and self.bytes == 4 else 4 * width)
-
-
-class Kept(NamedTuple):
-    """Bytes of one layer on one micro-batch."""
-
-    input: float
-    """The layer's own input, where something in it needs that as it is."""
-    inside: float
-    """Kept by what `training.recompute: full` recomputes, beside the input."""
-    inner: float
-    """Of these, kept by what `selective` recomputes."""
-    outside: float
-    """Kept in any case: a router's."""
-    working: float
-    """Above these, while the layer's backward pass runs."""
-
-
-def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: int = 1) -> float:
-    """Of attention and feed-forward on `n` tokens, in `parts` where they are not cut by heads and widths; their input counted
-    only if it is no layer's."""
-    (d, q, k, f), b = work.widths, work.bytes
-    heads = q // (work.model.head_dim or 1)
-    attention = b * (2 * q + 2 * k) + 4 * heads
-    if work.model.normalization == "hybridnorm":
-        whole, split = b * d * (has_own_input or parts > 1) + work.norm(q) + 2 * work.norm(k) + b * d, work.norm(d)
-    else:
-        whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
-    return n * (whole + split / parts + attention + 4 * b * f)
-
-
-def inner_kept(work: Workload, n: float, attending: float) -> float:
-    """What attention averaged, and two products of the feed-forward's inner width."""
-    (_, q, _, f), b = work.widths, work.bytes
-    return n * 2 * b * f + attending * (b * q + 4 * q // (work.model.head_dim or 1))
-
-
 def layers_kept(work: Workload) -> list[Kept]:
-    """Of each transformer layer. DTRNet's token choice: at the share `model.routing.capacity`."""
-    model, (d, q, k, f), b = work.model, work.widths, work.bytes
-    assert model.head_dim
-    n = work.batch * work.length
-    m = n / work.parts
-    c = work.batch * capacity_count(model.routing.capacity or 1.0, work.length)
-    hybrid = model.normalization == "hybridnorm"
-    own = m * b * d * (work.parts == 1 if hybrid else work.fused or b == 4)
-    turned = 4 * model.head_dim                     # cosine and sine of a token's position, where they are looked up
-    segments = 0 if work.fused else b * q           # the outputs of all segments, once more as one tensor
-    block = block_kept(work, n, parts=work.parts) + n * (turned + segments) * work.documents
-    backward = b * (2 * f + d)                      # gradients of the feed-forward's inner width, and of the stream
-    # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
-    prior = m * b * (2 * d + 2 * model.prior_size)
-    compared = m * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
-    # A block on chosen tokens is whole on every tensor rank.
-    skipping = block_kept(work, c, has_own_input=True) + c * (2 * b * d + turned + segments * work.documents)
-    # A predictor's, or a router's, input is the layer's own; MoD's scores are made from a float32 copy of it.
-    reads = m * b * d * (model.routing.causal == "predictor")
-    widened = m * 4 * d * (b < 4)
-    attending = c * (b * (d + 2 * q + 2 * k) + turned + segments * (work.documents or model.routing.is_token_choice))
-    bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
-    inner, inner_chosen = inner_kept(work, n, n), inner_kept(work, c, c)
-    of = {"dense": Kept(own, block, inner, 0, n * backward),
-          "dtf_decision": Kept(m * b * d, block + prior, inner, 0, max(compared, n * backward - prior)),
-          "dtf_dynamic": Kept(reads, skipping, inner_chosen, reads + 24 * n, c * backward + 2 * b * d * m),
-          "mod": Kept(max(reads, m * b * d * (b == 4)), skipping, inner_chosen, widened + reads + 32 * n,
-                      c * backward + 2 * b * d * m),
-          "dtrnet": Kept(m * b * d, attending + bypass, inner_kept(work, n, c), m * b * d + 24 * n, n * backward)}
-    return [of[kind] for kind in model.layer_types]
+    """Of each transformer layer, at the share of tokens that is planned for it."""
+    routing = work.model.routing
+    return [routing.kept(layer, work) for layer in work.model.layer_types]
 
 
 def head_working(work: Workload) -> float:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from megadyn.config import ModelConfig
+from megadyn.costs.shape import Shape
 
 
-def layer_parameters(model: ModelConfig, tensor: int = 1) -> list[int]:
+def layer_parameters(model: Shape, tensor: int = 1) -> list[int]:
     """Of each transformer layer, what one of `tensor` ranks holds; for one rank that is all."""
     assert model.head_dim and model.num_kv_heads and model.ffn_size
     d, head = model.hidden_size, model.head_dim
@@ -15,26 +15,23 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> list[int]:
     block = d * head * (2 * heads + 2 * keys) + 3 * d * model.ffn_size // tensor
     block += head * (heads + 2 * keys) if model.qkv_bias else 0
     block += d + 3 * head if model.normalization == "hybridnorm" else 2 * d
-    predictor = d * (d // 2) + d // 2 if model.routing.causal == "predictor" else 0
-    extra = {"dense": 0, "dtf_decision": d + 3 * d * model.prior_size + 4, "dtf_dynamic": predictor, "mod": d + predictor,
-             "dtrnet": (d + 1) * (d // 2) + 2 * (d // 2) + 2}
-    return [block + extra[kind] for kind in model.layer_types]
+    return [block + model.routing.parameters(layer, model) for layer in model.layer_types]
 
 
-def vocabulary_rows(model: ModelConfig, tensor: int) -> int:
+def vocabulary_rows(model: Shape, tensor: int) -> int:
     """Rows of the embedding, and of the head, on one of `tensor` ranks; the last ones are padding."""
     assert model.vocab_size
     return -(-model.vocab_size // tensor)
 
 
-def total_parameters(model: ModelConfig) -> int:
+def total_parameters(model: Shape) -> int:
     """Of the whole model, each once, without padding."""
     assert model.vocab_size
     words = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     return sum(layer_parameters(model)) + words + model.hidden_size
 
 
-def stage_parameters(model: ModelConfig, tensor: int, cuts: Sequence[int]) -> list[int]:
+def stage_parameters(model: Shape, tensor: int, cuts: Sequence[int]) -> list[int]:
     """What one tensor rank of each pipeline stage holds; a tied embedding stands on the first and on the last stage.
 
     Args:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from megadyn.kinds import Kind
 from megadyn.report.axes import bin_means, brief, spans_decades
 from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
@@ -32,16 +33,8 @@ SHARE = (0.0, 1.0)
 LAYER_STATISTICS = {
     "routed_fraction": LayerStatistic("Share of tokens routed", SHARE),
     "causal_agreement": LayerStatistic("Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE),
-    "S_CE": LayerStatistic("S_CE: expected change, mean over tokens"),
-    "S_CU": LayerStatistic("S_CU: unexpected change, mean over tokens"),
-    "D_st": LayerStatistic("D_st: what the layer changed, mean square"),
-    "D_ch": LayerStatistic("D_ch: what the prior left unexplained, mean square"),
-    "beta_ce": LayerStatistic("beta_ce, before softplus"),
-    "beta_cu": LayerStatistic("beta_cu, before softplus"),
-    "ce_offset": LayerStatistic("ce_offset"),
-    "cu_multiplier": LayerStatistic("cu_multiplier"),
 }
-"""Shown in this order; what else layers report stands folded below them."""
+"""Of every kind; shown before those in the legend of the run's own kind. What else layers report stands folded below them."""
 GATES = ("gate_routed", "gate_unrouted")
 
 
@@ -89,11 +82,8 @@ def describe(run: Run) -> str:
     get = run.config.get
     if not run.config:
         return str(run.folder)
-    kind = get("model.routing.kind", "?")
-    if kind == "dtrnet" and get("model.routing.router_type") == "token_choice":
-        kind += ", each token's own choice"
-    elif kind != "dense":
-        kind += f" at capacity {get('model.routing.capacity')}"
+    routing = run.routing
+    kind = str(get("model.routing.kind", "?")) if routing is None else routing.describe()
     return (f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
             f"{get('training.sequence_length')} tokens, {get('precision')}")
 
@@ -137,9 +127,12 @@ def layers(runs: Sequence[Run]) -> str:
     if not names:
         return ("<h2>Routing by layer</h2><p>There is nothing to show: no layer reported routing statistics, "
                 "as in a dense model.</p>")
-    shown = {name: statistic for name, statistic in LAYER_STATISTICS.items() if name in names}
+    known = dict(LAYER_STATISTICS)
+    for run in runs:
+        known |= {name: LayerStatistic(title) for name, title in (run.routing.legend if run.routing else {}).items()}
+    shown = {name: statistic for name, statistic in known.items() if name in names}
     gates = "".join(gate_charts(run, len(runs) > 1) for run in runs)
-    others = [name for name in names if name not in LAYER_STATISTICS and not name.startswith(GATES)]
+    others = [name for name in names if name not in known and not name.startswith(GATES)]
     parts = ["<h2>Routing by layer</h2><p class=\"dim\">A row a layer, darker for more in the light scheme and lighter in the "
              "dark one. The number behind a row is its last value.</p>",
              f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>', gates]
@@ -192,7 +185,7 @@ def text_section(subject: Subject, several: bool) -> str:
     if isinstance(found, str):
         return f"{heading}<p>There is none here: {escape(found)}.</p>"
     counts, total = found.processed.sum(axis=0), len(found.layers)
-    did = "attended" if subject.run.config.get("model.routing.kind") == "dtrnet" else "was processed"
+    did = Kind.verb if subject.run.routing is None else subject.run.routing.verb
     spans = []
     for k, piece in enumerate(found.pieces):
         through = [str(layer) for layer, chosen in zip(found.layers, found.processed[:, k]) if chosen]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from megadyn.checkpoint.layout import NAME, complete_checkpoints, damage, read_manifest
 from megadyn.data.files import os_errors_named
 from megadyn.errors import UserError
+from megadyn.kinds import Kind, find_kind, keys_of
 
 Values = NDArray[np.float64]
 Record = dict[str, Any]
@@ -38,6 +39,17 @@ class Run:
     """What each start of the run recorded of its environment, in order; empty where it recorded none."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what is broken or unfinished."""
+
+    @property
+    def routing(self) -> Kind | None:
+        """The run's kind of routing; None where its configuration is not readable, or its kind is not installed here."""
+        keys = {key.removeprefix("model.routing."): value for key, value in self.config.items()
+                if key.startswith("model.routing.")}
+        try:
+            kind = find_kind(str(keys.get("kind")))
+        except UserError:
+            return None
+        return kind(**{key: value for key, value in keys.items() if key in keys_of(kind)})
 
     @property
     def iterations(self) -> Values:

@@ -13,7 +13,9 @@ from megadyn.config import Config, load_config
 from megadyn.data.batches import read_batch
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import UserError
-from megadyn.network import Network, RoutedLayer, routed_layers, set_routing_mode
+from megadyn.kinds import DENSE
+from megadyn.network import Network, routed_layers, set_routing_mode
+from megadyn.routing.layer import RoutedLayer
 from megadyn.routing.select import Selection, as_mask
 from megadyn.training.data import open_data
 from megadyn.training.evaluate import load_network, open_saved
@@ -37,7 +39,7 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
     UserError where the checkpoint is damaged, the model is dense, or tokenizer or dataset are not at hand.
     """
     config = load_config(checkpoint / "config.yaml")
-    if config.model.routing.kind == "dense":
+    if config.model.routing.name == DENSE:
         raise UserError("the model is dense: every token passes through every layer")
     base = launch_folder(run, config)
     try:

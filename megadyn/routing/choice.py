@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.config import capacity_count
+from megadyn.kinds import TopK, capacity_count
 from megadyn.model.block import LayerContext
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.loss import upcast
@@ -40,7 +40,7 @@ class CausalRouter(nn.Module):
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
         routing, d = ctx.model.routing, ctx.model.hidden_size
-        assert routing.capacity is not None
+        assert isinstance(routing, TopK) and routing.capacity is not None
         self.capacity, self.rule, self.weight = routing.capacity, routing.causal, routing.predictor_loss_weight
         self.seq = ctx.make.seq
         self.mode = "topk"

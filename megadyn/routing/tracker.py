@@ -1,5 +1,6 @@
 """Averages that a layer carries from step to step."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,19 @@ class StepTracker:
         self._sum: Tensor | None = None
         self.micro_batches = 0
         """Of this step, so far."""
+
+    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
+        """Takes in a step: `mean` over its samples of what was observed; `total`: the sum of these over all layers
+        of the model, where `Kind.totals` names this tracker."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint holds of it."""
+        raise NotImplementedError
+
+    def set_state(self, state: dict[str, float], device: torch.device) -> None:
+        """Inverse of `state`."""
+        raise NotImplementedError
 
     def observe(self, value: Tensor) -> None:
         """A scalar of one micro-batch."""

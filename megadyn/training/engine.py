@@ -24,7 +24,7 @@ from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
-from megadyn.network import Network, layer_list, loads_of, routed_layers, set_routing_mode, thresholds_of
+from megadyn.network import Network, layer_list, routed_layers, set_routing_mode, trackers_of
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import ParamMaker, name_of
@@ -255,22 +255,21 @@ class Engine:
         return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
     def _end_step(self, counts: bool) -> None:
-        """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks. A bad step does not count."""
-        thresholds, loads = list(thresholds_of(self.routed).values()), list(loads_of(self.routed).values())
-        trackers = [*thresholds, *loads]
+        """One small all-reduce per step keeps what layers carry equal on all data-parallel ranks. A bad step does not count."""
+        by_name = trackers_of(self.routed)
+        trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
         if trackers:
             mine = torch.stack([tracker.take_step_mean() for tracker in trackers])
         if not counts:
             return
-        if trackers:
-            means = sum_over(mine, self.grid.dp) / self.grid.dp.size
-            for threshold, mean in zip(thresholds, means):
-                threshold.end_step(mean)
-            own = means[len(thresholds):]
-        if self.config.model.routing.kind == "dtrnet":          # on every stage, also one without a routed layer
-            total = sum_over(own.sum() if loads else torch.zeros((), device=self.device), self.grid.pp)
-            for load, mean in zip(loads, own if loads else ()):
-                load.end_step(mean, total)
+        means = dict(zip(trackers, sum_over(mine, self.grid.dp) / self.grid.dp.size)) if trackers else {}
+        totals: dict[str, Tensor] = {}
+        for name in self.config.model.routing.totals:          # on every stage, also one without a routed layer
+            own = [means[tracker] for tracker in by_name.get(name, {}).values()]
+            totals[name] = sum_over(torch.stack(own).sum() if own else torch.zeros((), device=self.device), self.grid.pp)
+        for name, of_layers in by_name.items():
+            for tracker in of_layers.values():
+                tracker.end_step(means[tracker], totals.get(name))
 
     def _mean_over_parts(self, x: Tensor) -> Tensor:
         """Mean over the ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence."""

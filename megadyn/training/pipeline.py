@@ -7,13 +7,12 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
-from megadyn.model.block import Stream
+from megadyn.model.block import Layer, Stream
 from megadyn.model.documents import from_ids
 from megadyn.network import Part, read_out
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.parallel.wire import pack, unpack
-from megadyn.routing.dtf import DynamicLayer
 
 
 class Stages(PipelineModule):
@@ -39,7 +38,8 @@ class Stages(PipelineModule):
         layers = self.forward_funcs[:-1] if self.rank_grid.is_last_stage else self.forward_funcs
         stream: Any = inputs
         if not self.rank_grid.is_first_stage:
-            hidden, gate, ids = unpack(inputs, gate=isinstance(layers[0], DynamicLayer), ids=self.by_document)
+            takes_gate = isinstance(layers[0], Layer) and layers[0].takes_gate
+            hidden, gate, ids = unpack(inputs, gate=takes_gate, ids=self.by_document)
             stream = Stream(hidden, gate, None if ids is None else from_ids(whole_sequence(ids, self.seq)))
         for layer in layers:
             stream = layer(stream)

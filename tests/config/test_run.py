@@ -9,15 +9,14 @@ import pytest
 from megadyn.config import (
     Config,
     ModelConfig,
-    RoutingConfig,
     batch_plan,
     engine_settings,
-    expand_layout,
     load_config,
     save_config,
 )
 from megadyn.config.run import DECIDED_HERE
 from megadyn.errors import ConfigError, UserError
+from megadyn.kinds import expand_layout, make_kind
 
 RUN = """
 data: {train: corpus}
@@ -305,10 +304,11 @@ def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
 @pytest.mark.parametrize(("hidden", "factor", "width"), [
     (512, 0.0625, 32), (16, 0.0625, 2), (8, 0.0625, 2), (48, 0.0625, 4), (33, 0.0625, 4), (100, 0.05, 6), (10, 4.0, 40)])
 def test_the_priors_width_is_rounded_up_to_even_and_at_least_two(hidden, factor, width):
-    assert ModelConfig(hidden_size=hidden, routing=RoutingConfig(prior_factor=factor)).prior_size == width
+    model = ModelConfig(hidden_size=hidden, routing=make_kind("dtf", prior_factor=factor))
+    assert model.routing.prior_size(model) == width
 
 
-@pytest.mark.parametrize(("kind", "capacity"), [("dense", 1.0), ("dtf", 0.5), ("mod", 0.125), ("dtrnet", 0.1)])
+@pytest.mark.parametrize(("kind", "capacity"), [("dtf", 0.5), ("mod", 0.125), ("dtrnet", 0.1)])
 def test_each_kind_has_its_own_capacity_unless_one_is_given(tmp_path, kind, capacity):
     assert load(tmp_path, f"model.routing.kind={kind}").model.routing.capacity == capacity
     assert load(tmp_path, f"model.routing.kind={kind}", "model.routing.capacity=0.3").model.routing.capacity == 0.3
@@ -317,11 +317,11 @@ def test_each_kind_has_its_own_capacity_unless_one_is_given(tmp_path, kind, capa
 @pytest.mark.parametrize(("kind", "extra", "threshold", "token_choice"), [
     ("dense", "", False, False), ("dtf", "", True, False), ("dtf", "causal=predictor", False, False), ("mod", "", True, False),
     ("mod", "causal=predictor", False, False), ("mod", "causal=bce", False, False), ("dtrnet", "", False, True),
-    ("dtrnet", "router_type=expert_choice", True, False), ("mod", "router_type=token_choice", True, False)])
+    ("dtrnet", "router_type=expert_choice", True, False)])
 def test_a_threshold_is_kept_where_top_k_needs_one(tmp_path, kind, extra, threshold, token_choice):
     overrides = [f"model.routing.kind={kind}", *(f"model.routing.{word}" for word in extra.split())]
     routing = load(tmp_path, *overrides).model.routing
-    assert (routing.uses_threshold, routing.is_token_choice) == (threshold, token_choice)
+    assert (routing.uses_threshold, routing.varies) == (threshold, token_choice)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_a_layout_that_describes_other_layers_is_refused_with_what_it_may_be(lay
     ("mod", None, "TDTDTD"), ("dtrnet", None, "TDTDTD"), ("mod", "zero_attn", "DDDDDD"), ("dtrnet", "four_attn", "TTTTDD"),
     ("dtrnet", "T2D4", "TTDDDD"), ("mod", "D2T4", "DDTTTT")])
 def test_layers_are_routed_as_laid_out(kind, layout, letters):
-    types = ModelConfig(num_layers=6, routing=RoutingConfig(kind=kind, layout=layout)).layer_types
+    types = ModelConfig(num_layers=6, routing=make_kind(kind, layout=layout)).layer_types
     assert types == [{"T": "dense", "D": kind}[letter] for letter in letters]
 
 
@@ -362,7 +362,7 @@ def test_layers_are_routed_as_laid_out(kind, layout, letters):
     ("dtf", 5, ["dtf_decision", "dtf_dynamic"] * 2 + ["dense"]),
 ])
 def test_odd_layers_decide_even_ones_skip_and_a_last_odd_one_is_dense(kind, layers, types):
-    assert ModelConfig(num_layers=layers, routing=RoutingConfig(kind=kind)).layer_types == types
+    assert ModelConfig(num_layers=layers, routing=make_kind(kind)).layer_types == types
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path):

@@ -1,14 +1,13 @@
 """Every configuration in examples/ can be planned, fits the GPUs that the index names, and is described there as it is."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from megadyn.config import Config, RoutingConfig, engine_settings, load_config
-from megadyn.planning.flops import training_flops
+from megadyn.config import Config, engine_settings, load_config
+from megadyn.planning.flops import dense_twin, training_flops
 from megadyn.planning.layouts import GIB, EngineFile, Layout, Machine, lay_out
 from megadyn.planning.parameters import total_parameters
 from megadyn.training.dry_run import dry_run
@@ -68,7 +67,7 @@ def test_the_index_states_each_model_as_it_is() -> None:
         config = load_config(EXAMPLES / row[0].strip("`"))
         length = config.training.sequence_length
         flops = training_flops(config.model, length)
-        share = flops / training_flops(replace(config.model, routing=RoutingConfig()), length)
+        share = flops / training_flops(dense_twin(config.model), length)
         found.append([*row[:2], f"{total_parameters(config.model) / 1e9:.3f}G", f"{flops / length / 1e9:.2f}", f"{share:.1%}"])
     assert found == MODELS, "the index is to say:\n" + text(found)
 

@@ -10,11 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadyn.model.block import Stream
-from megadyn.network import KINDS as LAYERS
 from megadyn.parallel.grid import Axis, make_grid
 from megadyn.parallel.mappings import own_part
-from megadyn.routing.aux_loss import LossScale
-from tests.networks import layer_context, with_routing
+from tests.networks import known, layer_context, make_layer, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import tiny_config
 
@@ -54,10 +52,11 @@ def check() -> None:
 
 def units(tp: Axis, name: str, split: bool) -> float:
     kind = {"dtrnet": "dtrnet-expert"}.get(name, name.split("_")[0])
-    config = with_routing(tiny_config(kind, hidden_size=WIDTH, num_layers=4), capacity=CAPACITY)
+    config = tiny_config(kind, hidden_size=WIDTH, num_layers=4)
+    config = with_routing(config, **known(config, capacity=CAPACITY))
     config.parallel.sequence = split
     ctx = layer_context(config, tp)
-    layer = LAYERS[name](ctx, 1) if kind == "dense" else LAYERS[name](ctx, config.model.layer_types.index(name), LossScale())
+    layer = make_layer(config, config.model.layer_types.index(name), tp=tp)
     hidden = own_part(torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), ctx.make.seq).clone().requires_grad_()
     gate = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
     sent = [0.0]

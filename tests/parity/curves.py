@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from tests.networks import end_step
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
@@ -124,7 +125,7 @@ def _curve(case: Case) -> Curve:
 def plain_curve(case: Case) -> Curve:
     """The same training as a plain PyTorch loop: no DeepSpeed, no ranks, no micro-batches, torch's own clipping."""
     from megadyn.model.block import LayerContext
-    from megadyn.network import Network, loads_of, routed_layers
+    from megadyn.network import Network
     from megadyn.parallel.params import ParamMaker
     from megadyn.parallel.sharding import Sharding
     from megadyn.routing.aux_loss import LossScale
@@ -138,7 +139,6 @@ def plain_curve(case: Case) -> Curve:
     adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
                              betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps)
     curve: Curve = {"loss": [], "grad_norm": []}
-    loads = loads_of(routed_layers(net)).values()
     for step, samples in enumerate(tokens_of(case)):
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
@@ -149,7 +149,5 @@ def plain_curve(case: Case) -> Curve:
         curve["grad_norm"].append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item())
         adam.step()
         adam.zero_grad()
-        fractions = [load.take_step_mean() for load in loads]
-        for load, fraction in zip(loads, fractions, strict=True):
-            load.end_step(fraction, torch.stack(fractions).sum())
+        end_step(net)
     return curve

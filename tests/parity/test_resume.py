@@ -68,14 +68,15 @@ def _run_all(folder: str) -> None:
 def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
-    from megadyn.network import loads_of, thresholds_of
+    from megadyn.network import trackers_of
     from megadyn.parallel.grid import make_grid
     from megadyn.parallel.params import name_of
     from megadyn.training.engine import Engine
     from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
-    config.model.routing.jitter = 0.0                    # its noise follows from the seed, which
+    if hasattr(config.model.routing, "jitter"):
+        config.model.routing.jitter = 0.0                # its noise follows from the seed, which
     config.training.seed += load_from is not None        # gives other starting weights, so that loading must replace them all
     plan = batch_plan(config, dist.get_world_size())
     engine = Engine(config, plan, make_grid(case.tensor, case.pipeline))
@@ -96,7 +97,7 @@ def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path
         save_load.save(engine, save_to, iteration=steps.stop, consumed_samples=4 * steps.stop)
     access = save_load.OptimizerAccess(engine)
     weights = {name_of(p): access.get(p)["weight"].double().flatten()[:50].tolist() for p in engine.parameters()}
-    trackers = [*thresholds_of(engine.routed).values(), *loads_of(engine.routed).values()]
+    trackers = [tracker for of_layers in trackers_of(engine.routed).values() for tracker in of_layers.values()]
     engine.engine.destroy()
     return Trained(losses, norms, weights, [tracker.state() for tracker in trackers])
 

@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config
-from megadyn.planning.flops import block_flops, head_flops, layer_costs, layer_flops, training_flops
-from megadyn.routing.dtrnet import AttentionRouter
+from megadyn.costs.operations import block_flops
+from megadyn.kinds.dtrnet.layers import AttentionRouter
+from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
 from tests.networks import make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
@@ -40,18 +41,18 @@ def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     def shifted(self: AttentionRouter, hidden: Tensor) -> Tensor:
         logits = forward(self, hidden)
         lead = (logits[..., 0] - logits[..., 1]).detach()
-        count = max(1, int(config.model.routing.capacity * lead.shape[1]))
+        count = max(1, int(config.model.routing.share * lead.shape[1]))
         highest = lead.sort(dim=1, descending=True).values
         middle = (highest[:, count - 1] + highest[:, count]) / 2
         return logits + torch.stack([torch.zeros_like(lead), middle.unsqueeze(1).expand_as(lead)], dim=-1)
 
-    if config.model.routing.is_token_choice:
+    if config.model.routing.varies:
         monkeypatch.setattr(AttentionRouter, "forward", shifted)
 
 
 def unseen_scores(config: Config, length: int) -> float:
     """Of all layers, on one sequence."""
-    kept = max(1, int(config.model.routing.capacity * length))
+    kept = max(1, int(config.model.routing.share * length))
     return sum(uncounted_attention(config, length if layer in ("dense", "dtf_decision") else kept)
                for layer in config.model.layer_types)
 

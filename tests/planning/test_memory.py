@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from megadyn.config import RECOMPUTE, Config
+from megadyn.costs.memory import Workload
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
 from megadyn.parallel.params import DTYPES, ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
-from megadyn.planning.memory import Workload, fullest, host_memory, layers_kept, rank_memory
+from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.aux_loss import LossScale
 from tests.live_bytes import LiveBytes

@@ -97,7 +97,7 @@ def _measure(cases: list[tuple[list[float], int]], output: str) -> None:
     import torch.distributed as dist
 
     from megadyn.config import batch_plan
-    from megadyn.model.block import DenseLayer
+    from megadyn.kinds.dense.layers import DenseLayer
     from megadyn.parallel.grid import make_grid
     from megadyn.training import launch
     from megadyn.training.engine import Engine

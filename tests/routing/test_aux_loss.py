@@ -6,13 +6,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megadyn.config import Config
+from megadyn.kinds.dtf.layers import DecisionLayer
+from megadyn.kinds.dtrnet import layers as dtrnet
 from megadyn.model.block import Layer, Stream
-from megadyn.network import loads_of, routed_layers
-from megadyn.routing import dtf, dtrnet, skipping
+from megadyn.network import routed_layers
+from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
-from megadyn.routing.dtf import DecisionLayer
 from tests.naive import prior_update
-from tests.networks import gradients, make_network, with_routing
+from tests.networks import gradients, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 
@@ -172,7 +173,7 @@ def test_the_predictors_loss_changes_no_bit_of_anything_elses_gradient(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 def test_no_auxiliary_loss_is_sent_in_evaluation(kind, monkeypatch):
     sent = []
-    for owner in (dtf, dtrnet, skipping):
+    for owner in (dtrnet, routed_layer):
         monkeypatch.setattr(owner, "attach_loss", lambda out, loss, scale: sent.append(loss) or attach_loss(out, loss, scale))
     network = make_network(tiny_config(kind))
     tokens = tiny_tokens(1)[0]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megadyn.kinds.dtf.layers import moving_average
 from megadyn.model.block import LayerContext
 from megadyn.model.documents import documents_of, from_ids
-from megadyn.network import Network, causal_router_of, routed_layers, set_routing_mode
+from megadyn.network import Network, routed_layers, set_routing_mode
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.dtf import moving_average
 from tests.tiny import KINDS, VOCAB, tiny_config
 
 EOD = 0
@@ -30,7 +30,7 @@ def network(kind: str, norm: str, eod: int | None) -> Network:
     net = Network(LayerContext(model, ParamMaker(Sharding(1, 2), dtype=torch.float64), eod=eod), LossScale())
     set_routing_mode(routed_layers(net), "causal")
     for layer in routed_layers(net):
-        router = causal_router_of(layer)
+        router = layer.causal_router
         if router is not None and router.threshold is not None:      # near the middle of the scores: some route, some do not
             middle = {"dtf": 0.75, "mod": 0.0, "dtrnet": 0.5}[model.routing.kind]
             router.threshold.average, router.threshold.steps = torch.tensor(middle * 0.01), 1

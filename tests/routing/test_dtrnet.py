@@ -10,10 +10,10 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from megadyn.kinds.dtrnet.layers import AttentionRouter, DtrLayer
+from megadyn.kinds.mod.layers import LinearRouter, ModLayer
 from megadyn.model.block import Stream
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.dtrnet import AttentionRouter, DtrLayer
-from megadyn.routing.mod import LinearRouter, ModLayer
 from megadyn.routing.select import as_mask
 from tests.naive import best
 from tests.networks import disturb, end_step, layer_context, make_network, param_maker, with_routing
@@ -96,7 +96,7 @@ def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(le
     layer, h = make_layer(safe_min_attn_ratio=least), random(6, 20, 32)
     p = (random(6, 20) + shift).sigmoid()
     own = p > 0.5
-    selection, mask, statistics = layer.choose(p, h)
+    selection, mask, statistics = layer.choice(p, h)
     short = 0
     for b in range(6):
         wanted = own[b].nonzero().flatten().tolist()
@@ -107,7 +107,7 @@ def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(le
     assert torch.equal(as_mask(selection, mask.shape), mask)
     assert statistics.get("refills", 0) == short
     with torch.no_grad():
-        selection, mask, statistics = layer.choose(p, h)
+        selection, mask, statistics = layer.choice(p, h)
     assert torch.equal(mask, own)
     assert torch.equal(as_mask(selection, mask.shape), own)
     assert "refills" not in statistics
@@ -248,7 +248,7 @@ def test_a_dtrnet_layers_statistics_equal_their_definitions():
     layer, h = make_layer(safe_min_attn_ratio=0.4), random(4, 10, 32, seed=2)
     layer.load.share = torch.tensor(0.3)
     p = layer.probabilities(h)[..., 0].detach()
-    _, mask, _ = layer.choose(p, h)
+    _, mask, _ = layer.choice(p, h)
     short = ((p > 0.5).sum(dim=1) < 4).sum().item()
     assert 0 < short < 4
     layer(Stream(h))

@@ -9,15 +9,18 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megadyn.config import Config
-from megadyn.network import Network, loads_of, routed_layers, set_routing_mode, thresholds_of
-from megadyn.routing import choice, dtf, dtrnet, skipping
+from megadyn.kinds.dtf import layers as dtf
+from megadyn.kinds.dtf.layers import DecisionLayer, SurpriseRouter, moving_average
+from megadyn.kinds.dtrnet import layers as dtrnet
+from megadyn.kinds.dtrnet.layers import AttentionRouter, DtrLayer
+from megadyn.kinds.mod.layers import LinearRouter
+from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
+from megadyn.routing import choice
+from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.choice import CausalRouter
-from megadyn.routing.dtf import DecisionLayer, SurpriseRouter, moving_average
-from megadyn.routing.dtrnet import AttentionRouter, DtrLayer
-from megadyn.routing.mod import LinearRouter
 from megadyn.routing.skipping import SkippingLayer
-from tests.networks import end_step, gradients, make_network, with_routing
+from tests.networks import end_step, gradients, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
@@ -269,7 +272,7 @@ class Objective:
         self.choices: list[Tensor] = []
         self.averages: list[Tensor] = []
         self.first: tuple[list[Tensor], list[Tensor]] | None = None
-        for owner in (skipping, dtrnet, dtf):
+        for owner in (routed_layer, dtrnet):
             monkeypatch.setattr(owner, "attach_loss", self.attach)
         monkeypatch.setattr(dtf, "moving_average", self.average)
         for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choose")):

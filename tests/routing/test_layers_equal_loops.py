@@ -7,11 +7,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from megadyn.model.block import Layer, Stream
-from megadyn.network import KINDS as LAYERS
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
 from tests.naive import NaiveLayer, best
-from tests.networks import disturb, layer_context, param_maker, with_routing
+from tests.networks import disturb, known, param_maker, with_routing
+from tests.networks import make_layer as layer_of
 from tests.tiny import KINDS, tiny_config
 
 NORMS = ["pre", "lns", "hybridnorm"]
@@ -27,10 +26,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def make_layer(kind: str, norm: str, **routing: object) -> tuple[Layer, NaiveLayer]:
     """The last routed layer of four (so that `lns` scales it), small, and its loop. `dense` is the third."""
     config = tiny_config(kind, normalization=norm, hidden_size=16, ffn_size=24, num_kv_heads=2)
-    config = with_routing(config, **NO_LOSSES, **routing)
-    index = 2 if kind == "dense" else 3
-    ctx, layer_type = layer_context(config), config.model.layer_types[index]
-    layer = LAYERS[layer_type](*((ctx, index) if kind == "dense" else (ctx, index, LossScale())))
+    config = with_routing(config, **known(config, **NO_LOSSES), **routing)
+    layer = layer_of(config, 2 if kind == "dense" else 3)
     return disturb(layer, param_maker(config)), NaiveLayer(layer, config.model)
 
 

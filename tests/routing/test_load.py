@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadyn.routing.load import AttentionLoad
+from megadyn.kinds.dtrnet.load import AttentionLoad
 
 
 def end(loads: list[AttentionLoad], fractions: list[list[float]]) -> None:

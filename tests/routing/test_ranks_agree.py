@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadyn.network import loads_of, routed_layers, thresholds_of
+from megadyn.kinds.dtrnet.layers import DtrLayer
+from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.routing.choice import CausalRouter
-from megadyn.routing.dtrnet import DtrLayer
 from megadyn.training.optimizer import GradientClipper, make_optimizer
-from tests.networks import end_step, make_network, with_routing
+from tests.networks import end_step, known, loads_of, make_network, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
@@ -40,7 +40,7 @@ def assert_same_bits(what: str, x: Tensor, tp: Axis) -> None:
 def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
     """Two steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
     config = tiny_config(kind, tensor=4, recompute=recompute, normalization=NORMS.get(kind, "pre"))
-    config = with_routing(config, capacity=0.4, jitter=0.2, safe_min_attn_ratio=0.4)
+    config = with_routing(config, **known(config, capacity=0.4, jitter=0.2, safe_min_attn_ratio=0.4))
     config.optimizer.learning_rate = 0.03          # far above what bf16 rounds away
     network = make_network(config, tp, dtype)
     optimizer = make_optimizer(network, config.optimizer)

@@ -7,14 +7,14 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from megadyn.kinds.dtf import layers as dtf
+from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
+from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
-from megadyn.routing import dtf
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
-from megadyn.routing.dtf import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.prior import Prior
 from megadyn.routing.select import Selection
 from tests.naive import prior_update
 from tests.networks import disturb, layer_context, make_network, param_maker, with_routing

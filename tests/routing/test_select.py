@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadyn.config import capacity_count
+from megadyn.kinds import capacity_count
 from megadyn.model.block import Stream
 from megadyn.model.documents import documents_of
 from megadyn.routing.select import (

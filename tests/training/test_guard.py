@@ -112,7 +112,7 @@ def _run(layout: Layout) -> dict[str, Any]:
     from megadyn import network
     from megadyn.checkpoint.save_load import OptimizerAccess
     from megadyn.config import batch_plan
-    from megadyn.network import loads_of, thresholds_of
+    from megadyn.network import trackers_of
     from megadyn.parallel.grid import make_grid
     from megadyn.parallel.loss import linear_cross_entropy
     from megadyn.parallel.params import name_of
@@ -141,7 +141,7 @@ def _run(layout: Layout) -> dict[str, Any]:
         access = OptimizerAccess(engine)
         state = {f"{name_of(p)}/{key}": value.double().flatten()[:20].tolist()
                  for p in engine.parameters() for key, value in access.get(p).items()}
-        trackers = [tracker.state() for tracker in (*thresholds_of(engine.routed).values(), *loads_of(engine.routed).values())]
+        trackers = [tracker.state() for of_layers in trackers_of(engine.routed).values() for tracker in of_layers.values()]
         steps_taken = access.steps
         engine.engine.destroy()
         return {"problems": problems, "losses": losses, "state": state, "trackers": trackers, "steps": steps_taken}

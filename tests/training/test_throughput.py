@@ -2,7 +2,8 @@
 
 import pytest
 
-from megadyn.planning.flops import attention_flops, block_flops, dense_twin, training_flops
+from megadyn.costs.operations import block_flops
+from megadyn.planning.flops import dense_twin, layer_flops, training_flops
 from megadyn.training.lines import train_line
 from megadyn.training.throughput import Throughput
 from tests.tiny import tiny_config
@@ -41,7 +42,7 @@ def test_mfu_is_over_a_given_or_a_known_peak():
     config.logging.peak_tflops = 2.0
     given = rates(config, device="NVIDIA H200")
     assert given["mfu_causal_half"] == pytest.approx(given["model_tflops"] / 2)
-    unseen = 3 * sum(attention_flops(config.model, 24)) * 4 / STEP_S / WORLD / 1e12
+    unseen = 3 * sum(layer.attention for layer in layer_flops(config.model, 24)) * 4 / STEP_S / WORLD / 1e12
     assert given["mfu_whole_square"] - given["mfu_causal_half"] == pytest.approx(unseen / 2)
 
 

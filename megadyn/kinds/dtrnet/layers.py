@@ -6,16 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.costs.shape import capacity_count
+from megadyn.kinds.dtrnet import Dtrnet
+from megadyn.kinds.dtrnet.load import AttentionLoad
+from megadyn.model.block import LayerContext, Stream
 from megadyn.model.recompute import recomputed
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
-from megadyn.routing.load import AttentionLoad
-from megadyn.routing.monitor import Monitor
+from megadyn.routing.layer import RoutedLayer, Step
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
+from megadyn.routing.tracker import StepTracker
 
 
 class AttentionRouter(nn.Module):
@@ -35,22 +38,24 @@ class AttentionRouter(nn.Module):
         return upcast(self.fc2(F.silu(self.fc1(hidden))))
 
 
-class DtrLayer(Layer):
+class DtrLayer(RoutedLayer):
     """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them); the others: a = p1 O(V(x)), their own value
     alone. u = h + a; h_out = u + MLP(Norm(u)) for every token."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
-        super().__init__(ctx, index)
+        super().__init__(ctx, index, loss_scale)
         routing = ctx.model.routing
+        assert isinstance(routing, Dtrnet)
         self.router = AttentionRouter(f"{self.name}.router", ctx)
         # Token choice is causal as it stands; expert choice is a top-k and needs a rule beside it.
-        self.causal_router = None if routing.is_token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
+        self.causal_router = None if routing.varies else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
-        self.load = AttentionLoad(ctx.model.layer_types.count("dtrnet"), routing.aux_loss_lambda, routing.aux_loss_warmup)
+        self.load = AttentionLoad(self.like_this, routing.aux_loss_lambda, routing.aux_loss_warmup)
         self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
-        self.loss_scale = loss_scale
-        self.monitor = Monitor()
+
+    def trackers(self) -> dict[str, StepTracker]:
+        return super().trackers() | {"loads": self.load}
 
     def probabilities(self, hidden: Tensor) -> Tensor:
         """p [B, T/seq, 2], with jitter in training."""
@@ -70,7 +75,7 @@ class DtrLayer(Layer):
             row.uniform_(generator=generator)
         return own_part(noise, self.seq)
 
-    def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
+    def choice(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
         """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
         if self.causal_router is not None:
             choice = self.causal_router(attend, hidden)
@@ -87,6 +92,31 @@ class DtrLayer(Layer):
         statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
                        "routed_fraction_max": fraction.max()}
         return choose_where(mask), mask, statistics
+
+    def choose(self, stream: Stream) -> Selection:
+        attend = whole_sequence(self.probabilities(stream.hidden)[..., 0].detach(), self.seq)
+        return self.choice(attend, stream.hidden)[0]
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        attend = whole_sequence(self.probabilities(stream.hidden)[..., 0].detach(), self.seq)
+        return [Step("router", self.probabilities, (stream.hidden,)),
+                Step("choose", lambda x: self.choice(attend, x)[1], (stream.hidden,))]
+
+    def mixing_step(self, stream: Stream, selection: Selection) -> Step:
+        return Step("attention or bypass", lambda normed: self.mix(stream, normed, selection), ())
+
+    @torch.no_grad()
+    def set_share(self, stream: Stream, share: float) -> None:
+        """To within a hundredth of the tokens: where scores lie farthest apart, so that rounding moves no token."""
+        if self.causal_router is not None:
+            return
+        logits = self.router(stream.hidden)
+        lead = (logits[..., 0] - logits[..., 1]).flatten().sort(descending=True).values
+        count = capacity_count(share, len(lead))
+        near = lead[count - count // 100 - 1:count + count // 100 + 1]
+        widest = int((near[:-1] - near[1:]).argmax())
+        assert self.router.fc2.bias is not None
+        self.router.fc2.bias[1] += near[widest:widest + 2].mean().to(self.router.fc2.bias.dtype)
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
         """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens as a selection and as a mask [B, T]."""
@@ -111,7 +141,7 @@ class DtrLayer(Layer):
         hidden = stream.hidden
         p = self.probabilities(hidden)
         attend = whole_sequence(p[..., 0].detach(), self.seq)
-        selection, mask, statistics = self.choose(attend, hidden)
+        selection, mask, statistics = self.choice(attend, hidden)
         fraction, mean = mask.float().mean(), attend.mean()
         self.monitor.record(statistics | gate_statistics(attend, mask) | {
             "p0": mean, "f": fraction, "attention_loss": self.load.share.to(mean) * mean})

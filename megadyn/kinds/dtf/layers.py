@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.kinds.dtf import Dtf
+from megadyn.kinds.dtf.prior import Prior
+from megadyn.model.block import LayerContext, Stream
 from megadyn.model.documents import Documents
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant
-from megadyn.routing.aux_loss import LossScale, attach_loss
+from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics
-from megadyn.routing.monitor import Monitor
-from megadyn.routing.prior import Prior
+from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.select import Selection
 from megadyn.routing.skipping import SkippingLayer
 
 
@@ -43,9 +45,8 @@ class SurpriseRouter(nn.Module):
     four learnable scalars: beta_ce, beta_cu, o_ce (`ce_offset`) and m_cu (`cu_multiplier`).
     """
 
-    def __init__(self, name: str, ctx: LayerContext):
+    def __init__(self, name: str, ctx: LayerContext, routing: Dtf):
         super().__init__()
-        routing = ctx.model.routing
         self.window, self.seq = routing.ma_window, ctx.make.seq
         self.beta_ce = ctx.make(f"{name}.beta_ce", (1,), constant(routing.beta_ce_init))
         self.beta_cu = ctx.make(f"{name}.beta_cu", (1,), constant(routing.beta_cu_init))
@@ -66,17 +67,20 @@ class SurpriseRouter(nn.Module):
         return s_ce + s_cu - s_ce * s_cu, {name: x.detach().squeeze().clone() for name, x in watched.items()}
 
 
-class DecisionLayer(Layer):
+class DecisionLayer(RoutedLayer):
     """Dense for every token, and scores each token's surprise for the Dynamic layer behind it."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
-        super().__init__(ctx, index)
+        super().__init__(ctx, index, loss_scale)
         model, routing = ctx.model, ctx.model.routing
-        self.prior = Prior(f"{self.name}.prior", model.hidden_size, model.prior_size, model.norm_eps, make=ctx.make)
-        self.router = SurpriseRouter(f"{self.name}.router", ctx)
-        self.loss_weight = routing.prior_loss_weight / model.layer_types.count("dtf_decision") / self.seq.size
-        self.loss_scale = loss_scale
-        self.monitor = Monitor()
+        assert isinstance(routing, Dtf)
+        self.prior = Prior(f"{self.name}.prior", model.hidden_size, routing.prior_size(model), model.norm_eps, make=ctx.make)
+        self.router = SurpriseRouter(f"{self.name}.router", ctx, routing)
+        self.loss_weight = routing.prior_loss_weight
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        post = self.dense(stream.hidden, stream.documents).detach()
+        return [Step("prior and surprise", self.prior, (stream.hidden, post))]
 
     def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """h [B, T/seq, D] -> post [B, T/seq, D], G [B, T/seq], the prior's loss, statistics."""
@@ -89,13 +93,22 @@ class DecisionLayer(Layer):
         """The dense layer's output, with G as its gate; the prior's loss is attached to it in training."""
         post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
         self.monitor.record(statistics | {"prior_loss": prior_loss})
-        if torch.is_grad_enabled():
-            post = attach_loss(post, prior_loss, self.loss_weight * self.loss_scale.value)
-        return Stream(post, gate, stream.documents)
+        return Stream(self.attach(post, prior_loss, weight=self.loss_weight), gate, stream.documents)
 
 
 class DynamicLayer(SkippingLayer):
     """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged: post + G Block(post) for these."""
+
+    takes_gate = True
+
+    def choose(self, stream: Stream) -> Selection:
+        assert stream.gate is not None
+        return self.causal_router(whole_sequence(stream.gate.detach(), self.seq), stream.hidden).selection
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        assert stream.gate is not None
+        score = whole_sequence(stream.gate.detach(), self.seq)
+        return [Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
 
     def forward(self, stream: Stream) -> Stream:
         gate = stream.gate

@@ -3,12 +3,15 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.kinds.mod import Mod
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import normal
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics
+from megadyn.routing.layer import Step
+from megadyn.routing.select import Selection
 from megadyn.routing.skipping import SkippingLayer
 
 
@@ -31,6 +34,7 @@ class ModLayer(SkippingLayer):
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
         routing = ctx.model.routing
+        assert isinstance(routing, Mod)
         self.router = LinearRouter(f"{self.name}.router", ctx)
         self.sigmoid_gate = routing.gate == "sigmoid"
         self.bce_weight, self.z_weight = routing.bce_loss_weight, routing.z_loss_weight
@@ -45,6 +49,14 @@ class ModLayer(SkippingLayer):
         self.monitor.record(choice.statistics | gate_statistics(self.gate(score), choice.in_top) | {
             "bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": score.std(correction=0)})
         return self.process(stream, self.gate(logit), choice, self.bce_weight * bce + self.z_weight * z)
+
+    def choose(self, stream: Stream) -> Selection:
+        return self.causal_router(whole_sequence(self.router(stream.hidden).detach(), self.seq), stream.hidden).selection
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        score = whole_sequence(self.router(stream.hidden).detach(), self.seq)
+        return [Step("router", self.router, (stream.hidden,)),
+                Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
 
     def gate(self, logit: Tensor) -> Tensor:
         """g(r), of any shape: `model.routing.gate`."""

@@ -26,8 +26,9 @@ class AttentionLoad(StepTracker):
         rising = min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0
         return self.weight * rising * self.share.to(mean_attend) * mean_attend
 
-    def end_step(self, mean: Tensor, total: Tensor) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
         """`mean`: f of this layer in the step; `total`: the sum over all layers. No attention anywhere leaves equal shares be."""
+        assert total is not None, "a name in Kind.totals"
         self.share = torch.where(total > 0, mean / total, self.share.to(mean.device))
         self.steps += 1
 

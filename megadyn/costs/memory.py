@@ -1,0 +1,151 @@
+"""Bytes that the pieces of a layer keep for their backward pass.
+
+    n  tokens of a micro-batch that a layer works on     d  hidden size     f  feed-forward width of this rank
+    m  of these, the rank's part under sequence parallelism (arXiv 2205.05198); else all          b  bytes of a number
+    q  width of this rank's queries                      k  width of its keys, or values          c  chosen tokens
+
+Under sequence parallelism norms, residuals, priors, routers and what crosses stages are of m tokens. What a linear layer reads is
+of n all the same: we keep it as it was gathered, where the paper keeps the part and gathers again.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megadyn.costs.shape import Shape, capacity_count
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one rank computes with: everything that activations depend on."""
+
+    model: Shape
+    batch: int
+    """Samples of a micro-batch."""
+    length: int
+    tensor: int
+    bytes: int
+    """Of a number: 4 in fp32, 2 in bf16 and fp16."""
+    recompute: str
+    """`training.recompute`."""
+    documents: bool = False
+    """Attention is masked by document."""
+    sequence: bool = False
+    """`parallel.sequence`: tensor ranks share out the sequence."""
+    fused: bool = True
+    """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
+
+    @property
+    def parts(self) -> int:
+        """Of the sequence, one a tensor rank."""
+        return self.tensor if self.sequence else 1
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """d, q, k, f"""
+        model, t = self.model, self.tensor
+        assert model.head_dim and model.num_kv_heads and model.ffn_size
+        return (model.hidden_size, model.num_heads // t * model.head_dim, max(1, model.num_kv_heads // t) * model.head_dim,
+                model.ffn_size // t)
+
+    @property
+    def tokens(self) -> int:
+        """n"""
+        return self.batch * self.length
+
+    @property
+    def part(self) -> float:
+        """m"""
+        return self.tokens / self.parts
+
+    def chosen(self, capacity: float) -> int:
+        """c, where each sequence gives that share of its tokens."""
+        return self.batch * capacity_count(capacity, self.length)
+
+    @property
+    def turned(self) -> int:
+        """Cosine and sine of a token's position, where they are looked up."""
+        return 4 * (self.model.head_dim or 0)
+
+    @property
+    def segments(self) -> int:
+        """Of a token: the outputs of attention in segments, once more as one tensor."""
+        _, q, _, _ = self.widths
+        return 0 if self.fused else self.bytes * q
+
+    def norm(self, width: int, is_kept: bool = False) -> int:
+        """What RMSNorm keeps of a token; `is_kept`: its input is kept anyway."""
+        if self.fused:
+            return 4 + (0 if is_kept else self.bytes * width)
+        return 4 + 4 * width + (0 if is_kept and self.bytes == 4 else 4 * width)
+
+
+class Kept(NamedTuple):
+    """Bytes of one layer on one micro-batch."""
+
+    input: float
+    """The layer's own input, where something in it needs that as it is."""
+    inside: float
+    """Kept by what `training.recompute: full` recomputes, beside the input."""
+    inner: float
+    """Of these, kept by what `selective` recomputes."""
+    outside: float
+    """Kept in any case: a router's."""
+    working: float
+    """Above these, while the layer's backward pass runs."""
+
+
+def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: int = 1) -> float:
+    """Of attention and feed-forward on `n` tokens, in `parts` where they are not cut by heads and widths; their input counted
+    only if it is no layer's."""
+    (d, q, k, f), b = work.widths, work.bytes
+    heads = q // (work.model.head_dim or 1)
+    attention = b * (2 * q + 2 * k) + 4 * heads
+    if work.model.normalization == "hybridnorm":
+        whole, split = b * d * (has_own_input or parts > 1) + work.norm(q) + 2 * work.norm(k) + b * d, work.norm(d)
+    else:
+        whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
+    return n * (whole + split / parts + attention + 4 * b * f)
+
+
+def inner_kept(work: Workload, n: float, attending: float) -> float:
+    """What attention averaged, and two products of the feed-forward's inner width."""
+    (_, q, _, f), b = work.widths, work.bytes
+    return n * 2 * b * f + attending * (b * q + 4 * q // (work.model.head_dim or 1))
+
+
+def dense_kept(work: Workload) -> Kept:
+    """A layer that every token goes through."""
+    return Kept(own_input(work), whole_block(work), inner_kept(work, work.tokens, work.tokens), 0,
+                work.tokens * backward_bytes(work))
+
+
+def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outside: float = 0.0) -> Kept:
+    """A layer whose whole block runs on the share `capacity` of each sequence.
+
+    Args:
+        input: bytes of the layer's input that something beside the block keeps. outside: what a router keeps.
+    """
+    d, _, _, _ = work.widths
+    c = work.chosen(capacity)
+    # A block on chosen tokens is whole on every tensor rank.
+    block = block_kept(work, c, has_own_input=True) + c * (
+        2 * work.bytes * d + work.turned + work.segments * work.documents)
+    return Kept(input, block, inner_kept(work, c, c), outside, c * backward_bytes(work) + 2 * work.bytes * d * work.part)
+
+
+def own_input(work: Workload) -> float:
+    """The input of a dense layer, where something in it needs that as it is."""
+    is_needed = work.parts == 1 if work.model.normalization == "hybridnorm" else work.fused or work.bytes == 4
+    return work.part * work.bytes * work.model.hidden_size * is_needed
+
+
+def whole_block(work: Workload) -> float:
+    """What a block on all tokens keeps."""
+    n = work.tokens
+    return block_kept(work, n, parts=work.parts) + n * (work.turned + work.segments) * work.documents
+
+
+def backward_bytes(work: Workload) -> float:
+    """Of a token, while a block's backward pass runs: gradients of the feed-forward's inner width, and of the stream."""
+    d, _, _, f = work.widths
+    return work.bytes * (2 * f + d)

@@ -1,0 +1,107 @@
+"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass of it; every token keeps its MLP."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from megadyn.checks import at_least, one_of
+from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inner_kept
+from megadyn.costs.operations import LayerFlops, flops_of_layer, router_flops
+from megadyn.costs.shape import Shape
+from megadyn.errors import ConfigError
+from megadyn.kinds.kind import DENSE, Laid, TopK
+
+
+@dataclass
+class Dtrnet(Laid, TopK):
+    kind: str = "dtrnet"
+    router_type: str = "token_choice"
+    """`token_choice` (each token attends iff it prefers to) or `expert_choice` (top-k by `capacity`). With token choice,
+    `capacity` is the share that plans count with."""
+    aux_loss_lambda: float = 8e-4
+    """Weight of the load-weighted attention loss."""
+    aux_loss_warmup: int = 0
+    """Steps over which that weight rises from 0."""
+    safe_min_attn_ratio: float = 0.05
+    """Token choice, in training: at least this share of a sequence attends; 0 turns it off."""
+    jitter: float = 0.0
+    """In training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter], drawn anew for each sample and
+    step."""
+    entropy_bonus: float = 0.0
+    """Weight of the router's entropy, which training then raises."""
+
+    name = "dtrnet"
+    title = "DTRNet"
+    sentence = ("In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
+                "every token keeps its feed-forward (arXiv 2509.00925).")
+    sources = ("arXiv 2509.00925",)
+    tags = ("dtrnet",)
+    verb = "attended"
+    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended"}
+    layers = {"dtrnet": "DtrLayer"}
+    totals = ("loads",)
+    rules = ("threshold",)
+    recorded = (*TopK.recorded, "router_type")
+    default_capacity = 0.1
+
+    def check(self) -> None:
+        super().check()
+        one_of("model.routing.router_type", self.router_type, ("token_choice", "expert_choice"))
+        for name in ("aux_loss_lambda", "aux_loss_warmup", "entropy_bonus"):
+            at_least(f"model.routing.{name}", getattr(self, name), 0)
+        for name in ("safe_min_attn_ratio", "jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
+
+    @property
+    def varies(self) -> bool:
+        return self.router_type == "token_choice"
+
+    @property
+    def has_topk(self) -> bool:
+        return not self.varies
+
+    @property
+    def uses_threshold(self) -> bool:
+        return not self.varies
+
+    def describe(self) -> str:
+        return f"{self.name}, each token's own choice" if self.varies else super().describe()
+
+    def explain(self, measured: Mapping[str, float]) -> str:
+        if not self.varies:
+            return super().explain(measured)
+        seen = f" At the end of training {measured['routed_fraction']:.1%} attended." if "routed_fraction" in measured else ""
+        return f"{self.sentence}\n\nEach token chooses for itself, in training and in use alike.{seen}"
+
+    def to_export(self, shape: Shape) -> dict[str, Any]:
+        return super().to_export(shape) | ({"causal": "token_choice"} if self.varies else {})
+
+    @classmethod
+    def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
+        given = dict(routing)
+        if given.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
+            del given["causal"]
+        return super().from_export(given, layer_types)
+
+    def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
+        if layer == DENSE:
+            return flops_of_layer(shape, length)
+        return flops_of_layer(shape, length, self.taken(length, share), whole=router_flops(shape, length, outputs=2))
+
+    def parameters(self, layer: str, shape: Shape) -> int:
+        d = shape.hidden_size
+        return 0 if layer == DENSE else (d + 1) * (d // 2) + 2 * (d // 2) + 2
+
+    def kept(self, layer: str, work: Workload) -> Kept:
+        """Token choice: at the share `model.routing.capacity`."""
+        if layer == DENSE:
+            return dense_kept(work)
+        (d, q, k, f), b, n, m = work.widths, work.bytes, work.tokens, work.part
+        c = work.chosen(self.share)
+        attending = c * (b * (d + 2 * q + 2 * k) + work.turned + work.segments * (work.documents or self.varies))
+        bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
+        return Kept(m * b * d, attending + bypass, inner_kept(work, n, c), m * b * d + 24 * n, n * backward_bytes(work))
+
+
+KIND = Dtrnet

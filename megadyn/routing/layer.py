@@ -1,0 +1,66 @@
+"""What every layer with routing has, so that the rest of the house needs to know no kind."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megadyn.model.block import Layer, LayerContext, Stream
+from megadyn.routing.aux_loss import LossScale, attach_loss
+from megadyn.routing.choice import CausalRouter
+from megadyn.routing.monitor import Monitor
+from megadyn.routing.select import Selection
+from megadyn.routing.tracker import StepTracker
+
+
+class Step(NamedTuple):
+    """A named function of tensors, with its inputs."""
+
+    name: str
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+
+
+class RoutedLayer(Layer):
+    """Base of layers that choose tokens, or that score them for the next layer."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index)
+        self.loss_scale = loss_scale
+        self.causal_router: CausalRouter | None = None
+        """Chooses tokens by top-k or by a causal rule; None where the layer has one way to choose, or does not choose."""
+        self.monitor = Monitor()
+        """Statistics, by name; `routed_fraction` is the share of tokens taken."""
+        self.like_this: int = ctx.model.layer_types.count(ctx.model.layer_types[index])
+        """Layers of this type in the model: an auxiliary loss is the mean over them."""
+
+    def trackers(self) -> dict[str, StepTracker]:
+        """What the layer carries from step to step, by name: averaged over ranks as a step ends, and saved in checkpoints."""
+        router = self.causal_router
+        return {} if router is None or router.threshold is None else {"thresholds": router.threshold}
+
+    def choose(self, stream: Stream) -> Selection | None:
+        """The tokens that the layer takes of its input, without running it; None for a layer that takes all."""
+        return None
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        """The steps in which it decides on these tokens, for the benchmark of parts; the first does the operations that the
+        kind's `flops` count as `whole`."""
+        return []
+
+    def mixing_step(self, stream: Stream, selection: Selection) -> Step | None:
+        """What stands in the place of attention, of the normed stream, for the benchmark; None for attention itself."""
+        return None
+
+    def set_share(self, stream: Stream, share: float) -> None:
+        """Shifts its router so that it takes about `share` of these tokens, for benchmarks of random weights. Does nothing where
+        the configuration says how many are taken."""
+
+    def attach(self, hidden: Tensor, *losses: Tensor | None, weight: float = 1.0) -> Tensor:
+        """`hidden`, in training with the gradient of auxiliary losses, which are means over the rank's tokens, times `weight`."""
+        if torch.is_grad_enabled():
+            for loss in losses:
+                if loss is not None:
+                    hidden = attach_loss(hidden, loss, weight / self.like_this / self.seq.size * self.loss_scale.value)
+        return hidden
