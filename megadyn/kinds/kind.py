@@ -60,6 +60,10 @@ class Kind:
     """Keys that an export's `config.json` carries."""
     rules: ClassVar[tuple[str, ...]] = ()
     """Causal rules that can stand in for top-k, the first being the default."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings that the conformance suite tries beside the defaults and the causal rules: a name -> keys."""
+    straight_through: ClassVar[bool] = False
+    """Its routers' gradients are not those of the loss, on purpose."""
     equals_dense: ClassVar[bool] = True
     """At capacity 1, with its gate at 1, the model is the dense one."""
 

@@ -37,11 +37,13 @@ class Dtrnet(Laid, TopK):
     sources = ("arXiv 2509.00925",)
     tags = ("dtrnet",)
     verb = "attended"
-    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended"}
+    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended",
+              "refills": "refills: share of sequences that the safe minimum filled up"}
     layers = {"dtrnet": "DtrLayer"}
     totals = ("loads",)
     rules = ("threshold",)
     recorded = (*TopK.recorded, "router_type")
+    variants = {"expert": {"router_type": "expert_choice", "capacity": 0.4}, "jitter": {"jitter": 0.1, "entropy_bonus": 0.1}}
     default_capacity = 0.1
 
     def check(self) -> None:

@@ -15,8 +15,9 @@ from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
+from megadyn.routing.choice import CausalRouter, Projection, gate_statistics, share_statistics
 from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.monitor import Statistic
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
 from megadyn.routing.tracker import StepTracker
 
@@ -75,23 +76,20 @@ class DtrLayer(RoutedLayer):
             row.uniform_(generator=generator)
         return own_part(noise, self.seq)
 
-    def choice(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
+    def choice(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor | Statistic]]:
         """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
         if self.causal_router is not None:
             choice = self.causal_router(attend, hidden)
             return choice.selection, as_mask(choice.selection, attend.shape), choice.statistics
         mask = attend > 0.5
-        statistics: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor | Statistic] = {}
         if self.least and torch.is_grad_enabled():
             least = math.ceil(self.least * attend.shape[1])
             short = mask.sum(dim=1, keepdim=True) < least
             # A superset of the mask: the best are those > 0.5.
             mask = mask | (short & as_mask(choose_top(attend.detach(), least), attend.shape))
-            statistics["refills"] = short.float().sum()
-        fraction = mask.float().mean(dim=1)
-        statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
-                       "routed_fraction_max": fraction.max()}
-        return choose_where(mask), mask, statistics
+            statistics["refills"] = short.float().mean()
+        return choose_where(mask), mask, statistics | share_statistics(mask)
 
     def choose(self, stream: Stream) -> Selection:
         attend = whole_sequence(self.probabilities(stream.hidden)[..., 0].detach(), self.seq)

@@ -31,6 +31,7 @@ class Mod(Laid, TopK):
     layers = {"mod": "ModLayer"}
     rules = ("threshold", "predictor", "bce")
     recorded = (*TopK.recorded, "gate")
+    variants = {"identity": {"gate": "identity", "capacity": 0.3}}
     default_capacity = 0.125
 
     def check(self) -> None:
