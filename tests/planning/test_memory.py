@@ -20,6 +20,7 @@ from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memo
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.aux_loss import LossScale
 from tests.live_bytes import LiveBytes
+from tests.networks import known, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
@@ -37,7 +38,7 @@ EOD = 6
 def sized_config(kind: str, heavy: str, **settings: Any) -> Config:
     """With TOKENS, on capacities that token choice shows too when it begins: near a half."""
     config = tiny_config(kind, **SHAPES[heavy], **settings)
-    config.model.routing.capacity = 0.5 if kind.startswith("dtrnet") else 0.25
+    config = with_routing(config, **known(config, capacity=0.5 if kind.startswith("dtrnet") else 0.25))
     config.training.micro_batch_size, config.training.sequence_length = TOKENS[heavy]
     config.model.max_position = config.training.sequence_length
     return config
