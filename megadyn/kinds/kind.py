@@ -60,6 +60,8 @@ class Kind:
     """Keys that an export's `config.json` carries."""
     rules: ClassVar[tuple[str, ...]] = ()
     """Causal rules that can stand in for top-k, the first being the default."""
+    benchmark: ClassVar[str] = ""
+    """How benchmarks run it unless told otherwise, `NAME:CAPACITY`; by its name alone if empty."""
     equals_dense: ClassVar[bool] = True
     """At capacity 1, with its gate at 1, the model is the dense one."""
 
