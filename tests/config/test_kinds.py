@@ -13,6 +13,7 @@ from megadyn.config import Config, load_config
 from megadyn.config.kinds import FLAT
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import BUILT_IN, find_kind, keys_of, known_kinds, make_kind, module_of
+from tests.tiny import AS_SAVED
 
 RUN = {"data": {"train": "corpus"}, "tokenizer": {"path": "byte"}, "training": {"iterations": 10}, "output_dir": "out"}
 LAYERS = "class AnyLayer:\n    pass\n"
@@ -97,13 +98,6 @@ def test_a_layer_that_names_the_same_kind_again_excuses_nothing(tmp_path):
 
 
 # ---- what 0.1 saved ------------------------------------------------------------------------------
-
-AS_SAVED = {
-    "capacity": 0.125, "layout": None, "causal": "threshold", "threshold_momentum": 0.99, "predictor_loss_weight": 0.01,
-    "ma_window": 100, "prior_factor": 0.0625, "prior_loss_weight": 0.05, "gate": "identity", "bce_loss_weight": 0.01,
-    "z_loss_weight": 0.0001, "router_type": "token_choice", "aux_loss_lambda": 0.0008, "aux_loss_warmup": 0,
-    "safe_min_attn_ratio": 0.05, "jitter": 0.0, "entropy_bonus": 0.0}
-
 
 @pytest.mark.parametrize("kind", BUILT_IN)
 def test_a_config_with_the_keys_of_all_kinds_as_it_was_saved_still_loads(tmp_path, kind):
