@@ -70,7 +70,7 @@ def test_a_step_of_the_whole_model(kind: str, heavy: str, precision: str, recomp
     """Weights, gradients, and activations of a forward and backward pass, without DeepSpeed."""
     shape = {key: value for key, value in extra.items() if key == "normalization"}
     config = sized_config(kind, heavy, precision=precision, recompute=recompute, **shape)
-    config.model.routing.router_type = extra.get("router_type", config.model.routing.router_type)
+    config = with_routing(config, **{key: value for key, value in extra.items() if key == "router_type"})
     config.data.document_mask = extra.get("documents", False)
     (batch, length), model = TOKENS[heavy], config.model
     tokens = tiny_tokens(2, batch, length, SHAPES[heavy]["vocab_size"])
