@@ -226,7 +226,7 @@ def expected_calls(kind: str) -> dict[str, int]:
     layers = 3 if kind == "dtrnet-expert" else 2
     family, _, variant = kind.partition("-")
     if family == "dtrnet":
-        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["dtrnet.choose_top"]
+        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
         names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "AttentionRouter.forward", *chosen]
     else:
         names = ["SkippingLayer.update", "CausalRouter.forward", "choice.choose_top",
