@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
-from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
+from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
@@ -175,7 +175,7 @@ def as_table(figures: Figures) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="dtf:0.5", metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
+    parser.add_argument("--model", default=DEFAULT_MODELS[1], metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
     add_shape_arguments(parser, hidden=512, layers=8, heads=8, kv_heads=4, ffn=1408, sequence=256, rounds=3, warmup=1)
     add_device_arguments(parser)
     parser.add_argument("--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)")

@@ -64,6 +64,8 @@ class Kind:
     """Settings that the conformance suite tries beside the defaults and the causal rules: a name -> keys."""
     straight_through: ClassVar[bool] = False
     """Its routers' gradients are not those of the loss, on purpose."""
+    benchmark: ClassVar[str] = ""
+    """How benchmarks run it unless told otherwise, `NAME:CAPACITY`; by its name alone if empty."""
     equals_dense: ClassVar[bool] = True
     """At capacity 1, with its gate at 1, the model is the dense one."""
 

@@ -13,7 +13,7 @@ from megadyn.network import routed_layers
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from tests.naive import prior_update
-from tests.networks import gradients, loads_of, make_network, with_routing
+from tests.networks import gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 
@@ -119,9 +119,10 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
 @pytest.mark.parametrize("kind", ["dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert"])
 def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
     """Of every parameter: what a loss should not reach shows as much as what it should."""
-    config = with_routing(tiny_config(kind, recompute=recompute), **WEIGHTS)
+    config = tiny_config(kind, recompute=recompute)
+    config = with_routing(config, **known(config, **WEIGHTS))
     attached = make_network(config, loss_scale=0.7)
-    explicit = make_network(with_routing(tiny_config(kind), **dict.fromkeys(WEIGHTS, 0.0)))
+    explicit = make_network(with_routing(tiny_config(kind), **known(config, **dict.fromkeys(WEIGHTS, 0.0))))
     shares, losses = SHARES.get(kind, {}), []
     for network in (attached, explicit):
         for index, load in loads_of(routed_layers(network)).items():

@@ -71,8 +71,8 @@ def test_logits_of_a_bf16_model_are_float32(build):
 
 def test_choices_of_a_bf16_network_are_made_in_float32(monkeypatch):
     seen = []
-    choose = DtrLayer.choose
-    monkeypatch.setattr(DtrLayer, "choose", lambda self, attend, hidden: seen.append(attend) or choose(self, attend, hidden))
+    choice = DtrLayer.choice
+    monkeypatch.setattr(DtrLayer, "choice", lambda self, attend, hidden: seen.append(attend) or choice(self, attend, hidden))
     network = make_network(tiny_config("dtrnet-expert"), dtype=torch.bfloat16)
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -117,7 +117,7 @@ def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(le
 
 
 def test_a_token_of_even_odds_passes():
-    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choose(torch.tensor([[0.5, 0.50000006, 0.49999997]]), torch.zeros(1, 3, 32))
+    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choice(torch.tensor([[0.5, 0.50000006, 0.49999997]]), torch.zeros(1, 3, 32))
     assert mask.tolist() == [[False, True, False]]
 
 

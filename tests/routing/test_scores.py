@@ -7,6 +7,8 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from megadyn.config import Config
+from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf import layers as dtf
 from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
 from megadyn.kinds.dtf.prior import Prior
@@ -42,9 +44,15 @@ def test_the_moving_average_equals_a_loop(window):
 
 # ---- the router ----------------------------------------------------------------------------------
 
+def surprise_router(config: Config) -> SurpriseRouter:
+    routing = config.model.routing
+    assert isinstance(routing, Dtf)
+    return SurpriseRouter("model.layers.0.router", layer_context(config), routing)
+
+
 def make_router(window: int = 3) -> SurpriseRouter:
     config = with_routing(tiny_config(), ma_window=window)
-    return disturb(SurpriseRouter("model.layers.0.router", layer_context(config)), param_maker(config))
+    return disturb(surprise_router(config), param_maker(config))
 
 
 def surprises() -> tuple[Tensor, Tensor]:
@@ -102,7 +110,7 @@ def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeyp
 
 def test_the_router_starts_from_the_configured_scalars_and_reports_them():
     config = tiny_config()
-    router = SurpriseRouter("model.layers.0.router", layer_context(config))
+    router = surprise_router(config)
     static, change = surprises()
     _, watched = router(static, change)
     assert [round(getattr(router, name).item(), 6) for name in NAMES] == [-0.3, -0.6, 1.025, 1.1]

@@ -32,6 +32,7 @@ class Dtf(TopK):
     """Initial m_cu, by which the moving average is multiplied."""
 
     name = "dtf"
+    benchmark = "dtf:0.5"
     title = "Dynamic Transformer (DTF)"
     sentence = ("Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
                 "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged.")

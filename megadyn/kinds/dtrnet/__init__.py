@@ -31,6 +31,7 @@ class Dtrnet(Laid, TopK):
     """Weight of the router's entropy, which training then raises."""
 
     name = "dtrnet"
+    benchmark = "dtrnet:0.1"
     title = "DTRNet"
     sentence = ("In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
                 "every token keeps its feed-forward (arXiv 2509.00925).")

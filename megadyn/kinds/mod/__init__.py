@@ -20,6 +20,7 @@ class Mod(Laid, TopK):
     """Weight of the mean squared logit."""
 
     name = "mod"
+    benchmark = "mod:0.125"
     title = "Mixture-of-Depths"
     sentence = ("A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
                 "2404.02258).")
