@@ -42,7 +42,7 @@ def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, select
     parts = _Parts(layer, kind, stream, model, selection)
     parts.add_decision()
     parts.add_block()
-    inputs = [stream.hidden] if stream.gate is None else [stream.hidden, stream.gate]
+    inputs = [stream.hidden] if stream.score is None else [stream.hidden, stream.score]
     parts.add(WHOLE, lambda *given: layer(Stream(*given)).hidden, *inputs, unseen=parts.unseen,
               forward=sum(layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)]))
     return parts.found
@@ -51,7 +51,7 @@ def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, select
 class _Parts:
     def __init__(self, layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None):
         self.layer, self.kind, self.model, self.selection = layer, kind, model, selection
-        self.hidden, self.gate = stream.hidden.detach(), stream.gate
+        self.hidden, self.score = stream.hidden.detach(), stream.score
         self.batch, self.length, _ = self.hidden.shape
         self.seen = self.length if selection is None else selection.places.numel() / self.batch
         """Tokens of a sequence that attend."""
@@ -75,8 +75,8 @@ class _Parts:
             score = layer.router(hidden).detach()
             self.add("choose", lambda x: layer.causal_router(score, x).in_top, hidden)
         elif isinstance(layer, DynamicLayer):
-            assert self.gate is not None
-            known = self.gate.detach()
+            assert self.score is not None
+            known = self.score.detach()
             self.add("choose", lambda x: layer.causal_router(known, x).in_top, hidden)
         elif isinstance(layer, DtrLayer):
             self.add("router", layer.probabilities, hidden, forward=whole)
@@ -126,8 +126,8 @@ def choice_of(layer: Layer, stream: Stream) -> Selection | None:
     if isinstance(layer, ModLayer):
         return layer.causal_router(layer.router(stream.hidden), stream.hidden).selection
     if isinstance(layer, DynamicLayer):
-        assert stream.gate is not None
-        return layer.causal_router(stream.gate, stream.hidden).selection
+        assert stream.score is not None
+        return layer.causal_router(stream.score, stream.hidden).selection
     if isinstance(layer, DtrLayer):
         return layer.choose(layer.probabilities(stream.hidden)[..., 0], stream.hidden)[0]
     return None

@@ -28,6 +28,7 @@ from typing import Any
 
 from megadyn.errors import UserError
 from megadyn.log import log
+from megadyn.routing.older import newer_manifest
 
 FORMAT = 2
 NAME = re.compile(r"iteration-(\d{8})$")
@@ -144,7 +145,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError unless `folder` holds a checkpoint of this format."""
+    """With an older DTF's entries converted. Raises UserError unless `folder` holds a checkpoint of this format."""
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
@@ -161,7 +162,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := [key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest]:
         raise UserError(f"{path}: damaged: it has no {missing[0]!r}")
-    return manifest
+    return newer_manifest(manifest)
 
 
 def damage(folder: Path, names: list[str]) -> str | None:

@@ -27,7 +27,7 @@ from megadyn.checkpoint.writing import Snapshot, all_gather, write
 from megadyn.config import Config
 from megadyn.errors import RunError, UserError
 from megadyn.hf.config_map import FIELDS
-from megadyn.hf.reader import HfFolder
+from megadyn.hf.reader import THRESHOLD, HfFolder
 from megadyn.log import log
 from megadyn.network import loads_of, thresholds_of
 from megadyn.parallel.params import component, counts_here, name_of
@@ -241,9 +241,6 @@ def init_from(engine: "Engine", path: Path) -> None:
         if name in folder.names():                   # an export's; it counts as one step of the average, and moves on soon
             average = float(folder.whole(name)) * (1 - threshold.momentum)
             threshold.set_state({"average": average, "steps": 1}, engine.device)
-
-
-THRESHOLD = "causal_router.threshold"
 
 
 def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:

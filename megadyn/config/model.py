@@ -36,7 +36,9 @@ class RoutingConfig:
     prior_loss_weight: float = 0.05
     beta_ce_init: float = -0.3
     beta_cu_init: float = -0.6
-    ce_offset_init: float = 1.025
+    ce_log_offset_init: float = math.log(1.025)
+    """DTF: initial lambda_ce, the logarithm of the offset of S_CE. `ce_offset_init`, the offset itself, is the older spelling;
+    it is read still, and converted."""
     cu_multiplier_init: float = 1.1
     gate: str = "sigmoid"
     """MoD: what a token's update is multiplied by: `sigmoid` of its logit, or the logit itself (`identity`)."""
@@ -72,10 +74,12 @@ class RoutingConfig:
             raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
         at_least("model.routing.ma_window", self.ma_window, 1)
         in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
-        # ce_offset's logarithm is taken.
         for name in ("prior_loss_weight", "predictor_loss_weight", "bce_loss_weight", "z_loss_weight", "aux_loss_lambda",
-                     "aux_loss_warmup", "entropy_bonus", "ce_offset_init"):
+                     "aux_loss_warmup", "entropy_bonus"):
             at_least(f"model.routing.{name}", getattr(self, name), 0)
+        for name in ("beta_ce_init", "beta_cu_init", "ce_log_offset_init", "cu_multiplier_init"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"model.routing.{name}", getattr(self, name), "a finite number")
         for name in ("safe_min_attn_ratio", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")

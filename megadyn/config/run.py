@@ -19,6 +19,7 @@ from megadyn.config.data import DataConfig
 from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.older import with_newer_keys
 from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
 
@@ -124,14 +125,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
     try:
-        from_words = OmegaConf.from_dotlist(list(overrides))
-        words = OmegaConf.to_container(from_words)
+        words = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:           # the YAML library has no common base for its errors
         raise UserError(f"the command line: not valid YAML: {' '.join(str(error).split())}") from None
+    layers = []
     for source, given in (*files, ("the command line", words)):
         _check_sections(Config, given, "", str(source))
+        layers.append(with_newer_keys(given, str(source)))
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), *(given for _, given in files), from_words)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None

@@ -36,7 +36,7 @@ def _to_hf_routing(model: ModelConfig) -> dict[str, Any]:
               "threshold_momentum": routing.threshold_momentum}
     if routing.kind == "dtf":
         return common | {"ma_window": routing.ma_window, "prior_size": model.prior_size, "prior_factor": routing.prior_factor,
-                         "gate": "score", "router_type": "surprise"}
+                         "gate": "score", "score": "log", "router_type": "surprise"}
     if routing.kind == "mod":
         return common | {"gate": routing.gate, "router_type": "linear"}
     return common | {"router_type": routing.router_type, "causal": "token_choice" if routing.is_token_choice else routing.causal}
@@ -108,6 +108,8 @@ def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> Routing
              "dtrnet": ("capacity", "causal", "threshold_momentum", "router_type")}
     if kind not in known:
         raise UserError(f"routing.kind {kind!r} in config.json: must be one of {', '.join(known)}")
+    if routing.get("score", "gate") not in ("gate", "log"):
+        raise UserError(f"routing.score {routing['score']!r} in config.json: must be log, or gate in older exports")
     values = {key: routing[key] for key in known[kind] if key in routing}
     if values.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
         del values["causal"]

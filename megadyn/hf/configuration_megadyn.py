@@ -13,6 +13,9 @@ Qwen2's fields, and four of its own:
                       ma_window     tokens in the moving average of the static surprise
                       prior_size    inner width of the prior's feed-forward
                       gate          score
+                      score         gate | log: what ranks tokens and is held against the threshold: G, in exports of
+                                    earlier versions, whose weights hold `router.ce_offset`; or r = -log(1 - G), with
+                                    `router.ce_log_offset`
                       router_type   surprise
                       causal        threshold | predictor
         mod           capacity      as in dtf
@@ -54,7 +57,7 @@ class Router(NamedTuple):
 ROUTERS: dict[str, dict[str, Router]] = {
     "dense": {"none": Router()},
     "dtf": {"surprise": Router(("capacity", "ma_window", "prior_size"),
-                               {"gate": ("score",), "causal": ("threshold", "predictor")})},
+                               {"gate": ("score",), "score": ("gate", "log"), "causal": ("threshold", "predictor")})},
     "mod": {"linear": Router(("capacity",),
                              {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")})},
     "dtrnet": {"token_choice": Router((), {"causal": ("token_choice",)}),

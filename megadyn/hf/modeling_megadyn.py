@@ -182,7 +182,7 @@ class Stream(NamedTuple):
     """What a layer hands to the next."""
 
     hidden_BCD: Tensor
-    gate_BC: Tensor | None = None      # DTF: a decision layer's score for its dynamic layer
+    score_BC: Tensor | None = None      # DTF: a decision layer's r = -log(1 - G) for its dynamic layer
 
 
 class Routing(NamedTuple):
@@ -457,26 +457,81 @@ class Prior(SwiGLU):
 
 
 class SurpriseRouter(Float32Module):
-    """The gate G from the static surprise D_st, the change surprise D_ch and the moving average of D_st."""
+    """The score r = -log(1 - G) from the static surprise D_st, the change surprise D_ch and the moving average of D_st.
 
-    INITIAL = {"beta_ce": -0.3, "beta_cu": -0.6, "ce_offset": 1.025, "cu_multiplier": 1.1}
+    r = softplus(a) + softplus(b), a and b being the arguments of the sigmoids that make up G: it orders tokens as G does,
+    and keeps apart those whose G rounds to 1.
+    """
 
-    def __init__(self) -> None:
+    beta_ce: nn.Parameter
+    beta_cu: nn.Parameter
+    ce_offset: nn.Parameter
+    ce_log_offset: nn.Parameter
+    cu_multiplier: nn.Parameter
+
+    INITIAL = {"beta_ce": -0.3, "beta_cu": -0.6, "ce_log_offset": math.log(1.025), "cu_multiplier": 1.1}
+
+    def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
-        for name in self.INITIAL:
+        for name in ("beta_ce", "beta_cu", "cu_multiplier"):
             self.register_parameter(name, nn.Parameter(torch.empty(1)))
+        # Exports of earlier versions hold the offset, not its logarithm: `from_pretrained` loads it as it is, then converts it.
+        offset = "ce_offset" if config.routing["score"] == "gate" else "ce_log_offset"
+        self.register_parameter(offset, nn.Parameter(torch.empty(1)))
 
     def reset_parameters(self) -> None:
-        for name, value in self.INITIAL.items():
-            nn.init.constant_(getattr(self, name), value)
+        for name, parameter in self.named_parameters():
+            nn.init.constant_(parameter, 1.025 if name == "ce_offset" else self.INITIAL[name])
+
+    def log_offset(self) -> Tensor:
+        return log_of_older(self.ce_offset) if "ce_offset" in self._parameters else wide(self.ce_log_offset)
 
     def forward(self, static_BC: Tensor, change_BC: Tensor, average_BC: Tensor) -> Tensor:
-        beta_ce, beta_cu, ce_offset, cu_multiplier = (wide(getattr(self, name)) for name in self.INITIAL)
-        expected = static_BC - (change_BC - (ce_offset + 1e-10).log())
-        unexpected = static_BC - cu_multiplier * average_BC
-        s_ce = (F.softplus(beta_ce) * expected).sigmoid()
-        s_cu = (F.softplus(beta_cu) * unexpected).sigmoid()
-        return s_ce + s_cu - s_ce * s_cu
+        beta_ce, beta_cu, cu_multiplier = (wide(x) for x in (self.beta_ce, self.beta_cu, self.cu_multiplier))
+        a_BC = F.softplus(beta_ce) * (static_BC - change_BC + self.log_offset())
+        b_BC = F.softplus(beta_cu) * (static_BC - cu_multiplier * average_BC)
+        return -(F.logsigmoid(-a_BC) + F.logsigmoid(-b_BC))
+
+
+def log_of_older(offset: Tensor) -> Tensor:
+    """lambda_ce of an export that holds the offset itself, as earlier versions computed it."""
+    return (wide(offset) + 1e-10).log()
+
+
+def threshold_of_older(tau: Tensor) -> Tensor:
+    """The threshold on r for one on G. One of 1 took the tokens whose G rounds to 1 in float32: those with 1 - G < 2^-25."""
+    return torch.where(tau < 1, -torch.log1p(-tau), 25 * math.log(2))
+
+
+def convert_older(model: "MegadynPreTrainedModel") -> None:
+    """Gives a DTF export of an earlier version, as loaded, today's form: training would drive its offset below 0, to NaN.
+    Where weights are offloaded it stays as it is, and runs by the older rules."""
+    layers = [module for module in model.modules() if isinstance(module, SurpriseRouter | ThresholdRule)]
+    offloaded = any(tensor.is_meta for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
+    if model.config.routing.get("score") != "gate" or offloaded:
+        return
+    for layer in layers:
+        if isinstance(layer, ThresholdRule):
+            layer.threshold.copy_(threshold_of_older(layer.threshold))
+            continue
+        value = layer.log_offset().detach()
+        if not value.isfinite().all():
+            raise ValueError(f"router.ce_offset = {layer.ce_offset.item():.3g} has no logarithm: this export gives NaN")
+        layer.ce_log_offset = nn.Parameter(value.to(layer.ce_offset.dtype), layer.ce_offset.requires_grad)
+        del layer.ce_offset
+    model.config.routing["score"] = "log"
+
+
+def convert_older_state(model: "MegadynModel", state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The same for the weights alone, in place, before `load_state_dict` puts them into a model of today's form."""
+    older = [name for name in state if name.startswith(prefix) and name.endswith("router.ce_offset")]
+    if model.config.routing.get("score") != "log" or not older:
+        return
+    for name in older:
+        state[name.replace("ce_offset", "ce_log_offset")] = log_of_older(state.pop(name))
+    for name in list(state):
+        if name.startswith(prefix) and name.endswith("causal_router.threshold"):
+            state[name] = threshold_of_older(state[name])
 
 
 def moving_average(value_BC: Tensor, window: int, context: Context, cache: LayerCache | None) -> Tensor:
@@ -498,7 +553,7 @@ class DecisionLayer(DenseLayer):
         super().__init__(config, number)
         self.window = config.routing["ma_window"]
         self.prior = Prior(config)
-        self.router = SurpriseRouter()
+        self.router = SurpriseRouter(config)
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         (post, _), routing = super().forward(stream, context, cache)
@@ -511,11 +566,19 @@ class DecisionLayer(DenseLayer):
 
 
 class DynamicLayer(RoutedLayer):
-    """Only tokens that the decision layer's gate selects."""
+    """Only tokens that the decision layer's score selects; the gate is G = 1 - exp(-r)."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.routing = config.routing      # whose `score` changes where an older export is converted
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        gate_BT = cast(Tensor, stream.gate_BC)
-        return self.route(stream.hidden_BCD, gate_BT, gate_BT, context, cache)
+        score_BT = cast(Tensor, stream.score_BC)
+        # Either form is accurate in value and gradient on its side.
+        gate_BT = torch.where(score_BT < 1, -torch.expm1(-score_BT), 1 - torch.exp(-score_BT))
+        if self.routing["score"] == "gate":
+            score_BT = gate_BT
+        return self.route(stream.hidden_BCD, score_BT, gate_BT, context, cache)
 
 
 # ---- MoD -----------------------------------------------------------------------------------------
@@ -589,8 +652,8 @@ class MegadynModelOutput(BaseModelOutputWithPast):
     routing: tuple[Tensor, ...] | None = None
     """With output_routing: per layer, bool [B, T], the tokens that it processed; of dtrnet, those that attended."""
     gates: tuple[Tensor | None, ...] | None = None
-    """With output_routing: per layer, float [B, T], the score that chooses tokens (G; of mod the logit; of dtrnet the
-    probability to attend), 0 for padding; None where all are processed."""
+    """With output_routing: per layer, float [B, T], the score that chooses tokens (of dtf r = -log(1 - G); of mod the
+    logit; of dtrnet the probability to attend), 0 for padding; None where all are processed."""
 
 
 @dataclass
@@ -612,6 +675,12 @@ class MegadynPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _is_stateful = True      # the cache cannot be rolled back, so assisted generation is refused
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        convert_older(loaded[0] if isinstance(loaded, tuple) else loaded)      # a tuple with output_loading_info=True
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, SurpriseRouter | ThresholdRule):
@@ -626,6 +695,7 @@ class MegadynModel(MegadynPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LAYERS[kind](config, i) for i, kind in enumerate(config.layer_types, 1))
         self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_load_state_dict_pre_hook(convert_older_state)
         self.post_init()
 
     def forward(

@@ -24,8 +24,8 @@ class Stream(NamedTuple):
 
     hidden: Tensor
     """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
-    gate: Tensor | None = None
-    """[B, T/seq] in float32: a DTF Decision layer's G for its Dynamic layer. Carries gradient."""
+    score: Tensor | None = None
+    """[B, T/seq] in float32: a DTF Decision layer's r = -log(1 - G) for its Dynamic layer. Carries gradient."""
     documents: Documents | None = None
     """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
 

@@ -38,7 +38,7 @@ LAYER_STATISTICS = {
     "D_ch": LayerStatistic("D_ch: what the prior left unexplained, mean square"),
     "beta_ce": LayerStatistic("beta_ce, before softplus"),
     "beta_cu": LayerStatistic("beta_cu, before softplus"),
-    "ce_offset": LayerStatistic("ce_offset"),
+    "ce_log_offset": LayerStatistic("ce_log_offset: lambda_ce, the logarithm of the offset"),
     "cu_multiplier": LayerStatistic("cu_multiplier"),
 }
 """Shown in this order; what else layers report stands folded below them."""

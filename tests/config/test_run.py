@@ -1,6 +1,7 @@
 """The configuration: what is left out is filled in, what cannot be is refused by name and with a remedy."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,32 @@ def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+# ---- keys of earlier versions --------------------------------------------------------------------
+
+def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(tmp_path):
+    older = RUN + "model: {routing: {kind: dtf, ce_offset_init: 1.5}}\n"
+    assert load(tmp_path, text=older).model.routing.ce_log_offset_init == math.log(1.5)
+    assert load(tmp_path, "model.routing.ce_offset_init=2", text=older).model.routing.ce_log_offset_init == math.log(2)
+    assert load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init == -1
+    assert load(tmp_path, "model.routing.ce_offset_init=1.025").model == load(tmp_path).model
+    (tmp_path / "saved.yaml").write_text("")
+    save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
+    assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
+    # Allowed by earlier versions, which took log(offset + 1e-10).
+    assert load(tmp_path, "model.routing.ce_offset_init=0").model.routing.ce_log_offset_init == math.log(1e-10)
+
+
+def test_both_spellings_of_the_offset_are_refused(tmp_path):
+    message = refusal(tmp_path, "model.routing.ce_offset_init=1", "model.routing.ce_log_offset_init=0")
+    assert message == ("model.routing.ce_offset_init in the command line: is the older spelling of "
+                       "model.routing.ce_log_offset_init, which is given too; keep one of them")
+
+
+@pytest.mark.parametrize("value", ["-0.1", ".inf", ".nan", "much", "true", "[1]"])
+def test_an_older_offset_without_a_logarithm_is_refused(tmp_path, value):
+    assert "model.routing.ce_offset_init" in refusal(tmp_path, f"model.routing.ce_offset_init={value}")
 
 
 # ---- keys and types ------------------------------------------------------------------------------
@@ -171,6 +198,7 @@ IMPOSSIBLE = [
     ("model.routing.prior_loss_weight=-1", "model.routing.prior_loss_weight", "at least 0"),
     ("model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
     ("model.routing.ce_offset_init=-1", "model.routing.ce_offset_init", "at least 0"),      # its logarithm is taken
+    ("model.routing.ce_log_offset_init=.nan", "model.routing.ce_log_offset_init", "a finite number"),
     *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
         "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
     ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),

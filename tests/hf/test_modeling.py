@@ -88,7 +88,7 @@ def test_all_tokens_with_unit_gate_is_dense(kind, normalization, mode):
     assert not dense.load_state_dict(routed.state_dict(), strict=False).missing_keys
     for layer, layer_type in zip(routed.model.layers, layer_types, strict=True):
         if layer_type == "dtf_decision":
-            layer.router.forward = lambda static, change, average: torch.ones_like(static)
+            layer.router.forward = lambda static, change, average: torch.full_like(static, 99.0)
         elif layer_type == "mod":
             layer.router.forward = lambda h: torch.full_like(h[..., :1], 1.0 if kind == "mod-identity" else 99.0)
         elif layer_type == "dtrnet":
@@ -358,7 +358,7 @@ def test_weight_names_are_qwen2s_and_the_contracts():
     extra = names - set(tiny_model("dense", num_hidden_layers=5).state_dict())
     decision = [f"model.layers.{i}.{name}" for i in (0, 2) for name in (
         "prior.norm.weight", "prior.gate_proj.weight", "prior.up_proj.weight", "prior.down_proj.weight", "router.beta_ce",
-        "router.beta_cu", "router.ce_offset", "router.cu_multiplier")]
+        "router.beta_cu", "router.ce_log_offset", "router.cu_multiplier")]
     assert extra == {*decision, "model.layers.1.causal_router.threshold", "model.layers.3.causal_router.threshold"}
 
 

@@ -8,7 +8,7 @@ from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 
 VOCABULARY = 61
 WINDOW = 7
-DTF = {"kind": "dtf", "capacity": 0.4, "ma_window": WINDOW, "prior_size": 6}
+DTF = {"kind": "dtf", "capacity": 0.4, "ma_window": WINDOW, "prior_size": 6, "score": "log"}
 MOD = {"kind": "mod", "capacity": 0.4}
 LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "dense": (["dense"] * 3, {"kind": "dense"}),

@@ -1,0 +1,82 @@
+"""DTF as earlier versions saved it, converted as it is read.
+
+There the offset itself was the parameter (`router.ce_offset`), under log(offset + 1e-10), and tokens were ranked by G, so that
+thresholds were values of G. Now its logarithm is the parameter, and r = -log(1 - G) the score.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from megadyn.config.older import LOG_OFFSET, OFFSET, log_of_offset
+from megadyn.errors import UserError
+
+if TYPE_CHECKING:                    # manifests are read without torch too
+    from torch import Tensor
+
+OLDER, NEWER = "router.ce_offset", "router.ce_log_offset"
+ADDED = 1e-10
+"""What the older forward pass added to the offset under the logarithm."""
+CERTAIN = 25 * math.log(2)
+"""r from which float32's G is 1 (1 - G < 2^-25). A threshold of 1 took the tokens beyond it."""
+
+
+def newer_name(name: str) -> str:
+    """A tensor's name today; an optimizer state's is NAME/STATE."""
+    parameter, slash, state = name.partition("/")
+    return parameter.removesuffix(OLDER) + NEWER + slash + state if parameter.endswith(OLDER) else name
+
+
+def older_name(name: str) -> str:
+    """What a tensor was called where the offset itself was the parameter."""
+    parameter, slash, state = name.partition("/")
+    return parameter.removesuffix(NEWER) + OLDER + slash + state if parameter.endswith(NEWER) else name
+
+
+def log_offset(offset: "Tensor", name: str) -> "Tensor":
+    """The newer parameter that gives what the older one gave.
+
+    Raises UserError for an offset below 0: the older model's scores are NaN, so there is nothing to be kept.
+    """
+    inside = offset.double() + ADDED
+    if not (inside > 0).all():
+        raise UserError(f"{name} is {offset.min().item():.3g}, which has no logarithm: the saved model gives NaN; "
+                        "take an earlier checkpoint of its run")
+    return inside.log().float()
+
+
+def moment(state: str, value: "Tensor", offset: "Tensor") -> "Tensor":
+    """Adam's moment of the newer parameter, by the chain rule: d/d(log o) = o d/do, and the second moment is of squares.
+
+    Better than beginning anew: Adam's step count, shared with all other parameters, would make zeros a large first step.
+    """
+    factor = offset.double() + ADDED
+    if state == "exp_avg_sq":
+        factor = factor.square()
+    return (value.double() * factor).float()
+
+
+def score_threshold(tau: float) -> float:
+    """The threshold on r for one on G. From 1 on it took the tokens whose G rounds to 1, and so it does then."""
+    return -math.log1p(-tau) if tau < 1 else CERTAIN
+
+
+def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's manifest with the model section and the thresholds of an older DTF converted."""
+    model = manifest["model"]
+    routing = model.get("routing", {})
+    if OFFSET not in routing:
+        return manifest
+    routing = {key: value for key, value in routing.items() if key != OFFSET} | {LOG_OFFSET: log_of_offset(routing[OFFSET])}
+    manifest = manifest | {"model": model | {"routing": routing}}
+    if routing["kind"] == "dtf" and "thresholds" in manifest:
+        momentum = routing["threshold_momentum"]
+        manifest["thresholds"] = {layer: _newer_average(state, momentum) for layer, state in manifest["thresholds"].items()}
+    return manifest
+
+
+def _newer_average(state: dict[str, float], momentum: float) -> dict[str, float]:
+    """The running average whose value is the converted threshold after as many steps."""
+    if not state["steps"]:
+        return state
+    share = 1 - momentum ** state["steps"]
+    return state | {"average": score_threshold(state["average"] / share) * share}
