@@ -81,7 +81,8 @@ def of(run: Run, several: bool) -> str:
 def head(run: Run, several: bool) -> str:
     """The run in one line and its last figures."""
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
+    warnings = [f"Warned in training: {sentence}." for sentence in run.router_warnings]
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*run.notes, *warnings])
     return f'{name}<p class="dim">{escape(describe(run))}</p>{notes}<div class="facts">{"".join(facts(run))}</div>'
 
 

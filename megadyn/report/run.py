@@ -40,6 +40,16 @@ class Run:
     """Sentences on what is broken or unfinished."""
 
     @property
+    def router_warnings(self) -> list[str]:
+        """What training warned of: a sentence for each layer and problem, the latest where a run was resumed."""
+        found = {}
+        for record in self.events:
+            warning = record.get("router_warning")
+            if isinstance(warning, dict) and isinstance(warning.get("sentence"), str):
+                found[(warning.get("layer"), warning.get("problem"))] = warning["sentence"]
+        return list(found.values())
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 
