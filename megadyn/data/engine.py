@@ -166,6 +166,12 @@ class GigatokenTokenizer(Tokenizer):
         layout = self.engine.encode_batch(list(texts), parallel=False).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
 
+    def id_of(self, token: str) -> int | None:
+        return self._reference.id_of(token)
+
+    def token_of(self, id: int) -> str:
+        return self._reference.token_of(id)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)
 
