@@ -86,11 +86,11 @@ class Decompressed(io.RawIOBase):
                     raise
                 self._begin_again()
         while not self._left:
-            piece = next(self._pieces, b"")
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
             if isinstance(piece, Damage):
                 self.damage = piece
-                return 0
-            if not piece:
                 return 0
             self._left = memoryview(piece)
         size = min(len(buffer), len(self._left))
@@ -202,11 +202,12 @@ def pieces_of(disk: IO[bytes], at: int, codec: str) -> Generator[bytes, None, in
     for _ in range(reads):
         member.read(PIECE_BYTES)
     member.feed_slowly()
+    last = bytearray()          # less than a piece: the read that broke is done again, byte by byte
     try:
         while piece := member.read(1):
-            yield piece
+            last += piece
     except Broken:
-        pass
+        yield bytes(last)
     raise broken
 
 

@@ -9,7 +9,7 @@ import orjson
 
 from megadyn.data.compression import LONGEST_HEAD, SUFFIXES, Decompressed, codec_of
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson", ".jl")
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson")
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".feather")
 TABLES = {".csv": "a table of comma-separated values", ".tsv": "a table of tab-separated values",
@@ -17,10 +17,11 @@ TABLES = {".csv": "a table of comma-separated values", ".tsv": "a table of tab-s
 SOURCES = frozenset((
     ".txt", ".text", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt",
     ".js", ".ts", ".jsx", ".tsx", ".rb", ".php", ".pl", ".sh", ".lua", ".sql", ".html", ".htm", ".css", ".scss", ".xml", ".yaml",
-    ".yml", ".toml", ".ini", ".cfg", ".swift", ".scala", ".r", ".jl", ".f", ".f90", ".hs", ".ml", ".ex", ".erl", ".cs", ".vb",
+    ".yml", ".toml", ".ini", ".cfg", ".swift", ".scala", ".r", ".f", ".f90", ".hs", ".ml", ".ex", ".erl", ".cs", ".vb",
     ".dart", ".proto", ".cmake"))
 """Text whatever it looks like; not opened to be told from others until it is read."""
-UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin")
+UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin", ".jl")
+"""Suffixes that JSON lines may have, and other files too; `.jl` is also Julia's."""
 KNOWN = "known are UTF-8 text, JSON lines, Parquet and Arrow; text and JSON lines also as gzip, zstd, bzip2, xz or lz4"
 HEAD_BYTES = 2**14
 NOT_READ = {
