@@ -8,7 +8,7 @@ holds more in memory than a document or a few megabytes.
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,17 +230,15 @@ def lines_before(span: Span) -> int:
     return count + (not ends)
 
 
-def texts_of_line(line: bytes, text_key: str) -> Iterator[bytes]:
+def texts_of_line(line: bytes, text_key: str) -> Sequence[bytes]:
     """The document of a line, none of a blank one; several where `\\r` alone ends them."""
     if not line or line.isspace():
-        return
+        return ()
     try:
         entry = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        for entry in loaded_by_python(line, error):
-            yield text_of(entry, text_key)
-    else:
-        yield text_of(entry, text_key)
+        return [text_of(entry, text_key) for entry in loaded_by_python(line, error)]
+    return (text_of(entry, text_key),)
 
 
 def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any]:
