@@ -47,7 +47,8 @@ def main() -> None:
     if dataset.record:
         result |= {"tokenizer": dataset.record.tokenizer, "vocab_size": dataset.record.vocab_size,
                    "sha256": dataset.record.sha256, "skipped": dataset.record.skipped}
-        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids)")
+        ends = f"end with id {dataset.record.eod}" if dataset.record.append_eod else "have no token at their end"
+        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}")
     if args.verify:
         made_with = dataset.record or tokenizer
         found = verify(dataset, made_with.vocab_size if made_with else None)

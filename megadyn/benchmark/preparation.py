@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import orjson
 
 from megadyn.data.arguments import add_json_argument, positive
+from megadyn.data.compression import SUFFIXES as CODECS
 from megadyn.data.engine import GigatokenTokenizer
 from megadyn.data.files import os_errors_named
-from megadyn.data.formats import CODECS
 from megadyn.data.indexed import files_of
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer

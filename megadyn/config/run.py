@@ -28,6 +28,9 @@ from megadyn.errors import ConfigError, UserError, did_you_mean
 class TokenizerConfig:
     path: str = "???"
     """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
+    eod: str | None = None
+    """The token that ends a document, as the vocabulary writes it; when left out, the one that the datasets were made with,
+    or else the tokenizer's own."""
 
 
 @dataclass

@@ -9,9 +9,9 @@ from megadyn.data.readers import FORMATS, Corpus
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH",
-                        help="text, JSONL or Parquet files, plain, .gz or .zst; folders or patterns of them")
+                        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them")
     parser.add_argument("--format", choices=FORMATS, default="auto",
-                        help="auto: .jsonl and .json are JSONL, .parquet is Parquet, all else is text (default)")
+                        help="auto: by content and name; a file of no known format is refused (default)")
     parser.add_argument("--text-key", default="text",
                         help="key of the text in a JSONL line, or its column in Parquet (default: text)")
     parser.add_argument("--on-error", choices=("fail", "skip"), default="fail",

@@ -15,16 +15,17 @@ from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 
 
 def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
-                    dtype: str, shard_bytes: int) -> dict[str, Any]:
+                    dtype: str, shard_bytes: int, eod: str | None = None) -> dict[str, Any]:
     """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the modelling files.
 
     Args:
         tensors: whole tensors under their Hugging Face names, taken one at a time.
         style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
         dtype: torch's name of the weights' type, for config.json.
+        eod: the token that ended documents in training, if that is not the tokenizer's own.
     """
     summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
-    special, note = write_tokenizer(tokenizer, folder, model.max_position)
+    special, note = write_tokenizer(tokenizer, folder, model.max_position, eod)
     described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
     write_json(folder / "config.json", described | special)
     write_json(folder / "generation_config.json", {"do_sample": False, **special})

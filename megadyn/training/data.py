@@ -6,7 +6,9 @@ from typing import NamedTuple
 from megadyn.config import BatchPlan, Config
 from megadyn.config.data import Source
 from megadyn.data.blend import Blend
+from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
+from megadyn.data.largest import check_ids
 from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import ConfigError
@@ -22,12 +24,12 @@ class Data(NamedTuple):
 
 
 def open_data(config: Config) -> Data:
-    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` where it was left
-    out, and `training.iterations` where the run is given in epochs.
+    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and `tokenizer.eod`
+    where they were left out, and `training.iterations` where the run is given in epochs.
 
     Raises UserError for files that are missing, damaged, or do not fit each other, the model or the length of the run.
     """
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eod, "tokenizer.eod")
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -35,6 +37,8 @@ def open_data(config: Config) -> Data:
                           f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})")
     section, seed = config.data, config.training.seed
     sources = section.sources("train")
+    if config.tokenizer.eod is None:
+        adopt_eod(tokenizer, IndexedDataset(sources[0].prefix, mmap=section.mmap))
     datasets = [open_dataset(source.prefix, config, tokenizer) for source in sources]
     assert section.split is not None
     _, for_validation, for_test = section.split
@@ -56,16 +60,20 @@ def open_data(config: Config) -> Data:
         return blended(sources, [cut(config, dataset, getattr(split, name)) for dataset, split in
                                  zip(datasets, splits, strict=True)])
 
-    return Data(train, held_out("validation", for_validation), held_out("test", for_test),
-                tokenizer.eod if section.document_mask else None)
+    validation, test = held_out("validation", for_validation), held_out("test", for_test)
+    if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
+        config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
+    return Data(train, validation, test, tokenizer.eod if section.document_mask else None)
 
 
 def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDataset:
     dataset = IndexedDataset(prefix, mmap=config.data.mmap)
     check_tokenizer(dataset, tokenizer)
-    if config.data.document_mask and dataset.record is not None and not dataset.record.append_eod:
-        raise ConfigError("data.document_mask", True, f"false: {dataset.prefix} was made without --append-eod, so that "
-                          "nothing in it marks where documents end")
+    assert config.model.vocab_size is not None
+    check_ids(dataset, config.model.vocab_size, config.data.cache)
+    check_eod(dataset, tokenizer.eod_or_none)
+    if config.data.document_mask:
+        check_marked(dataset, tokenizer.eod)
     return dataset
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megadyn.hf.config_map import to_hf_config
@@ -29,6 +30,15 @@ def truncated(suffix: str) -> Break:
 def another_tokenizer(prefix: Path, _: Path) -> list[str]:
     record = json.loads(Path(f"{prefix}.json").read_text())
     Path(f"{prefix}.json").write_text(json.dumps(record | {"fingerprint": "0" * 64, "tokenizer": "other"}))
+    return [f"data.train={prefix}"]
+
+
+def ids_without_a_row(prefix: Path, _: Path) -> list[str]:
+    """A dataset that nothing is known of, as Megatron-LM writes them, with an id behind the byte tokenizer's 257."""
+    Path(f"{prefix}.json").unlink()
+    tokens = np.fromfile(f"{prefix}.bin", "<u2")
+    tokens[-1] = 257
+    tokens.tofile(f"{prefix}.bin")
     return [f"data.train={prefix}"]
 
 
@@ -73,6 +83,7 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "truncated .bin": (truncated(".bin"), ".bin"),
     "truncated .idx": (truncated(".idx"), ".idx"),
     "another tokenizer's dataset": (another_tokenizer, "other"),
+    "token ids without a row": (ids_without_a_row, "its largest token id is 257, but the model's vocabulary has 257 ids"),
 }
 
 
