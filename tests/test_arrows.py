@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
 ROOMS = ("benchmark", "pretrain", "report", "training", "checkpoint", "hf", "network", "routing", "model", "kernels", "parallel",
-         "data", "planning", "config", "errors", "log")
+         "data", "planning", "config", "paths", "errors", "log")
 """Highest first. `errors` and `log` stand side by side on the ground."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

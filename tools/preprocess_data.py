@@ -23,6 +23,7 @@ from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
 from megadyn.errors import Parser, UserError, line_lost, run_tool
 from megadyn.log import start_logging
+from megadyn.paths import expanded
 
 GARBAGE_THRESHOLD = 100_000
 """Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""
@@ -31,7 +32,7 @@ GARBAGE_THRESHOLD = 100_000
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE.model|byte",
+    parser.add_argument("--tokenizer", type=expanded, required=True, metavar="DIR|FILE.model|byte",
                         help="folder with tokenizer.json, SentencePiece model, or the word byte")
     parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")

@@ -46,14 +46,16 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
     model, length = config.model, config.training.sequence_length
     kind = model.routing.kind
     start = f", starting from the weights of {Path(config.checkpoint.init_from).name}" if config.checkpoint.init_from else ""
+    is_uniform = iteration * config.training.global_batch_size == consumed_samples      # else the batch size has changed
+    batch = f" of {config.training.global_batch_size}" if is_uniform else ","
     tags = ["megadyn", *TAGS[kind], *(["custom_code"] if style == "megadyn" else [])]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
              "# license: to be filled in by whoever publishes these weights", "---"]
     parts = [
         "\n".join(front),
         f"# A {NAMES[kind]} of {total_parameters(model):,} parameters",
-        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps of "
-        f"{config.training.global_batch_size} sequences of {length}){start}. A base model: it continues text and follows no "
+        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
+        f"{start}. A base model: it continues text and follows no "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if kind == "dense" else ["## Routing\n\n" + _routing(model, history)]),

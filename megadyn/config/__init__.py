@@ -12,6 +12,7 @@ from megadyn.config.run import (
     check_together,
     engine_settings,
     load_config,
+    resolved_config,
     save_config,
 )
 from megadyn.config.training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
@@ -20,5 +21,5 @@ __all__ = [
     "CAPACITY", "CAUSAL_RULES", "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig",
     "LoggingConfig", "ModelConfig", "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "RoutingConfig", "Source",
     "TokenizerConfig", "TrainingConfig", "batch_plan", "capacity_count", "check_together", "engine_settings",
-    "expand_layout", "load_config", "save_config",
+    "expand_layout", "load_config", "resolved_config", "save_config",
 ]

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from megadyn.config.checks import at_least, one_of
 from megadyn.config.data import DataConfig
 from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.numbers import count
 from megadyn.config.older import with_newer_keys
 from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
+from megadyn.paths import expanded
 
 
 @dataclass
@@ -69,6 +71,9 @@ class Config:
         Not done on construction: OmegaConf builds every section from its defaults first.
         """
         one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+        self.output_dir = expanded(self.output_dir, "output_dir")
+        self.deepspeed_config = expanded(self.deepspeed_config, "deepspeed_config")
+        self.tokenizer.path = expanded(self.tokenizer.path, "tokenizer.path")
         for section in (self.model.routing, self.model, self.data, self.parallel, self.optimizer.multipliers, self.optimizer,
                         self.training, self.checkpoint, self.logging):
             section.check()
@@ -134,12 +139,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     layers = []
     for source, given in (*files, ("the command line", words)):
         _check_sections(Config, given, "", str(source))
+        _read_counts(given)
         layers.append(with_newer_keys(given, str(source)))
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: is missing in {path}, and has no default") from None
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None
@@ -157,6 +165,15 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
             _check_sections(f.default_factory, given[f.name], f"{name}.{f.name}".lstrip("."), source)
 
 
+def _read_counts(given: dict[str, Any]) -> None:
+    """Turns counts written as 3e9 or 300B into numbers. One that refers to another key stays for the merge to resolve."""
+    training = given.get("training", {})
+    for name in ("tokens", "samples"):
+        value = training.get(name)
+        if value is not None and not (isinstance(value, str) and "${" in value):
+            training[name] = count(f"training.{name}", value)
+
+
 def _unknown_key(full_key: str) -> UserError:
     if full_key == EXTENDS:
         return UserError(f"{EXTENDS}: is a key of configuration files, not of the command line")
@@ -169,8 +186,17 @@ def _unknown_key(full_key: str) -> UserError:
     return UserError(f"{full_key}: {where} has no such key{did_you_mean(name, [f.name for f in fields(section)])}")
 
 
+def resolved_config(config: Config) -> dict[str, Any]:
+    """The configuration as plain values. The length of the run is as it was given, so that what goes on from this with another
+    batch size still means the same number of tokens."""
+    resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    if length := config.training.length:
+        resolved["training"] |= {"iterations": None, length.unit: length.amount}
+    return resolved
+
+
 def save_config(config: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    OmegaConf.save(OmegaConf.create(resolved_config(config)), path)
 
 
 @dataclass(frozen=True)

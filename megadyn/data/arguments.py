@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 from megadyn.data.readers import FORMATS, Corpus
+from megadyn.paths import user_path
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH",
+    parser.add_argument("--input", type=user_path, nargs="+", required=True, metavar="PATH",
                         help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them")
     parser.add_argument("--format", choices=FORMATS, default="auto",
                         help="auto: by content and name; a file of no known format is refused (default)")
@@ -48,7 +49,7 @@ def seed(text: str) -> int:
 
 def output_prefix(text: str) -> Path:
     """A path that ends in a name; without one the files would be hidden ones."""
-    if not (path := Path(text)).name or path.name == "..":
+    if not (path := user_path(text)).name or path.name == "..":
         raise argparse.ArgumentTypeError(f"{text!r}: must end in a name, as data/corpus does")
     return path
 

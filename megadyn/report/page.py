@@ -12,7 +12,7 @@ from megadyn.report.axes import bin_means, brief, spans_decades
 from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
 from megadyn.report.environment import difference_table, environment_differences, environment_section
-from megadyn.report.run import Checkpoint, Run, Values, differences
+from megadyn.report.run import Checkpoint, Run, Values, differences, planned_iterations
 
 if TYPE_CHECKING:
     from megadyn.report.text_map import TextMap
@@ -103,8 +103,8 @@ def facts(run: Run) -> list[str]:
     def fact(name: str, value: str) -> str:
         return f"<div><span>{name}</span><b>{value}</b></div>"
 
-    planned = run.config.get("training.iterations")
-    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if isinstance(planned, int) else ""))]
+    planned = planned_iterations(run)
+    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if planned is not None else ""))]
     for dataset in run.evaluations:
         for mode, shown in (("topk", "top-k"), ("causal", "causal")):
             _, losses = run.evaluated(dataset, mode)

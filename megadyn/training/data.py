@@ -13,6 +13,7 @@ from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import ConfigError
 from megadyn.log import log
+from megadyn.training.length import Position, settle_length
 
 
 class Data(NamedTuple):
@@ -23,9 +24,12 @@ class Data(NamedTuple):
     """The token that ends a document, where samples are masked by document."""
 
 
-def open_data(config: Config) -> Data:
-    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and `tokenizer.eod`
-    where they were left out, and `training.iterations` where the run is given in epochs.
+def open_data(config: Config, start: Position | None = Position()) -> Data:  # noqa: B008 - immutable
+    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and
+    `tokenizer.eod` where they were left out, and `training.iterations` where the length of the run is given in something else.
+
+    Args:
+        start: where the run goes on from; None if nothing is to be trained, so that its length does not matter.
 
     Raises UserError for files that are missing, damaged, or do not fit each other, the model or the length of the run.
     """
@@ -46,10 +50,10 @@ def open_data(config: Config) -> Data:
     # Another seed for each dataset, or those with as many documents would be shuffled alike.
     train = blended(sources, [cut(config, dataset, split.train, seed + d) for d, (dataset, split) in
                               enumerate(zip(datasets, splits, strict=True))])
-    config.training.resolve_epochs(len(train))
-    refuse_repeats(config, sources, train)
-    log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
-             f"{config.training.num_samples:,}")
+    if start is not None:
+        settle_length(config, train, start)
+        log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
+                 f"{config.training.samples_at_end(*start):,}")
 
     def held_out(name: str, share: float) -> Samples | None:
         """The datasets that `name` names, or else its share of those for training."""
@@ -93,16 +97,6 @@ def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
 
 def dataset_names(sources: Sequence[Source]) -> str:
     return sources[0].prefix if len(sources) == 1 else f"a blend of {len(sources)} datasets"
-
-
-def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples) -> None:
-    """ConfigError if the run would use a dataset twice and may not."""
-    wanted, per_step = config.training.num_samples, config.training.global_batch_size
-    if config.data.repeat or wanted <= len(train):
-        return
-    first = train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
-    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {len(train) // per_step}: "
-                      f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
 
 
 def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -> int:

@@ -211,6 +211,16 @@ class Engine:
         """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
         return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
 
+    def run_line(self) -> str:
+        """What runs, in one line."""
+        config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
+        kind = model.routing.kind
+        if kind != "dense":
+            kind += f" at capacity {model.routing.capacity}"
+        return (f"{kind}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+                f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+                f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
+
     def loss_scaler_state(self) -> dict[str, float] | None:
         """fp16's dynamic loss scale, None in other precisions."""
         if self.config.precision != "fp16":

@@ -31,8 +31,11 @@ class Telemetry:
         self.live = open_live_view(config)
         self.restart_clock(start_iteration)
 
-    def go_back(self, iteration: int) -> None:
-        """Goes on from `iteration`: what was reported of later ones will be done again."""
+    def go_back(self, iteration: int, iterations: int) -> None:
+        """Goes on from `iteration` to `iterations`: what was reported of later ones will be done again."""
+        self.iterations = iterations
+        if self.live:
+            self.live.iterations = iterations
         for sink in self.sinks:
             sink.go_back(iteration)
         self.health.go_back()

@@ -136,6 +136,11 @@ def test_a_file_that_holds_words_is_refused(tmp_path):
     assert refusal(tmp_path, text="just words\n").startswith("just words: ")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}", "null"])
+def test_an_empty_file_is_called_empty(tmp_path, text):
+    assert refusal(tmp_path, text=text) == f"{tmp_path / 'run.yaml'}: is empty"
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
@@ -319,15 +324,35 @@ def test_a_length_in_tokens_or_samples_becomes_whole_steps(tmp_path, tokens, ite
 def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterations):
     training = load(tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4").training
     assert training.iterations is None
-    training.resolve_epochs(100)
+    training.settle(100)
     assert (training.iterations, training.epochs) == (iterations, None)
+
+
+@pytest.mark.parametrize("word", ["3e9", "3B", "3000M", "3000000000"])
+def test_a_length_may_be_written_short(tmp_path, word):
+    short = "training.global_batch_size=1000", "training.sequence_length=1000"
+    assert load(tmp_path, "training.iterations=null", f"training.tokens={word}", *short).training.iterations == 3000
+    text = RUN.replace("iterations: 10", f"samples: {word}")
+    assert load(tmp_path, *short, text=text).training.iterations == 3_000_000
+    text = RUN.replace("train: corpus", f"train: [{{prefix: a, tokens: {word}}}, {{prefix: b, tokens: 1.5T}}]")
+    assert [source.share for source in load(tmp_path, text=text).data.sources("train")] == [3e9, 1.5e12]
+    refused = refusal(tmp_path, "training.iterations=null", "training.tokens=3X")
+    assert refused.startswith("training.tokens = '3X': must be a whole number")
+
+
+def test_a_length_is_saved_as_it_was_given(tmp_path):
+    """With another batch size it still means the same."""
+    save_config(load(tmp_path, "training.iterations=null", "training.samples=96", "training.global_batch_size=8"),
+                tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml", ["training.global_batch_size=16"])
+    assert again.training.iterations == 6
 
 
 def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
     training = load(tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4").training
     with pytest.raises(ConfigError, match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
                                           r"training\.global_batch_size = 4$"):
-        training.resolve_epochs(3)
+        training.settle(3)
 
 
 @pytest.mark.parametrize(("hidden", "factor", "width"), [
