@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config
+from megadyn.hf.config_map import eod_of_masked, from_hf_config
 
 
 class HfFolder:
@@ -19,6 +19,7 @@ class HfFolder:
         self.folder = folder
         config = read_json(folder / "config.json")
         self.model: ModelConfig = from_hf_config(config)
+        self.eod: int | None = eod_of_masked(config)
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = files_of(index) if index.exists() else ["model.safetensors"]
