@@ -73,6 +73,10 @@ def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
 
 
+def check_rotary(rope_parameters: dict[str, Any] | None) -> None:
+    one_of("rope_parameters.rope_type", (rope_parameters or {}).get("rope_type"), ("default",))
+
+
 def check_number(key: str, value: Any) -> None:
     if key == "capacity":
         if type(value) not in (int, float) or not 0 < value <= 1:
@@ -176,7 +180,7 @@ class MegadynConfig(PretrainedConfig):
         one_of("hidden_act", self.hidden_act, ("silu",))
         one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
-        one_of("rope_parameters.rope_type", (self.rope_parameters or {}).get("rope_type"), ("default",))
+        check_rotary(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: must divide "
                              f"num_attention_heads = {self.num_attention_heads}")

@@ -15,8 +15,8 @@ from megadyn.hf.config_map import document_fields, to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 from megadyn.log import log
 
-QWEN2_UNMASKED = ("The model was trained with masked documents, which transformers' Qwen2 does not know of by itself: in a text of "
-                  "several documents give it position_ids that start again")
+QWEN2_UNMASKED = ("The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
+                  "of several documents give it position_ids that start again")
 
 
 def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
@@ -27,7 +27,7 @@ def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[st
         tensors: whole tensors under their Hugging Face names, taken one at a time.
         style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
         dtype: torch's name of the weights' type, for config.json.
-        document_mask: whether the run masked its samples by document; config.json then says so, and names the token that ends one.
+        document_mask: whether the run masked its samples by document; config.json then says so, with the id that ends one.
     """
     summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
     special, note = write_tokenizer(tokenizer, folder, model.max_position)

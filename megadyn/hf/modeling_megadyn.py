@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .configuration_megadyn import ROUTING_MODES, MegadynConfig, has_topk, one_of
+from .configuration_megadyn import ROUTING_MODES, MegadynConfig, check_rotary, has_topk, one_of
 
 # ---- packing -------------------------------------------------------------------------------------
 
@@ -847,6 +847,7 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
+        check_rotary(config.rope_parameters)      # it may have been changed since the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LAYERS[kind](config, i) for i, kind in enumerate(config.routed_layer_types, 1))
         self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
