@@ -34,3 +34,7 @@ def fetch() -> Path:
     unpacked.rmdir()
     archive.unlink()
     return folder
+
+
+if __name__ == "__main__":
+    print(fetch())
