@@ -14,6 +14,7 @@ import unittest
 import warnings
 from pathlib import Path
 
+from megadyn.errors import run_tool
 from tests.conformance.source import fetch
 
 TABLE = Path(__file__).with_name("known_failures.toml")
@@ -69,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -6,35 +6,48 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
+from megadyn.errors import UserError, run_tool
+
 CACHE = Path(sys.prefix) / "transformers-source"
 """Inside the virtual environment: ignored by git, and gone with it."""
 
 
-def tests_folder() -> Path:
+def own_tests() -> Path:
     """Where the tests of the installed version lie, if they have been fetched."""
     return CACHE / f"transformers-{version('transformers')}" / "tests"
 
 
 def fetch() -> Path:
-    """Downloads and unpacks the source archive unless it is here already. CalledProcessError if pip cannot get it."""
-    folder = tests_folder()
+    """Downloads and unpacks the source archive unless it is here already. UserError if pip cannot get it."""
+    folder = own_tests()
     if folder.is_dir():
         return folder
     CACHE.mkdir(exist_ok=True)
-    wanted = f"transformers=={version('transformers')}"
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                    "--no-binary", "transformers", "--dest", str(CACHE), wanted],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=300)
-    archive = CACHE / f"{folder.parent.name}.tar.gz"
-    unpacked = CACHE / f".unpacking-{folder.parent.name}"
+    download(f"transformers=={version('transformers')}")
+    name = folder.parent.name
+    archive, unpacked = CACHE / f"{name}.tar.gz", CACHE / f".unpacking-{name}"
     with tarfile.open(archive) as tar:
-        members = [member for member in tar if member.name.startswith(f"{folder.parent.name}/tests/")]
-        tar.extractall(unpacked, members, filter="data")
-    (unpacked / folder.parent.name).rename(folder.parent)
+        tar.extractall(unpacked, [member for member in tar if member.name.startswith(f"{name}/tests/")], filter="data")
+    (unpacked / name).rename(folder.parent)
     unpacked.rmdir()
     archive.unlink()
     return folder
 
 
-if __name__ == "__main__":
+def download(requirement: str) -> None:
+    """The source archive of `requirement` into CACHE."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary",
+               "transformers", "--dest", str(CACHE), requirement]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.splitlines() or ["no message"])[-1]
+        raise UserError(f"pip could not download the source archive of {requirement}: {reason}")
+
+
+def main() -> int:
     print(fetch())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
