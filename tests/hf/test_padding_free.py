@@ -63,6 +63,8 @@ def test_sequences_are_as_alone(kind, mode):
     alone = [model(part, output_routing=True) for part in PARTS]
     logits = torch.cat([output.logits for output in alone], dim=1)
     for name, batch in batches().items():
+        if kind not in MAIN_KINDS and name != "everything":
+            continue
         together = model(**batch, output_routing=True)
         assert_close(together.logits[:, :TOKENS.shape[1]], logits, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
         for i, processed in enumerate(together.routing):
@@ -162,7 +164,7 @@ def test_documents_are_the_engines(kind, norm):
     assert (ours(tokens).logits - wanted).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("steps", [[14, 20, 11], [1] * 45, [13, 1, 31]])
+@pytest.mark.parametrize("steps", [[14, 20, 11], [1] * 45])
 @pytest.mark.parametrize("kind", ENGINE_KINDS)
 def test_documents_in_a_cache(kind, steps):
     model = exported(kind, "pre")
