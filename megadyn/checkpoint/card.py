@@ -201,7 +201,7 @@ def _use(kind: str, style: str) -> str:
     return ("`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=\"auto\")\n"
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n" + GENERATE + "```\n\n"
+            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
             "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
             "LoRA: `LoraConfig(task_type=\"CAUSAL_LM\", target_modules=\"all-linear\")`, or `target_modules=r\".*(self_attn|mlp)"
             "\\..*_proj\"` for the blocks without what chooses tokens.")
