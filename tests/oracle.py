@@ -261,7 +261,7 @@ class Reader:
         """[T, V]"""
         h = self.weights["model.embed_tokens.weight"][tokens]
         scores: list[float] = []
-        for layer, kind in enumerate(self.config["layer_types"]):
+        for layer, kind in enumerate(self.config["routed_layer_types"]):
             if kind == "dense":
                 h = h + self.block(h, list(range(len(h))), layer)
             elif kind == "dtf_decision":

@@ -1,12 +1,17 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and four of its own:
+Qwen2's fields, and six of its own:
 
     normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
                     square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
     routing_mode    how routed layers choose their tokens: `causal` (usable for generation) or `topk`
-    layer_types     per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
-                    neighbours); for mod `mod`; for dtrnet `dtrnet`
+    routed_layer_types
+                    per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
+                    neighbours); for mod `mod`; for dtrnet `dtrnet`. Older exports call this field `layer_types`, which is
+                    read still; transformers keeps that name for kinds of attention, all of which are full here
+    document_mask   whether the model was trained with several documents in a sample, each of which attends to itself alone;
+                    the model then masks its input the same way. Top-k still counts over the whole sample
+    eod_token_id    the token that ends a document; needed with `document_mask`
     routing         a dict; keys by its `kind`, the first value of each being the default:
         dense         router_type   none
         dtf           capacity      share of a sequence's tokens that a layer processes under top-k, in (0, 1]
@@ -71,6 +76,10 @@ def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
 
 
+def check_rotary(rope_parameters: dict[str, Any] | None) -> None:
+    one_of("rope_parameters.rope_type", (rope_parameters or {}).get("rope_type"), ("default",))
+
+
 def check_number(key: str, value: Any) -> None:
     if key == "capacity":
         if type(value) not in (int, float) or not 0 < value <= 1:
@@ -102,15 +111,28 @@ def has_topk(routing: dict[str, Any]) -> bool:
 
 
 def check_layer_types(layer_types: list[str], kind: str, num_layers: int) -> None:
+    name = "routed_layer_types"
     if len(layer_types) != num_layers:
-        raise ValueError(f"layer_types has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
+        raise ValueError(f"{name} has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
     for i, layer_type in enumerate(layer_types):
-        one_of(f"layer_types[{i}] with routing.kind = {kind}", layer_type, LAYER_TYPES[kind])
+        one_of(f"{name}[{i}] with routing.kind = {kind}", layer_type, LAYER_TYPES[kind])
         follows_decision = i > 0 and layer_types[i - 1] == "dtf_decision"
         if (layer_type == "dtf_dynamic") != follows_decision:
-            raise ValueError(f"layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, and only it")
+            raise ValueError(f"{name}[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, and only it")
     if layer_types[-1] == "dtf_decision":
-        raise ValueError("layer_types ends in a dtf_decision without its dtf_dynamic")
+        raise ValueError(f"{name} ends in a dtf_decision without its dtf_dynamic")
+
+
+def layer_types_of(routed_layer_types: list[str], layer_types: list[str] | None) -> list[str]:
+    """`routed_layer_types`, or what an older export has in their place under transformers' name `layer_types`.
+
+    That name may also hold transformers' own value for this model, which says nothing. ValueError if it says anything else.
+    """
+    if not layer_types or set(layer_types) == {"full_attention"}:
+        return routed_layer_types
+    if routed_layer_types and list(routed_layer_types) != list(layer_types):
+        raise ValueError(f"layer_types = {layer_types!r}: must be left out, because routed_layer_types has other values")
+    return layer_types
 
 
 @strict
@@ -142,8 +164,10 @@ class MegadynConfig(PretrainedConfig):
     pad_token_id: int | None = None
     normalization: str = "pre"
     routing_mode: str = "causal"
-    layer_types: list[str] = field(default_factory=list)
+    routed_layer_types: list[str] = field(default_factory=list)
     """May be left out if all layers are dense."""
+    document_mask: bool = False
+    eod_token_id: int | None = None
     routing: dict = field(default_factory=lambda: {"kind": "dense"})
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -152,21 +176,27 @@ class MegadynConfig(PretrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.routing = check_routing(self.routing)
+        self.routed_layer_types = layer_types_of(self.routed_layer_types, kwargs.pop("layer_types", None))
         if self.routing["kind"] == "dense":
-            self.layer_types = self.layer_types or ["dense"] * self.num_hidden_layers
+            self.routed_layer_types = self.routed_layer_types or ["dense"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         one_of("hidden_act", self.hidden_act, ("silu",))
         one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
-        one_of("rope_parameters.rope_type", (self.rope_parameters or {}).get("rope_type"), ("default",))
+        check_rotary(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: must divide "
                              f"num_attention_heads = {self.num_attention_heads}")
-        self.validate_layer_type()
+        self.validate_routed_layers()
+        self.validate_documents()
 
-    def validate_layer_type(self) -> None:
-        """Stands in for transformers' own check, which knows no routed layers; called by it on saving too."""
-        check_layer_types(self.layer_types, self.routing["kind"], self.num_hidden_layers)
+    def validate_routed_layers(self) -> None:
+        """Called by transformers on saving too."""
+        check_layer_types(self.routed_layer_types, self.routing["kind"], self.num_hidden_layers)
+
+    def validate_documents(self) -> None:
+        if self.document_mask and self.eod_token_id is None:
+            raise ValueError("document_mask = True: needs eod_token_id, the token that ends a document")
 
 
 MegadynConfig.register_for_auto_class("AutoConfig")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config
+from megadyn.hf.config_map import eod_of_masked, from_hf_config
 from megadyn.routing.older import log_offset, newer_name, older_name, score_threshold
 
 THRESHOLD = "causal_router.threshold"
@@ -24,6 +24,7 @@ class HfFolder:
         self.folder = folder
         config = read_json(folder / "config.json")
         self.model: ModelConfig = from_hf_config(config)
+        self.eod: int | None = eod_of_masked(config)
         routing = config.get("routing", {})
         self.has_older_thresholds = self.model.routing.kind == "dtf" and routing.get("score") != "log"
         """They are on G, not on r."""

@@ -40,7 +40,7 @@ class Saved:
     precision: str
     sequence_length: int
     eod: int | None = None
-    """The token that ends a document, where the run masked its samples by document."""
+    """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
     fingerprint: str | None = None
     """Of the tokenizer in training; None where that is not to be found."""
 
@@ -76,7 +76,7 @@ def _open_hf(path: Path) -> Saved:
         if name in folder.names():
             found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
-    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024,
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024, folder.eod,
                  fingerprint=tokenizer_settings(path).get(FINGERPRINT))
 
 

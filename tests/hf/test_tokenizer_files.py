@@ -45,7 +45,7 @@ def test_auto_tokenizer_gives_the_ids_of_training(name: str, sources: dict[str, 
     special, note = write_tokenizer(sources[name], tmp_path, max_position=24)
     write_json(tmp_path / "config.json", to_hf_config(tiny_config("dtf", vocab_size=400).model, "float32") | special)
     shutil.copy(PACKAGE / "configuration_megadyn.py", tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*probe_texts(reference), *random_texts(50, seed=1)]
     wanted = [ids.tolist() for ids in reference.encode_batch(texts)]
     assert [tokenizer(text)["input_ids"] for text in texts] == wanted
@@ -139,7 +139,7 @@ def test_no_setting_makes_transformers_read_otherwise_than_training(
     shutil.copy(PACKAGE / "configuration_megadyn.py", folder)
     reference = load_tokenizer(source)
     texts = ["def f(): return <unk> 7<|endoftext|>", *probe_texts(reference), *random_texts(20, seed=1)]
-    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts)["input_ids"] == [
+    assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == [
         ids.tolist() for ids in reference.encode_batch(texts)]
 
 

@@ -39,7 +39,7 @@ def tiny_config(kind: str = "dtf4", **changes: object) -> MegadynConfig:
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types) or 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 5000.0,
         "attention_bias": True, "initializer_range": 0.3,      # large, so that scores differ from token to token
-        "layer_types": layer_types, "routing": routing,
+        "routed_layer_types": layer_types, "routing": routing,
     }
     return MegadynConfig(**fields | changes)
 
