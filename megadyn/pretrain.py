@@ -309,10 +309,10 @@ class Job:
 def run_line(config: Config, engine: Engine) -> str:
     """What runs, in one line."""
     model, grid, training = config.model, engine.grid, config.training
-    kind = model.routing.kind if model.routing.kind == "dense" else f"{model.routing.kind} at capacity {model.routing.capacity}"
-    return (f"{kind}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{engine.zero_stage}, "
-            f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
-            f"{training.tokens_per_step:,} tokens ({engine.plan.micro_batches} x {engine.plan.micro_batch} samples a rank)")
+    return (f"{model.routing.summary}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, "
+            f"ZeRO-{engine.zero_stage}, tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; "
+            f"{training.iterations} iterations of {training.tokens_per_step:,} tokens "
+            f"({engine.plan.micro_batches} x {engine.plan.micro_batch} samples a rank)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
