@@ -1,6 +1,7 @@
 # make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
 # make test         the test suite
 # make check        lint, types and tests, as CI runs them
+# make soak         thousands of steps of every kind of routing; takes long, and is no part of the others
 # Each makes .venv and installs what it needs first.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DATA ?= 1
 VENV := .venv
 ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: quickstart test check lint types install clean
+.PHONY: quickstart test check soak lint types install clean
 
 install: $(VENV)/installed
 
@@ -28,6 +29,9 @@ quickstart: install
 
 test: install
 	$(ON_CPU) python -m pytest
+
+soak: install
+	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak
 
 lint: install
 	$(VENV)/bin/ruff check megadyn tools examples tests
