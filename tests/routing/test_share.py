@@ -10,7 +10,8 @@ from megadyn.errors import ConfigError
 from megadyn.routing.dtrnet import AttentionRouter
 from megadyn.routing.load import AttentionLoad
 from megadyn.routing.share import FAR, INTEGRAL, LARGEST, PROPORTIONAL, PULL, SOFT, ShareController, excess, preference
-from tests.networks import disturb, layer_context, param_maker
+from megadyn.training.router_health import planned_share
+from tests.networks import disturb, layer_context, param_maker, with_routing
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -125,3 +126,5 @@ def test_the_plan_is_of_the_target() -> None:
     assert routing.planned_share == 0.3
     assert RoutingConfig(kind="dtrnet", capacity=0.1).planned_share == 0.1
     assert RoutingConfig().planned_share == 1.0
+    config = with_routing(tiny_config("dtrnet-token"), target_share=0.3, aux_loss_warmup=0)
+    assert planned_share(config) == 0.3, "what a strayed share is held against"
