@@ -1,4 +1,4 @@
-"""Wherever training drives a router, its scores, gates, losses and gradients stay finite: in training and in the exported model."""
+"""Wherever training drives a router, its scores, gates, losses and gradients stay finite, in the exported model too."""
 
 import pytest
 import torch
