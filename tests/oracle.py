@@ -166,7 +166,7 @@ class Reader:
     def chosen(self, scores: list[float], h: Array, layer: int) -> list[int]:
         """The tokens that routed layer `layer` processes, ascending; `h` [T, D] is its input."""
         if self.routing.get("router_type") == "token_choice":      # in both modes
-            return [t for t in range(len(scores)) if scores[t] > 0.5]
+            return [t for t in range(len(scores)) if scores[t] > 0]
         if self.mode == "topk":
             count = max(1, math.floor(self.routing["capacity"] * len(scores)))
             best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
@@ -234,12 +234,14 @@ class Reader:
 
     def attend_or_bypass(self, h: Array, layer: int) -> Array:
         prefix = f"model.layers.{layer}"
-        p = []      # (attend, bypass)
+        p, leads = [], []      # (attend, bypass), and the difference of their logits
         for t in range(len(h)):
             z = self.linear(silu(self.linear(h[t], f"{prefix}.router.fc1")), f"{prefix}.router.fc2")
-            attend = math.exp(z[0]) / (math.exp(z[0]) + math.exp(z[1]))
-            p.append((attend, 1 - attend))
-        attending = self.chosen([attend for attend, _ in p], h, layer)
+            leads.append(float(z[0] - z[1]))
+            p.append((sigmoid(leads[-1]), sigmoid(-leads[-1])))
+        by_probability = self.mode == "causal" and self.routing.get("score", "probability") == "probability"
+        is_expert = self.routing.get("router_type") == "expert_choice"
+        attending = self.chosen([attend for attend, _ in p] if is_expert and by_probability else leads, h, layer)
 
         x = self.first_norm(h, layer)
         a = np.zeros_like(h)

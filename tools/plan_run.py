@@ -91,10 +91,9 @@ def list_layouts(config: Config, machine: Machine, top: int) -> list[dict[str, o
 
 def headline(config: Config, machine: Machine) -> str:
     model, length = config.model, config.training.sequence_length
-    kind = model.routing.kind if model.routing.kind == "dense" else f"{model.routing.kind} at capacity {model.routing.capacity}"
     flops = training_flops(model, length) / length
     return "\n".join([
-        f"{kind}: {total_parameters(model) / 1e9:.2f}G parameters, {flops / 1e9:.2f} GFLOP a token",
+        f"{model.routing.summary}: {total_parameters(model) / 1e9:.2f}G parameters, {flops / 1e9:.2f} GFLOP a token",
         f"{machine.gpus:,} GPUs of {machine.memory_gib:g} GiB, {config.precision}, "
         f"steps of {config.training.global_batch_size:,} x {length:,} tokens",
         "assumed, not measured:",

@@ -80,8 +80,8 @@ class _Parts:
             self.add("choose", lambda x: layer.causal_router(known, x).in_top, hidden)
         elif isinstance(layer, DtrLayer):
             self.add("router", layer.probabilities, hidden, forward=whole)
-            attend = layer.probabilities(hidden)[..., 0].detach()
-            self.add("choose", lambda x: layer.choose(attend, x)[1], hidden)
+            lead = lead_of(layer, hidden)
+            self.add("choose", lambda x: layer.choose(lead, x)[1], hidden)
         elif isinstance(layer, DecisionLayer):
             self.add("prior and surprise", layer.prior, hidden, layer.dense(hidden, None).detach(), forward=whole)
 
@@ -129,8 +129,14 @@ def choice_of(layer: Layer, stream: Stream) -> Selection | None:
         assert stream.score is not None
         return layer.causal_router(stream.score, stream.hidden).selection
     if isinstance(layer, DtrLayer):
-        return layer.choose(layer.probabilities(stream.hidden)[..., 0], stream.hidden)[0]
+        return layer.choose(lead_of(layer, stream.hidden), stream.hidden)[0]
     return None
+
+
+def lead_of(layer: DtrLayer, hidden: Tensor) -> Tensor:
+    """The logit differences [B, T] by which a DTRNet layer chooses."""
+    logits = layer.logits(hidden).detach()
+    return logits[..., 0] - logits[..., 1]
 
 
 def leaf(x: Tensor) -> Tensor:

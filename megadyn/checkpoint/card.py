@@ -152,7 +152,7 @@ def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
         measured = _routed_fraction(history)
         if measured is None:
             return f"It depends on what the tokens choose; without routing it is {plain:.3g} operations per token."
-        model = replace(model, routing=replace(model.routing, capacity=measured))
+        model = replace(model, routing=replace(model.routing, capacity=measured, target_share=None))
         share = f"the measured {measured:.1%} of tokens attending"
     routed = training_flops(model, length) / length
     return (f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "

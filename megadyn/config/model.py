@@ -49,9 +49,15 @@ class RoutingConfig:
     router_type: str = "token_choice"
     """DTRNet: `token_choice` (each token attends iff it prefers to) or `expert_choice` (top-k by `capacity`)."""
     aux_loss_lambda: float = 8e-4
-    """DTRNet: weight of the load-weighted attention loss."""
+    """DTRNet: weight of the load-weighted attention loss; with `target_share`, where each layer's lambda starts."""
     aux_loss_warmup: int = 0
     """DTRNet: steps over which that weight rises from 0."""
+    target_share: float | None = None
+    """DTRNet token choice: share of tokens that is to attend, in (0, 1]. Each layer then has a lambda of its own, which moves
+    from step to step so that the layer's share follows this target. Left out, lambda is fixed, as in the paper, and the share
+    goes where training takes it."""
+    aux_loss_lambda_limit: float = 0.1
+    """With `target_share`: lambda stays between minus and plus this."""
     safe_min_attn_ratio: float = 0.05
     """DTRNet token choice, in training: at least this share of a sequence attends; 0 turns it off."""
     jitter: float = 0.0
@@ -75,7 +81,7 @@ class RoutingConfig:
         at_least("model.routing.ma_window", self.ma_window, 1)
         in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
         for name in ("prior_loss_weight", "predictor_loss_weight", "bce_loss_weight", "z_loss_weight", "aux_loss_lambda",
-                     "aux_loss_warmup", "entropy_bonus"):
+                     "aux_loss_lambda_limit", "aux_loss_warmup", "entropy_bonus"):
             at_least(f"model.routing.{name}", getattr(self, name), 0)
         for name in ("beta_ce_init", "beta_cu_init", "ce_log_offset_init", "cu_multiplier_init"):
             if not math.isfinite(getattr(self, name)):
@@ -83,6 +89,40 @@ class RoutingConfig:
         for name in ("safe_min_attn_ratio", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
+        if self.target_share is not None:
+            self._check_target_share(self.target_share)
+
+    def _check_target_share(self, target: float) -> None:
+        if not self.is_token_choice:
+            raise ConfigError("model.routing.target_share", target, "left out without DTRNet's token choice: elsewhere "
+                              "model.routing.capacity sets the share")
+        if not max(self.safe_min_attn_ratio, 1e-3) <= target <= 1:
+            raise ConfigError("model.routing.target_share", target, "in [0.001, 1] and at least "
+                              f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training holds")
+        if self.aux_loss_warmup:
+            raise ConfigError("model.routing.aux_loss_warmup", self.aux_loss_warmup,
+                              "0 with model.routing.target_share, which moves the weight from the first step")
+        if self.aux_loss_lambda > self.aux_loss_lambda_limit:
+            raise ConfigError("model.routing.aux_loss_lambda", self.aux_loss_lambda,
+                              f"at most model.routing.aux_loss_lambda_limit = {self.aux_loss_lambda_limit}")
+
+    @property
+    def summary(self) -> str:
+        """The kind, and what sets its share of tokens, in a few words."""
+        if self.kind == "dense":
+            return self.kind
+        if self.target_share is not None:
+            return f"{self.kind} at a target share of {self.target_share}"
+        if self.is_token_choice:
+            return f"{self.kind}, each token's own choice, planned at a share of {self.capacity}"
+        return f"{self.kind} at capacity {self.capacity}"
+
+    @property
+    def planned_share(self) -> float:
+        """Share of tokens that a routed layer is expected to process: the target where there is one, else the capacity."""
+        if self.target_share is not None:
+            return self.target_share
+        return 1.0 if self.capacity is None else self.capacity
 
     @property
     def uses_threshold(self) -> bool:

@@ -40,7 +40,9 @@ def _to_hf_routing(model: ModelConfig) -> dict[str, Any]:
                          "gate": "score", "score": "log", "router_type": "surprise"}
     if routing.kind == "mod":
         return common | {"gate": routing.gate, "router_type": "linear"}
-    return common | {"router_type": routing.router_type, "causal": "token_choice" if routing.is_token_choice else routing.causal}
+    if routing.is_token_choice:
+        return common | {"router_type": routing.router_type, "causal": "token_choice"}
+    return common | {"router_type": routing.router_type, "score": "logit"}
 
 
 def to_qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -128,6 +130,10 @@ def eod_of_masked(config: dict[str, Any]) -> int | None:
     return eod
 
 
+SCORES = {"dtf": ("gate", "log"), "dtrnet": ("probability", "logit")}
+"""What thresholds are of, in exports of earlier versions (or where `routing.score` is left out) and today, by kind."""
+
+
 def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> RoutingConfig:
     kind = routing.get("kind", "dense")
     known = {"dense": (), "dtf": ("capacity", "causal", "threshold_momentum", "ma_window", "prior_factor"),
@@ -135,8 +141,9 @@ def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> Routing
              "dtrnet": ("capacity", "causal", "threshold_momentum", "router_type")}
     if kind not in known:
         raise UserError(f"routing.kind {kind!r} in config.json: must be one of {', '.join(known)}")
-    if routing.get("score", "gate") not in ("gate", "log"):
-        raise UserError(f"routing.score {routing['score']!r} in config.json: must be log, or gate in older exports")
+    older, newer = SCORES.get(kind, (None, None))
+    if routing.get("score", older) not in (older, newer):
+        raise UserError(f"routing.score {routing['score']!r} in config.json: must be {newer}, or {older} in older exports")
     values = {key: routing[key] for key in known[kind] if key in routing}
     if values.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
         del values["causal"]

@@ -30,6 +30,8 @@ Qwen2's fields, and six of its own:
         dtrnet        router_type   token_choice | expert_choice
                       capacity      as in dtf; only expert_choice has it
                       causal        of token_choice: token_choice; of expert_choice: threshold
+                      score         of expert_choice, what its thresholds are of: probability (exports that do not say) | logit,
+                                    the difference of the logits of attending and bypassing
     Any other key of `routing` is a record of the training run and changes nothing here.
 """
 
@@ -66,7 +68,7 @@ ROUTERS: dict[str, dict[str, Router]] = {
     "mod": {"linear": Router(("capacity",),
                              {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")})},
     "dtrnet": {"token_choice": Router((), {"causal": ("token_choice",)}),
-               "expert_choice": Router(("capacity",), {"causal": ("threshold",)})},
+               "expert_choice": Router(("capacity",), {"causal": ("threshold",), "score": ("probability", "logit")})},
 }
 """By `kind`, then by `router_type`, whose default is the first."""
 

@@ -528,16 +528,13 @@ class PredictorRule(nn.Module):
 
 
 class ConstantRule(nn.Module):
-    """A token is routed if its score exceeds a constant: MoD's logit trained by cross-entropy, DTRNet's token choice."""
-
-    LIMITS = {"bce": 0.0, "token_choice": 0.5}
+    """A token is routed if its score exceeds 0: MoD's logit trained by cross-entropy, DTRNet's logit difference."""
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
-        self.limit = self.LIMITS[config.routing["causal"]]
 
     def forward(self, score_BT: Tensor, h_BTD: Tensor) -> Tensor:
-        return score_BT > self.limit
+        return score_BT > 0
 
 
 CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule, "bce": ConstantRule, "token_choice": ConstantRule}
@@ -739,7 +736,7 @@ class MixtureOfDepthsLayer(RoutedLayer):
 
 
 class AttendOrBypass(nn.Module):
-    """Probabilities [B, T, 2] that a token attends, and that it bypasses attention."""
+    """Logits [B, T, 2] of attending and of bypassing attention."""
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
@@ -747,19 +744,26 @@ class AttendOrBypass(nn.Module):
         self.fc2 = WideLinear(config.hidden_size // 2, 2)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(h_BTD))).softmax(-1)
+        return self.fc2(F.silu(self.fc1(h_BTD)))
 
 
 class DTRNetLayer(RoutedLayer):
-    """Only chosen tokens attend, to each other; the rest take their own values. Feed-forward for every token."""
+    """Only chosen tokens attend, to each other; the rest take their own values. Feed-forward for every token.
+
+    Tokens are scored by the difference of the two logits: probabilities round to 0 and 1, where tokens tie. Thresholds of
+    older exports are probabilities.
+    """
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
         self.router = AttendOrBypass(config)
+        self.by_logit = config.routing.get("score", "logit") == "logit"
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        attend_BT, bypass_BT = self.router(stream.hidden_BCD).unbind(-1)
-        routing = Routing(self.choose(attend_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
+        logits_BT2 = self.router(stream.hidden_BCD)
+        attend_BT, bypass_BT = logits_BT2.softmax(-1).unbind(-1)
+        score_BT = logits_BT2[..., 0] - logits_BT2[..., 1] if self.by_logit or context.topk else attend_BT
+        routing = Routing(self.choose(score_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
         gate_BT = torch.where(routing.processed_BC, attend_BT, bypass_BT)
         chosen = pack(routing.processed_BC, segment_BT=context.tokens.segment_BC)
         h_BTD = self.run(self.process_all, stream.hidden_BCD, gate_BT, context.cos_BCK, context.sin_BCK, chosen, cache=cache)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
 from megadyn.hf.config_map import eod_of_masked, from_hf_config
-from megadyn.routing.older import log_offset, newer_name, older_name, score_threshold
+from megadyn.routing.older import lead_threshold, log_offset, newer_name, older_name, score_threshold
 
 THRESHOLD = "causal_router.threshold"
 """How its name ends."""
@@ -26,8 +26,10 @@ class HfFolder:
         self.model: ModelConfig = from_hf_config(config)
         self.eod: int | None = eod_of_masked(config)
         routing = config.get("routing", {})
-        self.has_older_thresholds = self.model.routing.kind == "dtf" and routing.get("score") != "log"
-        """They are on G, not on r."""
+        older = {"dtf": None if routing.get("score") == "log" else score_threshold,
+                 "dtrnet": None if routing.get("score") == "logit" else lead_threshold}
+        self.newer_threshold = older.get(self.model.routing.kind)
+        """What becomes of an older export's thresholds, which are on G or p0; None where they stay."""
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = files_of(index) if index.exists() else ["model.safetensors"]
@@ -47,8 +49,8 @@ class HfFolder:
             older = older_name(name)
             return log_offset(self._read(older), f"{self.folder}: {older}")
         tensor = self._read(name)
-        if self.has_older_thresholds and name.endswith(THRESHOLD):
-            return torch.full_like(tensor, score_threshold(tensor.item()))
+        if self.newer_threshold is not None and name.endswith(THRESHOLD):
+            return torch.full_like(tensor, self.newer_threshold(tensor.item()))
         return tensor
 
     def _read(self, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megadyn.config import ModelConfig, RoutingConfig, capacity_count
 
 Shares = Mapping[int, float]
-"""By layer, the share of tokens that attends in it where each token chooses for itself; `model.routing.capacity` elsewhere."""
+"""By layer, the share of tokens that attends in it where each token chooses for itself; elsewhere the planned share counts."""
 
 
 def block_flops(model: ModelConfig, tokens: float, attending: float | None = None) -> float:
@@ -47,10 +47,10 @@ class LayerFlops(NamedTuple):
 def layer_flops(model: ModelConfig, length: int, shares: Shares | None = None) -> list[LayerFlops]:
     """Of each layer, on one sequence of `length` tokens at the configured capacity.
 
-    DTRNet's token choice has no fixed capacity: there `model.routing.capacity` is the share expected to attend, and `shares`
+    DTRNet's token choice has no fixed capacity: there `model.routing.planned_share` is expected to attend, and `shares` are
     those that did (of sequences alike; where they differ, the square of attention is a little more).
     """
-    d, kept = model.hidden_size, capacity_count(model.routing.capacity or 1.0, length)
+    d, kept = model.hidden_size, capacity_count(model.routing.planned_share, length)
     chosen = _chosen(model, length, shares)
     prior = 2 * length * d * model.prior_size * 3
     predictor = 2 * length * (d * (d // 2) + d // 2) if model.routing.causal == "predictor" else 0
@@ -65,7 +65,7 @@ def layer_flops(model: ModelConfig, length: int, shares: Shares | None = None) -
 
 def _chosen(model: ModelConfig, length: int, shares: Shares | None) -> list[float]:
     """Of each layer, how many of a sequence's tokens its routing takes."""
-    kept = capacity_count(model.routing.capacity or 1.0, length)
+    kept = capacity_count(model.routing.planned_share, length)
     known = shares if shares and model.routing.is_token_choice else {}
     return [known[i] * length if i in known else kept for i in range(model.num_layers)]
 

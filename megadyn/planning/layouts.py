@@ -259,7 +259,7 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
 def shares_summed(work: Workload) -> list[float]:
     """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward. Under
     sequence parallelism chosen tokens are summed once more, when they come together from the parts."""
-    routed = (work.model.routing.capacity or 1.0) * (1.5 if work.sequence else 1.0)
+    routed = work.model.routing.planned_share * (1.5 if work.sequence else 1.0)
     return [routed if kind in ("dtf_dynamic", "mod") else 1.0 for kind in work.model.layer_types]
 
 

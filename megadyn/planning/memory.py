@@ -121,12 +121,12 @@ def inner_kept(work: Workload, n: float, attending: float) -> float:
 
 
 def layers_kept(work: Workload) -> list[Kept]:
-    """Of each transformer layer. DTRNet's token choice: at the share `model.routing.capacity`."""
+    """Of each transformer layer. DTRNet's token choice: at `model.routing.planned_share`."""
     model, (d, q, k, f), b = work.model, work.widths, work.bytes
     assert model.head_dim
     n = work.batch * work.length
     m = n / work.parts
-    c = work.batch * capacity_count(model.routing.capacity or 1.0, work.length)
+    c = work.batch * capacity_count(model.routing.planned_share, work.length)
     hybrid = model.normalization == "hybridnorm"
     own = m * b * d * (work.parts == 1 if hybrid else work.fused or b == 4)
     turned = 4 * model.head_dim                     # cosine and sine of a token's position, where they are looked up

@@ -92,7 +92,8 @@ def describe(run: Run) -> str:
         return str(run.folder)
     kind = get("model.routing.kind", "?")
     if kind == "dtrnet" and get("model.routing.router_type") == "token_choice":
-        kind += ", each token's own choice"
+        target = get("model.routing.target_share")
+        kind += ", each token's own choice" if target is None else f" at a target share of {target}"
     elif kind != "dense":
         kind += f" at capacity {get('model.routing.capacity')}"
     return (f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "

@@ -77,7 +77,8 @@ class CausalRouter(nn.Module):
         routed = causal if self.mode == "causal" else in_top
         fraction = routed.float().mean(dim=1)
         statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
-                       "routed_fraction_max": fraction.max(), "causal_agreement": (in_top == causal).float().mean()}
+                       "routed_fraction_max": fraction.max(), "causal_fraction": causal.float().mean(),
+                       "causal_agreement": (in_top == causal).float().mean()}
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
 

@@ -16,6 +16,7 @@ from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
 from megadyn.routing.load import AttentionLoad
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
+from megadyn.routing.share import ShareController, excess
 
 
 class AttentionRouter(nn.Module):
@@ -37,7 +38,11 @@ class AttentionRouter(nn.Module):
 
 class DtrLayer(Layer):
     """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them); the others: a = p1 O(V(x)), their own value
-    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token."""
+    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token.
+
+    Tokens are ranked by the logit difference (`lead`), and p0 > 0.5 is lead > 0: the same order, but p0 rounds to 0 or 1 in
+    float32, where tokens tie.
+    """
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index)
@@ -47,17 +52,25 @@ class DtrLayer(Layer):
         self.causal_router = None if routing.is_token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
-        self.load = AttentionLoad(ctx.model.layer_types.count("dtrnet"), routing.aux_loss_lambda, routing.aux_loss_warmup)
+        controller = None
+        if routing.target_share is not None:
+            controller = ShareController(routing.target_share, routing.aux_loss_lambda, routing.aux_loss_lambda_limit)
+        self.load = AttentionLoad(ctx.model.layer_types.count("dtrnet"), routing.aux_loss_lambda, routing.aux_loss_warmup,
+                                  controller)
         self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
         self.loss_scale = loss_scale
         self.monitor = Monitor()
 
-    def probabilities(self, hidden: Tensor) -> Tensor:
-        """p [B, T/seq, 2], with jitter in training."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of (attend, bypass), [B, T/seq, 2], with jitter in training."""
         logits = self.router(hidden)
         if self.jitter and torch.is_grad_enabled():
             logits = logits * (1 + self.jitter * (2 * self.noise(logits) - 1))
-        return logits.softmax(dim=-1)
+        return logits
+
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """p [B, T/seq, 2], with jitter in training."""
+        return self.logits(hidden).softmax(dim=-1)
 
     def noise(self, logits: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped as logits [B, T/seq, 2]. A sample's noise follows from the step and the sample's place in the
@@ -70,18 +83,18 @@ class DtrLayer(Layer):
             row.uniform_(generator=generator)
         return own_part(noise, self.seq)
 
-    def choose(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
-        """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
+    def choose(self, lead: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
+        """Logit differences [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
         if self.causal_router is not None:
-            choice = self.causal_router(attend, hidden)
-            return choice.selection, as_mask(choice.selection, attend.shape), choice.statistics
-        mask = attend > 0.5
+            choice = self.causal_router(lead, hidden)
+            return choice.selection, as_mask(choice.selection, lead.shape), choice.statistics
+        mask = lead > 0
         statistics: dict[str, Tensor] = {}
         if self.least and torch.is_grad_enabled():
-            least = math.ceil(self.least * attend.shape[1])
+            least = math.ceil(self.least * lead.shape[1])
             short = mask.sum(dim=1, keepdim=True) < least
-            # A superset of the mask: the best are those > 0.5.
-            mask = mask | (short & as_mask(choose_top(attend.detach(), least), attend.shape))
+            # A superset of the mask: the best are those above 0.
+            mask = mask | (short & as_mask(choose_top(lead.detach(), least), lead.shape))
             statistics["refills"] = short.float().sum()
         fraction = mask.float().mean(dim=1)
         statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
@@ -107,17 +120,27 @@ class DtrLayer(Layer):
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
         return attention.o_proj(replace(passed, places, attended))
 
+    def statistics(self, lead: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Scalars for `Monitor`, for logit differences [B, T] and the attending tokens [B, T]; the loss is unweighted."""
+        attend = lead.sigmoid()
+        mean = attend.mean()
+        return gate_statistics(attend, mask) | {
+            "p0": mean, "f": mask.float().mean(), "lead": lead.mean(), "lead_std": lead.std(correction=0),
+            "lambda": self.load.value.to(mean), "attention_loss": self.load.part.to(mean) * self.load.pushed(lead)}
+
     def forward(self, stream: Stream) -> Stream:
         hidden = stream.hidden
-        p = self.probabilities(hidden)
-        attend = whole_sequence(p[..., 0].detach(), self.seq)
-        selection, mask, statistics = self.choose(attend, hidden)
-        fraction, mean = mask.float().mean(), attend.mean()
-        self.monitor.record(statistics | gate_statistics(attend, mask) | {
-            "p0": mean, "f": fraction, "attention_loss": self.load.share.to(mean) * mean})
+        logits = self.logits(hidden)
+        p, own_lead = logits.softmax(dim=-1), logits[..., 0] - logits[..., 1]
+        lead = whole_sequence(own_lead.detach(), self.seq)
+        selection, mask, statistics = self.choose(lead, hidden)
+        self.monitor.record(statistics | self.statistics(lead, mask))
         out = self.run(self.attend_or_pass, stream, p, selection, mask)
         if torch.is_grad_enabled():
-            loss = self.load.loss(p[..., 0].mean())
+            fraction = mask.float().mean()
+            loss = self.load.loss(self.load.pushed(own_lead))
+            if self.load.controller is not None:
+                loss = loss + excess(own_lead) / self.load.layers
             if self.entropy_bonus:
                 entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1).mean()
                 loss = loss - self.entropy_bonus * entropy / self.load.layers

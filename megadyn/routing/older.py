@@ -1,12 +1,15 @@
-"""DTF as earlier versions saved it, converted as it is read.
+"""DTF and DTRNet as earlier versions saved them, converted as they are read.
 
-There the offset itself was the parameter (`router.ce_offset`), under log(offset + 1e-10), and tokens were ranked by G, so that
-thresholds were values of G. Now its logarithm is the parameter, and r = -log(1 - G) the score.
+In DTF the offset itself was the parameter (`router.ce_offset`), under log(offset + 1e-10), and tokens were ranked by G, so that
+thresholds were values of G. Now its logarithm is the parameter, and r = -log(1 - G) the score. DTRNet's expert choice ranked
+by p0; now the logit difference is the score.
 """
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from megadyn.config import RoutingConfig
 from megadyn.config.older import LOG_OFFSET, OFFSET, log_of_offset
 from megadyn.errors import UserError
 
@@ -17,7 +20,10 @@ OLDER, NEWER = "router.ce_offset", "router.ce_log_offset"
 ADDED = 1e-10
 """What the older forward pass added to the offset under the logarithm."""
 CERTAIN = 25 * math.log(2)
-"""r from which float32's G is 1 (1 - G < 2^-25). A threshold of 1 took the tokens beyond it."""
+"""r from which float32's G is 1 (1 - G < 2^-25), and the logit difference from which p0 is. A threshold of 1 took the tokens
+beyond it."""
+IMPOSSIBLE = -150 * math.log(2)
+"""The logit difference up to which float32's p0 is 0."""
 
 
 def newer_name(name: str) -> str:
@@ -60,23 +66,40 @@ def score_threshold(tau: float) -> float:
     return -math.log1p(-tau) if tau < 1 else CERTAIN
 
 
+def lead_threshold(tau: float) -> float:
+    """The threshold on the logit difference for one on p0."""
+    if tau >= 1:
+        return CERTAIN
+    return math.log(tau / (1 - tau)) if tau > 0 else IMPOSSIBLE
+
+
 def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's manifest with the model section and the thresholds of an older DTF converted."""
+    """A checkpoint's manifest with the model section and the thresholds of an older DTF or DTRNet converted."""
     model = manifest["model"]
     routing = model.get("routing", {})
-    if OFFSET not in routing:
-        return manifest
-    routing = {key: value for key, value in routing.items() if key != OFFSET} | {LOG_OFFSET: log_of_offset(routing[OFFSET])}
+    converted = None                # what of its thresholds
+    if routing.get("kind") == "dtf" and OFFSET in routing:
+        converted = score_threshold
+    if routing.get("kind") == "dtrnet" and NEWER_KEYS.keys() - routing.keys():
+        converted = lead_threshold
+    routing = NEWER_KEYS | routing
+    if OFFSET in routing:
+        routing[LOG_OFFSET] = log_of_offset(routing.pop(OFFSET))
     manifest = manifest | {"model": model | {"routing": routing}}
-    if routing["kind"] == "dtf" and "thresholds" in manifest:
+    if converted is not None and "thresholds" in manifest:
         momentum = routing["threshold_momentum"]
-        manifest["thresholds"] = {layer: _newer_average(state, momentum) for layer, state in manifest["thresholds"].items()}
+        manifest["thresholds"] = {layer: _newer_average(state, momentum, converted)
+                                  for layer, state in manifest["thresholds"].items()}
     return manifest
 
 
-def _newer_average(state: dict[str, float], momentum: float) -> dict[str, float]:
+NEWER_KEYS = {"target_share": None, "aux_loss_lambda_limit": RoutingConfig.aux_loss_lambda_limit}
+"""Of model.routing, which manifests do not have that are older than DTRNet's thresholds on logit differences."""
+
+
+def _newer_average(state: dict[str, float], momentum: float, converted: Callable[[float], float]) -> dict[str, float]:
     """The running average whose value is the converted threshold after as many steps."""
     if not state["steps"]:
         return state
     share = 1 - momentum ** state["steps"]
-    return state | {"average": score_threshold(state["average"] / share) * share}
+    return state | {"average": converted(state["average"] / share) * share}

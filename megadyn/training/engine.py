@@ -181,7 +181,7 @@ class Engine:
         # Waits for the device, but no longer than the optimizer's own look at the norm just did.
         problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
                              scales_loss=self.config.precision == "fp16")
-        self._end_step(counts=problem is None)
+        self._end_step(rate, counts=problem is None)
         return StepResult(loss.squeeze(), norm, problem)
 
     @torch.no_grad()
@@ -214,10 +214,7 @@ class Engine:
     def run_line(self) -> str:
         """What runs, in one line."""
         config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
-        kind = model.routing.kind
-        if kind != "dense":
-            kind += f" at capacity {model.routing.capacity}"
-        return (f"{kind}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+        return (f"{model.routing.summary}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
                 f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
                 f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
 
@@ -264,7 +261,7 @@ class Engine:
         """Of the last step, by what has a multiplier of its own."""
         return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
-    def _end_step(self, counts: bool) -> None:
+    def _end_step(self, rate: float, counts: bool) -> None:
         """One small all-reduce a step keeps thresholds and loads equal on all data-parallel ranks. A bad step does not count."""
         thresholds, loads = list(thresholds_of(self.routed).values()), list(loads_of(self.routed).values())
         trackers = [*thresholds, *loads]
@@ -280,7 +277,7 @@ class Engine:
         if self.config.model.routing.kind == "dtrnet":          # on every stage, also one without a routed layer
             total = sum_over(own.sum() if loads else torch.zeros((), device=self.device), self.grid.pp)
             for load, mean in zip(loads, own if loads else ()):
-                load.end_step(mean, total)
+                load.end_step(mean, total, rate * self.config.optimizer.multipliers.router)
 
     def _mean_over_parts(self, x: Tensor) -> Tensor:
         """Mean over the ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence."""

@@ -130,7 +130,7 @@ def planned_share(config: Config) -> float:
     """Share of a sequence's tokens that each routed layer is planned to take."""
     routing, length = config.model.routing, config.training.sequence_length
     assert routing.capacity is not None
-    return routing.capacity if routing.is_token_choice else capacity_count(routing.capacity, length) / length
+    return routing.planned_share if routing.is_token_choice else capacity_count(routing.capacity, length) / length
 
 
 def settled_at(config: Config) -> int:

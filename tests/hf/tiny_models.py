@@ -20,7 +20,8 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "mod-predictor": (["dense", "mod", "mod"], MOD | {"causal": "predictor"}),
     "mod-bce": (["dense", "mod", "mod"], MOD | {"causal": "bce"}),
     "dtrnet-token": (["dense", "dtrnet"] * 2, {"kind": "dtrnet", "layout": "bilayer"}),
-    "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4}),
+    "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4,
+                                                      "score": "logit"}),
 }
 """Layer types and `routing` of each kind of model."""
 KINDS = tuple(LAYOUTS)
@@ -73,6 +74,8 @@ def set_thresholds(model: MegadynForCausalLM, tokens: Tensor) -> None:
         low, high = int(0.35 * len(score)), int(0.55 * len(score))
         gap = low + int((score[low - 1:high - 1] - score[low:high]).argmax())
         middle = (score[gap - 1] + score[gap]) / 2
+        if model.config.routing.get("score") == "logit":      # gates are p0 still
+            middle = middle.logit()
         if hasattr(layer.causal_router, "threshold"):
             layer.causal_router.threshold.fill_(middle)
         elif model.config.routing["causal"] == "token_choice":      # p0 = sigmoid(attend - bypass), and 0.5 at 0

@@ -109,7 +109,7 @@ def test_a_dtrnet_layer(kind, norm, mode):
         chosen = [(row > 0.5).nonzero().flatten().tolist() for row in attend]
     else:
         layer.causal_router.mode = mode
-        layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(0.45), steps=1)
+        layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(0.45, dtype=torch.float64).logit(), steps=1)
         chosen = [best(row.tolist(), 4) if mode == "topk" else (row >= 0.45).nonzero().flatten().tolist() for row in attend]
     assert all(0 < len(row) < T for row in chosen), "the rule must choose, or the test shows nothing"
     want = torch.stack([naive.dtrnet(row, c, q) for row, c, q in zip(h, chosen, p)])

@@ -291,6 +291,7 @@ def test_routing_statistics_equal_their_definitions():
     top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, gate.topk(4, dim=1).indices, True)
     always = {"gate_routed": gate[top].mean(), "gate_routed_std": gate[top].std(correction=0), "threshold": 0.8,
               "gate_unrouted": gate[~top].mean(), "gate_unrouted_std": gate[~top].std(correction=0),
+              "causal_fraction": (score >= 0.8).double().mean(),
               "causal_agreement": (top == (score >= 0.8)).double().mean()}
     always = {name: float(value) for name, value in always.items()}
     assert found == pytest.approx({"routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4,

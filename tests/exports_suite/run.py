@@ -1,6 +1,6 @@
 """Runs transformers' own model tests on every kind of exported model, and holds them to the table of known failures.
 
-    python -m tests.conformance.run [--kind dtf] [--test test_training]
+    python -m tests.exports_suite.run [--kind dtf] [--test test_training]
 
 Status 0 if exactly the tests of `known_failures.toml` fail; 1 for one that fails and is not listed, or is listed and passes.
 """
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from megadyn.errors import run_tool
-from tests.conformance.source import fetch
+from tests.exports_suite.source import fetch
 
 TABLE = Path(__file__).with_name("known_failures.toml")
 
@@ -33,7 +33,7 @@ def known_failures(kind: str) -> dict[str, str]:
 
 def run(kind: str, folder: Path, names: list[str] | None = None) -> tuple[int, int, dict[str, str]]:
     """How many tests ran and how many of these were skipped, and the failures: test to traceback."""
-    from tests.conformance.suite import suite_of
+    from tests.exports_suite.suite import suite_of
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = fetch()
 
-    from tests.conformance.suite import KINDS
+    from tests.exports_suite.suite import KINDS
 
     status = 0
     for kind in [args.kind] if args.kind else list(KINDS):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from tests.conformance.run import known_failures
-from tests.conformance.source import own_tests
+from tests.exports_suite.run import known_failures
+from tests.exports_suite.source import own_tests
 from tests.tiny import ROOT
 
 KINDS = ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
@@ -16,7 +16,7 @@ TESTS = ["test_attention_outputs", "test_batching_equivalence", "test_causal_lm_
 
 RUN = """
 import sys
-from tests.conformance.run import main
+from tests.exports_suite.run import main
 status = main([word for test in sys.argv[1:] for word in ("--test", test)])
 from megadyn.hf.modeling_megadyn import SwiGLU      # a fault of the model must be seen: this one mixes the rows of a batch
 whole = SwiGLU.forward
