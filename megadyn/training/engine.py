@@ -214,7 +214,8 @@ class Engine:
     def run_line(self) -> str:
         """What runs, in one line."""
         config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
-        return (f"{model.routing.summary}: {model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+        return (f"{model.routing.summary}: "
+                f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
                 f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
                 f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
 
