@@ -15,7 +15,7 @@ from megadyn.kinds import BUILT_IN, DENSE
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
 ROOMS = ("benchmark", "pretrain", "report", "training", "checkpoint", "hf", "network", "layers of kinds", "routing", "model",
-         "kernels", "parallel", "data", "planning", "config", "kinds", "costs", "checks", "errors", "log")
+         "kernels", "parallel", "data", "planning", "config", "kinds", "costs", "checks", "paths", "errors", "log")
 """Highest first. `errors` and `log` stand side by side on the ground. The modules of `layers of kinds` are found by name, so that
 nothing imports them but each other."""
 SHIPPED = "exported"

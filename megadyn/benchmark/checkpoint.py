@@ -29,6 +29,7 @@ from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
 from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.parallel.grid import Grid
+from megadyn.paths import user_path
 from megadyn.training import launch
 from megadyn.training.engine import Engine
 
@@ -179,7 +180,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_shape_arguments(parser, hidden=512, layers=8, heads=8, kv_heads=4, ffn=1408, sequence=256, rounds=3, warmup=1)
     add_device_arguments(parser)
     parser.add_argument("--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
+    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR",
                         help="whose disk is measured; all that is written there is removed (default: %(default)s)")
     add_json_argument(parser)
     return parser.parse_args(argv)

@@ -136,7 +136,7 @@ def reached_by(network: Network, tokens: Tensor) -> list[Stream]:
 
 
 def in_float64(stream: Stream) -> Stream:
-    return Stream(stream.hidden.double(), None if stream.gate is None else stream.gate.double())
+    return Stream(stream.hidden.double(), None if stream.score is None else stream.score.double())
 
 
 def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin: nn.Module) -> Case:

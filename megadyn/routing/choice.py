@@ -77,7 +77,8 @@ class CausalRouter(nn.Module):
         else:
             causal = score > 0
         routed = causal if self.mode == "causal" else in_top
-        statistics |= share_statistics(routed) | {"causal_agreement": (in_top == causal).float().mean()}
+        statistics |= share_statistics(routed) | {"causal_fraction": causal.float().mean(),
+                                                  "causal_agreement": (in_top == causal).float().mean()}
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
 

@@ -181,7 +181,7 @@ class Engine:
         # Waits for the device, but no longer than the optimizer's own look at the norm just did.
         problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
                              scales_loss=self.config.precision == "fp16")
-        self._end_step(counts=problem is None)
+        self._end_step(rate, counts=problem is None)
         return StepResult(loss.squeeze(), norm, problem)
 
     @torch.no_grad()
@@ -210,6 +210,14 @@ class Engine:
     def parameters(self) -> list[nn.Parameter]:
         """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
         return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
+
+    def run_line(self) -> str:
+        """What runs, in one line."""
+        config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
+        return (f"{model.routing.describe()}: "
+                f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+                f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+                f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
 
     def loss_scaler_state(self) -> dict[str, float] | None:
         """fp16's dynamic loss scale, None in other precisions."""
@@ -254,7 +262,7 @@ class Engine:
         """Of the last step, by what has a multiplier of its own."""
         return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
-    def _end_step(self, counts: bool) -> None:
+    def _end_step(self, rate: float, counts: bool) -> None:
         """One small all-reduce per step keeps what layers carry equal on all data-parallel ranks. A bad step does not count."""
         by_name = trackers_of(self.routed)
         trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
@@ -269,7 +277,7 @@ class Engine:
             totals[name] = sum_over(torch.stack(own).sum() if own else torch.zeros((), device=self.device), self.grid.pp)
         for name, of_layers in by_name.items():
             for tracker in of_layers.values():
-                tracker.end_step(means[tracker], totals.get(name))
+                tracker.end_step(means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router)
 
     def _over_parts(self, statistics: list[Statistic]) -> list[Statistic]:
         """Each over all ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence. What is a sum

@@ -1,6 +1,7 @@
 """The configuration: what is left out is filled in, what cannot be is refused by name and with a remedy."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,32 @@ def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+# ---- keys of earlier versions --------------------------------------------------------------------
+
+def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(tmp_path):
+    older = RUN + "model: {routing: {kind: dtf, ce_offset_init: 1.5}}\n"
+    assert load(tmp_path, text=older).model.routing.ce_log_offset_init == math.log(1.5)
+    assert load(tmp_path, "model.routing.ce_offset_init=2", text=older).model.routing.ce_log_offset_init == math.log(2)
+    assert load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init == -1
+    assert load(tmp_path, "model.routing.ce_offset_init=1.025").model == load(tmp_path).model
+    (tmp_path / "saved.yaml").write_text("")
+    save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
+    assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
+    # Allowed by earlier versions, which took log(offset + 1e-10).
+    assert load(tmp_path, "model.routing.ce_offset_init=0").model.routing.ce_log_offset_init == math.log(1e-10)
+
+
+def test_both_spellings_of_the_offset_are_refused(tmp_path):
+    message = refusal(tmp_path, "model.routing.ce_offset_init=1", "model.routing.ce_log_offset_init=0")
+    assert message == ("model.routing.ce_offset_init in the command line: is the older spelling of "
+                       "model.routing.ce_log_offset_init, which is given too; keep one of them")
+
+
+@pytest.mark.parametrize("value", ["-0.1", ".inf", ".nan", "much", "true", "[1]"])
+def test_an_older_offset_without_a_logarithm_is_refused(tmp_path, value):
+    assert "model.routing.ce_offset_init" in refusal(tmp_path, f"model.routing.ce_offset_init={value}")
 
 
 # ---- keys and types ------------------------------------------------------------------------------
@@ -109,6 +136,11 @@ def test_a_file_that_holds_words_is_refused(tmp_path):
     assert refusal(tmp_path, text="just words\n").startswith("just words: ")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}", "null"])
+def test_an_empty_file_is_called_empty(tmp_path, text):
+    assert refusal(tmp_path, text=text) == f"{tmp_path / 'run.yaml'}: is empty"
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
@@ -172,6 +204,7 @@ IMPOSSIBLE = [
     ("model.routing.kind=dtf model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
     ("model.routing.kind=dtf model.routing.ce_offset_init=-1", "model.routing.ce_offset_init",
      "at least 0"),      # its logarithm is taken
+    ("model.routing.kind=dtf model.routing.ce_log_offset_init=.nan", "model.routing.ce_log_offset_init", "a finite number"),
     *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
         "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
     ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),
@@ -293,15 +326,35 @@ def test_a_length_in_tokens_or_samples_becomes_whole_steps(tmp_path, tokens, ite
 def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterations):
     training = load(tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4").training
     assert training.iterations is None
-    training.resolve_epochs(100)
+    training.settle(100)
     assert (training.iterations, training.epochs) == (iterations, None)
+
+
+@pytest.mark.parametrize("word", ["3e9", "3B", "3000M", "3000000000"])
+def test_a_length_may_be_written_short(tmp_path, word):
+    short = "training.global_batch_size=1000", "training.sequence_length=1000"
+    assert load(tmp_path, "training.iterations=null", f"training.tokens={word}", *short).training.iterations == 3000
+    text = RUN.replace("iterations: 10", f"samples: {word}")
+    assert load(tmp_path, *short, text=text).training.iterations == 3_000_000
+    text = RUN.replace("train: corpus", f"train: [{{prefix: a, tokens: {word}}}, {{prefix: b, tokens: 1.5T}}]")
+    assert [source.share for source in load(tmp_path, text=text).data.sources("train")] == [3e9, 1.5e12]
+    refused = refusal(tmp_path, "training.iterations=null", "training.tokens=3X")
+    assert refused.startswith("training.tokens = '3X': must be a whole number")
+
+
+def test_a_length_is_saved_as_it_was_given(tmp_path):
+    """With another batch size it still means the same."""
+    save_config(load(tmp_path, "training.iterations=null", "training.samples=96", "training.global_batch_size=8"),
+                tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml", ["training.global_batch_size=16"])
+    assert again.training.iterations == 6
 
 
 def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
     training = load(tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4").training
     with pytest.raises(ConfigError, match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
                                           r"training\.global_batch_size = 4$"):
-        training.resolve_epochs(3)
+        training.settle(3)
 
 
 @pytest.mark.parametrize(("hidden", "factor", "width"), [

@@ -89,7 +89,7 @@ SHARES = {"dtrnet-token": {1: 0.3, 3: 0.7}, "dtrnet-expert": {1: 0.3, 2: 0.6, 3:
 """The share of each layer in the attention loss."""
 
 
-def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Tensor | None) -> Tensor:
+def written_anew(config: Config, layer: Layer, h: Tensor, share: float, given: Tensor | None) -> Tensor:
     """All auxiliary losses of a routed layer with input h, weighted, from the parameters and `routing.md`."""
     routing, p = config.model.routing, dict(layer.named_parameters())
     if routing.kind == "dtrnet":
@@ -99,7 +99,7 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
         entropy = -(odds * odds.log()).sum(dim=-1).mean()
         layers = config.model.layer_types.count("dtrnet")
         return 0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean() - 0.3 / layers * entropy
-    score = gate if routing.kind == "dtf" else h @ p["router.weight"][0]
+    score = given if routing.kind == "dtf" else h @ p["router.weight"][0]
     count = int(routing.capacity * h.shape[1])
     y = torch.zeros_like(score).scatter(1, score.topk(count, dim=1).indices, 1.0)
 
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
             load.share = torch.tensor(shares[index])
 
     def add(layer: Layer, inputs: tuple[Stream], output: Stream) -> None:
-        losses.append(written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].gate))
+        losses.append(written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].score))
 
     for layer in routed_layers(explicit):
         if not isinstance(layer, DecisionLayer):

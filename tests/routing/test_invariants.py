@@ -50,9 +50,9 @@ def assert_it_chooses(network: Network) -> None:
 # ---- 1: with everything routed at full weight the stack is dense ---------------------------------
 
 def open_all_gates(patch: pytest.MonkeyPatch, kind: str) -> None:
-    """Every gate, and p0, is exactly one from now on, and every causal rule takes every token."""
+    """Every gate (1 - exp(-r)), and p0, is exactly one from now on, and every causal rule takes every token."""
     logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0                 # sigmoid(60) is 1 in float64
-    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.ones_like(static), {}))
+    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.full_like(static, 60.0), {}))
     patch.setattr(LinearRouter, "forward", lambda self, hidden: torch.full_like(hidden[..., 0], logit))
     patch.setattr(AttentionRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
         *hidden.shape[:2], 2))
@@ -237,16 +237,16 @@ def expected_calls(kind: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["dtf", "dtf-predictor"])
 def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch, kind):
-    """The second time a gate is computed its order is reversed: tokens and gradients must stay those of the first."""
+    """The second time a score is computed its order is reversed: tokens and gradients must stay those of the first."""
     def grads(recompute: str, disturbed: bool) -> dict[str, Tensor]:
         network = make_network(tiny_config(kind, recompute=recompute))
         seen: set[int] = set()
         router = SurpriseRouter.forward
 
         def forward(self: SurpriseRouter, static: Tensor, change: Tensor, documents: Any) -> Any:
-            gate, statistics = router(self, static, change, documents)
+            score, statistics = router(self, static, change, documents)
             first, _ = id(self) not in seen, seen.add(id(self))
-            return (gate if first or not disturbed else gate + 1e3 * torch.arange(24)), statistics
+            return (score if first or not disturbed else score + 1e3 * torch.arange(24)), statistics
 
         with monkeypatch.context() as patch:
             patch.setattr(SurpriseRouter, "forward", forward)
@@ -341,7 +341,7 @@ def check_by_differences(monkeypatch: pytest.MonkeyPatch, config: Config, only: 
 
 
 ROUTER_PARAMETERS = {
-    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")),
+    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")),
             *(f"prior.{name}.weight" for name in ("norm", "gate_proj", "up_proj", "down_proj"))},
     "mod": {"router.weight"},
     "dtrnet": {f"router.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias")},
