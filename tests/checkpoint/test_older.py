@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megadyn.routing.dtf import gate_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,6 +17,7 @@ from megadyn.checkpoint.export import whole_tensors
 from megadyn.checkpoint.merge import ShardedTensors
 from megadyn.config import load_config
 from megadyn.errors import UserError
+from megadyn.kinds.dtf.layers import gate_of
 from megadyn.kinds.older import CERTAIN, score_threshold
 
 LOG_OFFSET = "model.layers.0.router.ce_log_offset"

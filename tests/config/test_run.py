@@ -49,12 +49,13 @@ def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(t
     assert load(tmp_path, text=older).model.routing.ce_log_offset_init == math.log(1.5)
     assert load(tmp_path, "model.routing.ce_offset_init=2", text=older).model.routing.ce_log_offset_init == math.log(2)
     assert load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init == -1
-    assert load(tmp_path, "model.routing.ce_offset_init=1.025").model == load(tmp_path).model
+    assert load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=1.025").model == load(
+        tmp_path, "model.routing.kind=dtf").model
     (tmp_path / "saved.yaml").write_text("")
     save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
     assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
     # Allowed by earlier versions, which took log(offset + 1e-10).
-    assert load(tmp_path, "model.routing.ce_offset_init=0").model.routing.ce_log_offset_init == math.log(1e-10)
+    assert load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=0").model.routing.ce_log_offset_init == math.log(1e-10)
 
 
 def test_both_spellings_of_the_offset_are_refused(tmp_path):

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from megadyn.routing.dtf import SurpriseRouter, gate_of
 from torch import Tensor
 from torch.testing import assert_close
 
+from megadyn.kinds.dtf.layers import SurpriseRouter, gate_of
 from megadyn.network import Network
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.select import choose_top

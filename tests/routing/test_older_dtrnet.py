@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megadyn.config import RoutingConfig
 from megadyn.hf.config_map import to_hf_config
 from megadyn.hf.reader import HfFolder
+from megadyn.kinds import make_kind
 from megadyn.kinds.older import lead_threshold, newer_manifest
 from tests.hf.tiny_models import random_tokens, tiny_model
 from tests.oracle import oracle_logits
@@ -33,7 +33,7 @@ def test_a_threshold_of_a_saturated_p0_stays_finite(lead: float) -> None:
 
 
 def older_routing(**fields: object) -> dict:
-    routing = vars(RoutingConfig(capacity=0.4, **fields))
+    routing = vars(make_kind(capacity=0.4, **fields))
     return {key: value for key, value in routing.items() if key not in NEW_KEYS}
 
 
@@ -45,7 +45,7 @@ def test_a_checkpoints_running_average_is_converted_once() -> None:
     assert newer["thresholds"]["1"]["average"] / share == pytest.approx(math.log(4))
     assert newer["thresholds"]["3"] == {"average": 0.0, "steps": 0}
     assert {key: newer["model"]["routing"][key] for key in NEW_KEYS} == {
-        key: getattr(RoutingConfig(), key) for key in NEW_KEYS}, "or resuming would see another model"
+        key: getattr(make_kind("dtrnet"), key) for key in NEW_KEYS}, "or resuming would see another model"
     assert newer_manifest(newer)["thresholds"] == newer["thresholds"]
 
 

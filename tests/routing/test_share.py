@@ -4,11 +4,11 @@ import statistics
 
 import pytest
 import torch
-from megadyn.routing.dtrnet import AttentionRouter
-from megadyn.routing.load import AttentionLoad
 
-from megadyn.config import RoutingConfig
 from megadyn.errors import ConfigError
+from megadyn.kinds import make_kind
+from megadyn.kinds.dtrnet.layers import AttentionRouter
+from megadyn.kinds.dtrnet.load import AttentionLoad
 from megadyn.kinds.dtrnet.share import FAR, INTEGRAL, LARGEST, PROPORTIONAL, PULL, SOFT, ShareController, excess, preference
 from megadyn.training.router_health import planned_share
 from tests.networks import disturb, layer_context, param_maker, with_routing
@@ -118,13 +118,13 @@ def test_the_share_reaches_its_target_from_where_p0_is_saturated(shift: float, p
     ({"aux_loss_lambda": 0.5}, "aux_loss_lambda", "at most model.routing.aux_loss_lambda_limit = 0.1")])
 def test_what_cannot_be_held_is_refused(fields: dict, key: str, want: str) -> None:
     with pytest.raises(ConfigError, match=f"model.routing.{key} = .*{want}"):
-        RoutingConfig(**{"kind": "dtrnet", "target_share": 0.3} | fields).check()
+        make_kind(**{"kind": "dtrnet", "target_share": 0.3} | fields)
 
 
 def test_the_plan_is_of_the_target() -> None:
-    routing = RoutingConfig(kind="dtrnet", capacity=0.1, target_share=0.3)
-    assert routing.planned_share == 0.3
-    assert RoutingConfig(kind="dtrnet", capacity=0.1).planned_share == 0.1
-    assert RoutingConfig().planned_share == 1.0
+    routing = make_kind("dtrnet", capacity=0.1, target_share=0.3)
+    assert routing.share == 0.3
+    assert make_kind("dtrnet", capacity=0.1).share == 0.1
+    assert make_kind("dense").share == 1.0
     config = with_routing(tiny_config("dtrnet-token"), target_share=0.3, aux_loss_warmup=0)
     assert planned_share(config) == 0.3, "what a strayed share is held against"
