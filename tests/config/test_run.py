@@ -55,7 +55,8 @@ def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(t
     save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
     assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
     # Allowed by earlier versions, which took log(offset + 1e-10).
-    assert load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=0").model.routing.ce_log_offset_init == math.log(1e-10)
+    zero = load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=0").model.routing
+    assert zero.ce_log_offset_init == math.log(1e-10)
 
 
 def test_both_spellings_of_the_offset_are_refused(tmp_path):
