@@ -179,7 +179,7 @@ class Reader:
             elif rule == "predictor":
                 inner = silu(self.weights[f"{prefix}.fc1.weight"] @ h[t])
                 taken = sigmoid((self.weights[f"{prefix}.fc2.weight"] @ inner).item()) >= 0.5
-            elif rule == "bce":
+            elif rule in ("bce", "sign"):
                 taken = scores[t] > 0
             else:
                 raise ValueError(f"the oracle does not read the causal rule {rule!r}")
@@ -230,6 +230,25 @@ class Reader:
         gates = [sigmoid(x) for x in r] if self.routing["gate"] == "sigmoid" else r
         return self.skip_or_run(h, r, gates, layer)
 
+    # ---- fixed -----------------------------------------------------------------------------------
+
+    def by_position(self, count: int, layer: int) -> list[float]:
+        """A score above 0 where a token is taken: by a hash of (seed, layer, position), or evenly spread."""
+        capacity, scores = self.routing["capacity"], []
+        for t in range(count):
+            if self.routing["score"] == "stride":
+                taken = math.floor((t + 1) * capacity) > math.floor(t * capacity)
+                scores.append(taken - (t + 1) * capacity % 1)
+                continue
+            state = 0
+            for part in (self.routing["seed"], layer, 0, 0, t):
+                state = ((state ^ part) + 0x9E3779B9) % 2**32
+                for _ in range(2):
+                    state = (state ^ state >> 16) * 0x45D9F3B % 2**32
+                state ^= state >> 16
+            scores.append(capacity - state / 2**32)
+        return scores
+
     # ---- DTRNet ----------------------------------------------------------------------------------
 
     def attend_or_bypass(self, h: Array, layer: int) -> Array:
@@ -272,6 +291,8 @@ class Reader:
                 h = self.skip_or_run(h, scores, [1 - math.exp(-r) for r in scores], layer)
             elif kind == "mod":
                 h = self.mixture_of_depths(h, layer)
+            elif kind == "fixed":
+                h = self.skip_or_run(h, self.by_position(len(h), layer), [1.0] * len(h), layer)
             elif kind == "dtrnet":
                 h = self.attend_or_bypass(h, layer)
             else:

@@ -82,8 +82,8 @@ def check_number(key: str, value: Any) -> None:
     if key == "capacity":
         if type(value) not in (int, float) or not 0 < value <= 1:
             raise ValueError(f"routing.capacity = {value!r}: must be a number in (0, 1]")
-    elif type(value) is not int or value < 1:
-        raise ValueError(f"routing.{key} = {value!r}: must be a whole number, at least 1")
+    elif type(value) is not int or value < (least := 0 if key == "seed" else 1):
+        raise ValueError(f"routing.{key} = {value!r}: must be a whole number, at least {least}")
 
 
 def kind_of(routing: dict[str, Any]) -> ExportedKind:

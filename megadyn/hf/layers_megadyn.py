@@ -291,6 +291,7 @@ class Context(NamedTuple):
     sin_BCK: Tensor
     continues_B: Tensor      # rows whose first token goes on with a text of earlier calls
     topk: bool
+    position_BC: Tensor      # of each token in its row
     sequence_BC: Tensor | None = None      # what top-k counts over; None: each row
     attentions: bool = False               # whether layers return attention weights
 
@@ -517,7 +518,8 @@ class PredictorRule(nn.Module):
 
 
 class ConstantRule(nn.Module):
-    """A token is routed if its score exceeds 0: MoD's logit trained by cross-entropy, DTRNet's logit difference."""
+    """A token is routed if its score exceeds 0: a logit trained by cross-entropy, a difference of logits, a score that is not
+    learned."""
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
@@ -526,7 +528,7 @@ class ConstantRule(nn.Module):
         return score_BT > 0
 
 
-CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule, "bce": ConstantRule, "token_choice": ConstantRule}
+CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule} | dict.fromkeys(("bce", "sign", "token_choice"), ConstantRule)
 
 
 class RoutedLayer(DenseLayer):

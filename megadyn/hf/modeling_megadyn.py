@@ -347,7 +347,8 @@ class MegadynModel(MegadynPreTrainedModel):
             sequence_BC = borders.sequence_BC.cumsum(1)
         theta = cast(dict, self.config.rope_parameters)["rope_theta"]
         cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
-        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, sequence_BC, attentions)
+        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, position_BC, sequence_BC,
+                          attentions)
         return context, texts_after(before, tokens, position_BC, borders.ended_BC)
 
 

@@ -11,20 +11,21 @@ from typing import Any
 
 from megadyn.costs.shape import capacity_count
 from megadyn.errors import ConfigError, UserError, did_you_mean
-from megadyn.kinds.kind import DENSE, Kind, Laid, TopK, expand_layout
+from megadyn.kinds.kind import DENSE, Capped, Kind, Laid, TopK, expand_layout
 
 BUILT_IN = (
     "dense",
     "dtf",
     "mod",
     "dtrnet",
+    "fixed",
 )
 """Folders beside this file. A new kind is one more."""
 
 GROUP = "megadyn.kinds"
 """Entry points of this group name packages that hold a kind."""
 
-__all__ = ["BUILT_IN", "DENSE", "GROUP", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind", "keys_of",
+__all__ = ["BUILT_IN", "DENSE", "GROUP", "Capped", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind", "keys_of",
            "known_kinds", "make_kind", "module_of", "other_kinds_key", "settings_of"]
 
 

@@ -181,38 +181,24 @@ class Kind:
 
 
 @dataclass
-class TopK(Kind):
-    """Base of kinds whose routed layers take the k = max(1, floor(capacity T)) best tokens of each sequence."""
+class Capped(Kind):
+    """Base of kinds whose routed layers take the k = max(1, floor(capacity T)) best tokens of each sequence, by some score."""
 
     capacity: float | None = None
     """Share of each sequence's tokens that a routed layer takes under top-k, in (0, 1]."""
-    causal: str | None = None
-    """The rule that stands in for top-k where the future is unknown: `threshold` (a running average of the lowest score that
-    top-k took), `predictor` (a small network trained to tell top-k's choice), or another that the kind has."""
-    threshold_momentum: float = 0.99
-    """Momentum, per training step, of the running average that becomes the threshold."""
-    predictor_loss_weight: float = 0.01
-    """Weight of the predictor's binary cross-entropy against the top-k choice; it reaches the predictor alone."""
 
     default_capacity: ClassVar[float] = 0.5
-    rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor")
-    scores: ClassVar[tuple[str, ...]] = ()
-    """What thresholds are of, `routing.score` in exports: in older ones, which may leave it out, and today. Empty where that
-    never changed."""
-    totals: ClassVar[tuple[str, ...]] = ()
-    """Trackers of its layers that need their sum over all layers of the model, by name."""
-    recorded: ClassVar[tuple[str, ...]] = ("capacity", "causal", "threshold_momentum")
+    recorded: ClassVar[tuple[str, ...]] = ("capacity",)
 
     def check(self) -> None:
         if self.capacity is None:
             self.capacity = self.default_capacity
-        if self.causal is None:
-            self.causal = self.rules[0]
         in_range("model.routing.capacity", self.capacity, 0, 1)
-        one_of(f"model.routing.causal with model.routing.kind = {self.kind}", self.causal, self.rules)
-        if not 0 <= self.threshold_momentum < 1:
-            raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
-        at_least("model.routing.predictor_loss_weight", self.predictor_loss_weight, 0)
+
+    @property
+    def rule(self) -> str:
+        """The causal rule that stands in for top-k, one of `rules`."""
+        return self.rules[0]
 
     @property
     def share(self) -> float:
@@ -225,14 +211,7 @@ class TopK(Kind):
 
     @property
     def uses_threshold(self) -> bool:
-        return self.causal == "threshold"
-
-    @property
-    def settling_steps(self) -> int:
-        return math.ceil(1 / (1 - self.threshold_momentum))
-
-    def sizes(self, shape: Shape) -> dict[str, Any]:
-        return {"model.routing.causal": "a predictor" if self.causal == "predictor" else "no predictor"}
+        return self.rule == "threshold"
 
     def describe(self) -> str:
         return f"{self.name} at capacity {self.capacity}"
@@ -244,13 +223,55 @@ class TopK(Kind):
         return (f"{self.sentence}\n\n"
                 f"**In training** a routed layer takes exactly the {self.share:.1%} of a sequence's tokens with the highest "
                 f"scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = \"causal\"`, the default, "
-                f"looks at no later token: {RULES[str(self.causal)]} (`{self.causal}`).{agreed}\n\n"
+                f"looks at no later token: {RULES[self.rule]} (`{self.rule}`).{agreed}\n\n"
                 "`routing_mode = \"topk\"` scores whole texts as in training. It has no cache, and its choice depends on all "
                 "tokens of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one.")
 
     def taken(self, length: int, share: float | None) -> float:
         """Tokens of a sequence that a routed layer takes: the measured share of it, or top-k's count."""
         return capacity_count(self.share, length) if share is None else share * length
+
+    def summed_if_skipping(self, work: Workload) -> float:
+        """`summed` of a layer whose whole block is skipped by the tokens not chosen. Under sequence parallelism the chosen are
+        summed once more, when they come together from the parts."""
+        return self.share * (1.5 if work.sequence else 1.0)
+
+
+@dataclass
+class TopK(Capped):
+    """Base of kinds whose scores are learned, so that a causal rule for them must be learned too."""
+
+    causal: str | None = None
+    """The rule that stands in for top-k where the future is unknown: `threshold` (a running average of the lowest score that
+    top-k took), `predictor` (a small network trained to tell top-k's choice), or another that the kind has."""
+    threshold_momentum: float = 0.99
+    """Momentum, per training step, of the running average that becomes the threshold."""
+    predictor_loss_weight: float = 0.01
+    """Weight of the predictor's binary cross-entropy against the top-k choice; it reaches the predictor alone."""
+
+    rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor")
+    recorded: ClassVar[tuple[str, ...]] = (*Capped.recorded, "causal", "threshold_momentum")
+
+    def check(self) -> None:
+        super().check()
+        if self.causal is None:
+            self.causal = self.rules[0]
+        one_of(f"model.routing.causal with model.routing.kind = {self.kind}", self.causal, self.rules)
+        if not 0 <= self.threshold_momentum < 1:
+            raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
+        at_least("model.routing.predictor_loss_weight", self.predictor_loss_weight, 0)
+
+    @property
+    def rule(self) -> str:
+        assert self.causal is not None, "checked"
+        return self.causal
+
+    @property
+    def settling_steps(self) -> int:
+        return math.ceil(1 / (1 - self.threshold_momentum))
+
+    def sizes(self, shape: Shape) -> dict[str, Any]:
+        return {"model.routing.causal": "a predictor" if self.causal == "predictor" else "no predictor"}
 
     def predictor_flops(self, shape: Shape, length: int) -> float:
         return router_flops(shape, length) if self.causal == "predictor" else 0.0
@@ -263,17 +284,13 @@ class TopK(Kind):
         """The predictor reads the layer's input."""
         return work.part * work.bytes * work.model.hidden_size * (self.causal == "predictor")
 
-    def summed_if_skipping(self, work: Workload) -> float:
-        """`summed` of a layer whose whole block is skipped by the tokens not chosen. Under sequence parallelism the chosen are
-        summed once more, when they come together from the parts."""
-        return self.share * (1.5 if work.sequence else 1.0)
-
 
 RULES = {
     "threshold": "a token is processed if its score reaches a threshold, the running average in training of the lowest score "
                  "that top-k took",
     "predictor": "a small network, trained to tell which tokens top-k takes, decides for each token alone",
     "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
+    "sign": "a token is processed if its score is above 0",
 }
 """Causal rules of `routing/choice.py`, in words."""
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.kinds import TopK, capacity_count
+from megadyn.kinds import Capped, TopK, capacity_count
 from megadyn.model.block import LayerContext
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.loss import upcast
@@ -35,19 +35,22 @@ class CausalRouter(nn.Module):
 
     `threshold`: route iff score >= tau, a running average (`RunningThreshold`).
     `predictor`: route iff sigmoid(P(sg(h))) >= 0.5 with P: D -> D/2 -> 1, SiLU, no biases, trained against the top-k choice.
-    `bce`: route iff score > 0, for a score trained by binary cross-entropy (MoD).
+    `bce`, `sign`: route iff score > 0, for a score that is trained by binary cross-entropy or not learned at all.
     """
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
         routing, d = ctx.model.routing, ctx.model.hidden_size
-        assert isinstance(routing, TopK) and routing.capacity is not None
-        self.capacity, self.rule, self.weight = routing.capacity, routing.causal, routing.predictor_loss_weight
+        assert isinstance(routing, Capped)
+        self.capacity, self.rule = routing.share, routing.rule
         self.seq = ctx.make.seq
         self.mode = "topk"
         """`topk` or `causal`."""
-        self.threshold = RunningThreshold(routing.threshold_momentum) if routing.uses_threshold else None
-        if self.rule == "predictor":
+        self.threshold: RunningThreshold | None = None
+        if isinstance(routing, TopK) and routing.uses_threshold:
+            self.threshold = RunningThreshold(routing.threshold_momentum)
+        if isinstance(routing, TopK) and self.rule == "predictor":
+            self.weight = routing.predictor_loss_weight
             init = normal(ctx.model.init_std)
             self.fc1 = Projection(ctx.make(f"{name}.fc1.weight", (d // 2, d), init), seq=self.seq)
             self.fc2 = Projection(ctx.make(f"{name}.fc2.weight", (1, d // 2), init), seq=self.seq)

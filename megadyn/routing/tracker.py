@@ -40,3 +40,20 @@ class StepTracker:
         assert self._sum is not None, "end of a step without a forward pass"
         mean, self._sum, self.micro_batches = self._sum / self.micro_batches, None, 0
         return mean
+
+
+class StepCount(StepTracker):
+    """How many steps there were; `micro_batches` says which micro-batch of the step this is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
+        self.steps += 1
+
+    def state(self) -> dict[str, float]:
+        return {"steps": self.steps}
+
+    def set_state(self, state: dict[str, float], device: torch.device) -> None:
+        self.steps = int(state["steps"])

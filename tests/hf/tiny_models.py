@@ -22,12 +22,14 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "dtrnet-token": (["dense", "dtrnet"] * 2, {"kind": "dtrnet", "layout": "bilayer"}),
     "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4,
                                                       "score": "logit"}),
+    "fixed": (["dense", "fixed", "fixed"], {"kind": "fixed", "capacity": 0.4, "seed": 3}),
+    "fixed-stride": (["dense", "fixed"], {"kind": "fixed", "capacity": 0.4, "score": "stride", "seed": 0}),
 }
 """Layer types and `routing` of each kind of model."""
 KINDS = tuple(LAYOUTS)
 MAIN_KINDS = ("dense", "dtf5", "mod", "dtrnet-token", "dtrnet-expert")
 NORMALIZATIONS = ("pre", "lns", "hybridnorm")
-ROUTED = ("dtf_dynamic", "mod", "dtrnet")
+ROUTED = ("dtf_dynamic", "mod", "dtrnet", "fixed")
 """The types of layer that choose tokens."""
 
 

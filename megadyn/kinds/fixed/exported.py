@@ -1,0 +1,44 @@
+"""The control in an exported model: layers that process tokens chosen by position alone (see megadyn/kinds/fixed/README.md)."""
+
+import torch
+from torch import Tensor
+
+from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
+from megadyn.hf.layers_megadyn import Context, LayerCache, RoutedLayer, Routing, Stream
+
+
+def hashed(*parts: int | Tensor) -> Tensor:
+    """Numbers in [0, 1) that follow from `parts`, whole numbers that broadcast."""
+    state = torch.tensor(0)
+    for part in parts:
+        state = ((state ^ part) + 0x9E3779B9) & 0xFFFFFFFF
+        for _ in range(2):
+            state = ((state ^ (state >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        state = state ^ (state >> 16)
+    return state.double() / 2**32
+
+
+class FixedLayer(RoutedLayer):
+    """Only tokens at positions that a hash, or an even spread, selects."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.share, self.seed, self.index = config.routing["capacity"], config.routing["seed"], number - 1
+        self.is_random = config.routing["score"] == "random"
+
+    def score(self, position_BC: Tensor) -> Tensor:
+        """Above 0 where the token is processed."""
+        if self.is_random:
+            return (self.share - hashed(self.seed, self.index, 0, 0, position_BC)).float()
+        after_BC = (position_BC + 1).double() * self.share
+        chosen_BC = after_BC.floor() > (position_BC.double() * self.share).floor()
+        return (chosen_BC.double() - (after_BC - after_BC.floor())).float()
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        score_BC = self.score(context.position_BC)
+        return self.route(stream.hidden_BCD, score_BC, torch.ones_like(score_BC), context, cache)
+
+
+EXPORTED = ExportedKind(
+    {"fixed": FixedLayer},
+    {"fixed": Router(("capacity", "seed"), {"score": ("random", "stride"), "causal": ("sign",)})})
