@@ -119,17 +119,18 @@ def dense_kept(work: Workload) -> Kept:
                 work.tokens * backward_bytes(work))
 
 
-def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outside: float = 0.0) -> Kept:
+def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outside: float = 0.0, varies: bool = False) -> Kept:
     """A layer whose whole block runs on the share `capacity` of each sequence.
 
     Args:
         input: bytes of the layer's input that something beside the block keeps. outside: what a router keeps.
+        varies: sequences give different numbers of tokens.
     """
     d, _, _, _ = work.widths
     c = work.chosen(capacity)
     # A block on chosen tokens is whole on every tensor rank.
     block = block_kept(work, c, has_own_input=True) + c * (
-        2 * work.bytes * d + work.turned + work.segments * work.documents)
+        2 * work.bytes * d + work.turned + work.segments * (work.documents or varies))
     return Kept(input, block, inner_kept(work, c, c), outside, c * backward_bytes(work) + 2 * work.bytes * d * work.part)
 
 

@@ -112,7 +112,7 @@ def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
 
 def has_topk(routing: dict[str, Any]) -> bool:
     """Whether layers can choose by top-k; where they cannot, the two routing modes are one."""
-    return "capacity" in kind_of(routing).routers[routing["router_type"]].required
+    return "capacity" in kind_of(routing).routers[routing["router_type"]].required and routing.get("choose") != "threshold"
 
 
 def check_layer_types(layer_types: list[str], routing: dict[str, Any], num_layers: int) -> None:

@@ -528,7 +528,8 @@ class ConstantRule(nn.Module):
         return score_BT > 0
 
 
-CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule} | dict.fromkeys(("bce", "sign", "token_choice"), ConstantRule)
+CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule, "bce": ConstantRule, "sign": ConstantRule,
+                "token_choice": ConstantRule}
 
 
 class RoutedLayer(DenseLayer):

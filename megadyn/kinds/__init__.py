@@ -25,8 +25,8 @@ BUILT_IN = (
 GROUP = "megadyn.kinds"
 """Entry points of this group name packages that hold a kind."""
 
-__all__ = ["BUILT_IN", "DENSE", "GROUP", "Capped", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind", "keys_of",
-           "known_kinds", "make_kind", "module_of", "other_kinds_key", "settings_of"]
+__all__ = ["BUILT_IN", "DENSE", "GROUP", "Capped", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind",
+           "keys_of", "known_kinds", "make_kind", "module_of", "other_kinds_key", "settings_of"]
 
 
 def known_kinds() -> tuple[str, ...]:

@@ -248,9 +248,18 @@ class TopK(Capped):
     """Momentum, per training step, of the running average that becomes the threshold."""
     predictor_loss_weight: float = 0.01
     """Weight of the predictor's binary cross-entropy against the top-k choice; it reaches the predictor alone."""
+    choose: str = "topk"
+    """How training chooses: `topk`, or `threshold`: each token whose score reaches the threshold that use goes by, which follows
+    so that a share `capacity` of all tokens does (arXiv 2603.11535)."""
+    threshold_start: int | None = None
+    """With `choose: threshold`: steps of top-k before it (default 100)."""
+    safe_min: float | None = None
+    """With `choose: threshold`, in training: at least this share of each sequence is taken (default: half the capacity)."""
+    safe_max: float | None = None
+    """With `choose: threshold`, in training: at most this share of each sequence is taken (default: twice the capacity)."""
 
     rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor")
-    recorded: ClassVar[tuple[str, ...]] = (*Capped.recorded, "causal", "threshold_momentum")
+    recorded: ClassVar[tuple[str, ...]] = (*Capped.recorded, "causal", "threshold_momentum", "choose")
 
     def check(self) -> None:
         super().check()
@@ -260,6 +269,67 @@ class TopK(Capped):
         if not 0 <= self.threshold_momentum < 1:
             raise ConfigError("model.routing.threshold_momentum", self.threshold_momentum, "in [0, 1)")
         at_least("model.routing.predictor_loss_weight", self.predictor_loss_weight, 0)
+        one_of("model.routing.choose", self.choose, ("topk", "threshold"))
+        if self.by_threshold:
+            self._check_threshold()
+            return
+        for key in ("threshold_start", "safe_min", "safe_max"):
+            if getattr(self, key) is not None:
+                raise ConfigError(f"model.routing.{key}", getattr(self, key), "left out unless model.routing.choose is threshold")
+
+    def _check_threshold(self) -> None:
+        if self.causal != "threshold":
+            raise ConfigError("model.routing.causal", self.causal, "threshold with model.routing.choose = threshold")
+        if self.threshold_start is None:
+            self.threshold_start = 100
+        at_least("model.routing.threshold_start", self.threshold_start, 0)
+        if self.safe_min is None:
+            self.safe_min = self.share / 2
+        if self.safe_max is None:
+            self.safe_max = min(1.0, 2 * self.share)
+        if not 0 <= self.safe_min <= self.share:
+            raise ConfigError("model.routing.safe_min", self.safe_min, f"in [0, model.routing.capacity = {self.share}]")
+        if not self.share <= self.safe_max <= 1:
+            raise ConfigError("model.routing.safe_max", self.safe_max, f"in [model.routing.capacity = {self.share}, 1]")
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether training goes by the threshold too, after its first steps."""
+        return self.choose == "threshold"
+
+    @property
+    def start(self) -> int:
+        """Steps of top-k before the threshold."""
+        assert self.threshold_start is not None, "checked"
+        return self.threshold_start
+
+    @property
+    def guards(self) -> tuple[float, float]:
+        """The least and the largest share of a sequence that training takes by threshold."""
+        assert self.safe_min is not None and self.safe_max is not None, "checked"
+        return self.safe_min, self.safe_max
+
+    @property
+    def varies(self) -> bool:
+        return self.by_threshold
+
+    @property
+    def has_topk(self) -> bool:
+        return not self.by_threshold
+
+    def describe(self) -> str:
+        return f"{super().describe()}{', by threshold' if self.by_threshold else ''}"
+
+    def explain(self, measured: Mapping[str, float]) -> str:
+        if not self.by_threshold:
+            return super().explain(measured)
+        seen = ""
+        if "routed_fraction" in measured:
+            seen = f" At the end of training {measured['routed_fraction']:.1%} of tokens did."
+        return (f"{self.sentence}\n\nIn training, after {self.start} steps of top-k, and in use alike a token is processed if "
+                f"its score reaches the layer's threshold, which training moved so that {self.share:.1%} of all tokens do "
+                f"(arXiv 2603.11535).{seen} In training alone a sequence gave at least {self.guards[0]:.1%} and at most "
+                f"{self.guards[1]:.1%} of its tokens. There is one routing mode: `topk` and `causal` are the same.")
 
     @property
     def rule(self) -> str:

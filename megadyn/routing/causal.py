@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megadyn.routing.select import Selection, take
 from megadyn.routing.tracker import StepTracker
 
 
@@ -14,6 +15,16 @@ class RunningThreshold(StepTracker):
         self.momentum = momentum
         self.average = torch.zeros(()) if average is None else average
         self.steps = steps
+
+    @staticmethod
+    def lowest(score: Tensor, top: Selection) -> Tensor:
+        """Mean over sequences of the lowest score [B, T] that top-k took."""
+        return take(score, top.places).amin(dim=1).mean()
+
+    def watch(self, score: Tensor, top: Selection | None) -> None:
+        """Observes a micro-batch of training: its scores [B, T] and what top-k took, where training goes by that."""
+        assert top is not None
+        self.observe(self.lowest(score, top))
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
         """Takes a step's mean over all its sequences into the average."""

@@ -14,7 +14,8 @@ from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import normal
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.monitor import Statistic, deviation_where, least, mean_where, most
-from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, take
+from megadyn.routing.quantile import QuantileThreshold, guarded
+from megadyn.routing.select import Selection, as_mask, choose_top, choose_where
 
 
 class Choice(NamedTuple):
@@ -23,7 +24,7 @@ class Choice(NamedTuple):
     selection: Selection
     """The tokens that it processes, under the current mode."""
     in_top: Tensor
-    """[B, T], true where top-k chooses, whatever the mode."""
+    """[B, T], true where training chooses, whatever the mode: by top-k, or by `model.routing.choose: threshold`."""
     loss: Tensor | None
     """The predictor's, weighted; None without a predictor."""
     statistics: dict[str, Tensor | Statistic]
@@ -47,7 +48,10 @@ class CausalRouter(nn.Module):
         self.mode = "topk"
         """`topk` or `causal`."""
         self.threshold: RunningThreshold | None = None
-        if isinstance(routing, TopK) and routing.uses_threshold:
+        if isinstance(routing, TopK) and routing.by_threshold:
+            self.threshold = QuantileThreshold(routing.threshold_momentum, routing.share, routing.start)
+            self.guards = routing.guards
+        elif isinstance(routing, TopK) and routing.uses_threshold:
             self.threshold = RunningThreshold(routing.threshold_momentum)
         if isinstance(routing, TopK) and self.rule == "predictor":
             self.weight = routing.predictor_loss_weight
@@ -62,6 +66,9 @@ class CausalRouter(nn.Module):
     def forward(self, score: Tensor, hidden: Tensor) -> Choice:
         """score [B, T], bitwise equal on all tensor ranks, so that all choose alike, and hidden [B, T/seq, D]."""
         score = score.detach()
+        threshold = self.threshold
+        if isinstance(threshold, QuantileThreshold) and (threshold.decides or not torch.is_grad_enabled()):
+            return self.by_threshold(score, threshold)
         top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
         in_top = as_mask(top, score.shape)
         loss: Tensor | None = None
@@ -71,7 +78,7 @@ class CausalRouter(nn.Module):
             causal = score >= tau
             statistics["threshold"] = tau
             if torch.is_grad_enabled():
-                self.threshold.observe(take(score, top.places).amin(dim=1).mean())
+                self.threshold.watch(score, top)
         elif self.rule == "predictor":
             predicted = self.predict(hidden)
             causal = whole_sequence(predicted.detach(), self.seq) >= 0
@@ -83,6 +90,18 @@ class CausalRouter(nn.Module):
         statistics |= share_statistics(routed) | {"causal_fraction": causal.float().mean(),
                                                   "causal_agreement": (in_top == causal).float().mean()}
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
+
+    def by_threshold(self, score: Tensor, threshold: QuantileThreshold) -> Choice:
+        """One rule for training and use, but for training's guards (`routing/quantile.py`)."""
+        tau = threshold.value.to(score.device)
+        causal = chosen = score >= tau
+        if torch.is_grad_enabled():
+            threshold.watch(score, None)
+            chosen = guarded(causal, score, *self.guards)
+        routed = causal if self.mode == "causal" else chosen
+        return Choice(choose_where(routed), chosen, None, share_statistics(routed) | {
+            "threshold": tau, "causal_fraction": causal.float().mean(),
+            "causal_agreement": (chosen == causal).float().mean()})
 
 
 class Projection(nn.Module):

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 class StepTracker:
-    """Collects a scalar from every micro-batch of a step; the engine averages it over data-parallel ranks and hands it back.
+    """Collects a scalar, or a vector, from every micro-batch of a step; the engine averages it over data-parallel ranks and
+    hands it back.
 
     A plain object, not a module: the engine casts modules' buffers to half precision. A step's micro-batches are
     averaged before they count, so nothing depends on how a step is split.
@@ -30,7 +31,7 @@ class StepTracker:
         raise NotImplementedError
 
     def observe(self, value: Tensor) -> None:
-        """A scalar of one micro-batch."""
+        """A scalar or a vector of one micro-batch; a mean over its samples."""
         value = value.detach().float()
         self._sum = value if self._sum is None else self._sum + value
         self.micro_batches += 1

@@ -26,13 +26,14 @@ from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, layer_list, routed_layers, set_routing_mode, trackers_of
 from megadyn.parallel.grid import Axis, Grid
-from megadyn.parallel.mappings import sum_over
+from megadyn.parallel.mappings import max_over, sum_over
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.monitor import Monitor, Statistic
+from megadyn.routing.tracker import StepTracker
 from megadyn.training.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.training.guard import LossGate, problem_of
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
@@ -267,14 +268,19 @@ class Engine:
         by_name = trackers_of(self.routed)
         trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
         if trackers:
-            mine = torch.stack([tracker.take_step_mean() for tracker in trackers])
+            own = [tracker.take_step_mean() for tracker in trackers]
         if not counts:
             return
-        means = dict(zip(trackers, sum_over(mine, self.grid.dp) / self.grid.dp.size)) if trackers else {}
+        means: dict[StepTracker, Tensor] = {}
+        if trackers:
+            mean = sum_over(torch.cat([x.reshape(-1) for x in own]), self.grid.dp) / self.grid.dp.size
+            # Each tensor rank summed over a data-parallel group of its own, which may round otherwise: they must choose alike.
+            parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
+            means = {tracker: part.view_as(x) for tracker, part, x in zip(trackers, parts, own)}
         totals: dict[str, Tensor] = {}
         for name in self.config.model.routing.totals:          # on every stage, also one without a routed layer
-            own = [means[tracker] for tracker in by_name.get(name, {}).values()]
-            totals[name] = sum_over(torch.stack(own).sum() if own else torch.zeros((), device=self.device), self.grid.pp)
+            here = [means[tracker] for tracker in by_name.get(name, {}).values()]
+            totals[name] = sum_over(torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp)
         for name, of_layers in by_name.items():
             for tracker in of_layers.values():
                 tracker.end_step(means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router)

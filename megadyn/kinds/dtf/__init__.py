@@ -49,6 +49,7 @@ class Dtf(TopK):
     scores = ("gate", "log")
     fixed = {"prior_factor": SHAPES}
     recorded = (*TopK.recorded, "ma_window", "prior_factor")
+    variants = {"threshold": {"choose": "threshold", "threshold_start": 1}}
 
     def check(self) -> None:
         super().check()
@@ -94,7 +95,8 @@ class Dtf(TopK):
     def kept(self, layer: str, work: Workload) -> Kept:
         if layer == DYNAMIC:
             reads = self.predictor_kept(work)
-            return skipping_kept(work, self.share, input=reads, outside=reads + 24 * work.tokens)
+            return skipping_kept(work, self.share, input=reads, outside=reads + 24 * work.tokens,
+                                 varies=self.varies)
         if layer == DENSE:
             return dense_kept(work)
         d, b, n, m = work.model.hidden_size, work.bytes, work.tokens, work.part

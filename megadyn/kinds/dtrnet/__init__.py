@@ -54,7 +54,8 @@ class Dtrnet(Laid, TopK):
     scores = ("probability", "logit")
     recorded = (*TopK.recorded, "router_type")
     variants = {"target": {"target_share": 0.3}, "expert": {"router_type": "expert_choice", "capacity": 0.4},
-                "jitter": {"jitter": 0.1, "entropy_bonus": 0.1}}
+                "jitter": {"jitter": 0.1, "entropy_bonus": 0.1},
+                "threshold": {"router_type": "expert_choice", "capacity": 0.4, "choose": "threshold", "threshold_start": 1}}
     default_capacity = 0.1
 
     def check(self) -> None:
@@ -65,11 +66,13 @@ class Dtrnet(Laid, TopK):
         for name in ("safe_min_attn_ratio", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
+        if self.token_choice and self.by_threshold:
+            raise ConfigError("model.routing.choose", self.choose, "left out with token choice: a token goes by no threshold")
         if self.target_share is not None:
             self._check_target_share(self.target_share)
 
     def _check_target_share(self, target: float) -> None:
-        if not self.varies:
+        if not self.token_choice:
             raise ConfigError("model.routing.target_share", target, "left out without token choice: elsewhere "
                               "model.routing.capacity sets the share")
         if not max(self.safe_min_attn_ratio, 1e-3) <= target <= 1:
@@ -87,20 +90,25 @@ class Dtrnet(Laid, TopK):
         return super().share if self.target_share is None else self.target_share
 
     @property
-    def varies(self) -> bool:
+    def token_choice(self) -> bool:
+        """Each token chooses for itself, in training and in use alike."""
         return self.router_type == "token_choice"
 
     @property
+    def varies(self) -> bool:
+        return self.token_choice or super().varies
+
+    @property
     def has_topk(self) -> bool:
-        return not self.varies
+        return not self.token_choice and super().has_topk
 
     @property
     def uses_threshold(self) -> bool:
-        return not self.varies
+        return not self.token_choice
 
     @property
     def holds_share(self) -> bool:
-        return not self.varies or self.target_share is not None
+        return not self.token_choice or self.target_share is not None
 
     @property
     def settling_steps(self) -> int:
@@ -109,18 +117,18 @@ class Dtrnet(Laid, TopK):
     def describe(self) -> str:
         if self.target_share is not None:
             return f"{self.name} at a target share of {self.target_share}"
-        if self.varies:
+        if self.token_choice:
             return f"{self.name}, each token's own choice, planned at a share of {self.capacity}"
         return super().describe()
 
     def explain(self, measured: Mapping[str, float]) -> str:
-        if not self.varies:
+        if not self.token_choice:
             return super().explain(measured)
         seen = f" At the end of training {measured['routed_fraction']:.1%} attended." if "routed_fraction" in measured else ""
         return f"{self.sentence}\n\nEach token chooses for itself, in training and in use alike.{seen}"
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
-        return super().to_export(shape) | ({"causal": "token_choice"} if self.varies else {"score": "logit"})
+        return super().to_export(shape) | ({"causal": "token_choice"} if self.token_choice else {"score": "logit"})
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:

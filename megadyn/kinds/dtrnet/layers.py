@@ -54,7 +54,7 @@ class DtrLayer(RoutedLayer):
         assert isinstance(routing, Dtrnet)
         self.router = AttentionRouter(f"{self.name}.router", ctx)
         # Token choice is causal as it stands; expert choice is a top-k and needs a rule beside it.
-        self.causal_router = None if routing.varies else CausalRouter(f"{self.name}.causal_router", ctx)
+        self.causal_router = None if routing.token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
         controller = None

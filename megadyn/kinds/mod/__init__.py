@@ -33,7 +33,8 @@ class Mod(Laid, TopK):
     fixed = Laid.fixed | {"gate": TRAINED_SO}
     rules = ("threshold", "predictor", "bce")
     recorded = (*TopK.recorded, "gate")
-    variants = {"identity": {"gate": "identity", "capacity": 0.3}}
+    variants = {"identity": {"gate": "identity", "capacity": 0.3},
+                "threshold": {"capacity": 0.3, "choose": "threshold", "threshold_start": 1}}
     default_capacity = 0.125
 
     def check(self) -> None:
@@ -65,7 +66,7 @@ class Mod(Laid, TopK):
         reads = self.predictor_kept(work)
         widened = work.part * 4 * d * (b < 4)          # scores are made from a float32 copy of the input
         return skipping_kept(work, self.share, input=max(reads, work.part * b * d * (b == 4)),
-                             outside=widened + reads + 32 * work.tokens)
+                             outside=widened + reads + 32 * work.tokens, varies=self.varies)
 
     def summed(self, layer: str, work: Workload) -> float:
         return 1.0 if layer == DENSE else self.summed_if_skipping(work)
