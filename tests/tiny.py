@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mod-threshold": {"kind": "mod", "capacity": 0.3, "choose": "threshold", "threshold_start": 1},
     "fixed": {"kind": "fixed", "capacity": 0.3},
     "fixed-stride": {"kind": "fixed", "capacity": 0.3, "score": "stride"},
+    "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},
 }
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 
