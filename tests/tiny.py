@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fixed": {"kind": "fixed", "capacity": 0.3},
     "fixed-stride": {"kind": "fixed", "capacity": 0.3, "score": "stride"},
     "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},
+    "subskip": {"kind": "subskip", "temperature_steps": 5},
 }
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 

@@ -20,6 +20,7 @@ BUILT_IN = (
     "dtrnet",
     "fixed",
     "nested",
+    "subskip",
 )
 """Folders beside this file. A new kind is one more."""
 
