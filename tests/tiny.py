@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fixed-stride": {"kind": "fixed", "capacity": 0.3, "score": "stride"},
     "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},
     "subskip": {"kind": "subskip", "temperature_steps": 5},
+    "skip_middle": {"kind": "skip_middle", "pressure_rate": 0.1},
 }
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 

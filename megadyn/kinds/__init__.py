@@ -21,6 +21,7 @@ BUILT_IN = (
     "fixed",
     "nested",
     "subskip",
+    "skip_middle",
 )
 """Folders beside this file. A new kind is one more."""
 
