@@ -7,6 +7,7 @@ from importlib import import_module
 os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}     # read on import
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 MODULES = (
     # DeepSpeed imports these late, at the first step: seconds in each rank.
@@ -14,6 +15,9 @@ MODULES = (
     "megadyn.pretrain", "megadyn.training.engine", "megadyn.training.pipeline")
 for name in MODULES:
     import_module(name)
+
+# DeepSpeed refuses fp16 on a CPU without instructions for it, where torch computes it all the same, only slower.
+get_accelerator().is_fp16_supported = lambda: True
 
 torch.set_num_threads(1)
 gc.collect()

@@ -92,6 +92,8 @@ class Engine:
             self.engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
                 mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
+        if config.precision == "fp16":     # where it can fall no further, DeepSpeed would raise; problem_of tells instead
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.clock = StepClock(self.device)
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
@@ -161,8 +163,9 @@ class Engine:
     def _train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float) -> StepResult:
         self.gate.limit = loss_limit
         set_learning_rate(self.engine.optimizer, rate)
-        fp16_scale = self.engine.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
-        self.loss_scale.value = fp16_scale / self.plan.micro_batches
+        scaler = self.engine.optimizer.loss_scaler if self.config.precision == "fp16" else None
+        can_scale_down = scaler is not None and scaler.cur_scale > scaler.min_scale
+        self.loss_scale.value = (scaler.cur_scale if scaler else 1.0) / self.plan.micro_batches
         if isinstance(self.module, Stages):
             loss = self.engine.train_batch(iter(batches))
         else:
@@ -181,7 +184,7 @@ class Engine:
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
         # Waits for the device, but no longer than the optimizer's own look at the norm just did.
         problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
-                             scales_loss=self.config.precision == "fp16")
+                             can_scale_down=can_scale_down)
         self._end_step(rate, counts=problem is None)
         return StepResult(loss.squeeze(), norm, problem)
 

@@ -163,11 +163,16 @@ class _SpoilGradient(torch.autograd.Function):
         return torch.where(bad, math.nan, grad), None
 
 
-def problem_of(loss: float, grad_norm: float, limit: float, *, was_applied: bool, scales_loss: bool) -> str | None:
-    """Why a step is bad, or None. With a dynamic loss scale (`scales_loss`) gradients that overflow are everyday."""
+def problem_of(loss: float, grad_norm: float, limit: float, *, was_applied: bool, can_scale_down: bool) -> str | None:
+    """Why a step is bad, or None.
+
+    Args:
+        can_scale_down: fp16's loss scale was above its lowest value. Gradients that overflow are then part of finding the
+            scale; at the lowest value nothing would ever make them fit.
+    """
     if not math.isfinite(loss):
         return f"a loss of {loss}"
-    if was_applied or (scales_loss and loss <= limit):
+    if was_applied or (can_scale_down and loss <= limit):
         return None
     return f"a loss of {loss:.4f}, above {limit:.4f}" if loss > limit else f"a gradient norm of {grad_norm}"
 

@@ -42,13 +42,13 @@ def test_the_rule_goes_on_from_its_state_but_forgets_no_bad_step():
     assert other.bad_steps == 6
 
 
-@pytest.mark.parametrize(("loss", "norm", "applied", "scales", "want"), [
+@pytest.mark.parametrize(("loss", "norm", "applied", "can_scale_down", "want"), [
     (2.0, 1.0, True, False, None),
     (math.nan, 1.0, True, False, "a loss of nan"), (math.inf, math.inf, False, True, "a loss of inf"),
     (9.0, math.inf, False, False, "a loss of 9.0000, above 8.0000"), (2.0, math.inf, False, False, "a gradient norm of inf"),
     (2.0, math.inf, False, True, None), (9.0, math.inf, False, True, "a loss of 9.0000, above 8.0000")])
-def test_what_makes_a_step_bad(loss, norm, applied, scales, want):
-    assert problem_of(loss, norm, 8.0, was_applied=applied, scales_loss=scales) == want
+def test_what_makes_a_step_bad(loss, norm, applied, can_scale_down, want):
+    assert problem_of(loss, norm, 8.0, was_applied=applied, can_scale_down=can_scale_down) == want
 
 
 @pytest.mark.parametrize(("losses", "spoiled"), [
@@ -103,6 +103,7 @@ def _run_all(output: str) -> None:
 
     launch.join(120)
     found = {str(layout): _run(layout) for layout in LAYOUTS}
+    found["lowest"] = {str(zero): _overflow_at_the_lowest_scale(zero) for zero in (1, 3)}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
 
@@ -150,6 +151,32 @@ def _run(layout: Layout) -> dict[str, Any]:
     gathered: list[Any] = [None, None]
     dist.all_gather_object(gathered, mixed["problems"])
     return {"mixed": mixed, "plain": plain, "problems": gathered}
+
+
+def _overflow_at_the_lowest_scale(zero: int) -> list[str | None]:
+    """What is said of three fp16 steps: gradients that overflow at scale 2, and at 1, and good ones."""
+    from megadyn import network
+    from megadyn.config import batch_plan
+    from megadyn.parallel.grid import make_grid
+    from megadyn.parallel.loss import linear_cross_entropy
+    from megadyn.training.engine import Engine
+
+    config = tiny_config("dtf", zero=zero, precision="fp16")
+    engine = Engine(config, batch_plan(config, 2), make_grid(1, 1))
+    engine.engine.optimizer.loss_scaler.__dict__ |= {"cur_scale": 2.0, "cur_hysteresis": 1}
+    samples, problems = tiny_tokens(1)[0].chunk(2)[dist.get_rank()], []
+    for factor in (1e7, 1e7, 1.0):
+        network.linear_cross_entropy = lambda *args, factor=factor, **kwargs: linear_cross_entropy(*args, **kwargs) * factor
+        problems.append(engine.train_step(micro_batches(samples, 1), 1e-3).problem)
+    network.linear_cross_entropy = linear_cross_entropy
+    engine.engine.destroy()
+    return problems
+
+
+@pytest.mark.parametrize("zero", ["1", "3"])
+def test_gradients_that_overflow_at_the_lowest_loss_scale_are_a_bad_step(zero: str, runs: dict[str, Any]) -> None:
+    """At a higher one the scale falls and the step is tried anew; DeepSpeed raises a bare Exception at the lowest."""
+    assert runs["lowest"][zero] == [None, "a gradient norm of inf", None]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
