@@ -50,8 +50,8 @@ class SubskipLayer(DenseLayer):
                cache: LayerCache | None) -> Tensor:
         if any(attending.counts):
             h_BCD, cos_BCK, sin_BCK = (take(x, attending) for x in (h_BTD, cos_BTK, sin_BTK))
-            u_BCD = h_BCD + self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)
-            h_BTD = put_back(h_BTD, attending, u_BCD)
+            update_BCD, _ = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)
+            h_BTD = put_back(h_BTD, attending, h_BCD + update_BCD)
         if any(feeding.counts):
             h_BTD = put_back(h_BTD, feeding, self.add_mlp(take(h_BTD, feeding)))
         return h_BTD
