@@ -134,5 +134,5 @@ def trackers_of(layers: Sequence[RoutedLayer]) -> dict[str, dict[int, StepTracke
 
 def thresholds_of(layers: Sequence[RoutedLayer]) -> dict[int, RunningThreshold]:
     """The running thresholds of these layers, by layer."""
-    routers = {layer.index: layer.causal_router for layer in layers}
-    return {index: router.threshold for index, router in routers.items() if router is not None and router.threshold is not None}
+    found = trackers_of(layers).get("thresholds", {})
+    return {index: threshold for index, threshold in found.items() if isinstance(threshold, RunningThreshold)}

@@ -73,6 +73,7 @@ class LayerCache:
         self.key_BPGK: Tensor | None = None
         self.value_BPGK: Tensor | None = None
         self.recent_BW: Tensor | None = None      # the W - 1 latest static surprises
+        self.again: LayerCache | None = None      # of the second time, where a layer processes tokens twice
         self.counts: list[int] = []               # tokens held, per row
 
     def append(self, key_BCGK: Tensor, value_BCGK: Tensor, new: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -93,6 +94,11 @@ class LayerCache:
         mask_BCP = torch.arange(self.key_BPGK.shape[1], device=key_BCGK.device) <= last_BC[..., None]
         return self.key_BPGK, self.value_BPGK, mask_BCP
 
+    def second(self) -> "LayerCache":
+        """Keys and values of the tokens that the layer processed once more."""
+        self.again = self.again or LayerCache()
+        return self.again
+
     def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
         """A copy of `old` with room for the longest row."""
         grown = like.new_zeros(like.shape[0], max(self.counts), *like.shape[2:])
@@ -101,6 +107,8 @@ class LayerCache:
         return grown
 
     def select_rows(self, rows: list[int]) -> None:
+        if self.again is not None:
+            self.again.select_rows(rows)
         if self.recent_BW is not None:
             self.recent_BW = self.recent_BW[rows]
         if self.key_BPGK is not None and self.value_BPGK is not None:

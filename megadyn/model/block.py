@@ -25,7 +25,8 @@ class Stream(NamedTuple):
     hidden: Tensor
     """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
     gate: Tensor | None = None
-    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_gate`). Carries gradient."""
+    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_gate`). Carries gradient. A kind that
+    runs on one pipeline stage only may hand on several, [B, T/seq, n]."""
     documents: Documents | None = None
     """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
 

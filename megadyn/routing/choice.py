@@ -1,5 +1,6 @@
 """Which tokens of a sequence a routed layer processes: top-k in training, a causal rule where the future is unknown."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from megadyn.model.block import LayerContext
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
-from megadyn.parallel.params import normal
+from megadyn.parallel.params import constant, normal
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, take
 
@@ -81,6 +82,36 @@ class CausalRouter(nn.Module):
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
 
+class LinearRouter(nn.Module):
+    """r = w . h in at least float32, [B, T/seq, D] -> [B, T/seq]; whole on every tensor rank."""
+
+    def __init__(self, name: str, ctx: LayerContext):
+        super().__init__()
+        self.weight = ctx.make(f"{name}.weight", (1, ctx.model.hidden_size), normal(ctx.model.init_std))
+        self.seq = ctx.make.seq
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(upcast(hidden), upcast(copy_to_tp(self.weight, self.seq))).squeeze(-1)
+
+
+class TwoLayerRouter(nn.Module):
+    """W2 f(W1 h + b1) + b2 with `width` values inside, [B, T/seq, D] -> [B, T/seq, outputs] in at least float32; whole on every
+    tensor rank."""
+
+    def __init__(self, name: str, ctx: LayerContext, width: int, outputs: int, function: Callable[[Tensor], Tensor] = F.silu):
+        super().__init__()
+        make, init, self.function = ctx.make, normal(ctx.model.init_std), function
+
+        def linear(part: str, out_size: int, in_size: int) -> Projection:
+            return Projection(make(f"{name}.{part}.weight", (out_size, in_size), init),
+                              make(f"{name}.{part}.bias", (out_size,), constant(0.0)), seq=make.seq)
+
+        self.fc1, self.fc2 = linear("fc1", width, ctx.model.hidden_size), linear("fc2", outputs, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return upcast(self.fc2(self.function(self.fc1(hidden))))
+
+
 class Projection(nn.Module):
     """x W^T + b, W and b whole on every tensor rank, x [B, T/seq, D]."""
 
@@ -101,3 +132,9 @@ def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Tensor]:
         mean = (gate * mask).sum() / count
         found |= {f"gate_{name}": mean, f"gate_{name}_std": (((gate - mean) * mask).square().sum() / count).sqrt()}
     return found
+
+
+def share_statistics(routed: Tensor) -> dict[str, Tensor]:
+    """The share of tokens that a layer takes (mask [B, T]): mean, least and most of a sequence."""
+    fraction = routed.float().mean(dim=1)
+    return {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(), "routed_fraction_max": fraction.max()}

@@ -9,7 +9,7 @@ from megadyn.kernels.rule import fused
 from megadyn.model.block import Stream
 from megadyn.model.documents import Segments, segments_of
 from megadyn.parallel.grid import Axis
-from megadyn.parallel.mappings import copy_to_tp, reduce_from_tp
+from megadyn.parallel.mappings import copy_to_tp, enter_tp, leave_tp, reduce_from_tp
 
 
 class Selection(NamedTuple):
@@ -120,6 +120,41 @@ def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq
     weight = take_any(gate, index).masked_fill(elsewhere, 0)
     added = (weight.unsqueeze(-1) * copy_to_tp(update, seq)).to(x.dtype)
     return x.flatten(0, 1).index_add(0, index.flatten(), added.flatten(0, 1)).view_as(x)
+
+
+class SharedOut(NamedTuple):
+    """Chosen tokens of which, under sequence parallelism, each rank takes an equal part, as a block that is split needs them."""
+
+    selection: Selection
+    """The tokens, filled up to a number that the ranks share evenly: the last one again, where nobody looks at it."""
+    is_extra: Tensor
+    """[b, c], true where filled up."""
+
+    def take(self, x: Tensor, seq: Axis) -> Tensor:
+        """x [B, T/seq, D] -> this rank's part [b, c/seq, D] of the tokens."""
+        index, elsewhere = _of_part(x, self.selection.places, seq)
+        return leave_tp(take_any(x, index).masked_fill((elsewhere | self.is_extra).unsqueeze(-1), 0), seq, seq)
+
+    def put_back(self, x: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
+        """A copy of x [B, T/seq, D] with gate [B, T/seq] times the ranks' parts update [b, c/seq, D] added."""
+        index, elsewhere = _of_part(x, self.selection.places, seq)
+        weight = take_any(gate, index).masked_fill(elsewhere | self.is_extra, 0)
+        added = (weight.unsqueeze(-1) * enter_tp(update, seq, seq)).to(x.dtype)
+        return x.flatten(0, 1).index_add(0, index.flatten(), added.flatten(0, 1)).view_as(x)
+
+
+def shared_out(selection: Selection, seq: Axis) -> SharedOut:
+    """`selection`, of sequences that give different numbers of tokens, for parts of equal size."""
+    places, sequences = selection
+    assert sequences is not None, "a row for all sequences"
+    count = places.shape[1]
+    total = max(1, -(-count // seq.size)) * seq.size
+    extra = torch.arange(total, device=places.device).unsqueeze(0) >= count
+    if count:
+        filled = [torch.cat([x, x[:, -1:].expand(1, total - count)], dim=1) for x in (places, sequences)]
+    else:
+        filled = [x.new_zeros(1, total) for x in (places, sequences)]
+    return SharedOut(Selection(*filled), extra)
 
 
 def _of_part(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:

@@ -1,30 +1,16 @@
 """Mixture-of-Depths (arXiv 2404.02258): a learned score picks the tokens that a layer processes."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadyn.kinds.mod import Mod
 from megadyn.model.block import LayerContext, Stream
-from megadyn.parallel.loss import upcast
-from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
-from megadyn.parallel.params import normal
+from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.choice import gate_statistics
+from megadyn.routing.choice import LinearRouter, gate_statistics
 from megadyn.routing.layer import Step
 from megadyn.routing.select import Selection
 from megadyn.routing.skipping import SkippingLayer
-
-
-class LinearRouter(nn.Module):
-    """r = w . h in at least float32, [B, T/seq, D] -> [B, T/seq]; whole on every tensor rank."""
-
-    def __init__(self, name: str, ctx: LayerContext):
-        super().__init__()
-        self.weight = ctx.make(f"{name}.weight", (1, ctx.model.hidden_size), normal(ctx.model.init_std))
-        self.seq = ctx.make.seq
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(upcast(hidden), upcast(copy_to_tp(self.weight, self.seq))).squeeze(-1)
 
 
 class ModLayer(SkippingLayer):

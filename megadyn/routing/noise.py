@@ -1,0 +1,23 @@
+"""Noise that is the same under every layout: a sample's follows from its place in a step's global batch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megadyn.parallel.grid import Axis
+from megadyn.parallel.mappings import own_part
+
+
+def uniform_by_sample(like: Tensor, seq: Axis, seed_for: Callable[[str], int], name: str, first: int) -> Tensor:
+    """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks.
+
+    Args:
+        seed_for: of `ParamMaker`. name: of the noise and the step. first: place in the global batch of the first sample.
+    """
+    noise = like.new_empty(like.shape[0], like.shape[1] * seq.size, *like.shape[2:])
+    generator = torch.Generator(like.device)
+    for sample, row in enumerate(noise, start=first):
+        generator.manual_seed(seed_for(f"{name}/{sample}"))
+        row.uniform_(generator=generator)
+    return own_part(noise, seq)
