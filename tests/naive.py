@@ -95,6 +95,20 @@ class NaiveLayer:
         update = self.block(h, chosen)
         return torch.stack([h[t] + gate[t] * update[t] if t in update else h[t] for t in range(len(h))])
 
+    def nested(self, once: Tensor, twice: Sequence[int], p: Tensor) -> Tensor:
+        """(1 - p) h' + p Layer(h') for the tokens that pass twice, h' = `once` for the others."""
+        update = self.block(once, twice)
+        return torch.stack([(1 - p[t]) * once[t] + p[t] * (once[t] + update[t]) if t in update else once[t]
+                            for t in range(len(once))])
+
+    def halves(self, h: Tensor, attending: Sequence[int], feeding: Sequence[int], gate: Tensor) -> Tensor:
+        """u = h + gate[:, 0] Attn for attending tokens, then u + gate[:, 1] MLP for feeding ones; under hybridnorm the second
+        update is Z + MLP(Z) - u."""
+        attended = self.attention([self.norm1(token) for token in h], attending)
+        u = torch.stack([h[t] + gate[t, 0] * attended[t] if t in attended else h[t] for t in range(len(h))])
+        return torch.stack([u[t] + gate[t, 1] * (self.feed_forward(u[t]) - u[t]) if t in feeding else u[t]
+                            for t in range(len(h))])
+
     def dtrnet(self, h: Tensor, attending: Sequence[int], p: Tensor) -> Tensor:
         """p [T, 2] of (attend, bypass)."""
         x = [self.norm1(token) for token in h]

@@ -257,12 +257,70 @@ class Reader:
                 a[t] = p[t][1] * self.linear(repeated, f"{prefix}.self_attn.o_proj")
         return self.second_half(h + a, layer)
 
+    # ---- Dynamic Nested Depth --------------------------------------------------------------------
+
+    def nested(self, h: Array, layer: int) -> Array:
+        """h' = Layer(h); tokens whose p = sigmoid(w h') reaches tau: h'' = (1 - p) h' + p Layer(h'), among themselves."""
+        h = h + self.block(h, list(range(len(h))), layer)
+        w = self.weights[f"model.layers.{layer}.router.weight"][0]
+        tau = self.weights[f"model.layers.{layer}.causal_router.threshold"].item()
+        p = [sigmoid(float(w @ h[t])) for t in range(len(h))]
+        tokens = [t for t in range(len(h)) if p[t] >= tau]
+        out = h.copy()
+        if tokens:
+            delta = self.block(h[tokens], tokens, layer)
+            for row, t in enumerate(tokens):
+                out[t] = (1 - p[t]) * h[t] + p[t] * (h[t] + delta[row])
+        return out
+
+    # ---- SkipGPT ---------------------------------------------------------------------------------
+
+    def keeps(self, h: Array, layer: int, half: str) -> list[int]:
+        """Tokens whose router prefers to keep this half: logits W2 ReLU(W1 h + b1) + b2 of (keep, skip)."""
+        prefix, tokens = f"model.layers.{layer}.router.{half}", []
+        for t in range(len(h)):
+            keep, skip = self.linear(np.maximum(self.linear(h[t], f"{prefix}.fc1"), 0), f"{prefix}.fc2")
+            if keep > skip:
+                tokens.append(t)
+        return tokens
+
+    def skip_halves(self, h: Array, layer: int) -> Array:
+        attending, feeding = self.keeps(h, layer, "attn"), self.keeps(h, layer, "mlp")
+        u = h.copy()
+        if attending:
+            u[attending] += self.attention(self.first_norm(h[attending], layer), attending, f"model.layers.{layer}")
+        out = u.copy()
+        if feeding:
+            out[feeding] = self.second_half(u[feeding], layer)
+        return out
+
+    # ---- skipping the middle ---------------------------------------------------------------------
+
+    def mirrored(self, h: Array, layer: int, sums: list[list[float]]) -> Array:
+        """h + g Block(h) for tokens with m < 1, g = 1 - m; `sums` holds each token's m of the layers so far of the first half,
+        which those of the second half use up, last to first."""
+        if layer < self.config["num_hidden_layers"] // 2:
+            before = sums[-1] if sums else [0.0] * len(h)
+            steps = [self.linear(token, f"model.layers.{layer}.router").item() for token in h]
+            sums.append([before[t] + max(0.0, steps[t]) for t in range(len(h))])
+            m = sums[-1]
+        else:
+            m = sums.pop()
+        tokens = [t for t in range(len(h)) if m[t] < 1]
+        out = h.copy()
+        if tokens:
+            delta = self.block(h[tokens], tokens, layer)
+            for row, t in enumerate(tokens):
+                out[t] = h[t] + (1 - m[t]) * delta[row]
+        return out
+
     # ---- the whole -------------------------------------------------------------------------------
 
     def logits(self, tokens: list[int]) -> Array:
         """[T, V]"""
         h = self.weights["model.embed_tokens.weight"][tokens]
         gates: list[float] = []
+        sums: list[list[float]] = []
         for layer, kind in enumerate(self.config["layer_types"]):
             if kind == "dense":
                 h = h + self.block(h, list(range(len(h))), layer)
@@ -274,6 +332,12 @@ class Reader:
                 h = self.mixture_of_depths(h, layer)
             elif kind == "dtrnet":
                 h = self.attend_or_bypass(h, layer)
+            elif kind == "nested":
+                h = self.nested(h, layer)
+            elif kind == "subskip":
+                h = self.skip_halves(h, layer)
+            elif kind in ("skip_middle_out", "skip_middle_back"):
+                h = self.mirrored(h, layer, sums)
             else:
                 raise ValueError(f"layer {layer}: the oracle does not read the kind {kind!r}")
         h = self.norm(h, "model.norm")

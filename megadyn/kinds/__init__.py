@@ -18,6 +18,7 @@ BUILT_IN = (
     "dtf",
     "mod",
     "dtrnet",
+    "nested",
 )
 """Folders beside this file. A new kind is one more."""
 

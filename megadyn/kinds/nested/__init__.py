@@ -1,0 +1,95 @@
+"""Dynamic Nested Depth (arXiv 2510.11001): tokens that a router finds worth it pass the same layer once more."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megadyn.checks import at_least, in_range
+from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
+from megadyn.costs.operations import LayerFlops, flops_of_layer
+from megadyn.costs.shape import Shape
+from megadyn.kinds.kind import DENSE, Kind, Laid
+
+
+@dataclass
+class Nested(Laid, Kind):
+    kind: str = "nested"
+    capacity: float = 0.2
+    """Share of all tokens that a routed layer is to process twice; its threshold follows it."""
+    threshold_start: float = 0.5
+    """The threshold before the first step; scores lie in (0, 1)."""
+    threshold_rate: float = 0.02
+    """How far the threshold moves in a step, as a multiple of the excess of the share taken over `capacity`."""
+
+    name = "nested"
+    title = "Dynamic Nested Depth"
+    sentence = ("A routed layer processes every token; those whose score, made from the result, reaches a threshold pass the "
+                "same layer once more, among themselves (arXiv 2510.11001).")
+    sources = ("arXiv 2510.11001",)
+    tags = ("dynamic-nested-depth",)
+    verb = "passed the layer twice"
+    layers = {"nested": "NestedLayer"}
+    recorded = ("capacity",)
+    equals_dense = False
+
+    def check(self) -> None:
+        in_range("model.routing.capacity", self.capacity, 0, 1)
+        at_least("model.routing.threshold_rate", self.threshold_rate, 0)
+
+    @property
+    def share(self) -> float:
+        return self.capacity
+
+    @property
+    def varies(self) -> bool:
+        return True
+
+    @property
+    def uses_threshold(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return f"{self.name} at capacity {self.capacity}"
+
+    def explain(self, measured: Mapping[str, float]) -> str:
+        seen = f" At the end of training {measured['routed_fraction']:.1%} did." if "routed_fraction" in measured else ""
+        return (f"{self.sentence}\n\nThe rule is the same in training and in use. In training the threshold moved so that "
+                f"{self.capacity:.1%} of the tokens pass twice.{seen}")
+
+    def to_export(self, shape: Shape) -> dict[str, Any]:
+        return super().to_export(shape) | {"router_type": "linear", "causal": "threshold"}
+
+    def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
+        first = flops_of_layer(shape, length)
+        if layer == DENSE:
+            return first
+        again = flops_of_layer(shape, (self.capacity if share is None else share) * length)
+        return LayerFlops(first.cut + again.cut, 2 * length * shape.hidden_size, first.attention + again.attention)
+
+    def parameters(self, layer: str, shape: Shape) -> int:
+        return 0 if layer == DENSE else shape.hidden_size
+
+    def kept(self, layer: str, work: Workload) -> Kept:
+        """At the share `model.routing.capacity`. Of the two passes, full recomputation repeats one at a time."""
+        first = dense_kept(work)
+        if layer == DENSE:
+            return first
+        again = skipping_kept(work, self.capacity)
+        split = work.chosen(self.capacity) * work.segments * (not work.documents)    # any number of tokens is in segments
+        repeated = again.inside + split
+        row = work.part * work.model.hidden_size
+        between = 4 * row                              # the first pass's result, which the router reads in float32
+        if work.recompute == "full":
+            between += work.bytes * row * (work.bytes < 4)                         # the second pass starts from it again
+            inside = max(first.inside, repeated)
+        else:
+            inside = first.inside + repeated
+        return Kept(first.input, inside, first.inner + again.inner + split, between + 24 * work.tokens,
+                    max(first.working, again.working))
+
+    def summed(self, layer: str, work: Workload) -> float:
+        """Once more for the tokens that pass twice; under sequence parallelism these are also handed out and gathered."""
+        return 1.0 if layer == DENSE else 1.0 + self.capacity * (1.5 if work.sequence else 1.0)
+
+
+KIND = Nested

@@ -1,0 +1,85 @@
+"""Dynamic Nested Depth (arXiv 2510.11001): tokens that a router finds worth it pass the same layer once more."""
+
+import torch
+from torch import Tensor
+
+from megadyn.costs.shape import capacity_count
+from megadyn.kinds.nested import Nested
+from megadyn.model.block import LayerContext, Stream
+from megadyn.parallel.mappings import whole_sequence
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.choice import LinearRouter, gate_statistics, share_statistics
+from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.select import Selection, choose_where, origins, put_back_gated, shared_out, take_out
+from megadyn.routing.tracker import StepTracker
+
+
+class FollowingThreshold(RunningThreshold):
+    """tau, which rises while more than `share` of the tokens reach it and falls while fewer do: tau += rate (taken - share), once
+    a step, with the share taken of the whole global batch."""
+
+    def __init__(self, start: float, rate: float, share: float):
+        super().__init__(momentum=0.0, average=torch.tensor(start))        # without momentum the average is the value itself
+        self.rate, self.share = rate, share
+
+    def end_step(self, mean: Tensor, total: Tensor | None = None) -> None:
+        self.average = self.average.to(mean.device) + self.rate * (mean - self.share)
+        self.steps += 1
+
+
+class NestedLayer(RoutedLayer):
+    """h' = h + Block(h) for every token; p = sigmoid(w h'). Tokens with p >= tau: h'' = h' + p Block(h'), attention among them
+    only, which is (1 - p) h' + p Layer(h'). The others: h'' = h'."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index, loss_scale)
+        routing = ctx.model.routing
+        assert isinstance(routing, Nested)
+        self.router = LinearRouter(f"{self.name}.router", ctx)
+        self.threshold = FollowingThreshold(routing.threshold_start, routing.threshold_rate, routing.capacity)
+
+    def trackers(self) -> dict[str, StepTracker]:
+        return {"thresholds": self.threshold}
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        post = self.dense(stream.hidden, stream.documents).detach()
+        return [Step("router", self.router, (post,)), Step("choose", lambda x: self.reach(self.score(x)[1]), (post,))]
+
+    @torch.no_grad()
+    def set_share(self, stream: Stream, share: float) -> None:
+        """By the threshold."""
+        score = self.score(self.dense(stream.hidden, stream.documents))[1].flatten().sort(descending=True).values
+        count = capacity_count(share, len(score))
+        self.threshold.average = score[count - 1:count + 1].mean().float()
+
+    def score(self, post: Tensor) -> tuple[Tensor, Tensor]:
+        """h' [B, T/seq, D] -> p [B, T/seq], and without gradient of the whole sequence [B, T]."""
+        p = self.router(post).sigmoid()
+        return p, whole_sequence(p.detach(), self.seq)
+
+    def reach(self, score: Tensor) -> Tensor:
+        """Mask [B, T] of the tokens that pass twice."""
+        return score >= self.threshold.value.to(score.device)
+
+    def forward(self, stream: Stream) -> Stream:
+        post = self.run(self.dense, stream.hidden, stream.documents)
+        gate, score = self.score(post)
+        mask = self.reach(score)
+        self.monitor.record(share_statistics(mask) | gate_statistics(score, mask) | {"threshold": self.threshold.value.to(score)})
+        if torch.is_grad_enabled():
+            self.threshold.observe(mask.float().mean())
+        out = self.run(self.repeat, Stream(post, documents=stream.documents), gate, choose_where(mask))
+        return Stream(out, documents=stream.documents)
+
+    def repeat(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
+        """h'' [B, T/seq, D] of h', with gate [B, T/seq]. Under sequence parallelism each rank has its part of the tokens, as in
+        the first pass: the weights are the same."""
+        hidden, length = stream.hidden, self.length(stream.hidden)
+        if self.seq.size == 1:
+            positions, segments = origins(stream, selection, length)
+            hidden, taken = take_out(hidden, selection.places)
+            return put_back_gated(hidden, selection.places, gate, self.delta(taken, positions, length, segments))
+        shared = shared_out(selection, self.seq)
+        positions, segments = origins(stream, shared.selection, length)
+        return shared.put_back(hidden, gate, self.delta(shared.take(hidden, self.seq), positions, length, segments), self.seq)

@@ -1,0 +1,75 @@
+"""Dynamic Nested Depth against its formulas: one layer as a loop over tokens, and a threshold that follows a share."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from megadyn.kinds.nested.layers import FollowingThreshold
+from megadyn.model.block import Stream
+from megadyn.network import routed_layers, thresholds_of
+from tests.naive import NaiveLayer
+from tests.networks import disturb, end_step, make_layer, make_network, param_maker
+from tests.tiny import tiny_config, tiny_tokens
+
+T = 9
+
+
+def layer_and_loop(norm: str, tau: float):
+    config = tiny_config("nested", normalization=norm, hidden_size=16, ffn_size=24)
+    layer = disturb(make_layer(config, 3), param_maker(config))
+    layer.threshold.average = torch.tensor(tau)
+    return layer, NaiveLayer(layer, config.model)
+
+
+@pytest.mark.parametrize("norm", ["pre", "lns", "hybridnorm"])
+def test_a_layer_is_its_formula_with_all_gradients(norm):
+    layer, naive = layer_and_loop(norm, 0.5)
+    h = torch.randn(2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    rows = []
+    for row in h:
+        once = row + torch.stack(list(naive.block(row, range(T)).values()))
+        p = torch.sigmoid(once @ naive.params["router.weight"][0])
+        twice = [t for t in range(T) if p[t] >= 0.5]
+        assert 0 < len(twice) < T, "the threshold must part the tokens, or the test shows nothing"
+        rows.append(naive.nested(once, twice, p))
+    want, found = torch.stack(rows), layer(Stream(h)).hidden
+    assert_close(found, want)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    params = [h, *layer.parameters()]
+    for mine, reference in zip(torch.autograd.grad(found, params, grad), torch.autograd.grad(want, params, grad), strict=True):
+        assert_close(mine, reference, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["pre", "hybridnorm"])
+def test_a_threshold_that_no_token_reaches_leaves_the_dense_layer(norm):
+    layer, _ = layer_and_loop(norm, 2.0)
+    h = torch.randn(2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out = layer(Stream(h)).hidden
+    assert_close(out, layer.dense(h))
+    out.sum().backward()
+    assert not layer.router.weight.grad.any()
+
+
+def test_the_threshold_moves_by_the_excess_of_the_share():
+    threshold = FollowingThreshold(start=0.5, rate=0.1, share=0.2)
+    threshold.end_step(torch.tensor(0.7))
+    threshold.end_step(torch.tensor(0.1))
+    assert float(threshold.value) == pytest.approx(0.5 + 0.1 * 0.5 - 0.1 * 0.1)
+    again = FollowingThreshold(start=0.9, rate=0.1, share=0.2)
+    again.set_state(threshold.state(), torch.device("cpu"))
+    assert again.state() == threshold.state()
+    assert again.value == threshold.value
+
+
+def test_the_share_taken_comes_to_the_capacity():
+    network = make_network(tiny_config("nested"), dtype=torch.float32)
+    layers = routed_layers(network)
+    assert set(thresholds_of(layers)) == {1, 3}, "exports and evaluation find it there"
+    for samples in tiny_tokens(150):
+        network(samples[:, :-1])                     # weights stay: only the thresholds move
+        end_step(network)
+        if layers[0].threshold.steps == 100:
+            for layer in layers:
+                layer.monitor.read()
+    for layer in layers:
+        assert float(layer.monitor.read()["routed_fraction"]) == pytest.approx(0.3, abs=0.03)
