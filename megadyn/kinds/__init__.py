@@ -19,6 +19,7 @@ BUILT_IN = (
     "mod",
     "dtrnet",
     "nested",
+    "subskip",
 )
 """Folders beside this file. A new kind is one more."""
 
