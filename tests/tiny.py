@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dtrnet-expert": {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4, "layout": "TD3", "aux_loss_lambda": 0.1},
     "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},
     "subskip": {"kind": "subskip", "temperature_steps": 5},
+    "skip_middle": {"kind": "skip_middle", "pressure_rate": 0.1},
 }
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 

@@ -20,6 +20,7 @@ BUILT_IN = (
     "dtrnet",
     "nested",
     "subskip",
+    "skip_middle",
 )
 """Folders beside this file. A new kind is one more."""
 

@@ -16,7 +16,7 @@ from tests.networks import end_step, make_network
 from tests.oracle import oracle_logits
 from tests.tiny import tiny_config, tiny_tokens
 
-KINDS = ["nested", "subskip"]
+KINDS = ["nested", "subskip", "skip_middle"]
 NORMS = ["pre", "lns", "hybridnorm"]
 TOKENS = tiny_tokens(1)[0][:3, :-1]
 
@@ -102,3 +102,10 @@ def test_the_second_pass_keeps_keys_of_its_own_tokens_alone():
         cache = output.past_key_values.layers[index]
         assert cache.counts == [24] * 3
         assert cache.second().counts == output.routing[index].sum(1).tolist()
+
+
+def test_mirrors_that_do_not_match_are_refused():
+    fields = to_hf_config(tiny_config("skip_middle").model, "float32")
+    name = next(name for name in ("routed_layer_types", "layer_types") if name in fields)
+    with pytest.raises(ValueError, match="as many skip_middle_out"):
+        MegadynConfig(**fields | {name: fields[name][::-1]})

@@ -1,0 +1,56 @@
+"""Skipping the middle layers in an exported model: a token that leaves at some layer comes back at that layer's mirror."""
+
+import torch
+from torch import Tensor
+
+from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
+from megadyn.hf.layers_megadyn import Context, DenseLayer, LayerCache, RoutedLayer, Routing, Stream, WideLinear
+
+
+class MirroredLayer(RoutedLayer):
+    """Only tokens whose gate is open. `Stream.gate_BC` [B, C, layers] holds what adds up over the layers of the first half."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        DenseLayer.__init__(self, config, number)      # the gate itself is the causal rule
+
+    def choose(self, score_BT: Tensor, h_BTD: Tensor, context: Context) -> Tensor:
+        return (score_BT > 0) & context.tokens.valid_BC
+
+    def gated(self, stream: Stream, m_BC: Tensor, context: Context, cache: LayerCache | None) -> tuple[Tensor, Routing]:
+        gate_BC = 1 - m_BC.clamp(max=1)
+        out, routing = self.route(stream.hidden_BCD, gate_BC, gate_BC, context, cache)
+        return out.hidden_BCD, routing
+
+
+class LeavingLayer(MirroredLayer):
+    """Of the first half."""
+
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        super().__init__(config, number)
+        self.router = WideLinear(config.hidden_size, 1)
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        m_BCL = self.router(stream.hidden_BCD).relu()
+        if stream.gate_BC is not None:
+            m_BCL = torch.cat((stream.gate_BC, stream.gate_BC[..., -1:] + m_BCL), dim=-1)
+        h_BCD, routing = self.gated(stream, m_BCL[..., -1], context, cache)
+        return Stream(h_BCD, m_BCL), routing
+
+
+class ReturningLayer(MirroredLayer):
+    """Of the second half: with the gate of its mirror image."""
+
+    def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
+        assert stream.gate_BC is not None
+        h_BCD, routing = self.gated(stream, stream.gate_BC[..., -1], context, cache)
+        return Stream(h_BCD, stream.gate_BC[..., :-1]), routing
+
+
+def check_types(layer_types: list[str]) -> None:
+    half = len(layer_types) // 2
+    if layer_types != ["skip_middle_out"] * half + ["skip_middle_back"] * half:
+        raise ValueError(f"layer types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
+
+
+EXPORTED = ExportedKind({"skip_middle_out": LeavingLayer, "skip_middle_back": ReturningLayer}, {"accumulated": Router()},
+                        check_types)

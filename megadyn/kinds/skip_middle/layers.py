@@ -1,0 +1,121 @@
+"""Skipping the middle layers (arXiv 2506.21103): a token that leaves at some layer comes back at that layer's mirror."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.costs.shape import capacity_count
+from megadyn.kinds.skip_middle import SkipMiddle
+from megadyn.model.block import LayerContext, Stream
+from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp, whole_sequence
+from megadyn.parallel.params import constant, normal
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.choice import gate_statistics, share_statistics
+from megadyn.routing.layer import Step
+from megadyn.routing.select import Selection, choose_where
+from megadyn.routing.skipping import GatedLayer
+from megadyn.routing.tracker import StepTracker
+
+
+class LeavingRouter(nn.Module):
+    """ReLU(w . h + b) in at least float32, [B, T/seq, D] -> [B, T/seq]."""
+
+    def __init__(self, name: str, ctx: LayerContext):
+        super().__init__()
+        self.weight = ctx.make(f"{name}.weight", (1, ctx.model.hidden_size), normal(ctx.model.init_std))
+        self.bias = ctx.make(f"{name}.bias", (1,), constant(0.0))
+        self.seq = ctx.make.seq
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight, bias = (upcast(copy_to_tp(param, self.seq)) for param in (self.weight, self.bias))
+        return F.linear(upcast(hidden), weight, bias).squeeze(-1).relu()
+
+
+class Pressure(StepTracker):
+    """What the mean gate weighs in the loss: it rises while the layers process more than `target` of the tokens, and falls while
+    they process less, once a step, from the share of the whole global batch and of all layers."""
+
+    def __init__(self, layers: int, target: float, rate: float):
+        super().__init__()
+        self.layers, self.target, self.rate = layers, target, rate
+        self.weight = torch.zeros(())
+        self.steps = 0
+
+    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
+        assert total is not None, "a name in Kind.totals"
+        self.weight = self.weight.to(total.device) + self.rate * (total / self.layers - self.target)
+        self.steps += 1
+
+    def state(self) -> dict[str, float]:
+        return {"weight": float(self.weight), "steps": self.steps}
+
+    def set_state(self, state: dict[str, float], device: torch.device) -> None:
+        self.weight, self.steps = torch.tensor(state["weight"], device=device), int(state["steps"])
+
+
+class MirroredLayer(GatedLayer):
+    """h + g Block(h), g = 1 - min(m, 1), for tokens with m < 1, attention among them only; h for the others."""
+
+    def gated(self, stream: Stream, m: Tensor, **statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """m [B, T/seq] -> h_out [B, T/seq, D] and g [B, T/seq]."""
+        gate = 1 - m.clamp(max=1)
+        score = whole_sequence(gate.detach(), self.seq)
+        self.monitor.record(share_statistics(score > 0) | gate_statistics(score, score > 0) | statistics)
+        return self.run(self.update, stream._replace(gate=None), gate, choose_where(score > 0)), gate
+
+
+class LeavingLayer(MirroredLayer):
+    """Of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.gate` holds m of this half's layers,
+    [B, T/seq, layers]."""
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index, loss_scale)
+        routing = ctx.model.routing
+        assert isinstance(routing, SkipMiddle)
+        self.router = LeavingRouter(f"{self.name}.router", ctx)
+        self.pressure = Pressure(self.like_this, routing.capacity, routing.pressure_rate)
+
+    def trackers(self) -> dict[str, StepTracker]:
+        return {"pressure": self.pressure}
+
+    def accumulate(self, stream: Stream) -> Tensor:
+        """m [B, T/seq]."""
+        step = self.router(stream.hidden)
+        return step if stream.gate is None else stream.gate[..., -1] + step
+
+    def choose(self, stream: Stream) -> Selection:
+        return choose_where(whole_sequence(self.accumulate(stream).detach(), self.seq) < 1)
+
+    def decision_steps(self, stream: Stream) -> list[Step]:
+        m = whole_sequence(self.accumulate(stream).detach(), self.seq)
+        return [Step("router", self.router, (stream.hidden,)), Step("choose", lambda x: m < 1, (stream.hidden,))]
+
+    @torch.no_grad()
+    def set_share(self, stream: Stream, share: float) -> None:
+        """Of the tokens that have not left before: by the bias."""
+        m = self.accumulate(stream).flatten().sort().values
+        count = capacity_count(share, len(m))
+        self.router.bias.add_(1 - m[count - 1:count + 1].mean())
+
+    def forward(self, stream: Stream) -> Stream:
+        m = self.accumulate(stream)
+        out, gate = self.gated(stream, m, pressure=self.pressure.weight.to(m))
+        if torch.is_grad_enabled():
+            out = self.attach(out, self.pressure.weight.to(gate) * gate.mean())
+            self.pressure.observe((whole_sequence(m.detach(), self.seq) < 1).float().mean())
+        m = m.unsqueeze(-1)
+        return Stream(out, m if stream.gate is None else torch.cat([stream.gate, m], dim=-1), stream.documents)
+
+
+class ReturningLayer(MirroredLayer):
+    """Of the second half: m is that of its mirror, the last layer in `Stream.gate` that has not met its own."""
+
+    def choose(self, stream: Stream) -> Selection:
+        assert stream.gate is not None
+        return choose_where(whole_sequence(stream.gate[..., -1].detach().contiguous(), self.seq) < 1)
+
+    def forward(self, stream: Stream) -> Stream:
+        assert stream.gate is not None, "a layer of the second half follows those of the first"
+        out, _ = self.gated(stream, stream.gate[..., -1])
+        return Stream(out, stream.gate[..., :-1], stream.documents)
