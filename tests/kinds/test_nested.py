@@ -7,6 +7,8 @@ from torch.testing import assert_close
 from megadyn.kinds.nested.layers import FollowingThreshold
 from megadyn.model.block import Stream
 from megadyn.network import routed_layers, thresholds_of
+from megadyn.parallel.grid import Axis
+from megadyn.routing.select import choose_where, shared_out
 from tests.naive import NaiveLayer
 from tests.networks import disturb, end_step, make_layer, make_network, param_maker
 from tests.tiny import tiny_config, tiny_tokens
@@ -73,3 +75,14 @@ def test_the_share_taken_comes_to_the_capacity():
                 layer.monitor.read()
     for layer in layers:
         assert float(layer.monitor.read()["routed_fraction"]) == pytest.approx(0.3, abs=0.03)
+
+
+def test_chosen_tokens_are_filled_up_to_equal_parts():
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 0]]).bool()
+    (places, sequences), extra = shared_out(choose_where(mask), Axis("tp", 0, 4))
+    assert places.tolist() == [[0, 2, 6, 7, 9, 9, 9, 9]]
+    assert sequences.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2]]
+    assert extra.tolist() == [[False] * 5 + [True] * 3]
+    (places, _), extra = shared_out(choose_where(mask & False), Axis("tp", 0, 4))
+    assert places.shape == (1, 4), "a part for each rank, all of it extra"
+    assert extra.all()
