@@ -1,6 +1,8 @@
 # make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
 # make test         the test suite
 # make check        lint, types and tests, as CI runs them
+# make conformance  transformers' own model tests on every kind of exported model; fetches them from PyPI
+# make soak         thousands of steps of every kind of routing; takes long, and is no part of the others
 # Each makes .venv and installs what it needs first.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ DATA ?= 1
 VENV := .venv
 ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: quickstart test check lint types install clean
+.PHONY: quickstart test check soak lint types conformance install clean
 
 install: $(VENV)/installed
 
@@ -29,6 +31,9 @@ quickstart: install
 test: install
 	$(ON_CPU) python -m pytest
 
+soak: install
+	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak
+
 lint: install
 	$(VENV)/bin/ruff check megadyn tools examples tests
 
@@ -36,6 +41,9 @@ types: install
 	$(VENV)/bin/mypy
 
 check: lint types test
+
+conformance: install
+	$(ON_CPU) python -m tests.exports_suite.run
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

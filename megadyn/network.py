@@ -31,7 +31,7 @@ class Embed(VocabParallelEmbedding):
         model = ctx.model
         assert model.vocab_size is not None
         super().__init__("model.embed_tokens", model.vocab_size, model.hidden_size, make=ctx.make, init=normal(model.init_std))
-        self.vocab_size, self.eod = model.vocab_size, ctx.eod
+        self.eod = ctx.eod
 
     def forward(self, tokens: Tensor) -> Stream:  # type: ignore[override]
         return Stream(super().forward(tokens), documents=None if self.eod is None else documents_of(tokens, self.eod))

@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megadyn.checkpoint import save_load
-from megadyn.checkpoint.layout import resolve
-from megadyn.checkpoint.writing import CheckpointError, Writer
+from megadyn.checkpoint import layout, save_load
+from megadyn.checkpoint.same_run import changes, changes_line
+from megadyn.checkpoint.start import find_start
+from megadyn.checkpoint.writing import CheckpointError, Writer, all_gather
 from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
@@ -31,29 +32,34 @@ from megadyn.errors import Parser, RunError, UserError
 from megadyn.kinds import DENSE
 from megadyn.log import log, start_logging
 from megadyn.parallel.grid import make_grid
+from megadyn.paths import user_path
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data
 from megadyn.training.engine import Engine, MicroBatch, StepResult
 from megadyn.training.environment import record_start
-from megadyn.training.guard import LossRule, Signals, TrainingDiverged
+from megadyn.training.guard import LossRule, Signals, TrainingDiverged, problem_at_end
+from megadyn.training.length import Course, Position, schedule_of, settle_length
 from megadyn.training.loader import Loader
-from megadyn.training.optimizer import learning_rate
+from megadyn.training.lock import RunLock
+from megadyn.training.optimizer import learning_rate, schedule_problem
+from megadyn.training.processes import Process, launchers
 from megadyn.training.profile import Profile
-from megadyn.training.refuse import CHECKPOINTS, refuse_early, refuse_login
+from megadyn.training.refuse import CHECKPOINTS, expected_start, refuse_early, refuse_login
 from megadyn.training.telemetry import Telemetry
 from megadyn.training.watchdog import Watchdog
 
 
-def run(config: Config) -> None:
-    """Trains as configured. Every process of the job calls it."""
+def run(config: Config, watched: Sequence[Process] = ()) -> None:
+    """Trains as configured. Every process of the job calls it. `watched`: launchers, with which the run ends."""
     engine_settings(config)                # read again by the engine; a mistake in it is to be known before the data are opened
     plan = batch_plan(config, launch.world_size())
-    data = open_data(config)
+    data = open_data(config, expected_start(config))
     refuse_early(config, plan, data)
     timeout_s = config.training.timeout_s
     launch.join(timeout_s + COLLECTIVE_MARGIN_S)
-    refuse_login(config)
-    with Watchdog(timeout_s, config.training.grace_s) as watchdog:
+    with (RunLock(Path(config.output_dir)) as lock,
+          Watchdog(timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem) as watchdog):
+        refuse_login(config)
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
         watchdog.progress("setting up")
         job = Job(config, engine, data, watchdog)
@@ -80,42 +86,65 @@ class Job:
         self.checkpoints = self.folder / CHECKPOINTS
         self.iteration = 0
         self.consumed_samples = 0
+        self.course = Course(config.training.global_batch_size)
         self.saved_at = -1                                   # the newest whole checkpoint's iteration
-        self.bad_since_saved = 0
+        self.forked_from: str | None = None
+        self.evaluations: dict[str, dict[str, float]] = {}   # the last of each set
+        self.has_ended = False
         self.stall_s = 0.0                                   # how long training waited for the checkpoint being written
         self.telemetry: Telemetry | None = None              # rank 0's
         self.profile: Profile | None = None
         self.loss_rule = LossRule(config.training)
         self.signals = Signals(watchdog.asked_to_stop)
+        watchdog.request_stop = self.signals.request
         self.writer = Writer(self.checkpoints, config)
 
+    @property
+    def total(self) -> int:
+        """The number of the last step."""
+        return self.config.training.iterations or 0
+
+    @property
+    def position(self) -> Position:
+        return Position(self.iteration, self.consumed_samples)
+
     def start(self) -> None:
-        """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed."""
-        settings = self.config.checkpoint
-        found = None
-        if settings.resume == "auto":
-            self.watchdog.progress("verifying checkpoints")
-            found = save_load.newest_good(self.checkpoints)     # raises if there are some and none is good
-        elif settings.resume != "never":
-            found = resolve(Path(settings.resume))
-            if problem := save_load.verify(found):
-                raise UserError(problem)
-        if found:
+        """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed. Where
+        nothing is left to do, nothing in the output folder is touched."""
+        settings, changed = self.config.checkpoint, {}
+        self.watchdog.progress("verifying checkpoints")
+        if settings.fork_from:
+            self.forked_from = str(Path(settings.fork_from).resolve())
+        if found := find_start(settings, self.checkpoints):
+            changed = changes(self.config, found)
             self.consumed_samples = self.load(found)
             log.info("resumed from %s", found)
-            if self.iteration >= (self.config.training.iterations or 0):
-                log.info("nothing to do: the run stands at iteration %d of %d", self.iteration, self.config.training.iterations)
+            if changed:
+                log.info("changed since that checkpoint: %s", changes_line(changed))
         elif settings.init_from:
             save_load.init_from(self.engine, Path(settings.init_from))
             log.info("weights from %s", settings.init_from)
+        self.set_course()
+        if found and self.iteration >= self.total:
+            self.refuse_condemned(found)
+            log.info("nothing to do: the run stands at iteration %d of %d", self.iteration, self.total)
+            return
+        self.open_folder()
+        if changed and self.telemetry:
+            self.telemetry.event(self.iteration, "resumed", {"from": str(found), "changed": changed})
+
+    def open_folder(self) -> None:
+        """Opens what the run writes into its output folder. Collective."""
         grid, device = self.engine.grid, self.engine.device
         with os_errors_named(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            record_start(self.folder, grid, self.engine.zero_stage, device, self.iteration)
+            record_start(self.folder, grid, self.engine.zero_stage, device, self.iteration, self.total)
             self.profile = Profile(self.config.logging, self.folder, dist.get_rank(), self.iteration)
             if dist.get_rank() == 0:
                 save_config(self.config, self.folder / "config.yaml")
-                log.info("%s", run_line(self.config, self.engine))
+                log.info("%s", self.engine.run_line())
+                if problem := schedule_problem(self.config.optimizer, self.total):
+                    log.warning("%s", problem)
                 self.telemetry = Telemetry(self.config, dist.get_world_size(), self.folder, self.iteration,
                                            torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
@@ -125,38 +154,47 @@ class Job:
         data_key = None if self.config.checkpoint.allow_other_data else self.data.train.key
         manifest = save_load.load(self.engine, checkpoint, data_key)
         self.iteration = self.saved_at = manifest["iteration"]
+        self.course = Course.from_manifest(manifest)
         if manifest["loss_rule"]:
             self.loss_rule.set_state(manifest["loss_rule"])
         return int(manifest["consumed_samples"])
 
+    def set_course(self) -> None:
+        """Works out, from where the run stands, how many steps are left."""
+        self.course.go_on(self.position, self.engine.plan.global_batch)
+        settle_length(self.config, self.data.train, self.position)
+
     def train(self) -> None:
-        total = self.config.training.iterations or 0
         if self.iteration == 0:
             self.evaluate("validation", self.data.validation)
-        batch, stopping = self.engine.plan.global_batch, False
-        while self.iteration < total and not stopping:
+        batch, stopping, is_new = self.engine.plan.global_batch, False, self.iteration < self.total
+        while self.iteration < self.total and not stopping:
             # Anew after a rollback: then more steps follow than there were samples for.
-            end = self.consumed_samples + (total - self.iteration) * batch
+            end = self.config.training.samples_at_end(*self.position)
             with self.loader(self.data.train, self.consumed_samples, end, step=batch) as loader:
-                stopping = self.steps(loader, total)
+                stopping = self.steps(loader)
+        if is_new and self.iteration >= self.total and not self.has_ended:       # a rollback left nothing to do
+            self.end()
         if stopping:
             log.info("stopped by %s after iteration %d; start again to go on", self.signals.received or "a signal elsewhere",
                      self.iteration)
 
-    def steps(self, loader: Loader, total: int) -> bool:
+    def steps(self, loader: Loader) -> bool:
         """Steps until the run is complete or has gone back to a checkpoint; true if it was asked to stop."""
-        while self.iteration < total:
+        while self.iteration < self.total:
             before = self.iteration
-            if self.step(loader, total):
+            if self.step(loader):
                 return True
             if self.iteration <= before:
                 break
         return False
 
-    def step(self, loader: Loader, total: int) -> bool:
-        """One step of `total`, and what is due behind it; true if the run was asked to stop."""
+    def step(self, loader: Loader) -> bool:
+        """One step, and what is due behind it; true if the run was asked to stop."""
         assert self.profile is not None
-        rate, number = learning_rate(self.config.optimizer, self.iteration, total), self.iteration + 1
+        number = self.iteration + 1
+        rate = learning_rate(self.config.optimizer, self.iteration, self.total,
+                             schedule_of(self.config, self.course, self.position))
         is_measured = self.due(self.config.logging.interval, number)
         self.profile.before_step(number)
         result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit, measure=is_measured)
@@ -168,7 +206,7 @@ class Job:
         if result.problem:
             self.take_bad_step(result)
         else:
-            self.loss_rule.note(float(result.loss))
+            self.loss_rule.note(number, float(result.loss))
             if is_measured or stopping:
                 self.report(result, rate, is_measured)
         if self.profile.after_step(number) and self.telemetry:
@@ -176,12 +214,33 @@ class Job:
         if is_written:
             self.finish_save(last=False)
         if self.due(self.config.checkpoint.interval) or stopping:
-            self.save(last=stopping or self.iteration == total)
-        if self.due(self.config.training.eval_interval):
+            self.save(last=stopping or self.iteration == self.total)
+        if self.iteration == self.total:
+            self.end()
+        elif self.due(self.config.training.eval_interval):
             self.evaluate("validation", self.data.validation)
-        if self.iteration == total:
-            self.evaluate("test", self.data.test)
         return stopping
+
+    def end(self) -> None:
+        """Evaluates the complete run. Raises TrainingDiverged, and marks the last checkpoint, if its model gives NaN."""
+        self.has_ended = True
+        self.evaluations.clear()
+        self.evaluate("validation", self.data.validation)
+        self.evaluate("test", self.data.test)
+        problem = problem_at_end(self.evaluations, self.loss_rule.last_loss)
+        if problem is None:
+            return
+        last = self.checkpoints / layout.folder_name(self.iteration)
+        if dist.get_rank() == 0 and last.exists():
+            with os_errors_named(last):
+                layout.mark_not_good(last, problem)
+        raise TrainingDiverged(f"{problem}: {last} does not count as good; go back to an earlier checkpoint "
+                               "(checkpoint.fork_from), with a smaller learning rate or other loss weights")
+
+    def refuse_condemned(self, checkpoint: Path) -> None:
+        """TrainingDiverged for a complete run whose only checkpoint `end` has marked. Collective."""
+        if problem := all_gather(layout.condemned(checkpoint))[0]:
+            raise TrainingDiverged(f"{checkpoint} is complete, but not good: {problem}")
 
     def loader(self, samples: Samples, first: int, end: int, step: int) -> Loader:
         """This rank's micro-batches of samples `first` to `end`; a stage between the first and the last reads none."""
@@ -223,27 +282,27 @@ class Job:
     def take_bad_step(self, result: StepResult) -> None:
         """Does after a bad step what training.on_bad_step asks for; it has not reached the weights. Raises TrainingDiverged."""
         cfg, at = self.config.training, self.iteration
-        self.loss_rule.bad_steps += 1
-        self.bad_since_saved += 1
+        self.loss_rule.note_bad(at, float(result.loss))
         samples = f"samples {self.consumed_samples - cfg.global_batch_size} to {self.consumed_samples - 1}"
         said = f"step {at} ({samples}) is bad: {result.problem}"
         kept = f"the step was not taken, and nothing was saved since iteration {max(0, self.saved_at)}"
         if cfg.on_bad_step == "stop":
             raise TrainingDiverged(f"{said}; {kept} (training.on_bad_step: skip or rollback goes on)")
-        if self.bad_since_saved > cfg.max_bad_steps:
-            raise TrainingDiverged(f"{said}, and more than training.max_bad_steps = {cfg.max_bad_steps} were; {kept}")
+        if excess := self.loss_rule.excess():
+            raise TrainingDiverged(f"{said}, and it makes {excess}; {kept}")
         if cfg.on_bad_step == "rollback":
             self.finish_save(last=False)
-            checkpoint = save_load.newest_good(self.checkpoints)
+            checkpoint = save_load.newest_good(self.checkpoints, only_good=True)
             if checkpoint is None:
-                raise TrainingDiverged(f"{said}, and there is no checkpoint to go back to; {kept}")
+                raise TrainingDiverged(f"{said}, and there is no good checkpoint to go back to; {kept}")
             self.load(checkpoint)
+            self.set_course()
         log.warning("%s; %s (%d bad steps so far)", said, f"back to iteration {self.iteration}, on with the samples after it"
                     if cfg.on_bad_step == "rollback" else "skipped", self.loss_rule.bad_steps)
         self.engine.routing_statistics()                     # the bad step's are dropped
         if self.telemetry:
             if cfg.on_bad_step == "rollback":
-                self.telemetry.go_back(self.iteration)
+                self.telemetry.go_back(self.iteration, self.total)
             self.telemetry.event(self.iteration, "bad_step", {
                 "iteration": at, "problem": result.problem, "action": cfg.on_bad_step, "lm_loss": float(result.loss),
                 "consumed_samples": self.consumed_samples, "bad_steps": self.loss_rule.bad_steps})
@@ -261,6 +320,7 @@ class Job:
             with self.loader(samples, 0, size, step=size) as loader:
                 losses[mode] = self.engine.evaluate(loader, size // (plan.micro_batch * plan.data_parallel), mode)
         losses.setdefault("causal", losses["topk"])
+        self.evaluations[name] = losses
         if self.telemetry:
             self.telemetry.evaluation(self.iteration, name, losses)
 
@@ -272,7 +332,7 @@ class Job:
             began = time.perf_counter()
             self.writer.start(save_load.snapshot(
                 self.engine, iteration=self.iteration, consumed_samples=self.consumed_samples, data_key=self.data.train.key,
-                loss_rule=self.loss_rule.state()))
+                loss_rule=self.loss_rule.state(), more={"course": self.course.state(), "forked_from": self.forked_from}))
             self.stall_s = time.perf_counter() - began
             if last or not self.config.checkpoint.background:
                 self.finish_save(last)
@@ -292,7 +352,7 @@ class Job:
                 self.telemetry.event(self.iteration, "checkpoint", {"error": str(error)})
             return
         if written:
-            self.saved_at, self.bad_since_saved = written.iteration, 0
+            self.saved_at = written.iteration
             stall_s = self.stall_s + time.perf_counter() - began
             log.info("saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s)
             if self.telemetry:
@@ -307,25 +367,17 @@ class Job:
             self.telemetry.close()
 
 
-def run_line(config: Config, engine: Engine) -> str:
-    """What runs, in one line."""
-    model, grid, training = config.model, engine.grid, config.training
-    return (f"{model.routing.describe()}: "
-            f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{engine.zero_stage}, "
-            f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
-            f"{training.tokens_per_step:,} tokens ({engine.plan.micro_batches} x {engine.plan.micro_batch} samples a rank)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="megadyn.pretrain", description="Pretrain a routed transformer.")
-    parser.add_argument("config", help="YAML file")
+    parser.add_argument("config", type=user_path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)     # the launcher passes it; LOCAL_RANK counts
     launch.adopt_mpi_ranks()
+    watched = launchers() if "RANK" in os.environ else []        # at once: it may end while the ranks meet
     start_logging()
     try:
         args = parser.parse_args(argv)
-        run(load_config(args.config, args.overrides))
+        run(load_config(args.config, args.overrides), watched)
     except UserError as error:
         say(error)
         return 2

@@ -24,3 +24,7 @@ def _logger_as_it_was() -> Iterator[None]:
     yield
     log.handlers[:], log.propagate = handlers, propagate
     log.setLevel(level)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kind", action="append", help="tests/conformance: a kind of routing to try (default: all)")

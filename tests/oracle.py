@@ -166,7 +166,7 @@ class Reader:
     def chosen(self, scores: list[float], h: Array, layer: int) -> list[int]:
         """The tokens that routed layer `layer` processes, ascending; `h` [T, D] is its input."""
         if self.routing.get("router_type") == "token_choice":      # in both modes
-            return [t for t in range(len(scores)) if scores[t] > 0.5]
+            return [t for t in range(len(scores)) if scores[t] > 0]
         if self.mode == "topk":
             count = max(1, math.floor(self.routing["capacity"] * len(scores)))
             best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
@@ -200,29 +200,27 @@ class Reader:
     # ---- DTF -------------------------------------------------------------------------------------
 
     def decide(self, h: Array, layer: int) -> tuple[Array, list[float]]:
-        """Decision layer: (post [T, D], G of every token)."""
+        """Decision layer: (post [T, D], r of every token)."""
         prefix = f"model.layers.{layer}"
         post = h + self.block(h, list(range(len(h))), layer)
         prior = h + swiglu(self.norm(h, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior")
 
         beta_ce = self.weights[f"{prefix}.router.beta_ce"].item()
         beta_cu = self.weights[f"{prefix}.router.beta_cu"].item()
-        o_ce = self.weights[f"{prefix}.router.ce_offset"].item()
+        lambda_ce = self.weights[f"{prefix}.router.ce_log_offset"].item()
         m_cu = self.weights[f"{prefix}.router.cu_multiplier"].item()
         window = self.routing["ma_window"]
 
         d_st = [float(np.mean((post[t] - h[t]) ** 2)) for t in range(len(h))]
         d_ch = [float(np.mean((post[t] - prior[t]) ** 2)) for t in range(len(h))]
-        gates = []
+        scores = []
         for t in range(len(h)):
             last = [d_st[max(s, 0)] for s in range(t - window + 1, t + 1)]    # before the start: D_st[0]
             moving_average = sum(last) / window
-            ce = d_st[t] - (d_ch[t] - math.log(o_ce + 1e-10))
+            ce = d_st[t] - d_ch[t] + lambda_ce
             cu = d_st[t] - m_cu * moving_average
-            s_ce = sigmoid(softplus(beta_ce) * ce)
-            s_cu = sigmoid(softplus(beta_cu) * cu)
-            gates.append(s_ce + s_cu - s_ce * s_cu)
-        return post, gates
+            scores.append(softplus(softplus(beta_ce) * ce) + softplus(softplus(beta_cu) * cu))
+        return post, scores
 
     # ---- MoD -------------------------------------------------------------------------------------
 
@@ -236,12 +234,14 @@ class Reader:
 
     def attend_or_bypass(self, h: Array, layer: int) -> Array:
         prefix = f"model.layers.{layer}"
-        p = []      # (attend, bypass)
+        p, leads = [], []      # (attend, bypass), and the difference of their logits
         for t in range(len(h)):
             z = self.linear(silu(self.linear(h[t], f"{prefix}.router.fc1")), f"{prefix}.router.fc2")
-            attend = math.exp(z[0]) / (math.exp(z[0]) + math.exp(z[1]))
-            p.append((attend, 1 - attend))
-        attending = self.chosen([attend for attend, _ in p], h, layer)
+            leads.append(float(z[0] - z[1]))
+            p.append((sigmoid(leads[-1]), sigmoid(-leads[-1])))
+        by_probability = self.mode == "causal" and self.routing.get("score", "probability") == "probability"
+        is_expert = self.routing.get("router_type") == "expert_choice"
+        attending = self.chosen([attend for attend, _ in p] if is_expert and by_probability else leads, h, layer)
 
         x = self.first_norm(h, layer)
         a = np.zeros_like(h)
@@ -319,15 +319,15 @@ class Reader:
     def logits(self, tokens: list[int]) -> Array:
         """[T, V]"""
         h = self.weights["model.embed_tokens.weight"][tokens]
-        gates: list[float] = []
+        scores: list[float] = []
         sums: list[list[float]] = []
-        for layer, kind in enumerate(self.config["layer_types"]):
+        for layer, kind in enumerate(self.config["routed_layer_types"]):
             if kind == "dense":
                 h = h + self.block(h, list(range(len(h))), layer)
             elif kind == "dtf_decision":
-                h, gates = self.decide(h, layer)
+                h, scores = self.decide(h, layer)
             elif kind == "dtf_dynamic":
-                h = self.skip_or_run(h, gates, gates, layer)
+                h = self.skip_or_run(h, scores, [1 - math.exp(-r) for r in scores], layer)
             elif kind == "mod":
                 h = self.mixture_of_depths(h, layer)
             elif kind == "dtrnet":

@@ -1,27 +1,39 @@
-"""Imports point down: a room knows only what stands below it, and few rooms know DeepSpeed or torch.distributed."""
+"""Imports point down: a room knows only what stands below it, and few rooms know DeepSpeed or torch.distributed.
+
+A folder of `megadyn/kinds` has files in three rooms: its record (`__init__.py`), its layers for training, and `exported.py`,
+which is shipped beside exported weights. Nobody but the folder itself knows the kind's name.
+"""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from megadyn.kinds import BUILT_IN, DENSE
+
 PACKAGE = Path(__file__).parents[1] / "megadyn"
-ROOMS = ("benchmark", "pretrain", "report", "training", "checkpoint", "hf", "network", "routing", "model", "kernels", "parallel",
-         "data", "planning", "config", "errors", "log")
-"""Highest first. `errors` and `log` stand side by side on the ground."""
+ROOMS = ("benchmark", "pretrain", "report", "training", "checkpoint", "hf", "network", "layers of kinds", "routing", "model",
+         "kernels", "parallel", "data", "planning", "config", "kinds", "costs", "checks", "paths", "errors", "log")
+"""Highest first. `errors` and `log` stand side by side on the ground. The modules of `layers of kinds` are found by name, so that
+nothing imports them but each other."""
+SHIPPED = "exported"
+"""`kinds/*/exported.py`: beside the rooms."""
+SHIPPED_WITH = ("megadyn.hf.layers_megadyn", "megadyn.hf.configuration_megadyn")
+FOR_TYPES_ALONE = {("checkpoint/save_load.py", "megadyn.training.engine.Engine"), ("kinds/older.py", "torch.Tensor")}
+"""Imports under `if TYPE_CHECKING`, which nothing runs, that would be against a rule: the exceptions that there are."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def imported(source: str, package: str) -> Iterator[str]:
-    """Full names of all modules and members imported anywhere in `source`, but for those under `if TYPE_CHECKING`.
+    """Full names of all modules and members imported anywhere in `source`, under `if TYPE_CHECKING` too.
 
     `torch.distributed`, which `import torch` brings along, counts where it is used.
     """
     waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            waiting += node.orelse
-            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -46,44 +58,128 @@ def where(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def room_of(path: Path) -> str:
+    first, *inner = path.relative_to(PACKAGE).with_suffix("").parts
+    if first == "kinds" and len(inner) > 1:                    # inside the folder of a kind
+        return {"__init__": "kinds", "exported": SHIPPED}.get(inner[-1], "layers of kinds")
+    return first
+
+
+def room_of_module(name: str) -> str:
+    """Of an imported module or member, by its full name."""
+    parts = name.split(".")[1:]
+    while parts:
+        path = PACKAGE.joinpath(*parts)
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return room_of(file)
+        parts.pop()
+    raise AssertionError(f"{name} is nowhere in megadyn")
+
+
+def points_down(room: str, target: str) -> bool:
+    if room in ("errors", "log"):
+        return target == room
+    return target == room or ROOMS.index(target) > ROOMS.index(room)
+
+
 def users(module: str) -> set[str]:
     return {where(path) for path in FILES if uses(imports_of(path), module)}
 
 
-def test_the_reader_of_imports_sees_every_form_and_spares_type_checking():
+def test_the_reader_of_imports_sees_every_form_and_those_for_types_too():
     source = """
 import a.b as c
 from . import d
 from .e import f
 from ..g import h
 if TYPE_CHECKING:
-    import unseen
+    import k
 else:
-    import seen
+    import l
 def function():
     from i import j
     torch.distributed.barrier()
 """
-    assert set(imported(source, "top.room")) == {"a.b", "top.room.d", "top.room.e.f", "top.g.h", "seen", "i.j",
+    assert set(imported(source, "top.room")) == {"a.b", "top.room.d", "top.room.e.f", "top.g.h", "k", "l", "i.j",
                                                 "torch.distributed"}
 
 
 def test_every_file_stands_in_a_room():
-    assert {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES} == set(ROOMS)
+    assert {room_of(path) for path in FILES} == {*ROOMS, SHIPPED}
+
+
+def test_a_folder_of_a_kind_has_its_files_in_three_rooms():
+    kind = PACKAGE / "kinds" / BUILT_IN[-1]
+    assert [room_of(kind / name) for name in ("__init__.py", "layers.py", "load.py", "exported.py")] == [
+        "kinds", "layers of kinds", "layers of kinds", SHIPPED]
+    assert [room_of(PACKAGE / "kinds" / name) for name in ("__init__.py", "kind.py")] == ["kinds", "kinds"]
+    assert room_of_module(f"megadyn.kinds.{BUILT_IN[-1]}.layers.AnyClass") == "layers of kinds"
+    assert room_of_module("megadyn.kinds.make_kind") == "kinds"
 
 
 def test_imports_point_down():
-    wrong = []
+    wrong = set()
     for path in FILES:
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for name in sorted(imports_of(path)):
-            if not name.startswith("megadyn."):
-                continue
-            target = name.split(".")[1]
-            down = target in ROOMS and ROOMS.index(target) > ROOMS.index(room)
-            if target != room and (not down or room in ("errors", "log")):
-                wrong.append(f"{where(path)} imports {name}")
-    assert not wrong
+        if room_of(path) == SHIPPED:
+            continue
+        for name in imports_of(path):
+            if name.startswith("megadyn.") and not points_down(room_of(path), room_of_module(name)):
+                wrong.add((where(path), name))
+    assert wrong == FOR_TYPES_ALONE
+
+
+def test_one_kind_imports_nothing_of_another():
+    dense = f"megadyn.kinds.{DENSE}."
+    for path in (PACKAGE / "kinds").glob("*/*.py"):
+        own = f"megadyn.kinds.{path.parent.name}"
+        others = {name for name in imports_of(path) for kind in BUILT_IN if uses({name}, f"megadyn.kinds.{kind}")}
+        assert all(uses({name}, own) or name.startswith(dense) for name in others), where(path)
+
+
+def test_records_and_costs_need_no_torch():
+    for path in FILES:
+        if room_of(path) in ("kinds", "costs", "checks", "errors", "config", "planning"):
+            needed = {name for name in imports_of(path) if (where(path), name) not in FOR_TYPES_ALONE}
+            assert not uses(needed, "torch"), where(path)
+
+
+def names_and_texts(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every name and every string in `source`, but for docstrings and comments."""
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.lineno, node.value
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            text = getattr(node, field, None)
+            if isinstance(text, str):
+                yield getattr(node, "lineno", 0), text
+
+
+def kind_in(text: str) -> str | None:
+    """The name of a kind, but for `dense`, as a word of `text`: of a sentence, of snake_case, or the first of CamelCase."""
+    kinds = "|".join(kind for kind in BUILT_IN if kind != DENSE)
+    camel = "|".join(kind.title().replace("_", "") for kind in BUILT_IN if kind != DENSE)
+    found = re.search(rf"(?<![A-Za-z])({kinds})(?![A-Za-z])|(?<![A-Za-z])({camel})(?=[A-Z]|\b)", text)
+    return found[0] if found else None
+
+
+def test_the_reader_of_names_sees_kinds_and_spares_prose():
+    source = '''"""mod in prose"""
+def f(dtf_x=1):
+    """dtf too"""
+    a.mod, "--models mod:1", ModLayer   # dtrnet
+    divmod(model, Module), "modules"
+'''
+    assert sorted(kind_in(text) for _, text in names_and_texts(source) if kind_in(text)) == ["Mod", "dtf", "mod", "mod"]
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("kinds", "layers of kinds")])
+def test_nothing_outside_its_folder_names_a_kind(room):
+    found = [f"{where(path)}:{line}: {text!r}" for path in FILES if room_of(path) == room
+             for line, text in names_and_texts(path.read_text()) if kind_in(text)]
+    assert not found
 
 
 def test_few_files_know_deepspeed():
@@ -101,6 +197,18 @@ def test_data_needs_no_torch():
 
 
 def test_the_exported_modelling_files_need_nothing_of_megadyn_but_each_other():
-    for name in ("modeling_megadyn.py", "configuration_megadyn.py"):
-        ours = {name for name in imports_of(PACKAGE / "hf" / name) if uses({name}, "megadyn")}
-        assert all(name.startswith("megadyn.hf.configuration_megadyn.") for name in ours), ours
+    allowed = {"configuration_megadyn": ("routing_of",), "layers_megadyn": ("configuration_megadyn",),
+               "modeling_megadyn": ("configuration_megadyn", "layers_megadyn", "routing_of")}
+    for name, others in allowed.items():
+        ours = {name for name in imports_of(PACKAGE / "hf" / f"{name}.py") if uses({name}, "megadyn")}
+        assert all(any(uses({found}, f"megadyn.hf.{other}") for other in others) for found in ours), (name, ours)
+
+
+def test_what_a_kind_ships_needs_nothing_but_these_torch_and_transformers():
+    files = [path for path in FILES if room_of(path) == SHIPPED]
+    assert len(files) == len(BUILT_IN)
+    standard = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
+    for path in files:
+        names = imports_of(path)
+        foreign = {name for name in names if name.split(".")[0] not in standard | {"torch", "transformers", "huggingface_hub"}}
+        assert all(any(uses({name}, module) for module in SHIPPED_WITH) for name in foreign), (where(path), foreign)

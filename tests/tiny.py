@@ -36,6 +36,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """Routing keys of every kind, and of every causal rule. Auxiliary losses weigh enough to show."""
 
+AS_SAVED = {
+    "capacity": 0.125, "layout": None, "causal": "threshold", "threshold_momentum": 0.99, "predictor_loss_weight": 0.01,
+    "ma_window": 100, "prior_factor": 0.0625, "prior_loss_weight": 0.05, "gate": "identity", "bce_loss_weight": 0.01,
+    "z_loss_weight": 0.0001, "router_type": "token_choice", "aux_loss_lambda": 0.0008, "aux_loss_warmup": 0,
+    "safe_min_attn_ratio": 0.05, "jitter": 0.0, "entropy_bonus": 0.0}
+"""`model.routing` of a run of version 0.1, which saved the keys of all kinds, but for `kind`."""
+
+VARIANTS: dict[str, dict[str, Any]] = {"dtrnet-target": {"kind": "dtrnet", "target_share": 0.3, "aux_loss_lambda": 0.05}}
+"""Of a kind, where a test asks for one by name."""
+
 
 def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: int = 1, recompute: str = "none",
                 precision: str = "fp32", tied: bool = False, micro_batch: int = 1, iterations: int = 10,
@@ -47,7 +57,7 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
     shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "qkv_bias": True,
              "init_std": 0.2, "tie_embeddings": tied} | model
     return Config(
-        model=ModelConfig(routing=make_kind(**KINDS[kind]), **shape),
+        model=ModelConfig(routing=make_kind(**(KINDS | VARIANTS)[kind]), **shape),
         data=DataConfig(train="unused"), tokenizer=TokenizerConfig(path="byte"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
         optimizer=OptimizerConfig(learning_rate=1e-3 if precision == "fp32" else 1e-4, min_learning_rate=1e-4,

@@ -6,6 +6,7 @@
     python tools/benchmark.py layer [options]       # where the time of each kind of layer goes
     python tools/benchmark.py checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
     python tools/benchmark.py scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
+    python tools/benchmark.py soak [options]        # thousands of tiny steps of every kind of routing: does it last?
 """
 
 import argparse
@@ -16,7 +17,8 @@ from megadyn.errors import Parser, run_tool
 
 BENCHMARKS = {"data": "megadyn.benchmark.preparation", "samples": "megadyn.benchmark.samples",
               "step": "megadyn.benchmark.step", "layer": "megadyn.benchmark.layer",
-              "checkpoint": "megadyn.benchmark.checkpoint", "scaling": "megadyn.benchmark.scaling"}
+              "checkpoint": "megadyn.benchmark.checkpoint", "scaling": "megadyn.benchmark.scaling",
+              "soak": "megadyn.benchmark.soak"}
 """Module of each, whose `main` takes the options."""
 
 

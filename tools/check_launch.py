@@ -9,21 +9,21 @@ The scripts in examples/launch/ ask it first, so that a mistake is one line and 
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.data.arguments import positive
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import user_path
 from megadyn.training.hosts import check_ssh, read_hostfile
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
-    number.add_argument("--hostfile", type=Path, metavar="FILE", help="a host a line as `name slots=8`")
+    number.add_argument("--hostfile", type=user_path, metavar="FILE", help="a host a line as `name slots=8`")
     parser.add_argument("--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh")
     parser.add_argument("--json", action="store_true", help="print the layout as one JSON object in the last line")
     return parser.parse_intermixed_args(argv)

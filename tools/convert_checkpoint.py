@@ -17,6 +17,7 @@ from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.data.arguments import byte_count
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.parallel.params import DTYPES
+from megadyn.paths import expanded, user_path
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,15 +26,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", help="export to Hugging Face")
     inspect = commands.add_parser("inspect", help="iteration, topology, size, and whether all files are whole")
     for command in (to_hf, inspect):
-        command.add_argument("--checkpoint", type=Path, required=True)
+        command.add_argument("--checkpoint", type=user_path, required=True)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
-    to_hf.add_argument("--output", type=Path, required=True)
+    to_hf.add_argument("--output", type=user_path, required=True)
     to_hf.add_argument("--as", dest="style", choices=("megadyn", "qwen2"), default="megadyn",
                        help="qwen2: a dense model as plain Qwen2ForCausalLM")
     to_hf.add_argument("--precision", choices=tuple(DTYPES), help="of the weights (default: the run's)")
     to_hf.add_argument("--max-shard-size", type=byte_count, default=SHARD_BYTES, metavar="SIZE",
                        help="of a weight file, such as 2GB (default: 5GB); a tensor is never cut")
-    to_hf.add_argument("--tokenizer", help="the run's tokenizer, where its configured path does not lead to it from here")
+    to_hf.add_argument("--tokenizer", type=expanded,
+                       help="the run's tokenizer, where its configured path does not lead to it from here")
     to_hf.add_argument("--overwrite", action="store_true")
     return parser.parse_args(argv)
 

@@ -13,18 +13,19 @@ no finite number is null.
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.errors import Parser, run_tool
+from megadyn.paths import user_path
 from megadyn.training.evaluate import evaluate
 from megadyn.training.sinks import finite
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, a run's folder, or a Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--checkpoint", type=user_path, required=True,
+                        help="a checkpoint, a run's folder, or a Hugging Face folder")
+    parser.add_argument("--data", type=user_path, required=True, metavar="PREFIX")
     parser.add_argument("--routing", choices=("topk", "causal", "both"), default="both")
     parser.add_argument("--samples", type=positive, help="use only the first so many samples (default: all)")
     parser.add_argument("--sequence-length", type=positive, help="default: the run's, or the model's longest")

@@ -16,11 +16,12 @@ from typing import Any
 
 from megadyn.data.arguments import seed
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import user_path
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="exported Hugging Face folder")
+    parser.add_argument("--model", type=user_path, required=True, metavar="HF_DIR", help="exported Hugging Face folder")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")

@@ -8,7 +8,6 @@ token as well: ids against the vocabulary, and the stream against the hash kept 
 
 import argparse
 import json
-from pathlib import Path
 
 from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
@@ -16,18 +15,20 @@ from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.samples import SampleSet
 from megadyn.data.tokenizer import TokenArray, Tokenizer, load_tokenizer
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import expanded, user_path
 
 SHOWN_TOKENS = 200
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefix", type=Path, metavar="PREFIX")
+    parser.add_argument("prefix", type=user_path, metavar="PREFIX")
     parser.add_argument("--documents", type=int, default=0, metavar="N", help=f"show N documents, {SHOWN_TOKENS} tokens of each")
     parser.add_argument("--samples", type=int, default=0, metavar="N",
                         help=f"show N samples as training cuts them, before they are shuffled, {SHOWN_TOKENS} tokens of each")
     parser.add_argument("--sequence-length", type=positive, default=1024, metavar="T", help="of the samples (default: 1024)")
-    parser.add_argument("--tokenizer", metavar="DIR|FILE.model|byte", help="decode them; must be the one that made the dataset")
+    parser.add_argument("--tokenizer", type=expanded, metavar="DIR|FILE.model|byte",
+                        help="decode them; must be the one that made the dataset")
     parser.add_argument("--verify", action="store_true", help="read and check every token")
     add_json_argument(parser)
     return parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> None:
     if dataset.record:
         result |= {"tokenizer": dataset.record.tokenizer, "vocab_size": dataset.record.vocab_size,
                    "sha256": dataset.record.sha256, "skipped": dataset.record.skipped}
-        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids)")
+        ends = f"end with id {dataset.record.eod}" if dataset.record.append_eod else "have no token at their end"
+        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}")
     if args.verify:
         made_with = dataset.record or tokenizer
         found = verify(dataset, made_with.vocab_size if made_with else None)

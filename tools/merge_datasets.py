@@ -7,16 +7,16 @@ The result is what preprocessing the inputs of all of them at once gives, byte f
 
 import argparse
 import json
-from pathlib import Path
 
 from megadyn.data.arguments import add_output_arguments, output_prefix
 from megadyn.data.merge import merge_datasets
 from megadyn.errors import Parser, run_tool
+from megadyn.paths import user_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="PREFIX")
+    parser.add_argument("--inputs", type=user_path, nargs="+", required=True, metavar="PREFIX")
     parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     add_output_arguments(parser)
     return parser.parse_args()

@@ -17,6 +17,7 @@ from dataclasses import fields
 from megadyn.config import Config, load_config
 from megadyn.data.arguments import above_zero, positive
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import GIB, Layout, Machine, Refusal, layouts
 from megadyn.planning.parameters import total_parameters
@@ -31,7 +32,7 @@ ASSUMED = {"tflops": "TFLOP/s that a GPU achieves in matrix products", "node_gpu
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.sequence_length=8192")
     parser.add_argument("--gpus", type=positive, required=True, metavar="N")
     parser.add_argument("--gpu-memory", type=above_zero, required=True, metavar="GIB", help="of one GPU")

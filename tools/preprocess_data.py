@@ -21,8 +21,9 @@ from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, c
 from megadyn.data.engine import ENGINES
 from megadyn.data.preprocess import preprocess
 from megadyn.data.ranks import Ranks, ranks_of_job
-from megadyn.errors import Parser, line_lost, run_tool
+from megadyn.errors import Parser, UserError, line_lost, run_tool
 from megadyn.log import start_logging
+from megadyn.paths import expanded
 
 GARBAGE_THRESHOLD = 100_000
 """Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""
@@ -31,10 +32,12 @@ GARBAGE_THRESHOLD = 100_000
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="DIR|FILE.model|byte",
+    parser.add_argument("--tokenizer", type=expanded, required=True, metavar="DIR|FILE.model|byte",
                         help="folder with tokenizer.json, SentencePiece model, or the word byte")
     parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
+    parser.add_argument("--eod", metavar="TOKEN", help="with --append-eod: the token, as the vocabulary writes it "
+                        "(default: the tokenizer's eos_token)")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)")
     parser.add_argument("--engine", choices=ENGINES, default="auto",
                         help="auto: gigatoken if it gives the ids of the reference tokenizer (default)")
@@ -42,7 +45,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shuffle-documents", action="store_true", help="write the documents in a random order")
     parser.add_argument("--seed", type=seed, default=0, help="of that order (default: 0)")
     add_output_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.eod is not None and not args.append_eod:
+        raise UserError("--eod names the token that --append-eod adds: give --append-eod, too")
+    return args
 
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -52,7 +58,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     began = time.perf_counter()
     record = preprocess(corpus, args.tokenizer, args.output_prefix, append_eod=args.append_eod, workers=args.workers,
                         overwrite=args.overwrite, engine=args.engine, max_documents=args.max_documents,
-                        shuffle_seed=args.seed if args.shuffle_documents else None, ranks=ranks)
+                        shuffle_seed=args.seed if args.shuffle_documents else None, ranks=ranks,
+                        eod=args.eod)
     seconds = time.perf_counter() - began
     if ranks.rank != 0:
         return

@@ -9,18 +9,18 @@ The page is one HTML file that opens offline; it replaces an earlier one. A run 
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, run_tool
+from megadyn.paths import user_path
 from megadyn.report.report import write_report
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's output folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html")
-    parser.add_argument("--compare", type=Path, metavar="OTHER_RUN", help="lay its curves over the first run's")
+    parser.add_argument("run", type=user_path, metavar="RUN_DIR", help="a run's output folder")
+    parser.add_argument("--output", type=user_path, required=True, metavar="FILE.html")
+    parser.add_argument("--compare", type=user_path, metavar="OTHER_RUN", help="lay its curves over the first run's")
     parser.add_argument("--tokens", type=count, default=300, metavar="N",
                         help="of a validation text, run through the newest whole checkpoint on the CPU; 0: none (default: 300)")
     parser.add_argument("--no-checkpoints", action="store_true",

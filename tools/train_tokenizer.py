@@ -7,18 +7,18 @@ Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or 
 
 import argparse
 import json
-from pathlib import Path
 
 from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of
 from megadyn.data.train_tokenizer import train_tokenizer
 from megadyn.errors import Parser, run_tool
+from megadyn.paths import user_path
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
     add_output_arguments(parser)
     return parser.parse_args()
 

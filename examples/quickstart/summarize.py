@@ -14,6 +14,7 @@ def main(run: Path, evaluation_file: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "lm_loss" in record]
     validation = [record for record in records if "validation" in record]
+    warnings = [record["router_warning"]["sentence"] for record in records if "router_warning" in record]
     evaluation = json.loads(evaluation_file.read_text().splitlines()[-1])
     speeds = sorted(record["tokens_per_second"] for record in training)
     summary = {
@@ -26,6 +27,7 @@ def main(run: Path, evaluation_file: Path) -> None:
         "routed_fraction": evaluation.get("routed_fraction", 1.0),
         "causal_agreement": evaluation.get("causal_agreement", 1.0),
         "tokens_per_second": speeds[len(speeds) // 2],
+        "router_warnings": warnings,
         "folder": str(run),
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -38,6 +40,8 @@ in {run}/
     tokenizer/   data/   checkpoints/   metrics.jsonl   tensorboard/   summary.json
     hf/          the model for transformers: AutoModelForCausalLM.from_pretrained("{run}/hf", trust_remote_code=True)
 README.md, "A first hour", goes on from here: the run as a page, a second run, both compared""")
+    for sentence in warnings:
+        print(f"warned in training: {sentence}")
 
 
 if __name__ == "__main__":

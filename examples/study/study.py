@@ -23,6 +23,7 @@ from typing import Any
 from megadyn.config import Config, load_config
 from megadyn.data.arguments import positive
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 
 HERE = Path(__file__).parent
@@ -133,7 +134,7 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--jobs", type=positive, default=os.cpu_count())
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
-from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
+from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
 from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.parallel.grid import Grid
+from megadyn.paths import user_path
 from megadyn.training import launch
 from megadyn.training.engine import Engine
 
@@ -175,11 +176,11 @@ def as_table(figures: Figures) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="dtf:0.5", metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
+    parser.add_argument("--model", default=DEFAULT_MODELS[1], metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
     add_shape_arguments(parser, hidden=512, layers=8, heads=8, kv_heads=4, ffn=1408, sequence=256, rounds=3, warmup=1)
     add_device_arguments(parser)
     parser.add_argument("--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
+    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR",
                         help="whose disk is measured; all that is written there is removed (default: %(default)s)")
     add_json_argument(parser)
     return parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Where the time of a layer goes: each kind of layer and its parts, forward and backward.
 
-    python tools/benchmark.py layer [--models dense mod:0.125 dtf:0.5 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
+    python tools/benchmark.py layer [--models dense dtf:0.5 mod:0.125 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
 
 One process and one device, a CPU or a GPU. Layers stand in networks of two layers and get what reaches them there, so that they
 choose as many tokens as they are set to. The parts take turns; medians count. What lies between the parts and the whole layer
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
-from megadyn.benchmark.models import REFERENCE, Model, add_shape_arguments, build, shape_line
+from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
 from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
 from megadyn.data.arguments import add_json_argument
@@ -136,7 +136,7 @@ def reached_by(network: Network, tokens: Tensor) -> list[Stream]:
 
 
 def in_float64(stream: Stream) -> Stream:
-    return Stream(stream.hidden.double(), None if stream.gate is None else stream.gate.double())
+    return Stream(stream.hidden.double(), None if stream.score is None else stream.score.double())
 
 
 def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin: nn.Module) -> Case:
@@ -213,7 +213,7 @@ def shown(number: float | None) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["dense", "mod:0.125", "dtf:0.5", "dtrnet:0.1"],
+    parser.add_argument("--models", nargs="+", default=DEFAULT_MODELS,
                         metavar="KIND[:CAPACITY]", help="whose layers (default: %(default)s)")
     add_shape_arguments(parser, layers=2, rounds=7, warmup=2)
     add_device_arguments(parser)

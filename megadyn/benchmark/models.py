@@ -12,7 +12,7 @@ from megadyn.benchmark.clock import PRECISION_OF
 from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from megadyn.data.arguments import positive
 from megadyn.errors import ConfigError, UserError
-from megadyn.kinds import DENSE, Kind, make_kind
+from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
@@ -22,6 +22,8 @@ from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.layer import RoutedLayer
 
 REFERENCE = "qwen2"
+DEFAULT_MODELS = tuple(find_kind(name).benchmark or name for name in BUILT_IN)
+"""Every kind of this package, the dense one first, as KIND[:CAPACITY]."""
 
 
 @dataclass

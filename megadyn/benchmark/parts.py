@@ -41,7 +41,7 @@ def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, select
     parts = _Parts(layer, kind, stream, model, selection)
     parts.add_decision()
     parts.add_block()
-    inputs = [stream.hidden] if stream.gate is None else [stream.hidden, stream.gate]
+    inputs = [stream.hidden] if stream.score is None else [stream.hidden, stream.score]
     parts.add(WHOLE, lambda *given: layer(Stream(*given)).hidden, *inputs, unseen=parts.unseen,
               forward=layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)].total)
     return parts.found
@@ -50,7 +50,7 @@ def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, select
 class _Parts:
     def __init__(self, layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None):
         self.layer, self.kind, self.model, self.selection = layer, kind, model, selection
-        self.hidden, self.gate = stream.hidden.detach(), stream.gate
+        self.hidden, self.score = stream.hidden.detach(), stream.score
         self.batch, self.length, _ = self.hidden.shape
         self.seen = self.length if selection is None else selection.places.numel() / self.batch
         """Tokens of a sequence that attend."""
@@ -72,7 +72,7 @@ class _Parts:
         if not isinstance(layer, RoutedLayer):
             return
         counted = whole.whole - whole.detached
-        for name, run, inputs in layer.decision_steps(Stream(hidden, self.gate)):
+        for name, run, inputs in layer.decision_steps(Stream(hidden, self.score)):
             self.add(name, run, *inputs, forward=counted)
             counted = 0.0
 

@@ -30,14 +30,15 @@ from typing import Any, NamedTuple
 import orjson
 
 from megadyn.data.arguments import add_json_argument, positive
+from megadyn.data.compression import SUFFIXES as CODECS
 from megadyn.data.engine import GigatokenTokenizer
 from megadyn.data.files import os_errors_named
-from megadyn.data.formats import CODECS
 from megadyn.data.indexed import files_of
 from megadyn.data.readers import Corpus
 from megadyn.data.tokenizer import load_tokenizer
 from megadyn.data.train_tokenizer import train_tokenizer
 from megadyn.errors import Parser, UserError
+from megadyn.paths import user_path
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".c")
 DOCUMENT_BYTES = range(200, 400_000)
@@ -309,7 +310,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--form", choices=FORMS, default="jsonl", help="what the tool reads (default: jsonl)")
     parser.add_argument("--workers", type=positive, default=2, metavar="N")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR",
+    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR",
                         help="where the corpus is made and removed")
     add_json_argument(parser)
     return parser.parse_args(argv)

@@ -28,6 +28,7 @@ from megadyn.data.inspection import verify
 from megadyn.data.merge import merge_datasets
 from megadyn.data.samples import SampleSet, sample_places
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.paths import user_path
 
 LENGTH = 4096
 MEAN_DOCUMENT = 400
@@ -235,7 +236,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="megadyn.benchmark.samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=positive, default=10_000_000, metavar="N",
                         help="of the largest dataset, at least 1000")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")
+    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR")
     add_json_argument(parser)
     args = parser.parse_args(argv)
     if args.documents < 1000:

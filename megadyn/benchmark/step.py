@@ -1,6 +1,6 @@
 """Seconds of a training step (forward, backward, AdamW) of each kind of model, against dense and against transformers' Qwen2.
 
-    python tools/benchmark.py step [--models dense mod:0.125 dtf:0.5 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
+    python tools/benchmark.py step [--models dense dtf:0.5 mod:0.125 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
 
 One process and one device, a CPU or a GPU. The models take turns, step by step, on the same tokens, so that whatever else
 slows the machine slows all alike; medians count. `qwen2` has the weights of the dense model. DTRNet's routers are set so that as
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, timed
-from megadyn.benchmark.models import Model, add_shape_arguments, build, shape_line
+from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.config import RECOMPUTE
 from megadyn.data.arguments import above_zero, add_json_argument
 from megadyn.errors import Parser, UserError
@@ -188,7 +188,7 @@ def shown_error(error: float | None) -> str:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["dense", "mod:0.125", "dtf:0.5", "dtrnet:0.1", "qwen2"],
+    parser.add_argument("--models", nargs="+", default=(*DEFAULT_MODELS, REFERENCE),
                         metavar="KIND[:CAPACITY]", help="shares are of the first's (default: %(default)s)")
     add_shape_arguments(parser, rounds=7, warmup=2)
     add_device_arguments(parser)

@@ -30,14 +30,16 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
     routing = model.routing
     is_dense = routing.name == DENSE
     start = f", starting from the weights of {Path(config.checkpoint.init_from).name}" if config.checkpoint.init_from else ""
+    is_uniform = iteration * config.training.global_batch_size == consumed_samples      # else the batch size has changed
+    batch = f" of {config.training.global_batch_size}" if is_uniform else ","
     tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
              "# license: to be filled in by whoever publishes these weights", "---"]
     parts = [
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
-        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps of "
-        f"{config.training.global_batch_size} sequences of {length}){start}. A base model: it continues text and follows no "
+        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
+        f"{start}. A base model: it continues text and follows no "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),

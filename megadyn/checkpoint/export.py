@@ -47,7 +47,9 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
         temporary.mkdir(parents=True)
         summary = write_hf_folder(
             temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=tokenizer or config.tokenizer.path,
-            style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes)
+            eod=config.tokenizer.eod,
+            style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes,
+            document_mask=config.data.document_mask)
         history = last_records(checkpoint.absolute().parent.parent / "metrics.jsonl", manifest["iteration"])
         (temporary / "README.md").write_text(model_card(
             config, manifest["iteration"], manifest["consumed_samples"], history, style=style, precision=precision,

@@ -13,8 +13,11 @@ A tensor that is cut over tensor ranks has a part in each rank's file, others st
 data-parallel ranks of a stage share its tensors out among them, so that all write at once.
 
 A checkpoint is written under a temporary name beside its place, synced to disk and renamed: under its own name
-it is complete. `latest` decides, as a run that went back leaves higher iterations behind; a reader that finds it missing or
-damaged takes the highest iteration, and says so of a damaged one. Its first line is the name alone, for scripts.
+it is complete. A checkpoint is good unless it was saved right after a bad step (the manifest's `loss_rule`), or holds a file
+`not-good`, which says why: its model was evaluated at the end of the run and gave NaN.
+
+`latest` decides, as a run that went back leaves higher iterations behind; a reader that finds it missing or damaged takes
+the highest iteration, and says so of a damaged one. Its first line is the name alone, for scripts.
 """
 
 import hashlib
@@ -27,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.errors import UserError
+from megadyn.kinds.older import newer_manifest
 from megadyn.log import log
 
 FORMAT = 2
@@ -34,6 +38,8 @@ NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
 """Before a checkpoint's name while it is none."""
+NOT_GOOD = "not-good"
+"""File in a checkpoint that turned out to be worthless; holds the reason."""
 
 
 def folder_name(iteration: int) -> str:
@@ -49,10 +55,11 @@ def shard_file(kind: str, pp: int, tp: int, dp: int) -> str:
     return f"{kind}-pp{pp:02d}-tp{tp:02d}-dp{dp:02d}.safetensors"
 
 
-def complete_checkpoints(root: Path) -> list[Path]:
+def complete_checkpoints(root: Path, *, quiet: bool = False) -> list[Path]:
     """Checkpoints under `root`, best to resume from first: `latest`, then those before it, newest first.
 
-    What lies beyond `latest` was left by a run that has since gone back; it is neither used nor removed.
+    What lies beyond `latest` was left by a run that has since gone back; it is neither used nor removed. `quiet` does not
+    warn of a damaged `latest`: whoever looks again will.
     """
     found = [path for path in root.glob("iteration-*") if NAME.match(path.name)] if root.is_dir() else []
     found.sort(key=lambda path: path.name, reverse=True)
@@ -63,10 +70,39 @@ def complete_checkpoints(root: Path) -> list[Path]:
                "is damaged (its crc32 is not that of its name)" if check and check != check_of(latest) else
                "names no checkpoint there is" if latest not in [path.name for path in found] else "")
     if latest is None or problem:
-        log.warning("%s %s: passed over, %s", root / "latest", problem,
-                    f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint")
+        if not quiet:
+            log.warning("%s %s: passed over, %s", root / "latest", problem,
+                        f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint")
         return found
     return [path for path in found if path.name <= latest]
+
+
+def reservation(folder: Path) -> str | None:
+    """Why a checkpoint does not count as good, although it is whole; None for one that does, or that cannot be read."""
+    if reason := condemned(folder):
+        return reason
+    try:
+        rule = read_manifest(folder).get("loss_rule") or {}
+    except UserError:                   # `damage` tells
+        return None
+    return "it was saved right after a bad step" if rule.get("last_was_bad") else None
+
+
+def condemned(folder: Path) -> str | None:
+    """What was wrong with the model of a checkpoint when its run ended; None if nothing was."""
+    try:
+        return (folder / NOT_GOOD).read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def good_first(folders: list[Path]) -> list[Path]:
+    """`folders` in their order, those that do not count as good behind the others."""
+    return sorted(folders, key=lambda folder: reservation(folder) is not None)      # a stable sort
+
+
+def mark_not_good(folder: Path, reason: str) -> None:
+    write_file(folder / NOT_GOOD, reason + "\n")
 
 
 def read_latest(path: Path) -> tuple[str | None, str]:
@@ -128,9 +164,12 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes all but the `keep` newest checkpoints (0 keeps all) and those of iterations that `keep_every` divides."""
-    for path in complete_checkpoints(root)[keep:] if keep else []:
-        if not (keep_every and iteration_of(path) % keep_every == 0):
+    """Removes all but the `keep` newest checkpoints (0 keeps all), the newest good one, and those of iterations that
+    `keep_every` divides."""
+    complete = complete_checkpoints(root)
+    newest_good = next((path for path in complete if reservation(path) is None), None)
+    for path in complete[keep:] if keep else []:
+        if path != newest_good and not (keep_every and iteration_of(path) % keep_every == 0):
             dying = path.with_name(f"{REMOVING}{path.name}")     # a half-removed checkpoint must not look like one
             path.rename(dying)
             shutil.rmtree(dying)
@@ -144,7 +183,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError unless `folder` holds a checkpoint of this format."""
+    """With an older DTF's entries converted. Raises UserError unless `folder` holds a checkpoint of this format."""
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
@@ -161,7 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
     if missing := [key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest]:
         raise UserError(f"{path}: damaged: it has no {missing[0]!r}")
-    return manifest
+    return newer_manifest(manifest)
 
 
 def damage(folder: Path, names: list[str]) -> str | None:
@@ -182,10 +221,13 @@ def damage(folder: Path, names: list[str]) -> str | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint's folder from itself, a `checkpoints/` folder or a run's output folder."""
+    """A checkpoint's folder from itself, or the newest good one of a `checkpoints/` folder or a run's output folder."""
     if (path / "manifest.json").exists() or NAME.match(path.name):
         return path
     for root in (path, path / "checkpoints"):
         if found := complete_checkpoints(root):
-            return found[0]
+            best = good_first(found)[0]
+            for folder in found[: found.index(best)]:
+                log.warning("%s passed over: %s; name its folder to have it all the same", folder, reservation(folder))
+            return best
     raise UserError(f"{path}: no checkpoint found there" if path.exists() else f"{path}: no such folder")

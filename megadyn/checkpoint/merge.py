@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megadyn.checkpoint.layout import read_manifest
 from megadyn.errors import UserError
+from megadyn.kinds.older import log_offset, moment, newer_name, older_name
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.causal import RunningThreshold
 
@@ -22,9 +23,10 @@ class TensorSource(Protocol):
 
 
 class ShardedTensors:
-    """The tensors of one kind (`weights` or `optimizer`) of a checkpoint, read lazily."""
+    """The tensors of one kind (`weights` or `optimizer`) of a checkpoint, read lazily; an older DTF's are converted."""
 
     def __init__(self, folder: Path, kind: str):
+        self.folder = folder
         manifest: dict[str, Any] = read_manifest(folder)
         model = manifest["model"]
         self.sharding = Sharding(manifest["topology"]["tensor"], model["num_kv_heads"])
@@ -41,10 +43,19 @@ class ShardedTensors:
                     self._parts.setdefault(name, {})[rank] = handle
 
     def names(self) -> set[str]:
-        return set(self._parts)
+        return set(map(newer_name, self._parts))
 
     def whole(self, name: str) -> Tensor:
         """The tensor without any cut or vocabulary padding. Optimizer states are cut like their parameter."""
+        if name in self._parts:
+            return self._joined(name)
+        older = older_name(name)
+        parameter, _, state = older.partition("/")
+        if not state:
+            return log_offset(self._joined(older), f"{self.folder}: {older}")
+        return moment(state, self._joined(older), ShardedTensors(self.folder, "weights")._joined(parameter))
+
+    def _joined(self, name: str) -> Tensor:
         parts = self._parts[name]
         return self.sharding.join(parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size)
 

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
+from megadyn.checkpoint.same_run import SAME_TRAINING, check_same_run
 from megadyn.checkpoint.writing import Snapshot, all_gather, write
-from megadyn.config import Config
 from megadyn.errors import RunError, UserError
-from megadyn.hf.config_map import FIELDS
-from megadyn.hf.reader import HfFolder
-from megadyn.kinds import DENSE
+from megadyn.hf.reader import THRESHOLD
+from megadyn.hf.source import open_source
+from megadyn.kinds import DENSE, Kind, TopK
 from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.params import component, counts_here, name_of
@@ -37,12 +37,6 @@ if TYPE_CHECKING:                    # a room above: it is handed in, never reac
     from megadyn.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FREE_TO_CHANGE = {"attention", "max_position"}
-"""Keys of the model section that may differ when a run is resumed."""
-DATA_ORDER = ("seed", "sequence_length")
-"""Keys of the training section that decide which samples come in which order."""
-HF_SHAPE = sorted({*FIELDS, "rope_theta", "normalization"} - {"max_position", "init_std"})
-"""Keys of the model section that a Hugging Face folder must share with the configuration."""
 
 
 class PoisonedWeights(RunError):
@@ -131,12 +125,13 @@ class OptimizerAccess:
 
 
 def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_key: str = "",
-             loss_rule: dict[str, Any] | None = None) -> Snapshot:
+             loss_rule: dict[str, Any] | None = None, more: dict[str, Any] | None = None) -> Snapshot:
     """Copies to host memory what a checkpoint holds, each rank its share. Collective.
 
     Args:
         data_key: identifies the training data and their order.
         loss_rule: state of the rule that tells bad steps.
+        more: goes into the manifest as it is.
 
     Raises:
         PoisonedWeights: on every rank, when something to be saved is no finite number.
@@ -157,9 +152,9 @@ def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_ke
         "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
                      "zero": engine.zero_stage},
         "model": asdict(engine.config.model), "data_key": data_key,
-        "training": {key: getattr(engine.config.training, key) for key in DATA_ORDER},
+        "training": {key: getattr(engine.config.training, key) for key in SAME_TRAINING},
         "optimizer_steps": OptimizerAccess(engine).steps,
-        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, "routing": routing,
+        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, "routing": routing, **(more or {}),
     }
     return Snapshot(iteration, shards, manifest)
 
@@ -208,26 +203,55 @@ def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[st
     if data_key is not None and manifest["data_key"] != data_key:
         raise UserError(f"{folder} was trained on other data or in another order (data.train, data.split): its "
                         "position means nothing here; checkpoint.allow_other_data=true goes on all the same")
-    set_parameters(engine, ShardedTensors(folder, "weights"), ShardedTensors(folder, "optimizer"))
+    weights = ShardedTensors(folder, "weights")
+    known = weights.names()
+    lacking = [name_of(param) for param in engine.parameters() if name_of(param) not in known]
+    if strange := [name for name in lacking if CAUSAL_RULE not in name]:
+        raise UserError(f"{folder} has no tensor {strange[0]} ({len(strange)} are missing)")
+    set_parameters(engine, weights, ShardedTensors(folder, "optimizer"))
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
     for name, of_layers in trackers_of(engine.routed).items():
+        saved = routing_state(manifest, name)
         for index, tracker in of_layers.items():
-            tracker.set_state(routing_state(manifest, name)[str(index)], engine.device)
+            state = saved.get(str(index))
+            if name == "thresholds":
+                state = threshold_state(state, manifest["model"]["routing"], engine.config.model.routing)
+            elif state is None:
+                raise UserError(f"{folder}: damaged: its manifest has no {name} of layer {index}")
+            if state is not None:
+                tracker.set_state(state, engine.device)
     return manifest
+
+
+CAUSAL_RULE = ".causal_router."
+"""Part of the names of a predictor's tensors. A run that takes up another causal rule begins that rule anew."""
+
+
+def threshold_state(state: dict[str, float] | None, was: dict[str, Any], now: Kind) -> dict[str, float] | None:
+    """A saved running threshold for the settings of `now`; None where it must begin anew.
+
+    A threshold is an average of k-th highest scores: under another capacity that k is another. The average starts from 0, which
+    is corrected for by the momentum it was taken with (`RunningThreshold.value`); under another momentum the same value
+    is another average. A threshold of a kind without a top-k is no such average, and goes on as it is.
+    """
+    if not isinstance(now, TopK):
+        return state
+    if state is None or was["capacity"] != now.capacity:
+        return None
+    before, momentum, steps = was["threshold_momentum"], now.threshold_momentum, state["steps"]
+    if before == momentum or not steps:
+        return state
+    return state | {"average": state["average"] * (1 - momentum**steps) / (1 - before**steps)}
 
 
 def init_from(engine: "Engine", path: Path) -> None:
     """Starts from the weights of a Hugging Face folder. Into a routed model a dense one may be read: what it lacks,
     routers and priors, keeps its own initialisation. Collective.
 
-    Raises UserError for another shape, and for a missing or an unexpected tensor, by name.
+    Raises UserError for another model, and for a missing or an unexpected tensor, by name.
     """
-    folder = HfFolder(path)
-    differences = [f"model.{key} is {getattr(folder.model, key)!r} there and {getattr(engine.config.model, key)!r} here"
-                   for key in HF_SHAPE if getattr(folder.model, key) != getattr(engine.config.model, key)]
-    if differences:
-        raise UserError(f"{path} is another model: {'; '.join(differences)}")
+    folder = open_source(path, engine.config.model)
     upcycled = folder.model.routing.name == DENSE
     wanted = set().union(*all_gather({name_of(param) for param in engine.parameters()}))
     given = {name for name in folder.names() if not name.endswith(THRESHOLD)}
@@ -244,9 +268,6 @@ def init_from(engine: "Engine", path: Path) -> None:
             threshold.set_state({"average": average, "steps": 1}, engine.device)
 
 
-THRESHOLD = "causal_router.threshold"
-
-
 def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:
     """Sets every parameter that `weights` has, with its moments where given."""
     access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
@@ -260,43 +281,32 @@ def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSourc
             access.set(param, values)
 
 
-def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> None:
-    """Refuses a checkpoint whose model or data order differs from the configuration's."""
-    differences = _differences("model", manifest["model"], asdict(config.model))
-    differences += [f"training.{key} is {was!r} there and {getattr(config.training, key)!r} here"
-                    for key, was in manifest["training"].items() if getattr(config.training, key) != was]
-    if differences:
-        raise UserError(f"{folder} is a checkpoint of another run: {'; '.join(differences)}. "
-                        "Change the configuration, or set checkpoint.resume=never with another output_dir")
+def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
+    """The best checkpoint under `root` that is whole; others are named and passed over. Collective.
 
-
-def _differences(section: str, there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    found = []
-    for key, value in here.items():
-        if key in FREE_TO_CHANGE:
-            continue
-        if isinstance(value, dict):
-            found += _differences(f"{section}.{key}", there.get(key, {}), value)
-        elif there.get(key) != value:
-            found.append(f"{section}.{key} is {there.get(key)!r} there and {value!r} here")
-    return found
-
-
-def newest_good(root: Path) -> Path | None:
-    """The best checkpoint under `root` that is whole; damaged ones are named and passed over. Collective.
+    One that does not count as good (`layout.reservation`) is taken where there is no other, with a warning, or with
+    `only_good` not at all.
 
     Raises UserError when there are checkpoints and none is whole: a run must not begin anew in silence.
     """
     # Rank 0's view counts: on a network file system others may see an older one.
-    listed = all_gather(layout.complete_checkpoints(root))[0]
+    complete = layout.complete_checkpoints(root)
+    listed, doubts = all_gather((layout.good_first(complete), {str(path): layout.reservation(path) for path in complete}))[0]
     for folder in listed:
         problem = verify(folder)
+        doubt = doubts[str(folder)]
+        if problem is None and doubt and only_good:
+            return None
         if problem is None:
+            for newer in (path for path in listed if path.name > folder.name and doubts[str(path)]):
+                log.warning("checkpoint passed over: %s: %s", newer, doubts[str(newer)])
+            if doubt:
+                log.warning("%s: %s, and there is no better one", folder, doubt)
             return folder
         log.warning("checkpoint passed over: %s", problem)
     if listed:
-        raise UserError(f"{root}: none of {len(listed)} checkpoints is whole; name one with checkpoint.resume=PATH, "
-                        "or begin anew in another output_dir")
+        raise UserError(f"{root}: none of {len(listed)} checkpoints is whole; begin anew in another output_dir, for example "
+                        "from a copy elsewhere, with checkpoint.fork_from=PATH")
     return None
 
 

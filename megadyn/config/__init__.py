@@ -12,6 +12,7 @@ from megadyn.config.run import (
     check_together,
     engine_settings,
     load_config,
+    resolved_config,
     save_config,
 )
 from megadyn.config.training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
@@ -19,5 +20,6 @@ from megadyn.config.training import KERNELS, RECOMPUTE, CheckpointConfig, Multip
 __all__ = [
     "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig", "ModelConfig",
     "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "Source", "TokenizerConfig", "TrainingConfig", "batch_plan",
-    "check_together", "engine_settings", "load_config", "save_config",
+    "check_together", "engine_settings", "load_config", "resolved_config",
+    "save_config",
 ]

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from megadyn.config.numbers import count
 from megadyn.errors import ConfigError, did_you_mean
+from megadyn.paths import expanded
 
 SHARE_UNITS = ("weight", "tokens")
 VALIDATION_SHARE = 0.01
@@ -22,8 +24,8 @@ class Source:
 class DataConfig:
     train: Any = "???"
     """Prefix of an indexed dataset (PREFIX.bin and PREFIX.idx), or a list of them to be blended, each a prefix or
-    `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts are proportions, of any sum;
-    without them each dataset counts as many samples as it has."""
+    `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts (2e12, 300B) are proportions, of
+    any sum; without them each dataset counts as many samples as it has."""
     validation: Any = None
     """A separate validation set, given as `train` is; else a share of the documents of `train`: `split`."""
     test: Any = None
@@ -44,7 +46,10 @@ class DataConfig:
 
     def check(self) -> None:
         for name in ("train", "validation", "test"):
+            setattr(self, name, _with_paths(f"data.{name}", getattr(self, name)))
             self.sources(name)
+        if self.cache is not None:
+            self.cache = expanded(self.cache, "data.cache")
         fraction = VALIDATION_SHARE if self.validation_fraction is None else self.validation_fraction
         if not 0 <= fraction < 1:
             raise ConfigError("data.validation_fraction", fraction, "in [0, 1)")
@@ -78,6 +83,17 @@ class DataConfig:
         return [source for source, _ in found]
 
 
+def _with_paths(key: str, given: Any) -> Any:
+    """`given` with `~` and variables replaced in its prefixes; what has another form is left for `sources` to refuse."""
+    if isinstance(given, str):
+        return expanded(given, key)
+    if isinstance(given, list):
+        return [_with_paths(f"{key}[{i}]", entry) for i, entry in enumerate(given)]
+    if isinstance(given, dict) and isinstance(given.get("prefix"), str):
+        return given | {"prefix": expanded(given["prefix"], f"{key}.prefix")}
+    return given
+
+
 def _source(key: str, given: Any) -> tuple[Source, str | None]:
     """An entry of a list of datasets, and what its share is counted in."""
     if isinstance(given, str) and given:
@@ -94,6 +110,8 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
     if len(units) > 1:
         raise ConfigError(key, given, "given a weight or tokens, not both")
     share = given[units[0]]
+    if units[0] == "tokens" and isinstance(share, str):
+        share = count(f"{key}.tokens", share)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
         raise ConfigError(f"{key}.{units[0]}", share, "a number above 0 (leave out a dataset that is not to be used)")
     return Source(given["prefix"], float(share)), units[0]

@@ -6,6 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megadyn.errors import ConfigError, UserError
+from megadyn.paths import expanded
 
 EXTENDS = "extends"
 """Key of a file's own: the path of another file, or a list of them, relative to its folder."""
@@ -18,7 +19,7 @@ def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, 
         chain: the files that led here, each extending the next.
 
     Raises:
-        UserError: a file that is missing or no YAML, or that extends itself, be it through others.
+        UserError: a file that is missing, empty or no YAML, or that extends itself, be it through others.
     """
     came_from = f" (extended by {chain[-1]})" if chain else ""
     if path.resolve() in [earlier.resolve() for earlier in chain]:
@@ -29,8 +30,11 @@ def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, 
         raise UserError(f"{path}: {error.strerror or error}{came_from}") from None
     except Exception as error:           # the YAML library has no common base for its errors
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}{came_from}") from None
+    if own in ({}, None):
+        raise UserError(f"{path}: is empty{came_from}")
     extended = own.pop(EXTENDS, []) if isinstance(own, dict) else []
     names = extended if isinstance(extended, list) else [extended]
     if not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{path}: {EXTENDS}", extended, "a path relative to this file, or a list of them")
-    return [layer for name in names for layer in config_layers(path.parent / name, (*chain, path))] + [(path, own)]
+    bases = [path.parent / expanded(name, f"{path}: {EXTENDS}") for name in names]
+    return [layer for base in bases for layer in config_layers(base, (*chain, path))] + [(path, own)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from megadyn.checks import at_least, one_of
 from megadyn.config.data import DataConfig
@@ -20,14 +20,20 @@ from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.kinds import settle_kind
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.numbers import count
 from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
+from megadyn.kinds.older import with_newer_keys
+from megadyn.paths import expanded
 
 
 @dataclass
 class TokenizerConfig:
     path: str = "???"
     """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
+    eod: str | None = None
+    """The token that ends a document, as the vocabulary writes it; when left out, the one that the datasets were made with,
+    or else the tokenizer's own."""
 
 
 @dataclass
@@ -66,6 +72,9 @@ class Config:
         Not done on construction: OmegaConf builds every section from its defaults first.
         """
         one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+        self.output_dir = expanded(self.output_dir, "output_dir")
+        self.deepspeed_config = expanded(self.deepspeed_config, "deepspeed_config")
+        self.tokenizer.path = expanded(self.tokenizer.path, "tokenizer.path")
         for section in (self.model.routing, self.model, self.data, self.parallel, self.optimizer.multipliers, self.optimizer,
                         self.training, self.checkpoint, self.logging):
             section.check()
@@ -123,20 +132,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
     try:
-        from_words = OmegaConf.from_dotlist(list(overrides))
-        words = OmegaConf.to_container(from_words)
+        words = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:           # the YAML library has no common base for its errors
         raise UserError(f"the command line: not valid YAML: {' '.join(str(error).split())}") from None
-    layers = [*files, ("the command line", words)]
-    for source, given in layers:
+    layers = []
+    for source, given in (*files, ("the command line", words)):
         _check_sections(Config, given, "", str(source))
+        _read_counts(given)
+        layers.append((source, with_newer_keys(given, str(source))))
     kind = settle_kind(layers)
     try:
         defaults = OmegaConf.structured(Config(model=ModelConfig(routing=kind())))
-        merged = OmegaConf.merge(defaults, *(given for _, given in files), from_words)
+        merged = OmegaConf.merge(defaults, *(given for _, given in layers))
         config = OmegaConf.to_object(merged)
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key}: is missing in {path}, and has no default") from None
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None
@@ -154,6 +166,15 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
             _check_sections(f.default_factory, given[f.name], f"{name}.{f.name}".lstrip("."), source)
 
 
+def _read_counts(given: dict[str, Any]) -> None:
+    """Turns counts written as 3e9 or 300B into numbers. One that refers to another key stays for the merge to resolve."""
+    training = given.get("training", {})
+    for name in ("tokens", "samples"):
+        value = training.get(name)
+        if value is not None and not (isinstance(value, str) and "${" in value):
+            training[name] = count(f"training.{name}", value)
+
+
 def _unknown_key(full_key: str) -> UserError:
     if full_key == EXTENDS:
         return UserError(f"{EXTENDS}: is a key of configuration files, not of the command line")
@@ -166,8 +187,17 @@ def _unknown_key(full_key: str) -> UserError:
     return UserError(f"{full_key}: {where} has no such key{did_you_mean(name, [f.name for f in fields(section)])}")
 
 
+def resolved_config(config: Config) -> dict[str, Any]:
+    """The configuration as plain values. The length of the run is as it was given, so that what goes on from this with another
+    batch size still means the same number of tokens."""
+    resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    if length := config.training.length:
+        resolved["training"] |= {"iterations": None, length.unit: length.amount}
+    return resolved
+
+
 def save_config(config: Config, path: Path) -> None:
-    OmegaConf.save(OmegaConf.structured(config), path)
+    OmegaConf.save(OmegaConf.create(resolved_config(config)), path)
 
 
 @dataclass(frozen=True)

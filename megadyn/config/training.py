@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megadyn.checks import at_least, in_range, one_of
 from megadyn.errors import ConfigError
+from megadyn.paths import expanded
 
 
 @dataclass
@@ -28,7 +30,8 @@ class OptimizerConfig:
     """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
     warmup_iterations: int = 100
     decay_iterations: int | None = None
-    """wsd: length of the closing decay; a tenth of the run when left out."""
+    """wsd: steps of the closing decay; a tenth of the run when left out. A decay that does not fit behind the warm-up is
+    shortened, with a warning."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -56,6 +59,16 @@ LENGTHS = ("iterations", "tokens", "samples", "epochs")
 """Keys that give the length of a run; one of them is given."""
 
 
+class Length(NamedTuple):
+    """The length of a run as it was given, where that is not in iterations."""
+
+    unit: str
+    """`tokens`, `samples` or `epochs`."""
+    amount: float
+    iterations: int | None
+    """What it comes to, as far as is known."""
+
+
 RECOMPUTE = ("none", "selective", "full")
 KERNELS = ("auto", "triton", "torch")
 
@@ -64,7 +77,8 @@ KERNELS = ("auto", "triton", "torch")
 class TrainingConfig:
     iterations: int | None = None
     tokens: int | None = None
-    """Length of the run in tokens, instead of `iterations`; rounded up to whole steps."""
+    """Length of the run in tokens (3000000000, 3e9, 3B), instead of `iterations`; rounded up to whole steps. Like `samples`
+    and `epochs` it counts what was consumed: it stays the same when a resumed run has another `global_batch_size`."""
     samples: int | None = None
     """The same in samples; rounded up to whole steps."""
     epochs: float | None = None
@@ -97,12 +111,17 @@ class TrainingConfig:
     spike_window: int = 64
     """Good steps whose median counts; before there are so many, no loss is a spike."""
     max_bad_steps: int = 10
-    """More bad steps than this since the last checkpoint stop the run."""
+    """More bad steps than this in a row stop the run. After a rollback only a good step beyond the bad one ends the row."""
+    max_bad_steps_total: int = 100
+    """More bad steps than this in the whole run, over all its starts, stop it."""
     timeout_s: float = 600.0
     """Seconds without progress (a step, an evaluation, loading or saving a checkpoint) after which the whole job ends,
     naming the rank that is stuck or gone."""
     grace_s: float = 600.0
     """Seconds within which a run that SIGTERM, SIGINT or SIGUSR1 asked to stop has to save and end, or is ended by force."""
+
+    def __post_init__(self) -> None:
+        self.length: Length | None = None       # no key of the configuration: no field
 
     def check(self) -> None:
         one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
@@ -111,6 +130,7 @@ class TrainingConfig:
             raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
         at_least("training.spike_window", self.spike_window, 1)
         at_least("training.max_bad_steps", self.max_bad_steps, 0)
+        at_least("training.max_bad_steps_total", self.max_bad_steps_total, 0)
         at_least("training.timeout_s", self.timeout_s, 1)
         at_least("training.grace_s", self.grace_s, 1)
         for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
@@ -126,30 +146,47 @@ class TrainingConfig:
         if len(given) != 1:
             raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, training.samples or "
                               f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}")
-        if self.tokens is not None:
-            self.iterations = -(-self.tokens // self.tokens_per_step)
-        if self.samples is not None:
-            self.iterations = -(-self.samples // self.global_batch_size)
-        self.tokens = self.samples = None       # the resolved config states the length once
+        unit = given[0].removeprefix("training.")
+        if unit != "iterations":
+            self.length = Length(unit, getattr(self, unit), None)
+        elif self.length and self.length.iterations != self.iterations:      # `iterations` was set since
+            self.length = None
+        if unit in ("tokens", "samples"):       # the iterations of an epoch are known once the data are open
+            self.settle(0)
 
-    def resolve_epochs(self, samples: int) -> None:
-        """Turns `epochs` into `iterations`, once the `samples` of one are known. ConfigError if they make no step."""
-        if self.epochs is None:
+    def settle(self, epoch_samples: int, iteration: int = 0, consumed_samples: int = 0) -> None:
+        """Sets `iterations` to the number of the run's last step, where the length was given in something else.
+
+        What remains of that length is measured in today's batches, so that it does not matter what the batch was before.
+
+        Args:
+            epoch_samples: in one epoch of the training data.
+            iteration, consumed_samples: where the run stands; after rollbacks these are not in proportion.
+
+        Raises:
+            ConfigError: epochs that do not make a single step.
+        """
+        if self.length is None:
             return
-        self.iterations = int(self.epochs * samples) // self.global_batch_size
+        unit, amount, _ = self.length
+        length = self.sequence_length
+        wanted = {"samples": amount, "tokens": -(-amount // length), "epochs": int(amount * epoch_samples)}[unit]
+        left = max(0, int(wanted) - consumed_samples)
+        steps = left // self.global_batch_size if unit == "epochs" else -(-left // self.global_batch_size)
+        self.iterations = iteration + steps
         if self.iterations == 0:
-            raise ConfigError("training.epochs", self.epochs, f"more: an epoch has {samples} samples, and a step takes "
+            raise ConfigError("training.epochs", amount, f"more: an epoch has {epoch_samples} samples, and a step takes "
                               f"training.global_batch_size = {self.global_batch_size}")
-        self.epochs = None
+        self.length = self.length._replace(iterations=self.iterations)
+        self.tokens = self.samples = self.epochs = None     # what is saved has the length as it was given
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
 
-    @property
-    def num_samples(self) -> int:
-        """Of the whole run; once `epochs` is resolved."""
-        return (self.iterations or 0) * self.global_batch_size
+    def samples_at_end(self, iteration: int = 0, consumed_samples: int = 0) -> int:
+        """Samples consumed when the run ends that stands at `iteration` with `consumed_samples` behind it."""
+        return consumed_samples + max(0, (self.iterations or 0) - iteration) * self.global_batch_size
 
 
 @dataclass
@@ -167,13 +204,27 @@ class CheckpointConfig:
     """What follows a checkpoint that could not be written: `stop`, or `continue` with the earlier ones. The last one of a run
     must be written either way."""
     resume: str = "auto"
-    """`auto` (the newest in output_dir, if any), `never`, or the path of a checkpoint."""
+    """`auto`: go on from the newest good checkpoint in output_dir, if there is one, or else begin. `never`: begin, and refuse an
+    output_dir with checkpoints. A path is another way to write `fork_from: PATH` with `resume: auto`."""
+    fork_from: str | None = None
+    """Where the run begins: a checkpoint, or a run's folder. Once the run has checkpoints of its own, `resume: auto` goes on from
+    these. A checkpoint of the run's own output_dir takes the run back to it, once."""
     allow_other_data: bool = False
     """Resume although the training data, or their order, are not those of the checkpoint."""
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from."""
 
     def check(self) -> None:
+        for name in ("resume", "fork_from", "init_from"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expanded(path, f"checkpoint.{name}"))
+        if self.resume not in ("auto", "never"):
+            if self.fork_from not in (None, self.resume):
+                raise ConfigError("checkpoint.resume", self.resume, f"auto or never with checkpoint.fork_from = {self.fork_from}")
+            self.fork_from, self.resume = self.resume, "auto"
+        if self.fork_from is not None and self.init_from is not None:
+            raise ConfigError("checkpoint.init_from", self.init_from, "null with checkpoint.fork_from (or a path in "
+                              "checkpoint.resume): a run begins with the weights of one of the two")
         at_least("checkpoint.interval", self.interval, 0)
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)

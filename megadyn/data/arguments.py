@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 
 from megadyn.data.readers import FORMATS, Corpus
+from megadyn.paths import user_path
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH",
-                        help="text, JSONL or Parquet files, plain, .gz or .zst; folders or patterns of them")
+    parser.add_argument("--input", type=user_path, nargs="+", required=True, metavar="PATH",
+                        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them")
     parser.add_argument("--format", choices=FORMATS, default="auto",
-                        help="auto: .jsonl and .json are JSONL, .parquet is Parquet, all else is text (default)")
+                        help="auto: by content and name; a file of no known format is refused (default)")
     parser.add_argument("--text-key", default="text",
                         help="key of the text in a JSONL line, or its column in Parquet (default: text)")
     parser.add_argument("--on-error", choices=("fail", "skip"), default="fail",
@@ -48,7 +49,7 @@ def seed(text: str) -> int:
 
 def output_prefix(text: str) -> Path:
     """A path that ends in a name; without one the files would be hidden ones."""
-    if not (path := Path(text)).name or path.name == "..":
+    if not (path := user_path(text)).name or path.name == "..":
         raise argparse.ArgumentTypeError(f"{text!r}: must end in a name, as data/corpus does")
     return path
 

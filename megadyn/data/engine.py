@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import orjson
 
+from megadyn.data.proofs import KeptProof, Proved
 from megadyn.data.strange import StrangeCharacters
 from megadyn.data.tokenizer import AddedToken, Encoded, TokenArray, Tokenizer, TokenizerJson, ended, joined, split
 from megadyn.errors import UserError
@@ -166,6 +167,12 @@ class GigatokenTokenizer(Tokenizer):
         layout = self.engine.encode_batch(list(texts), parallel=False).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
 
+    def id_of(self, token: str) -> int | None:
+        return self._reference.id_of(token)
+
+    def token_of(self, id: int) -> str:
+        return self._reference.token_of(id)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)
 
@@ -180,17 +187,23 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
     """
     if engine == "reference":
         return reference, itself
+    kept = KeptProof(reference)
     try:
-        with Proof(reference, islice(documents(), PROOF_DOCUMENTS)) as proof:
-            apart = False
-            fast = GigatokenTokenizer(reference)
+        known = kept.read()
+        apart = known is not None and known.apart
+        with Proof(reference, islice(documents(), PROOF_DOCUMENTS), is_short=known is not None) as proof:
+            fast = GigatokenTokenizer(reference, apart)
             try:
                 proved = proof.of(fast)
             except Unequal:     # some tokenizers treat the beginning of a text in a way of its own
+                if apart:
+                    raise
                 apart = True
                 fast = GigatokenTokenizer(reference, apart)
                 proved = proof.of(fast)
-            fast.in_pieces = fast.may_be_cut and proof.in_pieces(fast)
+            fast.in_pieces = (fast.may_be_cut if known is None else known.in_pieces) and proof.in_pieces(fast)
+        if known is None:
+            kept.write(Proved(apart, fast.in_pieces))
     except UserError as error:
         if engine == "gigatoken":
             raise UserError(f"--engine gigatoken: {error}") from error
@@ -205,11 +218,15 @@ def itself(reference: Tokenizer) -> Tokenizer:
 
 
 class Proof:
-    """Texts on which others are held to `reference`, which encodes them in a thread meanwhile: it needs little Python."""
+    """Texts on which others are held to `reference`, which encodes them in a thread meanwhile: it needs little Python.
 
-    def __init__(self, reference: Tokenizer, documents: Iterable[str]) -> None:
+    `is_short` leaves out those that depend on the tokenizer alone, for one that was proved with them before.
+    """
+
+    def __init__(self, reference: Tokenizer, documents: Iterable[str], is_short: bool = False) -> None:
         self._reference = reference
-        self._probes = list(probe_texts(reference))
+        self._is_short = is_short
+        self._probes = [*AWKWARD, *CUT_PROBES] if is_short else list(probe_texts(reference))
         self._first: list[str] = []
         left = PROOF_CHARACTERS
         for document in documents:
@@ -237,7 +254,8 @@ class Proof:
                 of_corpus = i - len(self._probes) + 1
                 which = f"document {of_corpus} of the corpus" if of_corpus > 0 else f"the text {text[:40]!r}"
                 raise Unequal(f"{name} differs from tokenizer {self._reference.name} on {which}")
-        return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts"
+        earlier = ", and on all others in an earlier run" if self._is_short else ""
+        return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts{earlier}"
 
     def in_pieces(self, other: Tokenizer) -> bool:
         """Whether `other` gives the pieces of the texts (see `CUT`), each encoded on its own, the ids of the whole texts."""

@@ -1,29 +1,30 @@
-"""Documents of one file, or of a part of it: text, JSON lines, Parquet; `.gz` and `.zst` are decompressed.
+"""Documents of one file, or of a part of it: text and JSON lines, compressed or not (`columns` has the tables).
 
 Each reader yields (what was found, bytes on disk read so far) and stops at the end of its `Span`. A document is its text
-as UTF-8. One that cannot be read is found as a `DocumentError`; so is, as one, what is lost of a damaged file. None holds more in
-memory than a document or a few megabytes.
+as UTF-8. One that cannot be read is found as a `DocumentError`; so is, as one, what is lost where a file is damaged. None
+holds more in memory than a document or a few megabytes.
 """
 
+import codecs
 import io
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import orjson
 
-JSONL_SUFFIXES = (".jsonl", ".json")
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+from megadyn.data.compression import LONGEST_HEAD, Damage, Decompressed, codec_of
+from megadyn.data.detect import HEAD_BYTES, encoding_of, kind_of, not_text, telling_suffixes
+
 LONGEST_DOCUMENT = 2**30
 """Bytes; a longer line or text is refused, because a document is held in memory."""
 BUFFER_BYTES = 2**20
 DECOMPRESSED_BYTES = 2**16
-"""Asked for at a time; where a file is damaged, what was asked for last is lost."""
-PARQUET_BATCH_BYTES = 2**22
+"""Asked for at a time."""
+BOM = b"\xef\xbb\xbf"
 
 
 class DocumentError(Exception):
@@ -44,107 +45,155 @@ class Span:
 Found = tuple[bytes | DocumentError, int]
 
 
-def form_of(file: Path) -> str:
-    """What `--format auto` takes a file for, by its name without `.gz` or `.zst`."""
-    suffix = Path(file.stem).suffix if file.suffix in CODECS else file.suffix
-    return "jsonl" if suffix in JSONL_SUFFIXES else "parquet" if suffix == ".parquet" else "text"
+class Content:
+    """What a file holds as UTF-8: decompressed, and out of UTF-16 or UTF-32."""
+
+    def __init__(self, file: Path, form: str) -> None:
+        self.disk: IO[bytes] = file.open("rb", BUFFER_BYTES)
+        self._layers: list[Decompressed | Transcoded] = []
+        self.stream: IO[bytes] = self.disk
+        self._open_layers(file, form)
+
+    def _open_layers(self, file: Path, form: str) -> None:
+        head = self.disk.read(HEAD_BYTES)
+        self.disk.seek(0)
+        if codec := codec_of(head[:LONGEST_HEAD], telling_suffixes(file)[1]):
+            def again() -> IO[bytes]:
+                return file.open("rb", BUFFER_BYTES)
+
+            self._add(Decompressed(again, codec))
+            head = self.stream.peek(4) if isinstance(self.stream, io.BufferedReader) else b""
+        if encoding := encoding_of(head, form):
+            self._add(Transcoded(self.stream, encoding))
+
+    def _add(self, layer: "Decompressed | Transcoded") -> None:
+        self._layers.append(layer)
+        self.stream = io.BufferedReader(layer, DECOMPRESSED_BYTES)
+
+    @property
+    def is_plain(self) -> bool:
+        return not self._layers
+
+    @property
+    def bytes_read(self) -> int:
+        """On disk."""
+        first = self._layers[0] if self._layers else None
+        return first.disk.tell() if isinstance(first, Decompressed) else self.disk.tell()
+
+    def take_damage(self) -> Damage | None:
+        """Why the stream ended where it did, if it was no end."""
+        for layer in self._layers:
+            if damage := layer.damage:
+                layer.damage = None
+                return damage
+        return None
+
+    def close(self) -> None:
+        if self.stream is not self.disk:
+            self.stream.close()
+        self.disk.close()
+
+
+class Transcoded(io.RawIOBase):
+    """A text of another encoding as UTF-8. Where it is none, it ends for good, with the reason in `damage`."""
+
+    def __init__(self, source: IO[bytes], encoding: str) -> None:
+        self.damage: Damage | None = None
+        self._source, self._encoding = source, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._left, self._is_over = b"", False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left and not self._is_over:
+            raw = self._source.read(DECOMPRESSED_BYTES)
+            self._is_over = not raw
+            try:
+                self._left = self._decoder.decode(raw, final=not raw).encode()
+            except UnicodeError as error:
+                self._is_over = True
+                self.damage = Damage(f"no {self._encoding.upper()} text ({error})", is_lost=True)
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+@contextmanager
+def content_of(file: Path, form: str) -> Iterator[Content]:
+    content = Content(file, form)
+    try:
+        yield content
+    finally:
+        content.close()
+
+
+def refused(span: Span, _: str) -> Iterator[Found]:
+    """A file of a format that is not read."""
+    yield DocumentError(f"{span.file}: {kind_of(span.file).problem or 'it changed while the corpus was read'}"), span.size
 
 
 def text_file(span: Span, _: str) -> Iterator[Found]:
     """The whole file, kept to the byte."""
     try:
-        with open_stream(span.file) as (_disk, stream):
-            raw = stream.read(LONGEST_DOCUMENT + 1)
+        with content_of(span.file, "text") as content:
+            raw = content.stream.read(LONGEST_DOCUMENT + 1)
+            damage = content.take_damage()
+        if damage and damage.is_lost:
+            raise DocumentError(f"damaged ({one_line(damage.reason)})")
         if len(raw) > LONGEST_DOCUMENT:
             raise DocumentError(f"a text of over {LONGEST_DOCUMENT:,} bytes")
+        if problem := not_text(raw[:HEAD_BYTES]):
+            raise DocumentError(f"no text but {problem}")
         if not raw.isascii():
             raw.decode("utf-8")
         yield raw, span.size
+        if damage:
+            yield DocumentError(f"{span.file}: damaged behind its text ({one_line(damage.reason)})"), span.size
     except UnicodeDecodeError as error:
         yield DocumentError(f"{span.file}: no UTF-8 text (byte {error.start}: {error.reason})"), span.size
     except DocumentError as error:
         yield DocumentError(f"{span.file}: {error}"), span.size
-    except OSError as error:
-        yield damage(span.file, error), span.size
 
 
 def json_lines(span: Span, text_key: str) -> Iterator[Found]:
     """One document a line, under `text_key`; a blank line is none. A line belongs to the span that holds its first byte."""
-    number = 0
-    try:
-        with open_stream(span.file) as (disk, lines):
-            whole = lines is not disk       # a compressed file is never cut
-            position = start_of_line(lines, span)
-            while whole or position < span.end:
-                line = lines.readline(LONGEST_DOCUMENT + 1)
-                if not line:
-                    break
-                number += 1
-                position += len(line)
-                done = disk.tell() if whole else position - span.first
-                try:
-                    if len(line) > LONGEST_DOCUMENT:
-                        position += skip_line(lines)
-                        raise DocumentError(f"a line of over {LONGEST_DOCUMENT:,} bytes")
-                    if not line.isspace():
-                        yield jsonl_text(line, text_key).encode(), done
-                except DocumentError as error:
+    number, is_behind_damage = 0, False
+    with content_of(span.file, "jsonl") as content:
+        lines, whole = content.stream, not content.is_plain       # a compressed file is never cut
+        position = start_of_line(lines, span)
+        while whole or position < span.end:
+            line = lines.readline(LONGEST_DOCUMENT + 1)
+            damage = None if line.endswith(b"\n") else content.take_damage()
+            if not line and not damage:
+                break
+            number += bool(line)
+            position += len(line)
+            done = content.bytes_read if whole else position - span.first
+            try:
+                if len(line) > LONGEST_DOCUMENT:
+                    position += skip_line(lines)
+                    raise DocumentError(f"a line of over {LONGEST_DOCUMENT:,} bytes")
+                for text in texts_of_line(line, text_key):
+                    yield text, done
+            except DocumentError as error:
+                if not damage and not is_behind_damage:     # else the line is what is left of a damaged one
                     yield DocumentError(f"{span.file}:{lines_before(span) + number}: {error}"), done
-    except OSError as error:
-        yield damage(f"{span.file}:{number + 1}", error), span.size
+            if damage:
+                yield DocumentError(f"{span.file}:{number + (not line)}: damaged ({one_line(damage.reason)})"), done
+            is_behind_damage = damage is not None
 
 
-def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
-    """One document a row, in the column `text_key`."""
-    import pyarrow
-
-    try:
-        with open_parquet(span.file) as table:
-            check_column(table.schema_arrow, text_key)
-            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            row = sum(group.num_rows for group in groups[:span.first])
-            for i in range(span.first, min(span.end, len(groups))):
-                done = span.size * (i + 1 - span.first) // (span.end - span.first)
-                rows = PARQUET_BATCH_BYTES * groups[i].num_rows // max(1, groups[i].total_byte_size)
-                for batch in table.iter_batches(min(max(1, rows), 2**16), [i], columns=[text_key], use_threads=False):
-                    for text in column_texts(batch.column(0)):
-                        row += 1
-                        yield (text if isinstance(text, bytes) else DocumentError(f"{span.file}: row {row}: {text}")), done
-    except DocumentError as error:
-        yield DocumentError(f"{span.file}: {error}"), span.size
-    except pyarrow.ArrowException as error:
-        yield DocumentError(f"{span.file}: no Parquet that can be read ({one_line(error)})"), span.size
-    except OSError as error:
-        yield damage(span.file, error), span.size
+def one_line(error: object) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
-READERS: dict[str, Callable[[Span, str], Iterator[Found]]] = {
-    "text": text_file, "jsonl": json_lines, "parquet": parquet_rows}
-
-
-@contextmanager
-def open_stream(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """(the file on disk, its content), the same object where nothing is compressed."""
-    with file.open("rb", BUFFER_BYTES) as disk:
-        if file.suffix not in CODECS or not file.stat().st_size:
-            yield disk, disk
-            return
-        # Reads files of several gzip members or zstd frames, and says when one is cut short.
-        import pyarrow
-
-        with pyarrow.CompressedInputStream(disk, CODECS[file.suffix]) as content:
-            yield disk, io.BufferedReader(content, DECOMPRESSED_BYTES)
-
-
-def damage(place: object, error: OSError) -> DocumentError:
+def damage(place: object, error: Exception) -> DocumentError:
     """`error` as what is wrong with the file; raised on if it comes from the system."""
-    if error.errno is not None:
+    if isinstance(error, OSError) and error.errno is not None:
         raise error
     return DocumentError(f"{place}: damaged ({one_line(error)})")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def start_of_line(lines: IO[bytes], span: Span) -> int:
@@ -181,63 +230,50 @@ def lines_before(span: Span) -> int:
     return count + (not ends)
 
 
-def jsonl_text(line: bytes, text_key: str) -> str:
+def texts_of_line(line: bytes, text_key: str) -> Sequence[bytes]:
+    """The document of a line, none of a blank one; several where `\\r` alone ends them."""
+    if not line or line.isspace():
+        return ()
     try:
         entry = orjson.loads(line)
     except orjson.JSONDecodeError as error:
+        return [text_of(entry, text_key) for entry in loaded_by_python(line, error)]
+    return (text_of(entry, text_key),)
+
+
+def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any]:
+    """What Python's json, the reference, reads of a line that orjson refuses: NaN, lone surrogates, a byte order mark."""
+    if not line.removeprefix(BOM).strip():
+        return
+    pieces = [line]
+    if b"\r" in line.rstrip():          # never inside a JSON text's strings
+        pieces = [piece for piece in line.split(b"\r") if piece.strip()]
+    try:
+        entries = [json.loads(line)]
+    except RecursionError:
+        raise DocumentError("JSON of too many levels") from None
+    except ValueError:
+        try:
+            entries = [json.loads(piece) for piece in pieces] if len(pieces) > 1 else []
+        except (ValueError, RecursionError):
+            entries = []
+    if not entries:
         raise DocumentError(f"no JSON ({error.msg} at column {error.colno})") from error
+    yield from entries
+
+
+def text_of(entry: Any, text_key: str) -> bytes:
     if not isinstance(entry, dict):
         raise DocumentError(f"no JSON object but {type(entry).__name__}")
     if text_key not in entry:
-        raise DocumentError(f"no key {text_key!r} (its keys: {', '.join(entry) or 'none'})")
+        raise DocumentError(f"no key {text_key!r} (its keys: {ascii_names(entry)})")
     if not isinstance(text := entry[text_key], str):
         raise DocumentError(f"{text_key!r} holds {type(text).__name__}, no text")
-    return text
-
-
-def open_parquet(file: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that reads a row group piece by piece, not at once."""
-    import pyarrow.parquet
-
-    return pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
-
-
-def check_column(schema: Any, name: str) -> None:
-    from pyarrow import types
-
-    if name not in schema.names:
-        raise DocumentError(f"no column {name!r} (its columns: {', '.join(schema.names) or 'none'})")
-    kind = schema.field(name).type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
-        raise DocumentError(f"column {name!r} holds {kind}, no text")
-
-
-def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
-    """From the column's buffers, as pyarrow makes Python objects slowly."""
-    import pyarrow
-
     try:
-        column.validate(full=True)
-        sound = True
-    except pyarrow.ArrowInvalid:        # a row is no UTF-8; find which
-        sound = False
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    column = column.cast(pyarrow.large_binary())
-    _, ends, raw = column.buffers()
-    offsets = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1].tolist()
-    known = column.is_valid().to_pylist() if column.null_count else repeat(True)
-    data = memoryview(raw) if raw else b""
-    for first, end, is_known in zip(offsets, offsets[1:], known, strict=False):
-        yield checked(bytes(data[first:end]), sound) if is_known else DocumentError("null, no text")
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DocumentError(f"{text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), no text") from error
 
 
-def checked(text: bytes, sound: bool) -> bytes | DocumentError:
-    try:
-        if not sound:
-            text.decode()
-        return text
-    except UnicodeDecodeError as error:
-        return DocumentError(f"no UTF-8 text (byte {error.start}: {error.reason})")
+def ascii_names(entry: dict[str, Any]) -> str:
+    return ", ".join(entry).encode(errors="backslashreplace").decode() or "none"

@@ -46,6 +46,9 @@ def check_alike(first: IndexedDataset, other: IndexedDataset) -> None:
                         f"{first.record.fingerprint[:12]}; {other.record.tokenizer}, {other.record.fingerprint[:12]})")
     if first.record.append_eod != other.record.append_eod:
         raise UserError(f"{between} differ in --append-eod; only one of them ends its documents with a token")
+    if first.record.append_eod and first.record.eod != other.record.eod:
+        raise UserError(f"{between} end their documents with different tokens (ids {first.record.eod} and {other.record.eod}); "
+                        "preprocess one of them again with --eod")
 
 
 def merged_record(records: Sequence[Record | None], writer: IndexedWriter) -> Record | None:

@@ -29,6 +29,7 @@ from megadyn.data.tokenizer import Encoded, Tokenizer, load_tokenizer
 from megadyn.data.units import Unit
 from megadyn.data.workers import in_order
 from megadyn.errors import UserError
+from megadyn.log import log
 
 BATCH_BYTES = 2**21
 """Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
@@ -40,10 +41,11 @@ ALL_SENT = None
 
 def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
                overwrite: bool = False, engine: str = "auto", max_documents: int | None = None,
-               shuffle_seed: int | None = None, ranks: Ranks = ALONE) -> Record:
+               shuffle_seed: int | None = None, ranks: Ranks = ALONE, eod: str | None = None) -> Record:
     """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
 
-    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token. `max_documents` takes
+    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token, or with `eod`, a token of
+    its vocabulary. `max_documents` takes
     the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
     runs in as many processes on each rank, and with more than one rank on rank 0 always in processes of its own. All
     ranks call this alike and get the record.
@@ -59,9 +61,10 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
         if first:
             parts.take_back(outputs)
             refuse_existing(outputs.values(), overwrite)
-        reference = load_tokenizer(tokenizer_path)
+        reference = load_tokenizer(tokenizer_path, eod)
+        end = end_of_document(reference) if append_eod else None       # refused before the engine's proof
         units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
-        encoder = Encoder(corpus, units, tokenizer, parts, eod=reference.eod if append_eod else None, limit=max_documents)
+        encoder = Encoder(corpus, units, tokenizer, parts, eod=end, limit=max_documents)
         encoder.names, encoder.joined = ranks.broadcast(encoder.known(in_order=shuffle_seed is None) if first else None)
         record = None
         own = range(ranks.rank, len(units), ranks.size)
@@ -83,6 +86,12 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
     return shared
 
 
+def end_of_document(tokenizer: Tokenizer) -> int:
+    """The token's id, told in the log; `UserError` if there is none."""
+    log.info("end of document: %r (id %d; %s)", tokenizer.token_of(tokenizer.eod), tokenizer.eod, tokenizer.eod_reason)
+    return tokenizer.eod
+
+
 def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path],
          ranks: Ranks) -> tuple[list[Unit], Tokenizer]:
     """(units, the tokenizer to encode with): rank 0's choice, on every rank. `UserError` if their tokenizers differ."""
@@ -90,10 +99,10 @@ def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Pa
         corpus.leave_out(outputs)
         units = corpus.units()
         tokenizer, make = with_engine(reference, engine, lambda: first_texts(corpus, units))
-        ranks.broadcast((units, make, reference.fingerprint))
+        ranks.broadcast((units, make, reference.fingerprint, reference.eod_or_none))
         return units, tokenizer
-    units, make, fingerprint = ranks.broadcast(None)
-    if fingerprint != reference.fingerprint:
+    units, make, *identity = ranks.broadcast(None)
+    if identity != [reference.fingerprint, reference.eod_or_none]:
         raise UserError(f"tokenizer {reference.name}: rank {ranks.rank} finds another one than rank 0")
     made: Tokenizer = make(reference)
     return units, made

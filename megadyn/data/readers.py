@@ -1,26 +1,32 @@
 """A corpus: documents from files, and from folders of them."""
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megadyn.data.columns import arrow_rows, parquet_rows
 from megadyn.data.files import os_errors_named
-from megadyn.data.formats import READERS
+from megadyn.data.folders import files_below, matches
+from megadyn.data.formats import Found, Span, json_lines, refused, text_file
 from megadyn.data.units import Unit, units_of
 from megadyn.errors import UserError
+from megadyn.log import log
 
-FORMATS = ("auto", *READERS)
+READERS: dict[str, Callable[[Span, str], Iterator[Found]]] = {
+    "text": text_file, "jsonl": json_lines, "parquet": parquet_rows, "arrow": arrow_rows, "refused": refused}
+FORMATS = ("auto", "text", "jsonl", "parquet", "arrow")
 
 
 @dataclass
 class Corpus:
     """The documents of `paths`, in order; iterating streams them, one document in memory at a time.
 
-    A folder stands for all files below it, sorted by name; a pattern (`*`, `?`, `[a-z]`, `**`) for all that it
-    matches. A text file is one document, kept to the byte; a JSONL file has one a line, under `text_key`, and its
-    blank lines are no documents; a Parquet file has one a row, in the column `text_key`. `.gz` and `.zst` files are
-    decompressed. `auto` takes `.jsonl` and `.json` for JSONL, `.parquet` for Parquet and all else for text.
+    A folder stands for all files below it, sorted by name, but for hidden ones and metadata (see `folders`); a pattern
+    (`*`, `?`, `[a-z]`, `**`) for all that it matches. A text file is one document, kept to the byte; a JSONL file has one
+    a line, under `text_key`, and its blank lines are no documents; a Parquet or Arrow file has one a row, in the column
+    `text_key`. Compressed files are decompressed. `auto` tells formats by content and name (see `detect`), and refuses
+    what it does not know.
 
     A document that cannot be read (no UTF-8, no JSON, no such key, no text) raises `UserError` with its file and
     line number; with `on_error="skip"` it is counted in `skipped` instead, and so is, as one, what is lost of a
@@ -40,10 +46,13 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._files: list[Path] = []
+        left_out: Counter[str] = Counter()
         for path in self.paths:
             with os_errors_named(path):
                 for found in matches(path):
-                    self._files.extend(files_below(found))
+                    self._files.extend(files_below(found, left_out))
+        if left_out:
+            log.info("left out of the folders: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())))
 
     def leave_out(self, outputs: Sequence[Path]) -> None:
         """Takes these files, and what lies below these folders, for no part of the corpus."""
@@ -57,9 +66,9 @@ class Corpus:
             self._files = [file for file in self._files if not is_output(file)]
 
     def units(self) -> list[Unit]:
-        """The corpus cut into pieces that can be read apart."""
+        """The corpus cut into pieces that can be read apart; `UserError` for a file of no known format."""
         with os_errors_named("the corpus"):
-            return units_of(self._files, self.form)
+            return units_of(self._files, self.form, refuse=self.on_error == "fail")
 
     def __iter__(self) -> Iterator[str]:
         self.restart()
@@ -85,25 +94,3 @@ class Corpus:
                     else:
                         raise UserError(f"{found} (--on-error skip leaves such documents out)")
             self.consumed = before + span.size
-
-
-def matches(path: Path) -> list[Path]:
-    """`path` itself, or if there is none, what it matches as a pattern, sorted by name."""
-    if path.exists():
-        return [path]
-    found = {Path(name) for name in glob.glob(str(path), recursive=True)}
-    if not found:
-        raise UserError(f"{path}: no such file or folder")
-    return sorted(match for match in found if found.isdisjoint(match.parents))      # a folder stands for what is in it
-
-
-def files_below(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """`path` itself if it is a file, else every file below it, each folder sorted by name."""
-    if not path.is_dir():
-        yield path
-        return
-    here = path.resolve()
-    if here in above:
-        raise UserError(f"{path}: a link that leads back to a folder above it")
-    for child in sorted(path.iterdir()):
-        yield from files_below(child, (*above, here))

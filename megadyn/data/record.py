@@ -16,7 +16,8 @@ class Record:
     fingerprint: str
     """sha256 of the tokenizer's content (`Tokenizer.fingerprint`)."""
     vocab_size: int
-    eod: int | None
+    eod: int | None = None
+    """The end-of-document token; of old records that do not tell, None."""
     append_eod: bool
     """Whether each document that has tokens ends with `eod`."""
     documents: int

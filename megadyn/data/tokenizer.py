@@ -20,7 +20,7 @@ from megadyn.errors import UserError
 TokenArray = NDArray[np.integer[Any]]
 
 USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-"""Tokens taken for the end of a document, in this order, where the tokenizer names none itself."""
+"""Special tokens taken for the end of a document, in this order, where the tokenizer names none itself."""
 
 
 class Encoded(NamedTuple):
@@ -75,16 +75,36 @@ class Tokenizer(ABC):
     vocab_size: int
     """Highest id + 1."""
     fingerprint: str
-    """sha256 of the content: equal for two tokenizers only if they give every text the same ids."""
+    """sha256 of the content: equal for two tokenizers only if they give every text the same ids.
+
+    Two with different end-of-document tokens may be equal in it: what uses that token holds it to a dataset's record.
+    """
     eod_or_none: int | None
+    eod_reason = "part of the tokenizer"
+    """Why `eod_or_none` is what it is."""
 
     @property
     def eod(self) -> int:
         """Id of the end-of-document token; `UserError` if the tokenizer has none."""
         if self.eod_or_none is None:
-            raise UserError(f"tokenizer {self.name}: no end-of-document token "
-                            f"(neither an eos_token nor one of {', '.join(USUAL_EODS)})")
+            raise UserError(f"tokenizer {self.name}: no end-of-document token (neither an eos_token nor, among its special "
+                            f"tokens, one of {', '.join(USUAL_EODS)}); name one of its tokens (--eod TOKEN)")
         return self.eod_or_none
+
+    def choose_eod(self, token: str, reason: str) -> None:
+        """Takes `token` for the end of a document; `UserError` if the vocabulary does not have it."""
+        found = self.id_of(token)
+        if found is None:
+            raise UserError(f"tokenizer {self.name}: no token {token!r} in its vocabulary ({reason})")
+        self.eod_or_none, self.eod_reason = found, reason
+
+    @abstractmethod
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None if there is none."""
+
+    @abstractmethod
+    def token_of(self, id: int) -> str:
+        """The inverse of `id_of`; `UserError` for an id that the vocabulary does not have."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
@@ -126,9 +146,22 @@ class ByteTokenizer(Tokenizer):
     def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
         return ended(Encoded(np.frombuffer(b"".join(texts), np.uint8), np.array([len(text) for text in texts], np.int64)), eod)
 
+    def id_of(self, token: str) -> int | None:
+        if token == USUAL_EODS[0]:
+            return 256
+        raw = token.encode()
+        return raw[0] if len(raw) == 1 else None
+
+    def token_of(self, id: int) -> str:
+        if id == 256:
+            return USUAL_EODS[0]
+        if not 0 <= id < 128:
+            raise UserError(f"tokenizer {self.name}: id {id} is no character")
+        return chr(id)
+
     def decode(self, ids: Sequence[int]) -> str:
         eod = USUAL_EODS[0].encode()
-        return b"".join(eod if i == self.eod else bytes([i]) for i in ids).decode(errors="replace")
+        return b"".join(eod if i == 256 else bytes([i]) for i in ids).decode(errors="replace")
 
 
 class HfTokenizer(Tokenizer):
@@ -153,7 +186,7 @@ class HfTokenizer(Tokenizer):
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.eod_or_none = find_eod(vocab, settings.get("eos_token"), folder)
+        self.eod_or_none, self.eod_reason = find_eod(self._tokenizer, vocab, folder)
         content = orjson.loads(raw)
         self.fingerprint = fingerprint(content, splits)
         self._rules = {key: content.get(key) for key in ("normalizer", "pre_tokenizer")}
@@ -165,6 +198,14 @@ class HfTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def token_of(self, id: int) -> str:
+        token: str | None = self._tokenizer.id_to_token(id)
+        return known_token(self.name, id, token)
 
     def added_tokens(self) -> list[str]:
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
@@ -190,6 +231,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.name = path.stem
         self.vocab_size = self._model.vocab_size()
         self.eod_or_none = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.eod_reason = "the model's eos_id"
         self.fingerprint = hashlib.sha256(raw).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
@@ -200,8 +242,14 @@ class SentencePieceTokenizer(Tokenizer):
         return text
 
     def eod_text(self) -> str:
-        text: str = self._model.id_to_piece(self.eod)
-        return text
+        return self.token_of(self.eod)
+
+    def id_of(self, token: str) -> int | None:
+        found: int = self._model.piece_to_id(token)     # of the unknown token where there is no such piece
+        return found if self._model.id_to_piece(found) == token else None
+
+    def token_of(self, id: int) -> str:
+        return known_token(self.name, id, self._model.id_to_piece(id) if 0 <= id < self.vocab_size else None)
 
     def added_tokens(self) -> list[str]:
         return [*user_defined(self._raw), *self._control_symbols()]     # the latter may not be taken for such, though
@@ -234,8 +282,24 @@ def user_defined(raw: bytes) -> list[str]:
     return [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, or the word `byte`."""
+def known_token(name: str, id: int, token: str | None) -> str:
+    if token is None:
+        raise UserError(f"tokenizer {name}: no token has the id {id}")
+    return token
+
+
+def load_tokenizer(path: str | Path, eod: str | None = None, why: str = "--eod") -> Tokenizer:
+    """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, or the word `byte`.
+
+    `eod` is a token of its vocabulary that ends a document, in place of its own; `why` says where that was asked for.
+    """
+    tokenizer = _load_tokenizer(path)
+    if eod is not None:
+        tokenizer.choose_eod(eod, why)
+    return tokenizer
+
+
+def _load_tokenizer(path: str | Path) -> Tokenizer:
     if str(path) == "byte":
         return ByteTokenizer()
     path = Path(path)
@@ -279,11 +343,22 @@ def tokenizer_settings(folder: Path, name: str = "tokenizer_config.json") -> dic
     return settings
 
 
-def find_eod(vocab: dict[str, int], stated: Any, folder: Path) -> int | None:
-    """Id of the `stated` eos_token, else of the first of `USUAL_EODS` in the vocabulary."""
-    if isinstance(stated, dict):        # older files store the whole added token
-        stated = stated.get("content")
-    if stated is not None and (not isinstance(stated, str) or stated not in vocab):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: eos_token {stated!r} is not in the vocabulary")
-    candidates = [stated] if stated is not None else USUAL_EODS
-    return next((vocab[token] for token in candidates if token in vocab), None)
+def find_eod(tokenizer: Any, vocab: dict[str, int], folder: Path) -> tuple[int | None, str]:
+    """(id, why it was chosen) of the eos_token that `folder` states, else of the first special token in `USUAL_EODS`.
+
+    Only special tokens are looked through: `</s>` is an ordinary token, the HTML tag, in some vocabularies.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        stated = tokenizer_settings(folder, name).get("eos_token")
+        if isinstance(stated, dict):        # older files store the whole added token
+            stated = stated.get("content")
+        if stated is None:
+            continue
+        if not isinstance(stated, str) or stated not in vocab:
+            raise UserError(f"{folder / name}: eos_token {stated!r} is not in the vocabulary")
+        return vocab[stated], f"eos_token in {name}"
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    for token in USUAL_EODS:
+        if token in special:
+            return special[token], "a special token of tokenizer.json with a usual name"
+    return None, "none"

@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megadyn.data.formats import CODECS, Span, form_of, open_parquet
+from megadyn.data.columns import open_parquet
+from megadyn.data.detect import Kind, kind_of
+from megadyn.data.formats import Span
+from megadyn.errors import UserError
 
 UNIT_BYTES = 2**23
 """Bytes of text, or a few more or less, that a unit has at least, but for the last one."""
@@ -16,14 +19,17 @@ Unit = tuple[Span, ...]
 """Consecutive pieces of a corpus, which one process reads."""
 
 
-def units_of(files: Iterable[Path], form: str) -> list[Unit]:
-    """All of `files`, in order."""
-    sized = [(file, file.stat().st_size, form_of(file) if form == "auto" else form) for file in files]
-    packs = [PACKED if its_form == "parquet" or file.suffix in CODECS else 1 for file, _, its_form in sized]
+def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Unit]:
+    """All of `files`, in order; with `refuse`, `UserError` for the first that cannot be read."""
+    sized = [(file, file.stat().st_size, kind_of(file, form)) for file in files]
+    for file, _, kind in sized:
+        if refuse and kind.problem:
+            raise UserError(f"{file}: {kind.problem} (--on-error skip leaves such files out)")
+    packs = [PACKED if kind.form == "parquet" or not kind.is_plain else 1 for _, _, kind in sized]
     least = unit_bytes(sum(size * pack for (_, size, _), pack in zip(sized, packs, strict=True)))
     units, unit, held = [], [], 0
-    for (file, size, its_form), pack in zip(sized, packs, strict=True):
-        for span in spans_of(file, size, its_form, least // pack):
+    for (file, size, kind), pack in zip(sized, packs, strict=True):
+        for span in spans_of(file, size, kind, least // pack):
             unit.append(span)
             held += span.size * pack
             if held >= least:
@@ -40,9 +46,10 @@ def unit_bytes(total: int) -> int:
     return least
 
 
-def spans_of(file: Path, size: int, form: str, least: int) -> Iterator[Span]:
+def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
     """`file` in pieces of about `least` bytes on disk, or whole if its format cannot be cut."""
-    if form == "jsonl" and file.suffix not in CODECS:
+    form = kind.form
+    if form == "jsonl" and kind.is_plain:
         for first in range(0, size, least):
             end = min(first + least, size)
             yield Span(file, form, first, end, end - first)

@@ -18,13 +18,14 @@ DENSE_TYPES = ("qwen2", "llama", "mistral")
 
 
 def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a megadyn export."""
+    """config.json of a megadyn export, but for what it says of documents (`document_fields`)."""
     return {
         "model_type": "megadyn", "architectures": ["MegadynForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_megadyn.MegadynConfig",
+                     "AutoModel": "modeling_megadyn.MegadynModel",
                      "AutoModelForCausalLM": "modeling_megadyn.MegadynForCausalLM"},
         **_shared_fields(model, dtype),
-        "normalization": model.normalization, "routing_mode": "causal", "layer_types": model.layer_types,
+        "normalization": model.normalization, "routing_mode": "causal", "routed_layer_types": model.layer_types,
         "routing": model.routing.to_export(model),
     }
 
@@ -78,14 +79,40 @@ def _described(config: dict[str, Any]) -> ModelConfig:
     if kind == "llama" and values["qkv_bias"]:
         raise UserError("attention_bias = True in config.json: Llama then has a bias on its output projection, which we have not")
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    layer_types = config.get("layer_types", []) if kind == "megadyn" else []
+    layer_types = _layer_types(config) if kind == "megadyn" else []
     model = ModelConfig(**values, rope_theta=float(theta), normalization=config.get("normalization", "pre"),
                         routing=_from_hf_routing(config.get("routing", {}), layer_types))
     model.routing.check()
     model.check()
     if layer_types and layer_types != model.layer_types:
-        raise UserError(f"layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.name}")
+        raise UserError(f"routed_layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.name}")
     return model
+
+
+def _layer_types(config: dict[str, Any]) -> list[str]:
+    """The kind of each layer. Older exports keep it under transformers' name `layer_types`, as MegadynConfig reads it too
+    (not imported from there: that file needs transformers, which training does without)."""
+    ours, theirs = config.get("routed_layer_types") or [], config.get("layer_types") or []
+    if not theirs or set(theirs) == {"full_attention"}:
+        return ours
+    if ours and ours != theirs:
+        raise UserError(f"layer_types = {theirs!r} in config.json: must be left out, because routed_layer_types has other values")
+    return theirs
+
+
+def document_fields(eod: int | None) -> dict[str, Any]:
+    """What config.json says of documents inside a sample; `eod` is None for a run that did not mask them."""
+    return {"document_mask": False} if eod is None else {"document_mask": True, "eod_token_id": eod}
+
+
+def eod_of_masked(config: dict[str, Any]) -> int | None:
+    """The token that ends a document if the model was trained with masked documents, else None."""
+    if not config.get("document_mask"):
+        return None
+    eod = config.get("eod_token_id")
+    if type(eod) is not int:
+        raise UserError(f"eod_token_id = {eod!r} in config.json: must be a token's id, because document_mask is true")
+    return eod
 
 
 def _from_hf_routing(routing: dict[str, Any], layer_types: list[str]) -> Kind:

@@ -1,18 +1,26 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and four of its own:
+Qwen2's fields, and six of its own:
 
     normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
                     square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
     routing_mode    how routed layers choose their tokens: `causal` (usable for generation) or `topk`
-    layer_types     per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
-                    neighbours); for mod `mod`; for dtrnet `dtrnet`
+    routed_layer_types
+                    per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
+                    neighbours); for mod `mod`; for dtrnet `dtrnet`. Older exports call this field `layer_types`, which is
+                    read still; transformers keeps that name for kinds of attention, all of which are full here
+    document_mask   whether the model was trained with several documents in a sample, each of which attends to itself alone;
+                    the model then masks its input the same way. Top-k still counts over the whole sample
+    eod_token_id    the token that ends a document; needed with `document_mask`
     routing         a dict; keys by its `kind`, the first value of each being the default:
         dense         router_type   none
         dtf           capacity      share of a sequence's tokens that a layer processes under top-k, in (0, 1]
                       ma_window     tokens in the moving average of the static surprise
                       prior_size    inner width of the prior's feed-forward
                       gate          score
+                      score         gate | log: what ranks tokens and is held against the threshold: G, in exports of
+                                    earlier versions, whose weights hold `router.ce_offset`; or r = -log(1 - G), with
+                                    `router.ce_log_offset`
                       router_type   surprise
                       causal        threshold | predictor
         mod           capacity      as in dtf
@@ -22,6 +30,8 @@ Qwen2's fields, and four of its own:
         dtrnet        router_type   token_choice | expert_choice
                       capacity      as in dtf; only expert_choice has it
                       causal        of token_choice: token_choice; of expert_choice: threshold
+                      score         of expert_choice, what its thresholds are of: probability (exports that do not say) | logit,
+                                    the difference of the logits of attending and bypassing
     Any other key of `routing` is a record of the training run and changes nothing here.
 """
 
@@ -53,11 +63,19 @@ class ExportedKind(NamedTuple):
     """By `router_type`, whose default is the first."""
     check_types: Callable[[list[str]], None] | None = None
     """Raises ValueError for an order of layer types that cannot be."""
+    convert: Callable[[Any], None] | None = None
+    """Gives a model of an earlier version, just loaded, today's form."""
+    convert_state: Callable[..., None] | None = None
+    """The same for weights alone: a hook before `load_state_dict`."""
 
 
 def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
     if got not in allowed:
         raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
+
+
+def check_rotary(rope_parameters: dict[str, Any] | None) -> None:
+    one_of("rope_parameters.rope_type", (rope_parameters or {}).get("rope_type"), ("default",))
 
 
 def check_number(key: str, value: Any) -> None:
@@ -98,13 +116,25 @@ def has_topk(routing: dict[str, Any]) -> bool:
 
 
 def check_layer_types(layer_types: list[str], routing: dict[str, Any], num_layers: int) -> None:
+    name, kind = "routed_layer_types", kind_of(routing)
     if len(layer_types) != num_layers:
-        raise ValueError(f"layer_types has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
-    kind = kind_of(routing)
+        raise ValueError(f"{name} has {len(layer_types)} entries, but num_hidden_layers = {num_layers}")
     for i, layer_type in enumerate(layer_types):
-        one_of(f"layer_types[{i}] with routing.kind = {routing['kind']}", layer_type, ("dense", *kind.layers))
+        one_of(f"{name}[{i}] with routing.kind = {routing['kind']}", layer_type, ("dense", *kind.layers))
     if kind.check_types is not None:
         kind.check_types(layer_types)
+
+
+def layer_types_of(routed_layer_types: list[str], layer_types: list[str] | None) -> list[str]:
+    """`routed_layer_types`, or what an older export has in their place under transformers' name `layer_types`.
+
+    That name may also hold transformers' own value for this model, which says nothing. ValueError if it says anything else.
+    """
+    if not layer_types or set(layer_types) == {"full_attention"}:
+        return routed_layer_types
+    if routed_layer_types and list(routed_layer_types) != list(layer_types):
+        raise ValueError(f"layer_types = {layer_types!r}: must be left out, because routed_layer_types has other values")
+    return layer_types
 
 
 @strict
@@ -136,8 +166,10 @@ class MegadynConfig(PretrainedConfig):
     pad_token_id: int | None = None
     normalization: str = "pre"
     routing_mode: str = "causal"
-    layer_types: list[str] = field(default_factory=list)
+    routed_layer_types: list[str] = field(default_factory=list)
     """May be left out if all layers are dense."""
+    document_mask: bool = False
+    eod_token_id: int | None = None
     routing: dict = field(default_factory=lambda: {"kind": "dense"})
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -146,21 +178,27 @@ class MegadynConfig(PretrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.routing = check_routing(self.routing)
+        self.routed_layer_types = layer_types_of(self.routed_layer_types, kwargs.pop("layer_types", None))
         if self.routing["kind"] == "dense":
-            self.layer_types = self.layer_types or ["dense"] * self.num_hidden_layers
+            self.routed_layer_types = self.routed_layer_types or ["dense"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         one_of("hidden_act", self.hidden_act, ("silu",))
         one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
-        one_of("rope_parameters.rope_type", (self.rope_parameters or {}).get("rope_type"), ("default",))
+        check_rotary(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: must divide "
                              f"num_attention_heads = {self.num_attention_heads}")
-        self.validate_layer_type()
+        self.validate_routed_layers()
+        self.validate_documents()
 
-    def validate_layer_type(self) -> None:
-        """Stands in for transformers' own check, which knows no routed layers; called by it on saving too."""
-        check_layer_types(self.layer_types, self.routing, self.num_hidden_layers)
+    def validate_routed_layers(self) -> None:
+        """Called by transformers on saving too."""
+        check_layer_types(self.routed_layer_types, self.routing, self.num_hidden_layers)
+
+    def validate_documents(self) -> None:
+        if self.document_mask and self.eod_token_id is None:
+            raise ValueError("document_mask = True: needs eod_token_id, the token that ends a document")
 
 
 MegadynConfig.register_for_auto_class("AutoConfig")

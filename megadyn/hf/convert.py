@@ -10,29 +10,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.config import ModelConfig
-from megadyn.hf.config_map import to_hf_config, to_qwen2_config
+from megadyn.data.tokenizer import load_tokenizer
+from megadyn.hf.config_map import document_fields, to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 from megadyn.kinds import Kind, module_of
+from megadyn.log import log
+
+QWEN2_UNMASKED = ("The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
+                  "of several documents give it position_ids that start again")
 
 
 def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
-                    dtype: str, shard_bytes: int) -> dict[str, Any]:
+                    dtype: str, shard_bytes: int, eod: str | None = None,
+                    document_mask: bool = False) -> dict[str, Any]:
     """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the modelling files.
 
     Args:
         tensors: whole tensors under their Hugging Face names, taken one at a time.
         style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
         dtype: torch's name of the weights' type, for config.json.
+        eod: the token that ended documents in training, if that is not the tokenizer's own.
+        document_mask: whether the run masked its samples by document; config.json then says so, with the id that ends one.
     """
     summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
-    special, note = write_tokenizer(tokenizer, folder, model.max_position)
+    special, note = write_tokenizer(tokenizer, folder, model.max_position, eod)
     described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
-    write_json(folder / "config.json", described | special)
+    documents = document_fields(load_tokenizer(tokenizer, eod).eod if document_mask else None)
+    write_json(folder / "config.json", described | special | documents)
     write_json(folder / "generation_config.json", {"do_sample": False, **special})
     if style == "megadyn":
         write_code(folder, type(model.routing))
     elif warning := check_qwen2(folder, tokenizer):
         note += f". {warning}"
+    if style == "qwen2" and document_mask:
+        log.warning("%s", QWEN2_UNMASKED)
+        note += f". {QWEN2_UNMASKED}"
     return summary | {"tokenizer": note}
 
 

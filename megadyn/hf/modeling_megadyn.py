@@ -9,11 +9,15 @@ removes the padding; at each routed layer the chosen ones are pushed to the left
 attention is right whatever was left out, each token keeps its original position for RoPE, and a layer's cache holds
 the packed tokens of each row: those that the layer processed, and nothing for the others.
 
+A row may hold several texts. SEQUENCES of a padding-free batch (`position_ids` that start again, `cu_seq_lens_q`, `seq_idx`)
+are independent: each is computed as if it stood alone. DOCUMENTS (`config.document_mask`, for models trained so) end with
+`eod_token_id` and are parts of one sequence: attention and averages stay inside a document, but top-k counts over the sequence.
+
 Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
-#       P packed tokens in a layer's cache, W moving-average window.
+#       P packed tokens in a layer's cache, W moving-average window, L columns seen so far.
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,17 +29,25 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .configuration_megadyn import ROUTING_MODES, MegadynConfig, has_topk, one_of
+from .configuration_megadyn import ROUTING_MODES, MegadynConfig, check_rotary, has_topk, one_of
 from .layers_megadyn import (
+    Borders,
     Context,
     DenseLayer,
     Float32Module,
     MegadynCache,
     MegadynRMSNorm,
+    Packed,
+    Routing,
     Stream,
+    Texts,
+    changes,
+    first_columns,
     pack,
     put_back,
+    restarts,
     rotary_table,
+    sequence_ids,
     take,
 )
 from .routing_of import exported_kind
@@ -43,11 +55,13 @@ from .routing_of import exported_kind
 
 @dataclass
 class MegadynModelOutput(BaseModelOutputWithPast):
+    """`attentions` [B, H, T, L]: with output_attentions, per layer, over all columns seen so far; 0 at padding."""
+
     routing: tuple[Tensor, ...] | None = None
     """With output_routing: per layer, bool [B, T], the tokens that it processed; of dtrnet, those that attended."""
     gates: tuple[Tensor | None, ...] | None = None
-    """With output_routing: per layer, float [B, T], the score that chooses tokens (G; of mod the logit; of dtrnet the
-    probability to attend), 0 for padding; None where all are processed."""
+    """With output_routing: per layer, float [B, T], the score that chooses tokens (of dtf r = -log(1 - G); of mod the
+    logit; of dtrnet the probability to attend), 0 for padding; None where all are processed."""
 
 
 @dataclass
@@ -58,16 +72,110 @@ class MegadynOutput(CausalLMOutputWithPast):
     """As in MegadynModelOutput."""
 
 
+LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""Of transformers' loss function."""
+SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
+"""Keywords that transformers may pass, and the values that ask for nothing beyond what is done anyway."""
+
+
+def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", columns: int) -> None:
+    """TypeError for a keyword that would change nothing."""
+    for name, value in keywords.items():
+        if name not in SILENT_VALUES:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        if name == "cache_position" and value is not None:
+            past = 0 if cache is None else cache.columns
+            if value.tolist() != list(range(past, past + columns)):
+                raise ValueError(f"cache_position: must count from {past}, the number of columns in the cache")
+        elif not any(value is silent for silent in SILENT_VALUES[name]):
+            raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
+
+
+def unpacked_weights(weight_BHCP: Tensor, tokens: Packed, keys: Packed, columns: int, past_columns: int) -> Tensor:
+    """Attention's weights [B, H, T, L] over the columns as given; the very tensor if nothing was packed."""
+    rows, heads = weight_BHCP.shape[:2]
+    total = past_columns + columns
+    if min(tokens.counts) == columns and min(keys.counts) == total:
+        return weight_BHCP
+    index_BHCP = keys.index_BC[:, None, None, :].expand_as(weight_BHCP)
+    weight_BHCL = weight_BHCP.new_zeros(rows, heads, weight_BHCP.shape[2], total).scatter(3, index_BHCP, weight_BHCP)
+    weight_BCHL = weight_BHCL.transpose(1, 2)
+    return put_back(weight_BCHL.new_zeros(rows, columns, heads, total), tokens, weight_BCHL).transpose(1, 2)
+
+
+def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor:
+    """Which columns hold real tokens, [B, L] with those in the cache, or [B, T] if the given mask has only these."""
+    rows, columns = x_BTD.shape[:2]
+    if attention_mask is None:
+        past = 0 if cache is None else cache.columns
+        return torch.ones(rows, past + columns, dtype=torch.bool, device=x_BTD.device)
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]")
+    return attention_mask != 0
+
+
+def sequences_of_call(cu_seq_lens: tuple[Tensor | None, Tensor | None], max_lengths: tuple[int | None, int | None],
+                      seq_idx: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor | None:
+    """Numbers [B, T] that differ from one sequence to the next; None if neither form of them was given.
+
+    Args:
+        cu_seq_lens: those of queries and of keys, which must be equal. max_lengths: as well.
+    """
+    if max_lengths != (None, None) and cu_seq_lens == (None, None):
+        raise ValueError("max_length_q and max_length_k need cu_seq_lens_q and cu_seq_lens_k")
+    lengths, max_length = both_equal("cu_seq_lens", *cu_seq_lens), both_equal("max_length", *max_lengths)
+    if lengths is None and seq_idx is None:
+        return None
+    if cache is not None and any(cache.seen):
+        raise ValueError("cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values")
+    if lengths is None:
+        return cast(Tensor, seq_idx).expand(x_BTD.shape[0], -1)
+    ids_BT = sequence_ids(lengths, max_length, *x_BTD.shape[:2])
+    if seq_idx is not None and not torch.equal(changes(ids_BT), changes(seq_idx.expand_as(ids_BT))):
+        raise ValueError("seq_idx and cu_seq_lens_q: must describe the same sequences")
+    return ids_BT
+
+
+def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
+    """The one value of both, or that of the two which was given; ValueError if they differ."""
+    if of_queries is None or of_keys is None:
+        return of_keys if of_queries is None else of_queries
+    if not torch.equal(torch.as_tensor(of_queries), torch.as_tensor(of_keys)):
+        raise ValueError(f"{name}_k differs from {name}_q: tokens attend to their own sequence only, so both must be equal")
+    return of_queries
+
+
+def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, ended_BC: Tensor) -> Texts:
+    """Where each row stands after a call: at its last token, or as `before` if it has none."""
+    count_B = torch.tensor(tokens.counts, device=position_BC.device)
+    row_B, last_B = torch.arange(len(count_B), device=count_B.device), (count_B - 1).clamp(min=0)
+
+    def at_last(x_BC: Tensor, before_B: Tensor | None) -> Tensor:
+        last = x_BC[row_B, last_B]
+        return torch.where(count_B > 0, last, torch.zeros_like(last) if before_B is None else before_B)
+
+    segment_B = None if tokens.segment_BC is None else at_last(tokens.segment_BC, before.segment_B)
+    return Texts(at_last(position_BC + 1, before.position_B), at_last(ended_BC, before.ended_B), segment_B)
+
+
 class MegadynPreTrainedModel(PreTrainedModel):
     config_class = MegadynConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DenseLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["router", "causal_router"]
-    _keep_in_fp32_modules = [".*router"]      # quantizers read this one, as patterns: they leave routers as they are
     _supports_sdpa = True
+    _supports_attention_backend = True
     _is_stateful = True      # the cache cannot be rolled back, so assisted generation is refused
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded      # a tuple with output_loading_info=True
+        convert = exported_kind(model.config.routing).convert
+        if convert is not None:
+            convert(model)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -78,12 +186,20 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
+        check_rotary(config.rope_parameters)      # it may have been changed since the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = {"dense": DenseLayer} | exported_kind(config.routing).layers
-        self.layers = nn.ModuleList(layers[kind](config, i) for i, kind in enumerate(config.layer_types, 1))
+        kind = exported_kind(config.routing)
+        layers = {"dense": DenseLayer} | kind.layers
+        self.layers = nn.ModuleList(layers[name](config, i) for i, name in enumerate(config.routed_layer_types, 1))
         self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if kind.convert_state is not None:
+            self.register_load_state_dict_pre_hook(kind.convert_state)
+        routers = {part for name in self.state_dict() for part in name.split(".")} & {"router", "causal_router"}
+        self._keep_in_fp32_modules_strict = sorted(routers)
+        self._keep_in_fp32_modules = [".*router"] if routers else []      # for quantizers, which leave these as they are
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -95,35 +211,54 @@ class MegadynModel(MegadynPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_routing: bool = False,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
     ) -> MegadynModelOutput:
-        """`attention_mask` [B, past + T] or [B, T] is 0 at padding, on whichever side; `position_ids` count real tokens."""
+        """`attention_mask` [B, past + T] or [B, T] is 0 at padding, on whichever side; `position_ids` count real tokens.
+
+        Sequences of a padding-free batch, each computed as if alone: `position_ids` that start again; `cu_seq_lens_q` and
+        `max_length_q` (those of k must be equal) as FlashAttention takes them; `seq_idx` [B, T], a number per sequence.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if output_attentions:
-            raise ValueError("output_attentions is not supported: routed layers attend among different tokens")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.cache_of_call(past_key_values, use_cache, rows=x_BTD.shape[0])
-        context = self.context_of_call(x_BTD, attention_mask, position_ids, cache)
+        refuse_unknown(kwargs, cache, x_BTD.shape[1])
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions:
+            self.check_attentions()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        given = sequences_of_call((cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache)
+        mask_BL = mask_of_call(attention_mask, x_BTD, cache)
+        tokens = pack(mask_BL[:, -x_BTD.shape[1]:], least=1)
+        context, texts = self.context_of_call(x_BTD, tokens, input_ids, position_ids, given, cache, bool(output_attentions))
         tokens = context.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
             return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
 
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
         stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(stream.hidden_BCD))
+                stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))      # gradients reach what is returned
             stream, routing = layer(stream, context, None if cache is None else cache.layers[i])
             routings.append(routing)
         last_hidden_state = unpacked(self.norm(stream.hidden_BCD))
+        attentions = self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
         if cache is not None:
-            cache.advance(x_BTD.shape[1], tokens.counts)
+            cache.advance(x_BTD.shape[1], tokens.counts, texts)
         return MegadynModelOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=cache,
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
+            attentions=attentions,
             routing=tuple(unpacked(r.processed_BC) for r in routings) if output_routing else None,
             gates=tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings) if output_routing else None,
         )
@@ -133,6 +268,24 @@ class MegadynModel(MegadynPreTrainedModel):
         """Whether layers choose by top-k; read at each call, because the mode may be changed on a loaded model."""
         one_of("config.routing_mode", self.config.routing_mode, ROUTING_MODES)
         return self.config.routing_mode == "topk" and has_topk(self.config.routing)
+
+    def check_attentions(self) -> None:
+        """ValueError if layers cannot return attention weights."""
+        if self.config.routing["kind"] != "dense":
+            raise ValueError("output_attentions is not supported: routed layers attend among different tokens")
+        if self.config._attn_implementation != "eager":
+            raise ValueError(f"output_attentions needs attn_implementation = 'eager': "
+                             f"{self.config._attn_implementation!r} returns no weights")
+
+    def attentions_of_call(self, routings: list[Routing], tokens: Packed, mask_BL: Tensor, x_BTD: Tensor,
+                           cache: MegadynCache | None) -> tuple[Tensor, ...]:
+        """Each layer's attention weights over columns as given; `mask_BL` as in `mask_of_call`."""
+        columns, past = x_BTD.shape[1], 0 if cache is None else cache.columns
+        if mask_BL.shape[1] != past + columns:
+            raise ValueError(f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions must have {past + columns}, "
+                             "those in the cache among them")
+        keys = pack(mask_BL, least=1)
+        return tuple(unpacked_weights(cast(Tensor, r.weight_BHCP), tokens, keys, columns, past) for r in routings)
 
     def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
         """The given cache, a new one, or none; top-k routing cannot have one, because it looks at the whole sequence."""
@@ -145,28 +298,57 @@ class MegadynModel(MegadynPreTrainedModel):
                              "pass use_cache=False, or set config.routing_mode = 'causal'")
         cache = MegadynCache(len(self.layers)) if given is None else given
         if not isinstance(cache, MegadynCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: must be a MegadynCache")
+            raise ValueError(f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
+                             "leave it out, and the model makes a MegadynCache")
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
         return cache
 
-    def context_of_call(self, x_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None,
-                        cache: MegadynCache | None) -> Context:
-        rows, columns = x_BTD.shape[:2]
-        if attention_mask is None:
-            attention_mask = torch.ones(rows, columns, device=x_BTD.device)
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]")
-        real_BT = attention_mask[:, -columns:] != 0
-        seen_B = torch.tensor([0] * rows if cache is None else cache.seen, device=x_BTD.device)
-        if position_ids is None:
-            position_ids = seen_B[:, None] + (real_BT.cumsum(1) - 1).clamp(min=0)
-        tokens = pack(real_BT, least=1)
-        position_BC = take(position_ids.expand(rows, -1), tokens)
+    def borders_of_call(self, tokens: Packed, input_ids: Tensor | None, position_ids: Tensor | None,
+                        sequence_BT: Tensor | None, before: Texts, goes_on_B: Tensor) -> Borders:
+        """Arguments as in `context_of_call`; `goes_on_B`: rows with tokens in the cache."""
+        sequence_BC, ended_BC = torch.zeros_like(tokens.valid_BC), torch.zeros_like(tokens.valid_BC)
+        if position_ids is not None:
+            sequence_BC |= restarts(take(position_ids, tokens), tokens.index_BC, goes_on_B)
+        if sequence_BT is not None:
+            sequence_BC |= changes(take(sequence_BT, tokens))
+        text_BC = sequence_BC
+        if self.config.document_mask:
+            if input_ids is None:
+                raise ValueError("config.document_mask = True: give input_ids, because inputs_embeds do not show where a "
+                                 "document ends")
+            ended_BC = take(input_ids, tokens) == self.config.eod_token_id
+            ended_before_B = before.ended_B & goes_on_B
+            text_BC = sequence_BC | torch.cat((ended_before_B[:, None], ended_BC[:, :-1]), dim=1)
+        return Borders(sequence_BC & tokens.valid_BC, text_BC & tokens.valid_BC, ended_BC)
+
+    def context_of_call(self, x_BTD: Tensor, tokens: Packed, input_ids: Tensor | None, position_ids: Tensor | None,
+                        sequence_BT: Tensor | None, cache: MegadynCache | None, attentions: bool) -> tuple[Context, Texts]:
+        """What the layers share, and where each row stands after this call; `sequence_BT` as in `sequences_of_call`."""
+        rows, device = x_BTD.shape[0], x_BTD.device
+        before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
+        goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
+        if position_ids is not None:
+            position_ids = position_ids.expand(rows, -1)
+        borders = self.borders_of_call(tokens, input_ids, position_ids, sequence_BT, before, goes_on_B)
+        if position_ids is not None:
+            position_BC = take(position_ids, tokens)
+        else:
+            first_BC = first_columns(borders.text_BC)
+            column_C = torch.arange(first_BC.shape[1], device=device)
+            position_BC = torch.where(first_BC < 0, before.position_B[:, None] + column_C, column_C - first_BC)
+        sequence_BC = None
+        if before.segment_B is not None or borders.text_BC.any():
+            segment_BC = borders.text_BC.cumsum(1)
+            if before.segment_B is not None:
+                segment_BC = segment_BC + before.segment_B[:, None]
+            tokens = tokens._replace(segment_BC=segment_BC)
+            sequence_BC = borders.sequence_BC.cumsum(1)
         theta = cast(dict, self.config.rope_parameters)["rope_theta"]
         cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
-        return Context(tokens, cos_BCK, sin_BCK, seen_B > 0, self.topk)
+        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, sequence_BC, attentions)
+        return context, texts_after(before, tokens, position_BC, borders.ended_BC)
 
 
 class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
@@ -192,20 +374,30 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_routing: bool = False,
         logits_to_keep: int | Tensor = 0,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> MegadynOutput:
-        """`labels` [B, T] are the input ids (-100: not counted); they are shifted here, as in all of transformers."""
+        """`labels` [B, T] are the input ids (-100: not counted); they are shifted here, as in all of transformers, unless
+        `shift_labels` has them shifted. Other arguments as in `MegadynModel.forward`."""
+        of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, output_routing=output_routing)
+            output_attentions=output_attentions, output_routing=output_routing, cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
+            return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or of_loss.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
         return MegadynOutput(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-                             hidden_states=outputs.hidden_states, routing=outputs.routing, gates=outputs.gates)
+                             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
+                             routing=outputs.routing, gates=outputs.gates)
 
     def _prepare_cache_for_generation(
             self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -215,6 +407,14 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: a routed model has its own")
         model_kwargs["past_key_values"] = MegadynCache(self.config.num_hidden_layers)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' hook for all of it."""
+        raise ValueError("continuous batching (generate_batch) is not supported: its paged cache holds every token in every "
+                         "layer, but routed layers hold only those that they process; use generate with a padded batch")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        return self.init_continuous_batching()
 
 
 MegadynModel.register_for_auto_class("AutoModel")

@@ -4,21 +4,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config
+from megadyn.hf.config_map import eod_of_masked, from_hf_config
+from megadyn.kinds.older import log_offset, newer_name, newer_threshold_of, older_name
+
+THRESHOLD = "causal_router.threshold"
+"""How its name ends."""
 
 
 class HfFolder:
-    """config.json and safetensors of a folder; a tensor is read when it is asked for."""
+    """config.json and safetensors of a folder; a tensor is read when it is asked for. An older DTF's are converted."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         config = read_json(folder / "config.json")
         self.model: ModelConfig = from_hf_config(config)
+        self.eod: int | None = eod_of_masked(config)
+        self.newer_threshold = newer_threshold_of(config.get("routing", {}))
+        """What becomes of an older export's thresholds; None where they stay."""
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = files_of(index) if index.exists() else ["model.safetensors"]
@@ -31,10 +39,20 @@ class HfFolder:
             self._where |= dict.fromkeys(handle.keys(), handle)
 
     def names(self) -> set[str]:
-        return set(self._where)
+        return set(map(newer_name, self._where))
 
     def whole(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        if name not in self._where:
+            older = older_name(name)
+            return log_offset(self._read(older), f"{self.folder}: {older}")
+        tensor = self._read(name)
+        if self.newer_threshold is not None and name.endswith(THRESHOLD):
+            return torch.full_like(tensor, self.newer_threshold(tensor.item()))
+        return tensor
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._where[name].get_tensor(name)
+        return tensor
 
 
 def files_of(index: Path) -> list[str]:

@@ -10,6 +10,7 @@ from megadyn.data.tokenizer import (
     ByteTokenizer,
     HfTokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
     load_tokenizer,
     read_bytes,
     tokenizer_settings,
@@ -29,13 +30,16 @@ NORMAL, USER_DEFINED = 1, 4
 """Types of SentencePiece's pieces: found by merging, and cut out of the text before. The others stand for no text."""
 
 
-def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[dict[str, int], str]:
-    """Writes the tokenizer at `path` into `folder`.
+def write_tokenizer(path: str, folder: Path, max_position: int | None, eod: str | None = None) -> tuple[dict[str, int], str]:
+    """Writes the tokenizer at `path` into `folder`; `eod` is the token that ended documents in training, if not its own.
 
     Returns:
         The special ids for config.json, and what a reader of the folder must know of its tokenizer, in a sentence.
     """
     tokenizer, source = load_tokenizer(path), Path(path)
+    own = tokenizer.eod_or_none
+    if eod is not None:
+        tokenizer.choose_eod(eod, "the run's tokenizer.eod")
     settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, HfTokenizer):
         stated = tokenizer_settings(source, "special_tokens_map.json") | tokenizer_settings(source)
@@ -47,9 +51,9 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
     if max_position is not None:
         settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
     special = {}
-    if (eod := tokenizer.eod_or_none) is not None:
-        settings |= {name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None}
-        special = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+    if (end := tokenizer.eod_or_none) is not None:
+        settings |= _end_settings(tokenizer, settings, is_own=end == own)
+        special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     write_json(folder / "tokenizer_config.json", settings)
     if isinstance(tokenizer, ByteTokenizer):
         (folder / "tokenizer.json").write_text(bytes_as_json(tokenizer))
@@ -60,6 +64,18 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None) -> tuple[
     if (source / TEMPLATE).is_file():
         shutil.copyfile(source / TEMPLATE, folder / TEMPLATE)
     return special, "the tokenizer of the training run"
+
+
+def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) -> dict[str, Any]:
+    """The names of the token that ends documents, as far as transformers can take it for one and read texts as in training."""
+    if is_own:
+        return {name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None}
+    token = tokenizer.token_of(tokenizer.eod)
+    if token not in tokenizer.added_tokens():
+        log.warning("the export's tokenizer does not name %r, which ends its documents, as eos_token: it is an ordinary token of "
+                    "texts; config.json has its id", token)
+        return {}
+    return {"eos_token": token} | ({} if settings.get("pad_token") else {"pad_token": token})
 
 
 def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def bytes_as_json(tokenizer: ByteTokenizer) -> str:
     library = Library(models.BPE({characters[byte]: byte for byte in range(0x100)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
-    library.add_special_tokens([AddedToken(tokenizer.eod_text(), special=True, normalized=False)])
+    library.add_special_tokens([AddedToken(tokenizer.token_of(256), special=True, normalized=False)])
     text: str = library.to_str(pretty=True)
     return text
 

@@ -27,8 +27,8 @@ BUILT_IN = (
 GROUP = "megadyn.kinds"
 """Entry points of this group name packages that hold a kind."""
 
-__all__ = ["BUILT_IN", "DENSE", "GROUP", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind", "known_kinds",
-           "make_kind", "module_of", "other_kinds_key"]
+__all__ = ["BUILT_IN", "DENSE", "GROUP", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind", "keys_of",
+           "known_kinds", "make_kind", "module_of", "other_kinds_key", "settings_of"]
 
 
 def known_kinds() -> tuple[str, ...]:
@@ -99,6 +99,14 @@ def make_kind(kind: str, **keys: Any) -> Kind:
 def keys_of(kind: type[Kind]) -> Sequence[str]:
     """Keys of `model.routing` for a kind."""
     return [f.name for f in fields(kind)]
+
+
+def settings_of(name: str) -> dict[str, dict[str, Any]]:
+    """Keys of `model.routing` that tests and the soak try: a kind's defaults, its other causal rules, and its variants."""
+    kind = find_kind(name)
+    rules = kind.rules[1:] if "causal" in keys_of(kind) else ()
+    return {"default": {}, **{rule: {"causal": rule} for rule in rules},
+            **{variant: dict(keys) for variant, keys in kind.variants.items()}}
 
 
 def other_kinds_key(kind: str, key: str) -> str:

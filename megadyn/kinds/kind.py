@@ -11,6 +11,7 @@ Nothing else in megadyn names a kind. `model.routing` of a checked configuration
 has a model asks `model.routing` and needs no registry.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from megadyn.costs.operations import LayerFlops, flops_of_layer, router_flops
 from megadyn.costs.shape import Shape, capacity_count
 from megadyn.errors import ConfigError
 
+SHAPES = "it decides the shapes of the saved tensors"
+TRAINED_SO = "the saved weights were trained that way and mean nothing in another"
+"""Why a resumed run may not change a key."""
 DENSE = "dense"
 """The layer type that every kind may use beside its own: each token goes through the whole layer."""
 
@@ -54,12 +58,23 @@ class Kind:
     """Its own statistics, for the report: name in the metrics -> what it is."""
     layers: ClassVar[Mapping[str, str]] = {}
     """Layer type -> class in `layers.py`."""
+    scores: ClassVar[tuple[str, ...]] = ()
+    """What thresholds are of, `routing.score` in exports: in older ones, which may leave it out, and today. Empty where that
+    never changed."""
     totals: ClassVar[tuple[str, ...]] = ()
     """Trackers of its layers that need their sum over all layers of the model, by name."""
     recorded: ClassVar[tuple[str, ...]] = ()
     """Keys that an export's `config.json` carries."""
+    fixed: ClassVar[dict[str, str]] = {}
+    """Keys that a run may not change when it goes on from a checkpoint: key -> reason."""
     rules: ClassVar[tuple[str, ...]] = ()
     """Causal rules that can stand in for top-k, the first being the default."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings that the conformance suite tries beside the defaults and the causal rules: a name -> keys."""
+    straight_through: ClassVar[bool] = False
+    """Its routers' gradients are not those of the loss, on purpose."""
+    benchmark: ClassVar[str] = ""
+    """How benchmarks run it unless told otherwise, `NAME:CAPACITY`; by its name alone if empty."""
     equals_dense: ClassVar[bool] = True
     """At capacity 1, with its gate at 1, the model is the dense one."""
 
@@ -87,6 +102,21 @@ class Kind:
     def share(self) -> float:
         """Share of tokens that a routed layer is planned to take."""
         return 1.0
+
+    @property
+    def holds_share(self) -> bool:
+        """Whether something holds routed layers to `share`: top-k, or a controller."""
+        return True
+
+    @property
+    def has_signed_gate(self) -> bool:
+        """Whether gates are any numbers, not shares in [0, 1]."""
+        return False
+
+    @property
+    def settling_steps(self) -> int:
+        """Steps after which its averages and warm-ups have settled."""
+        return 0
 
     @property
     def varies(self) -> bool:
@@ -120,9 +150,15 @@ class Kind:
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
-        """The configuration that `routing` of a config.json describes."""
+        """The configuration that `routing` of a config.json describes. Raises ConfigError for what cannot be."""
+        if cls.scores and routing.get("score", cls.scores[0]) not in cls.scores:
+            raise ConfigError("routing.score", routing["score"], f"{cls.scores[-1]}, or {cls.scores[0]} in older exports")
         values = {key: routing[key] for key in cls.recorded if key in routing}
         return cls(kind=routing.get("module", cls.name), **values)
+
+    def sizes(self, shape: Shape) -> dict[str, Any]:
+        """What beside the layer types decides which tensors there are: key of the configuration -> what follows from it."""
+        return {}
 
     # ---- costs of a layer
 
@@ -160,6 +196,9 @@ class TopK(Kind):
 
     default_capacity: ClassVar[float] = 0.5
     rules: ClassVar[tuple[str, ...]] = ("threshold", "predictor")
+    scores: ClassVar[tuple[str, ...]] = ()
+    """What thresholds are of, `routing.score` in exports: in older ones, which may leave it out, and today. Empty where that
+    never changed."""
     totals: ClassVar[tuple[str, ...]] = ()
     """Trackers of its layers that need their sum over all layers of the model, by name."""
     recorded: ClassVar[tuple[str, ...]] = ("capacity", "causal", "threshold_momentum")
@@ -187,6 +226,13 @@ class TopK(Kind):
     @property
     def uses_threshold(self) -> bool:
         return self.causal == "threshold"
+
+    @property
+    def settling_steps(self) -> int:
+        return math.ceil(1 / (1 - self.threshold_momentum))
+
+    def sizes(self, shape: Shape) -> dict[str, Any]:
+        return {"model.routing.causal": "a predictor" if self.causal == "predictor" else "no predictor"}
 
     def describe(self) -> str:
         return f"{self.name} at capacity {self.capacity}"
@@ -239,6 +285,8 @@ class Laid(Kind):
     layout: str | None = None
     """Which layers are routed: `bilayer` (every second; the default), `zero_attn` (all), `four_attn` (all but 1, 2, L/2,
     L/2 + 1), or a pattern of T (dense) and D (routed) such as `TDTD` or `T2D14`."""
+
+    fixed: ClassVar[dict[str, str]] = {"layout": "it decides which layers have a router"}
 
     def layer_types(self, num_layers: int) -> list[str]:
         pattern = expand_layout("bilayer" if self.layout is None else self.layout, num_layers)

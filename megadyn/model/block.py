@@ -24,9 +24,9 @@ class Stream(NamedTuple):
 
     hidden: Tensor
     """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
-    gate: Tensor | None = None
-    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_gate`). Carries gradient. A kind that
-    runs on one pipeline stage only may hand on several, [B, T/seq, n]."""
+    score: Tensor | None = None
+    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_score`). Carries gradient. A
+    kind that runs on one pipeline stage alone may hand on several, [B, T/seq, n]."""
     documents: Documents | None = None
     """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
 
@@ -58,8 +58,8 @@ class Layer(nn.Module):
 
     block_is_split = True
     """Under sequence parallelism the block works on this rank's part of the sequence."""
-    takes_gate = False
-    """Reads `Stream.gate` of the layer before, which must then cross a stage boundary between the two."""
+    takes_score = False
+    """Reads `Stream.score` of the layer before, which must then cross a stage boundary between the two."""
 
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()

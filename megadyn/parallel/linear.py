@@ -1,5 +1,7 @@
 """Linear layers and the embedding, cut over tensor ranks. Each is the plain layer plus one line."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,19 +67,27 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows, zeros elsewhere. [B, T] -> [B, T/seq, D]."""
+    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows, zeros elsewhere. [B, T] -> [B, T/seq, D].
+
+    An id outside the vocabulary becomes NaN on every rank, without waiting for the device: the loss is then NaN, and the
+    rule for bad steps keeps the step out of the weights. That holds for ids in the last rank's padding too.
+    """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
         super().__init__()
         self.tp: Axis = make.tp
         self.seq: Axis = make.seq
+        self.vocab_size = vocab_size
         self.rows = -(-vocab_size // make.tp.size)
         self.weight = make(f"{name}.weight", (vocab_size, hidden_size), init)           # [V/tp, D]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        outside = (tokens < 0) | (tokens >= self.vocab_size)
         if self.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            found = F.embedding(tokens.masked_fill(outside, 0), self.weight)
+            return found.masked_fill_(outside.unsqueeze(-1), math.nan)
         local = tokens - self.tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return leave_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp, self.seq)
+        found.masked_fill_(elsewhere.unsqueeze(-1), 0).masked_fill_(outside.unsqueeze(-1), math.nan)
+        return leave_tp(found, self.tp, self.seq)

@@ -6,6 +6,7 @@ gradient of the whole weight is summed up in float32 time and again. Where one b
 is cut over tensor ranks as in Megatron-LM (arXiv 1909.08053, section 3).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             highest = torch.maximum(top, logits.amax(dim=1))
             logits = _minus(logits, highest).exp_()
             total, top = total * (top - highest).exp_() + logits.sum(dim=1), highest
+        # No rank has such a label's logit; 0 in its place would be a loss that looks right.
+        target.masked_fill_((labels < 0) | (labels >= vocab_size), math.nan)
         highest = max_over(top, tp)
         share = (top - highest).exp_()
         total, target = sum_over(torch.stack([total * share, target]), tp)
@@ -94,6 +97,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, voca
     Args:
         hidden: [..., D], equal on all tensor ranks; the caller has passed it through `enter_tp`.
         weight: [V/tp, D], this rank's rows; rows at and beyond `vocab_size` are padding.
-        labels: [...], ids over the whole vocabulary.
+        labels: [...], ids over the whole vocabulary; one outside it makes the loss NaN.
     """
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), vocab_size, tp, torch.is_grad_enabled())

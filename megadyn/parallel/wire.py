@@ -1,9 +1,9 @@
-"""What crosses a pipeline cut, as one tensor: the hidden state with the gate and the document ids in extra columns.
+"""What crosses a pipeline cut, as one tensor: the hidden state with the score and the document ids in extra columns.
 
 A pipeline stage that sends two float tensors runs its backward pass twice (once for each), so between a Decision
-and its Dynamic layer the gate rides in columns of the hidden state. It stays float32: its bits are reinterpreted, not
-converted, both as value and as gradient. Document ids, which have no gradient, ride as int32 bits likewise.
-Nothing may compute on the packed tensor.
+and its Dynamic layer the score, from which the gate follows, rides in columns of the hidden state. It stays float32:
+its bits are reinterpreted, not converted, both as value and as gradient. Document ids, which have no gradient, ride
+as int32 bits likewise. Nothing may compute on the packed tensor.
 """
 
 from typing import Any

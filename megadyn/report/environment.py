@@ -9,7 +9,7 @@ from typing import Any
 import megadyn
 from megadyn.report.run import Run, differences, flat
 
-NOT_COMPARED = ("started", "iteration", "command")
+NOT_COMPARED = ("started", "iteration", "iterations", "command")
 
 
 def environment_rows(run: Run, topology: dict[str, int]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from megadyn.report.axes import bin_means, brief, spans_decades
 from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
 from megadyn.report.environment import difference_table, environment_differences, environment_section
-from megadyn.report.run import Checkpoint, Run, Values, differences
+from megadyn.report.run import Checkpoint, Run, Values, differences, planned_iterations
 
 if TYPE_CHECKING:
     from megadyn.report.text_map import TextMap
@@ -74,7 +74,8 @@ def of(run: Run, several: bool) -> str:
 def head(run: Run, several: bool) -> str:
     """The run in one line and its last figures."""
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in run.notes)
+    warnings = [f"Warned in training: {sentence}." for sentence in run.router_warnings]
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*run.notes, *warnings])
     return f'{name}<p class="dim">{escape(describe(run))}</p>{notes}<div class="facts">{"".join(facts(run))}</div>'
 
 
@@ -92,8 +93,8 @@ def facts(run: Run) -> list[str]:
     def fact(name: str, value: str) -> str:
         return f"<div><span>{name}</span><b>{value}</b></div>"
 
-    planned = run.config.get("training.iterations")
-    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if isinstance(planned, int) else ""))]
+    planned = planned_iterations(run)
+    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if planned is not None else ""))]
     for dataset in run.evaluations:
         for mode, shown in (("topk", "top-k"), ("causal", "causal")):
             _, losses = run.evaluated(dataset, mode)

@@ -52,6 +52,16 @@ class Run:
         return kind(**{key: value for key, value in keys.items() if key in keys_of(kind)})
 
     @property
+    def router_warnings(self) -> list[str]:
+        """What training warned of: a sentence for each layer and problem, the latest where a run was resumed."""
+        found = {}
+        for record in self.events:
+            warning = record.get("router_warning")
+            if isinstance(warning, dict) and isinstance(warning.get("sentence"), str):
+                found[(warning.get("layer"), warning.get("problem"))] = warning["sentence"]
+        return list(found.values())
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 
@@ -129,10 +139,17 @@ def read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{path}: no whole record in it" + (", only broken lines" if run.notes else " yet"))
     _take_config(run)
     _take_starts(run)
-    planned = run.config.get("training.iterations")
-    if isinstance(planned, int) and run.last_iteration < planned:
+    planned = planned_iterations(run)
+    if planned is not None and run.last_iteration < planned:
         run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped.")
     return run
+
+
+def planned_iterations(run: Run) -> int | None:
+    """The number of the run's last step: as its newest start worked it out, or as configured; None if neither says it."""
+    last_start = run.starts[-1] if run.starts else {}
+    planned = last_start.get("iterations", run.config.get("training.iterations"))
+    return planned if isinstance(planned, int) else None
 
 
 def _take_records(run: Run, text: str) -> None:

@@ -65,7 +65,7 @@ def launch_folder(run: Path, config: Config) -> Path:
 
 def first_sample(config: Config, tokenizer: Tokenizer, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ids, labels), each [1, N], N at most `tokens`. UserError for ids that the tokenizer does not have."""
-    samples = open_data(config).validation
+    samples = open_data(config, start=None).validation
     if samples is None:
         raise UserError("the run has no validation set")
     ids, labels = (part[:, :tokens].copy() for part in read_batch(samples, [0]))

@@ -15,7 +15,7 @@ class RunningThreshold(StepTracker):
         self.average = torch.zeros(()) if average is None else average
         self.steps = steps
 
-    def end_step(self, mean: Tensor, total: Tensor | None = None) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
         """Takes a step's mean over all its sequences into the average."""
         self.average = self.average.to(mean.device) * self.momentum + mean * (1 - self.momentum)
         self.steps += 1

@@ -14,6 +14,7 @@ from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.monitor import Statistic, deviation_where, least, mean_where, most
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, take
 
 
@@ -26,8 +27,8 @@ class Choice(NamedTuple):
     """[B, T], true where top-k chooses, whatever the mode."""
     loss: Tensor | None
     """The predictor's, weighted; None without a predictor."""
-    statistics: dict[str, Tensor]
-    """Scalars for `Monitor`: the share routed (mean, least, most of a sequence), how often the causal rule agrees with top-k."""
+    statistics: dict[str, Tensor | Statistic]
+    """For `Monitor`: the share routed (mean, least, most of a sequence), how often the causal rule agrees with top-k."""
 
 
 class CausalRouter(nn.Module):
@@ -61,7 +62,8 @@ class CausalRouter(nn.Module):
         score = score.detach()
         top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
         in_top = as_mask(top, score.shape)
-        loss, statistics = None, {}
+        loss: Tensor | None = None
+        statistics: dict[str, Tensor | Statistic] = {}
         if self.threshold is not None:
             tau = self.threshold.value.to(score.device)
             causal = score >= tau
@@ -76,9 +78,8 @@ class CausalRouter(nn.Module):
         else:
             causal = score > 0
         routed = causal if self.mode == "causal" else in_top
-        fraction = routed.float().mean(dim=1)
-        statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
-                       "routed_fraction_max": fraction.max(), "causal_agreement": (in_top == causal).float().mean()}
+        statistics |= share_statistics(routed) | {"causal_fraction": causal.float().mean(),
+                                                  "causal_agreement": (in_top == causal).float().mean()}
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
 
@@ -123,18 +124,15 @@ class Projection(nn.Module):
         return F.linear(x, copy_to_tp(self.weight, self.seq), None if self.bias is None else copy_to_tp(self.bias, self.seq))
 
 
-def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Tensor]:
+def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Statistic]:
     """Mean and deviation of gate [B, T] over routed and unrouted tokens (mask [B, T])."""
-    gate = gate.detach().float()
-    found: dict[str, Tensor] = {}
+    found: dict[str, Statistic] = {}
     for name, mask in (("routed", routed), ("unrouted", ~routed)):
-        count = mask.sum().clamp(min=1)
-        mean = (gate * mask).sum() / count
-        found |= {f"gate_{name}": mean, f"gate_{name}_std": (((gate - mean) * mask).square().sum() / count).sqrt()}
+        found |= {f"gate_{name}": mean_where(gate, mask), f"gate_{name}_std": deviation_where(gate, mask)}
     return found
 
 
-def share_statistics(routed: Tensor) -> dict[str, Tensor]:
-    """The share of tokens that a layer takes (mask [B, T]): mean, least and most of a sequence."""
-    fraction = routed.float().mean(dim=1)
-    return {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(), "routed_fraction_max": fraction.max()}
+def share_statistics(routed: Tensor) -> dict[str, Tensor | Statistic]:
+    """The share of tokens routed, by mask [B, T]: its mean, and the least and most of a sequence."""
+    share = routed.float().mean(dim=1)
+    return {"routed_fraction": share.mean(), "routed_fraction_min": least(share), "routed_fraction_max": most(share)}

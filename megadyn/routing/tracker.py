@@ -16,9 +16,9 @@ class StepTracker:
         self.micro_batches = 0
         """Of this step, so far."""
 
-    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
         """Takes in a step: `mean` over its samples of what was observed; `total`: the sum of these over all layers
-        of the model, where `Kind.totals` names this tracker."""
+        of the model, where `Kind.totals` names this tracker; `rate`: the routers' learning rate in the step."""
         raise NotImplementedError
 
     def state(self) -> dict[str, float]:

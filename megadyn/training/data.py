@@ -6,11 +6,14 @@ from typing import NamedTuple
 from megadyn.config import BatchPlan, Config
 from megadyn.config.data import Source
 from megadyn.data.blend import Blend
+from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
+from megadyn.data.largest import check_ids
 from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import ConfigError
 from megadyn.log import log
+from megadyn.training.length import Position, settle_length
 
 
 class Data(NamedTuple):
@@ -21,13 +24,16 @@ class Data(NamedTuple):
     """The token that ends a document, where samples are masked by document."""
 
 
-def open_data(config: Config) -> Data:
-    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` where it was left
-    out, and `training.iterations` where the run is given in epochs.
+def open_data(config: Config, start: Position | None = Position()) -> Data:  # noqa: B008 - immutable
+    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and
+    `tokenizer.eod` where they were left out, and `training.iterations` where the length of the run is given in something else.
+
+    Args:
+        start: where the run goes on from; None if nothing is to be trained, so that its length does not matter.
 
     Raises UserError for files that are missing, damaged, or do not fit each other, the model or the length of the run.
     """
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eod, "tokenizer.eod")
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -35,6 +41,8 @@ def open_data(config: Config) -> Data:
                           f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})")
     section, seed = config.data, config.training.seed
     sources = section.sources("train")
+    if config.tokenizer.eod is None:
+        adopt_eod(tokenizer, IndexedDataset(sources[0].prefix, mmap=section.mmap))
     datasets = [open_dataset(source.prefix, config, tokenizer) for source in sources]
     assert section.split is not None
     _, for_validation, for_test = section.split
@@ -42,10 +50,10 @@ def open_data(config: Config) -> Data:
     # Another seed for each dataset, or those with as many documents would be shuffled alike.
     train = blended(sources, [cut(config, dataset, split.train, seed + d) for d, (dataset, split) in
                               enumerate(zip(datasets, splits, strict=True))])
-    config.training.resolve_epochs(len(train))
-    refuse_repeats(config, sources, train)
-    log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
-             f"{config.training.num_samples:,}")
+    if start is not None:
+        settle_length(config, train, start)
+        log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
+                 f"{config.training.samples_at_end(*start):,}")
 
     def held_out(name: str, share: float) -> Samples | None:
         """The datasets that `name` names, or else its share of those for training."""
@@ -56,16 +64,20 @@ def open_data(config: Config) -> Data:
         return blended(sources, [cut(config, dataset, getattr(split, name)) for dataset, split in
                                  zip(datasets, splits, strict=True)])
 
-    return Data(train, held_out("validation", for_validation), held_out("test", for_test),
-                tokenizer.eod if section.document_mask else None)
+    validation, test = held_out("validation", for_validation), held_out("test", for_test)
+    if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
+        config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
+    return Data(train, validation, test, tokenizer.eod if section.document_mask else None)
 
 
 def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDataset:
     dataset = IndexedDataset(prefix, mmap=config.data.mmap)
     check_tokenizer(dataset, tokenizer)
-    if config.data.document_mask and dataset.record is not None and not dataset.record.append_eod:
-        raise ConfigError("data.document_mask", True, f"false: {dataset.prefix} was made without --append-eod, so that "
-                          "nothing in it marks where documents end")
+    assert config.model.vocab_size is not None
+    check_ids(dataset, config.model.vocab_size, config.data.cache)
+    check_eod(dataset, tokenizer.eod_or_none)
+    if config.data.document_mask:
+        check_marked(dataset, tokenizer.eod)
     return dataset
 
 
@@ -85,16 +97,6 @@ def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
 
 def dataset_names(sources: Sequence[Source]) -> str:
     return sources[0].prefix if len(sources) == 1 else f"a blend of {len(sources)} datasets"
-
-
-def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples) -> None:
-    """ConfigError if the run would use a dataset twice and may not."""
-    wanted, per_step = config.training.num_samples, config.training.global_batch_size
-    if config.data.repeat or wanted <= len(train):
-        return
-    first = train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
-    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {len(train) // per_step}: "
-                      f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
 
 
 def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -> int:

@@ -32,7 +32,7 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.monitor import Monitor
+from megadyn.routing.monitor import Monitor, Statistic
 from megadyn.training.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.training.guard import LossGate, problem_of
 from megadyn.training.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
@@ -181,7 +181,7 @@ class Engine:
         # Waits for the device, but no longer than the optimizer's own look at the norm just did.
         problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
                              scales_loss=self.config.precision == "fp16")
-        self._end_step(counts=problem is None)
+        self._end_step(rate, counts=problem is None)
         return StepResult(loss.squeeze(), norm, problem)
 
     @torch.no_grad()
@@ -211,6 +211,14 @@ class Engine:
         """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
         return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
 
+    def run_line(self) -> str:
+        """What runs, in one line."""
+        config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
+        return (f"{model.routing.describe()}: "
+                f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+                f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+                f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
+
     def loss_scaler_state(self) -> dict[str, float] | None:
         """fp16's dynamic loss scale, None in other precisions."""
         if self.config.precision != "fp16":
@@ -225,10 +233,10 @@ class Engine:
 
     def routing_statistics(self) -> dict[int, dict[str, float]]:
         """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
-        mine = {layer.index: layer.monitor.read() for layer in self.routed}
-        values = [value for record in mine.values() for value in record.values()]
-        means = iter(self._mean_over_parts(torch.stack(values)).tolist() if values else [])
-        local = {index: {name: next(means) for name in record} for index, record in mine.items()}
+        mine = {layer.index: layer.monitor.take() for layer in self.routed}
+        whole = self._over_parts([statistic for record in mine.values() for statistic in record.values()])
+        values = iter(torch.stack([statistic.value for statistic in whole]).tolist() if whole else [])
+        local = {index: {name: next(values) for name in record} for index, record in mine.items()}
         if self.grid.pp.size == 1:
             return local
         stages: list[Any] = [None] * self.grid.pp.size
@@ -254,7 +262,7 @@ class Engine:
         """Of the last step, by what has a multiplier of its own."""
         return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
-    def _end_step(self, counts: bool) -> None:
+    def _end_step(self, rate: float, counts: bool) -> None:
         """One small all-reduce per step keeps what layers carry equal on all data-parallel ranks. A bad step does not count."""
         by_name = trackers_of(self.routed)
         trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
@@ -269,13 +277,26 @@ class Engine:
             totals[name] = sum_over(torch.stack(own).sum() if own else torch.zeros((), device=self.device), self.grid.pp)
         for name, of_layers in by_name.items():
             for tracker in of_layers.values():
-                tracker.end_step(means[tracker], totals.get(name))
+                tracker.end_step(means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router)
 
-    def _mean_over_parts(self, x: Tensor) -> Tensor:
-        """Mean over the ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence."""
-        if self.config.parallel.sequence:
-            x = sum_over(x, self.grid.tp) / self.grid.tp.size
-        return sum_over(x, self.grid.dp) / self.grid.dp.size
+    def _over_parts(self, statistics: list[Statistic]) -> list[Statistic]:
+        """Each over all ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence. What is a sum
+        takes one all-reduce, what is an extreme another."""
+        axes = [self.grid.dp, *([self.grid.tp] if self.config.parallel.sequence else [])]
+        found: dict[int, Statistic] = {}
+        for is_sum in (True, False):
+            mine = {at: it for at, it in enumerate(statistics) if (it.how in ("mean", "std")) == is_sum}
+            if not mine:
+                continue
+            # The least is the negative of the most negated, so that one reduction serves both.
+            signs = {at: -1.0 if it.how == "min" else 1.0 for at, it in mine.items()}
+            parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
+            for axis in axes:
+                if axis.size > 1:
+                    dist.all_reduce(parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group)
+            pieces = parts.split([it.parts.numel() for it in mine.values()])
+            found |= {at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)}
+        return [found[at] for at in range(len(statistics))]
 
     def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on the device, without a wait for the copy where the loader pinned them."""

@@ -27,13 +27,13 @@ NOT_OF_THE_RUN = re.compile(r"SLURM_.*(NODELIST|TASKS|PROCID|LOCALID|NODEID)|OMP
 """Of single ranks, or as long as the list of hosts."""
 
 
-def record_start(folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int) -> None:
+def record_start(folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int, iterations: int) -> None:
     """Adds this start's record to the run folder. Collective: rank 0 learns of the others' hosts and devices, and writes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s) a rank"
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), name))
     if dist.get_rank() == 0:
-        record = describe(places, grid, zero_stage, iteration)
+        record = describe(places, grid, zero_stage, iteration) | {"iterations": iterations}
         with (folder / "environment.jsonl").open("a" if iteration else "w") as file:      # as metrics.jsonl begins anew
             print(json.dumps(record), file=file)
 

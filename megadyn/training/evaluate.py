@@ -12,7 +12,9 @@ from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, thresholds
 from megadyn.config import ModelConfig, load_config
 from megadyn.data.batches import read_batch
+from megadyn.data.ends import check_marked
 from megadyn.data.indexed import IndexedDataset
+from megadyn.data.largest import check_ids
 from megadyn.data.samples import SampleSet
 from megadyn.data.tokenizer import load_tokenizer, tokenizer_settings
 from megadyn.errors import UserError
@@ -38,7 +40,7 @@ class Saved:
     precision: str
     sequence_length: int
     eod: int | None = None
-    """The token that ends a document, where the run masked its samples by document."""
+    """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
     fingerprint: str | None = None
     """Of the tokenizer in training; None where that is not to be found."""
 
@@ -54,7 +56,7 @@ def open_saved(path: Path) -> Saved:
     config = load_config(folder / "config.yaml")
     return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
                  config.training.sequence_length,
-                 load_tokenizer(config.tokenizer.path).eod if config.data.document_mask else None,
+                 load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod if config.data.document_mask else None,
                  _fingerprint(config.tokenizer.path))
 
 
@@ -74,7 +76,7 @@ def _open_hf(path: Path) -> Saved:
         if name in folder.names():
             found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
-    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024,
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024, folder.eod,
                  fingerprint=tokenizer_settings(path).get(FINGERPRINT))
 
 
@@ -144,7 +146,11 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
 
 
 def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
-    """UserError for tokens that mean nothing to the model."""
+    """UserError for tokens that mean nothing to the model, or where documents end with another token than in training."""
+    assert saved.model.vocab_size is not None
+    check_ids(dataset, saved.model.vocab_size)
+    if saved.eod is not None:
+        check_marked(dataset, saved.eod)
     if (record := dataset.record) is None:
         return
     if saved.fingerprint is None:

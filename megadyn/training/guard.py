@@ -37,6 +37,7 @@ class Signals:
     def __init__(self, on_stop: Callable[[str], None] = lambda name: None):
         """`on_stop` is told the signal's name as soon as it arrives."""
         self.received: str | None = None
+        """What asked the run to stop: the signal's name, or words."""
         self._on_stop = on_stop
         # A host-side group: asking every step must not wait for the device.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
@@ -49,6 +50,10 @@ class Signals:
         signal.signal(number, signal.SIG_DFL)          # asked twice, it ends at once
         self._on_stop(self.received)
 
+    def request(self, why: str) -> None:
+        """Asks for the same from another thread of this process."""
+        self.received = self.received or why
+
     def ask(self, is_busy: bool = False) -> Answer:
         """What holds for all ranks together; `is_busy`: this one has work in the background. Collective."""
         flags = torch.tensor([float(self.received is not None), float(is_busy)])
@@ -59,13 +64,22 @@ class Signals:
 
 
 class LossRule:
-    """Which losses are bad: no number, or a spike over the median of the good steps before. Equal on all ranks."""
+    """Which losses are bad: NaN, infinite, or a spike over the median of the good steps before. Counts bad steps. Equal on all
+    ranks; part of every checkpoint."""
 
     def __init__(self, config: TrainingConfig):
         self.factor, self.window = config.spike_factor, config.spike_window
+        self.most_in_a_row, self.most = config.max_bad_steps, config.max_bad_steps_total
         self.recent: deque[float] = deque(maxlen=self.window)
         self.bad_steps = 0
         """Of the whole run."""
+        self.in_a_row = 0
+        """Without progress: since the last good step beyond all bad ones."""
+        self.last_bad = 0
+        """The highest iteration whose step was bad."""
+        self.last_was_bad = False
+        """The last step was bad: what is saved now does not count as a good checkpoint."""
+        self.last_loss = 0.0
 
     @property
     def limit(self) -> float:
@@ -74,17 +88,38 @@ class LossRule:
             return math.inf
         return self.factor * statistics.median(self.recent)
 
-    def note(self, loss: float) -> None:
-        """A good step's loss."""
+    def note(self, iteration: int, loss: float) -> None:
+        """Takes a good step into the rule."""
         self.recent.append(loss)
+        self.last_was_bad, self.last_loss = False, loss
+        if iteration > self.last_bad:                  # after a rollback the steps up to the bad one are no progress
+            self.in_a_row = 0
+
+    def note_bad(self, iteration: int, loss: float) -> None:
+        self.bad_steps += 1
+        self.in_a_row += 1
+        self.last_bad = max(self.last_bad, iteration)
+        self.last_was_bad, self.last_loss = True, loss
+
+    def excess(self) -> str | None:
+        """Which limit the bad steps so far exceed, as words that follow "this is bad step"; None while the run may go on."""
+        if self.in_a_row > self.most_in_a_row:
+            return f"{self.in_a_row} in a row, more than training.max_bad_steps = {self.most_in_a_row}"
+        if self.bad_steps > self.most:
+            return f"{self.bad_steps} of the run, more than training.max_bad_steps_total = {self.most}"
+        return None
 
     def state(self) -> dict[str, Any]:
-        return {"recent_losses": list(self.recent), "bad_steps": self.bad_steps}
+        return {"recent_losses": list(self.recent), "bad_steps": self.bad_steps, "bad_in_a_row": self.in_a_row,
+                "last_bad": self.last_bad, "last_was_bad": self.last_was_bad}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """`bad_steps` only rises: going back does not undo them."""
+        """The counts only rise: going back does not undo bad steps."""
         self.recent = deque(state["recent_losses"], maxlen=self.window)
         self.bad_steps = max(self.bad_steps, state["bad_steps"])
+        self.in_a_row = max(self.in_a_row, state.get("bad_in_a_row", 0))
+        self.last_bad = max(self.last_bad, state.get("last_bad", 0))
+        self.last_was_bad = state.get("last_was_bad", False)
 
 
 class LossGate:
@@ -135,3 +170,18 @@ def problem_of(loss: float, grad_norm: float, limit: float, *, was_applied: bool
     if was_applied or (scales_loss and loss <= limit):
         return None
     return f"a loss of {loss:.4f}, above {limit:.4f}" if loss > limit else f"a gradient norm of {grad_norm}"
+
+
+def problem_at_end(evaluations: dict[str, dict[str, float]], last_loss: float) -> str | None:
+    """Why the model of a complete run is worthless: NaN or infinite losses. None if it is not.
+
+    Args:
+        evaluations: by set and routing mode. last_loss: of the last step, which counts where nothing was evaluated.
+    """
+    for name, losses in evaluations.items():
+        for mode, loss in losses.items():
+            if not math.isfinite(loss):
+                return f"the {name} loss ({mode}) is {loss} at the end of the run"
+    if not evaluations and not math.isfinite(last_loss):
+        return f"the loss of the last step is {last_loss}"
+    return None

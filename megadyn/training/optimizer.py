@@ -1,7 +1,7 @@
 """AdamW's parameter groups and the learning rate as a function of the iteration."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,21 +51,60 @@ def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW
         lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
 
-def learning_rate(cfg: OptimizerConfig, iteration: int, iterations: int) -> float:
-    """Rate of step `iteration` (0-based) in a run of `iterations`: linear warm-up, then the schedule.
+class Schedule(NamedTuple):
+    """What the learning rate of a step follows from, all in steps of today's batch size."""
 
-    The last step runs at `min_learning_rate` (except `constant`). `wsd` is warm-up, stable, linear decay
-    (arXiv 2404.06395).
+    warmup: float
+    """How much of the run was consumed when the warm-up ended."""
+    passed: float
+    """How much of it is behind the run."""
+    end: float
+    """The whole run."""
+
+
+def learning_rate(cfg: OptimizerConfig, iteration: int, iterations: int, schedule: Schedule | None = None) -> float:
+    """Rate of step `iteration` (0-based) of a run whose last step is number `iterations`: linear warm-up, then the schedule.
+
+    The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run that is no longer than these ends within
+    the warm-up and never decays. After it, `cosine` and `linear` fall to `min_learning_rate` over all the rest, `wsd` over
+    the last `decay_iterations` steps (arXiv 2404.06395), or over what remains behind the warm-up if that is less; the last
+    step runs at `min_learning_rate`. `constant` stays at `learning_rate`. `schedule_problem` says of a run what does not fit.
+
+    Args:
+        schedule: of a run whose length is not in steps; by default each step is as large as any other.
     """
     if iteration < cfg.warmup_iterations:
         return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
-    start = cfg.warmup_iterations
+    start, passed, end = schedule or Schedule(cfg.warmup_iterations, iteration, iterations)
     if cfg.schedule == "wsd":
-        length = math.ceil(iterations / 10) if cfg.decay_iterations is None else cfg.decay_iterations
-        start = max(start, iterations - length)
-    done = min(1.0, max(0, iteration + 1 - start) / max(1, iterations - start))
+        start = max(start, end - decay_steps(cfg, end))
+    done = min(1.0, max(0, passed + 1 - start) / max(1, end - start))
     shape = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2}.get(cfg.schedule, 1 - done)
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * shape
+
+
+def decay_steps(cfg: OptimizerConfig, end: float) -> int:
+    """Length of wsd's decay in a run of `end` steps, if it fits."""
+    return math.ceil(end / 10) if cfg.decay_iterations is None else cfg.decay_iterations
+
+
+def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
+    """What of the schedule does not fit into a run of `iterations` steps, as a sentence; None if all does."""
+    warmup = cfg.warmup_iterations
+    if warmup > iterations:
+        highest = cfg.learning_rate * iterations / warmup
+        return (f"optimizer.warmup_iterations = {warmup} is longer than the run of {iterations} iterations: the learning "
+                f"rate only rises, to {highest:.3g} instead of {cfg.learning_rate:.3g}, and never decays")
+    if cfg.schedule == "constant":
+        return None
+    if warmup == iterations:
+        return (f"optimizer.warmup_iterations = {warmup} is the whole run: the learning rate reaches {cfg.learning_rate:.3g} in "
+                "the last step and never decays")
+    decay = decay_steps(cfg, iterations)
+    if cfg.schedule == "wsd" and decay > iterations - warmup:
+        return (f"optimizer.decay_iterations = {decay} does not fit behind a warm-up of {warmup} into {iterations} iterations: "
+                f"the decay takes {iterations - warmup}")
+    return None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

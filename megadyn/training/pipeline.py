@@ -38,15 +38,15 @@ class Stages(PipelineModule):
         layers = self.forward_funcs[:-1] if self.rank_grid.is_last_stage else self.forward_funcs
         stream: Any = inputs
         if not self.rank_grid.is_first_stage:
-            takes_gate = isinstance(layers[0], Layer) and layers[0].takes_gate
-            hidden, gate, ids = unpack(inputs, gate=takes_gate, ids=self.by_document)
-            stream = Stream(hidden, gate, None if ids is None else from_ids(whole_sequence(ids, self.seq)))
+            takes_score = isinstance(layers[0], Layer) and layers[0].takes_score
+            hidden, score, ids = unpack(inputs, gate=takes_score, ids=self.by_document)
+            stream = Stream(hidden, score, None if ids is None else from_ids(whole_sequence(ids, self.seq)))
         for layer in layers:
             stream = layer(stream)
         if self.rank_grid.is_last_stage:
             return stream.hidden
         ids = None if stream.documents is None else own_part(stream.documents.segments.ids, self.seq)
-        return pack(stream.hidden, stream.gate, ids)
+        return pack(stream.hidden, stream.score, ids)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megadyn.checkpoint import save_load
-from megadyn.checkpoint.layout import read_manifest, resolve
+from megadyn.checkpoint.same_run import check_same_run
+from megadyn.checkpoint.start import likely_start
 from megadyn.config import BatchPlan, Config
 from megadyn.data.files import os_errors_named
 from megadyn.errors import ConfigError, UserError
-from megadyn.hf.reader import HfFolder
+from megadyn.hf.source import open_source
 from megadyn.kernels.rule import kernel_choice
 from megadyn.model.attention import attention_backend
 from megadyn.model.compiled import check_compiler
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size
+from megadyn.training.length import Position
 from megadyn.training.sinks import refuse_wandb, refuse_wandb_login
 
 CHECKPOINTS = "checkpoints"
@@ -38,20 +39,24 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)
-    resume = config.checkpoint.resume
     checkpoints = Path(config.output_dir) / CHECKPOINTS
-    if resume == "never" and any(checkpoints.glob("iteration-*")):
+    if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
         raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
                         "set checkpoint.resume=auto, or another output_dir")
-    if resume not in ("auto", "never"):
-        found = resolve(Path(resume))
-        save_load.check_same_run(config, read_manifest(found), found)
-    if config.checkpoint.init_from:
-        HfFolder(Path(config.checkpoint.init_from))
+    if start := likely_start(config.checkpoint, checkpoints):
+        check_same_run(config, start[1], start[0])
+    elif config.checkpoint.init_from:
+        open_source(Path(config.checkpoint.init_from), config.model)
     with os_errors_named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(config.output_dir, os.W_OK):
             raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
+
+
+def expected_start(config: Config) -> Position:
+    """Where the run will most likely go on from; what depends on it is looked at again once a checkpoint is loaded."""
+    start = likely_start(config.checkpoint, Path(config.output_dir) / CHECKPOINTS)
+    return Position(start[1]["iteration"], start[1]["consumed_samples"]) if start else Position()
 
 
 def refuse_login(config: Config) -> None:

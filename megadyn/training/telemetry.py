@@ -10,6 +10,7 @@ from megadyn.log import log
 from megadyn.training.lines import evaluation_line, train_line
 from megadyn.training.live import LiveView, open_live_view
 from megadyn.training.patience import PatientSink
+from megadyn.training.router_health import RouterHealth
 from megadyn.training.sinks import open_sinks
 from megadyn.training.throughput import Throughput
 
@@ -26,13 +27,18 @@ class Telemetry:
             log.info("MFU is not reported: no peak is known of %s in %s; logging.peak_tflops gives it", device_name,
                      config.precision)
         self.sinks = [PatientSink(sink) for sink in open_sinks(config, folder, start_iteration)]
+        self.health = RouterHealth(config)
         self.live = open_live_view(config)
         self.restart_clock(start_iteration)
 
-    def go_back(self, iteration: int) -> None:
-        """Goes on from `iteration`: what was reported of later ones will be done again."""
+    def go_back(self, iteration: int, iterations: int) -> None:
+        """Goes on from `iteration` to `iterations`: what was reported of later ones will be done again."""
+        self.iterations = iterations
+        if self.live:
+            self.live.iterations = iterations
         for sink in self.sinks:
             sink.go_back(iteration)
+        self.health.go_back()
         self.restart_clock(iteration)
 
     def restart_clock(self, iteration: int) -> None:
@@ -62,6 +68,9 @@ class Telemetry:
         self._show(lambda live: live.train(record, seconds_left))
         if self.live is None:
             log.info("%s", train_line(record, self.iterations, seconds_left))
+        for finding in self.health.look(iteration, routing):
+            log.warning("%s", finding.sentence)
+            self.event(iteration, "router_warning", finding.record())
         self.restart_clock(iteration)
 
     def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
@@ -90,8 +99,10 @@ class Telemetry:
             log.warning("the live view ends: %s", error)
 
     def close(self) -> None:
-        """Ends the view and the sinks, whatever one of them does."""
+        """Ends the view and the sinks, whatever one of them does, and sums up what was wrong with routers."""
         self._show(LiveView.close)
+        for sentence in self.health.summary():
+            log.warning("at the end: %s", sentence)
         for sink in self.sinks:
             sink.close()
 

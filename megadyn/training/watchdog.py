@@ -3,7 +3,8 @@
 Every rank writes a heartbeat into the store that the ranks met through: what it is doing and for how long. Rank 0
 reads all of them, the others read rank 0's; a rank of the same machine is also looked up in the process table, so
 that its death is known within a second. Who finds a fault leaves a notice in the store, and every rank ends with it; a
-silent rank cannot end itself, so the others of its machine kill it.
+silent rank cannot end itself, so the others of its machine kill it. A rank whose launcher is gone asks the run to save and
+end, as a signal would: nobody else would end it, and the next start would be a second run.
 Two threads: one may wait for the store as long as it likes, the other never waits for anything.
 """
 
@@ -11,34 +12,24 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from megadyn.errors import RunError, UserError
 from megadyn.training.launch import attempt
+from megadyn.training.processes import Place, Process, here, process_state
 
 POLL_S = 0.5
 PATIENCE_S = 2.0
 """How long a rank that was told of a fault elsewhere may still end by itself, with its own words."""
 STATUS = 1
-
-
-class Place(NamedTuple):
-    """Where a rank runs."""
-
-    host: str
-    machine: str
-    """Equal where process numbers mean the same; empty where they cannot be looked up."""
-    pid: int
 
 
 class Seen(NamedTuple):
@@ -67,8 +58,17 @@ class Notice(NamedTuple):
 class Watchdog:
     """Of one rank, around all its work. The rank calls `progress` as it goes."""
 
-    def __init__(self, timeout_s: float, grace_s: float, end: Callable[[int], Any] = os._exit):
-        """Collective. `end` ends the process at once; its main thread may be stuck."""
+    def __init__(self, timeout_s: float, grace_s: float, end: Callable[[int], Any] = os._exit, *,
+                 launchers: Sequence[Process] = (), lost: Callable[[], str | None] = lambda: None):
+        """Collective.
+
+        Args:
+            end: ends the process at once; its main thread may be stuck.
+            launchers: whose end is the end of the run. lost: says why the run must not go on, or None.
+        """
+        self._launchers, self._lost_claim, self._is_orphan = launchers, lost, False
+        self.request_stop: Callable[[str], None] | None = None
+        """Asks the run to save and end; None while there is nothing to save, and the rank ends at once."""
         self.timeout_s, self.grace_s, self._end = timeout_s, grace_s, end
         self.silence_s = timeout_s / 2                      # the silent one is named before the others' own time is over
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -141,6 +141,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll_s):
             now = time.monotonic()
+            self._look_for_launchers()
+            if problem := self._lost_claim():
+                self._end_job(f"rank {self.rank}: {problem}", stacks=False)
             if self._notice:
                 if now - self._noticed > PATIENCE_S:
                     self._obey(self._notice)
@@ -153,6 +156,17 @@ class Watchdog:
             elif now - self._since > self.timeout_s:
                 self._end_job(f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
                               f"{self._doing}{self._others()}; raise training.timeout_s if that is usual", stacks=True)
+
+    def _look_for_launchers(self) -> None:
+        gone = next((process for process in self._launchers if not process.is_alive), None)
+        if gone is None or self._is_orphan:
+            return
+        self._is_orphan = True
+        if self.request_stop is None:
+            self._end_job(f"rank {self.rank}: its launcher ({gone}) is gone", stacks=False)
+        elif self._asked_to_stop is None:                   # else the launcher passed a signal on before it ended
+            self.asked_to_stop(f"the end of its launcher ({gone})")
+            self.request_stop(f"the end of its launcher ({gone})")
 
     def _obey(self, notice: Notice) -> None:
         if notice.silent in self._neighbours:
@@ -180,8 +194,9 @@ class Watchdog:
         return None
 
     def _end_job(self, sentence: str, *, stacks: bool) -> None:
-        sys.stdout.flush()
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        with suppress(OSError):                             # the reader of what the rank prints may be what is gone
+            sys.stdout.flush()
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
         if stacks:
             faulthandler.dump_traceback(all_threads=True)
         self._end(STATUS)
@@ -238,19 +253,3 @@ class Watchdog:
         thread = threading.Thread(target=put, daemon=True)
         thread.start()
         return thread
-
-
-def here() -> Place:
-    try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        machine = ""                                       # no Linux: heartbeats alone tell
-    return Place(socket.gethostname(), machine, os.getpid())
-
-
-def process_state(pid: int) -> str | None:
-    """The letter that `ps` shows (R runs, S sleeps, T is stopped, Z is dead), or None when there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return None

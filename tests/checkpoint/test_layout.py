@@ -89,3 +89,21 @@ def test_leftovers_of_a_run_that_died_are_no_checkpoints_and_go(tmp_path: Path) 
     assert layout.complete_checkpoints(tmp_path) == [tmp_path / "iteration-00000002"]
     layout.clear_leftovers(tmp_path)
     assert kept(tmp_path) == [2]
+
+
+def test_a_checkpoint_saved_after_a_bad_step_does_not_count_as_good(tmp_path: Path) -> None:
+    """It is neither what a run goes on from, nor a reason to remove the newest good one."""
+    for iteration, is_bad in ((2, False), (4, False), (6, True), (8, True)):
+        temporary = tmp_path / f"{layout.WRITING}{layout.folder_name(iteration)}"
+        temporary.mkdir(parents=True)
+        layout.write_manifest(temporary, {
+            "format": layout.FORMAT, "iteration": iteration, "consumed_samples": 0, "topology": {}, "model": {}, "files": {},
+            "loss_rule": {"last_was_bad": is_bad}})
+        layout.publish(temporary, tmp_path / layout.folder_name(iteration))
+    layout.prune(tmp_path, 1)
+    assert kept(tmp_path) == [4, 8]
+    assert layout.resolve(tmp_path).name == "iteration-00000004"
+    assert layout.resolve(tmp_path / "iteration-00000008").name == "iteration-00000008"      # asked for by name
+    layout.mark_not_good(tmp_path / "iteration-00000004", "its loss is nan")
+    assert layout.reservation(tmp_path / "iteration-00000004") == "its loss is nan"
+    assert layout.resolve(tmp_path).name == "iteration-00000008"                             # no good one is left

@@ -1,6 +1,7 @@
 """The configuration: what is left out is filled in, what cannot be is refused by name and with a remedy."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,41 @@ def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
     return message
 
 
+# ---- keys of earlier versions --------------------------------------------------------------------
+
+def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(tmp_path):
+    older = RUN + "model: {routing: {kind: dtf, ce_offset_init: 1.5}}\n"
+    assert load(tmp_path, text=older).model.routing.ce_log_offset_init == math.log(1.5)
+    assert load(tmp_path, "model.routing.ce_offset_init=2", text=older).model.routing.ce_log_offset_init == math.log(2)
+    assert load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init == -1
+    assert load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=1.025").model == load(
+        tmp_path, "model.routing.kind=dtf").model
+    (tmp_path / "saved.yaml").write_text("")
+    save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
+    assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
+    # Allowed by earlier versions, which took log(offset + 1e-10).
+    zero = load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=0").model.routing
+    assert zero.ce_log_offset_init == math.log(1e-10)
+
+
+def test_both_spellings_of_the_offset_are_refused(tmp_path):
+    message = refusal(tmp_path, "model.routing.ce_offset_init=1", "model.routing.ce_log_offset_init=0")
+    assert message == ("model.routing.ce_offset_init in the command line: is the older spelling of "
+                       "model.routing.ce_log_offset_init, which is given too; keep one of them")
+
+
+@pytest.mark.parametrize("value", ["-0.1", ".inf", ".nan", "much", "true", "[1]"])
+def test_an_older_offset_without_a_logarithm_is_refused(tmp_path, value):
+    assert "model.routing.ce_offset_init" in refusal(tmp_path, f"model.routing.ce_offset_init={value}")
+
+
 # ---- keys and types ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("override", "named", "suggested"), [
     ("precison=fp32", "precison", "precision"),
     ("model.hiden_size=8", "model.hiden_size", "hidden_size"),
     ("model.routing.capasity=0.5", "model.routing.capasity", "capacity"),
+    ("model.routing.kind=mod model.routing.gat=sigmoid", "model.routing.gat", "gate"),
     ("data.trian=x", "data.trian", "train"),
     ("tokenizer.pth=x", "tokenizer.pth", "path"),
     ("parallel.tensors=2", "parallel.tensors", "tensor"),
@@ -57,7 +87,7 @@ def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
     ("logging.intervall=1", "logging.intervall", "interval"),
 ])
 def test_a_misspelt_key_is_refused_with_the_nearest_one(tmp_path, override, named, suggested):
-    message = refusal(tmp_path, override)
+    message = refusal(tmp_path, *override.split())
     assert message.startswith(f"{named}:")
     assert f"did you mean '{suggested}'?" in message
 
@@ -108,6 +138,11 @@ def test_a_file_that_holds_words_is_refused(tmp_path):
     assert refusal(tmp_path, text="just words\n").startswith("just words: ")
 
 
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "{}", "null"])
+def test_an_empty_file_is_called_empty(tmp_path, text):
+    assert refusal(tmp_path, text=text) == f"{tmp_path / 'run.yaml'}: is empty"
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
@@ -134,20 +169,19 @@ IMPOSSIBLE = [
     ("precision=fp8", "precision", "one of fp32, bf16, fp16"),
     ("precision=bf61", "precision", "did you mean 'bf16'?"),
     ("model.routing.kind=dft", "model.routing.kind", "did you mean 'dtf'?"),
-    ("model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
-    ("model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),
-    ("model.routing.capacity=.nan", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.kind=mod model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.kind=mod model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),
+    ("model.routing.kind=mod model.routing.capacity=.nan", "model.routing.capacity", "in (0, 1]"),
     *((f"model.routing.kind={kind} model.routing.causal={rule}", f"model.routing.causal with model.routing.kind = {kind}",
        f"one of {', '.join(allowed)}") for kind, rule, allowed in (
-        ("dense", "guess", ["threshold"]), ("dense", "predictor", ["threshold"]), ("dense", "bce", ["threshold"]),
         ("dtf", "bce", ["threshold", "predictor"]), ("mod", "guess", ["threshold", "predictor", "bce"]),
         ("dtrnet", "predictor", ["threshold"]), ("dtrnet", "bce", ["threshold"]))),
     ("model.routing.kind=mod model.routing.causal=predicter", "model.routing.causal with model.routing.kind = mod",
      "did you mean 'predictor'?"),
-    ("model.routing.gate=sigmod", "model.routing.gate", "one of sigmoid, identity (did you mean 'sigmoid'?)"),
-    ("model.routing.router_type=token", "model.routing.router_type", "one of token_choice, expert_choice"),
-    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout",
-       f"left out with model.routing.kind = {kind}") for kind, layout in (("dtf", "TDTDTDTD"), ("dense", "bilayer"))),
+    ("model.routing.kind=mod model.routing.gate=sigmod", "model.routing.gate",
+     "one of sigmoid, identity (did you mean 'sigmoid'?)"),
+    ("model.routing.kind=dtrnet model.routing.router_type=token", "model.routing.router_type",
+     "one of token_choice, expert_choice"),
     *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout", "for model.num_layers = 8 layers")
       for kind, layout in (("mod", "TD"), ("dtrnet", "T2D5"), ("dtrnet", "T2D7"), ("dtrnet", "tdtdtdtd"), ("mod", "xTDTDTDTD"),
                            ("mod", "TDTDTDTDx"), ("dtrnet", "T2,D6"), ("dtrnet", "4T4D"), ("dtrnet", "T-1D9"),
@@ -157,19 +191,22 @@ IMPOSSIBLE = [
     ("model.routing.kind=dtrnet model.num_layers=1", "model.routing.layout", "one with a routed layer (D) among 1"),
     ("model.routing.kind=dtrnet model.num_layers=2 model.routing.layout=four_attn", "model.routing.layout",
      "one with a routed layer (D) among 2"),
-    *((f"model.routing.{name}=-1", f"model.routing.{name}", "at least 0") for name in (
-        "predictor_loss_weight", "bce_loss_weight", "z_loss_weight", "aux_loss_lambda", "aux_loss_warmup", "entropy_bonus")),
-    ("model.routing.z_loss_weight=.inf", "model.routing.z_loss_weight", "a finite number of at least 0"),
-    *((f"model.routing.{name}={value}", f"model.routing.{name}", "in [0, 1]")
+    *((f"model.routing.kind={kind} model.routing.{name}=-1", f"model.routing.{name}", "at least 0") for kind, name in (
+        ("dtf", "predictor_loss_weight"), ("mod", "predictor_loss_weight"), ("dtrnet", "predictor_loss_weight"),
+        ("mod", "bce_loss_weight"), ("mod", "z_loss_weight"), ("dtrnet", "aux_loss_lambda"), ("dtrnet", "aux_loss_warmup"),
+        ("dtrnet", "entropy_bonus"), ("dtf", "prior_loss_weight"))),
+    ("model.routing.kind=mod model.routing.z_loss_weight=.inf", "model.routing.z_loss_weight", "a finite number of at least 0"),
+    *((f"model.routing.kind=dtrnet model.routing.{name}={value}", f"model.routing.{name}", "in [0, 1]")
       for name in ("safe_min_attn_ratio", "jitter") for value in ("-0.1", "1.1", ".nan")),
     ("model.normalization=hybrid", "model.normalization", "did you mean 'hybridnorm'?"),
-    ("model.routing.threshold_momentum=1", "model.routing.threshold_momentum", "in [0, 1)"),
-    ("model.routing.threshold_momentum=-0.1", "model.routing.threshold_momentum", "in [0, 1)"),
-    ("model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
-    ("model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
-    ("model.routing.prior_loss_weight=-1", "model.routing.prior_loss_weight", "at least 0"),
-    ("model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
-    ("model.routing.ce_offset_init=-1", "model.routing.ce_offset_init", "at least 0"),      # its logarithm is taken
+    ("model.routing.kind=dtf model.routing.threshold_momentum=1", "model.routing.threshold_momentum", "in [0, 1)"),
+    ("model.routing.kind=dtrnet model.routing.threshold_momentum=-0.1", "model.routing.threshold_momentum", "in [0, 1)"),
+    ("model.routing.kind=dtf model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
+    ("model.routing.kind=dtf model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
+    ("model.routing.kind=dtf model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
+    ("model.routing.kind=dtf model.routing.ce_offset_init=-1", "model.routing.ce_offset_init",
+     "at least 0"),      # its logarithm is taken
+    ("model.routing.kind=dtf model.routing.ce_log_offset_init=.nan", "model.routing.ce_log_offset_init", "a finite number"),
     *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
         "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
     ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),
@@ -253,8 +290,9 @@ def test_an_impossible_value_is_refused_by_key_with_what_it_must_be(tmp_path, ov
 
 
 def test_values_at_the_edge_of_what_is_allowed_pass(tmp_path):
-    load(tmp_path, "model.routing.capacity=1", "model.routing.threshold_momentum=0", "model.routing.ma_window=1",
-         "model.routing.prior_loss_weight=0", "data.validation_fraction=0", "optimizer.clip_grad=0", "optimizer.beta1=0",
+    load(tmp_path, "model.routing.kind=dtf", "model.routing.capacity=1", "model.routing.threshold_momentum=0",
+         "model.routing.ma_window=1", "model.routing.prior_loss_weight=0",
+         "data.validation_fraction=0", "optimizer.clip_grad=0", "optimizer.beta1=0",
          "optimizer.min_learning_rate=3e-4", "training.micro_batch_size=32", "parallel.pipeline=8", "parallel.tensor=8",
          "model.num_kv_heads=2", "model.max_position=1024")
     load(tmp_path, "model.routing.kind=dtrnet", "model.routing.safe_min_attn_ratio=0", "model.routing.jitter=1",
@@ -290,15 +328,35 @@ def test_a_length_in_tokens_or_samples_becomes_whole_steps(tmp_path, tokens, ite
 def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterations):
     training = load(tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4").training
     assert training.iterations is None
-    training.resolve_epochs(100)
+    training.settle(100)
     assert (training.iterations, training.epochs) == (iterations, None)
+
+
+@pytest.mark.parametrize("word", ["3e9", "3B", "3000M", "3000000000"])
+def test_a_length_may_be_written_short(tmp_path, word):
+    short = "training.global_batch_size=1000", "training.sequence_length=1000"
+    assert load(tmp_path, "training.iterations=null", f"training.tokens={word}", *short).training.iterations == 3000
+    text = RUN.replace("iterations: 10", f"samples: {word}")
+    assert load(tmp_path, *short, text=text).training.iterations == 3_000_000
+    text = RUN.replace("train: corpus", f"train: [{{prefix: a, tokens: {word}}}, {{prefix: b, tokens: 1.5T}}]")
+    assert [source.share for source in load(tmp_path, text=text).data.sources("train")] == [3e9, 1.5e12]
+    refused = refusal(tmp_path, "training.iterations=null", "training.tokens=3X")
+    assert refused.startswith("training.tokens = '3X': must be a whole number")
+
+
+def test_a_length_is_saved_as_it_was_given(tmp_path):
+    """With another batch size it still means the same."""
+    save_config(load(tmp_path, "training.iterations=null", "training.samples=96", "training.global_batch_size=8"),
+                tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml", ["training.global_batch_size=16"])
+    assert again.training.iterations == 6
 
 
 def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
     training = load(tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4").training
     with pytest.raises(ConfigError, match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
                                           r"training\.global_batch_size = 4$"):
-        training.resolve_epochs(3)
+        training.settle(3)
 
 
 @pytest.mark.parametrize(("hidden", "factor", "width"), [

@@ -10,6 +10,7 @@ import pytest
 
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.data.train_tokenizer import train_tokenizer
+from megadyn.log import log
 from tests.data.corpora import random_texts
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -62,3 +63,16 @@ def run_tool_script() -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megadyn.data.units.UNIT_BYTES", 500)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger="megadyn")
+    return caplog
+
+
+@pytest.fixture(autouse=True)
+def own_proofs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another, or the user, has proved."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

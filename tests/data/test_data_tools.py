@@ -83,7 +83,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, monkeypatch, corpus, run_t
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}')[:-4])
     before = sorted(tmp_path.rglob("*"))
     options = {"--input": corpus, "--tokenizer": "byte", "--output-prefix": "x"} | changes

@@ -20,7 +20,6 @@ from megadyn.data.engine import (
 )
 from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import UserError
-from megadyn.log import log
 from tests.data.corpora import WORDS, random_texts
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -60,13 +59,6 @@ def variant(source: Path, target: Path, **changes: object) -> Tokenizer:
     content = json.loads((source / "tokenizer.json").read_text()) | changes
     (target / "tokenizer.json").write_text(json.dumps(content))
     return load_tokenizer(target)
-
-
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(log, "propagate", True)
-    caplog.set_level("INFO", logger="megadyn")
-    return caplog
 
 
 @pytest.mark.parametrize(("changes", "extra"), [

@@ -95,6 +95,42 @@ def test_end_of_document_token(tokenizer_folder, tmp_path):
         load_tokenizer(wrong)
 
 
+def with_added(source: Path, target: Path, *tokens: tuple[str, bool]) -> Path:
+    """A copy of a tokenizer folder without tokenizer_config.json, whose only added tokens are these, special or not."""
+    start = json.loads((source / "tokenizer.json").read_text())
+    added = [{"id": 300 + i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": special} for i, (content, special) in enumerate(tokens)]
+    model = start["model"] | {"vocab": {token: i for token, i in start["model"]["vocab"].items() if token != "<|endoftext|>"}}
+    folder = rewritten(source, target, "tokenizer.json", added_tokens=added, model=model)
+    (folder / "tokenizer_config.json").unlink()
+    return folder
+
+
+def test_end_of_document_token_is_looked_for_among_special_tokens_only(tokenizer_folder, tmp_path):
+    """Gemma has <eos>, and an ordinary </s> for the HTML tag."""
+    gemma = load_tokenizer(with_added(tokenizer_folder, tmp_path / "gemma", ("</s>", False), ("<eos>", True)))
+    assert gemma.token_of(gemma.eod) == "<eos>"
+    assert gemma.eod_reason == "a special token of tokenizer.json with a usual name"
+    with pytest.raises(UserError, match=r"no end-of-document token .*--eod TOKEN"):
+        _ = load_tokenizer(with_added(tokenizer_folder, tmp_path / "html", ("</s>", False))).eod
+    stated = with_added(tokenizer_folder, tmp_path / "stated", ("</s>", False), ("<eos>", True), ("<end>", True))
+    (stated / "special_tokens_map.json").write_text('{"eos_token": {"content": "<end>"}}')
+    tokenizer = load_tokenizer(stated)
+    assert tokenizer.token_of(tokenizer.eod) == "<end>"
+
+
+@pytest.mark.parametrize("kind", ["byte", "hf", "sentencepiece"])
+def test_a_token_can_be_chosen_for_the_end(tokenizer_folder, sentencepiece_model, kind):
+    path, token = {"byte": ("byte", "!"), "hf": (tokenizer_folder, "!"), "sentencepiece": (sentencepiece_model, "<s>")}[kind]
+    own, chosen = load_tokenizer(path), load_tokenizer(path, eod=token)
+    assert chosen.eod == own.id_of(token) != own.eod
+    assert chosen.token_of(chosen.eod) == token
+    assert own.token_of(own.eod) == own.eod_text()
+    assert chosen.fingerprint == own.fingerprint
+    with pytest.raises(UserError, match="no token '<nope>' in its vocabulary"):
+        load_tokenizer(path, eod="<nope>")
+
+
 def test_no_end_of_document_token_is_an_error_only_when_asked_for(tokenizer_folder, tmp_path):
     model = json.loads((tokenizer_folder / "tokenizer.json").read_text())["model"]
     model["vocab"] = {token: i for token, i in model["vocab"].items() if token != "<|endoftext|>"}

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from megadyn.hf.config_map import to_hf_config
 from megadyn.pretrain import main
@@ -32,6 +34,15 @@ def another_tokenizer(prefix: Path, _: Path) -> list[str]:
     return [f"data.train={prefix}"]
 
 
+def ids_without_a_row(prefix: Path, _: Path) -> list[str]:
+    """A dataset that nothing is known of, as Megatron-LM writes them, with an id behind the byte tokenizer's 257."""
+    Path(f"{prefix}.json").unlink()
+    tokens = np.fromfile(f"{prefix}.bin", "<u2")
+    tokens[-1] = 257
+    tokens.tofile(f"{prefix}.bin")
+    return [f"data.train={prefix}"]
+
+
 def another_architecture(_: Path, scratch: Path) -> list[str]:
     (scratch / "gpt2").mkdir()
     (scratch / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 8}')
@@ -43,6 +54,26 @@ def missing_shard(_: Path, scratch: Path) -> list[str]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_hf_config(tiny_config().model, "float32")))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    return [f"checkpoint.init_from={folder}"]
+
+
+def another_kind(_: Path, scratch: Path) -> list[str]:
+    folder = scratch / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(tiny_config().model, "float32")))
+    save_file({}, folder / "model.safetensors")
+    return [f"checkpoint.init_from={folder}", "model.routing.kind=mod"]
+
+
+def a_run(_: Path, scratch: Path) -> list[str]:
+    (scratch / "run/checkpoints").mkdir(parents=True)
+    return [f"checkpoint.init_from={scratch / 'run'}"]
+
+
+def a_checkpoint(_: Path, scratch: Path) -> list[str]:
+    folder = scratch / "run/checkpoints/iteration-00000002"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
     return [f"checkpoint.init_from={folder}"]
 
 
@@ -69,10 +100,16 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "resume from nowhere": (["checkpoint.resume=nowhere"], "no such folder"),
     "start from nowhere": (["checkpoint.init_from=nowhere"], "nowhere"),
     "start from another architecture": (another_architecture, "model_type 'gpt2'"),
+    "start from another kind": (another_kind, "that is a dtf model, this is mod (model.routing.kind)"),
+    "start from a run": (a_run, "is a run of megadyn, not a Hugging Face folder: export it (tools/convert_checkpoint.py to-hf"),
+    "start from a checkpoint": (a_checkpoint, "is a checkpoint of megadyn, not a Hugging Face folder: export it"),
+    "start from two places": (["checkpoint.init_from=a", "checkpoint.resume=b"], "null with checkpoint.fork_from"),
+    "a variable that is not set": (["output_dir=$NOT_SET_AT_ALL/x"], "the environment variable NOT_SET_AT_ALL is not set"),
     "start from a folder with a missing shard": (missing_shard, "model-00002-of-00002.safetensors"),
     "truncated .bin": (truncated(".bin"), ".bin"),
     "truncated .idx": (truncated(".idx"), ".idx"),
     "another tokenizer's dataset": (another_tokenizer, "other"),
+    "token ids without a row": (ids_without_a_row, "its largest token id is 257, but the model's vocabulary has 257 ids"),
 }
 
 

@@ -37,7 +37,7 @@ def load(folder: Path, **options: object):
 
 def linear_layers(config, chooses: bool = True) -> set[str]:
     """Names of the linear layers that a model has, those that help to choose tokens included or not."""
-    return {f"model.layers.{i}.{name}" for i, kind in enumerate(config.layer_types)
+    return {f"model.layers.{i}.{name}" for i, kind in enumerate(config.routed_layer_types)
             for name in BLOCK | (CHOOSING[kind] if chooses else set())}
 
 
@@ -79,7 +79,7 @@ def test_lora_learns_merges_and_reloads(folder: Path, tmp_path: Path) -> None:
     model.eval()
     with torch.no_grad():
         wanted = model(input_ids=TEXT, output_routing=True)
-        for processed, kind in zip(wanted.routing, base.config.layer_types, strict=True):
+        for processed, kind in zip(wanted.routing, base.config.routed_layer_types, strict=True):
             assert (processed.float().mean() < 1) == (kind in ROUTED)
         model.save_pretrained(tmp_path / "adapter")
         again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)

@@ -26,7 +26,7 @@ def test_there_and_back(kind: str) -> None:
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
     ({"num_hidden_layers": 2.5}, "config.json: a value of a wrong type"),
     ({"hidden_size": "big"}, "hidden_size = 'big' in config.json: must be a number"),
-    ({"layer_types": ["dense"] * 4}, "layer_types in config.json"),
+    ({"routed_layer_types": ["dense"] * 4}, "routed_layer_types in config.json"),
 ])
 def test_what_cannot_be_read_is_one_sentence(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:

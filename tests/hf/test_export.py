@@ -29,6 +29,8 @@ from tests.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
 VOCAB = 259
 """Odd, so that two tensor ranks pad it, and above the byte tokenizer's ids."""
 LAYOUTS = {"dtf-tensor": ("dtf", 2, 1), "dtf-pipeline": ("dtf", 1, 2), "dense-tensor": ("dense", 2, 1)}
+MASKED = "dtf-tensor-masked"
+"""A run of the first layout that masks its samples by document."""
 MODES = ("topk", "causal")
 
 
@@ -71,9 +73,10 @@ def _train_all(folder: str) -> None:
     from megadyn.training import launch
     from megadyn.training.engine import Engine
 
-    def engine_for(kind: str, tensor: int, pipeline: int) -> Engine:
+    def engine_for(kind: str, tensor: int, pipeline: int, *, masked: bool = False) -> Engine:
         config = tiny_config(kind, tensor=tensor, pipeline=pipeline, vocab_size=VOCAB, ffn_size=128)
-        return Engine(config, batch_plan(config, 2), make_grid(tensor, pipeline))
+        config.data.document_mask = masked
+        return Engine(config, batch_plan(config, 2), make_grid(tensor, pipeline), 256 if masked else None)
 
     def losses_of(engine: Engine) -> dict[str, float]:
         batches = micro_batches(held_out(), 1)
@@ -88,6 +91,11 @@ def _train_all(folder: str) -> None:
         save_load.save(engine, Path(folder) / name, iteration=6, consumed_samples=24)
         losses[name] = losses_of(engine)
         engine.engine.destroy()
+    masked = engine_for(*LAYOUTS["dtf-tensor"], masked=True)
+    for samples in tiny_tokens(6, vocab=VOCAB):
+        masked.train_step(micro_batches(samples, 1), 1e-3)
+    save_load.save(masked, Path(folder) / MASKED, iteration=6, consumed_samples=24)
+    masked.engine.destroy()
     for tensor, pipeline in ((2, 1), (1, 2)):
         engine = engine_for("dense", tensor, pipeline)
         save_load.init_from(engine, Path(folder) / "qwen2")
@@ -216,6 +224,32 @@ def test_evaluation_at_any_topology(trained: tuple[Path, dict[str, Any]], text: 
             assert found["perplexity"][mode] == pytest.approx(2.718281828459045 ** loss, rel=1e-4)
             assert found["bits_per_byte"][mode] == pytest.approx(loss / 0.6931471805599453 * (size + documents) / size, rel=1e-5)
         assert found["topk"] != pytest.approx(found["causal"], rel=1e-4)
+
+
+def test_export_of_a_masked_run_is_scored_with_the_mask(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],
+                                                        tmp_path: Path) -> None:
+    """By tools/evaluate.py, and by the exported model itself: as the checkpoint is."""
+    checkpoint, folder = trained[0] / MASKED / "iteration-00000006", tmp_path / "hf"
+    export(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["document_mask"], config["eod_token_id"]) == (True, 256)
+    wanted = evaluate(checkpoint, text[0], modes=MODES)
+    found = evaluate(folder, text[0], modes=MODES)
+    stream = torch.from_numpy(IndexedDataset(text[0]).tokens[:].astype(np.int64))
+    samples = stream[:len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for mode in MODES:
+        assert found[mode] == pytest.approx(wanted[mode], rel=1e-6)
+        model.config.routing_mode = mode
+        with torch.no_grad():
+            logits = model(samples[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten())
+        assert loss.item() == pytest.approx(wanted[mode], rel=1e-5)
+    (folder / "config.json").write_text(json.dumps(config | {"document_mask": False}))
+    assert evaluate(folder, text[0], modes=MODES)["topk"] != pytest.approx(wanted["topk"], rel=1e-5)
+    (folder / "config.json").write_text(json.dumps(config | {"eod_token_id": None}))
+    with pytest.raises(UserError, match="eod_token_id = None in config.json"):
+        evaluate(folder, text[0], modes=MODES)
 
 
 def test_dataset_of_another_tokenizer_is_refused(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],

@@ -88,7 +88,7 @@ def test_all_tokens_with_unit_gate_is_dense(kind, normalization, mode):
     assert not dense.load_state_dict(routed.state_dict(), strict=False).missing_keys
     for layer, layer_type in zip(routed.model.layers, layer_types, strict=True):
         if layer_type == "dtf_decision":
-            layer.router.forward = lambda static, change, average: torch.ones_like(static)
+            layer.router.forward = lambda static, change, average: torch.full_like(static, 99.0)
         elif layer_type == "mod":
             layer.router.forward = lambda h: torch.full_like(h[..., :1], 1.0 if kind == "mod-identity" else 99.0)
         elif layer_type == "dtrnet":
@@ -142,7 +142,7 @@ def test_skipped_tokens_leave_nothing_in_the_cache(kind):
     mask = padding("left")
     output = model(TOKENS, mask, output_routing=True)
     cache = output.past_key_values
-    layers = zip(model.config.layer_types, cache.layers, output.routing, cache.tokens_per_layer(), strict=True)
+    layers = zip(model.config.routed_layer_types, cache.layers, output.routing, cache.tokens_per_layer(), strict=True)
     for layer_type, layer, processed, held in layers:
         assert held == processed.sum(1).tolist()
         assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
@@ -156,7 +156,7 @@ def test_skipped_tokens_leave_nothing_in_the_cache(kind):
 @pytest.mark.parametrize("kind", ["dtf4", "mod", "dtrnet-expert"])
 def test_nothing_routed_in_a_call(kind):
     model = tiny_model(kind)
-    i = next(i for i, layer_type in enumerate(model.config.layer_types) if layer_type in ROUTED)
+    i = next(i for i, layer_type in enumerate(model.config.routed_layer_types) if layer_type in ROUTED)
     threshold = model.model.layers[i].causal_router.threshold
     usual = threshold.clone()
     threshold.fill_(1e9)
@@ -239,7 +239,7 @@ def test_padded_rows_are_as_alone(side, mode, kind, normalization):
 def test_topk_takes_exactly_k_of_each_row(kind):
     model = tiny_model(kind, routing_mode="topk")
     output = model(TOKENS, padding("left"), output_routing=True)
-    for i, layer_type in enumerate(model.config.layer_types):
+    for i, layer_type in enumerate(model.config.routed_layer_types):
         if layer_type not in ROUTED:
             continue
         assert output.routing[i].sum(1).tolist() == [int(0.4 * 28), int(0.4 * 19), 1]
@@ -358,7 +358,7 @@ def test_weight_names_are_qwen2s_and_the_contracts():
     extra = names - set(tiny_model("dense", num_hidden_layers=5).state_dict())
     decision = [f"model.layers.{i}.{name}" for i in (0, 2) for name in (
         "prior.norm.weight", "prior.gate_proj.weight", "prior.up_proj.weight", "prior.down_proj.weight", "router.beta_ce",
-        "router.beta_cu", "router.ce_offset", "router.cu_multiplier")]
+        "router.beta_cu", "router.ce_log_offset", "router.cu_multiplier")]
     assert extra == {*decision, "model.layers.1.causal_router.threshold", "model.layers.3.causal_router.threshold"}
 
 
@@ -434,19 +434,19 @@ TOKEN, EXPERT = LAYOUTS["dtrnet-token"][1], LAYOUTS["dtrnet-expert"][1]
     ({"routing": MOD | {"gate": "score"}}, "routing.gate .* = 'score': must be one of sigmoid, identity"),
     ({"routing": MOD | {"router_type": "surprise"}}, "routing.router_type .* = 'surprise': must be one of linear"),
     ({"routing": MOD | {"causal": "token_choice"}}, "must be one of threshold, predictor, bce"),
-    ({"routing": MOD}, "layer_types.0. with routing.kind = mod = 'dtf_decision': must be one of dense, mod"),
+    ({"routing": MOD}, "routed_layer_types.0. with routing.kind = mod = 'dtf_decision': must be one of dense, mod"),
     ({"routing": EXPERT | {"capacity": 2}}, "routing.capacity = 2: must be a number in"),
     ({"routing": EXPERT | {"causal": "predictor"}}, "routing.causal .* = 'predictor': must be one of threshold"),
     ({"routing": {"kind": "dtrnet", "router_type": "expert_choice"}}, "routing.capacity is missing.*expert_choice"),
     ({"routing": TOKEN | {"causal": "threshold"}}, "routing.causal .* = 'threshold': must be one of token_choice"),
     ({"routing": TOKEN | {"router_type": "linear"}}, "'linear': must be one of token_choice, expert_choice"),
-    ({"routing": TOKEN, "layer_types": ["mod"] * 4}, "'mod': must be one of dense, dtrnet"),
+    ({"routing": TOKEN, "routed_layer_types": ["mod"] * 4}, "'mod': must be one of dense, dtrnet"),
     ({"routing": {"kind": "dtf", "capacity": 0.5}}, "routing.ma_window is missing"),
-    ({"routing": {"kind": "dense"}}, "layer_types.0. with routing.kind = dense = 'dtf_decision'"),
-    ({"layer_types": ["dense"] * 3}, "layer_types has 3 entries, but num_hidden_layers = 4"),
-    ({"layer_types": ["dtf_decision", "dense", "dense", "dense"]}, "layer_types.1. = 'dense'"),
-    ({"layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
-    ({"layer_types": ["mod"] * 4}, "'mod': must be one of"),
+    ({"routing": {"kind": "dense"}}, "routed_layer_types.0. with routing.kind = dense = 'dtf_decision'"),
+    ({"routed_layer_types": ["dense"] * 3}, "routed_layer_types has 3 entries, but num_hidden_layers = 4"),
+    ({"routed_layer_types": ["dtf_decision", "dense", "dense", "dense"]}, "routed_layer_types.1. = 'dense'"),
+    ({"routed_layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
+    ({"routed_layer_types": ["mod"] * 4}, "'mod': must be one of"),
     ({"normalization": "post"}, "normalization = 'post': must be one of pre, lns, hybridnorm"),
     ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),

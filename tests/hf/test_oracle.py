@@ -25,7 +25,7 @@ def test_model_agrees_with_oracle(tmp_path, kind, normalization, mode, changes):
     model.config.routing_mode = mode
     model.save_pretrained(tmp_path)
     output = model(TOKENS, labels=TOKENS, output_routing=True)
-    for processed, kind_of_layer in zip(output.routing, model.config.layer_types, strict=True):
+    for processed, kind_of_layer in zip(output.routing, model.config.routed_layer_types, strict=True):
         if kind_of_layer in ROUTED:
             assert 0.1 < processed.float().mean() < 0.9
     np.testing.assert_allclose(output.logits.numpy(), oracle_logits(tmp_path, TOKENS.numpy(), mode), atol=2e-4, rtol=0)

@@ -45,7 +45,7 @@ def test_auto_tokenizer_gives_the_ids_of_training(name: str, sources: dict[str, 
     special, note = write_tokenizer(sources[name], tmp_path, max_position=24)
     write_json(tmp_path / "config.json", to_hf_config(tiny_config("dtf", vocab_size=400).model, "float32") | special)
     shutil.copy(PACKAGE / "configuration_megadyn.py", tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*probe_texts(reference), *random_texts(50, seed=1)]
     wanted = [ids.tolist() for ids in reference.encode_batch(texts)]
     assert [tokenizer(text)["input_ids"] for text in texts] == wanted
@@ -139,7 +139,7 @@ def test_no_setting_makes_transformers_read_otherwise_than_training(
     shutil.copy(PACKAGE / "configuration_megadyn.py", folder)
     reference = load_tokenizer(source)
     texts = ["def f(): return <unk> 7<|endoftext|>", *probe_texts(reference), *random_texts(20, seed=1)]
-    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts)["input_ids"] == [
+    assert AutoTokenizer.from_pretrained(folder)(texts)["input_ids"] == [
         ids.tolist() for ids in reference.encode_batch(texts)]
 
 
@@ -155,3 +155,27 @@ def test_settings_of_the_tokenizer_are_kept(sources: dict[str, str], tmp_path: P
     assert written == stated | {"pad_token": "<|endoftext|>", "mask_token": "<|endoftext|>",
                                 "tokenizer_class": "TokenizersBackend", "clean_up_tokenization_spaces": False,
                                 "megadyn_fingerprint": load_tokenizer(source).fingerprint}
+
+
+def test_the_token_that_ended_documents_in_training_is_the_exports(sources: dict[str, str], tmp_path: Path,
+                                                                   caplog: pytest.LogCaptureFixture,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sources["bpe"], source)
+    content = json.loads((source / "tokenizer.json").read_text())
+    end = content["added_tokens"][0] | {"id": 300, "content": "<end>"}
+    (source / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], end]}))
+    reference = load_tokenizer(source)
+    for folder in ("own", "other", "ordinary"):
+        (tmp_path / folder).mkdir()
+    special, _ = write_tokenizer(str(source), tmp_path / "own", 24, "<|endoftext|>")
+    assert set(special.values()) == {reference.eod}
+    special, _ = write_tokenizer(str(source), tmp_path / "other", 24, "<end>")
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "other")
+    assert set(special.values()) == {300} == {theirs.eos_token_id}
+    monkeypatch.setattr("megadyn.log.log.propagate", True)
+    special, _ = write_tokenizer(str(source), tmp_path / "ordinary", 24, "!")
+    assert "does not name '!', which ends its documents" in caplog.messages[-1]
+    assert set(special.values()) == {reference.id_of("!")}
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "ordinary")
+    assert theirs("a! b")["input_ids"] == reference.encode_batch(["a! b"])[0].tolist()

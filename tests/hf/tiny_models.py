@@ -8,7 +8,7 @@ from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 
 VOCABULARY = 61
 WINDOW = 7
-DTF = {"kind": "dtf", "capacity": 0.4, "ma_window": WINDOW, "prior_size": 6}
+DTF = {"kind": "dtf", "capacity": 0.4, "ma_window": WINDOW, "prior_size": 6, "score": "log"}
 MOD = {"kind": "mod", "capacity": 0.4}
 LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "dense": (["dense"] * 3, {"kind": "dense"}),
@@ -20,7 +20,8 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "mod-predictor": (["dense", "mod", "mod"], MOD | {"causal": "predictor"}),
     "mod-bce": (["dense", "mod", "mod"], MOD | {"causal": "bce"}),
     "dtrnet-token": (["dense", "dtrnet"] * 2, {"kind": "dtrnet", "layout": "bilayer"}),
-    "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4}),
+    "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4,
+                                                      "score": "logit"}),
 }
 """Layer types and `routing` of each kind of model."""
 KINDS = tuple(LAYOUTS)
@@ -39,7 +40,7 @@ def tiny_config(kind: str = "dtf4", **changes: object) -> MegadynConfig:
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types) or 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 5000.0,
         "attention_bias": True, "initializer_range": 0.3,      # large, so that scores differ from token to token
-        "layer_types": layer_types, "routing": routing,
+        "routed_layer_types": layer_types, "routing": routing,
     }
     return MegadynConfig(**fields | changes)
 
@@ -73,6 +74,8 @@ def set_thresholds(model: MegadynForCausalLM, tokens: Tensor) -> None:
         low, high = int(0.35 * len(score)), int(0.55 * len(score))
         gap = low + int((score[low - 1:high - 1] - score[low:high]).argmax())
         middle = (score[gap - 1] + score[gap]) / 2
+        if model.config.routing.get("score") == "logit":      # gates are p0 still
+            middle = middle.logit()
         if hasattr(layer.causal_router, "threshold"):
             layer.causal_router.threshold.fill_(middle)
         elif model.config.routing["causal"] == "token_choice":      # p0 = sigmoid(attend - bypass), and 0.5 at 0

@@ -58,7 +58,7 @@ def units(tp: Axis, name: str, split: bool) -> float:
     ctx = layer_context(config, tp)
     layer = make_layer(config, config.model.layer_types.index(name), tp=tp)
     hidden = own_part(torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), ctx.make.seq).clone().requires_grad_()
-    gate = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
+    score = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
     sent = [0.0]
     originals = {name: getattr(dist, name) for name in MOVED}
 
@@ -71,8 +71,8 @@ def units(tp: Axis, name: str, split: bool) -> float:
     for name in MOVED:
         setattr(dist, name, counting(name))
     try:
-        out = layer(Stream(hidden, gate))
-        (out.hidden.sum() + (out.gate.sum() if out.gate is not None else 0)).backward()
+        out = layer(Stream(hidden, score))
+        (out.hidden.sum() + (out.score.sum() if out.score is not None else 0)).backward()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)

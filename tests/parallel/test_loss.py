@@ -101,3 +101,12 @@ def test_the_head_needs_a_small_part_of_its_logits_memory(monkeypatch):
         linear_cross_entropy(hidden, weight, labels, vocab_size=vocab, tp=ALONE).backward()
     assert live.peak - before < 1e9 / 256
     assert tokens * vocab * 2 > 1e9 / 256, "all logits would not show"
+
+
+@pytest.mark.parametrize("label", [-1, 11, 13, 14, 10**6], ids=["negative", "padding", "last of padding", "behind", "far behind"])
+@pytest.mark.parametrize("block_rows", [4, 1000])
+def test_a_label_outside_the_vocabulary_makes_the_loss_nan(monkeypatch, label, block_rows):
+    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    hidden, weight, labels = draw(rows=14)
+    labels[1, 2] = label
+    assert linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).isnan()

@@ -33,7 +33,7 @@ from megadyn.parallel.mappings import (
 )
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
-from tests.networks import ALONE, disturb, gradients, make_network, with_routing
+from tests.networks import ALONE, disturb, gradients, known, make_network, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
@@ -292,9 +292,10 @@ def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
 
 def check_network(tp: Axis, kind: str, sequence: bool = False, **options) -> None:
     """DTRNet with jitter and with choices filled up; every auxiliary loss heavy enough to show."""
-    config = with_routing(tiny_config(kind, tensor=tp.size, **options), capacity=0.4, prior_loss_weight=0.7, jitter=0.2,
-                          predictor_loss_weight=0.5, bce_loss_weight=0.3, z_loss_weight=0.2, aux_loss_lambda=0.4,
-                          entropy_bonus=0.3, safe_min_attn_ratio=0.4)
+    config = tiny_config(kind, tensor=tp.size, **options)
+    config = with_routing(config, **known(
+        config, capacity=0.4, prior_loss_weight=0.7, jitter=0.2, predictor_loss_weight=0.5, bce_loss_weight=0.3,
+        z_loss_weight=0.2, aux_loss_lambda=0.4, entropy_bonus=0.3, safe_min_attn_ratio=0.4))
     whole = make_network(config)
     config.parallel.sequence = sequence
     split = make_network(config, tp)

@@ -23,6 +23,7 @@ SAME = [Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2), Case("
 SAME += [Case(kind, 1, 2, 1) for kind in KINDS if kind != "dtf"]
 SAME += [Case(kind, *layout, norm=norm) for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
          for norm, layout in (("lns", (1, 1, 2)), ("hybridnorm", (2, 1, 1)))]
+SAME += [Case("dtrnet-target", 1, 1, 2), Case("dtrnet-target", 1, 2, 1)]
 """Saved and resumed alike."""
 
 OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("mod", 1, 2, 1), Case("mod", 2, 1, 1, zero=0)),
@@ -31,7 +32,8 @@ OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("mod", 1, 2, 1), Ca
          (Case("dense", 1, 2, 1), Case("dense", 1, 1, 2, zero=3)),
          (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
          (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)),
-         (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True))]
+         (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True)),
+         (Case("dtrnet-target", 1, 2, 1), Case("dtrnet-target", 2, 1, 1))]
 """Saved as the first, resumed as the second: any cut, any ZeRO stage."""
 
 

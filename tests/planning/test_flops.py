@@ -10,7 +10,7 @@ from megadyn.config import Config
 from megadyn.costs.operations import block_flops
 from megadyn.kinds.dtrnet.layers import AttentionRouter
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
-from tests.networks import make_network, with_routing
+from tests.networks import known, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 BATCH = 3
@@ -64,7 +64,8 @@ ROUTED = [(kind, capacity) for kind in KINDS if kind != "dense" for capacity in 
                                                        ("mod", 0.25, "hybridnorm"), ("dtrnet-token", 0.25, "hybridnorm")])
 @pytest.mark.parametrize("length", [24, 150])
 def test_a_forward_pass_costs_what_is_planned(monkeypatch, kind, capacity, norm, length):
-    config = with_routing(tiny_config(kind, normalization=norm), capacity=capacity, prior_factor=0.5)
+    config = tiny_config(kind, normalization=norm)
+    config = with_routing(config, **known(config, capacity=capacity, prior_factor=0.5))
     fix_share(monkeypatch, config)
     model = config.model
     plan = sum(layer_costs(model, length)) + head_flops(model, length) + unseen_scores(config, length)
@@ -73,7 +74,8 @@ def test_a_forward_pass_costs_what_is_planned(monkeypatch, kind, capacity, norm,
 
 @pytest.mark.parametrize(("kind", "capacity"), [("dense", 1.0), *ROUTED])
 def test_forward_and_backward_cost_what_is_planned(monkeypatch, kind, capacity):
-    config = with_routing(tiny_config(kind), capacity=capacity)
+    config = tiny_config(kind)
+    config = with_routing(config, **known(config, capacity=capacity))
     fix_share(monkeypatch, config)
     plan = training_flops(config.model, 150) + 3 * unseen_scores(config, 150)
     assert counted(config, 150, training=True) == pytest.approx(BATCH * plan, rel=0.01)

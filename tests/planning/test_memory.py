@@ -20,6 +20,7 @@ from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memo
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.aux_loss import LossScale
 from tests.live_bytes import LiveBytes
+from tests.networks import known, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
@@ -37,7 +38,7 @@ EOD = 6
 def sized_config(kind: str, heavy: str, **settings: Any) -> Config:
     """With TOKENS, on capacities that token choice shows too when it begins: near a half."""
     config = tiny_config(kind, **SHAPES[heavy], **settings)
-    config.model.routing.capacity = 0.5 if kind.startswith("dtrnet") else 0.25
+    config = with_routing(config, **known(config, capacity=0.5 if kind.startswith("dtrnet") else 0.25))
     config.training.micro_batch_size, config.training.sequence_length = TOKENS[heavy]
     config.model.max_position = config.training.sequence_length
     return config
@@ -69,7 +70,7 @@ def test_a_step_of_the_whole_model(kind: str, heavy: str, precision: str, recomp
     """Weights, gradients, and activations of a forward and backward pass, without DeepSpeed."""
     shape = {key: value for key, value in extra.items() if key == "normalization"}
     config = sized_config(kind, heavy, precision=precision, recompute=recompute, **shape)
-    config.model.routing.router_type = extra.get("router_type", config.model.routing.router_type)
+    config = with_routing(config, **{key: value for key, value in extra.items() if key == "router_type"})
     config.data.document_mask = extra.get("documents", False)
     (batch, length), model = TOKENS[heavy], config.model
     tokens = tiny_tokens(2, batch, length, SHAPES[heavy]["vocab_size"])

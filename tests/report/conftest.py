@@ -25,7 +25,7 @@ GATES = {"gate_routed": 0.8, "gate_routed_std": 0.05, "gate_unrouted": 0.6, "gat
 def layer_record(step: int, layer: int) -> dict[str, float]:
     if layer % 2 == 0:
         return {"S_CE": 0.5 + step / 1000, "S_CU": 0.4, "D_st": 10.0 ** -layer, "D_ch": 0.1, "beta_ce": -0.3, "beta_cu": -0.6,
-                "ce_offset": 1.0, "cu_multiplier": 1.1, "prior_loss": 0.01}
+                "ce_log_offset": 0.02, "cu_multiplier": 1.1, "prior_loss": 0.01}
     return {"threshold": 0.7, "routed_fraction": 0.5, "causal_agreement": 0.8 + layer / 100, **GATES}
 
 

@@ -242,6 +242,18 @@ def test_events_are_listed(make_run, tmp_path):
     assert "bad_step: {&quot;problem&quot;: &quot;loss is nan&quot;}" in made([run], tmp_path / "a.html", tokens=0)
 
 
+def test_what_training_warned_of_stands_at_the_top_once_for_each_layer_and_problem(make_run, tmp_path):
+    run = make_run()
+    warned = [{"iteration": at, "router_warning": {"layer": layer, "problem": "closed_gate", "since": at, "value": 0.01,
+                                                   "sentence": f"layer {layer}: its <gate> is closed, since iteration {at}"}}
+              for at, layer in ((3, 1), (4, 3), (5, 1))]
+    write_metrics(run, [*records(), *warned, {"iteration": 5, "router_warning": "odd"}])
+    top = made([run], tmp_path / "a.html", tokens=0).partition("<h2>")[0]
+    notes = re.findall(r'<p class="note">(Warned in training: .*?)</p>', top)
+    assert notes == [f"Warned in training: layer {layer}: its &lt;gate&gt; is closed, since iteration {at}."
+                     for layer, at in ((1, 5), (3, 4))]
+
+
 @pytest.mark.parametrize(("piece", "shown"), [
     (" a", "<i>·</i><wbr>a"), ("\n", "<i>↵</i>\n"), ("\t", "<i>→</i>\t"), ("", "<i>▫</i>"),
     ("\x00\x1b\x7f", "<i>␀</i><i>␛</i><i>␡</i>"),

@@ -13,7 +13,7 @@ from megadyn.network import routed_layers
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from tests.naive import prior_update
-from tests.networks import gradients, loads_of, make_network, with_routing
+from tests.networks import gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 
@@ -89,7 +89,7 @@ SHARES = {"dtrnet-token": {1: 0.3, 3: 0.7}, "dtrnet-expert": {1: 0.3, 2: 0.6, 3:
 """The share of each layer in the attention loss."""
 
 
-def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Tensor | None) -> Tensor:
+def written_anew(config: Config, layer: Layer, h: Tensor, share: float, given: Tensor | None) -> Tensor:
     """All auxiliary losses of a routed layer with input h, weighted, from the parameters and `routing.md`."""
     routing, p = config.model.routing, dict(layer.named_parameters())
     if routing.kind == "dtrnet":
@@ -99,7 +99,7 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
         entropy = -(odds * odds.log()).sum(dim=-1).mean()
         layers = config.model.layer_types.count("dtrnet")
         return 0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean() - 0.3 / layers * entropy
-    score = gate if routing.kind == "dtf" else h @ p["router.weight"][0]
+    score = given if routing.kind == "dtf" else h @ p["router.weight"][0]
     count = int(routing.capacity * h.shape[1])
     y = torch.zeros_like(score).scatter(1, score.topk(count, dim=1).indices, 1.0)
 
@@ -119,16 +119,17 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, gate: Te
 @pytest.mark.parametrize("kind", ["dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert"])
 def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
     """Of every parameter: what a loss should not reach shows as much as what it should."""
-    config = with_routing(tiny_config(kind, recompute=recompute), **WEIGHTS)
+    config = tiny_config(kind, recompute=recompute)
+    config = with_routing(config, **known(config, **WEIGHTS))
     attached = make_network(config, loss_scale=0.7)
-    explicit = make_network(with_routing(tiny_config(kind), **dict.fromkeys(WEIGHTS, 0.0)))
+    explicit = make_network(with_routing(tiny_config(kind), **known(config, **dict.fromkeys(WEIGHTS, 0.0))))
     shares, losses = SHARES.get(kind, {}), []
     for network in (attached, explicit):
         for index, load in loads_of(routed_layers(network)).items():
             load.share = torch.tensor(shares[index])
 
     def add(layer: Layer, inputs: tuple[Stream], output: Stream) -> None:
-        losses.append(written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].gate))
+        losses.append(written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].score))
 
     for layer in routed_layers(explicit):
         if not isinstance(layer, DecisionLayer):

@@ -60,6 +60,7 @@ def test_what_is_chosen_and_reported(kind, mode):
     special = {"threshold": {"threshold": 0.3}, "predictor": {"predictor_loss": reported.get("predictor_loss")}, "bce": {}}
     assert reported == pytest.approx({
         "routed_fraction": sum(fraction) / B, "routed_fraction_min": min(fraction), "routed_fraction_max": max(fraction),
+        "causal_fraction": causal.double().mean().item(),
         "causal_agreement": (top == causal).double().mean().item()} | special[rule])
 
 

@@ -32,7 +32,7 @@ def network(kind: str, norm: str, eod: int | None) -> Network:
     for layer in routed_layers(net):
         router = layer.causal_router
         if router is not None and router.threshold is not None:      # near the middle of the scores: some route, some do not
-            middle = {"dtf": 0.75, "mod": 0.0, "dtrnet": 0.5}[model.routing.kind]
+            middle = {"dtf": 1.4, "mod": 0.0, "dtrnet": 0.0}[model.routing.kind]
             router.threshold.average, router.threshold.steps = torch.tensor(middle * 0.01), 1
     return net
 

@@ -71,15 +71,15 @@ def test_logits_of_a_bf16_model_are_float32(build):
 
 def test_choices_of_a_bf16_network_are_made_in_float32(monkeypatch):
     seen = []
-    choose = DtrLayer.choose
-    monkeypatch.setattr(DtrLayer, "choose", lambda self, attend, hidden: seen.append(attend) or choose(self, attend, hidden))
+    choice = DtrLayer.choice
+    monkeypatch.setattr(DtrLayer, "choice", lambda self, lead, hidden: seen.append(lead) or choice(self, lead, hidden))
     network = make_network(tiny_config("dtrnet-expert"), dtype=torch.bfloat16)
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:]).backward()
     assert len(seen) == 3
-    for p in seen:
-        assert p.dtype == torch.float32
-        assert not torch.equal(p, p.bfloat16().float()), "rounded to bf16 on the way"
+    for lead in seen:
+        assert lead.dtype == torch.float32
+        assert not torch.equal(lead, lead.bfloat16().float()), "rounded to bf16 on the way"
     assert all(p.grad.dtype == torch.bfloat16 for p in network.parameters())
 
 
@@ -94,20 +94,20 @@ def make_layer(kind: str = "dtrnet-token", loss_scale: float = 1.0, **routing: o
 @pytest.mark.parametrize("shift", [-1.0, -0.3, 0.0, 1.0])
 def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(least, shift):
     layer, h = make_layer(safe_min_attn_ratio=least), random(6, 20, 32)
-    p = (random(6, 20) + shift).sigmoid()
-    own = p > 0.5
-    selection, mask, statistics = layer.choice(p, h)
+    lead = random(6, 20) + shift
+    own = lead > 0
+    selection, mask, statistics = layer.choice(lead, h)
     short = 0
     for b in range(6):
         wanted = own[b].nonzero().flatten().tolist()
         if len(wanted) < math.ceil(least * 20):
-            wanted, short = best(p[b].tolist(), math.ceil(least * 20)), short + 1
+            wanted, short = best(lead[b].tolist(), math.ceil(least * 20)), short + 1
         assert mask[b].nonzero().flatten().tolist() == wanted
     assert (mask | ~own).all(), "who wants to attend does"
     assert torch.equal(as_mask(selection, mask.shape), mask)
     assert statistics.get("refills", 0) == short
     with torch.no_grad():
-        selection, mask, statistics = layer.choice(p, h)
+        selection, mask, statistics = layer.choice(lead, h)
     assert torch.equal(mask, own)
     assert torch.equal(as_mask(selection, mask.shape), own)
     assert "refills" not in statistics
@@ -117,8 +117,25 @@ def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(le
 
 
 def test_a_token_of_even_odds_passes():
-    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choose(torch.tensor([[0.5, 0.50000006, 0.49999997]]), torch.zeros(1, 3, 32))
+    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choice(torch.tensor([[0.0, 1e-9, -1e-9]]), torch.zeros(1, 3, 32))
     assert mask.tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+def test_tokens_of_saturated_probabilities_are_ranked_by_their_logits(shift):
+    """p0 of all of them is 0 or 1 in float32; they must not tie, which would choose a sequence's first tokens."""
+    config = with_routing(tiny_config("dtrnet-expert"), capacity=0.4)
+    layer = disturb(DtrLayer(layer_context(config, dtype=torch.float32), 1, LossScale()), param_maker(config))
+    h = random(3, 20, 32).float()
+    with torch.no_grad():
+        layer.router.fc2.bias[0] += shift
+        logits = layer.router(h)
+    assert logits.softmax(dim=-1)[..., 0].unique().numel() == 1
+    lead = logits[..., 0] - logits[..., 1]
+    chosen = []
+    layer.choose = lambda lead, hidden: chosen.append(type(layer).choose(layer, lead, hidden)) or chosen[-1]
+    layer(Stream(h))
+    assert [row.nonzero().flatten().tolist() for row in chosen[0][1]] == [best(row.tolist(), 8) for row in lead]
 
 
 def test_tokens_filled_up_attend_with_their_own_p0():
@@ -247,8 +264,9 @@ def test_there_is_no_jitter_in_evaluation():
 def test_a_dtrnet_layers_statistics_equal_their_definitions():
     layer, h = make_layer(safe_min_attn_ratio=0.4), random(4, 10, 32, seed=2)
     layer.load.share = torch.tensor(0.3)
-    p = layer.probabilities(h)[..., 0].detach()
-    _, mask, _ = layer.choice(p, h)
+    logits = layer.router(h).detach()
+    p, lead = logits.softmax(dim=-1)[..., 0], logits[..., 0] - logits[..., 1]
+    _, mask, _ = layer.choice(lead, h)
     short = ((p > 0.5).sum(dim=1) < 4).sum().item()
     assert 0 < short < 4
     layer(Stream(h))
@@ -257,7 +275,8 @@ def test_a_dtrnet_layers_statistics_equal_their_definitions():
     f = sum(fractions) / 4
     assert found == pytest.approx({
         "routed_fraction": f, "routed_fraction_min": min(fractions), "routed_fraction_max": max(fractions), "f": f,
-        "p0": p.mean().item(), "attention_loss": 0.3 * p.mean().item(), "refills": short,
+        "p0": p.mean().item(), "attention_loss": 0.3 * p.mean().item(), "refills": short, "lambda": 0.1,
+        "lead": lead.mean().item(), "lead_std": lead.std(correction=0).item(),
         "gate_routed": p[mask].mean().item(), "gate_routed_std": p[mask].std(correction=0).item(),
         "gate_unrouted": p[~mask].mean().item(), "gate_unrouted_std": p[~mask].std(correction=0).item()}, rel=1e-5)
     assert layer.load.take_step_mean().item() == pytest.approx(f)
@@ -281,6 +300,6 @@ def test_a_mod_layers_statistics_equal_their_definitions(gate):
     assert found == pytest.approx({
         "routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4, "bce_loss": bce,
         "z_loss": (r * r).mean().item(), "logit": r.mean().item(), "logit_std": r.std(correction=0).item(),
-        "causal_agreement": (top == (r > 0)).double().mean().item(),
+        "causal_agreement": (top == (r > 0)).double().mean().item(), "causal_fraction": (r > 0).double().mean().item(),
         "gate_routed": g[top].mean().item(), "gate_routed_std": g[top].std(correction=0).item(),
         "gate_unrouted": g[~top].mean().item(), "gate_unrouted_std": g[~top].std(correction=0).item()}, rel=1e-5)

@@ -20,7 +20,7 @@ from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.skipping import SkippingLayer
-from tests.networks import end_step, gradients, loads_of, make_network, with_routing
+from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
@@ -50,9 +50,9 @@ def assert_it_chooses(network: Network) -> None:
 # ---- 1: with everything routed at full weight the stack is dense ---------------------------------
 
 def open_all_gates(patch: pytest.MonkeyPatch, kind: str) -> None:
-    """Every gate, and p0, is exactly one from now on, and every causal rule takes every token."""
+    """Every gate (1 - exp(-r)), and p0, is exactly one from now on, and every causal rule takes every token."""
     logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0                 # sigmoid(60) is 1 in float64
-    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.ones_like(static), {}))
+    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.full_like(static, 60.0), {}))
     patch.setattr(LinearRouter, "forward", lambda self, hidden: torch.full_like(hidden[..., 0], logit))
     patch.setattr(AttentionRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
         *hidden.shape[:2], 2))
@@ -177,7 +177,7 @@ class Calls:
 
 
 WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"))
-DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choose"), (LinearRouter, "forward"),
+DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choice"), (LinearRouter, "forward"),
              (AttentionRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
 
 
@@ -193,7 +193,8 @@ def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind
 
     def step(recompute: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Any], dict[str, int]]:
         calls.count = dict.fromkeys(calls.count, 0)
-        config = with_routing(tiny_config(kind, recompute=recompute, normalization=norm), jitter=0.2, safe_min_attn_ratio=0.5)
+        config = tiny_config(kind, recompute=recompute, normalization=norm)
+        config = with_routing(config, **known(config, jitter=0.2, safe_min_attn_ratio=0.5))
         network = make_network(config, dtype=dtype, loss_scale=0.5)
         for part in SAMPLES.split(2):
             (network(part[:, :-1], part[:, 1:]) * 0.5).backward()
@@ -225,8 +226,8 @@ def expected_calls(kind: str) -> dict[str, int]:
     layers = 3 if kind == "dtrnet-expert" else 2
     family, _, variant = kind.partition("-")
     if family == "dtrnet":
-        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["dtrnet.choose_top"]
-        names = ["DtrLayer.attend_or_pass", "DtrLayer.choose", "AttentionRouter.forward", *chosen]
+        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
+        names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "AttentionRouter.forward", *chosen]
     else:
         names = ["SkippingLayer.update", "CausalRouter.forward", "choice.choose_top",
                  "DecisionLayer.decide" if family == "dtf" else "LinearRouter.forward"]
@@ -236,16 +237,16 @@ def expected_calls(kind: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("kind", ["dtf", "dtf-predictor"])
 def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch, kind):
-    """The second time a gate is computed its order is reversed: tokens and gradients must stay those of the first."""
+    """The second time a score is computed its order is reversed: tokens and gradients must stay those of the first."""
     def grads(recompute: str, disturbed: bool) -> dict[str, Tensor]:
         network = make_network(tiny_config(kind, recompute=recompute))
         seen: set[int] = set()
         router = SurpriseRouter.forward
 
         def forward(self: SurpriseRouter, static: Tensor, change: Tensor, documents: Any) -> Any:
-            gate, statistics = router(self, static, change, documents)
+            score, statistics = router(self, static, change, documents)
             first, _ = id(self) not in seen, seen.add(id(self))
-            return (gate if first or not disturbed else gate + 1e3 * torch.arange(24)), statistics
+            return (score if first or not disturbed else score + 1e3 * torch.arange(24)), statistics
 
         with monkeypatch.context() as patch:
             patch.setattr(SurpriseRouter, "forward", forward)
@@ -275,7 +276,7 @@ class Objective:
         for owner in (routed_layer, dtrnet):
             monkeypatch.setattr(owner, "attach_loss", self.attach)
         monkeypatch.setattr(dtf, "moving_average", self.average)
-        for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choose")):
+        for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choice")):
             monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
 
     def attach(self, activation: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -334,13 +335,13 @@ def check_by_differences(monkeypatch: pytest.MonkeyPatch, config: Config, only: 
         assert abs(want) > 1e-8, f"{param.global_name} has no effect"
         assert found == pytest.approx(want, rel=1e-4, abs=1e-9), param.global_name
         checked.append(".".join(parts[3:]))
-    layers = 3 if config.model.routing.router_type == "expert_choice" else 2
+    layers = config.model.layer_types.count(config.model.layer_types[-1])
     assert len(checked) == layers * len(set(checked))
     return set(checked)
 
 
 ROUTER_PARAMETERS = {
-    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")),
+    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")),
             *(f"prior.{name}.weight" for name in ("norm", "gate_proj", "up_proj", "down_proj"))},
     "mod": {"router.weight"},
     "dtrnet": {f"router.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias")},
@@ -351,8 +352,8 @@ ROUTER_PARAMETERS = {
                                             ("dtrnet-token", "hybridnorm")])
 def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(monkeypatch, kind, norm):
     """Without the losses whose targets are held constant: the prior's and the predictor's."""
-    config = with_routing(tiny_config(kind, normalization=norm), prior_loss_weight=0.0, predictor_loss_weight=0.0, capacity=0.4,
-                          **AUXILIARY)
+    config = tiny_config(kind, normalization=norm)
+    config = with_routing(config, **known(config, prior_loss_weight=0.0, predictor_loss_weight=0.0, capacity=0.4, **AUXILIARY))
     assert check_by_differences(monkeypatch, config, {"router", "prior"}) == ROUTER_PARAMETERS[config.model.routing.kind]
 
 

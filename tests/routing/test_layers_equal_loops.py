@@ -55,9 +55,9 @@ def test_a_dense_layer(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_dynamic_layer(norm):
     layer, naive = make_layer("dtf", norm, capacity=0.5)
-    h, gate = random(2, T, 16).requires_grad_(), random(2, T, seed=1).requires_grad_()
-    want = torch.stack([naive.skipping(row, best(g.tolist(), 4), g) for row, g in zip(h, gate)])
-    assert_same_with_gradients(layer, [h, gate], layer(Stream(h, gate)).hidden, want, set())
+    h, score = random(2, T, 16).requires_grad_(), random(2, T, seed=1).abs().requires_grad_()
+    want = torch.stack([naive.skipping(row, best(r.tolist(), 4), 1 - (-r).exp()) for row, r in zip(h, score)])
+    assert_same_with_gradients(layer, [h, score], layer(Stream(h, score)).hidden, want, set())
 
 
 @pytest.mark.parametrize("mode", ["topk", "causal"])
@@ -106,7 +106,7 @@ def test_a_dtrnet_layer(kind, norm, mode):
         chosen = [(row > 0.5).nonzero().flatten().tolist() for row in attend]
     else:
         layer.causal_router.mode = mode
-        layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(0.45), steps=1)
+        layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(0.45, dtype=torch.float64).logit(), steps=1)
         chosen = [best(row.tolist(), 4) if mode == "topk" else (row >= 0.45).nonzero().flatten().tolist() for row in attend]
     assert all(0 < len(row) < T for row in chosen), "the rule must choose, or the test shows nothing"
     want = torch.stack([naive.dtrnet(row, c, q) for row, c, q in zip(h, chosen, p)])

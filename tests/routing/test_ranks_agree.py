@@ -57,7 +57,7 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
 
     for module in network.modules():
         if isinstance(module, DtrLayer):
-            module.choose = watch(module.choose)
+            module.choice = watch(module.choice)
         elif isinstance(module, CausalRouter):
             module.forward = watch(module.forward)
     start = {p.global_name: p.detach().clone() for p in network.parameters()}

@@ -7,8 +7,10 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from megadyn.config import Config
+from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf import layers as dtf
-from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer, SurpriseRouter, moving_average
+from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer, SurpriseRouter, gate_of, moving_average
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
 from megadyn.routing.aux_loss import LossScale
@@ -21,7 +23,7 @@ from tests.networks import disturb, layer_context, make_network, param_maker, wi
 from tests.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
-NAMES = ("beta_ce", "beta_cu", "ce_offset", "cu_multiplier")
+NAMES = ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -42,9 +44,15 @@ def test_the_moving_average_equals_a_loop(window):
 
 # ---- the router ----------------------------------------------------------------------------------
 
+def surprise_router(config: Config) -> SurpriseRouter:
+    routing = config.model.routing
+    assert isinstance(routing, Dtf)
+    return SurpriseRouter("model.layers.0.router", layer_context(config), routing)
+
+
 def make_router(window: int = 3) -> SurpriseRouter:
     config = with_routing(tiny_config(), ma_window=window)
-    return disturb(SurpriseRouter("model.layers.0.router", layer_context(config)), param_maker(config))
+    return disturb(surprise_router(config), param_maker(config))
 
 
 def surprises() -> tuple[Tensor, Tensor]:
@@ -54,7 +62,7 @@ def surprises() -> tuple[Tensor, Tensor]:
 
 def reference_gate(static: Tensor, change: Tensor, average: Tensor, p: dict[str, Tensor]) -> Tensor:
     """`routing.md`, line by line; `average` is MA, held constant."""
-    ce = static - (change - torch.log(p["ce_offset"] + 1e-10))
+    ce = static - change + p["ce_log_offset"]
     cu = static - p["cu_multiplier"] * average
     s_ce = 1 / (1 + torch.exp(-torch.log(1 + torch.exp(p["beta_ce"])) * ce))
     s_cu = 1 / (1 + torch.exp(-torch.log(1 + torch.exp(p["beta_cu"])) * cu))
@@ -64,7 +72,7 @@ def reference_gate(static: Tensor, change: Tensor, average: Tensor, p: dict[str,
 def test_the_gate_and_its_gradients_equal_the_formulas_with_the_average_held_constant():
     router, (static, change) = make_router(), surprises()
     params = {name: getattr(router, name) for name in NAMES}
-    gate, _ = router(static, change)
+    gate = gate_of(router(static, change)[0])
     want = reference_gate(static, change, moving_average(static.detach(), 3), params)
     assert_close(gate, want)
     assert ((gate > 0) & (gate < 1)).all()
@@ -83,7 +91,7 @@ def test_gradcheck_of_the_whole_router(monkeypatch):
     scalars = [getattr(router, name).detach().clone().requires_grad_() for name in NAMES]
 
     def gate(static: Tensor, change: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(router, dict(zip(NAMES, values)), (static, change))[0]
+        return gate_of(functional_call(router, dict(zip(NAMES, values)), (static, change))[0])
 
     assert gradcheck(gate, (static, change, *scalars))
 
@@ -102,10 +110,10 @@ def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeyp
 
 def test_the_router_starts_from_the_configured_scalars_and_reports_them():
     config = tiny_config()
-    router = SurpriseRouter("model.layers.0.router", layer_context(config))
+    router = surprise_router(config)
     static, change = surprises()
     _, watched = router(static, change)
-    assert [round(getattr(router, name).item(), 6) for name in NAMES] == [-0.3, -0.6, 1.025, 1.1]
+    assert [round(getattr(router, name).item(), 6) for name in NAMES] == [-0.3, -0.6, 0.024693, 1.1]
     for name in NAMES:
         assert_close(watched[name], getattr(router, name).detach().squeeze())
     assert_close(watched["D_st"], static.mean().detach())
@@ -192,18 +200,18 @@ def with_threshold(layer: DynamicLayer, threshold: float) -> DynamicLayer:
 
 def test_a_decision_layer_is_dense_and_scores_what_it_did():
     layer, h = make_layer(DecisionLayer), random(2, 9, 32)
-    post, gate, _ = layer(Stream(h))
+    post, score, _ = layer(Stream(h))
     assert_close(post, layer.dense(h))
     static = (post - h).square().mean(dim=-1)
     change = (post - (h + prior_update(layer.prior, h))).square().mean(dim=-1)
-    assert_close(gate, layer.router(static, change)[0])
+    assert_close(score, layer.router(static, change)[0])
     assert_close(layer.monitor.read()["prior_loss"].double(), change.mean().detach(), rtol=1e-6, atol=0)
 
 
 def test_both_surprises_send_gradients_into_the_layer_and_its_input():
     layer, h = make_layer(DecisionLayer, 0.0), random(2, 9, 32).requires_grad_()
-    gate = layer(Stream(h)).gate
-    gate.backward(random(2, 9, seed=1))
+    score = layer(Stream(h)).score
+    score.backward(random(2, 9, seed=1))
     for param in layer.parameters():
         assert param.grad is not None, param.global_name
         assert param.grad.any(), param.global_name
@@ -211,11 +219,12 @@ def test_both_surprises_send_gradients_into_the_layer_and_its_input():
 
 
 def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone():
-    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
-    out, passed_on, documents = layer(Stream(h, gate))
+    layer, h, score = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    gate = 1 - (-score).exp()
+    out, passed_on, documents = layer(Stream(h, score))
     assert passed_on is documents is None
     for b in range(3):
-        chosen = sorted(sorted(range(10), key=lambda t: -gate[b, t].item())[:4])
+        chosen = sorted(sorted(range(10), key=lambda t: -score[b, t].item())[:4])
         delta = layer.delta(h[b: b + 1, chosen], torch.tensor([chosen]), 10)[0]
         for t in range(10):
             if t in chosen:
@@ -225,11 +234,12 @@ def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone(
 
 
 def test_under_a_threshold_a_sequence_may_choose_any_number_even_none():
-    layer, h, gate = make_layer(DynamicLayer), random(3, 10, 32), torch.rand(3, 10, dtype=F64) * 0.5
+    layer, h, score = make_layer(DynamicLayer), random(3, 10, 32), torch.rand(3, 10, dtype=F64) * 0.5
     causal_at(layer, 0.6)
-    gate[1, [2, 3, 7]] += 0.6
-    gate[2, 5] = 0.6000001
-    out = layer(Stream(h, gate)).hidden
+    score[1, [2, 3, 7]] += 0.6
+    score[2, 5] = 0.6000001
+    gate = 1 - (-score).exp()
+    out = layer(Stream(h, score)).hidden
     changed = (out != h).any(dim=-1)
     assert [row.nonzero().flatten().tolist() for row in changed] == [[], [2, 3, 7], [5]]
     delta = layer.delta(h[1:2, [2, 3, 7]], torch.tensor([[2, 3, 7]]), 10)[0]
@@ -255,14 +265,14 @@ def test_gradcheck_of_the_path_through_the_gate(chosen):
 
 
 def test_a_dynamic_layer_observes_its_kth_highest_score_in_training_only():
-    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
+    layer, h, score = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), torch.rand(3, 10, dtype=F64)
     threshold = layer.causal_router.threshold
     with torch.no_grad():
-        layer(Stream(h, gate))
+        layer(Stream(h, score))
     with pytest.raises(AssertionError):
         threshold.take_step_mean()
-    layer(Stream(h, gate))
-    want = gate.sort(dim=1, descending=True).values[:, 3].mean()
+    layer(Stream(h, score))
+    want = score.sort(dim=1, descending=True).values[:, 3].mean()
     assert_close(threshold.take_step_mean().double(), want, rtol=1e-6, atol=0)
 
 
@@ -282,20 +292,22 @@ def test_a_monitor_shows_means_since_its_last_reading():
 
 def test_routing_statistics_equal_their_definitions():
     layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), random(3, 10, seed=2).sigmoid()
-    with_threshold(layer, 0.55)
-    layer(Stream(h, gate))
+    score = -(1 - gate).log()
+    with_threshold(layer, 0.8)
+    layer(Stream(h, score))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, gate.topk(4, dim=1).indices, True)
-    always = {"gate_routed": gate[top].mean(), "gate_routed_std": gate[top].std(correction=0), "threshold": 0.55,
+    always = {"gate_routed": gate[top].mean(), "gate_routed_std": gate[top].std(correction=0), "threshold": 0.8,
               "gate_unrouted": gate[~top].mean(), "gate_unrouted_std": gate[~top].std(correction=0),
-              "causal_agreement": (top == (gate >= 0.55)).double().mean()}
+              "causal_fraction": (score >= 0.8).double().mean(),
+              "causal_agreement": (top == (score >= 0.8)).double().mean()}
     always = {name: float(value) for name, value in always.items()}
     assert found == pytest.approx({"routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4,
                                    **always}, rel=1e-5)
-    causal_at(layer, 0.55)
-    layer(Stream(h, gate))
+    causal_at(layer, 0.8)
+    layer(Stream(h, score))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
-    fractions = (gate >= 0.55).double().mean(dim=1).tolist()
+    fractions = (score >= 0.8).double().mean(dim=1).tolist()
     assert min(fractions) < max(fractions)
     assert found == pytest.approx({"routed_fraction": sum(fractions) / 3, "routed_fraction_min": min(fractions),
                                    "routed_fraction_max": max(fractions), **always}, rel=1e-5)

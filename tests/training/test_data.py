@@ -11,6 +11,8 @@ import torch
 from megadyn.config import Config, DataConfig, TokenizerConfig, batch_plan
 from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.preprocess import preprocess
+from megadyn.data.readers import Corpus
 from megadyn.data.samples import SampleSet, split_documents
 from megadyn.errors import ConfigError, UserError
 from megadyn.model.documents import documents_of
@@ -195,3 +197,39 @@ def test_positions_begin_anew_in_every_document_and_every_sample(tmp_path):
             if token != end:
                 assert position == token - (tokens[0] if document == 0 else 0)
             document, position = (document + 1, 0) if token == end else (document, position + 1)
+
+
+def made_of_bytes(prefix: Path, **options: Any) -> str:
+    corpus = prefix.with_name(f"{prefix.name}.jsonl")
+    corpus.write_text('{"text": "some text of a few letters"}\n' * 20)
+    preprocess(Corpus([corpus]), "byte", prefix, append_eod=True, **options)
+    return str(prefix)
+
+
+def test_documents_end_with_the_token_that_was_written(tmp_path):
+    usual, bang = made_of_bytes(tmp_path / "usual"), made_of_bytes(tmp_path / "bang", eod="!")
+    config = configured(train=bang, document_mask=True)
+    assert open_data(config).eod == ord("!")
+    assert config.tokenizer.eod == "!"              # so that the run's checkpoints know it
+    assert opened(train=usual, document_mask=True).eod == 256
+    for data in ({"train": [usual, bang]}, {"train": bang, "validation": usual}):
+        with pytest.raises(UserError, match="ends its documents with token id"):
+            opened(**data)
+    config = configured(train=bang)
+    config.tokenizer.eod = "<|endoftext|>"
+    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 is meant"):
+        open_data(config)
+    config.tokenizer.eod = "<nope>"
+    with pytest.raises(UserError, match=r"no token '<nope>' in its vocabulary \(tokenizer\.eod\)"):
+        open_data(config)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_ids_without_a_row_are_refused_in_every_set(make, tmp_path, name, mmap):
+    with IndexedWriter(tmp_path / "foreign", "<i4") as writer:
+        writer.add(np.array([1] * 99 + [300]), [100], [1])
+        writer.finish()
+    sets = {"train": make("a", 10)} | {name: str(tmp_path / "foreign")}
+    with pytest.raises(UserError, match=r"foreign: its largest token id is 300, but the model's vocabulary has 300 ids"):
+        opened(**sets, split=[1, 0, 0], mmap=mmap, cache=str(tmp_path / "cache"))

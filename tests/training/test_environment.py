@@ -17,14 +17,14 @@ def test_each_start_adds_its_record_until_the_run_begins_anew(tmp_path, monkeypa
     monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, mine: into.__setitem__(slice(None), places))
     grid = Grid(tp=Axis("tp", 0, 2), dp=Axis("dp", 0, 2))
     for iteration in (0, 120):
-        record_start(tmp_path, grid, 1, torch.device("cpu"), iteration)
+        record_start(tmp_path, grid, 1, torch.device("cpu"), iteration, 9)
     first, second = map(json.loads, (tmp_path / "environment.jsonl").read_text().splitlines())
     assert (first["iteration"], second["iteration"]) == (0, 120)
     assert second["hosts"] == {"node0": 2, "node1": 2}
     assert second["devices"] == {"NVIDIA H200": 3, "NVIDIA H100": 1}
     assert second["world"] == {"size": 4, "tensor": 2, "pipeline": 1, "data": 2, "zero": 1}
     assert second["versions"]["torch"] == torch.__version__
-    record_start(tmp_path, grid, 1, torch.device("cpu"), 0)
+    record_start(tmp_path, grid, 1, torch.device("cpu"), 0, 9)
     assert len((tmp_path / "environment.jsonl").read_text().splitlines()) == 1
 
 

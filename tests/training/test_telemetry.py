@@ -120,7 +120,7 @@ def test_a_rollback_takes_every_sink_back(tmp_path):
     telemetry = Telemetry(config, 1, tmp_path, 0)
     for iteration in (5, 10):
         report(telemetry, iteration)
-    telemetry.go_back(5)
+    telemetry.go_back(5, telemetry.iterations)
     telemetry.event(5, "bad_step", {"iteration": 12})
     telemetry.close()
     assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 5]

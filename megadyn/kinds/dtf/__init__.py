@@ -8,7 +8,7 @@ from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inn
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE, TopK
+from megadyn.kinds.kind import DENSE, SHAPES, TopK
 
 DECISION, DYNAMIC = "dtf_decision", "dtf_dynamic"
 
@@ -26,12 +26,14 @@ class Dtf(TopK):
     """Initial beta_ce; its softplus scales the expected-change criterion."""
     beta_cu_init: float = -0.6
     """Initial beta_cu; its softplus scales the unexpected-change criterion."""
-    ce_offset_init: float = 1.025
-    """Initial offset of the expected-change criterion; its logarithm is taken."""
+    ce_log_offset_init: float = math.log(1.025)
+    """Initial lambda_ce, the logarithm of the offset of S_CE. `ce_offset_init`, the offset itself, is the older spelling; it is
+    still read, and converted."""
     cu_multiplier_init: float = 1.1
     """Initial m_cu, by which the moving average is multiplied."""
 
     name = "dtf"
+    benchmark = "dtf:0.5"
     title = "Dynamic Transformer (DTF)"
     sentence = ("Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
                 "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged.")
@@ -40,9 +42,12 @@ class Dtf(TopK):
     legend = {
         "S_CE": "S_CE: expected change, mean over tokens", "S_CU": "S_CU: unexpected change, mean over tokens",
         "D_st": "D_st: what the layer changed, mean square", "D_ch": "D_ch: what the prior left unexplained, mean square",
-        "beta_ce": "beta_ce, before softplus", "beta_cu": "beta_cu, before softplus", "ce_offset": "ce_offset",
+        "beta_ce": "beta_ce, before softplus", "beta_cu": "beta_cu, before softplus",
+        "ce_log_offset": "ce_log_offset: lambda_ce, the logarithm of the offset",
         "cu_multiplier": "cu_multiplier"}
     layers = {DECISION: "DecisionLayer", DYNAMIC: "DynamicLayer"}
+    scores = ("gate", "log")
+    fixed = {"prior_factor": SHAPES}
     recorded = (*TopK.recorded, "ma_window", "prior_factor")
 
     def check(self) -> None:
@@ -50,7 +55,9 @@ class Dtf(TopK):
         at_least("model.routing.ma_window", self.ma_window, 1)
         in_range("model.routing.prior_factor", self.prior_factor, 0, 4)
         at_least("model.routing.prior_loss_weight", self.prior_loss_weight, 0)
-        at_least("model.routing.ce_offset_init", self.ce_offset_init, 0)
+        for name in ("beta_ce_init", "beta_cu_init", "ce_log_offset_init", "cu_multiplier_init"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"model.routing.{name}", getattr(self, name), "a finite number")
 
     def check_shape(self, shape: Shape) -> None:
         if shape.num_layers < 2:
@@ -66,8 +73,12 @@ class Dtf(TopK):
         width = math.ceil(shape.hidden_size * self.prior_factor)
         return max(2, width + width % 2)
 
+    def sizes(self, shape: Shape) -> dict[str, object]:
+        return super().sizes(shape) | {"model.routing.prior_factor": f"a prior of width {self.prior_size(shape)}"}
+
     def to_export(self, shape: Shape) -> dict[str, object]:
-        return super().to_export(shape) | {"prior_size": self.prior_size(shape), "gate": "score", "router_type": "surprise"}
+        return super().to_export(shape) | {"prior_size": self.prior_size(shape), "gate": "score", "score": "log",
+                                           "router_type": "surprise"}
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
         if layer == DYNAMIC:

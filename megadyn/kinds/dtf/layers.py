@@ -1,8 +1,8 @@
 """DTF, surprise-based routing over pairs of layers (thesis "Dynamic Transformers", eqs. 3.1-3.13).
 
 A Decision layer runs densely and compares what it did with a cheap prediction of it; the most surprising
-tokens of each sequence go through the Dynamic layer that follows. All of the gate G is known at the end of
-the Decision layer, so (hidden, G) is all that passes between the two, and a pipeline cut may fall there.
+tokens of each sequence go through the Dynamic layer that follows. The score r, and with it the gate G, is known at the
+end of the Decision layer, so (hidden, r) is all that passes between the two, and a pipeline cut may fall there.
 """
 
 import torch
@@ -39,10 +39,13 @@ def moving_average(x: Tensor, window: int, documents: Documents | None = None) -
 
 
 class SurpriseRouter(nn.Module):
-    """G = S_CE + S_CU - S_CE S_CU: the probability that a token's change was expected-but-late or unexpected.
+    """The score r = -log(1 - G) of G = S_CE + S_CU - S_CE S_CU, the probability that a token's change was expected-but-late
+    or unexpected.
 
-    S_CE = sigmoid(softplus(beta_ce) (D_st - D_ch + log o_ce)) and S_CU = sigmoid(softplus(beta_cu) (D_st - m_cu MA(D_st))), with
-    four learnable scalars: beta_ce, beta_cu, o_ce (`ce_offset`) and m_cu (`cu_multiplier`).
+    S_CE = sigmoid(a) with a = softplus(beta_ce) (D_st - D_ch + lambda_ce), S_CU = sigmoid(b) with b = softplus(beta_cu) (D_st -
+    m_cu MA(D_st)), and four learnable scalars: beta_ce, beta_cu, lambda_ce (`ce_log_offset`) and m_cu (`cu_multiplier`).
+    1 - G = sigmoid(-a) sigmoid(-b), so r = softplus(a) + softplus(b). It orders tokens as G does, but keeps apart those whose
+    G rounds to 1. lambda_ce is the parameter, not its exponential: training drives that below 0, where it has no logarithm.
     """
 
     def __init__(self, name: str, ctx: LayerContext, routing: Dtf):
@@ -50,21 +53,29 @@ class SurpriseRouter(nn.Module):
         self.window, self.seq = routing.ma_window, ctx.make.seq
         self.beta_ce = ctx.make(f"{name}.beta_ce", (1,), constant(routing.beta_ce_init))
         self.beta_cu = ctx.make(f"{name}.beta_cu", (1,), constant(routing.beta_cu_init))
-        self.ce_offset = ctx.make(f"{name}.ce_offset", (1,), constant(routing.ce_offset_init))
+        self.ce_log_offset = ctx.make(f"{name}.ce_log_offset", (1,), constant(routing.ce_log_offset_init))
         self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
 
     def forward(self, static: Tensor, change: Tensor, documents: Documents | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """D_st, D_ch [B, T/seq] -> G [B, T/seq] and the scalars worth watching."""
-        scalars = (self.beta_ce, self.beta_cu, self.ce_offset, self.cu_multiplier)
-        beta_ce, beta_cu, offset, multiplier = (upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars)
-        expected = static - (change - torch.log(offset + 1e-10))
+        """D_st, D_ch [B, T/seq] -> r [B, T/seq] and the scalars worth watching."""
+        scalars = (self.beta_ce, self.beta_cu, self.ce_log_offset, self.cu_multiplier)
+        beta_ce, beta_cu, log_offset, multiplier = (upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars)
+        expected = static - change + log_offset
         average = moving_average(whole_sequence(static.detach(), self.seq), self.window, documents)
         unexpected = static - multiplier * own_part(average, self.seq)
-        s_ce = torch.sigmoid(F.softplus(beta_ce) * expected)
-        s_cu = torch.sigmoid(F.softplus(beta_cu) * unexpected)
-        watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": s_ce.mean(), "S_CU": s_cu.mean(),
-                   "beta_ce": beta_ce, "beta_cu": beta_cu, "ce_offset": offset, "cu_multiplier": multiplier}
-        return s_ce + s_cu - s_ce * s_cu, {name: x.detach().squeeze().clone() for name, x in watched.items()}
+        a = F.softplus(beta_ce) * expected
+        b = F.softplus(beta_cu) * unexpected
+        watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": a.sigmoid().mean(), "S_CU": b.sigmoid().mean(),
+                   "beta_ce": beta_ce, "beta_cu": beta_cu, "ce_log_offset": log_offset, "cu_multiplier": multiplier}
+        # softplus(x) as -logsigmoid(-x): torch's own softplus drops the exponential above 20, which float64 would see.
+        score = -(F.logsigmoid(-a) + F.logsigmoid(-b))
+        return score, {name: x.detach().squeeze().clone() for name, x in watched.items()}
+
+
+def gate_of(score: Tensor) -> Tensor:
+    """G = 1 - exp(-r). Either form is accurate in value and gradient on its side: `expm1` gets its gradient from its value,
+    which has rounded to -1 for large r."""
+    return torch.where(score < 1, -torch.expm1(-score), 1 - torch.exp(-score))
 
 
 class DecisionLayer(RoutedLayer):
@@ -83,37 +94,36 @@ class DecisionLayer(RoutedLayer):
         return [Step("prior and surprise", self.prior, (stream.hidden, post))]
 
     def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """h [B, T/seq, D] -> post [B, T/seq, D], G [B, T/seq], the prior's loss, statistics."""
+        """h [B, T/seq, D] -> post [B, T/seq, D], r [B, T/seq], the prior's loss, statistics."""
         post = self.dense(hidden, documents)
         static, change, prior_loss = self.prior(hidden, post)
-        gate, statistics = self.router(static, change, documents)
-        return post, gate, prior_loss, statistics
+        score, statistics = self.router(static, change, documents)
+        return post, score, prior_loss, statistics
 
     def forward(self, stream: Stream) -> Stream:
-        """The dense layer's output, with G as its gate; the prior's loss is attached to it in training."""
-        post, gate, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
+        """The dense layer's output, with r as its score; the prior's loss is attached to it in training."""
+        post, score, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
         self.monitor.record(statistics | {"prior_loss": prior_loss})
-        return Stream(self.attach(post, prior_loss, weight=self.loss_weight), gate, stream.documents)
+        return Stream(self.attach(post, prior_loss, weight=self.loss_weight), score, stream.documents)
 
 
 class DynamicLayer(SkippingLayer):
     """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged: post + G Block(post) for these."""
 
-    takes_gate = True
+    takes_score = True
 
     def choose(self, stream: Stream) -> Selection:
-        assert stream.gate is not None
-        return self.causal_router(whole_sequence(stream.gate.detach(), self.seq), stream.hidden).selection
+        assert stream.score is not None
+        return self.causal_router(whole_sequence(stream.score.detach(), self.seq), stream.hidden).selection
 
     def decision_steps(self, stream: Stream) -> list[Step]:
-        assert stream.gate is not None
-        score = whole_sequence(stream.gate.detach(), self.seq)
+        assert stream.score is not None
+        score = whole_sequence(stream.score.detach(), self.seq)
         return [Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
 
     def forward(self, stream: Stream) -> Stream:
-        gate = stream.gate
-        assert gate is not None, "a Dynamic layer follows its Decision layer"
-        score = whole_sequence(gate.detach(), self.seq)
+        assert stream.score is not None, "a Dynamic layer follows its Decision layer"
+        score = whole_sequence(stream.score.detach(), self.seq)
         choice = self.causal_router(score, stream.hidden)
-        self.monitor.record(choice.statistics | gate_statistics(score, choice.in_top))
-        return self.process(stream, gate, choice)
+        self.monitor.record(choice.statistics | gate_statistics(gate_of(score), choice.in_top))
+        return self.process(stream, gate_of(stream.score), choice)

@@ -9,7 +9,7 @@ from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inn
 from megadyn.costs.operations import LayerFlops, flops_of_layer, router_flops
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE, Laid, TopK
+from megadyn.kinds.kind import DENSE, TRAINED_SO, Laid, TopK
 
 
 @dataclass
@@ -19,9 +19,15 @@ class Dtrnet(Laid, TopK):
     """`token_choice` (each token attends iff it prefers to) or `expert_choice` (top-k by `capacity`). With token choice,
     `capacity` is the share that plans count with."""
     aux_loss_lambda: float = 8e-4
-    """Weight of the load-weighted attention loss."""
+    """Weight of the load-weighted attention loss; with `target_share`, where each layer's lambda starts."""
     aux_loss_warmup: int = 0
     """Steps over which that weight rises from 0."""
+    target_share: float | None = None
+    """Token choice: share of tokens that is to attend, in (0, 1]. Each layer then has a lambda of its own, which moves from
+    step to step so that the layer's share follows this target. Left out, lambda is fixed, as in the paper, and the share
+    goes where training takes it."""
+    aux_loss_lambda_limit: float = 0.1
+    """With `target_share`: lambda stays between minus and plus this."""
     safe_min_attn_ratio: float = 0.05
     """Token choice, in training: at least this share of a sequence attends; 0 turns it off."""
     jitter: float = 0.0
@@ -31,27 +37,54 @@ class Dtrnet(Laid, TopK):
     """Weight of the router's entropy, which training then raises."""
 
     name = "dtrnet"
+    benchmark = "dtrnet:0.1"
     title = "DTRNet"
     sentence = ("In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
                 "every token keeps its feed-forward (arXiv 2509.00925).")
     sources = ("arXiv 2509.00925",)
     tags = ("dtrnet",)
     verb = "attended"
-    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended"}
+    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended",
+              "lead": "lead: logit difference, mean over tokens", "lambda": "lambda: weight of the attention loss",
+              "refills": "refills: share of sequences that the safe minimum filled up"}
     layers = {"dtrnet": "DtrLayer"}
     totals = ("loads",)
+    fixed = Laid.fixed | {"router_type": TRAINED_SO}
     rules = ("threshold",)
+    scores = ("probability", "logit")
     recorded = (*TopK.recorded, "router_type")
+    variants = {"target": {"target_share": 0.3}, "expert": {"router_type": "expert_choice", "capacity": 0.4},
+                "jitter": {"jitter": 0.1, "entropy_bonus": 0.1}}
     default_capacity = 0.1
 
     def check(self) -> None:
         super().check()
         one_of("model.routing.router_type", self.router_type, ("token_choice", "expert_choice"))
-        for name in ("aux_loss_lambda", "aux_loss_warmup", "entropy_bonus"):
+        for name in ("aux_loss_lambda", "aux_loss_lambda_limit", "aux_loss_warmup", "entropy_bonus"):
             at_least(f"model.routing.{name}", getattr(self, name), 0)
         for name in ("safe_min_attn_ratio", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
+        if self.target_share is not None:
+            self._check_target_share(self.target_share)
+
+    def _check_target_share(self, target: float) -> None:
+        if not self.varies:
+            raise ConfigError("model.routing.target_share", target, "left out without token choice: elsewhere "
+                              "model.routing.capacity sets the share")
+        if not max(self.safe_min_attn_ratio, 1e-3) <= target <= 1:
+            raise ConfigError("model.routing.target_share", target, "in [0.001, 1] and at least "
+                              f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training holds")
+        if self.aux_loss_warmup:
+            raise ConfigError("model.routing.aux_loss_warmup", self.aux_loss_warmup,
+                              "0 with model.routing.target_share, which moves the weight from the first step")
+        if self.aux_loss_lambda > self.aux_loss_lambda_limit:
+            raise ConfigError("model.routing.aux_loss_lambda", self.aux_loss_lambda,
+                              f"at most model.routing.aux_loss_lambda_limit = {self.aux_loss_lambda_limit}")
+
+    @property
+    def share(self) -> float:
+        return super().share if self.target_share is None else self.target_share
 
     @property
     def varies(self) -> bool:
@@ -65,8 +98,20 @@ class Dtrnet(Laid, TopK):
     def uses_threshold(self) -> bool:
         return not self.varies
 
+    @property
+    def holds_share(self) -> bool:
+        return not self.varies or self.target_share is not None
+
+    @property
+    def settling_steps(self) -> int:
+        return max(super().settling_steps, self.aux_loss_warmup)
+
     def describe(self) -> str:
-        return f"{self.name}, each token's own choice" if self.varies else super().describe()
+        if self.target_share is not None:
+            return f"{self.name} at a target share of {self.target_share}"
+        if self.varies:
+            return f"{self.name}, each token's own choice, planned at a share of {self.capacity}"
+        return super().describe()
 
     def explain(self, measured: Mapping[str, float]) -> str:
         if not self.varies:
@@ -75,7 +120,7 @@ class Dtrnet(Laid, TopK):
         return f"{self.sentence}\n\nEach token chooses for itself, in training and in use alike.{seen}"
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
-        return super().to_export(shape) | ({"causal": "token_choice"} if self.varies else {})
+        return super().to_export(shape) | ({"causal": "token_choice"} if self.varies else {"score": "logit"})
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
@@ -94,7 +139,7 @@ class Dtrnet(Laid, TopK):
         return 0 if layer == DENSE else (d + 1) * (d // 2) + 2 * (d // 2) + 2
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """Token choice: at the share `model.routing.capacity`."""
+        """Token choice: at the planned share."""
         if layer == DENSE:
             return dense_kept(work)
         (d, q, k, f), b, n, m = work.widths, work.bytes, work.tokens, work.part

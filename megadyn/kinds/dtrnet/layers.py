@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from megadyn.costs.shape import capacity_count
 from megadyn.kinds.dtrnet import Dtrnet
 from megadyn.kinds.dtrnet.load import AttentionLoad
+from megadyn.kinds.dtrnet.share import ShareController, excess
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.recompute import recomputed
 from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.choice import CausalRouter, Projection, gate_statistics
+from megadyn.routing.choice import CausalRouter, Projection, gate_statistics, share_statistics
 from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.monitor import Statistic, deviation_where
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
 from megadyn.routing.tracker import StepTracker
 
@@ -40,7 +42,11 @@ class AttentionRouter(nn.Module):
 
 class DtrLayer(RoutedLayer):
     """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them); the others: a = p1 O(V(x)), their own value
-    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token."""
+    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token.
+
+    Tokens are ranked by the logit difference (`lead`), and p0 > 0.5 is lead > 0: the same order, but p0 rounds to 0 or 1 in
+    float32, where tokens tie.
+    """
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
@@ -51,18 +57,26 @@ class DtrLayer(RoutedLayer):
         self.causal_router = None if routing.varies else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
-        self.load = AttentionLoad(self.like_this, routing.aux_loss_lambda, routing.aux_loss_warmup)
+        controller = None
+        if routing.target_share is not None:
+            controller = ShareController(routing.target_share, routing.aux_loss_lambda, routing.aux_loss_lambda_limit)
+        self.load = AttentionLoad(self.like_this, routing.aux_loss_lambda, routing.aux_loss_warmup,
+                                  controller)
         self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
 
     def trackers(self) -> dict[str, StepTracker]:
         return super().trackers() | {"loads": self.load}
 
-    def probabilities(self, hidden: Tensor) -> Tensor:
-        """p [B, T/seq, 2], with jitter in training."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of (attend, bypass), [B, T/seq, 2], with jitter in training."""
         logits = self.router(hidden)
         if self.jitter and torch.is_grad_enabled():
             logits = logits * (1 + self.jitter * (2 * self.noise(logits) - 1))
-        return logits.softmax(dim=-1)
+        return logits
+
+    def probabilities(self, hidden: Tensor) -> Tensor:
+        """p [B, T/seq, 2], with jitter in training."""
+        return self.logits(hidden).softmax(dim=-1)
 
     def noise(self, logits: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped as logits [B, T/seq, 2]. A sample's noise follows from the step and the sample's place in the
@@ -75,32 +89,33 @@ class DtrLayer(RoutedLayer):
             row.uniform_(generator=generator)
         return own_part(noise, self.seq)
 
-    def choice(self, attend: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor]]:
-        """p0 [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
+    def choice(self, lead: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor | Statistic]]:
+        """Logit differences [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
         if self.causal_router is not None:
-            choice = self.causal_router(attend, hidden)
-            return choice.selection, as_mask(choice.selection, attend.shape), choice.statistics
-        mask = attend > 0.5
-        statistics: dict[str, Tensor] = {}
+            choice = self.causal_router(lead, hidden)
+            return choice.selection, as_mask(choice.selection, lead.shape), choice.statistics
+        mask = lead > 0
+        statistics: dict[str, Tensor | Statistic] = {}
         if self.least and torch.is_grad_enabled():
-            least = math.ceil(self.least * attend.shape[1])
+            least = math.ceil(self.least * lead.shape[1])
             short = mask.sum(dim=1, keepdim=True) < least
-            # A superset of the mask: the best are those > 0.5.
-            mask = mask | (short & as_mask(choose_top(attend.detach(), least), attend.shape))
-            statistics["refills"] = short.float().sum()
-        fraction = mask.float().mean(dim=1)
-        statistics |= {"routed_fraction": fraction.mean(), "routed_fraction_min": fraction.min(),
-                       "routed_fraction_max": fraction.max()}
-        return choose_where(mask), mask, statistics
+            # A superset of the mask: the best are those above 0.
+            mask = mask | (short & as_mask(choose_top(lead.detach(), least), lead.shape))
+            statistics["refills"] = short.float().mean()
+        return choose_where(mask), mask, statistics | share_statistics(mask)
+
+    def lead(self, hidden: Tensor) -> Tensor:
+        """The logit differences [B, T] by which it chooses, of the whole sequence."""
+        logits = self.logits(hidden).detach()
+        return whole_sequence(logits[..., 0] - logits[..., 1], self.seq)
 
     def choose(self, stream: Stream) -> Selection:
-        attend = whole_sequence(self.probabilities(stream.hidden)[..., 0].detach(), self.seq)
-        return self.choice(attend, stream.hidden)[0]
+        return self.choice(self.lead(stream.hidden), stream.hidden)[0]
 
     def decision_steps(self, stream: Stream) -> list[Step]:
-        attend = whole_sequence(self.probabilities(stream.hidden)[..., 0].detach(), self.seq)
-        return [Step("router", self.probabilities, (stream.hidden,)),
-                Step("choose", lambda x: self.choice(attend, x)[1], (stream.hidden,))]
+        lead = self.lead(stream.hidden)
+        return [Step("router", self.logits, (stream.hidden,)),
+                Step("choose", lambda x: self.choice(lead, x)[1], (stream.hidden,))]
 
     def mixing_step(self, stream: Stream, selection: Selection) -> Step:
         return Step("attention or bypass", lambda normed: self.mix(stream, normed, selection), ())
@@ -137,17 +152,28 @@ class DtrLayer(RoutedLayer):
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
         return attention.o_proj(replace(passed, places, attended))
 
+    def statistics(self, lead: Tensor, mask: Tensor) -> dict[str, Tensor | Statistic]:
+        """For `Monitor`, for logit differences [B, T] and the attending tokens [B, T]; the loss is unweighted."""
+        attend = lead.sigmoid()
+        mean = attend.mean()
+        found: dict[str, Tensor | Statistic] = {
+            "p0": mean, "f": mask.float().mean(), "lead": lead.mean(), "lead_std": deviation_where(lead),
+            "lambda": self.load.value.to(mean), "attention_loss": self.load.part.to(mean) * self.load.pushed(lead)}
+        return gate_statistics(attend, mask) | found
+
     def forward(self, stream: Stream) -> Stream:
         hidden = stream.hidden
-        p = self.probabilities(hidden)
-        attend = whole_sequence(p[..., 0].detach(), self.seq)
-        selection, mask, statistics = self.choice(attend, hidden)
-        fraction, mean = mask.float().mean(), attend.mean()
-        self.monitor.record(statistics | gate_statistics(attend, mask) | {
-            "p0": mean, "f": fraction, "attention_loss": self.load.share.to(mean) * mean})
+        logits = self.logits(hidden)
+        p, own_lead = logits.softmax(dim=-1), logits[..., 0] - logits[..., 1]
+        lead = whole_sequence(own_lead.detach(), self.seq)
+        selection, mask, statistics = self.choice(lead, hidden)
+        self.monitor.record(statistics | self.statistics(lead, mask))
         out = self.run(self.attend_or_pass, stream, p, selection, mask)
         if torch.is_grad_enabled():
-            loss = self.load.loss(p[..., 0].mean())
+            fraction = mask.float().mean()
+            loss = self.load.loss(self.load.pushed(own_lead))
+            if self.load.controller is not None:
+                loss = loss + excess(own_lead) / self.load.layers
             if self.entropy_bonus:
                 entropy = -(p * p.clamp(min=1e-9).log()).sum(dim=-1).mean()
                 loss = loss - self.entropy_bonus * entropy / self.load.layers

@@ -1,8 +1,9 @@
-"""DTRNet's auxiliary loss: layers that attend more are pushed more."""
+"""DTRNet's auxiliary loss: layers that attend more are pushed more, or each layer is held at its target."""
 
 import torch
 from torch import Tensor
 
+from megadyn.kinds.dtrnet.share import ShareController, preference
 from megadyn.routing.tracker import StepTracker
 
 
@@ -12,29 +13,53 @@ class AttentionLoad(StepTracker):
 
     The f_l are those of the step before, of all layers on all stages and ranks (equal shares in the first step), so
     a micro-batch waits for no collective, and the loss depends on no layout.
+
+    With a controller the sum is sum_l lambda_l x_l / layers, x_l being `share.preference`: each layer has a lambda of its own,
+    which holds f_l at its target. The f_l then weigh no more, or a layer far below its target would hardly be pushed.
     """
 
-    def __init__(self, layers: int, weight: float, warmup: int):
+    def __init__(self, layers: int, weight: float, warmup: int, controller: ShareController | None = None):
         super().__init__()
         self.layers = layers
         self.share = torch.tensor(1 / layers)
         self.steps = 0
-        self.weight, self.warmup = weight, warmup
+        self.weight, self.warmup, self.controller = weight, warmup, controller
 
-    def loss(self, mean_attend: Tensor) -> Tensor:
-        """The term for a micro-batch whose mean p0 in this layer is `mean_attend`."""
+    @property
+    def part(self) -> Tensor:
+        """This layer's part in the sum over layers."""
+        return self.share if self.controller is None else torch.tensor(1 / self.layers)
+
+    @property
+    def value(self) -> Tensor:
+        """lambda, before the warm-up."""
+        return torch.tensor(self.weight) if self.controller is None else self.controller.value
+
+    def pushed(self, lead: Tensor) -> Tensor:
+        """What lambda multiplies, for the logit differences [B, T/seq] of a micro-batch: mean p0, or with a controller the
+        preference."""
+        return lead.sigmoid().mean() if self.controller is None else preference(lead)
+
+    def loss(self, pushed: Tensor) -> Tensor:
+        """This layer's term, for `pushed` of a micro-batch."""
         rising = min(1.0, (self.steps + 1) / self.warmup) if self.warmup else 1.0
-        return self.weight * rising * self.share.to(mean_attend) * mean_attend
+        return self.value.to(pushed) * rising * self.part.to(pushed) * pushed
 
-    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
-        """`mean`: f of this layer in the step; `total`: the sum over all layers. No attention anywhere leaves equal shares be."""
+    def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
+        """`mean`: f of this layer in the step; `total`: the sum over all layers; `rate`: the router's learning rate in the step.
+        No attention anywhere leaves equal shares be."""
         assert total is not None, "a name in Kind.totals"
         self.share = torch.where(total > 0, mean / total, self.share.to(mean.device))
         self.steps += 1
+        if self.controller is not None:
+            self.controller.end_step(mean, rate)
 
     def state(self) -> dict[str, float]:
-        return {"share": float(self.share), "steps": self.steps}
+        controlled = {} if self.controller is None else self.controller.state()
+        return {"share": float(self.share), "steps": self.steps, **controlled}
 
     def set_state(self, state: dict[str, float], device: torch.device) -> None:
         self.share = torch.tensor(state["share"], device=device)
         self.steps = int(state["steps"])
+        if self.controller is not None:
+            self.controller.set_state(state, device)

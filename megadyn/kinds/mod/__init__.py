@@ -6,7 +6,7 @@ from megadyn.checks import at_least, one_of
 from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
-from megadyn.kinds.kind import DENSE, Laid, TopK
+from megadyn.kinds.kind import DENSE, TRAINED_SO, Laid, TopK
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Mod(Laid, TopK):
     """Weight of the mean squared logit."""
 
     name = "mod"
+    benchmark = "mod:0.125"
     title = "Mixture-of-Depths"
     sentence = ("A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
                 "2404.02258).")
@@ -29,8 +30,10 @@ class Mod(Laid, TopK):
         "logit": "logit: mean of the router's scores", "logit_std": "logit_std: their standard deviation",
         "bce_loss": "bce_loss: cross-entropy of the scores against top-k's choice", "z_loss": "z_loss: mean squared score"}
     layers = {"mod": "ModLayer"}
+    fixed = Laid.fixed | {"gate": TRAINED_SO}
     rules = ("threshold", "predictor", "bce")
     recorded = (*TopK.recorded, "gate")
+    variants = {"identity": {"gate": "identity", "capacity": 0.3}}
     default_capacity = 0.125
 
     def check(self) -> None:
@@ -38,6 +41,10 @@ class Mod(Laid, TopK):
         one_of("model.routing.gate", self.gate, ("sigmoid", "identity"))
         at_least("model.routing.bce_loss_weight", self.bce_loss_weight, 0)
         at_least("model.routing.z_loss_weight", self.z_loss_weight, 0)
+
+    @property
+    def has_signed_gate(self) -> bool:
+        return self.gate == "identity"
 
     def to_export(self, shape: Shape) -> dict[str, object]:
         return super().to_export(shape) | {"router_type": "linear"}

@@ -9,6 +9,7 @@ from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import LinearRouter, gate_statistics
 from megadyn.routing.layer import Step
+from megadyn.routing.monitor import deviation_where
 from megadyn.routing.select import Selection
 from megadyn.routing.skipping import SkippingLayer
 
@@ -33,7 +34,7 @@ class ModLayer(SkippingLayer):
         bce = F.binary_cross_entropy_with_logits(logit, own_part(choice.in_top, self.seq).to(logit.dtype))
         z = logit.square().mean()
         self.monitor.record(choice.statistics | gate_statistics(self.gate(score), choice.in_top) | {
-            "bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": score.std(correction=0)})
+            "bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": deviation_where(score)})
         return self.process(stream, self.gate(logit), choice, self.bce_weight * bce + self.z_weight * z)
 
     def choose(self, stream: Stream) -> Selection:

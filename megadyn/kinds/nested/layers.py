@@ -23,7 +23,7 @@ class FollowingThreshold(RunningThreshold):
         super().__init__(momentum=0.0, average=torch.tensor(start))        # without momentum the average is the value itself
         self.rate, self.share = rate, share
 
-    def end_step(self, mean: Tensor, total: Tensor | None = None) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
         self.average = self.average.to(mean.device) + self.rate * (mean - self.share)
         self.steps += 1
 

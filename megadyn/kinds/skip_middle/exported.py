@@ -8,7 +8,7 @@ from megadyn.hf.layers_megadyn import Context, DenseLayer, LayerCache, RoutedLay
 
 
 class MirroredLayer(RoutedLayer):
-    """Only tokens whose gate is open. `Stream.gate_BC` [B, C, layers] holds what adds up over the layers of the first half."""
+    """Only tokens whose gate is open. `Stream.score_BC` [B, C, layers] holds what adds up over the layers of the first half."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         DenseLayer.__init__(self, config, number)      # the gate itself is the causal rule
@@ -31,8 +31,8 @@ class LeavingLayer(MirroredLayer):
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         m_BCL = self.router(stream.hidden_BCD).relu()
-        if stream.gate_BC is not None:
-            m_BCL = torch.cat((stream.gate_BC, stream.gate_BC[..., -1:] + m_BCL), dim=-1)
+        if stream.score_BC is not None:
+            m_BCL = torch.cat((stream.score_BC, stream.score_BC[..., -1:] + m_BCL), dim=-1)
         h_BCD, routing = self.gated(stream, m_BCL[..., -1], context, cache)
         return Stream(h_BCD, m_BCL), routing
 
@@ -41,15 +41,15 @@ class ReturningLayer(MirroredLayer):
     """Of the second half: with the gate of its mirror image."""
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        assert stream.gate_BC is not None
-        h_BCD, routing = self.gated(stream, stream.gate_BC[..., -1], context, cache)
-        return Stream(h_BCD, stream.gate_BC[..., :-1]), routing
+        assert stream.score_BC is not None
+        h_BCD, routing = self.gated(stream, stream.score_BC[..., -1], context, cache)
+        return Stream(h_BCD, stream.score_BC[..., :-1]), routing
 
 
 def check_types(layer_types: list[str]) -> None:
     half = len(layer_types) // 2
     if layer_types != ["skip_middle_out"] * half + ["skip_middle_back"] * half:
-        raise ValueError(f"layer types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
+        raise ValueError(f"routed_layer_types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
 
 
 EXPORTED = ExportedKind({"skip_middle_out": LeavingLayer, "skip_middle_back": ReturningLayer}, {"accumulated": Router()},

@@ -42,7 +42,7 @@ class Pressure(StepTracker):
         self.weight = torch.zeros(())
         self.steps = 0
 
-    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
         assert total is not None, "a name in Kind.totals"
         self.weight = self.weight.to(total.device) + self.rate * (total / self.layers - self.target)
         self.steps += 1
@@ -62,11 +62,11 @@ class MirroredLayer(GatedLayer):
         gate = 1 - m.clamp(max=1)
         score = whole_sequence(gate.detach(), self.seq)
         self.monitor.record(share_statistics(score > 0) | gate_statistics(score, score > 0) | statistics)
-        return self.run(self.update, stream._replace(gate=None), gate, choose_where(score > 0)), gate
+        return self.run(self.update, stream._replace(score=None), gate, choose_where(score > 0)), gate
 
 
 class LeavingLayer(MirroredLayer):
-    """Of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.gate` holds m of this half's layers,
+    """Of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.score` holds m of this half's layers,
     [B, T/seq, layers]."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
@@ -82,7 +82,7 @@ class LeavingLayer(MirroredLayer):
     def accumulate(self, stream: Stream) -> Tensor:
         """m [B, T/seq]."""
         step = self.router(stream.hidden)
-        return step if stream.gate is None else stream.gate[..., -1] + step
+        return step if stream.score is None else stream.score[..., -1] + step
 
     def choose(self, stream: Stream) -> Selection:
         return choose_where(whole_sequence(self.accumulate(stream).detach(), self.seq) < 1)
@@ -105,17 +105,17 @@ class LeavingLayer(MirroredLayer):
             out = self.attach(out, self.pressure.weight.to(gate) * gate.mean())
             self.pressure.observe((whole_sequence(m.detach(), self.seq) < 1).float().mean())
         m = m.unsqueeze(-1)
-        return Stream(out, m if stream.gate is None else torch.cat([stream.gate, m], dim=-1), stream.documents)
+        return Stream(out, m if stream.score is None else torch.cat([stream.score, m], dim=-1), stream.documents)
 
 
 class ReturningLayer(MirroredLayer):
-    """Of the second half: m is that of its mirror, the last layer in `Stream.gate` that has not met its own."""
+    """Of the second half: m is that of its mirror, the last layer in `Stream.score` that has not met its own."""
 
     def choose(self, stream: Stream) -> Selection:
-        assert stream.gate is not None
-        return choose_where(whole_sequence(stream.gate[..., -1].detach().contiguous(), self.seq) < 1)
+        assert stream.score is not None
+        return choose_where(whole_sequence(stream.score[..., -1].detach().contiguous(), self.seq) < 1)
 
     def forward(self, stream: Stream) -> Stream:
-        assert stream.gate is not None, "a layer of the second half follows those of the first"
-        out, _ = self.gated(stream, stream.gate[..., -1])
-        return Stream(out, stream.gate[..., :-1], stream.documents)
+        assert stream.score is not None, "a layer of the second half follows those of the first"
+        out, _ = self.gated(stream, stream.score[..., -1])
+        return Stream(out, stream.score[..., :-1], stream.documents)

@@ -42,7 +42,8 @@ class SubskipLayer(DenseLayer):
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         h_BTD, valid_BT = stream.hidden_BCD, context.tokens.valid_BC
         attention_BT, mlp_BT = (router(h_BTD).detach() for router in self.router.values())
-        attending, feeding = (pack((lead_BT > 0) & valid_BT) for lead_BT in (attention_BT, mlp_BT))
+        attending, feeding = (pack((lead_BT > 0) & valid_BT, segment_BT=context.tokens.segment_BC)
+                              for lead_BT in (attention_BT, mlp_BT))
         h_BTD = self.run(self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache)
         return Stream(h_BTD), Routing((attention_BT > 0) & valid_BT, attention_BT.sigmoid())
 
@@ -50,8 +51,8 @@ class SubskipLayer(DenseLayer):
                cache: LayerCache | None) -> Tensor:
         if any(attending.counts):
             h_BCD, cos_BCK, sin_BCK = (take(x, attending) for x in (h_BTD, cos_BTK, sin_BTK))
-            u_BCD = h_BCD + self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)
-            h_BTD = put_back(h_BTD, attending, u_BCD)
+            update_BCD, _ = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)
+            h_BTD = put_back(h_BTD, attending, h_BCD + update_BCD)
         if any(feeding.counts):
             h_BTD = put_back(h_BTD, feeding, self.add_mlp(take(h_BTD, feeding)))
         return h_BTD

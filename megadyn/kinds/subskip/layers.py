@@ -36,7 +36,7 @@ class KeptShare(StepTracker):
         before: linear in `kept`, the layer's share of this micro-batch, it does not depend on how a step is split."""
         return 2 * (self.share.to(kept) - self.target) * kept
 
-    def end_step(self, mean: Tensor, total: Tensor | None) -> None:
+    def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
         assert total is not None, "a name in Kind.totals"
         self.share = total / self.layers
         self.steps += 1

@@ -1,0 +1,79 @@
+"""What a run must share with the checkpoint that it goes on from, and what has changed between the two.
+
+A run may change all that alters neither the shape nor the meaning of what a checkpoint holds: weights, Adam's moments,
+the averages of routed layers, and the position in the data. Loss weights, momentum, capacity, the causal rule, the base of
+rotary positions, learning rates and layouts are therefore free; MUST_EQUAL lists the rest, each with its reason.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megadyn.config import Config, resolved_config
+from megadyn.errors import UserError
+from megadyn.kinds import expand_layout
+from megadyn.kinds.kind import SHAPES, TRAINED_SO
+
+ORDER = "it decides which samples come in which order"
+
+MUST_EQUAL = {
+    **dict.fromkeys((f"model.{name}" for name in (
+        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qkv_bias",
+        "tie_embeddings")), SHAPES),
+    "model.normalization": TRAINED_SO,
+    "model.routing.kind": "it decides which layers and which tensors there are",
+    "training.seed": ORDER,
+    "training.sequence_length": ORDER,
+}
+"""Beside what the kind of routing names in `Kind.fixed`."""
+SAME_TRAINING = ("seed", "sequence_length")
+"""Keys of the training section in MUST_EQUAL. A manifest holds these, and the whole model section."""
+
+COMPARED = ("model", "data", "tokenizer", "parallel", "optimizer", "training", "precision", "deepspeed_config")
+"""Parts of the configuration whose changes are told; the others say where and how a run reports and saves."""
+
+
+def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Refuses a checkpoint that `config` cannot go on from: UserError with each key at fault and the reason."""
+    there = flat({"model": manifest["model"], "training": manifest["training"]})
+    here = flat({"model": asdict(config.model), "training": asdict(config.training)})
+    own = {f"model.routing.{key}": reason for key, reason in config.model.routing.fixed.items()}
+    found = []
+    for key, reason in (MUST_EQUAL | own).items():
+        if key not in there or key not in here:
+            continue            # a key that one of the two versions lacks
+        was, now = there[key], here[key]
+        if key == "model.routing.layout" and there["model.num_layers"] == config.model.num_layers:
+            was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))
+        if was != now:
+            found.append(f"{key} is {there[key]!r} there and {here[key]!r} here ({reason})")
+    if found:
+        raise UserError(f"{folder} is a checkpoint of another run: {'; '.join(found)}. "
+                        "Change the configuration, or set checkpoint.resume=never with another output_dir")
+
+
+def changes(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
+    """By dotted key, what `was` when a verified checkpoint was saved and `is` now."""
+    there = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    here = flat(resolved_config(config))
+    return {key: {"was": there[key], "is": value} for key, value in here.items()
+            if key.partition(".")[0] in COMPARED and key in there and there[key] != value}
+
+
+def changes_line(changed: dict[str, dict[str, Any]]) -> str:
+    """`changes` as one line. A key that only draws first values is marked."""
+    return "; ".join(f"{key} was {value['was']} and is {value['is']}" + (" (no effect now)" if key.endswith(FIRST_VALUES) else "")
+                     for key, value in changed.items())
+
+
+FIRST_VALUES = ("_init", ".init_std")
+
+
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary by dotted keys; lists stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

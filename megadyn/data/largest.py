@@ -1,0 +1,94 @@
+"""The range of a dataset's token ids: read once, then kept among the sample indices.
+
+An id that the model has no row for would otherwise be noticed late (an exception out of an embedding) or never.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from megadyn.data.files import os_errors_named, temporary_beside
+from megadyn.data.indexed import IndexedDataset, files_of
+from megadyn.data.samples import content_key
+from megadyn.errors import UserError
+from megadyn.log import log
+
+CHUNK_TOKENS = 2**20
+"""Read at once: few enough to stay in the processor's cache between the minimum and the maximum."""
+SLOW_BYTES = 2**33
+"""A scan of more than this is announced."""
+
+
+class IdRange(NamedTuple):
+    """The smallest and the largest token id; (0, -1) of a dataset without tokens."""
+
+    smallest: int
+    largest: int
+
+
+def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> IdRange:
+    """The range of all ids in `dataset`, from the cache if the `.bin` has the size and time it had then.
+
+    `cache_dir` is PREFIX.cache by default; where it cannot be written to, each start reads all tokens. Any number of
+    processes may do this at the same time. A damaged entry is replaced.
+    """
+    tokens_file = files_of(dataset.prefix)["bin"]
+    folder = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
+    with os_errors_named(tokens_file):
+        state = tokens_file.stat()
+    key = content_key("ids", str(tokens_file.resolve()), state.st_size, state.st_mtime_ns, dataset.dtype.str)
+    entry = folder / f"{key}.ids"
+    if (found := _read(entry)) is not None:
+        return found
+    scanned = _scan(dataset, state.st_size)
+    temporary = temporary_beside(entry)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(scanned._asdict()))
+            temporary.replace(entry)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:        # read-only data can be evaluated on
+        log.info("the range of token ids of %s is not kept for the next start (%s: %s)", dataset.prefix, folder, error.strerror)
+    return scanned
+
+
+def _read(entry: Path) -> IdRange | None:
+    """The cached range; None if there is none, or it is damaged."""
+    try:
+        content = json.loads(entry.read_bytes())
+    except OSError:
+        return None
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and sorted(content) == ["largest", "smallest"] and all(
+            isinstance(value, int) for value in content.values()):
+        return IdRange(**content)
+    log.warning("%s is damaged and is built anew", entry)
+    return None
+
+
+def _scan(dataset: IndexedDataset, size: int) -> IdRange:
+    if size > SLOW_BYTES:
+        log.info("dataset %s: reading its %.0f GB once for the largest token id", dataset.prefix, size / 1e9)
+    smallest, largest = 0, -1
+    for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
+        chunk = dataset.tokens[first:first + CHUNK_TOKENS]
+        largest = max(largest, int(chunk.max()))
+        if dataset.dtype.kind == "i":       # an unsigned type has no ids below 0
+            smallest = min(smallest, int(chunk.min()))
+    return IdRange(smallest, largest)
+
+
+def check_ids(dataset: IndexedDataset, vocab_size: int, cache_dir: str | Path | None = None) -> IdRange:
+    """The range of ids; `UserError` if one of them is not below the model's `vocab_size`, or negative."""
+    found = id_range(dataset, cache_dir)
+    if found.largest >= vocab_size:
+        raise UserError(f"dataset {dataset.prefix}: its largest token id is {found.largest}, but the model's vocabulary has "
+                        f"{vocab_size} ids (0 to {vocab_size - 1}); it was probably made with another tokenizer than the one "
+                        "configured, or model.vocab_size is too small")
+    if found.smallest < 0:
+        raise UserError(f"dataset {dataset.prefix}: it holds the negative token id {found.smallest}; its {dataset.dtype} "
+                        "tokens were probably written as a wider or unsigned type, or the file is damaged")
+    return found

@@ -1,0 +1,151 @@
+"""Promises about what comes out of training: the exported model, the card, the report, the plan and the benchmark."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from megadyn.benchmark import layer as layer_benchmark
+from megadyn.checkpoint.export import export
+from megadyn.data.indexed import IndexedWriter
+from megadyn.hf.convert import write_hf_folder
+from megadyn.hf.reader import HfFolder
+from megadyn.kinds import DENSE, find_kind
+from megadyn.network import Network, routed_layers, thresholds_of
+from megadyn.parallel.params import name_of
+from megadyn.report.report import write_report
+from megadyn.training.evaluate import evaluate, load_network, open_saved
+from tests.conformance.checks import Case, config_of, logits_of, modes_of, network_of, tokens_like
+from tests.crew import Crew, lines
+from tests.tiny import ROOT
+
+ALONE = """
+import sys
+class Uninstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "megadyn" or name == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Uninstalled())
+import json, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
+tokens = torch.tensor({tokens!r})
+with torch.no_grad():
+    logits = model(tokens).logits
+    made = model.generate(tokens[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
+print(json.dumps({{"logits": logits.tolist(), "made": made.tolist(), "class": type(model).__name__}}))
+"""
+"""Loads an export as someone would who has neither megadyn nor the kind's package."""
+
+
+def write_export(case: Case, folder: Path) -> tuple[Network, Any]:
+    """A tiny float32 network of the kind, and its export into `folder`."""
+    network, config = network_of(case)
+    network = network.float()
+    folder.mkdir()
+    tensors = [(name_of(param), param.detach()) for param in network.parameters()]
+    tensors += [(f"model.layers.{index}.causal_router.threshold", threshold.value.float().reshape(1))
+                for index, threshold in thresholds_of(routed_layers(network)).items()]
+    write_hf_folder(folder, config.model, sorted(tensors), tokenizer="byte", style="megadyn", dtype="float32",
+                    shard_bytes=10**9)
+    return network, config
+
+
+def the_export_is_the_engine(case: Case, folder: Path) -> None:
+    """Logits within 1e-4 of the engine's, under each routing mode; the same with padding and one token at a time."""
+    from transformers import AutoModelForCausalLM
+
+    network, config = write_export(case, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens, _ = tokens_like()
+    for mode in modes_of(config):
+        model.config.routing_mode = mode
+        with torch.no_grad():
+            assert_close(model(tokens, use_cache=False).logits, logits_of(network, tokens, mode), rtol=0, atol=1e-4)
+    model.config.routing_mode = "causal"
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        padded = torch.cat([torch.zeros(len(tokens), 5, dtype=torch.int64), tokens], dim=1)
+        mask = torch.cat([torch.zeros(len(tokens), 5), torch.ones_like(tokens)], dim=1)
+        assert_close(model(padded, attention_mask=mask, use_cache=False).logits[:, 5:], whole, rtol=0, atol=1e-4)
+        assert_close(decoded(model, tokens, 7), whole, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def decoded(model: Any, tokens: Tensor, first: int) -> Tensor:
+    """Logits of a prefill of `first` tokens, then of one token after another with the cache."""
+    cache, found = None, []
+    for start, end in ((0, first), *((at, at + 1) for at in range(first, tokens.shape[1]))):
+        out = model(tokens[:, start:end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, dim=1)
+
+
+def the_export_runs_alone(case: Case, folder: Path) -> None:
+    """With megadyn and the kind's package uninstalled it loads, scores and generates; read back here, it is the same model."""
+    network, config = write_export(case, folder)
+    tokens, _ = tokens_like(2)
+    package = find_kind(case.kind).__module__.partition(".")[0]
+    program = ALONE.format(package=package, folder=str(folder), tokens=tokens.tolist())
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["class"] == "MegadynForCausalLM"
+    assert_close(torch.tensor(found["logits"]), logits_of(network, tokens, "causal"), rtol=0, atol=1e-4)
+    assert torch.tensor(found["made"]).shape == (2, 16)
+    again = HfFolder(folder).model
+    assert again.layer_types == config.model.layer_types
+    assert again.routing.to_export(again) == config.model.routing.to_export(config.model)
+    loaded = load_network(open_saved(folder), torch.device("cpu"))
+    assert_close(logits_of(loaded, tokens, "causal"), logits_of(network, tokens, "causal"), rtol=0, atol=1e-5)
+
+
+CONFIG = """
+model: {{hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, vocab_size: 259, routing: {routing}}}
+data: {{train: {folder}/text, split: [0.8, 0.2, 0]}}
+tokenizer: {{path: byte}}
+training: {{iterations: 6, global_batch_size: 4, sequence_length: 24, eval_interval: 3, eval_samples: 4}}
+optimizer: {{warmup_iterations: 2}}
+checkpoint: {{interval: 3}}
+logging: {{interval: 2, tensorboard: false}}
+parallel: {{tensor: 2}}
+precision: fp32
+deepspeed_config: {root}/ds_configs/zero1.json
+output_dir: {folder}/out
+"""
+
+
+def a_run_goes_all_the_way(case: Case, folder: Path) -> None:
+    """Training on two tensor ranks by the main job, its plan, export, evaluation, card, report and benchmark."""
+    generator = torch.Generator().manual_seed(3)
+    with IndexedWriter(folder / "text", "uint16") as writer:
+        for _ in range(20):
+            writer.add(torch.randint(1, 250, (60,), generator=generator).numpy().astype("uint16"))
+    routing = json.dumps({"kind": case.kind} | dict(case.keys))
+    (folder / "config.yaml").write_text(CONFIG.format(routing=routing, folder=folder, root=ROOT))
+    crew = Crew(folder / "config.yaml", world=2)
+    assert crew.wait() == [0, 0], crew.output()[-3000:]
+    kind, run = find_kind(case.kind), folder / "out"
+    (last,) = [line for line in lines(run) if line.get("iteration") == 6 and "lm_loss" in line]
+    assert (kind.name == DENSE) == (not last["routing"]), "routed layers report"
+    assert last["model_tflops"] > 0
+    export(run / "checkpoints" / "iteration-00000006", folder / "hf")
+    card = (folder / "hf" / "README.md").read_text()
+    assert (kind.title in card and kind.sentence.split(".")[0] in card) or kind.name == DENSE
+    found = evaluate(folder / "hf", folder / "text", modes=("causal",), samples=4)
+    assert 4.0 < found["causal"] < 7.0
+    write_report([run], folder / "report.html", tokens=12)
+    page = (folder / "report.html").read_text()
+    assert config_of(case).model.routing.describe() in page
+    layer_benchmark.main(["--models", case.kind, "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--ffn", "128", "--vocab",
+                          "97", "--sequence", "64", "--batch", "1", "--rounds", "1", "--warmup", "1"])
+
+
+EXPORTED = (the_export_is_the_engine, the_export_runs_alone)
+"""Of each variant; the whole way is gone with each kind's defaults."""
