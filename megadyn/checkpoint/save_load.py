@@ -233,9 +233,11 @@ def threshold_state(state: dict[str, float] | None, was: dict[str, Any], now: Ki
 
     A threshold is an average of k-th highest scores: under another capacity that k is another. The average starts from 0, which
     is corrected for by the momentum it was taken with (`RunningThreshold.value`); under another momentum the same value
-    is another average.
+    is another average. A threshold of a kind without a top-k is no such average, and goes on as it is.
     """
-    if state is None or not isinstance(now, TopK) or was["capacity"] != now.capacity:
+    if not isinstance(now, TopK):
+        return state
+    if state is None or was["capacity"] != now.capacity:
         return None
     before, momentum, steps = was["threshold_momentum"], now.threshold_momentum, state["steps"]
     if before == momentum or not steps:

@@ -251,7 +251,7 @@ def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any
     try:
         entries = [json.loads(line)]
     except RecursionError:
-        raise DocumentError("JSON nested too deeply") from None
+        raise DocumentError("JSON of too many levels") from None
     except ValueError:
         try:
             entries = [json.loads(piece) for piece in pieces] if len(pieces) > 1 else []

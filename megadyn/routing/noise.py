@@ -10,14 +10,14 @@ from megadyn.parallel.mappings import own_part
 
 
 def uniform_by_sample(like: Tensor, seq: Axis, seed_for: Callable[[str], int], name: str, first: int) -> Tensor:
-    """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks.
+    """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks, and drawn in float32 for every precision.
 
     Args:
         seed_for: of `ParamMaker`. name: of the noise and the step. first: place in the global batch of the first sample.
     """
-    noise = like.new_empty(like.shape[0], like.shape[1] * seq.size, *like.shape[2:])
+    noise = like.new_empty(like.shape[0], like.shape[1] * seq.size, *like.shape[2:], dtype=torch.float32)
     generator = torch.Generator(like.device)
     for sample, row in enumerate(noise, start=first):
         generator.manual_seed(seed_for(f"{name}/{sample}"))
         row.uniform_(generator=generator)
-    return own_part(noise, seq)
+    return own_part(noise, seq).to(like.dtype)

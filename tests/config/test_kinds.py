@@ -60,10 +60,10 @@ def refusal(*args: object, **kwargs: object) -> str:
     ("dense", "causal", "threshold", "dtf, mod, dtrnet"), ("mod", "ma_window", 7, "dtf has"),
     ("dtrnet", "gate", "sigmoid", "mod has")])
 def test_a_key_of_another_kind_is_refused_with_the_kinds_that_have_it(tmp_path, kind, key, value, owners):
-    found = refusal(tmp_path, f"model.routing.kind={kind}", f"model.routing.{key}={value}")
-    assert found.startswith(f"model.routing.{key}: routing kind {kind} has no such key ({owners}")
-    assert refusal(tmp_path, routing={"kind": kind, key: value}) == want
-    assert refusal(tmp_path, f"model.routing.{key}={value}", routing={"kind": kind}) == want
+    want = f"model.routing.{key}: routing kind {kind} has no such key ({owners}"
+    assert refusal(tmp_path, f"model.routing.kind={kind}", f"model.routing.{key}={value}").startswith(want)
+    assert refusal(tmp_path, routing={"kind": kind, key: value}).startswith(want)
+    assert refusal(tmp_path, f"model.routing.{key}={value}", routing={"kind": kind}).startswith(want)
     with pytest.raises(ConfigError, match=rf"^model\.routing\.{key} = .*: must be left out: routing kind {kind} has no such key"):
         make_kind(kind, **{key: value})
 

@@ -88,8 +88,9 @@ def test_cached_decoding_of_padded_rows_equals_one_forward(kind, side):
 def test_beams_reorder_every_cache(kind):
     with torch.enable_grad():
         _, model = both(kind)
-    beams = [model.generate(TOKENS, max_new_tokens=8, do_sample=False, num_beams=3, pad_token_id=0, use_cache=use_cache)
-             for use_cache in (True, False)]
+    given = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 8, "do_sample": False, "num_beams": 3,
+             "pad_token_id": 0}
+    beams = [model.generate(TOKENS, **given, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*beams)
 
 

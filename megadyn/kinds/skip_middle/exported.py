@@ -49,7 +49,7 @@ class ReturningLayer(MirroredLayer):
 def check_types(layer_types: list[str]) -> None:
     half = len(layer_types) // 2
     if layer_types != ["skip_middle_out"] * half + ["skip_middle_back"] * half:
-        raise ValueError(f"layer types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
+        raise ValueError(f"routed_layer_types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
 
 
 EXPORTED = ExportedKind({"skip_middle_out": LeavingLayer, "skip_middle_back": ReturningLayer}, {"accumulated": Router()},

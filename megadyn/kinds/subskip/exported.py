@@ -42,7 +42,8 @@ class SubskipLayer(DenseLayer):
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         h_BTD, valid_BT = stream.hidden_BCD, context.tokens.valid_BC
         attention_BT, mlp_BT = (router(h_BTD).detach() for router in self.router.values())
-        attending, feeding = (pack((lead_BT > 0) & valid_BT) for lead_BT in (attention_BT, mlp_BT))
+        attending, feeding = (pack((lead_BT > 0) & valid_BT, segment_BT=context.tokens.segment_BC)
+                              for lead_BT in (attention_BT, mlp_BT))
         h_BTD = self.run(self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache)
         return Stream(h_BTD), Routing((attention_BT > 0) & valid_BT, attention_BT.sigmoid())
 
