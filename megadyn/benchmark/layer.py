@@ -31,6 +31,7 @@ from megadyn.kinds import DENSE, known_kinds
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head, Network
 from megadyn.parallel.params import DTYPES
+from megadyn.routing.layer import RoutedLayer
 
 
 @dataclass
@@ -80,6 +81,9 @@ class Case:
 
     def run(self, laps: Laps | None = None) -> tuple[Tensor, ...]:
         """Forward and backward with a mark behind each; the outputs. No gradient remains."""
+        if isinstance(self.module, RoutedLayer):         # noise follows from the micro-batch of the step: always the first
+            for tracker in self.module.trackers().values():
+                tracker.forget()
         found = self.part.run(*self.part.inputs)
         if laps:
             laps.mark()

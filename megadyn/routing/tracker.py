@@ -36,6 +36,10 @@ class StepTracker:
         self._sum = value if self._sum is None else self._sum + value
         self.micro_batches += 1
 
+    def forget(self) -> None:
+        """Begins the step anew."""
+        self._sum, self.micro_batches = None, 0
+
     def take_step_mean(self) -> Tensor:
         """Mean of what the step's micro-batches on this rank showed; forgets them."""
         assert self._sum is not None, "end of a step without a forward pass"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ output_dir: {folder}/out
 def a_run_goes_all_the_way(case: Case, folder: Path) -> None:
     """Training on two tensor ranks by the main job, its plan, export, evaluation, card, report and benchmark."""
     generator = torch.Generator().manual_seed(3)
-    with IndexedWriter(folder / "text", "uint16") as writer:
+    with IndexedWriter(folder / "text", "<u2") as writer:
         for _ in range(20):
-            writer.add(torch.randint(1, 250, (60,), generator=generator).numpy().astype("uint16"))
+            writer.add(torch.randint(1, 250, (60,), generator=generator).numpy().astype("<u2"), [60], [1])
+        writer.finish()
     routing = json.dumps({"kind": case.kind} | dict(case.keys))
     (folder / "config.yaml").write_text(CONFIG.format(routing=routing, folder=folder, root=ROOT))
     crew = Crew(folder / "config.yaml", world=2)
@@ -142,7 +144,7 @@ def a_run_goes_all_the_way(case: Case, folder: Path) -> None:
     assert 4.0 < found["causal"] < 7.0
     write_report([run], folder / "report.html", tokens=12)
     page = (folder / "report.html").read_text()
-    assert config_of(case).model.routing.describe() in page
+    assert escape(config_of(case).model.routing.describe()) in page
     layer_benchmark.main(["--models", case.kind, "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--ffn", "128", "--vocab",
                           "97", "--sequence", "64", "--batch", "1", "--rounds", "1", "--warmup", "1"])
 
