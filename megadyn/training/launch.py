@@ -47,6 +47,15 @@ def check_device(wanted: str) -> None:
         raise UserError(f"the device asked for is {wanted}, and DeepSpeed took {taken}: set DS_ACCELERATOR={wanted}")
 
 
+def check_precision(precision: str) -> None:
+    """Raises ConfigError where DeepSpeed does not train in this precision on this device."""
+    accelerator = get_accelerator()
+    asks = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    if precision in asks and not asks[precision]():
+        raise ConfigError("precision", precision, f"another one on this device ({accelerator.device_name()}), which has no "
+                          f"instructions for {precision}")
+
+
 def attempt() -> int:
     """How often torchrun has restarted the job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from megadyn.checkpoint.same_run import check_same_run
 from megadyn.checkpoint.start import likely_start
@@ -26,7 +25,7 @@ CHECKPOINTS = "checkpoints"
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     """Raises UserError for what can be known to fail before the ranks meet."""
-    check_precision(config.precision)
+    launch.check_precision(config.precision)
     attention_backend(config.model, config.precision)
     kernel_choice(config.training.kernels)
     if config.training.compile:
@@ -53,16 +52,6 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(config.output_dir, os.W_OK):
             raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
-
-
-def check_precision(precision: str) -> None:
-    """ConfigError where the engine does not train in this precision on this device."""
-    accelerator = get_accelerator()
-    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    if not supported[precision]:
-        others = " or ".join(name for name, is_supported in supported.items() if is_supported)
-        raise ConfigError("precision", precision, f"{others} on this device ({accelerator.device_name()}), "
-                          f"which has no instructions for {precision}")
 
 
 def expected_start(config: Config) -> Position:

@@ -52,7 +52,7 @@ def test_ranks_make_the_dataset_of_one_process(tmp_path, corpus, tokenizer_folde
     options = ("--input", corpus, "--tokenizer", tokenizer_folder, "--append-eod", "--shuffle-documents", "--max-documents", 70)
     done = mpirun(3, *options, "--output-prefix", tmp_path / "ranks", "--workers", 2, "--json")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6       # one rank speaks
+    assert len(done.stdout.splitlines()) == 7       # one rank speaks: which end of document and engine, four of counts, JSON
     record = preprocess(Corpus([corpus]), tokenizer_folder, tmp_path / "alone", append_eod=True, shuffle_seed=0, max_documents=70)
     assert json.loads(done.stdout.splitlines()[-1])["sha256"] == record.sha256
     for kind in ("bin", "idx", "json"):

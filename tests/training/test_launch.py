@@ -3,10 +3,11 @@
 import os
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
-from megadyn.errors import UserError
+from megadyn.errors import ConfigError, UserError
 from megadyn.training import launch
-from megadyn.training.launch import adopt_mpi_ranks, check_devices, local_ranks
+from megadyn.training.launch import adopt_mpi_ranks, check_devices, check_precision, local_ranks
 
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_NTASKS_PER_NODE": "8"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "11", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
@@ -73,3 +74,12 @@ def test_a_process_looks_for_its_device_before_it_meets_the_others(monkeypatch):
     monkeypatch.setattr(launch, "get_accelerator", OneGpu)
     with pytest.raises(UserError, match="number of processes on this machine = 2"):
         launch.join()
+
+
+def test_a_precision_that_the_device_does_not_train_in_is_refused(monkeypatch):
+    """DeepSpeed says so too, but with a traceback, once the model is built."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match=r"precision = 'fp16': must be another one on this device \(cpu\), which has no "):
+        check_precision("fp16")
+    check_precision("bf16")
+    check_precision("fp32")
