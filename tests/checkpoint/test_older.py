@@ -17,8 +17,8 @@ from megadyn.checkpoint.export import whole_tensors
 from megadyn.checkpoint.merge import ShardedTensors
 from megadyn.config import load_config
 from megadyn.errors import UserError
-from megadyn.kinds.dtf.layers import gate_of
 from megadyn.kinds.older import CERTAIN, score_threshold
+from megadyn.routing.surprise import gate_of
 
 LOG_OFFSET = "model.layers.0.router.ce_log_offset"
 OFFSET = "model.layers.0.router.ce_offset"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megadyn.kinds.dtf.layers import SurpriseRouter, gate_of
 from megadyn.network import Network
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.select import choose_top
+from megadyn.routing.surprise import SurpriseRouter, gate_of
 from tests.networks import end_step, layer_context, with_routing
 from tests.tiny import tiny_config, tiny_tokens
 

@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megadyn.config import Config
-from megadyn.kinds.dtf import layers as dtf
-from megadyn.kinds.dtf.layers import DecisionLayer, SurpriseRouter, moving_average
+from megadyn.kinds.dtf.layers import DecisionLayer
 from megadyn.kinds.dtrnet import layers as dtrnet
 from megadyn.kinds.dtrnet.layers import AttentionRouter, DtrLayer
 from megadyn.kinds.mod.layers import LinearRouter
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
-from megadyn.routing import choice
+from megadyn.routing import choice, surprise
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.skipping import SkippingLayer
+from megadyn.routing.surprise import SurpriseRouter, moving_average
 from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
@@ -275,7 +275,7 @@ class Objective:
         self.first: tuple[list[Tensor], list[Tensor]] | None = None
         for owner in (routed_layer, dtrnet):
             monkeypatch.setattr(owner, "attach_loss", self.attach)
-        monkeypatch.setattr(dtf, "moving_average", self.average)
+        monkeypatch.setattr(surprise, "moving_average", self.average)
         for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choice")):
             monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
 
