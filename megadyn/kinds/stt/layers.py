@@ -124,8 +124,8 @@ class SubjectiveLayer(RoutedLayer):
         return self.causal_router(self.surprise(stream, None)[1], stream.hidden).selection
 
     def decision_steps(self, stream: Stream) -> list[Step]:
-        delta, score, *_ = (x.detach() if isinstance(x, Tensor) else x for x in self.surprise(stream, None))
-        return [Step("prior and surprise", self.prior, (stream.hidden, delta)),
+        delta, score, _, _ = self.surprise(stream, None)
+        return [Step("prior and surprise", self.prior, (stream.hidden, delta.detach())),
                 Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
 
 
