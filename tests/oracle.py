@@ -167,7 +167,7 @@ class Reader:
         """The tokens that routed layer `layer` processes, ascending; `h` [T, D] is its input."""
         if self.routing.get("router_type") == "token_choice":      # in both modes
             return [t for t in range(len(scores)) if scores[t] > 0]
-        if self.mode == "topk":
+        if self.mode == "topk" and self.routing.get("choose") != "threshold":
             count = max(1, math.floor(self.routing["capacity"] * len(scores)))
             best_first = sorted(range(len(scores)), key=lambda t: (-scores[t], t))
             return sorted(best_first[:count])
@@ -204,7 +204,10 @@ class Reader:
         prefix = f"model.layers.{layer}"
         post = h + self.block(h, list(range(len(h))), layer)
         prior = h + swiglu(self.norm(h, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior")
+        return post, self.surprises(h, post, prior, prefix)
 
+    def surprises(self, h: Array, post: Array, prior: Array, prefix: str) -> list[float]:
+        """r of every token."""
         beta_ce = self.weights[f"{prefix}.router.beta_ce"].item()
         beta_cu = self.weights[f"{prefix}.router.beta_cu"].item()
         lambda_ce = self.weights[f"{prefix}.router.ce_log_offset"].item()
@@ -220,7 +223,25 @@ class Reader:
             ce = d_st[t] - d_ch[t] + lambda_ce
             cu = d_st[t] - m_cu * moving_average
             scores.append(softplus(softplus(beta_ce) * ce) + softplus(softplus(beta_cu) * cu))
-        return post, scores
+        return scores
+
+    # ---- STT -------------------------------------------------------------------------------------
+
+    def subjective(self, h: Array, layer: int) -> Array:
+        """The prediction of a token is made from what the layer made of the token before, among those that it sees."""
+        prefix = f"model.layers.{layer}"
+        seen = list(range(len(h))) if self.mode == "topk" else self.chosen([0.0] * len(h), h, layer)
+        out = h.copy()
+        if not seen:
+            return out
+        post = h[seen] + self.block(h[seen], seen, layer)
+        before = np.concatenate([np.zeros_like(post[:1]), post[:-1]])
+        predicted = h[seen] + swiglu(self.norm(before, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior")
+        scores = self.surprises(h[seen], post, predicted, prefix)
+        kept = self.chosen(scores, h, layer) if self.mode == "topk" else range(len(seen))
+        for row in kept:
+            out[seen[row]] = h[seen[row]] + (1 - math.exp(-scores[row])) * (post[row] - h[seen[row]])
+        return out
 
     # ---- MoD -------------------------------------------------------------------------------------
 
@@ -349,6 +370,8 @@ class Reader:
                 h = self.skip_or_run(h, scores, [1 - math.exp(-r) for r in scores], layer)
             elif kind == "mod":
                 h = self.mixture_of_depths(h, layer)
+            elif kind == "stt":
+                h = self.subjective(h, layer)
             elif kind == "fixed":
                 h = self.skip_or_run(h, self.by_position(len(h), layer), [1.0] * len(h), layer)
             elif kind == "dtrnet":

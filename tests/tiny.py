@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dtrnet-token": {"kind": "dtrnet", "aux_loss_lambda": 0.1, "aux_loss_warmup": 3},
     "dtrnet-expert": {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4, "layout": "TD3", "aux_loss_lambda": 0.1},
     "mod-threshold": {"kind": "mod", "capacity": 0.3, "choose": "threshold", "threshold_start": 1},
+    "stt": {"kind": "stt", "ma_window": 7, "prior_loss_weight": 0.1},
     "fixed": {"kind": "fixed", "capacity": 0.3},
     "fixed-stride": {"kind": "fixed", "capacity": 0.3, "score": "stride"},
     "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},

@@ -54,7 +54,7 @@ CODE = ("configuration_megadyn.py", "layers_megadyn.py", "modeling_megadyn.py")
 
 def write_code(folder: Path, kind: type[Kind]) -> None:
     """The Python files that run the model without megadyn: what all exports share, and this kind's `exported.py`."""
-    for name in CODE:
+    for name in (*CODE, *kind.shared):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     own = Path(str(module_of(kind, "exported").__file__)).read_text()
     (folder / f"routing_{kind.name}.py").write_text(own.replace("from megadyn.hf.", "from ."))

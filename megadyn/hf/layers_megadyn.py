@@ -140,13 +140,14 @@ def mask_inside(tokens: Packed) -> Tensor | None:
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer processed, packed; DTF decisions keep their last surprises too."""
+    """Keys and values of the tokens that one layer processed, packed; layers that score by surprise keep what it needs too."""
 
     def __init__(self) -> None:
         self.key_BPGK: Tensor | None = None
         self.value_BPGK: Tensor | None = None
         self.segment_BP: Tensor | None = None     # the text each belongs to; None: each row is one
         self.recent_BW: Tensor | None = None      # the W - 1 latest static surprises
+        self.last_BD: Tensor | None = None        # what the layer made of its latest token
         self.again: LayerCache | None = None      # of the second time, where a layer processes tokens twice
         self.counts: list[int] = []               # tokens held, per row
 
@@ -174,6 +175,18 @@ class LayerCache:
             mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])      # a query that sees nothing would give NaN
         return self.key_BPGK, self.value_BPGK, mask_BCP
 
+    def continues(self, new: Packed) -> Tensor:
+        """Rows [B] whose first new token belongs to the text of the last token held."""
+        if self.key_BPGK is None:
+            return new.valid_BC.new_zeros(len(new.counts))
+        count_B = torch.tensor(self.counts, device=new.valid_BC.device)
+        if new.segment_BC is None:
+            return count_B > 0
+        last_B = torch.zeros_like(new.segment_BC[:, 0])                         # text 0 while each row was one
+        if self.segment_BP is not None:
+            last_B = self.segment_BP.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
+        return (count_B > 0) & (last_B == new.segment_BC[:, 0])
+
     def second(self) -> "LayerCache":
         """Keys and values of the tokens that the layer processed once more."""
         self.again = self.again or LayerCache()
@@ -191,6 +204,8 @@ class LayerCache:
             self.again.select_rows(rows)
         if self.recent_BW is not None:
             self.recent_BW = self.recent_BW[rows]
+        if self.last_BD is not None:
+            self.last_BD = self.last_BD[rows]
         if self.key_BPGK is not None and self.value_BPGK is not None:
             self.counts = [self.counts[row] for row in rows]
             longest = max(self.counts)      # the row that was longest may be gone

@@ -22,6 +22,7 @@ BUILT_IN = (
     "nested",
     "subskip",
     "skip_middle",
+    "stt",
 )
 """Folders beside this file. A new kind is one more."""
 

@@ -67,6 +67,8 @@ class Kind:
     """Keys that an export's `config.json` carries."""
     fixed: ClassVar[dict[str, str]] = {}
     """Keys that a run may not change when it goes on from a checkpoint: key -> reason."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Files of `megadyn/hf` that its `exported.py` imports, beside those that every export carries."""
     rules: ClassVar[tuple[str, ...]] = ()
     """Causal rules that can stand in for top-k, the first being the default."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -280,17 +282,12 @@ class TopK(Capped):
     def _check_threshold(self) -> None:
         if self.causal != "threshold":
             raise ConfigError("model.routing.causal", self.causal, "threshold with model.routing.choose = threshold")
-        if self.threshold_start is None:
-            self.threshold_start = 100
         at_least("model.routing.threshold_start", self.threshold_start, 0)
-        if self.safe_min is None:
-            self.safe_min = self.share / 2
-        if self.safe_max is None:
-            self.safe_max = min(1.0, 2 * self.share)
-        if not 0 <= self.safe_min <= self.share:
-            raise ConfigError("model.routing.safe_min", self.safe_min, f"in [0, model.routing.capacity = {self.share}]")
-        if not self.share <= self.safe_max <= 1:
-            raise ConfigError("model.routing.safe_max", self.safe_max, f"in [model.routing.capacity = {self.share}, 1]")
+        least, most = self.guards
+        if not 0 <= least <= self.share:
+            raise ConfigError("model.routing.safe_min", least, f"in [0, model.routing.capacity = {self.share}]")
+        if not self.share <= most <= 1:
+            raise ConfigError("model.routing.safe_max", most, f"in [model.routing.capacity = {self.share}, 1]")
 
     @property
     def by_threshold(self) -> bool:
@@ -300,14 +297,13 @@ class TopK(Capped):
     @property
     def start(self) -> int:
         """Steps of top-k before the threshold."""
-        assert self.threshold_start is not None, "checked"
-        return self.threshold_start
+        return 100 if self.threshold_start is None else self.threshold_start
 
     @property
     def guards(self) -> tuple[float, float]:
         """The least and the largest share of a sequence that training takes by threshold."""
-        assert self.safe_min is not None and self.safe_max is not None, "checked"
-        return self.safe_min, self.safe_max
+        least = self.share / 2 if self.safe_min is None else self.safe_min
+        return least, min(1.0, 2 * self.share) if self.safe_max is None else self.safe_max
 
     @property
     def varies(self) -> bool:

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.export import whole_tensors
-from megadyn.checkpoint.merge import ShardedTensors
+from megadyn.checkpoint.merge import ShardedTensors, routing_state
 from megadyn.config import load_config
 from megadyn.errors import UserError
-from megadyn.kinds.dtf.layers import gate_of
 from megadyn.kinds.older import CERTAIN, score_threshold
+from megadyn.routing.surprise import gate_of
 
 LOG_OFFSET = "model.layers.0.router.ce_log_offset"
 OFFSET = "model.layers.0.router.ce_offset"
@@ -40,6 +40,7 @@ def in_older_form(checkpoint: Path, offset: float | None = None) -> None:
         manifest["files"][path.name] = layout.file_digest(path)
     routing = manifest["model"]["routing"]
     routing["ce_offset_init"] = math.exp(routing.pop("ce_log_offset_init"))
+    manifest["thresholds"] = manifest.pop("routing")["thresholds"]      # where they stood then
     for state in manifest["thresholds"].values():
         share = 1 - routing["threshold_momentum"] ** state["steps"]
         state["average"] = -math.expm1(-state["average"] / share) * share
@@ -69,9 +70,10 @@ def test_weights_moments_thresholds_and_configuration_are_converted(both: tuple[
         for name in found.names():
             assert_close(found.whole(name), wanted.whole(name), rtol=1e-5, atol=1e-7 if kind == "weights" else 0)
     wanted, found = (layout.read_manifest(folder) for folder in (newest, older))
-    assert found["thresholds"].keys() == wanted["thresholds"].keys()
-    for layer, state in found["thresholds"].items():
-        assert state == pytest.approx(wanted["thresholds"][layer], rel=1e-6)
+    states, wanted_states = (routing_state(manifest, "thresholds") for manifest in (found, wanted))
+    assert states.keys() == wanted_states.keys()
+    for layer, state in states.items():
+        assert state == pytest.approx(wanted_states[layer], rel=1e-6)
     assert found["model"]["routing"] == pytest.approx(wanted["model"]["routing"])
     assert load_config(older / "config.yaml").model.routing.ce_log_offset_init == found["model"]["routing"]["ce_log_offset_init"]
     assert layout.damage(older, sorted(found["files"])) is None

@@ -22,6 +22,8 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "dtrnet-token": (["dense", "dtrnet"] * 2, {"kind": "dtrnet", "layout": "bilayer"}),
     "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4,
                                                       "score": "logit"}),
+    "mod-threshold": (["dense", "mod"], MOD | {"choose": "threshold"}),
+    "stt": (["stt", "dense", "stt"], DTF | {"kind": "stt", "score": "log"}),
     "fixed": (["dense", "fixed", "fixed"], {"kind": "fixed", "capacity": 0.4, "seed": 3}),
     "fixed-stride": (["dense", "fixed"], {"kind": "fixed", "capacity": 0.4, "score": "stride", "seed": 0}),
 }
@@ -29,7 +31,7 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
 KINDS = tuple(LAYOUTS)
 MAIN_KINDS = ("dense", "dtf5", "mod", "dtrnet-token", "dtrnet-expert")
 NORMALIZATIONS = ("pre", "lns", "hybridnorm")
-ROUTED = ("dtf_dynamic", "mod", "dtrnet", "fixed")
+ROUTED = ("dtf_dynamic", "mod", "dtrnet", "fixed", "stt")
 """The types of layer that choose tokens."""
 
 

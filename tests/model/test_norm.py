@@ -38,11 +38,12 @@ def test_lns_scales_both_norms_by_the_layers_place_counted_from_one(kind):
 def test_lns_scales_neither_the_last_norm_nor_a_priors(kind):
     network = make_network(tiny_config(kind, normalization="lns"))
     priors = [layer.prior for layer in network.layers if hasattr(layer, "prior")]
-    assert len(priors) == (2 if kind.startswith("dtf") else 0)
+    assert len(priors) == (2 if kind.startswith(("dtf", "stt")) else 0)
     assert network.layers[-1].scale == 1.0
     for prior in priors:
         h = random(2, 3, 32)
-        assert_close(prior(h, h)[1], prior_update(prior, h).square().mean(dim=-1))
+        update = torch.zeros_like(h) if kind == "stt" else h            # what it is told: the update, or the sum
+        assert_close(prior(h, update)[1], prior_update(prior, h).square().mean(dim=-1))
 
 
 def test_the_residual_outputs_start_small_except_under_lns():

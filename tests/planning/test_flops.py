@@ -53,7 +53,7 @@ def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
 def unseen_scores(config: Config, length: int) -> float:
     """Of all layers, on one sequence."""
     kept = max(1, int(config.model.routing.share * length))
-    return sum(uncounted_attention(config, length if layer in ("dense", "dtf_decision") else kept)
+    return sum(uncounted_attention(config, length if layer in ("dense", "dtf_decision", "stt") else kept)
                for layer in config.model.layer_types)
 
 
@@ -122,6 +122,6 @@ def test_what_tensor_ranks_share_and_what_each_does_add_up(kind):
     config = tiny_config(kind)
     flops = layer_flops(config.model, 24)
     assert [layer.cut + layer.whole for layer in flops] == layer_costs(config.model, 24)
-    routers = [layer in ("dtf_decision", "mod", "dtrnet") or (layer == "dtf_dynamic" and kind == "dtf-predictor")
+    routers = [layer in ("dtf_decision", "mod", "dtrnet", "stt") or (layer == "dtf_dynamic" and kind == "dtf-predictor")
                for layer in config.model.layer_types]
     assert [layer.whole > 0 for layer in flops] == routers

@@ -34,7 +34,7 @@ def test_the_map_is_what_the_layers_did(kind):
     for layer in routed_layers(network):
         layer.monitor.read()
     layers, processed, _ = processed_tokens(network, ids, ids)
-    assert layers == [i for i, name in enumerate(config.model.layer_types) if name in ("dtf_dynamic", "mod", "dtrnet")]
+    assert layers == [i for i, name in enumerate(config.model.layer_types) if name in ("dtf_dynamic", "mod", "dtrnet", "stt")]
     assert processed.shape == (len(layers), 24)
     assert processed.any() and not processed.all()
     fractions = {layer.index: layer.monitor.read().get("routed_fraction") for layer in routed_layers(network)}

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megadyn.kinds.dtf.layers import SurpriseRouter, gate_of
+from megadyn.kinds.dtf import Dtf
 from megadyn.network import Network
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.select import choose_top
+from megadyn.routing.surprise import SurpriseRouter, gate_of
 from tests.networks import end_step, layer_context, with_routing
 from tests.tiny import tiny_config, tiny_tokens
 
 
 def router(**routing: float) -> SurpriseRouter:
-    return SurpriseRouter("model.layers.0.router", layer_context(with_routing(tiny_config(), **routing), dtype=torch.float32))
+    config = with_routing(tiny_config(), **routing)
+    assert isinstance(config.model.routing, Dtf)
+    return SurpriseRouter("model.layers.0.router", layer_context(config, dtype=torch.float32), config.model.routing)
 
 
 def surprises(mean: float, tokens: int = 512) -> tuple[Tensor, Tensor]:

@@ -9,24 +9,25 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megadyn.config import Config
-from megadyn.kinds.dtf import layers as dtf
-from megadyn.kinds.dtf.layers import DecisionLayer, SurpriseRouter, moving_average
+from megadyn.kinds.dtf.layers import DecisionLayer
 from megadyn.kinds.dtrnet import layers as dtrnet
 from megadyn.kinds.dtrnet.layers import AttentionRouter, DtrLayer
 from megadyn.kinds.mod.layers import LinearRouter
+from megadyn.kinds.stt.layers import SubjectiveLayer
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
-from megadyn.routing import choice
+from megadyn.routing import choice, surprise
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.skipping import SkippingLayer
+from megadyn.routing.surprise import SurpriseRouter, moving_average
 from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
 TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]
 ROUTED = [kind for kind in KINDS if kind != "dense"]
-BY_TOPK = [kind for kind in ROUTED if kind != "dtrnet-token" and not kind.startswith("fixed")]
+BY_TOPK = [kind for kind in ROUTED if tiny_config(kind).model.routing.has_topk and not kind.startswith("fixed")]
 NORMS = ["pre", "lns", "hybridnorm"]
 
 
@@ -176,7 +177,7 @@ class Calls:
         self.monkeypatch.setattr(owner, name, counted)
 
 
-WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"))
+WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"), (SubjectiveLayer, "surprise"))
 DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choice"), (LinearRouter, "forward"),
              (AttentionRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
 
@@ -229,9 +230,10 @@ def expected_calls(kind: str) -> dict[str, int]:
         chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
         names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "AttentionRouter.forward", *chosen]
     else:
-        names = ["SkippingLayer.update", "CausalRouter.forward", "choice.choose_top"]
+        names = ["SubjectiveLayer.surprise" if family == "stt" else "SkippingLayer.update", "CausalRouter.forward",
+                 "choice.choose_top"]
         names += {"dtf": ["DecisionLayer.decide"], "mod": ["LinearRouter.forward"]}.get(family, [])
-        names += ["CausalRouter.predict"] if variant == "predictor" else []
+        names += ["CausalRouter.predict"] if variant == "predictor" or family == "stt" else []
     return dict.fromkeys(names, layers)
 
 
@@ -275,7 +277,7 @@ class Objective:
         self.first: tuple[list[Tensor], list[Tensor]] | None = None
         for owner in (routed_layer, dtrnet):
             monkeypatch.setattr(owner, "attach_loss", self.attach)
-        monkeypatch.setattr(dtf, "moving_average", self.average)
+        monkeypatch.setattr(surprise, "moving_average", self.average)
         for owner, name in ((CausalRouter, "forward"), (DtrLayer, "choice")):
             monkeypatch.setattr(owner, name, self.watched(getattr(owner, name)))
 
@@ -348,7 +350,8 @@ ROUTER_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED), ("dtf", "hybridnorm"), ("mod", "lns"),
+@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED if kind.partition("-")[0] in ROUTER_PARAMETERS),
+                                            ("dtf", "hybridnorm"), ("mod", "lns"),
                                             ("dtrnet-token", "hybridnorm")])
 def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(monkeypatch, kind, norm):
     """Without the losses whose targets are held constant: the prior's and the predictor's."""

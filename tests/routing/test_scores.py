@@ -9,15 +9,16 @@ from torch.testing import assert_close
 
 from megadyn.config import Config
 from megadyn.kinds.dtf import Dtf
-from megadyn.kinds.dtf import layers as dtf
-from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer, SurpriseRouter, gate_of, moving_average
+from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
+from megadyn.routing import surprise
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
+from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average
 from tests.naive import prior_update
 from tests.networks import disturb, layer_context, make_network, param_maker, with_routing
 from tests.tiny import tiny_config, tiny_tokens
@@ -87,7 +88,7 @@ def test_the_gate_and_its_gradients_equal_the_formulas_with_the_average_held_con
 def test_gradcheck_of_the_whole_router(monkeypatch):
     router, (static, change) = make_router(), surprises()
     average = moving_average(static.detach(), 3)
-    monkeypatch.setattr(dtf, "moving_average", lambda x, window, documents: average)
+    monkeypatch.setattr(surprise, "moving_average", lambda x, window, documents: average)
     scalars = [getattr(router, name).detach().clone().requires_grad_() for name in NAMES]
 
     def gate(static: Tensor, change: Tensor, *values: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def test_gradcheck_of_the_whole_router(monkeypatch):
 def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeypatch):
     router, (static, change) = make_router(window=5), surprises()
     seen = []
-    monkeypatch.setattr(dtf, "moving_average", lambda x, *args: seen.append((x, args)) or moving_average(x, *args))
+    monkeypatch.setattr(surprise, "moving_average", lambda x, *args: seen.append((x, args)) or moving_average(x, *args))
     router(static, change)
     (x, (window, documents)), = seen
     assert window == 5

@@ -1,0 +1,67 @@
+"""Which tokens a layer changed most surprisingly (thesis "Dynamic Transformers", eqs. 3.1-3.13)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megadyn.kinds.surprise import Surprising
+from megadyn.model.block import LayerContext
+from megadyn.model.documents import Documents
+from megadyn.parallel.loss import upcast
+from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
+from megadyn.parallel.params import constant
+
+
+def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:
+    """Mean over the last `window` tokens of x [B, T], itself included; before the start of the sample, or of the token's
+    document, stands its first value. Carries no gradient.
+
+    By running sums in float64: their differences are exact enough at any length, and borders cost nothing.
+    """
+    place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
+    since = place if documents is None else documents.positions          # tokens of the document before this one
+    sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))              # sums[t] = x[0] + ... + x[t - 1]
+    inside = since.clamp(max=window - 1)                                 # of those, how many are in the window
+    total = sums.gather(1, place + 1) - sums.gather(1, place - inside)
+    first = x.detach().gather(1, place - since).double()
+    return ((total + (window - 1 - inside) * first) / window).to(x.dtype)
+
+
+class SurpriseRouter(nn.Module):
+    """The score r = -log(1 - G) of G = S_CE + S_CU - S_CE S_CU, the probability that a token's change was expected-but-late
+    or unexpected.
+
+    S_CE = sigmoid(a) with a = softplus(beta_ce) (D_st - D_ch + lambda_ce), S_CU = sigmoid(b) with b = softplus(beta_cu) (D_st -
+    m_cu MA(D_st)), and four learnable scalars: beta_ce, beta_cu, lambda_ce (`ce_log_offset`) and m_cu (`cu_multiplier`).
+    1 - G = sigmoid(-a) sigmoid(-b), so r = softplus(a) + softplus(b). It orders tokens as G does, but keeps apart those whose
+    G rounds to 1. lambda_ce is the parameter, not its exponential: training drives that below 0, where it has no logarithm.
+    """
+
+    def __init__(self, name: str, ctx: LayerContext, routing: Surprising):
+        super().__init__()
+        self.window, self.seq = routing.ma_window, ctx.make.seq
+        self.beta_ce = ctx.make(f"{name}.beta_ce", (1,), constant(routing.beta_ce_init))
+        self.beta_cu = ctx.make(f"{name}.beta_cu", (1,), constant(routing.beta_cu_init))
+        self.ce_log_offset = ctx.make(f"{name}.ce_log_offset", (1,), constant(routing.ce_log_offset_init))
+        self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
+
+    def forward(self, static: Tensor, change: Tensor, documents: Documents | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """D_st, D_ch [B, T/seq] -> r [B, T/seq] and the scalars worth watching."""
+        scalars = (self.beta_ce, self.beta_cu, self.ce_log_offset, self.cu_multiplier)
+        beta_ce, beta_cu, log_offset, multiplier = (upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars)
+        expected = static - change + log_offset
+        average = moving_average(whole_sequence(static.detach(), self.seq), self.window, documents)
+        unexpected = static - multiplier * own_part(average, self.seq)
+        a = F.softplus(beta_ce) * expected
+        b = F.softplus(beta_cu) * unexpected
+        watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": a.sigmoid().mean(), "S_CU": b.sigmoid().mean(),
+                   "beta_ce": beta_ce, "beta_cu": beta_cu, "ce_log_offset": log_offset, "cu_multiplier": multiplier}
+        # softplus(x) as -logsigmoid(-x): torch's own softplus drops the exponential above 20, which float64 would see.
+        score = -(F.logsigmoid(-a) + F.logsigmoid(-b))
+        return score, {name: x.detach().squeeze().clone() for name, x in watched.items()}
+
+
+def gate_of(score: Tensor) -> Tensor:
+    """G = 1 - exp(-r). Either form is accurate in value and gradient on its side: `expm1` gets its gradient from its value,
+    which has rounded to -1 for large r."""
+    return torch.where(score < 1, -torch.expm1(-score), 1 - torch.exp(-score))
