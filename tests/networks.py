@@ -1,7 +1,7 @@
 """Tiny networks on any tensor size, with every parameter random, equal under every cut."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,9 +16,15 @@ from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.layer import RoutedLayer
+from megadyn.routing.monitor import Statistic
 
 ALONE = Axis("tp")
 Module = TypeVar("Module", bound=nn.Module)
+
+
+def numbers(statistics: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a layer records, as numbers."""
+    return {name: value.value if isinstance(value, Statistic) else value for name, value in statistics.items()}
 
 
 def known(config: Config, **fields: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig, TrainingConfig
@@ -240,7 +241,9 @@ def recomputation_changes_nothing(case: Case) -> None:
                         param.data.add_(5.0)                # unseen by autograd, which would refuse
         for threshold in thresholds_of(routed_layers(network)).values():
             threshold.average = threshold.average + 1e3
-        loss.backward()
+        with Choosing() as choosing:
+            loss.backward()
+        assert not choosing.seen, f"tokens are chosen anew in the backward pass ({', '.join(sorted(choosing.seen))})"
         grads = {name_of(param): param.grad for param in network.parameters() if param.grad is not None}
         return loss.detach(), grads, [layer.monitor.read() for layer in routed_layers(network)]
 
@@ -253,6 +256,20 @@ def recomputation_changes_nothing(case: Case) -> None:
             if "causal_router" not in name:
                 assert_close(again[1][name], grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
         assert again[2] == statistics
+
+
+class Choosing(TorchDispatchMode):
+    """Sees operations that choose: which values are highest, and where a mask is true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("sort", "topk", "argsort", "nonzero"):
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 def every_parameter_learns(case: Case) -> None:

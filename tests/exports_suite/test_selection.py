@@ -18,7 +18,7 @@ RUN = """
 import sys
 from tests.exports_suite.run import main
 status = main([word for test in sys.argv[1:] for word in ("--test", test)])
-from megadyn.hf.modeling_megadyn import SwiGLU      # a fault of the model must be seen: this one mixes the rows of a batch
+from megadyn.hf.layers_megadyn import SwiGLU      # a fault of the model must be seen: this one mixes the rows of a batch
 whole = SwiGLU.forward
 SwiGLU.forward = lambda self, x: whole(self, x) + x.mean()
 print("broken:")

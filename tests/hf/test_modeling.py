@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megadyn.hf.modeling_megadyn import MegadynCache, MegadynForCausalLM, best_of_each_row, pack
+from megadyn.hf.layers_megadyn import MegadynCache, best_of_each_row, pack
+from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from tests.hf.tiny_models import (
     DTF,
     KINDS,

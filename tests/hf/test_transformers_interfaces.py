@@ -19,7 +19,8 @@ from megadyn.errors import UserError
 from megadyn.hf.config_map import from_hf_config, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.convert import write_hf_folder
-from megadyn.hf.modeling_megadyn import FixedLinear, MegadynForCausalLM, ThresholdRule
+from megadyn.hf.layers_megadyn import FixedLinear, ThresholdRule
+from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.reader import HfFolder
 from tests.hf.test_modeling import padding, qwen2_like
 from tests.hf.tiny_models import KINDS, LAYOUTS, MAIN_KINDS, random_tokens, tiny_config, tiny_model

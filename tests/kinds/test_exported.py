@@ -16,7 +16,7 @@ from tests.networks import end_step, make_network
 from tests.oracle import oracle_logits
 from tests.tiny import tiny_config, tiny_tokens
 
-KINDS = ["nested", "subskip", "skip_middle"]
+KINDS = ["nested", "subskip", "skip_middle", "stt"]
 NORMS = ["pre", "lns", "hybridnorm"]
 TOKENS = tiny_tokens(1)[0][:3, :-1]
 

@@ -136,6 +136,10 @@ def test_training_saves_nothing_whatever_the_capacity():
     assert math.isclose(costs[0], dense + 2 * 24 * (3 * 32 * 2 + 32 * 16 + 16))
 
 
+def test_a_resumed_run_keeps_layout_and_prior():
+    assert {"layout", "prior_factor"} <= make_kind("stt").fixed.keys()
+
+
 def test_rules_that_it_cannot_have_are_refused():
     for keys in ({"causal": "threshold"}, {"choose": "threshold"}):
         with pytest.raises(ConfigError):

@@ -10,7 +10,7 @@ from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.select import as_mask
 from tests.naive import best
-from tests.networks import layer_context, with_routing
+from tests.networks import layer_context, numbers, with_routing
 from tests.tiny import tiny_config
 
 B, T, D = 3, 10, 32
@@ -56,7 +56,7 @@ def test_what_is_chosen_and_reported(kind, mode):
     assert torch.equal(as_mask(found.selection, want.shape), want)
     assert torch.equal(found.in_top, top), "whatever the mode"
     fraction = want.double().mean(dim=1).tolist()
-    reported = {name: float(value) for name, value in found.statistics.items()}
+    reported = {name: float(value) for name, value in numbers(found.statistics).items()}
     special = {"threshold": {"threshold": 0.3}, "predictor": {"predictor_loss": reported.get("predictor_loss")}, "bce": {}}
     assert reported == pytest.approx({
         "routed_fraction": sum(fraction) / B, "routed_fraction_min": min(fraction), "routed_fraction_max": max(fraction),

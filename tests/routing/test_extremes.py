@@ -5,7 +5,7 @@ import torch
 
 from megadyn.network import routed_layers
 from tests.hf.tiny_models import random_tokens, tiny_model
-from tests.networks import make_network, with_routing
+from tests.networks import known, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 LOSSES = {"aux_loss_lambda": 0.4, "entropy_bonus": 0.3, "jitter": 0.2, "bce_loss_weight": 0.3, "z_loss_weight": 0.2}
@@ -15,7 +15,8 @@ LOSSES = {"aux_loss_lambda": 0.4, "entropy_bonus": 0.3, "jitter": 0.2, "bce_loss
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
 def test_a_training_step_is_finite(kind, factor):
     """Gates of exactly 0 and 1, probabilities that underflow, scores that all tie."""
-    network = make_network(with_routing(tiny_config(kind), **LOSSES), dtype=torch.float32)
+    config = tiny_config(kind)
+    network = make_network(with_routing(config, **known(config, **LOSSES)), dtype=torch.float32)
     for param in network.parameters():
         if "router." in param.global_name:
             param.data.mul_(factor)

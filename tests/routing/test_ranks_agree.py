@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megadyn.kinds.dtf.layers import DecisionLayer
 from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis, Grid, make_grid
@@ -72,7 +71,8 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
         for index, load in loads_of(layers).items():
             assert_same_bits(f"{kind}: share of layer {index}, step {step}", load.share.view(1), tp)
     watched_twice = 2 if kind == "dtrnet-expert" else 1        # by the layer and by its causal router
-    assert len(scores) == 2 * watched_twice * sum(not isinstance(layer, DecisionLayer) for layer in layers) > 0
+    choosing = [layer for layer in layers if isinstance(layer, DtrLayer) or layer.causal_router is not None]
+    assert len(scores) == 2 * watched_twice * len(choosing)
     for score, positions in zip(scores, chosen, strict=True):
         assert score.dtype == torch.float32
         assert_same_bits(f"{kind}: a score", score, tp)

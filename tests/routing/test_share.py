@@ -109,8 +109,8 @@ def test_the_share_reaches_its_target_from_where_p0_is_saturated(shift: float, p
 
 
 @pytest.mark.parametrize(("fields", "key", "want"), [
-    ({"kind": "mod"}, "target_share", "left out without DTRNet's token choice"),
-    ({"router_type": "expert_choice"}, "target_share", "left out without DTRNet's token choice"),
+    ({"kind": "mod"}, "target_share", "left out: routing kind mod has no such key"),
+    ({"router_type": "expert_choice"}, "target_share", "left out without token choice"),
     ({"target_share": 0.0}, "target_share", "in \\[0.001, 1\\]"),
     ({"target_share": 1.5}, "target_share", "in \\[0.001, 1\\]"),
     ({"target_share": 0.1, "safe_min_attn_ratio": 0.2}, "target_share", "at least model.routing.safe_min_attn_ratio = 0.2"),

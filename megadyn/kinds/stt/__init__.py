@@ -25,6 +25,7 @@ class Stt(Laid, Surprising):
     verb = "was updated"
     legend = SURPRISE_LEGEND | {"prior_loss": "prior_loss: what the prediction from the token before misses, mean square"}
     layers = {"stt": "SubjectiveLayer"}
+    fixed = Laid.fixed | Surprising.fixed
     rules = ("predictor",)
 
     def check(self) -> None:
