@@ -217,18 +217,19 @@ class LayerCache:
 class Texts(NamedTuple):
     """Where each row of a cache stands in the text that its last token belongs to."""
 
-    position_B: Tensor               # of the next token
+    position_B: Tensor               # of the next token, as rotary embedding counts
+    place_B: Tensor                  # of the next token in its text; another number where a caller gives positions
     ended_B: Tensor                  # whether the last token ended a document
     segment_B: Tensor | None = None  # the number of the text in its row; None while each row is one text
 
     @classmethod
     def at_start(cls, rows: int, device: torch.device) -> "Texts":
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
-        return cls(zeros, zeros.bool())
+        return cls(zeros, zeros, zeros.bool())
 
     def select_rows(self, rows: list[int]) -> "Texts":
         segment_B = None if self.segment_B is None else self.segment_B[rows]
-        return Texts(self.position_B[rows], self.ended_B[rows], segment_B)
+        return Texts(self.position_B[rows], self.place_B[rows], self.ended_B[rows], segment_B)
 
 
 class MegadynCache(Cache):
@@ -314,7 +315,7 @@ class Context(NamedTuple):
     sin_BCK: Tensor
     continues_B: Tensor      # rows whose first token goes on with a text of earlier calls
     topk: bool
-    position_BC: Tensor      # of each token in its row
+    place_BC: Tensor         # of each token in its text, from 0
     sequence_BC: Tensor | None = None      # what top-k counts over; None: each row
     attentions: bool = False               # whether layers return attention weights
 

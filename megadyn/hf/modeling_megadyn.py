@@ -145,7 +145,7 @@ def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
     return of_queries
 
 
-def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, ended_BC: Tensor) -> Texts:
+def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor) -> Texts:
     """Where each row stands after a call: at its last token, or as `before` if it has none."""
     count_B = torch.tensor(tokens.counts, device=position_BC.device)
     row_B, last_B = torch.arange(len(count_B), device=count_B.device), (count_B - 1).clamp(min=0)
@@ -155,7 +155,8 @@ def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, ended_BC: Te
         return torch.where(count_B > 0, last, torch.zeros_like(last) if before_B is None else before_B)
 
     segment_B = None if tokens.segment_BC is None else at_last(tokens.segment_BC, before.segment_B)
-    return Texts(at_last(position_BC + 1, before.position_B), at_last(ended_BC, before.ended_B), segment_B)
+    return Texts(at_last(position_BC + 1, before.position_B), at_last(place_BC + 1, before.place_B),
+                 at_last(ended_BC, before.ended_B), segment_B)
 
 
 class MegadynPreTrainedModel(PreTrainedModel):
@@ -332,12 +333,14 @@ class MegadynModel(MegadynPreTrainedModel):
         if position_ids is not None:
             position_ids = position_ids.expand(rows, -1)
         borders = self.borders_of_call(tokens, input_ids, position_ids, sequence_BT, before, goes_on_B)
-        if position_ids is not None:
-            position_BC = take(position_ids, tokens)
-        else:
-            first_BC = first_columns(borders.text_BC)
-            column_C = torch.arange(first_BC.shape[1], device=device)
-            position_BC = torch.where(first_BC < 0, before.position_B[:, None] + column_C, column_C - first_BC)
+        first_BC = first_columns(borders.text_BC)
+        column_C = torch.arange(first_BC.shape[1], device=device)
+
+        def counted_from(start_B: Tensor) -> Tensor:
+            return torch.where(first_BC < 0, start_B[:, None] + column_C, column_C - first_BC)
+
+        place_BC = counted_from(before.place_B)
+        position_BC = counted_from(before.position_B) if position_ids is None else take(position_ids, tokens)
         sequence_BC = None
         if before.segment_B is not None or borders.text_BC.any():
             segment_BC = borders.text_BC.cumsum(1)
@@ -347,9 +350,9 @@ class MegadynModel(MegadynPreTrainedModel):
             sequence_BC = borders.sequence_BC.cumsum(1)
         theta = cast(dict, self.config.rope_parameters)["rope_theta"]
         cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
-        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, position_BC, sequence_BC,
+        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, place_BC, sequence_BC,
                           attentions)
-        return context, texts_after(before, tokens, position_BC, borders.ended_BC)
+        return context, texts_after(before, tokens, position_BC, place_BC, borders.ended_BC)
 
 
 class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):

@@ -81,8 +81,13 @@ def processed_tokens(network: Network, ids: torch.Tensor, labels: torch.Tensor) 
     routed = routed_layers(network)
     set_routing_mode(routed, "causal")
     seen: dict[int, NDArray[np.bool_]] = {}
+
+    def add(index: int, choice: Selection) -> None:
+        mask = as_mask(choice, ids.shape)[0].numpy()
+        seen[index] = mask | seen[index] if index in seen else mask       # a layer may choose for each of its halves
+
     for layer in routed:
-        watch(layer, lambda index, choice: seen.update({index: as_mask(choice, ids.shape)[0].numpy()}))
+        watch(layer, add)
     loss = float(network(ids, labels))
     return list(seen), np.stack(list(seen.values())), loss
 

@@ -24,7 +24,7 @@ def test_every_part_is_timed_counted_and_checked(capsys):
     layer.main([*SMALL, "--json"])
     *_, table, last = capsys.readouterr().out.strip().splitlines()
     figures = json.loads(last)
-    assert table.startswith("| dtrnet | layer |")
+    assert table.startswith("| ") and "| layer |" in table
     for kind, parts in PARTS.items():
         mine = [figure for figure in figures if figure["layer"] == kind]
         assert [figure["part"] for figure in mine] == (parts if kind == "head" else [*parts, "rest", "layer"])

@@ -62,7 +62,7 @@ def test_a_rank_that_does_not_answer_is_named(monkeypatch, ends, message):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--layouts", "2x1"], "must be TENSORxPIPELINExDATA"), (["--layouts", "3x1x1"], "parallel.tensor = 3"),
-    (["--layouts", "1x1x3"], "training.global_batch_size = 4"), (["--model", "moe"], "'moe' must be one of")])
+    (["--layouts", "1x1x3"], "training.global_batch_size = 4"), (["--model", "moe"], "'moe': must be one of")])
 def test_what_cannot_be_measured_is_refused(arguments, message, monkeypatch):
     monkeypatch.setattr(scaling.launch, "check_device", lambda device: None)
     with pytest.raises(UserError, match=message):

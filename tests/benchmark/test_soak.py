@@ -11,7 +11,7 @@ from megadyn.benchmark import soak
 from megadyn.benchmark.soak_bounds import FAIL, WARN, Curves, Soaked, verdicts
 from megadyn.errors import UserError
 
-STEPS = {"dtf-threshold/fp32": 220, "mod-bce/bf16": 80, "dtrnet-target/fp32": 80, "dtrnet-expert/fp32": 80}
+STEPS = {"dtf-default/fp32": 220, "mod-bce/bf16": 80, "dtrnet-target/fp32": 80, "dtrnet-expert/fp32": 80}
 """Each kind, both precisions and sizes of the tensor group. DTF's older form ended in NaN at step 198 of this run."""
 
 
@@ -21,10 +21,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Soaked]:
     for case in soak.CASES:
         if case.name in STEPS:
             done |= soak.run_all([case], folder, STEPS[case.name])
-    metrics = folder / "cases/dtf-threshold-fp32/metrics.jsonl"
+    metrics = folder / "cases/dtf-default-fp32/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    again = soak.run_all([case for case in soak.CASES if case.name == "dtf-threshold/fp32"], folder, 220)
-    assert again == {"dtf-threshold/fp32": done["dtf-threshold/fp32"]}
+    again = soak.run_all([case for case in soak.CASES if case.name == "dtf-default/fp32"], folder, 220)
+    assert again == {"dtf-default/fp32": done["dtf-default/fp32"]}
     assert metrics.stat().st_mtime_ns == before, "a case that is done is not run again"
     assert set(json.loads((folder / "soak.json").read_text())) == set(STEPS)
     return done
@@ -46,10 +46,10 @@ LAYER = {"routed_fraction": [0.5, 0.5], "causal_fraction": [0.45, 0.5], "causal_
          "gate_routed": [0.6, 0.7], "gate_unrouted": [0.4, 0.3], "ce_log_offset": [0.0, -3.0], "threshold": [0.5, 0.7]}
 
 
-def soaked(rule: str = "dtf-threshold", share: float | None = 0.5, loss: float = 1.5, ended: str = "",
+def soaked(rule: str = "dtf-default", share: float | None = 0.5, loss: float = 1.5, ended: str = "",
            **layer: list[float]) -> Soaked:
     curves = Curves([50, 100], [3.0, loss], [1.0, 1.0], {"1": LAYER | layer}, {"topk": 1.6, "causal": 1.7})
-    return Soaked(f"{rule}/fp32", rule, share, 100, curves, 1.0, ended)
+    return Soaked(f"{rule}/fp32", rule, share, 100, curves, 1.0, ended, follows=rule not in ("mod-bce", "dense-half"))
 
 
 HALF = soaked("dense-half", None, loss=1.6)
@@ -106,6 +106,6 @@ def test_names_choose_cases_and_their_controls() -> None:
     assert names() == [case.name for case in soak.CASES]
     assert names("mod-bce/bf16") == ["dense/bf16", "dense-half/bf16", "mod-bce/bf16"]
     assert names("dtf", "mod-bce") == [f"{rule}/{precision}" for precision in ("fp32", "bf16") for rule in (
-        "dense", "dense-half", "dtf-threshold", "dtf-predictor", "mod-bce")]
-    with pytest.raises(UserError, match="--cases moe: no such case; there are dense, dense-half, dtf-threshold"):
+        "dense", "dense-half", *(rule for rule in soak.RULES if rule.startswith("dtf-")), "mod-bce")]
+    with pytest.raises(UserError, match="--cases moe: no such case; there are dense, dense-half, dtf-default"):
         names("moe")

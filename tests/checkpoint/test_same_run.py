@@ -58,7 +58,8 @@ def test_all_else_is_refused_with_its_reason(kind, change):
     with pytest.raises(UserError) as caught:
         check_same_run(now, manifest_of(before), Path("there"))
     assert f"{key} is " in str(caught.value)
-    assert f"({MUST_EQUAL[key]})" in str(caught.value)
+    reasons = MUST_EQUAL | {f"model.routing.{name}": reason for name, reason in now.model.routing.fixed.items()}
+    assert f"({reasons[key]})" in str(caught.value)
 
 
 def test_a_key_that_an_earlier_version_did_not_have_is_no_difference():

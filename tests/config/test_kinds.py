@@ -57,7 +57,7 @@ def refusal(*args: object, **kwargs: object) -> str:
 @pytest.mark.parametrize(("kind", "key", "value", "owners"), [
     ("dtf", "jitter", 0.1, "dtrnet has"), ("dtf", "layout", "TDTDTDTD", "mod, dtrnet"),
     ("dense", "layout", "bilayer", "mod, dtrnet"), ("dense", "capacity", 0.5, "dtf, mod, dtrnet"),
-    ("dense", "causal", "threshold", "dtf, mod, dtrnet"), ("mod", "ma_window", 7, "dtf has"),
+    ("dense", "causal", "threshold", "dtf, mod, dtrnet"), ("mod", "ma_window", 7, "dtf, stt have"),
     ("dtrnet", "gate", "sigmoid", "mod has")])
 def test_a_key_of_another_kind_is_refused_with_the_kinds_that_have_it(tmp_path, kind, key, value, owners):
     want = f"model.routing.{key}: routing kind {kind} has no such key ({owners}"
@@ -99,7 +99,7 @@ def test_a_layer_that_names_the_same_kind_again_excuses_nothing(tmp_path):
 
 # ---- what 0.1 saved ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", BUILT_IN)
+@pytest.mark.parametrize("kind", ["dense", "dtf", "mod", "dtrnet"])
 def test_a_config_with_the_keys_of_all_kinds_as_it_was_saved_still_loads(tmp_path, kind):
     assert set(AS_SAVED) == FLAT
     routing = load(tmp_path, routing={"kind": kind, **AS_SAVED}).model.routing

@@ -3,8 +3,10 @@ purpose it fails by the check that is meant for it."""
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from torch.multiprocessing.spawn import ProcessException
 
 from megadyn.kinds import find_kind
 from tests.conformance.cases import cases_of
@@ -54,7 +56,7 @@ def test_a_run_of_it_goes_all_the_way(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(packages, tmp_path_factory):
-    return train_all([case_of(), case_of("no_tensor_sum")], tmp_path_factory.mktemp("trained"))
+    return train_all([case_of()], tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -77,9 +79,14 @@ def test_a_broken_promise_fails_by_its_own_check(broken, check):
             other(case_of(broken))
 
 
-def test_a_forgotten_tensor_sum_fails_by_the_layouts_alone(trained):
+def test_a_forgotten_tensor_sum_fails_by_the_layouts_alone(tmp_path):
+    """Ranks come to hold different hidden states: curves differ, or ranks choose differently and cannot exchange tokens."""
     for check in (no_future, no_other_sample, recomputation_changes_nothing):
         check(case_of("no_tensor_sum"))
-    split, whole = (trained[f"{case_of('no_tensor_sum')} {layout}"] for layout in (Layout(tensor=2, recompute="full"), Layout()))
-    with pytest.raises(AssertionError):
-        assert_like(split, whole)
+    with pytest.raises((AssertionError, ProcessException)):
+        trains_alike_under_tensor_ranks(case_of("no_tensor_sum"), tmp_path)
+
+
+def trains_alike_under_tensor_ranks(case: Case, folder: Path) -> None:
+    found = train_all([case], folder)
+    assert_like(found[f"{case} {Layout(tensor=2, recompute='full')}"], found[f"{case} {Layout()}"])

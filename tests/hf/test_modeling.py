@@ -9,8 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megadyn.hf.convert import write_code
 from megadyn.hf.layers_megadyn import MegadynCache, best_of_each_row, pack
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+from megadyn.kinds import find_kind
 from tests.hf.tiny_models import (
     DTF,
     KINDS,
@@ -408,6 +410,7 @@ def test_folder_works_without_megadyn(tmp_path, kind, normalization):
     folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     elsewhere.mkdir()
     model.save_pretrained(folder)
+    write_code(folder, find_kind(model.config.routing["kind"]))
     torch.save(TOKENS, elsewhere / "tokens.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"}

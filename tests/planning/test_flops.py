@@ -57,7 +57,10 @@ def unseen_scores(config: Config, length: int) -> float:
                for layer in config.model.layer_types)
 
 
-ROUTED = [(kind, capacity) for kind in KINDS if kind != "dense" for capacity in (0.125, 0.5)]
+FREE = ("mod-threshold", "nested", "subskip", "skip_middle")
+"""How many tokens these process follows from their weights and averages, not from their capacity: the conformance suite counts
+them at the shares that it finds."""
+ROUTED = [(kind, capacity) for kind in KINDS if kind not in ("dense", *FREE) for capacity in (0.125, 0.5)]
 
 
 @pytest.mark.parametrize(("kind", "capacity", "norm"), [("dense", 1.0, "pre"), *((*x, "pre") for x in ROUTED),
@@ -122,6 +125,7 @@ def test_what_tensor_ranks_share_and_what_each_does_add_up(kind):
     config = tiny_config(kind)
     flops = layer_flops(config.model, 24)
     assert [layer.cut + layer.whole for layer in flops] == layer_costs(config.model, 24)
-    routers = [layer in ("dtf_decision", "mod", "dtrnet", "stt") or (layer == "dtf_dynamic" and kind == "dtf-predictor")
-               for layer in config.model.layer_types]
+    routers = [layer in ("dtf_decision", "mod", "dtrnet", "stt", "nested", "subskip")
+               or (layer == "dtf_dynamic" and kind == "dtf-predictor") or (kind == "skip_middle" and index < 2)
+               for index, layer in enumerate(config.model.layer_types)]
     assert [layer.whole > 0 for layer in flops] == routers

@@ -34,6 +34,8 @@ def test_ranks_stand_where_deepspeed_puts_them() -> None:
 def test_every_rank_of_every_layout_passes(kind: str, tied: bool) -> None:
     """Two key/value heads, whole on four tensor ranks; 61 words, padded."""
     for tensor, pipeline in ((1, 1), (2, 2), (4, 1), (1, 4)):
+        if pipeline > 1 and kind == "skip_middle":
+            continue            # which it refuses
         config = tiny_config(kind, tensor=tensor, pipeline=pipeline, tied=tied)
         for rank in range(4):
             assert dry_run(config, Machine(4, 80), rank).fits

@@ -130,7 +130,7 @@ def test_warnings_go_into_the_log_and_the_metrics(tmp_path, monkeypatch, caplog)
 def saved_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of a dataset of bytes."""
     folder = tmp_path_factory.mktemp("text")
-    (folder / "corpus.jsonl").write_text(json.dumps({"text": (ROOT / "megadyn/model/block.py").read_text()}) + "\n")
+    (folder / "corpus.jsonl").write_text(json.dumps({"text": (ROOT / "LICENSE").read_text()}) + "\n")
     preprocess(Corpus([folder / "corpus.jsonl"]), "byte", folder / "bytes", append_eod=True)
     return folder / "bytes"
 

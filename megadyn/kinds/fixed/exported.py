@@ -26,16 +26,16 @@ class FixedLayer(RoutedLayer):
         self.share, self.seed, self.index = config.routing["capacity"], config.routing["seed"], number - 1
         self.is_random = config.routing["score"] == "random"
 
-    def score(self, position_BC: Tensor) -> Tensor:
+    def score(self, place_BC: Tensor) -> Tensor:
         """Above 0 where the token is processed."""
         if self.is_random:
-            return (self.share - hashed(self.seed, self.index, 0, 0, position_BC)).float()
-        after_BC = (position_BC + 1).double() * self.share
-        chosen_BC = after_BC.floor() > (position_BC.double() * self.share).floor()
+            return (self.share - hashed(self.seed, self.index, 0, 0, place_BC)).float()
+        after_BC = (place_BC + 1).double() * self.share
+        chosen_BC = after_BC.floor() > (place_BC.double() * self.share).floor()
         return (chosen_BC.double() - (after_BC - after_BC.floor())).float()
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
-        score_BC = self.score(context.position_BC)
+        score_BC = self.score(context.place_BC)
         return self.route(stream.hidden_BCD, score_BC, torch.ones_like(score_BC), context, cache)
 
 
