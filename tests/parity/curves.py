@@ -51,6 +51,8 @@ class Case(NamedTuple):
         return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
 
 
+KINDS = ("dense", "dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
+"""Tried here under everything a run can be cut by. The conformance suite holds all kinds to the main layouts."""
 EOD = 6
 
 
