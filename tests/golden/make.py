@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.parity.curves import Case, plain_curve
-from tests.tiny import KINDS
+from tests.tiny import KINDS, VARIANTS
 
 LOSSES = Path(__file__).with_name("losses.json")
 
@@ -39,7 +39,7 @@ def main(kinds: list[str]) -> None:
     known: dict[str, Any] = json.loads(LOSSES.read_text()) if kinds else {"losses": {}}
     if kinds and known["made_on"] != machine():
         raise SystemExit(f"{LOSSES.name} was made on {known['made_on']}, this is {machine()}: make all kinds anew")
-    made = {kind: [loss.hex() for loss in losses(kind)] for kind in kinds or KINDS}
+    made = {kind: [loss.hex() for loss in losses(kind)] for kind in kinds or (KINDS | VARIANTS)}
     LOSSES.write_text(json.dumps({"made_on": machine(), "losses": known["losses"] | made}, indent=1) + "\n")
 
 
