@@ -11,7 +11,9 @@ from typing import Any
 
 from megadyn.costs.shape import capacity_count
 from megadyn.errors import ConfigError, UserError, did_you_mean
-from megadyn.kinds.kind import DENSE, Capped, Kind, Laid, TopK, expand_layout
+from megadyn.kinds.kind import DENSE, Kind
+from megadyn.kinds.laid import Laid, expand_layout
+from megadyn.kinds.topk import Capped, TopK
 
 BUILT_IN = (
     "dense",

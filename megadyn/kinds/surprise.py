@@ -7,7 +7,8 @@ from typing import Any
 from megadyn.checks import at_least, in_range
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import SHAPES, TopK
+from megadyn.kinds.kind import SHAPES
+from megadyn.kinds.topk import TopK
 
 SURPRISE_LEGEND = {
     "S_CE": "S_CE: expected change, mean over tokens", "S_CU": "S_CU: unexpected change, mean over tokens",

@@ -380,5 +380,5 @@ def it_explains_itself(case: Case) -> None:
 ALONE: tuple[Callable[[Case], str | None], ...] = (
     no_future, no_other_sample, no_other_document, capacity_one_is_dense, gradients_are_those_of_differences,
     recomputation_changes_nothing, every_parameter_learns, operations_are_as_planned, parameters_are_as_planned,
-    memory_is_as_planned, foreign_keys_are_refused, statistics_do_not_depend_on_the_split, it_explains_itself)
+    foreign_keys_are_refused, statistics_do_not_depend_on_the_split, it_explains_itself)
 """Promises that one process can show."""

@@ -149,5 +149,3 @@ def a_run_goes_all_the_way(case: Case, folder: Path) -> None:
                           "97", "--sequence", "64", "--batch", "1", "--rounds", "1", "--warmup", "1"])
 
 
-EXPORTED = (the_export_is_the_engine, the_export_runs_alone)
-"""Of each variant; the whole way is gone with each kind's defaults."""

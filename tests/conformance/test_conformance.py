@@ -10,7 +10,10 @@ from tests.conformance.checks import ALONE, Case, memory_is_as_planned
 
 @pytest.mark.parametrize("promise", ALONE, ids=lambda check: check.__name__)
 def test_on_one_process(promise: Callable[[Case], str | None], case: Case) -> None:
-    if promise is memory_is_as_planned and case.variant != "default":
-        pytest.skip("tried with the kind's defaults: it takes seconds, and a variant adds few tensors")
     if reason := promise(case):
         pytest.skip(reason)
+
+
+def test_memory(default_case: Case) -> None:
+    """Of the defaults alone: it takes seconds, and a variant adds few tensors."""
+    memory_is_as_planned(default_case)

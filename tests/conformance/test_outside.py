@@ -18,7 +18,7 @@ from tests.conformance.checks import (
     no_other_sample,
     recomputation_changes_nothing,
 )
-from tests.conformance.exported import EXPORTED, a_run_goes_all_the_way
+from tests.conformance.exported import a_run_goes_all_the_way, the_export_is_the_engine, the_export_runs_alone
 from tests.conformance.outside import BROKEN, write_package
 from tests.conformance.ranked import LAYOUTS, RESUMED, SAVED, STEPS, Layout, assert_like, train_all
 
@@ -45,7 +45,7 @@ def test_it_keeps_its_promises_on_one_process(promise):
     assert promise(case_of()) is None
 
 
-@pytest.mark.parametrize("promise", EXPORTED, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("promise", [the_export_is_the_engine, the_export_runs_alone], ids=lambda check: check.__name__)
 def test_its_export_carries_its_code(promise, tmp_path):
     promise(case_of(), tmp_path / "export")
 

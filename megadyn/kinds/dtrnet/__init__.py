@@ -9,7 +9,9 @@ from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inn
 from megadyn.costs.operations import LayerFlops, flops_of_layer, router_flops
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE, TRAINED_SO, Laid, TopK
+from megadyn.kinds.kind import DENSE, TRAINED_SO
+from megadyn.kinds.laid import Laid
+from megadyn.kinds.topk import TopK
 
 
 @dataclass

@@ -9,7 +9,9 @@ from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE, Capped, Laid
+from megadyn.kinds.kind import DENSE
+from megadyn.kinds.laid import Laid
+from megadyn.kinds.topk import Capped
 
 
 @dataclass

@@ -6,7 +6,9 @@ from megadyn.checks import at_least, one_of
 from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
-from megadyn.kinds.kind import DENSE, TRAINED_SO, Laid, TopK
+from megadyn.kinds.kind import DENSE, TRAINED_SO
+from megadyn.kinds.laid import Laid
+from megadyn.kinds.topk import TopK
 
 
 @dataclass

@@ -4,15 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadyn.checks import at_least, in_range
+from megadyn.checks import at_least
 from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
-from megadyn.kinds.kind import DENSE, Kind, Laid
+from megadyn.kinds.kind import DENSE, OwnChoice
+from megadyn.kinds.laid import Laid
 
 
 @dataclass
-class Nested(Laid, Kind):
+class Nested(Laid, OwnChoice):
     kind: str = "nested"
     capacity: float = 0.2
     """Share of all tokens that a routed layer is to process twice; its threshold follows it."""
@@ -29,27 +30,15 @@ class Nested(Laid, Kind):
     tags = ("dynamic-nested-depth",)
     verb = "passed the layer twice"
     layers = {"nested": "NestedLayer"}
-    recorded = ("capacity",)
     equals_dense = False
 
     def check(self) -> None:
-        in_range("model.routing.capacity", self.capacity, 0, 1)
+        super().check()
         at_least("model.routing.threshold_rate", self.threshold_rate, 0)
-
-    @property
-    def share(self) -> float:
-        return self.capacity
-
-    @property
-    def varies(self) -> bool:
-        return True
 
     @property
     def uses_threshold(self) -> bool:
         return True
-
-    def describe(self) -> str:
-        return f"{self.name} at capacity {self.capacity}"
 
     def explain(self, measured: Mapping[str, float]) -> str:
         seen = f" At the end of training {measured['routed_fraction']:.1%} did." if "routed_fraction" in measured else ""
@@ -63,7 +52,7 @@ class Nested(Laid, Kind):
         first = flops_of_layer(shape, length)
         if layer == DENSE:
             return first
-        again = flops_of_layer(shape, (self.capacity if share is None else share) * length)
+        again = flops_of_layer(shape, self.taken(length, share))
         return LayerFlops(first.cut + again.cut, 2 * length * shape.hidden_size, first.attention + again.attention)
 
     def parameters(self, layer: str, shape: Shape) -> int:

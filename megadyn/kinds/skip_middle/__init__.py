@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadyn.checks import at_least, in_range
+from megadyn.checks import at_least
 from megadyn.costs.memory import Kept, Workload, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import Kind
+from megadyn.kinds.kind import OwnChoice
 
 OUT, BACK = "skip_middle_out", "skip_middle_back"
 
 
 @dataclass
-class SkipMiddle(Kind):
+class SkipMiddle(OwnChoice):
     kind: str = "skip_middle"
     capacity: float = 0.7
     """Share of tokens that layers are to process, mean over layers; the pressure on the gates follows it."""
@@ -32,10 +32,9 @@ class SkipMiddle(Kind):
     legend = {"pressure": "pressure: weight of the gates' mean in the loss"}
     layers = {OUT: "LeavingLayer", BACK: "ReturningLayer"}
     totals = ("pressure",)
-    recorded = ("capacity",)
 
     def check(self) -> None:
-        in_range("model.routing.capacity", self.capacity, 0, 1)
+        super().check()
         at_least("model.routing.pressure_rate", self.pressure_rate, 0)
 
     def check_shape(self, shape: Shape) -> None:
@@ -53,17 +52,6 @@ class SkipMiddle(Kind):
         half = num_layers // 2
         return [OUT] * half + [BACK] * (num_layers - half)
 
-    @property
-    def share(self) -> float:
-        return self.capacity
-
-    @property
-    def varies(self) -> bool:
-        return True
-
-    def describe(self) -> str:
-        return f"{self.name} at capacity {self.capacity}"
-
     def explain(self, measured: Mapping[str, float]) -> str:
         seen = ""
         if "routed_fraction" in measured:
@@ -74,7 +62,7 @@ class SkipMiddle(Kind):
         return super().to_export(shape) | {"router_type": "accumulated"}
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
-        taken = (self.capacity if share is None else share) * length
+        taken = self.taken(length, share)
         return flops_of_layer(shape, taken, whole=2 * length * shape.hidden_size if layer == OUT else 0.0)
 
     def parameters(self, layer: str, shape: Shape) -> int:

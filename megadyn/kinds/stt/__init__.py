@@ -7,7 +7,8 @@ from megadyn.costs.memory import Kept, Workload, backward_bytes, block_kept, den
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE, Laid
+from megadyn.kinds.kind import DENSE
+from megadyn.kinds.laid import Laid
 from megadyn.kinds.surprise import SURPRISE_LEGEND, Surprising
 
 

@@ -8,11 +8,12 @@ from megadyn.checks import at_least, in_range
 from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
-from megadyn.kinds.kind import DENSE, Kind, Laid
+from megadyn.kinds.kind import DENSE, OwnChoice
+from megadyn.kinds.laid import Laid
 
 
 @dataclass
-class Subskip(Laid, Kind):
+class Subskip(Laid, OwnChoice):
     kind: str = "subskip"
     capacity: float = 0.5
     """Share of all halves (a token's attention, a token's feed-forward) that routed layers are to keep."""
@@ -35,25 +36,13 @@ class Subskip(Laid, Kind):
               "kept": "kept: mean of the two", "temperature": "temperature of the Gumbel-softmax"}
     layers = {"subskip": "SubskipLayer"}
     totals = ("kept",)
-    recorded = ("capacity",)
     straight_through = True
 
     def check(self) -> None:
-        in_range("model.routing.capacity", self.capacity, 0, 1)
+        super().check()
         in_range("model.routing.temperature_end", self.temperature_end, 0, 1)
         at_least("model.routing.temperature_steps", self.temperature_steps, 1)
         at_least("model.routing.keep_loss_weight", self.keep_loss_weight, 0)
-
-    @property
-    def share(self) -> float:
-        return self.capacity
-
-    @property
-    def varies(self) -> bool:
-        return True
-
-    def describe(self) -> str:
-        return f"{self.name} at capacity {self.capacity}"
 
     def explain(self, measured: Mapping[str, float]) -> str:
         seen = ""
@@ -72,7 +61,7 @@ class Subskip(Laid, Kind):
             return flops_of_layer(shape, length)
         d = shape.hidden_size
         routers = 2 * 2 * length * (d * (d // 4) + 2 * (d // 4))
-        return flops_of_layer(shape, (self.capacity if share is None else share) * length, whole=routers)
+        return flops_of_layer(shape, self.taken(length, share), whole=routers)
 
     def parameters(self, layer: str, shape: Shape) -> int:
         d = shape.hidden_size
