@@ -229,7 +229,9 @@ def as_table(figures: Sequence[Figure]) -> str:
 
 def shown(value: float) -> str:
     """Three figures or more."""
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -66,9 +66,13 @@ def complete_checkpoints(root: Path, *, quiet: bool = False) -> list[Path]:
     if not (root / "latest").exists():
         return found
     latest, check = read_latest(root / "latest")
-    problem = ("cannot be read" if latest is None else
-               "is damaged (its crc32 is not that of its name)" if check and check != check_of(latest) else
-               "names no checkpoint there is" if latest not in [path.name for path in found] else "")
+    problem = ""
+    if latest is None:
+        problem = "cannot be read"
+    elif check and check != check_of(latest):
+        problem = "is damaged (its crc32 is not that of its name)"
+    elif latest not in [path.name for path in found]:
+        problem = "names no checkpoint there is"
     if latest is None or problem:
         if not quiet:
             log.warning("%s %s: passed over, %s", root / "latest", problem,

@@ -229,16 +229,13 @@ class MegadynModel(MegadynPreTrainedModel):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.cache_of_call(past_key_values, use_cache, rows=x_BTD.shape[0])
         refuse_unknown(kwargs, cache, x_BTD.shape[1])
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if output_attentions:
-            self.check_attentions()
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        output_attentions = self.attentions_asked(output_attentions)
         given = sequences_of_call((cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache)
         mask_BL = mask_of_call(attention_mask, x_BTD, cache)
         tokens = pack(mask_BL[:, -x_BTD.shape[1]:], least=1)
-        context, texts = self.context_of_call(x_BTD, tokens, input_ids, position_ids, given, cache, bool(output_attentions))
+        context, texts = self.context_of_call(x_BTD, tokens, input_ids, position_ids, given, cache, output_attentions)
         tokens = context.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
@@ -269,6 +266,13 @@ class MegadynModel(MegadynPreTrainedModel):
         """Whether layers choose by top-k; read at each call, because the mode may be changed on a loaded model."""
         one_of("config.routing_mode", self.config.routing_mode, ROUTING_MODES)
         return self.config.routing_mode == "topk" and has_topk(self.config.routing)
+
+    def attentions_asked(self, given: bool | None) -> bool:
+        """Whether this call is to return attention weights. ValueError if layers cannot."""
+        asked = bool(self.config.output_attentions if given is None else given)
+        if asked:
+            self.check_attentions()
+        return asked
 
     def check_attentions(self) -> None:
         """ValueError if layers cannot return attention weights."""

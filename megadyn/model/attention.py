@@ -23,11 +23,11 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
     asked, head_dim = model.attention, model.head_dim
     assert head_dim is not None
-    no_kernel = gpu_lacks("flash kernels") or (
-        "no flash kernels for fp32" if precision == "fp32"
-        else f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256" if head_dim % 8 or head_dim > 256
-        else None
-    )
+    no_kernel = gpu_lacks("flash kernels")
+    if not no_kernel and precision == "fp32":
+        no_kernel = "no flash kernels for fp32"
+    elif not no_kernel and (head_dim % 8 or head_dim > 256):
+        no_kernel = f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256"
     no_package = None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed (pip install megadyn[flash])"
     why_not = {"flash": no_kernel or no_package, "varlen": no_kernel, "sdpa": None}
     if asked != "auto":

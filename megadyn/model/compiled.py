@@ -17,10 +17,10 @@ BACKEND: str | Callable[..., Any] = "inductor"
 def check_compiler() -> None:
     """Raises ConfigError where this machine has nothing to compile with."""
     cxx = os.environ.get("CXX", "g++")                # as torch looks for it
-    problem = ("Triton is not installed" if torch.cuda.is_available() and importlib.util.find_spec("triton") is None
-               else None if shutil.which(cxx) else f"there is no C++ compiler {cxx} (CXX names another)")
-    if problem:
-        raise ConfigError("training.compile", True, f"false on this machine: {problem}")
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        raise ConfigError("training.compile", True, "false on this machine: Triton is not installed")
+    if not shutil.which(cxx):
+        raise ConfigError("training.compile", True, f"false on this machine: there is no C++ compiler {cxx} (CXX names another)")
 
 
 def compiled(method: Callable[..., Any], *inputs: Any) -> Any:

@@ -73,7 +73,9 @@ def name_of(param: Any) -> str:
 def component(name: str) -> str:
     """Which learning-rate multiplier a parameter takes: `router`, `prior` or `base`."""
     parts = name.split(".")
-    return "router" if "router" in parts or "causal_router" in parts else "prior" if "prior" in parts else "base"
+    if "router" in parts or "causal_router" in parts:
+        return "router"
+    return "prior" if "prior" in parts else "base"
 
 
 def counts_here(param: Any, tp: Axis) -> bool:

@@ -1,10 +1,12 @@
 """Averages that a layer carries from step to step."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 
-class StepTracker:
+class StepTracker(ABC):
     """Collects a scalar, or a vector, from every micro-batch of a step; the engine averages it over data-parallel ranks and
     hands it back.
 
@@ -17,18 +19,18 @@ class StepTracker:
         self.micro_batches = 0
         """Of this step, so far."""
 
+    @abstractmethod
     def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
         """Takes in a step: `mean` over its samples of what was observed; `total`: the sum of these over all layers
         of the model, where `Kind.totals` names this tracker; `rate`: the routers' learning rate in the step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state(self) -> dict[str, float]:
         """What a checkpoint holds of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_state(self, state: dict[str, float], device: torch.device) -> None:
         """Inverse of `state`."""
-        raise NotImplementedError
 
     def observe(self, value: Tensor) -> None:
         """A scalar or a vector of one micro-batch; a mean over its samples."""

@@ -24,7 +24,10 @@ class Data(NamedTuple):
     """The token that ends a document, where samples are masked by document."""
 
 
-def open_data(config: Config, start: Position | None = Position()) -> Data:  # noqa: B008 - immutable
+BEGINNING = Position()
+
+
+def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and
     `tokenizer.eod` where they were left out, and `training.iterations` where the length of the run is given in something else.
 
