@@ -75,9 +75,9 @@ def tiny_config(kind: str = "dtf", *, tensor: int = 1, pipeline: int = 1, zero: 
     ).checked()
 
 
-def tiny_tokens(steps: int, samples: int = 4, length: int = 24, vocab: int = VOCAB) -> Tensor:
+def tiny_tokens(steps: int, samples: int = 4, length: int = 24, vocab: int = VOCAB, seed: int = 7) -> Tensor:
     """[steps, samples, length + 1], the same on every rank."""
-    return torch.randint(0, vocab, (steps, samples, length + 1), generator=torch.Generator().manual_seed(7))
+    return torch.randint(0, vocab, (steps, samples, length + 1), generator=torch.Generator().manual_seed(seed))
 
 
 def micro_batches(samples: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

@@ -54,6 +54,9 @@ class Case(NamedTuple):
 KINDS = ("dense", "dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
 """Tried here under everything a run can be cut by. The conformance suite holds all kinds to the main layouts."""
 EOD = 6
+SEED = 19
+"""Of the samples: a draw in which, for every kind and normalisation, the scores on both sides of the cut lie at least 2e-5 of
+their size apart in every step. Closer, rounding may choose between two tokens, and curves part by more than rounding."""
 
 
 def tokens_of(case: Case) -> torch.Tensor:
@@ -61,9 +64,9 @@ def tokens_of(case: Case) -> torch.Tensor:
 
     A document's first token knows nothing but itself: beginnings alike would tie, and any rounding could choose between them.
     """
-    tokens = tiny_tokens(STEPS)
+    tokens = tiny_tokens(STEPS, seed=SEED)
     if case.documents:
-        tokens = tokens.flip(-1).contiguous()      # a draw in which no scores lie close at the cut
+        tokens = tokens.flip(-1).contiguous()
         tokens[tokens == EOD] += 1
         tokens[..., [7, 16]] = EOD
         tokens[..., [0, 8, 17]] = torch.tensor([10, 20, 30])
