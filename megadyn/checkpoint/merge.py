@@ -80,5 +80,5 @@ def thresholds(manifest: dict[str, Any]) -> dict[int, RunningThreshold]:
     """The running thresholds of a checkpoint, by layer."""
     state = routing_state(manifest, "thresholds")
     momentum = manifest["model"]["routing"].get("threshold_momentum", 0.0)
-    return {int(layer): RunningThreshold(momentum, torch.tensor(of["average"]), int(of["steps"]))
+    return {int(layer): RunningThreshold(momentum, float(of["average"]), int(of["steps"]))
             for layer, of in state.items()}

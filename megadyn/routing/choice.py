@@ -62,7 +62,7 @@ class CausalRouter(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """P(sg(h)) [B, T/seq] in at least float32."""
-        return upcast(self.fc2(F.silu(self.fc1(hidden.detach())))).squeeze(-1)
+        return self.fc2(F.silu(self.fc1(hidden.detach()))).squeeze(-1)
 
     def forward(self, score: Tensor, hidden: Tensor) -> Choice:
         """score [B, T], bitwise equal on all tensor ranks, so that all choose alike, and hidden [B, T/seq, D]."""
@@ -132,18 +132,20 @@ class TwoLayerRouter(nn.Module):
         self.fc1, self.fc2 = linear("fc1", width, ctx.model.hidden_size), linear("fc2", outputs, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return upcast(self.fc2(self.function(self.fc1(hidden))))
+        return self.fc2(self.function(self.fc1(hidden)))
 
 
 class Projection(nn.Module):
-    """x W^T + b, W and b whole on every tensor rank, x [B, T/seq, D]."""
+    """x W^T + b in at least float32, W and b whole on every tensor rank, x [B, T/seq, D]. Half precision would flip one decision
+    in a thousand, and may give a bias's gradient the wrong sign."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, seq: Axis):
         super().__init__()
         self.weight, self.bias, self.seq = weight, bias, seq
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, copy_to_tp(self.weight, self.seq), None if self.bias is None else copy_to_tp(self.bias, self.seq))
+        bias = None if self.bias is None else upcast(copy_to_tp(self.bias, self.seq))
+        return F.linear(upcast(x), upcast(copy_to_tp(self.weight, self.seq)), bias)
 
 
 def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Statistic]:

@@ -48,17 +48,17 @@ class QuantileThreshold(RunningThreshold):
     def watch(self, score: Tensor, top: Selection | None) -> None:
         if self.decides:
             tau = self.value.to(score.device)
-            self.observe(torch.stack([(score >= tau).float().mean(), (score - tau).abs().float().mean()]))
+            self.observe(torch.stack([(score >= tau).double().mean(), (score - tau).abs().double().mean()]))
         else:
             assert top is not None
-            self.observe(torch.stack([self.lowest(score, top), torch.zeros((), device=score.device)]))
+            self.observe(torch.stack([self.lowest(score, top), torch.zeros((), dtype=torch.float64, device=score.device)]))
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
         first, spread = mean.unbind()
         if not self.decides:
             super().end_step(first)
             return
-        tau = self.value.to(mean.device) + (1 - self.momentum) * GAIN * spread * (first - self.capacity)
+        tau = self.value.to(mean) + (1 - self.momentum) * GAIN * spread * (first - self.capacity)
         self.steps += 1
         self.average = tau * (1 - self.momentum**self.steps)            # what `value` makes tau of
 

@@ -74,7 +74,7 @@ def _open_hf(path: Path) -> Saved:
     for layer in range(model.num_layers):
         name = f"model.layers.{layer}.causal_router.threshold"
         if name in folder.names():
-            found[layer] = RunningThreshold(0.0, folder.whole(name).float().reshape(()), steps=1)
+            found[layer] = RunningThreshold(0.0, float(folder.whole(name)), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
     return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024, folder.eod,
                  fingerprint=tokenizer_settings(path).get(FINGERPRINT))

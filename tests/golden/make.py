@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.parity.curves import Case, plain_curve
-from tests.tiny import KINDS, VARIANTS
+from tests.parity.curves import STEPS, Case, plain_curve
+from tests.tiny import KINDS, VARIANTS, tiny_tokens
 
 LOSSES = Path(__file__).with_name("losses.json")
 
@@ -29,7 +29,7 @@ def losses(kind: str) -> list[float]:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
-        return plain_curve(Case(kind))["loss"]
+        return plain_curve(Case(kind), tiny_tokens(STEPS))["loss"]
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)

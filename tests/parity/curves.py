@@ -128,8 +128,11 @@ def _curve(case: Case) -> Curve:
     return curve
 
 
-def plain_curve(case: Case) -> Curve:
-    """The same training as a plain PyTorch loop: no DeepSpeed, no ranks, no micro-batches, torch's own clipping."""
+def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
+    """The same training as a plain PyTorch loop: no DeepSpeed, no ranks, no micro-batches, torch's own clipping.
+
+    `drawn`: samples in place of the case's own.
+    """
     from megadyn.model.block import LayerContext
     from megadyn.network import Network
     from megadyn.parallel.params import ParamMaker
@@ -145,7 +148,7 @@ def plain_curve(case: Case) -> Curve:
     adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
                              betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps)
     curve: Curve = {"loss": [], "grad_norm": []}
-    for step, samples in enumerate(tokens_of(case)):
+    for step, samples in enumerate(tokens_of(case) if drawn is None else drawn):
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
         (tokens, labels), = micro_batches(samples, 4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.parity.curves import KINDS, Case, config_of
+from tests.parity.curves import KINDS, SEED, Case, config_of
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_tokens
 
@@ -19,10 +19,9 @@ SAME = [Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2), Case("
         Case("dtf", 1, 1, 2, zero=0), Case("dtf", 1, 1, 2, zero=2), Case("dtf", 1, 1, 2, zero=3),
         Case("dtf", 2, 1, 1, precision="bf16"), Case("dtf", 1, 2, 1, precision="bf16"),
         Case("dtf", 1, 1, 2, zero=3, precision="bf16")]
-# Every kind and causal rule, under every normalisation, over the layouts by turns.
+# Every kind and causal rule; every normalisation.
 SAME += [Case(kind, 1, 2, 1) for kind in KINDS if kind != "dtf"]
-SAME += [Case(kind, *layout, norm=norm) for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
-         for norm, layout in (("lns", (1, 1, 2)), ("hybridnorm", (2, 1, 1)))]
+SAME += [Case("dtf", 1, 1, 2, norm="lns"), Case("dtf", 2, 1, 1, norm="hybridnorm")]
 SAME += [Case("dtrnet-target", 1, 1, 2), Case("dtrnet-target", 1, 2, 1)]
 """Saved and resumed alike."""
 
@@ -89,7 +88,7 @@ def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path
         assert save_load.load(engine, found)["iteration"] == steps.start
     share, rank = plan.global_batch // plan.data_parallel, engine.grid.dp.rank
     losses, norms = [], []
-    tokens = tiny_tokens(STEPS)
+    tokens = tiny_tokens(STEPS, seed=SEED)
     for step in steps:
         batches = micro_batches(tokens[step][rank * share : (rank + 1) * share], case.micro_batch)
         result = engine.train_step(batches, learning_rate(config.optimizer, step, STEPS))

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.config import Config
 from megadyn.costs.operations import block_flops
-from megadyn.kinds.dtrnet.layers import AttentionRouter
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
+from megadyn.routing.choice import TwoLayerRouter
 from tests.networks import known, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
@@ -36,9 +36,9 @@ def counted(config: Config, length: int, training: bool = False) -> int:
 
 def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
     """Under token choice as many tokens attend as the configured capacity says: those with the highest p0."""
-    forward = AttentionRouter.forward
+    forward = TwoLayerRouter.forward
 
-    def shifted(self: AttentionRouter, hidden: Tensor) -> Tensor:
+    def shifted(self: TwoLayerRouter, hidden: Tensor) -> Tensor:
         logits = forward(self, hidden)
         lead = (logits[..., 0] - logits[..., 1]).detach()
         count = max(1, int(config.model.routing.share * lead.shape[1]))
@@ -47,7 +47,7 @@ def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
         return logits + torch.stack([torch.zeros_like(lead), middle.unsqueeze(1).expand_as(lead)], dim=-1)
 
     if config.model.routing.varies:
-        monkeypatch.setattr(AttentionRouter, "forward", shifted)
+        monkeypatch.setattr(TwoLayerRouter, "forward", shifted)
 
 
 def unseen_scores(config: Config, length: int) -> float:

@@ -29,6 +29,16 @@ def test_steps_that_are_all_alike_show_no_bias_towards_the_start(steps):
     assert after_steps(0.99, torch.full((steps, 4), 0.75), 4).value.item() == pytest.approx(0.75, rel=1e-4)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3, 7])
+def test_a_score_that_stands_still_reaches_its_threshold_forever(micro_batches):
+    score, threshold = torch.tensor(0.1), RunningThreshold(0.99)
+    for _ in range(3000):
+        for _ in range(micro_batches):
+            threshold.observe(score)
+        threshold.end_step(threshold.take_step_mean())
+        assert threshold.value == score
+
+
 def test_before_the_first_step_the_value_is_zero():
     assert RunningThreshold(0.99).value == 0
 
@@ -52,13 +62,13 @@ def test_a_steps_observations_are_forgotten_when_taken():
     assert threshold.take_step_mean() == 10
 
 
-def test_half_precision_scores_are_averaged_in_float32_and_without_gradient():
+def test_half_precision_scores_are_averaged_in_float64_and_without_gradient():
     threshold = RunningThreshold(0.99)
     for value in (1.0, 2**-10):                  # their sum has more digits than bf16
         threshold.observe(torch.tensor(value, dtype=torch.bfloat16, requires_grad=True))
     mean = threshold.take_step_mean()
     assert mean == (1 + 2**-10) / 2
-    assert mean.dtype == torch.float32
+    assert mean.dtype == torch.float64
     assert not mean.requires_grad
     threshold.end_step(mean)
     assert threshold.value.dtype == torch.float32
@@ -67,7 +77,7 @@ def test_half_precision_scores_are_averaged_in_float32_and_without_gradient():
 def test_a_restored_threshold_goes_on_where_it_stood():
     scores = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
     straight, first = after_steps(0.9, scores, 4), after_steps(0.9, scores[:3], 4)
-    second = RunningThreshold(0.9, first.average, first.steps)
+    second = RunningThreshold(0.9, float(first.average), first.steps)
     for step in scores[3:]:
         second.end_step(step.mean())
     assert torch.equal(second.value, straight.value)

@@ -26,7 +26,7 @@ def make_router(kind: str, mode: str = "topk", threshold: float | None = None, *
     router = CausalRouter("model.layers.1.causal_router", layer_context(config))
     router.mode = mode
     if threshold is not None:
-        router.threshold = RunningThreshold(0.0, torch.tensor(threshold), steps=1)
+        router.threshold = RunningThreshold(0.0, threshold, steps=1)
     return router
 
 

@@ -11,14 +11,13 @@ from torch.testing import assert_close
 from megadyn.config import Config
 from megadyn.kinds.dtf.layers import DecisionLayer
 from megadyn.kinds.dtrnet import layers as dtrnet
-from megadyn.kinds.dtrnet.layers import AttentionRouter, DtrLayer
-from megadyn.kinds.mod.layers import LinearRouter
+from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.kinds.stt.layers import SubjectiveLayer
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
 from megadyn.routing import choice, surprise
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.aux_loss import attach_loss
-from megadyn.routing.choice import CausalRouter
+from megadyn.routing.choice import CausalRouter, LinearRouter, TwoLayerRouter
 from megadyn.routing.skipping import SkippingLayer
 from megadyn.routing.surprise import SurpriseRouter, moving_average
 from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
@@ -57,7 +56,7 @@ def open_all_gates(patch: pytest.MonkeyPatch, kind: str) -> None:
     logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0                 # sigmoid(60) is 1 in float64
     patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.full_like(static, 60.0), {}))
     patch.setattr(LinearRouter, "forward", lambda self, hidden: torch.full_like(hidden[..., 0], logit))
-    patch.setattr(AttentionRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
+    patch.setattr(TwoLayerRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
         *hidden.shape[:2], 2))
     patch.setattr(CausalRouter, "predict", lambda self, hidden: torch.ones_like(hidden[..., 0]))
 
@@ -181,7 +180,7 @@ class Calls:
 
 WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"), (SubjectiveLayer, "surprise"))
 DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choice"), (LinearRouter, "forward"),
-             (AttentionRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
+             (TwoLayerRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
 
 
 COUNTED = ("dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
@@ -236,7 +235,7 @@ def expected_calls(kind: str) -> dict[str, int]:
     family, _, variant = kind.partition("-")
     if family == "dtrnet":
         chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
-        names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "AttentionRouter.forward", *chosen]
+        names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "TwoLayerRouter.forward", *chosen]
     else:
         names = ["SubjectiveLayer.surprise" if family == "stt" else "SkippingLayer.update", "CausalRouter.forward",
                  "choice.choose_top"]

@@ -1,5 +1,7 @@
 """Every layer against a loop over tokens written from `routing.md`: outputs and all gradients, in float64."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,7 @@ def test_a_mod_layer(kind, norm, mode):
     router = layer.causal_router
     router.mode = mode
     if router.threshold is not None:
-        router.threshold = RunningThreshold(0.0, torch.tensor(-0.1), steps=1)
+        router.threshold = RunningThreshold(0.0, -0.1, steps=1)
     h = random(2, T, 16).requires_grad_()
     logit = h @ naive.params["router.weight"][0]
     gate = logit if KINDS[kind].get("gate") == "identity" else 1 / (1 + torch.exp(-logit))
@@ -106,7 +108,7 @@ def test_a_dtrnet_layer(kind, norm, mode):
         chosen = [(row > 0.5).nonzero().flatten().tolist() for row in attend]
     else:
         layer.causal_router.mode = mode
-        layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(0.45, dtype=torch.float64).logit(), steps=1)
+        layer.causal_router.threshold = RunningThreshold(0.0, math.log(0.45 / 0.55), steps=1)
         chosen = [best(row.tolist(), 4) if mode == "topk" else (row >= 0.45).nonzero().flatten().tolist() for row in attend]
     assert all(0 < len(row) < T for row in chosen), "the rule must choose, or the test shows nothing"
     want = torch.stack([naive.dtrnet(row, c, q) for row, c, q in zip(h, chosen, p)])

@@ -195,7 +195,7 @@ def causal_at(layer: DynamicLayer, threshold: float) -> DynamicLayer:
 
 
 def with_threshold(layer: DynamicLayer, threshold: float) -> DynamicLayer:
-    layer.causal_router.threshold = RunningThreshold(0.0, torch.tensor(threshold), steps=1)
+    layer.causal_router.threshold = RunningThreshold(0.0, threshold, steps=1)
     return layer
 
 

@@ -7,9 +7,9 @@ import torch
 
 from megadyn.errors import ConfigError
 from megadyn.kinds import make_kind
-from megadyn.kinds.dtrnet.layers import AttentionRouter
 from megadyn.kinds.dtrnet.load import AttentionLoad
 from megadyn.kinds.dtrnet.share import FAR, INTEGRAL, LARGEST, PROPORTIONAL, PULL, SOFT, ShareController, excess, preference
+from megadyn.routing.choice import TwoLayerRouter
 from megadyn.training.router_health import planned_share
 from tests.networks import disturb, layer_context, param_maker, with_routing
 from tests.tiny import tiny_config
@@ -79,7 +79,8 @@ def last_shares(shift: float, push: float, target: float = 0.2, rate: float = 0.
     """Shares in the last quarter of a training of one router alone, which begins with logit differences near `shift`; the
     language-model loss is stood in for by `push` mean p0. The tokens are new in each step."""
     config = tiny_config("dtrnet-token", init_std=0.02)
-    router = disturb(AttentionRouter("model.layers.1.router", layer_context(config, dtype=torch.float32)), param_maker(config))
+    router = TwoLayerRouter("model.layers.1.router", layer_context(config, dtype=torch.float32), 16, 2)
+    disturb(router, param_maker(config))
     load = AttentionLoad(1, 1e-3, 0, ShareController(target, 1e-3, 0.1))
     with torch.no_grad():
         router.fc2.bias[0] += shift

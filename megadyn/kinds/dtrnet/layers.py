@@ -3,8 +3,7 @@
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadyn.costs.shape import capacity_count
 from megadyn.kinds.dtrnet import Dtrnet
@@ -12,32 +11,13 @@ from megadyn.kinds.dtrnet.load import AttentionLoad
 from megadyn.kinds.dtrnet.share import ShareController, excess
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.recompute import recomputed
-from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
-from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.choice import CausalRouter, Projection, gate_statistics, share_statistics
+from megadyn.routing.choice import CausalRouter, TwoLayerRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import RoutedLayer, Step
 from megadyn.routing.monitor import Statistic, deviation_where
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
 from megadyn.routing.tracker import StepTracker
-
-
-class AttentionRouter(nn.Module):
-    """Logits W2 SiLU(W1 h + b1) + b2 of (attend, bypass), [B, T/seq, D] -> [B, T/seq, 2] in at least float32."""
-
-    def __init__(self, name: str, ctx: LayerContext):
-        super().__init__()
-        d, init, make = ctx.model.hidden_size, normal(ctx.model.init_std), ctx.make
-
-        def linear(part: str, out_size: int, in_size: int) -> Projection:
-            return Projection(make(f"{name}.{part}.weight", (out_size, in_size), init),
-                              make(f"{name}.{part}.bias", (out_size,), constant(0.0)), seq=make.seq)
-
-        self.fc1, self.fc2 = linear("fc1", d // 2, d), linear("fc2", 2, d // 2)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return upcast(self.fc2(F.silu(self.fc1(hidden))))
 
 
 class DtrLayer(RoutedLayer):
@@ -52,7 +32,7 @@ class DtrLayer(RoutedLayer):
         super().__init__(ctx, index, loss_scale)
         routing = ctx.model.routing
         assert isinstance(routing, Dtrnet)
-        self.router = AttentionRouter(f"{self.name}.router", ctx)
+        self.router = TwoLayerRouter(f"{self.name}.router", ctx, ctx.model.hidden_size // 2, 2)
         # Token choice is causal as it stands; expert choice is a top-k and needs a rule beside it.
         self.causal_router = None if routing.token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio

@@ -20,7 +20,7 @@ class FollowingThreshold(RunningThreshold):
     a step, with the share taken of the whole global batch."""
 
     def __init__(self, start: float, rate: float, share: float):
-        super().__init__(momentum=0.0, average=torch.tensor(start))        # without momentum the average is the value itself
+        super().__init__(momentum=0.0, average=start)        # without momentum the average is the value itself
         self.rate, self.share = rate, share
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
@@ -51,7 +51,7 @@ class NestedLayer(RoutedLayer):
         """By the threshold."""
         score = self.score(self.dense(stream.hidden, stream.documents))[1].flatten().sort(descending=True).values
         count = capacity_count(share, len(score))
-        self.threshold.average = score[count - 1:count + 1].mean().float()
+        self.threshold.average = score[count - 1:count + 1].double().mean()
 
     def score(self, post: Tensor) -> tuple[Tensor, Tensor]:
         """h' [B, T/seq, D] -> p [B, T/seq], and without gradient of the whole sequence [B, T]."""
