@@ -176,8 +176,7 @@ class Job:
         if is_new and self.iteration >= self.total and not self.has_ended:       # a rollback left nothing to do
             self.end()
         if stopping:
-            log.info("stopped by %s after iteration %d; start again to go on", self.signals.received or "a signal elsewhere",
-                     self.iteration)
+            log.info("stopped by %s after iteration %d; start again to go on", self.signals.reason(), self.iteration)
 
     def steps(self, loader: Loader) -> bool:
         """Steps until the run is complete or has gone back to a checkpoint; true if it was asked to stop."""

@@ -62,6 +62,14 @@ class Signals:
         stop, busy = flags.tolist()
         return Answer(bool(stop), not busy)
 
+    def reason(self) -> str:
+        """What asked the run to stop, from the first rank that was asked. Collective, after an answer that says stop."""
+        reasons = [self.received]
+        if self._group is not None:
+            reasons = [None] * dist.get_world_size()
+            dist.all_gather_object(reasons, self.received, group=self._group)
+        return next(reason for reason in reasons if reason)
+
 
 class LossRule:
     """Which losses are bad: NaN, infinite, or a spike over the median of the good steps before. Counts bad steps. Equal on all

@@ -89,7 +89,7 @@ def test_the_table_counts_what_is_broken_and_the_page_says_what_is_seen(tmp_path
     found = {case.name: case for case in (HALF, soaked(loss=1.7), soaked("mod-bce", causal_fraction=[0.5, 0.2]))}
     text, broken = soak.table(found)
     assert broken == 1
-    assert "| dtf-threshold/fp32 | 1.700 | 1.600 | FAIL loss 1.700, 1.600 at half the depth |" in text.splitlines()
+    assert "| dtf-default/fp32 | 1.700 | 1.600 | FAIL loss 1.700, 1.600 at half the depth |" in text.splitlines()
     write_page(found, tmp_path / "page", text, "python tools/benchmark.py soak")
     page = (tmp_path / "page.md").read_text()
     assert text in page
