@@ -1,5 +1,5 @@
 # make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
-# make test         the test suite
+# make test         the test suite; WORKERS= sets how many files are tested at once
 # make check        lint, types and tests, as CI runs them
 # make conformance  transformers' own model tests on every kind of exported model; fetches them from PyPI
 # make soak         thousands of steps of every kind of routing; takes long, and is no part of the others
@@ -9,6 +9,7 @@ PYTHON ?= python3
 TENSOR ?= 2
 PIPELINE ?= 1
 DATA ?= 1
+WORKERS ?= 2
 
 VENV := .venv
 ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
@@ -29,7 +30,7 @@ quickstart: install
 	$(ON_CPU) TENSOR=$(TENSOR) PIPELINE=$(PIPELINE) DATA=$(DATA) examples/quickstart/run.sh
 
 test: install
-	$(ON_CPU) python -m pytest
+	$(ON_CPU) python -m pytest -n $(WORKERS) --dist loadfile
 
 soak: install
 	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak

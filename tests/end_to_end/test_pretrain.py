@@ -16,7 +16,9 @@ from tests.tiny import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--module", "megadyn.pretrain"]
+DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", str(20000 + os.getpid() % 10000), "--module",
+             "megadyn.pretrain"]
+"""With a port of this process's own: tests run beside each other."""
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "megadyn.pretrain"]
 ALONE = [sys.executable, "-m", "megadyn.pretrain"]
 
