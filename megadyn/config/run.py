@@ -233,10 +233,13 @@ DECIDED_HERE = {
     "gradient_accumulation_steps": "the training section", "gradient_clipping": "optimizer.clip_grad",
     "optimizer": "the optimizer section", "scheduler": "the optimizer section", "bf16": "precision", "fp16": "precision",
     "data_types": "precision", "activation_checkpointing": "training.recompute", "pipeline": "parallel.pipeline",
-    "steps_per_print": "logging.interval", "zero_allow_untested_optimizer": "the optimizer section",
-    "zero_force_ds_cpu_optimizer": "the optimizer section",
+    "steps_per_print": "logging.interval", "timers": "the logging section",
+    "zero_allow_untested_optimizer": "the optimizer section", "zero_force_ds_cpu_optimizer": "the optimizer section",
 }
 """DeepSpeed's keys that may not stand in the JSON, and what they follow from."""
+REDUCED_IN = "communication_data_type"
+"""DeepSpeed's key for the type in which gradients are summed over data-parallel ranks: `fp32` unless the JSON has another, or the
+run is in fp16. Its own default is the type of the weights, in which a sum of fp32 gradients would lose 16 of their 24 bits."""
 
 
 def engine_settings(config: Config) -> dict[str, Any]:
@@ -265,6 +268,9 @@ def engine_settings(config: Config) -> dict[str, Any]:
     if config.training.compile and stage == 3:
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "at most 2 with training.compile: weights are gathered "
                           "inside a layer; use ds_configs/zero2.json")
+    reduced_in = settings.setdefault(REDUCED_IN, "fp16" if config.precision == "fp16" else "fp32")
+    if reduced_in not in {"fp32", config.precision}:
+        raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"fp32 or {config.precision}, as precision is")
     if config.precision != "fp32" and stage == 0:
         raise ConfigError(f"{path}: zero_optimization.stage", stage,
                           f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "

@@ -134,6 +134,13 @@ def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outsid
     return Kept(input, block, inner_kept(work, c, c), outside, c * backward_bytes(work) + 2 * work.bytes * d * work.part)
 
 
+def router_kept(work: Workload, values: int) -> float:
+    """What a two-layer router keeps, `values` of each token between its layers: in float32, so in half precision also a copy of
+    its input."""
+    d, _, _, _ = work.widths
+    return work.part * 4 * (values + d * (work.bytes < 4))
+
+
 def own_input(work: Workload) -> float:
     """The input of a dense layer, where something in it needs that as it is."""
     is_needed = work.parts == 1 if work.model.normalization == "hybridnorm" else work.fused or work.bytes == 4

@@ -1,6 +1,7 @@
 """Which kernels run: Triton's on CUDA tensors where `training.kernels` allows it, else torch's own operations."""
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,15 +31,40 @@ def gpu_lacks(kernels: str) -> str | None:
             if torch.cuda.get_device_capability() < LEAST_CAPABILITY else None)
 
 
+def problem_of(trial: Callable[[], object]) -> str | None:
+    """What a call raises, in one line; None if it returns. For what only a call can tell: a package may be there and lack a
+    function, a compiler or a header."""
+    try:
+        trial()
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
+def _launch_triton() -> None:
+    """A kernel's first launch, which compiles its driver."""
+    from megadyn.kernels.rows import take_rows
+
+    x = torch.zeros(2, 8, device="cuda")
+    take_rows(x, torch.tensor([1], device="cuda"))
+    torch.cuda.synchronize()
+
+
+def _triton_lacks() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install megadyn[kernels])"
+    problem = problem_of(_launch_triton)
+    return problem and f"a first Triton kernel failed ({problem}); it needs a C compiler and Python's headers"
+
+
 def kernel_choice(asked: str) -> tuple[str, str]:
     """`triton` or `torch`, and why. Raises ConfigError when Triton is asked for and cannot run here."""
-    why_not = gpu_lacks("Triton kernels") or (
-        "Triton is not installed (pip install megadyn[kernels])" if importlib.util.find_spec("triton") is None else None)
+    why_not = gpu_lacks("Triton kernels") or (None if asked == "torch" else _triton_lacks())
     if asked == "triton" and why_not:
         raise ConfigError("training.kernels", asked, f"torch on this machine: {why_not}")
     if asked != "auto":
         return asked, "as configured"
-    return ("torch", f"auto: {why_not}") if why_not else ("triton", "auto: a CUDA device and Triton are there")
+    return ("torch", f"auto: {why_not}") if why_not else ("triton", "auto: a first kernel ran")
 
 
 def use_kernels(asked: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megadyn.checks import at_least, in_range, one_of
-from megadyn.costs.memory import Workload
+from megadyn.costs.memory import Workload, router_kept
 from megadyn.costs.operations import router_flops
 from megadyn.costs.shape import Shape, capacity_count
 from megadyn.errors import ConfigError
@@ -178,8 +178,9 @@ class TopK(Capped):
         return d * (d // 2) + d // 2 if self.causal == "predictor" else 0
 
     def predictor_kept(self, work: Workload) -> float:
-        """The predictor reads the layer's input."""
-        return work.part * work.bytes * work.model.hidden_size * (self.causal == "predictor")
+        """The predictor's; and the layer's input, which it reads."""
+        d = work.model.hidden_size
+        return (work.part * work.bytes * d + router_kept(work, 2 * (d // 2))) * (self.causal == "predictor")
 
 
 RULES = {

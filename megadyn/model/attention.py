@@ -1,6 +1,7 @@
 """Grouped-query causal self-attention."""
 
 import importlib.util
+import inspect
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
-from megadyn.kernels.rule import gpu_lacks
-from megadyn.model.documents import Segments
+from megadyn.kernels.rule import gpu_lacks, problem_of
+from megadyn.model.documents import Segments, segments_of
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
 from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
+
+TRIAL_DEVICE = "cuda"
+"""Where a backend is tried before it is chosen."""
 
 
 def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
@@ -28,14 +32,36 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
         no_kernel = "no flash kernels for fp32"
     elif not no_kernel and (head_dim % 8 or head_dim > 256):
         no_kernel = f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256"
-    no_package = None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed (pip install megadyn[flash])"
-    why_not = {"flash": no_kernel or no_package, "varlen": no_kernel, "sdpa": None}
     if asked != "auto":
-        if why_not[asked]:
-            raise ConfigError("model.attention", asked, f"sdpa on this machine: {why_not[asked]}")
+        if asked != "sdpa" and (problem := no_kernel or _problem_with(asked, head_dim, precision)):
+            raise ConfigError("model.attention", asked, f"sdpa on this machine: {problem}")
         return asked, "as configured"
-    chosen = next(backend for backend, problem in why_not.items() if problem is None)
-    return chosen, f"auto: {no_kernel or no_package or 'flash-attn is installed'}"
+    if no_kernel:
+        return "sdpa", f"auto: {no_kernel}"
+    no_flash = _problem_with("flash", head_dim, precision)
+    if no_flash is None:
+        return "flash", "auto: flash-attn runs"
+    no_varlen = _problem_with("varlen", head_dim, precision)
+    return ("sdpa", f"auto: {no_flash}; {no_varlen}") if no_varlen else ("varlen", f"auto: {no_flash}")
+
+
+def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
+    """Why the backend fails at attention of three tokens in two segments, with two heads in a group, forward and backward: a
+    package may be installed and lack the functions (flash-attn 4 does), or the kernels for this GPU."""
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed (pip install megadyn[flash])"
+
+    def trial() -> None:
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        q, k = (torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=TRIAL_DEVICE, requires_grad=True) for heads in (2, 1))
+        ids = torch.tensor([[0, 0, 1]], device=TRIAL_DEVICE)
+        for segments in (None, segments_of(ids, 2, 2)):
+            causal_attention(q, k, k, backend, segments).sum().backward()
+        if TRIAL_DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    problem = problem_of(trial)
+    return problem and f"{backend} attention failed at a first call ({problem})"
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None) -> Tensor:
@@ -76,8 +102,11 @@ def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segmen
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:          # torch 2.12 and newer
+            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out
     lengths = [length for length in ends.diff().tolist() if length]

@@ -111,8 +111,8 @@ def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
         ("fp32", 1): Share(4, 4, 12 * part, 4 * part, 0),
         ("fp32", 2): Share(4, 4 * part, 12 * part, 4 * part, 4 * part),
         ("fp32", 3): Share(4 * part, 4 * part, 12 * part, 4 * part, 0),
-        # BF16_Optimizer: fp32 gradients, joined and then halved to be reduced.
-        ("bf16", 1): Share(2, 4, 12 * part, 6, 0),
+        # BF16_Optimizer: fp32 gradients, joined to be reduced.
+        ("bf16", 1): Share(2, 4, 12 * part, 4, 0),
         ("bf16", 2): Share(2, 4 * part, 12 * part, 2 * part, 2 * part),
         ("bf16", 3): Share(2 * part, 4 * part, 12 * part, 4 * part, 0),
         ("fp16", 1): Share(2, 2, 12 * part, 4 * part, 0),

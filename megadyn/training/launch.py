@@ -1,8 +1,10 @@
 """Joins this process to the others, however it was started: deepspeed, torchrun, mpirun, srun, or alone."""
 
+import functools
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -104,10 +106,25 @@ def join(timeout_s: float = 1800.0) -> None:
             dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt()}", store), timeout=timeout,
                                     rank=int(os.environ["RANK"]), world_size=world_size())
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+        _hold_groups_to(timeout)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
                        f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
+
+
+def _hold_groups_to(timeout: timedelta) -> None:
+    """Groups made from now on, ours and DeepSpeed's, wait as long as the default group. `new_group` gives them the backend's
+    own timeout, whatever the default group has."""
+    made = getattr(dist.new_group, "without_timeout", dist.new_group)
+
+    @functools.wraps(made)
+    def new_group(ranks: Any = None, timeout: timedelta | None = None, *args: Any, **settings: Any) -> Any:
+        return made(ranks, own if timeout is None else timeout, *args, **settings)
+
+    own = timeout
+    vars(new_group)["without_timeout"] = made
+    dist.new_group = new_group
 
 
 def leave() -> None:

@@ -20,8 +20,9 @@ PARTS = {"dense": ["norm", "attention", "add + norm", "MLP"], "head": ["loss"],
          "dtrnet": ["router", "choose", "norm", "attention or bypass", "add + norm", "MLP"]}
 
 
-def test_every_part_is_timed_counted_and_checked(capsys):
-    layer.main([*SMALL, "--json"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_part_is_timed_counted_and_checked(precision, capsys):
+    layer.main([*SMALL, f"--precision={precision}", "--json"])
     *_, table, last = capsys.readouterr().out.strip().splitlines()
     figures = json.loads(last)
     assert table.startswith("| ") and "| layer |" in table
@@ -35,9 +36,10 @@ def test_every_part_is_timed_counted_and_checked(capsys):
             name = f"{kind}, {figure['part']}"
             assert figure["part"] == "rest" or figure["forward"] > 0, name
             assert figure["counted"] is None or figure["counted"] == pytest.approx(1, abs=0.02), name
-            assert (figure["float64_error"] is None) == (figure["part"] in ("rest", "choose")), name
+            unchecked = ("rest", "choose") if precision == "fp32" else ("rest", "choose", "layer")
+            assert (figure["float64_error"] is None) == (figure["part"] in unchecked), name
             assert bool(figure["bytes"]) == (figure["part"] in ("norm", "add + norm", "take", "put_back")), name
-    assert all(figure["backward"] == pytest.approx(0, abs=1e-3) for figure in figures if figure["part"] == "choose")
+    assert all(figure["backward"] == pytest.approx(0, abs=2e-2) for figure in figures if figure["part"] == "choose")
 
 
 def test_the_parts_of_a_skipping_layer_make_its_output():

@@ -18,11 +18,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(rule._Process, "uses_triton", False)
+    monkeypatch.setattr(rule, "_launch_triton", lambda: None)
     return monkeypatch
 
 
 def test_auto_takes_triton_where_it_can_run(gpu):
-    assert rule.use_kernels("auto") == ("triton", "auto: a CUDA device and Triton are there")
+    assert rule.use_kernels("auto") == ("triton", "auto: a first kernel ran")
     assert rule._Process.uses_triton
     assert rule.use_kernels("torch") == ("torch", "as configured")
     assert not rule._Process.uses_triton
@@ -31,7 +32,9 @@ def test_auto_takes_triton_where_it_can_run(gpu):
 @pytest.mark.parametrize(("missing", "why"), [
     (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "no CUDA device"),
     (lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5)), "compute capability 8.0"),
-    (lambda patch: patch.setattr(rule.importlib.util, "find_spec", lambda name: None), r"pip install megadyn\[kernels\]")])
+    (lambda patch: patch.setattr(rule.importlib.util, "find_spec", lambda name: None), r"pip install megadyn\[kernels\]"),
+    (lambda patch: patch.setattr(rule, "_launch_triton", lambda: 1 / 0), r"a first Triton kernel failed \(ZeroDivisionError: .*"
+     "it needs a C compiler and Python's headers")])
 def test_where_triton_cannot_run_auto_says_why_and_asking_for_it_is_an_error(gpu, missing, why):
     missing(gpu)
     with pytest.raises(ConfigError, match=rf"training.kernels = 'triton': must be torch on this machine: .*{why}"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from megadyn.checks import at_least, one_of
-from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inner_kept
+from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inner_kept, router_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer, router_flops
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
@@ -156,7 +156,8 @@ class Dtrnet(Laid, TopK):
         c = work.chosen(self.share)
         attending = c * (b * (d + 2 * q + 2 * k) + work.turned + work.segments * (work.documents or self.varies))
         bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
-        return Kept(m * b * d, attending + bypass, inner_kept(work, n, c), m * b * d + 24 * n, n * backward_bytes(work))
+        router = router_kept(work, 2 * (d // 2)) + 24 * n
+        return Kept(m * b * d, attending + bypass, inner_kept(work, n, c), router, n * backward_bytes(work))
 
 
 KIND = Dtrnet

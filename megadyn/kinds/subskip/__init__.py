@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megadyn.checks import at_least, in_range
-from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
+from megadyn.costs.memory import Kept, Workload, dense_kept, router_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.kinds.kind import DENSE, OwnChoice
@@ -74,7 +74,7 @@ class Subskip(Laid, OwnChoice):
         d, b, m, c = work.model.hidden_size, work.bytes, work.part, work.chosen(self.capacity)
         block = skipping_kept(work, self.capacity)
         split = c * work.segments * (not work.documents)                   # any number of tokens is in segments
-        routers = m * 2 * b * (d // 4) + 64 * work.tokens
+        routers = 2 * router_kept(work, d // 4) + 64 * work.tokens
         inside = block.inside + c * b * d + split                          # attention's own update is kept
         return Kept(m * b * d, inside, block.inner + split, routers, block.working)
 
