@@ -1,5 +1,6 @@
 """Runs a check on N processes of this machine, joined by gloo."""
 
+import importlib
 import os
 import socket
 from datetime import timedelta
@@ -31,6 +32,7 @@ def _free_port() -> int:
 def _rank_main(rank: int, world_size: int, port: int, check: Any, args: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
+    importlib.import_module("tests.crew_imports")          # the fork server may be another's, with other modules
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=WAIT)
     check(*args)

@@ -178,9 +178,9 @@ class TopK(Capped):
         return d * (d // 2) + d // 2 if self.causal == "predictor" else 0
 
     def predictor_kept(self, work: Workload) -> float:
-        """The predictor's; and the layer's input, which it reads."""
+        """The predictor's; and in fp32 the layer's input, which it reads as it is."""
         d = work.model.hidden_size
-        return (work.part * work.bytes * d + router_kept(work, 2 * (d // 2))) * (self.causal == "predictor")
+        return (router_kept(work, 2 * (d // 2)) + work.part * 4 * d * (work.bytes == 4)) * (self.causal == "predictor")
 
 
 RULES = {
