@@ -16,9 +16,9 @@ from tests.tiny import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", str(20000 + os.getpid() % 10000), "--module",
-             "megadyn.pretrain"]
-"""With a port of this process's own: tests run beside each other."""
+PORT = str(20000 + os.getpid() % 10000)
+"""This process's own: tests run beside each other."""
+DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", PORT, "--module", "megadyn.pretrain"]
 TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "megadyn.pretrain"]
 ALONE = [sys.executable, "-m", "megadyn.pretrain"]
 
@@ -59,7 +59,7 @@ def test_sigterm_saves_and_exits_0(config_file: Path) -> None:
     hosts.write_text("localhost slots=2\n")
     command = [str(ROOT / "examples/launch/deepspeed.sh"), str(config_file), "parallel.tensor=2", "training.iterations=100000",
                "training.eval_interval=0"]
-    process = subprocess.Popen(command, env=ENVIRONMENT | {"HOSTFILE": str(hosts), "NODE_RANK": "0"},
+    process = subprocess.Popen(command, env=ENVIRONMENT | {"HOSTFILE": str(hosts), "NODE_RANK": "0", "MASTER_PORT": PORT},
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         metrics = config_file.parent / "out/metrics.jsonl"
@@ -70,7 +70,9 @@ def test_sigterm_saves_and_exits_0(config_file: Path) -> None:
         ranks[0].send_signal(signal.SIGTERM)           # one is enough: all stop after the same step
         output, _ = process.communicate(timeout=60)
     finally:
-        process.kill()
+        left = [process] if process.poll() is not None else [*psutil.Process(process.pid).children(recursive=True), process]
+        for one in left:
+            one.kill()
     assert process.returncode == 0, output
     assert "stopped by SIGTERM" in output
     last = max(losses(config_file))
