@@ -28,25 +28,26 @@ from megadyn.config import Config, batch_plan, engine_settings, load_config, sav
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
+from megadyn.engine.engine import Engine, MicroBatch, StepResult
+from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import Parser, RunError, UserError
 from megadyn.kinds import DENSE
+from megadyn.launch import launch
+from megadyn.launch.environment import record_start
+from megadyn.launch.lock import RunLock
+from megadyn.launch.processes import Process, launchers
+from megadyn.launch.signals import Signals
+from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log, start_logging
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path
-from megadyn.training import launch
+from megadyn.telemetry.profile import Profile
+from megadyn.telemetry.telemetry import Telemetry
 from megadyn.training.data import Data, evaluation_size, open_data
-from megadyn.training.engine import Engine, MicroBatch, StepResult
-from megadyn.training.environment import record_start
-from megadyn.training.guard import LossRule, Signals, TrainingDiverged, problem_at_end
 from megadyn.training.length import Course, Position, schedule_of, settle_length
 from megadyn.training.loader import Loader
-from megadyn.training.lock import RunLock
-from megadyn.training.optimizer import learning_rate, schedule_problem
-from megadyn.training.processes import Process, launchers
-from megadyn.training.profile import Profile
-from megadyn.training.refuse import CHECKPOINTS, expected_start, refuse_early, refuse_login
-from megadyn.training.telemetry import Telemetry
-from megadyn.training.watchdog import Watchdog
+from megadyn.training.loss_rule import LossRule, TrainingDiverged, problem_at_end
+from megadyn.training.preflight import CHECKPOINTS, expected_start, refuse_early, refuse_login
 
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:

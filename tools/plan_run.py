@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[dict[str, object]]:
-    from megadyn.training.dry_run import dry_run  # seconds of imports: only where modules are built
+    from megadyn.engine.dry_run import dry_run  # seconds of imports: only where modules are built
 
     records = []
     for rank in ranks:

@@ -27,11 +27,11 @@ from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
 from megadyn.data.arguments import add_json_argument
+from megadyn.engine.engine import Engine
 from megadyn.errors import Parser, UserError
+from megadyn.launch import launch
 from megadyn.parallel.grid import Grid
 from megadyn.paths import user_path
-from megadyn.training import launch
-from megadyn.training.engine import Engine
 
 
 @dataclass

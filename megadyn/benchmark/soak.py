@@ -215,7 +215,7 @@ def curves_of(metrics: Path) -> Curves:
 
 def run_all(cases: Sequence[Case], folder: Path, steps: int, *, again: bool = False) -> dict[str, Soaked]:
     """Every case by its name; OUTPUT/soak.json is renewed after each."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.training.engine"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.engine.engine"])
     folder, results = folder.absolute(), folder / "soak.json"
     if again:
         shutil.rmtree(folder / "cases", ignore_errors=True)

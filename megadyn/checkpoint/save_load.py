@@ -34,7 +34,7 @@ from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.params import component, counts_here, name_of
 
 if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
-    from megadyn.training.engine import Engine
+    from megadyn.engine.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
