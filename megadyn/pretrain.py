@@ -26,11 +26,11 @@ from megadyn.checkpoint.start import find_start
 from megadyn.checkpoint.writing import CheckpointError, Writer, all_gather
 from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
-from megadyn.data.files import os_errors_named
 from megadyn.data.samples import Samples
 from megadyn.engine.engine import Engine, MicroBatch, StepResult
 from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import Parser, RunError, UserError
+from megadyn.files import os_errors_named
 from megadyn.kinds import DENSE
 from megadyn.launch import launch
 from megadyn.launch.environment import record_start

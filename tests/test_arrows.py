@@ -15,8 +15,8 @@ from megadyn.kinds import BUILT_IN, DENSE, find_kind
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
 ROOMS = ("benchmark", "pretrain", "report", "evaluation", "training", "checkpoint", "engine", "telemetry", "launch", "hf",
-         "network", "layers of kinds", "routing", "model", "kernels", "parallel", "data", "planning", "config", "kinds", "costs",
-         "checks", "paths", "errors", "log")
+         "network", "layers of kinds", "routing", "model", "kernels", "parallel", "prepare", "data", "tokenization", "planning",
+         "config", "kinds", "costs", "checks", "arguments", "paths", "files", "errors", "log")
 """Highest first. The modules of `layers of kinds` are found by name, so that nothing imports them but each other."""
 SIDE_BY_SIDE = (("checkpoint", "engine", "telemetry", "launch"), ("errors", "log"))
 """Rooms of which none knows another."""
@@ -202,8 +202,8 @@ def test_few_rooms_know_torch_distributed():
     assert "parallel" in rooms
 
 
-def test_data_needs_no_torch():
-    assert not {name for name in users("torch") if name.startswith("data/")}
+def test_text_and_data_need_no_torch():
+    assert not {name for name in users("torch") if name.split("/")[0] in ("prepare", "data", "tokenization")}
 
 
 def test_the_exported_modelling_files_need_nothing_of_megadyn_but_each_other():

@@ -10,8 +10,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from megadyn.arguments import positive
 from megadyn.config import batch_plan, engine_settings, load_config
-from megadyn.data.arguments import positive
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.paths import user_path

@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megadyn.data.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, positive
 from megadyn.errors import Parser, run_tool
 from megadyn.evaluation.losses import evaluate
 from megadyn.paths import user_path

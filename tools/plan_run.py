@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 
+from megadyn.arguments import above_zero, positive
 from megadyn.config import Config, load_config
-from megadyn.data.arguments import above_zero, positive
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops

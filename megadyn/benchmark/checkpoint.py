@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
+from megadyn.arguments import add_json_argument
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
 from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
-from megadyn.data.arguments import add_json_argument
 from megadyn.engine.engine import Engine
 from megadyn.errors import Parser, UserError
 from megadyn.launch import launch

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from megadyn.arguments import add_json_argument, positive
 from megadyn.benchmark.soak_bounds import FAIL, OK, SEEN, Curves, Soaked, verdicts
-from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.indexed import IndexedWriter
 from megadyn.errors import Parser, UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of

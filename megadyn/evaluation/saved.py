@@ -8,7 +8,6 @@ import torch
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, thresholds
 from megadyn.config import ModelConfig, load_config
-from megadyn.data.tokenizer import load_tokenizer, tokenizer_settings
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.tokenizer_files import FINGERPRINT
@@ -19,6 +18,7 @@ from megadyn.parallel.params import DTYPES, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
+from megadyn.tokenization.tokenizer import load_tokenizer, tokenizer_settings
 
 
 @dataclass

@@ -19,8 +19,8 @@ from typing import Self
 
 import torch.distributed as dist
 
-from megadyn.data.files import os_errors_named
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named
 from megadyn.launch.processes import here, process_start
 from megadyn.log import log
 

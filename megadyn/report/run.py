@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from megadyn.checkpoint.layout import NAME, complete_checkpoints, damage, read_manifest
-from megadyn.data.files import os_errors_named
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named
 from megadyn.kinds import Kind, find_kind, keys_of
 
 Values = NDArray[np.float64]

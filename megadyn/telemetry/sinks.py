@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from megadyn.config import Config
 from megadyn.config.logging import LoggingConfig
-from megadyn.data.files import os_errors_named
 from megadyn.errors import ConfigError, UserError
+from megadyn.files import os_errors_named
 from megadyn.log import log
 
 Record = dict[str, Any]

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megadyn.checkpoint.same_run import check_same_run
 from megadyn.checkpoint.start import likely_start
 from megadyn.config import BatchPlan, Config
-from megadyn.data.files import os_errors_named
 from megadyn.errors import ConfigError, UserError
+from megadyn.files import os_errors_named
 from megadyn.hf.source import open_source
 from megadyn.kernels.rule import kernel_choice
 from megadyn.launch import launch

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.checkpoint.export import export
 from megadyn.data.indexed import IndexedDataset
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.errors import UserError, run_tool
 from megadyn.evaluation.losses import evaluate
 from megadyn.evaluation.saved import load_network, open_saved
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from tests.oracle import oracle_logits, oracle_loss
 from tests.ranks import run_on_ranks
 from tests.tiny import ROOT, micro_batches, tiny_config, tiny_tokens

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.log import log
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from megadyn.telemetry.router_health import (
     CHECKS,
     CLOSED_GATE,
