@@ -118,7 +118,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, Snapshot]:
-    """As `pretrain.Job.save` does it."""
+    """As `training.checkpoints.Checkpoints.save` does it."""
     beside = []
     wait(trainer.device)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a run reports: records to its sinks, and a line in the log or a live view. Rank 0 only."""
+"""What a run reports: records to its sinks, and a line in the log or a live view. Rank 0's alone; the others' is silent."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,33 @@ from megadyn.telemetry.sinks import open_sinks
 from megadyn.telemetry.throughput import Throughput
 
 
-class Telemetry:
+class Silent:
+    """Telemetry that tells nothing: of ranks other than 0."""
+
+    def go_back(self, iteration: int, iterations: int) -> None:
+        pass
+
+    def restart_clock(self, iteration: int) -> None:
+        pass
+
+    def step(self, iteration: int, waited_s: float) -> None:
+        pass
+
+    def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
+              routing: dict[int, dict[str, float]], bad_steps: int = 0, more: dict[str, Any] | None = None) -> None:
+        pass
+
+    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
+        pass
+
+    def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Telemetry(Silent):
     """Turns steps into reports. Throughput is over the steps since the last report, evaluation and saving left out."""
 
     def __init__(self, config: Config, world_size: int, folder: Path, start_iteration: int, device_name: str | None = None):

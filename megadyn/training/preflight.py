@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megadyn.checkpoint import layout
 from megadyn.checkpoint.same_run import check_same_run
 from megadyn.checkpoint.start import likely_start
 from megadyn.config import BatchPlan, Config
@@ -18,9 +19,6 @@ from megadyn.model.compiled import check_compiler
 from megadyn.telemetry.sinks import refuse_wandb, refuse_wandb_login
 from megadyn.training.data import Data, evaluation_size
 from megadyn.training.length import Position
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints inside its output folder."""
 
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
@@ -40,7 +38,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)
-    checkpoints = Path(config.output_dir) / CHECKPOINTS
+    checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
     if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
         raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
                         "set checkpoint.resume=auto, or another output_dir")
@@ -56,7 +54,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
 
 def expected_start(config: Config) -> Position:
     """Where the run will most likely go on from; what depends on it is looked at again once a checkpoint is loaded."""
-    start = likely_start(config.checkpoint, Path(config.output_dir) / CHECKPOINTS)
+    start = likely_start(config.checkpoint, Path(config.output_dir) / layout.CHECKPOINTS)
     return Position(start[1]["iteration"], start[1]["consumed_samples"]) if start else Position()
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megadyn.log import log
 from megadyn.planning.flops import training_flops
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.sinks import WeightsAndBiases
-from megadyn.telemetry.telemetry import Telemetry, auxiliary_losses
+from megadyn.telemetry.telemetry import Silent, Telemetry, auxiliary_losses
 from tests.tiny import tiny_config
 
 ROUTING = {
@@ -125,3 +126,10 @@ def test_a_rollback_takes_every_sink_back(tmp_path):
     telemetry.close()
     assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 5]
     assert {row.split(",")[0] for row in (tmp_path / "metrics.csv").read_text().splitlines()} == {"iteration", "5"}
+
+
+def test_other_ranks_can_be_told_all_that_rank_0_is():
+    told = {name for name in vars(Telemetry) if not name.startswith("_")}
+    assert told == {name for name in vars(Silent) if not name.startswith("_")}
+    for name in told:
+        assert signature(getattr(Telemetry, name)) == signature(getattr(Silent, name)), name
