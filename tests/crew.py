@@ -93,7 +93,7 @@ def _run_job(rank: int, arguments: list[str], sabotage: Callable[[int], None] | 
 
 
 def _run_check(rank: int, check: Callable[..., None], args: tuple[Any, ...]) -> None:
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     check(*args)

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 MODULES = (
     # DeepSpeed imports these late, at the first step: seconds in each rank.
     "deepspeed.module_inject.auto_ep_layer", "torch._dynamo", "torch.distributed.tensor", "torch.onnx",
-    "megadyn.pretrain", "megadyn.training.engine", "megadyn.training.pipeline")
+    "megadyn.pretrain", "megadyn.engine.engine", "megadyn.engine.pipeline")
 for name in MODULES:
     import_module(name)
 

@@ -36,7 +36,7 @@ def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
 
     def watched(job: pretrain.Job, loader: Loader) -> Any:
         nonlocal is_now
-        is_now = rank == victim and job.iteration == step - 1
+        is_now = rank == victim and job.state.iteration == step - 1
         return real_watched(job, loader)
 
     def read(loader: Loader) -> Any:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megadyn.arguments import output_prefix
 from megadyn.config import load_config
 from megadyn.config.numbers import count
-from megadyn.data.arguments import output_prefix
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
 

@@ -10,11 +10,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from megadyn.arguments import positive
 from megadyn.config import batch_plan, engine_settings, load_config
-from megadyn.data.arguments import positive
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.paths import user_path
-from megadyn.training.hosts import check_ssh, read_hostfile
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megadyn.arguments import byte_count
 from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
-from megadyn.data.arguments import byte_count
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.parallel.params import DTYPES
 from megadyn.paths import expanded, user_path

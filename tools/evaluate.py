@@ -14,11 +14,11 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megadyn.data.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, positive
 from megadyn.errors import Parser, run_tool
+from megadyn.evaluation.losses import evaluate
 from megadyn.paths import user_path
-from megadyn.training.evaluate import evaluate
-from megadyn.training.sinks import finite
+from megadyn.telemetry.sinks import finite
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

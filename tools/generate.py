@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megadyn.data.arguments import seed
+from megadyn.arguments import seed
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import user_path
 

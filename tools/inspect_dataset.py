@@ -9,13 +9,13 @@ token as well: ids against the vocabulary, and the stream against the hash kept 
 import argparse
 import json
 
-from megadyn.data.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, positive
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.samples import SampleSet
-from megadyn.data.tokenizer import TokenArray, Tokenizer, load_tokenizer
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import expanded, user_path
+from megadyn.tokenization.tokenizer import TokenArray, Tokenizer, load_tokenizer
 
 SHOWN_TOKENS = 200
 

@@ -8,10 +8,10 @@ The result is what preprocessing the inputs of all of them at once gives, byte f
 import argparse
 import json
 
-from megadyn.data.arguments import add_output_arguments, output_prefix
-from megadyn.data.merge import merge_datasets
+from megadyn.arguments import add_output_arguments, output_prefix
 from megadyn.errors import Parser, run_tool
 from megadyn.paths import user_path
+from megadyn.prepare.merge import merge_datasets
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 
+from megadyn.arguments import above_zero, positive
 from megadyn.config import Config, load_config
-from megadyn.data.arguments import above_zero, positive
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[dict[str, object]]:
-    from megadyn.training.dry_run import dry_run  # seconds of imports: only where modules are built
+    from megadyn.engine.dry_run import dry_run  # seconds of imports: only where modules are built
 
     records = []
     for rank in ranks:

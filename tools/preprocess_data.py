@@ -17,13 +17,14 @@ import time
 import traceback
 from dataclasses import asdict
 
-from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of, output_prefix, positive, seed
-from megadyn.data.engine import ENGINES
-from megadyn.data.preprocess import preprocess
-from megadyn.data.ranks import Ranks, ranks_of_job
+from megadyn.arguments import add_output_arguments, output_prefix, positive, seed
 from megadyn.errors import Parser, UserError, line_lost, run_tool
 from megadyn.log import start_logging
 from megadyn.paths import expanded
+from megadyn.prepare.arguments import add_corpus_arguments, corpus_of
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.ranks import Ranks, ranks_of_job
+from megadyn.tokenization.gigatoken import ENGINES
 
 GARBAGE_THRESHOLD = 100_000
 """Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""

@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megadyn.data.arguments import add_json_argument
+from megadyn.arguments import add_json_argument
 from megadyn.errors import Parser, run_tool
 from megadyn.paths import user_path
 from megadyn.report.report import write_report

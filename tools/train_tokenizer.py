@@ -8,10 +8,11 @@ Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or 
 import argparse
 import json
 
-from megadyn.data.arguments import add_corpus_arguments, add_output_arguments, corpus_of
-from megadyn.data.train_tokenizer import train_tokenizer
+from megadyn.arguments import add_output_arguments
 from megadyn.errors import Parser, run_tool
 from megadyn.paths import user_path
+from megadyn.prepare.arguments import add_corpus_arguments, corpus_of
+from megadyn.prepare.train_tokenizer import train_tokenizer
 
 
 def parse_args() -> argparse.Namespace:

@@ -11,8 +11,8 @@ import random
 import sys
 from pathlib import Path
 
-from megadyn.data.readers import Corpus
 from megadyn.errors import UserError, run_tool
+from megadyn.prepare.readers import Corpus
 
 DOCUMENTS, CHARACTERS = 100, 4000
 """Of each task, and of each document."""

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megadyn.arguments import positive
 from megadyn.config import Config, load_config
-from megadyn.data.arguments import positive
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops

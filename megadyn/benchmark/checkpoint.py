@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
+from megadyn.arguments import add_json_argument
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
 from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
-from megadyn.data.arguments import add_json_argument
+from megadyn.engine.engine import Engine
 from megadyn.errors import Parser, UserError
+from megadyn.launch import launch
 from megadyn.parallel.grid import Grid
 from megadyn.paths import user_path
-from megadyn.training import launch
-from megadyn.training.engine import Engine
 
 
 @dataclass
@@ -118,7 +118,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, Snapshot]:
-    """As `pretrain.Job.save` does it."""
+    """As `training.checkpoints.Checkpoints.save` does it."""
     beside = []
     wait(trainer.device)
     began = time.perf_counter()

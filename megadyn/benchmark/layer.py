@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from megadyn.arguments import add_json_argument
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
 from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
 from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
-from megadyn.data.arguments import add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.kinds import DENSE, known_kinds

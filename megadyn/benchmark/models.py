@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadyn.arguments import positive
 from megadyn.benchmark.clock import PRECISION_OF
 from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
-from megadyn.data.arguments import positive
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
 from megadyn.model.attention import attention_backend

@@ -29,16 +29,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megadyn.data.arguments import add_json_argument, positive
-from megadyn.data.compression import SUFFIXES as CODECS
-from megadyn.data.engine import GigatokenTokenizer
-from megadyn.data.files import os_errors_named
+from megadyn.arguments import add_json_argument, positive
 from megadyn.data.indexed import files_of
-from megadyn.data.readers import Corpus
-from megadyn.data.tokenizer import load_tokenizer
-from megadyn.data.train_tokenizer import train_tokenizer
 from megadyn.errors import Parser, UserError
+from megadyn.files import os_errors_named
 from megadyn.paths import user_path
+from megadyn.prepare.compression import SUFFIXES as CODECS
+from megadyn.prepare.readers import Corpus
+from megadyn.prepare.train_tokenizer import train_tokenizer
+from megadyn.tokenization.gigatoken import GigatokenTokenizer
+from megadyn.tokenization.tokenizer import load_tokenizer
 
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt", ".html", ".h", ".c")
 DOCUMENT_BYTES = range(200, 400_000)

@@ -20,15 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadyn.data.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, positive
 from megadyn.data.blend import BLOCK, Schedule
-from megadyn.data.files import os_errors_named
 from megadyn.data.indexed import HEADER, MAGIC, VERSION, IndexedDataset, IndexedWriter
 from megadyn.data.inspection import verify
-from megadyn.data.merge import merge_datasets
 from megadyn.data.samples import SampleSet, sample_places
 from megadyn.errors import Parser, UserError, run_tool
+from megadyn.files import os_errors_named
 from megadyn.paths import user_path
+from megadyn.prepare.merge import merge_datasets
 
 LENGTH = 4096
 MEAN_DOCUMENT = 400

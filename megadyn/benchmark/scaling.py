@@ -24,15 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megadyn.arguments import add_json_argument
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, wait
 from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
 from megadyn.config import Config, ParallelConfig, TrainingConfig, batch_plan, engine_settings
-from megadyn.data.arguments import add_json_argument
 from megadyn.data.batches import micro_batch_ids
+from megadyn.engine.engine import Engine
 from megadyn.errors import Parser, RunError, UserError
+from megadyn.launch import launch
 from megadyn.parallel.grid import make_grid
-from megadyn.training import launch
-from megadyn.training.engine import Engine
 
 DEFAULT = ("1x1x1", "2x1x1", "1x2x1", "1x1x2", "4x1x1", "1x4x1", "1x1x4")
 RATE = 1e-4

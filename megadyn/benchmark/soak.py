@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from megadyn.arguments import add_json_argument, positive
 from megadyn.benchmark.soak_bounds import FAIL, OK, SEEN, Curves, Soaked, verdicts
-from megadyn.data.arguments import add_json_argument, positive
 from megadyn.data.indexed import IndexedWriter
 from megadyn.errors import Parser, UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of
@@ -215,7 +215,7 @@ def curves_of(metrics: Path) -> Curves:
 
 def run_all(cases: Sequence[Case], folder: Path, steps: int, *, again: bool = False) -> dict[str, Soaked]:
     """Every case by its name; OUTPUT/soak.json is renewed after each."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.training.engine"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.engine.engine"])
     folder, results = folder.absolute(), folder / "soak.json"
     if again:
         shutil.rmtree(folder / "cases", ignore_errors=True)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from megadyn.arguments import above_zero, add_json_argument
 from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, timed
 from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.config import RECOMPUTE
-from megadyn.data.arguments import above_zero, add_json_argument
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.model.block import Layer

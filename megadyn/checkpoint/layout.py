@@ -34,6 +34,8 @@ from megadyn.kinds.older import newer_manifest
 from megadyn.log import log
 
 FORMAT = 2
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints inside its output folder."""
 NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
@@ -228,7 +230,7 @@ def resolve(path: Path) -> Path:
     """A checkpoint's folder from itself, or the newest good one of a `checkpoints/` folder or a run's output folder."""
     if (path / "manifest.json").exists() or NAME.match(path.name):
         return path
-    for root in (path, path / "checkpoints"):
+    for root in (path, path / CHECKPOINTS):
         if found := complete_checkpoints(root):
             best = good_first(found)[0]
             for folder in found[: found.index(best)]:

@@ -7,7 +7,7 @@ ZeRO partitions and loads under any ZeRO stage, data-parallel size and topology.
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
 from megadyn.checkpoint.same_run import SAME_TRAINING, check_same_run
+from megadyn.checkpoint.trained import Trained
 from megadyn.checkpoint.writing import Snapshot, all_gather, write
 from megadyn.errors import RunError, UserError
 from megadyn.hf.reader import THRESHOLD
@@ -32,9 +33,6 @@ from megadyn.kinds import DENSE, Kind, TopK
 from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.params import component, counts_here, name_of
-
-if TYPE_CHECKING:                    # a room above: it is handed in, never reached for
-    from megadyn.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,7 +46,7 @@ class PoisonedWeights(RunError):
 class OptimizerAccess:
     """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks, under any ZeRO stage."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: Trained):
         self.zero_stage = engine.zero_stage
         wrapper = engine.engine.optimizer
         self.adam: torch.optim.Optimizer = wrapper if self.zero_stage == 0 else wrapper.optimizer
@@ -124,7 +122,7 @@ class OptimizerAccess:
                 safe_set_local_optimizer_state(param, mine, key)
 
 
-def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_key: str = "",
+def snapshot(engine: Trained, *, iteration: int, consumed_samples: int, data_key: str = "",
              loss_rule: dict[str, Any] | None = None, more: dict[str, Any] | None = None) -> Snapshot:
     """Copies to host memory what a checkpoint holds, each rank its share. Collective.
 
@@ -159,7 +157,7 @@ def snapshot(engine: "Engine", *, iteration: int, consumed_samples: int, data_ke
     return Snapshot(iteration, shards, manifest)
 
 
-def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int, data_key: str = "") -> Path:
+def save(engine: Trained, root: Path, *, iteration: int, consumed_samples: int, data_key: str = "") -> Path:
     """Writes a checkpoint under `root` and returns its folder. Collective.
 
     Raises:
@@ -170,7 +168,7 @@ def save(engine: "Engine", root: Path, *, iteration: int, consumed_samples: int,
     return write(taken, root, engine.config)
 
 
-def _shards(engine: "Engine") -> dict[str, dict[str, Tensor]]:
+def _shards(engine: Trained) -> dict[str, dict[str, Tensor]]:
     """This rank's share of weights and moments, copied to host memory: {file name: {tensor name: tensor}}."""
     grid, access = engine.grid, OptimizerAccess(engine)
     weights: dict[str, Tensor] = {}
@@ -185,7 +183,7 @@ def _shards(engine: "Engine") -> dict[str, dict[str, Tensor]]:
             for kind, tensors in (("weights", weights), ("optimizer", moments)) if tensors}
 
 
-def _routing_state(engine: "Engine") -> dict[str, dict[str, dict[str, float]]]:
+def _routing_state(engine: Trained) -> dict[str, dict[str, dict[str, float]]]:
     """What routed layers carry from step to step, by its name and layer, from one rank of each stage."""
     if engine.grid.tp.rank or engine.grid.dp.rank:
         return {}
@@ -193,7 +191,7 @@ def _routing_state(engine: "Engine") -> dict[str, dict[str, dict[str, float]]]:
             for name, of_layers in trackers_of(engine.routed).items()}
 
 
-def load(engine: "Engine", folder: Path, data_key: str | None = None) -> dict[str, Any]:
+def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str, Any]:
     """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest.
 
     Raises UserError when the checkpoint is of another model or, where `data_key` is given, of other training data.
@@ -245,7 +243,7 @@ def threshold_state(state: dict[str, float] | None, was: dict[str, Any], now: Ki
     return state | {"average": state["average"] * (1 - momentum**steps) / (1 - before**steps)}
 
 
-def init_from(engine: "Engine", path: Path) -> None:
+def init_from(engine: Trained, path: Path) -> None:
     """Starts from the weights of a Hugging Face folder. Into a routed model a dense one may be read: what it lacks,
     routers and priors, keeps its own initialisation. Collective.
 
@@ -268,7 +266,7 @@ def init_from(engine: "Engine", path: Path) -> None:
             threshold.set_state({"average": average, "steps": 1}, engine.device)
 
 
-def set_parameters(engine: "Engine", weights: TensorSource, moments: TensorSource | None = None) -> None:
+def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource | None = None) -> None:
     """Sets every parameter that `weights` has, with its moments where given."""
     access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
     known = weights.names()

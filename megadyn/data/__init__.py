@@ -1,1 +1,1 @@
-"""From text to batches, in numpy and files: read, tokenize, store, cut into samples, batch. No torch in here."""
+"""From a dataset to batches, in numpy and files: read, cut into samples, blend, batch. No torch in here."""

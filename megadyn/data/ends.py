@@ -1,9 +1,9 @@
 """One token ends the documents of all datasets that are used together: the one that was written when they were made."""
 
 from megadyn.data.indexed import IndexedDataset
-from megadyn.data.tokenizer import Tokenizer
 from megadyn.errors import UserError
 from megadyn.log import log
+from megadyn.tokenization.tokenizer import Tokenizer
 
 LOOKED_AT = 256
 """Documents of a dataset without a record whose last token is looked at, spread over all of them."""

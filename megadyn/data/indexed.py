@@ -24,10 +24,10 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from megadyn.data.files import os_errors_named, temporary_beside
 from megadyn.data.record import Record, read_record
-from megadyn.data.tokenizer import TokenArray, Tokenizer
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named, temporary_beside
+from megadyn.tokenization.tokenizer import TokenArray, Tokenizer
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from megadyn.data.files import os_errors_named, temporary_beside
 from megadyn.data.indexed import IndexedDataset, files_of
 from megadyn.data.samples import content_key
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named, temporary_beside
 from megadyn.log import log
 
 CHUNK_TOKENS = 2**20

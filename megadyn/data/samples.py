@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.files import temporary_beside
 from megadyn.data.indexed import IndexedDataset
 from megadyn.errors import UserError
+from megadyn.files import temporary_beside
 from megadyn.log import log
 
 Indices = NDArray[np.int64]

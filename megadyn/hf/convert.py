@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.config import ModelConfig
-from megadyn.data.tokenizer import load_tokenizer
 from megadyn.hf.config_map import document_fields, to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 from megadyn.kinds import Kind, module_of
 from megadyn.log import log
+from megadyn.tokenization.tokenizer import load_tokenizer
 
 QWEN2_UNMASKED = ("The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
                   "of several documents give it position_ids that start again")

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megadyn.data.engine import Proof, probe_texts
-from megadyn.data.tokenizer import (
+from megadyn.errors import UserError
+from megadyn.log import log
+from megadyn.tokenization.gigatoken import Proof, probe_texts
+from megadyn.tokenization.tokenizer import (
     ByteTokenizer,
     HfTokenizer,
     SentencePieceTokenizer,
@@ -16,8 +18,6 @@ from megadyn.data.tokenizer import (
     tokenizer_settings,
     user_defined,
 )
-from megadyn.errors import UserError
-from megadyn.log import log
 
 OWN_RULES = ("auto_map", "add_prefix_space", "added_tokens_decoder")
 """Settings by which transformers would leave tokenizer.json's rules for others; so would classes as Qwen2's and GPT-NeoX's."""

@@ -1,6 +1,6 @@
 """Bytes that one rank holds at its fullest moment, in closed form.
 
-Weights, gradients and optimizer states follow DeepSpeed's optimizers as `training/engine.py` sets them up; activations
+Weights, gradients and optimizer states follow DeepSpeed's optimizers as `engine/engine.py` sets them up; activations
 follow the tensors that each layer keeps for its backward pass. `tests/planning/test_memory.py` holds both to the peak
 of real training steps. What a layer keeps is its kind's to say (`kinds/`), from the pieces in `costs/memory.py`.
 """

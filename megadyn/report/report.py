@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megadyn.data.files import temporary_beside
 from megadyn.errors import UserError
+from megadyn.files import temporary_beside
 from megadyn.report.page import Subject, page
 from megadyn.report.run import Run, read_checkpoints, read_runs
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from megadyn.checkpoint.layout import NAME, complete_checkpoints, damage, read_manifest
-from megadyn.data.files import os_errors_named
+from megadyn.checkpoint.layout import CHECKPOINTS, NAME, complete_checkpoints, damage, read_manifest
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named
 from megadyn.kinds import Kind, find_kind, keys_of
 
 Values = NDArray[np.float64]
@@ -257,7 +257,7 @@ class Checkpoint(NamedTuple):
 
 def read_checkpoints(run: Path) -> list[Checkpoint]:
     """All checkpoints of a run, newest first, each file held to its sha256."""
-    root = run / "checkpoints"
+    root = run / CHECKPOINTS
     folders = [path for path in root.glob("iteration-*") if NAME.match(path.name) and path.is_dir()]
     used = set(complete_checkpoints(root))
     return [_checkpoint(folder, folder in used) for folder in sorted(folders, key=lambda path: path.name, reverse=True)]

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 from megadyn.config import Config, load_config
 from megadyn.data.batches import read_batch
-from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import UserError
+from megadyn.evaluation.saved import load_network, open_saved
 from megadyn.kinds import DENSE
 from megadyn.network import Network, routed_layers, set_routing_mode
 from megadyn.routing.layer import RoutedLayer
 from megadyn.routing.select import Selection, as_mask
+from megadyn.tokenization.tokenizer import Tokenizer, load_tokenizer
 from megadyn.training.data import open_data
-from megadyn.training.evaluate import load_network, open_saved
 
 
 class TextMap(NamedTuple):

@@ -1,1 +1,1 @@
-"""The run itself: engine, optimizer, evaluation, telemetry, guard."""
+"""What drives a run: data, length, and the rules of its steps."""

@@ -10,9 +10,9 @@ from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.largest import check_ids
 from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
-from megadyn.data.tokenizer import Tokenizer, load_tokenizer
 from megadyn.errors import ConfigError
 from megadyn.log import log
+from megadyn.tokenization.tokenizer import Tokenizer, load_tokenizer
 from megadyn.training.length import Position, settle_length
 
 

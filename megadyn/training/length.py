@@ -7,8 +7,8 @@ from megadyn.config import Config
 from megadyn.config.data import Source
 from megadyn.data.blend import Blend
 from megadyn.data.samples import Samples
+from megadyn.engine.optimizer import Schedule
 from megadyn.errors import ConfigError
-from megadyn.training.optimizer import Schedule
 
 
 class Position(NamedTuple):

@@ -7,7 +7,7 @@ import orjson
 import pytest
 
 from megadyn.benchmark.preparation import FORMS, SHARDS, write_shards
-from megadyn.data.readers import Corpus
+from megadyn.prepare.readers import Corpus
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from tests.crew import Crew
 from tests.tiny import ROOT
 

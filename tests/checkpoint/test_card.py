@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 
 from megadyn.checkpoint.card import last_records, model_card
 from megadyn.config import Config
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.errors import UserError
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from tests.tiny import KINDS, tiny_config
 
 HISTORY = {

@@ -14,13 +14,14 @@ from torch.testing import assert_close
 from megadyn.benchmark import layer as layer_benchmark
 from megadyn.checkpoint.export import export
 from megadyn.data.indexed import IndexedWriter
+from megadyn.evaluation.losses import evaluate
+from megadyn.evaluation.saved import load_network, open_saved
 from megadyn.hf.convert import write_hf_folder
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import DENSE, find_kind
 from megadyn.network import Network, routed_layers, thresholds_of
 from megadyn.parallel.params import name_of
 from megadyn.report.report import write_report
-from megadyn.training.evaluate import evaluate, load_network, open_saved
 from tests.conformance.checks import Case, config_of, logits_of, modes_of, network_of, tokens_like
 from tests.crew import Crew, lines
 from tests.tiny import ROOT

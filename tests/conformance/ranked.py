@@ -64,7 +64,7 @@ def train_all(cases: list[Case], folder: Path) -> dict[str, Curve]:
 
 def _train_all(cases: list[Case], world: int, folder: str, path: list[str]) -> None:
     sys.path[:] = path                       # of the test: it may lead to a kind outside the repository
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     found = {}
@@ -85,8 +85,8 @@ def curve(case: Case, layout: Layout, steps: range = range(STEPS), save_to: Path
           load_from: Path | None = None) -> Curve:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
     from megadyn.parallel.grid import make_grid
-    from megadyn.training.engine import Engine
 
     micro_batch = 1 if layout.data > 1 or layout.pipeline > 1 else 2
     try:

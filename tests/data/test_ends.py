@@ -8,14 +8,14 @@ import pytest
 
 from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset
-from megadyn.data.merge import merge_datasets
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.data.record import read_record
-from megadyn.data.tokenizer import load_tokenizer
 from megadyn.errors import UserError
-from tests.data.corpora import corpus_file
-from tests.data.test_tokenizer import rewritten
+from megadyn.prepare.merge import merge_datasets
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
+from megadyn.tokenization.tokenizer import load_tokenizer
+from tests.corpora import corpus_file
+from tests.tokenization.test_tokenizer import rewritten
 
 
 @pytest.fixture

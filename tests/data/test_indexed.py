@@ -10,8 +10,8 @@ import pytest
 from megadyn.data.indexed import IndexedDataset, IndexedWriter, check_tokenizer, dtype_for
 from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.record import Record
-from megadyn.data.tokenizer import load_tokenizer
 from megadyn.errors import UserError
+from megadyn.tokenization.tokenizer import load_tokenizer
 
 Documents = list[list[list[int]]]       # documents of sequences of ids
 

@@ -15,10 +15,10 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 
 from megadyn.config import Config, load_config
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.errors import UserError
 from megadyn.kinds import find_kind, keys_of, known_kinds
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from tests.crew import Crew
 from tests.docs.commands import MARKS, Block, Command, as_command, check, load, read_blocks, read_commands, script_of
 from tests.tiny import ROOT

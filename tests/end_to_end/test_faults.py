@@ -11,9 +11,9 @@ import pytest
 
 from megadyn.checkpoint.export import export
 from megadyn.errors import UserError
+from megadyn.launch import launch
 from megadyn.pretrain import main
-from megadyn.training import launch
-from megadyn.training.sinks import finite
+from megadyn.telemetry.sinks import finite
 from tests.crew import Crew, lines
 from tests.sabotage import full_disk, slow_disk, small_files
 from tests.tiny import ROOT

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megadyn.training.gradient_norms import COMPONENTS
-from megadyn.training.step_clock import PARTS
+from megadyn.engine.gradient_norms import COMPONENTS
+from megadyn.engine.step_clock import PARTS
 from tests.crew import Crew, lines
 
 

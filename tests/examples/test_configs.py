@@ -7,10 +7,10 @@ from typing import NamedTuple
 import pytest
 
 from megadyn.config import Config, engine_settings, load_config
+from megadyn.engine.dry_run import dry_run
 from megadyn.planning.flops import dense_twin, training_flops
 from megadyn.planning.layouts import GIB, EngineFile, Layout, Machine, lay_out
 from megadyn.planning.parameters import total_parameters
-from megadyn.training.dry_run import dry_run
 from tests.tiny import ROOT
 
 EXAMPLES = ROOT / "examples"

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.checkpoint.export import export
 from megadyn.data.indexed import IndexedDataset
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.errors import UserError, run_tool
-from megadyn.training.evaluate import evaluate, load_network, open_saved
+from megadyn.evaluation.losses import evaluate
+from megadyn.evaluation.saved import load_network, open_saved
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from tests.oracle import oracle_logits, oracle_loss
 from tests.ranks import run_on_ranks
 from tests.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
@@ -69,9 +70,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def _train_all(folder: str) -> None:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
+    from megadyn.launch import launch
     from megadyn.parallel.grid import make_grid
-    from megadyn.training import launch
-    from megadyn.training.engine import Engine
 
     def engine_for(kind: str, tensor: int, pipeline: int, *, masked: bool = False) -> Engine:
         config = tiny_config(kind, tensor=tensor, pipeline=pipeline, vocab_size=VOCAB, ffn_size=128)

@@ -27,7 +27,7 @@ from tests.tiny import ROOT
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("ResourceWarning", "UserWarning")]     # lm_eval's own
 EXAMPLE = ROOT / "examples" / "eval"
 LENGTH, EOD = 160, 256
-SOURCES = ("megadyn/config/data.py", "megadyn/data/readers.py", "megadyn/network.py", "megadyn/data/units.py")
+SOURCES = ("megadyn/config/data.py", "megadyn/prepare/readers.py", "megadyn/network.py", "megadyn/prepare/units.py")
 
 
 @pytest.fixture(scope="module")

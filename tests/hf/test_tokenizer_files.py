@@ -10,12 +10,12 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from megadyn.data.engine import probe_texts
-from megadyn.data.tokenizer import load_tokenizer
-from megadyn.data.train_tokenizer import train_tokenizer
 from megadyn.hf.config_map import to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_qwen2, write_json, write_tokenizer
-from tests.data.corpora import random_texts
+from megadyn.prepare.train_tokenizer import train_tokenizer
+from megadyn.tokenization.gigatoken import probe_texts
+from megadyn.tokenization.tokenizer import load_tokenizer
+from tests.corpora import random_texts
 from tests.tiny import tiny_config
 
 SOURCES = ("byte", "bpe", "sentencepiece-bpe", "sentencepiece-unigram")

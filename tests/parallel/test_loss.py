@@ -80,7 +80,7 @@ def test_half_precision_sums_in_float32(monkeypatch, dtype, block_rows):
 
 @pytest.mark.parametrize("block_rows", [4, 1000])
 def test_a_loss_that_is_no_number_spoils_every_gradient(monkeypatch, block_rows):
-    """`training/guard.py` counts on it."""
+    """`engine/loss_gate.py` counts on it."""
     monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
     hidden, weight, labels = draw()
     linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).backward(torch.tensor(torch.nan, dtype=torch.float64))

@@ -96,7 +96,7 @@ def curves(cases: list[Case], folder: Path) -> dict[str, Curve]:
 
 
 def _run_cases(cases: list[Case], output: str) -> None:
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     found = {str(case): _curve(case) for case in cases}
@@ -106,9 +106,9 @@ def _run_cases(cases: list[Case], output: str) -> None:
 
 def _curve(case: Case) -> Curve:
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
+    from megadyn.engine.optimizer import learning_rate
     from megadyn.parallel.grid import make_grid
-    from megadyn.training.engine import Engine
-    from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
     plan = batch_plan(config, dist.get_world_size())
@@ -133,12 +133,12 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
 
     `drawn`: samples in place of the case's own.
     """
+    from megadyn.engine.optimizer import learning_rate
     from megadyn.model.block import LayerContext
     from megadyn.network import Network
     from megadyn.parallel.params import ParamMaker
     from megadyn.parallel.sharding import Sharding
     from megadyn.routing.aux_loss import LossScale
-    from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
     make = ParamMaker(Sharding(1, 2), config.training.seed)

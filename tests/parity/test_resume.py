@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _run_all(folder: str) -> None:
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     found: dict[str, Any] = {}
@@ -69,11 +69,11 @@ def _run_all(folder: str) -> None:
 def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path | None = None) -> Trained:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
+    from megadyn.engine.optimizer import learning_rate
     from megadyn.network import trackers_of
     from megadyn.parallel.grid import make_grid
     from megadyn.parallel.params import name_of
-    from megadyn.training.engine import Engine
-    from megadyn.training.optimizer import learning_rate
 
     config = config_of(case)
     if hasattr(config.model.routing, "jitter"):

@@ -39,7 +39,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 
 def _run(cases: list[Case], what: str, folder: str) -> None:
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     home, there = Path(folder) / "home", Path(folder) / "there"

@@ -123,7 +123,7 @@ def _measure(cases: list[Case], folder: str) -> None:
     """[bytes at the peak of a second step, bytes planned] of each case on this rank."""
     import torch.distributed as dist
 
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join()
     gc.freeze()                        # what imports left behind need not be searched again before every case
@@ -135,8 +135,8 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
     import torch.distributed as dist
 
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
     from megadyn.parallel.grid import make_grid
-    from megadyn.training.engine import Engine
 
     config = sized_config(case.kind, case.heavy, precision=case.precision, recompute=case.recompute, tensor=case.tensor,
                           pipeline=case.pipeline)

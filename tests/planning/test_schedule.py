@@ -97,10 +97,10 @@ def _measure(cases: list[tuple[list[float], int]], output: str) -> None:
     import torch.distributed as dist
 
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
     from megadyn.kinds.dense.layers import DenseLayer
+    from megadyn.launch import launch
     from megadyn.parallel.grid import make_grid
-    from megadyn.training import launch
-    from megadyn.training.engine import Engine
     from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
     launch.join()

@@ -8,10 +8,10 @@ import sentencepiece
 import torch
 
 from megadyn.config import load_config
-from megadyn.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from megadyn.errors import UserError
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.report.text_map import launch_folder, map_text, pieces, processed_tokens
+from megadyn.tokenization.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from tests.networks import end_step, make_network
 from tests.report.conftest import TEXT
 from tests.tiny import KINDS, VOCAB, tiny_config

@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadyn.engine.optimizer import GradientClipper, make_optimizer
 from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.routing.choice import CausalRouter
-from megadyn.training.optimizer import GradientClipper, make_optimizer
 from tests.networks import end_step, known, loads_of, make_network, with_routing
 from tests.ranks import run_on_ranks
 from tests.tiny import KINDS, tiny_config, tiny_tokens

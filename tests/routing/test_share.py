@@ -10,7 +10,7 @@ from megadyn.kinds import make_kind
 from megadyn.kinds.dtrnet.load import AttentionLoad
 from megadyn.kinds.dtrnet.share import FAR, INTEGRAL, LARGEST, PROPORTIONAL, PULL, SOFT, ShareController, excess, preference
 from megadyn.routing.choice import TwoLayerRouter
-from megadyn.training.router_health import planned_share
+from megadyn.telemetry.router_health import planned_share
 from tests.networks import disturb, layer_context, param_maker, with_routing
 from tests.tiny import tiny_config
 

@@ -11,11 +11,11 @@ import torch
 from megadyn.config import Config, DataConfig, TokenizerConfig, batch_plan
 from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
-from megadyn.data.preprocess import preprocess
-from megadyn.data.readers import Corpus
 from megadyn.data.samples import SampleSet, split_documents
 from megadyn.errors import ConfigError, UserError
 from megadyn.model.documents import documents_of
+from megadyn.prepare.preprocess import preprocess
+from megadyn.prepare.readers import Corpus
 from megadyn.training.data import Data, evaluation_size, open_data
 from tests.tiny import tiny_config
 

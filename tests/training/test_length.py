@@ -9,10 +9,10 @@ import pytest
 
 from megadyn.config import Config, DataConfig, TokenizerConfig
 from megadyn.data.indexed import IndexedWriter
+from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import ConfigError
 from megadyn.training.data import open_data
 from megadyn.training.length import Course, Position, schedule_of
-from megadyn.training.optimizer import learning_rate, schedule_problem
 from tests.tiny import tiny_config
 
 LENGTH = 24

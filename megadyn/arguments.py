@@ -1,0 +1,57 @@
+"""Command-line arguments that several tools share."""
+
+import argparse
+import re
+from pathlib import Path
+
+from megadyn.paths import user_path
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    add_json_argument(parser)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
+
+
+LARGEST = 2**63 - 1
+
+
+def positive(text: str) -> int:
+    if not 1 <= (number := int(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1{' and below 2^63' if number > 1 else ''}")
+    return number
+
+
+def seed(text: str) -> int:
+    if not 0 <= (number := int(text)) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 2^63")
+    return number
+
+
+def output_prefix(text: str) -> Path:
+    """A path that ends in a name; without one the files would be hidden ones."""
+    if not (path := user_path(text)).name or path.name == "..":
+        raise argparse.ArgumentTypeError(f"{text!r}: must end in a name, as data/corpus does")
+    return path
+
+
+UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+         **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)}}
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, or one with a unit: 5GB (10^9), 512MiB (2^20)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
+    count = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of bytes above 0, such as 5GB or 512MiB")
+    return count
+
+
+def above_zero(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0")
+    return number

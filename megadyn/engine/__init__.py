@@ -1,0 +1,1 @@
+"""The model under DeepSpeed: stages, optimizer, and what a step measures of itself."""

@@ -1,0 +1,371 @@
+"""The only caller of `deepspeed.initialize`: the layer list, made into something that trains.
+
+Without pipeline stages the list runs as a plain module, under any ZeRO stage. With them it becomes a
+`PipelineModule` (1F1B), under ZeRO 0 or 1. The layers are the same objects in both.
+"""
+
+import io
+import logging
+import math
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.pipe import schedule
+from torch import Tensor, nn
+
+from megadyn.config import BatchPlan, Config, engine_settings
+from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
+from megadyn.engine.loss_gate import LossGate, problem_of
+from megadyn.engine.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
+from megadyn.engine.pipeline import Stages
+from megadyn.engine.step_clock import PARTS, StepClock, replaced
+from megadyn.kernels.rule import use_kernels
+from megadyn.log import log
+from megadyn.model.attention import attention_backend
+from megadyn.model.block import LayerContext
+from megadyn.network import Network, layer_list, routed_layers, set_routing_mode, trackers_of
+from megadyn.parallel.grid import Axis, Grid
+from megadyn.parallel.mappings import max_over, sum_over
+from megadyn.parallel.params import ParamMaker, name_of
+from megadyn.parallel.sharding import Sharding
+from megadyn.planning.flops import head_flops, layer_costs
+from megadyn.planning.partition import balanced_stages, stage_table
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.monitor import Monitor, Statistic
+from megadyn.routing.tracker import StepTracker
+
+MicroBatch = tuple[Tensor, Tensor]
+"""tokens and labels, [b, T] int64 each."""
+
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
+               "all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_to_all_single", "send",
+               "recv", "barrier")
+"""By the names of torch.distributed, which the model calls, and of DeepSpeed's backend."""
+
+STAGE_PARTS = {schedule.LoadMicroBatch: "data", schedule.ForwardPass: "forward", schedule.BackwardPass: "backward",
+               schedule.ReduceGrads: "communication", schedule.ReduceTiedGrads: "communication",
+               schedule.OptimizerStep: "optimizer"}
+"""What of a pipeline's schedule counts as which part of a step; sends and receives are collectives."""
+
+
+class StepResult(NamedTuple):
+    loss: Tensor
+    """Mean over the step's samples, equal on every rank; a scalar on the device."""
+    grad_norm: Tensor
+    """Global norm before clipping."""
+    problem: str | None = None
+    """Why the step was bad. It then changed neither weights nor optimizer nor routing."""
+
+
+class Engine:
+    """The model, its optimizer and its parallel run. Every method is collective."""
+
+    def __init__(self, config: Config, plan: BatchPlan, grid: Grid, eod: int | None = None):
+        """`eod`: the token that ends a document, where samples are masked by document."""
+        self.config, self.plan, self.grid, self.eod = config, plan, grid, eod
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.settings = engine_settings(config)
+        self.zero_stage: int = self.settings["zero_optimization"]["stage"]
+        assert config.model.num_kv_heads is not None
+        self.sharding = Sharding(grid.tp.size, config.model.num_kv_heads)
+        self.loss_scale = LossScale()
+        self.gate = LossGate(plan.micro_batches, grid.dp)
+        self.module = self._build_module()
+        self.routed = routed_layers(self.module)
+        even_out_groups(self.module, grid.pp)
+        optimizer = make_optimizer(self.module, config.optimizer)
+        self.clipper: GradientClipper | None = None
+        if self.zero_stage == 0:
+            self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
+            optimizer.register_step_pre_hook(self.clipper)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        with without_compiler(), redirect_stdout(io.StringIO()):      # its bf16 optimizer prints memory, group by group
+            self.engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
+                mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
+        if config.precision == "fp16":     # where it can fall no further, DeepSpeed would raise; problem_of tells instead
+            self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+        self.clock = StepClock(self.device)
+        self.clock.watch(dist, COLLECTIVES)
+        self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
+        self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
+
+    def _build_module(self) -> nn.Module:
+        model, grid = self.config.model, self.grid
+        backend, why = attention_backend(model, self.config.precision)
+        log.info("attention: %s (%s)", backend, why)
+        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels))
+        seq = grid.tp if self.config.parallel.sequence else Axis("seq")
+        make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
+        first = self.plan.global_batch // grid.dp.size * grid.dp.rank
+        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.recompute,
+                           self.config.training.compile)
+        if grid.pp.size == 1:
+            return Network(ctx, self.loss_scale)
+        length = self.config.training.sequence_length
+        costs, head = layer_costs(model, length), head_flops(model, length)
+        cuts = balanced_stages(costs, head, grid.pp.size)
+        log.info("pipeline stages:\n%s", stage_table(costs, head, cuts))
+        with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
+            return Stages(layer_list(ctx, self.loss_scale), cuts, grid, seq=seq, tied=model.tie_embeddings,
+                          by_document=self.eod is not None, gate=self.gate)
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        """The user's engine settings plus what is decided elsewhere in the configuration."""
+        precision = self.config.precision
+        decided: dict[str, Any] = {
+            "train_batch_size": self.plan.global_batch,
+            "train_micro_batch_size_per_gpu": self.plan.micro_batch,
+            "gradient_accumulation_steps": self.plan.micro_batches,
+            "gradient_clipping": 0.0 if self.zero_stage == 0 else self.config.optimizer.clip_grad,
+            "steps_per_print": 10**9,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,      # torch's AdamW serves offloaded states too
+            # It waits for the device twice in each micro-batch; `StepClock` measures without waiting.
+            "timers": {"throughput": {"enabled": False}},
+            # Split over tensor ranks for transport by default, which breaks our packed tensor.
+            "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
+        }
+        if precision == "fp16":
+            decided["fp16"] = {"enabled": True}
+        if precision == "bf16":
+            # immediate_grad_update: by default DeepSpeed clears half-precision gradients when backward enters the
+            # module, after the last stage's head, which is its loss function, has got its own.
+            decided["bf16"] = {"enabled": True, "immediate_grad_update": True}
+            decided["data_types"] = {"grad_accum_dtype": "fp32"}
+        return self.settings | decided
+
+    def train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float = math.inf, *,
+                   measure: bool = False) -> StepResult:
+        """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
+
+        A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over. Of one to `measure`,
+        `step_statistics` tells more.
+        """
+        if not measure:
+            return self._train_step(batches, rate, loss_limit)
+        with ExitStack() as stack:
+            stack.enter_context(self.norms.measuring())
+            stack.enter_context(self.clock.measuring())
+            if isinstance(self.module, Stages):
+                does = self.engine._INSTRUCTION_MAP
+                timed = {step: self.clock.timed(part, does[step]) for step, part in STAGE_PARTS.items()}
+                stack.enter_context(replaced(self.engine, "_INSTRUCTION_MAP", does | timed))
+            return self._train_step(batches, rate, loss_limit)
+
+    def _train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float) -> StepResult:
+        self.gate.limit = loss_limit
+        set_learning_rate(self.engine.optimizer, rate)
+        scaler = self.engine.optimizer.loss_scaler if self.config.precision == "fp16" else None
+        can_scale_down = scaler is not None and scaler.cur_scale > scaler.min_scale
+        self.loss_scale.value = (scaler.cur_scale if scaler else 1.0) / self.plan.micro_batches
+        if isinstance(self.module, Stages):
+            loss = self.engine.train_batch(iter(batches))
+        else:
+            self.engine.train()
+            total = torch.zeros((), device=self.device)
+            for tokens, labels in self._loaded(batches):
+                with self.clock.part("forward"):
+                    micro_loss = self.engine(tokens, labels)
+                    gated = self.gate(micro_loss)
+                with self.clock.part("backward"):
+                    self.engine.backward(gated)
+                with self.clock.part("optimizer"):
+                    self.engine.step()
+                total += micro_loss.detach()
+            loss = self._mean_over_ranks(total, self.plan.micro_batches)
+        norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
+        # Waits for the device, but no longer than the optimizer's own look at the norm just did.
+        problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
+                             can_scale_down=can_scale_down)
+        self._end_step(rate, counts=problem is None)
+        return StepResult(loss.squeeze(), norm, problem)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch], count: int, mode: str) -> float:
+        """Mean loss of `count` micro-batches a rank, routed by `mode` (`topk` or `causal`)."""
+        set_routing_mode(self.routed, mode)
+        monitors = [layer.monitor for layer in self.routed]
+        for layer in self.routed:
+            layer.monitor = Monitor()                  # the training window's statistics stay as they are
+        try:
+            if isinstance(self.module, Stages):
+                loss = self.engine.eval_batch(iter(batches), num_micro_batches=count, bcast_loss=True)
+            else:
+                self.engine.eval()
+                total = torch.zeros((), device=self.device)
+                for tokens, labels in self._loaded(batches):
+                    total += self.engine(tokens, labels)
+                loss = self._mean_over_ranks(total, count)
+        finally:
+            for layer, monitor in zip(self.routed, monitors):
+                layer.monitor = monitor
+            set_routing_mode(self.routed, "topk")
+            self.engine.train()
+        return float(loss)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
+        return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
+
+    def run_line(self) -> str:
+        """What runs, in one line."""
+        config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
+        return (f"{model.routing.describe()}: "
+                f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+                f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+                f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
+
+    def loss_scaler_state(self) -> dict[str, float] | None:
+        """fp16's dynamic loss scale, None in other precisions."""
+        if self.config.precision != "fp16":
+            return None
+        scaler = self.engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in LOSS_SCALER_STATE}
+
+    def set_loss_scaler_state(self, state: dict[str, float] | None) -> None:
+        if state is not None and self.config.precision == "fp16":
+            for name, value in state.items():
+                setattr(self.engine.optimizer.loss_scaler, name, value)
+
+    def routing_statistics(self) -> dict[int, dict[str, float]]:
+        """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
+        mine = {layer.index: layer.monitor.take() for layer in self.routed}
+        whole = self._over_parts([statistic for record in mine.values() for statistic in record.values()])
+        values = iter(torch.stack([statistic.value for statistic in whole]).tolist() if whole else [])
+        local = {index: {name: next(values) for name in record} for index, record in mine.items()}
+        if self.grid.pp.size == 1:
+            return local
+        stages: list[Any] = [None] * self.grid.pp.size
+        dist.all_gather_object(stages, local, group=self.grid.pp.group)
+        return {index: record for stage in stages for index, record in stage.items()}
+
+    def step_statistics(self, grad_norm: float) -> dict[str, Any]:
+        """Of the last step, which was measured and had this gradient norm, over all ranks: `grad_norms` by COMPONENTS before
+        clipping; `step_split_ms` by PARTS, mean over ranks, adding up to the step; `memory_gib`, the highest of any rank.
+        Collective, and the only collectives that measuring costs."""
+        squares, split = self.norms.take(self.device), self.clock.read()
+        sums = torch.cat([squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)])
+        dist.all_reduce(sums)
+        memory = memory_gib(self.device)
+        peaks = torch.tensor(list(memory.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        norms = unclipped(sums[:len(COMPONENTS)], grad_norm, self.config.optimizer.clip_grad)
+        spent = (sums[len(COMPONENTS):] / dist.get_world_size()).tolist()
+        return {"grad_norms": dict(zip(COMPONENTS, norms)), "step_split_ms": dict(zip(PARTS, spent)),
+                "memory_gib": dict(zip(memory, peaks.tolist()))}
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of the last step, by what has a multiplier of its own."""
+        return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
+
+    def _end_step(self, rate: float, counts: bool) -> None:
+        """One small all-reduce per step keeps what layers carry equal on all data-parallel ranks. A bad step does not count."""
+        by_name = trackers_of(self.routed)
+        trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
+        if trackers:
+            own = [tracker.take_step_mean() for tracker in trackers]
+        if not counts:
+            return
+        means: dict[StepTracker, Tensor] = {}
+        if trackers:
+            mean = sum_over(torch.cat([x.reshape(-1) for x in own]), self.grid.dp) / self.grid.dp.size
+            # Each tensor rank summed over a data-parallel group of its own, which may round otherwise: they must choose alike.
+            parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
+            means = {tracker: part.view_as(x) for tracker, part, x in zip(trackers, parts, own)}
+        totals: dict[str, Tensor] = {}
+        for name in self.config.model.routing.totals:          # on every stage, also one without a routed layer
+            here = [means[tracker] for tracker in by_name.get(name, {}).values()]
+            totals[name] = sum_over(torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp)
+        for name, of_layers in by_name.items():
+            for tracker in of_layers.values():
+                tracker.end_step(means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router)
+
+    def _over_parts(self, statistics: list[Statistic]) -> list[Statistic]:
+        """Each over all ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence. What is a sum
+        takes one all-reduce, what is an extreme another."""
+        axes = [self.grid.dp, *([self.grid.tp] if self.config.parallel.sequence else [])]
+        found: dict[int, Statistic] = {}
+        for is_sum in (True, False):
+            mine = {at: it for at, it in enumerate(statistics) if (it.how in ("mean", "std")) == is_sum}
+            if not mine:
+                continue
+            # The least is the negative of the most negated, so that one reduction serves both.
+            signs = {at: -1.0 if it.how == "min" else 1.0 for at, it in mine.items()}
+            parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
+            for axis in axes:
+                if axis.size > 1:
+                    dist.all_reduce(parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group)
+            pieces = parts.split([it.parts.numel() for it in mine.values()])
+            found |= {at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)}
+        return [found[at] for at in range(len(statistics))]
+
+    def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches on the device, without a wait for the copy where the loader pinned them."""
+        left = iter(batches)
+        while True:
+            with self.clock.part("data"):
+                if (batch := next(left, None)) is None:
+                    return
+                tokens, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield tokens, labels
+
+    def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
+        return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peaks of this process so far: what torch allocated and reserved on a CUDA device, elsewhere the resident set."""
+    if device.type == "cuda":
+        peaks = {"allocated_peak": torch.cuda.max_memory_allocated(device),
+                 "reserved_peak": torch.cuda.max_memory_reserved(device)}
+    else:
+        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}        # counted in KiB by Linux
+    return {name: size / 2**30 for name, size in peaks.items()}
+
+
+def without_compiler() -> AbstractContextManager[None]:
+    """`torch.compile` leaves functions as they are.
+
+    DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
+    load its compiler: seconds, of every start.
+    """
+    # Also as a decorator with options, which gets no function yet.
+    return replaced(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))
+
+
+class _Mpu:
+    """What DeepSpeed asks of a model-parallel unit (its word for our tensor axis)."""
+
+    def __init__(self, grid: Grid):
+        self.tp, self.dp = grid.tp, grid.dp
+        # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.tp_group, self.dp_group = grid.tp.group or alone, grid.dp.group or alone
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.dp_group

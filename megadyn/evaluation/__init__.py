@@ -1,0 +1,1 @@
+"""Models on disk, scored in one process."""

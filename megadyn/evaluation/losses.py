@@ -1,0 +1,94 @@
+"""Loss of a saved model on a dataset, in nats per token and bits per byte."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megadyn.data.batches import read_batch
+from megadyn.data.ends import check_marked
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.largest import check_ids
+from megadyn.data.samples import SampleSet
+from megadyn.errors import UserError
+from megadyn.evaluation.saved import Saved, load_network, open_saved
+from megadyn.log import log
+from megadyn.network import routed_layers, set_routing_mode
+
+
+@torch.no_grad()
+def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | None = None, batch_size: int = 8,
+             sequence_length: int | None = None) -> dict[str, Any]:
+    """Mean next-token loss over `data`, in file order, under each routing mode.
+
+    Args:
+        modes: any of `topk` and `causal`.
+        samples: only the first so many. sequence_length: the run's own when left out.
+
+    Returns:
+        A loss by mode in nats per token, `tokens` (predicted, in each mode), by mode `perplexity` and `bits_per_byte` (see
+        there), and for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over its routed layers.
+    """
+    saved = open_saved(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_network(saved, device)
+    dataset = IndexedDataset(data)
+    check_dataset(dataset, saved)
+    length = sequence_length or saved.sequence_length
+    chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
+    count = min(len(chosen), samples or len(chosen))
+    routed = routed_layers(network)
+    result: dict[str, Any] = {}
+    for mode in modes:
+        set_routing_mode(routed, mode)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for first in range(0, count, batch_size):
+            size = min(batch_size, count - first)
+            tokens, labels = (torch.from_numpy(part).to(device) for part in read_batch(chosen, range(first, first + size)))
+            total += network(tokens, labels).double() * size
+        result[mode] = float(total) / count
+        statistics = [layer.monitor.read() for layer in routed]
+        for name in ("routed_fraction", "causal_agreement"):
+            values = [float(record[name]) for record in statistics if name in record]
+            if values:
+                result[name] = sum(values) / len(values)
+    losses = {mode: result[mode] for mode in modes}
+    return result | {"tokens": count * length, "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
+                     "bits_per_byte": bits_per_byte(losses, dataset)}
+
+
+def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
+    """UserError for tokens that mean nothing to the model, or where documents end with another token than in training."""
+    assert saved.model.vocab_size is not None
+    check_ids(dataset, saved.model.vocab_size)
+    if saved.eod is not None:
+        check_marked(dataset, saved.eod)
+    if (record := dataset.record) is None:
+        return
+    if saved.fingerprint is None:
+        log.warning("nothing says which tokenizer the model was trained with: not compared with that of %s", dataset.prefix)
+    elif saved.fingerprint != record.fingerprint:
+        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
+                        f"{record.fingerprint[:12]}), the model was trained with another ({str(saved.fingerprint)[:12]})")
+    if record.vocab_size > (saved.model.vocab_size or 0):
+        raise UserError(f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
+                        f"{saved.model.vocab_size}")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite where a float cannot hold it, no number for a loss that is none."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:
+    """Losses in bits per byte of text, which do not depend on the tokenizer; None where the dataset does not know its bytes.
+
+    Nats per token, times tokens per byte, divided by ln 2. Tokens per byte are of the whole dataset, as its record counts
+    them: all tokens, those that end documents too, to the documents' UTF-8 bytes before tokenizing.
+    """
+    if dataset.record is None or not dataset.record.text_bytes:
+        return None
+    tokens_per_byte = dataset.record.tokens / dataset.record.text_bytes
+    return {mode: loss * tokens_per_byte / math.log(2) for mode, loss in losses.items()}

@@ -1,0 +1,95 @@
+"""A model on disk, a checkpoint or an exported one, opened whole in one process and without DeepSpeed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megadyn.checkpoint.layout import damage, read_manifest, resolve
+from megadyn.checkpoint.merge import ShardedTensors, TensorSource, thresholds
+from megadyn.config import ModelConfig, load_config
+from megadyn.errors import UserError
+from megadyn.hf.reader import HfFolder
+from megadyn.hf.tokenizer_files import FINGERPRINT
+from megadyn.model.attention import attention_backend
+from megadyn.model.block import LayerContext
+from megadyn.network import Network, routed_layers, thresholds_of
+from megadyn.parallel.params import DTYPES, ParamMaker, name_of
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.causal import RunningThreshold
+from megadyn.tokenization.tokenizer import load_tokenizer, tokenizer_settings
+
+
+@dataclass
+class Saved:
+    """A model on disk, whatever its form."""
+
+    model: ModelConfig
+    weights: TensorSource
+    thresholds: dict[int, RunningThreshold]
+    precision: str
+    sequence_length: int
+    eod: int | None = None
+    """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
+    fingerprint: str | None = None
+    """Of the tokenizer in training; None where that is not to be found."""
+
+
+def open_saved(path: Path) -> Saved:
+    """A run's checkpoint (or the run's folder, for its newest) or a Hugging Face folder. UserError if it is neither."""
+    if (path / "config.json").is_file():
+        return _open_hf(path)
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    if problem := damage(folder, sorted(manifest["files"])):
+        raise UserError(problem)
+    config = load_config(folder / "config.yaml")
+    return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
+                 config.training.sequence_length,
+                 load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod if config.data.document_mask else None,
+                 _fingerprint(config.tokenizer.path))
+
+
+def _fingerprint(tokenizer: str) -> str | None:
+    try:
+        return load_tokenizer(tokenizer).fingerprint
+    except UserError:           # a checkpoint may lie elsewhere than its tokenizer
+        return None
+
+
+def _open_hf(path: Path) -> Saved:
+    folder = HfFolder(path)
+    model = folder.model
+    found = {}
+    for layer in range(model.num_layers):
+        name = f"model.layers.{layer}.causal_router.threshold"
+        if name in folder.names():
+            found[layer] = RunningThreshold(0.0, float(folder.whole(name)), steps=1)
+    precisions = {"bfloat16": "bf16", "float16": "fp16"}
+    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024, folder.eod,
+                 fingerprint=tokenizer_settings(path).get(FINGERPRINT))
+
+
+def load_network(saved: Saved, device: torch.device) -> Network:
+    """The whole model in one process, in its own precision."""
+    assert saved.model.num_kv_heads is not None
+    backend, _ = attention_backend(saved.model, saved.precision)
+    make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=DTYPES[saved.precision])
+    network = Network(LayerContext(saved.model, make, backend, saved.eod), LossScale())
+    missing = sorted({name_of(param) for param in network.parameters()} - saved.weights.names())
+    if missing:
+        raise UserError(f"the saved model lacks {len(missing)} of its tensors, for example {missing[0]}")
+    with torch.no_grad():
+        for param in network.parameters():
+            whole = saved.weights.whole(name_of(param))
+            if whole.shape != param.shape:
+                raise UserError(f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
+                                f"{tuple(param.shape)}")
+            param.copy_(whole)
+    for index, threshold in thresholds_of(routed_layers(network)).items():
+        if index not in saved.thresholds:
+            raise UserError(f"the saved model lacks model.layers.{index}.causal_router.threshold")
+        threshold.set_state(saved.thresholds[index].state(), device)
+        threshold.momentum = saved.thresholds[index].momentum
+    return network.eval()

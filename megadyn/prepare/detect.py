@@ -1,0 +1,156 @@
+"""What a file is, by its content and its name: only what is known is read."""
+
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+from megadyn.prepare.compression import LONGEST_HEAD, SUFFIXES, Decompressed, codec_of
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson")
+PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
+ARROW_SUFFIXES = (".arrow", ".arrows", ".feather")
+TABLES = {".csv": "a table of comma-separated values", ".tsv": "a table of tab-separated values",
+          ".tab": "a table of tab-separated values", ".psv": "a table of separated values", ".xls": "a spreadsheet"}
+SOURCES = frozenset((
+    ".txt", ".text", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt",
+    ".js", ".ts", ".jsx", ".tsx", ".rb", ".php", ".pl", ".sh", ".lua", ".sql", ".html", ".htm", ".css", ".scss", ".xml", ".yaml",
+    ".yml", ".toml", ".ini", ".cfg", ".swift", ".scala", ".r", ".f", ".f90", ".hs", ".ml", ".ex", ".erl", ".cs", ".vb",
+    ".dart", ".proto", ".cmake"))
+"""Text whatever it looks like; not opened to be told from others until it is read."""
+UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin", ".jl")
+"""Suffixes that JSON lines may have, and other files too; `.jl` is also Julia's."""
+KNOWN = "known are UTF-8 text, JSON lines, Parquet and Arrow; text and JSON lines also as gzip, zstd, bzip2, xz or lz4"
+HEAD_BYTES = 2**14
+NOT_READ = {
+    b"PARE": "Parquet with an encrypted footer", b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"%PDF": "PDF",
+    b"\x7fELF": "a program", b"SQLite format 3\0": "an SQLite database", b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a numpy array", b"Obj\1": "Avro", b"ORC": "ORC", b"GIF8": "an image", b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
+    b"\x1f\x9d": "a file of compress (.Z)", b"\x1f\x1e": "a file of pack (.z)", b"FEA1": "Feather version 1",
+    b"\xd0\xcf\x11\xe0": "an Office document", b"MMIDIDX\0": "the index of a dataset",
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, whose content was not downloaded"}
+"""By the first bytes; those that could begin a text are followed by bytes that could not."""
+MAYBE_TEXT = {b"ORC", b"Rar!", b"GIF8", b"FEA1", b"%PDF"}
+MOST_CONTROLS = 1 / 16
+"""Share of a text's bytes."""
+CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1b"))
+BOMS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+class Kind(NamedTuple):
+    form: str
+    """How it is read; `refused` where `problem` says why not."""
+    is_plain: bool = True
+    """Neither compressed nor in another encoding than UTF-8, so that it can be cut."""
+    problem: str | None = None
+
+
+def kind_of(file: Path, form: str = "auto") -> Kind:
+    """What `file` is, or how it can be read as `form`."""
+    suffix, outer = telling_suffixes(file)
+    if suffix in SOURCES and not outer and form in ("auto", "text"):
+        return Kind("text")
+    with file.open("rb", 0) as disk:
+        head = disk.read(HEAD_BYTES)
+    codec = codec_of(head[:LONGEST_HEAD], outer)
+    if outer and not codec and head:
+        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is none")
+    if codec:
+        head = decompressed_head(file, codec)
+    found, problem = (form, None) if form in ("text", "jsonl") else form_of(suffix, head)
+    if form in ("parquet", "arrow"):
+        found, problem = form, None
+    if problem is None and codec and found in ("parquet", "arrow"):
+        problem = f"{found.capitalize()} compressed as a whole: decompress the file first"
+    if problem is None and found == "jsonl" and form == "auto":
+        problem = not_by_line(head)
+    if problem:
+        return Kind("refused", problem=problem)
+    return Kind(found, is_plain=not codec and encoding_of(head, found) is None)
+
+
+def telling_suffixes(file: Path) -> tuple[str, str]:
+    """In lower case: the suffix before that of a compression, and that, each if there is one."""
+    parts = Path(file.name.lower())
+    if parts.suffix == ".tgz":
+        return ".tar", ".gz"
+    if parts.suffix in SUFFIXES:
+        return Path(parts.stem).suffix, parts.suffix
+    return parts.suffix, ""
+
+
+def decompressed_head(file: Path, codec: str) -> bytes:
+    with io.BufferedReader(Decompressed(lambda: file.open("rb"), codec), HEAD_BYTES) as content:
+        return content.read(HEAD_BYTES)
+
+
+def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
+    """(form, why it is not read) of a file whose content begins with `head`."""
+    if head.startswith(b"PAR1"):
+        return "parquet", None
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow", None
+    if problem := not_text(head):
+        return "text", f"{problem}: not supported ({KNOWN})"
+    if suffix in TABLES:
+        return "text", (f"{TABLES[suffix]}: not supported, convert it to JSON lines or Parquet, or read it as text with "
+                        f"--format text ({KNOWN})")
+    if suffix in JSONL_SUFFIXES:
+        return "jsonl", None
+    if suffix in PARQUET_SUFFIXES:
+        return "parquet", None
+    if suffix in ARROW_SUFFIXES:
+        return "arrow", None
+    if (not suffix or suffix in UNTELLING or suffix[1:].isdigit()) and is_json_object(head.partition(b"\n")[0]):
+        return "jsonl", None
+    if suffix not in SOURCES and is_binary(head):
+        return "text", f"of no known format ({KNOWN})"
+    return "text", None
+
+
+def not_text(head: bytes) -> str | None:
+    """What a file is that is no text, if its first bytes tell."""
+    for magic, name in NOT_READ.items():
+        if head.startswith(magic) and (magic not in MAYBE_TEXT or is_binary(head)):
+            return name
+    return "a tar archive" if head[257:262] == b"ustar" else None
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether it holds more control characters than a text does."""
+    if any(head.startswith(bom) for bom in BOMS):
+        return False
+    return len(head) - len(head.translate(None, CONTROLS)) > len(head) * MOST_CONTROLS
+
+
+def encoding_of(head: bytes, form: str) -> str | None:
+    """Of a text that is no UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
+    for bom, name in BOMS.items():
+        if head.startswith(bom):
+            return name
+    if form == "jsonl" and (name := json.detect_encoding(head[:4])) not in ("utf-8", "utf-8-sig"):
+        return name
+    return None
+
+
+def is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(line), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def not_by_line(head: bytes) -> str | None:
+    """Why a JSON file does not hold one object a line, if its beginning tells."""
+    lines = head.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
+    first = lines[0].strip() if lines else b""
+    if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"}]")):
+        return "one JSON array, not an object a line: convert it (jq -c '.[]')"
+    if first.startswith(b"[{"):
+        return "a JSON array in a line, not an object: convert it (jq -c '.[]')"
+    if first == b"{":
+        return "a JSON object over several lines, not one a line: convert it (jq -c .)"
+    return None

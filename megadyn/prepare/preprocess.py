@@ -1,0 +1,286 @@
+"""Text to an indexed dataset: corpus -> units -> tokenizer processes -> parts on disk -> one dataset.
+
+A unit is a piece of the corpus that one process reads, encodes and writes on its own, so no text crosses processes
+and the result depends neither on their number nor on that of MPI ranks.
+"""
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
+from megadyn.data.record import Record
+from megadyn.errors import UserError
+from megadyn.files import os_errors_named, refuse_existing
+from megadyn.log import log
+from megadyn.prepare.parts import Part, Parts, PartWriter, part_name
+from megadyn.prepare.progress import Progress
+from megadyn.prepare.ranks import POLL_SECONDS, Ranks
+from megadyn.prepare.readers import Corpus
+from megadyn.prepare.shuffle import add_shuffled
+from megadyn.prepare.units import Unit
+from megadyn.prepare.workers import in_order
+from megadyn.tokenization.gigatoken import with_engine
+from megadyn.tokenization.tokenizer import Encoded, Tokenizer, load_tokenizer
+
+BATCH_BYTES = 2**21
+"""Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
+ALONE = Ranks()
+NumberedPart = tuple[int, Part]
+ALL_SENT = None
+"""What another rank sends behind its last part."""
+
+
+def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
+               overwrite: bool = False, engine: str = "auto", max_documents: int | None = None,
+               shuffle_seed: int | None = None, ranks: Ranks = ALONE, eod: str | None = None) -> Record:
+    """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
+
+    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token, or with `eod`, a token of
+    its vocabulary. `max_documents` takes
+    the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
+    runs in as many processes on each rank, and with more than one rank on rank 0 always in processes of its own. All
+    ranks call this alike and get the record.
+
+    `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
+    without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
+    PREFIX.parts, and the next run of the same input and options goes on from it.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # processes are the parallelism; forked, they would miss its threads
+    first = ranks.rank == 0
+    parts, outputs = Parts(prefix), files_of(prefix)
+    with os_errors_named(prefix), parts.locked() if first else nullcontext():
+        if first:
+            parts.take_back(outputs)
+            refuse_existing(outputs.values(), overwrite)
+        reference = load_tokenizer(tokenizer_path, eod)
+        end = end_of_document(reference) if append_eod else None       # refused before the engine's proof
+        units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
+        encoder = Encoder(corpus, units, tokenizer, parts, eod=end, limit=max_documents)
+        encoder.names, encoder.joined = ranks.broadcast(encoder.known(in_order=shuffle_seed is None) if first else None)
+        record = None
+        own = range(ranks.rank, len(units), ranks.size)
+        joins_for_others = first and ranks.size > 1     # so it leaves encoding to a worker, and the others' parts do not wait
+        helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
+        with closing(encode_units(encoder, own, helpers)) as encoded:
+            if first:       # it joins the parts while all encode the next ones
+                found = parts_of_all(encoder, encoded, ranks)
+                record = join(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
+                encoded.close()
+                deque(found, maxlen=0)      # others may still be writing parts that are not wanted
+                parts.remove()
+            else:
+                parts.wait_for_folder(ranks.rank)
+                for numbered in encoded:
+                    ranks.send(numbered)
+                ranks.send(ALL_SENT)
+        shared: Record = ranks.broadcast(record)
+    return shared
+
+
+def end_of_document(tokenizer: Tokenizer) -> int:
+    """The token's id, told in the log; `UserError` if there is none."""
+    log.info("end of document: %r (id %d; %s)", tokenizer.token_of(tokenizer.eod), tokenizer.eod, tokenizer.eod_reason)
+    return tokenizer.eod
+
+
+def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path],
+         ranks: Ranks) -> tuple[list[Unit], Tokenizer]:
+    """(units, the tokenizer to encode with): rank 0's choice, on every rank. `UserError` if their tokenizers differ."""
+    if ranks.rank == 0:
+        corpus.leave_out(outputs)
+        units = corpus.units()
+        tokenizer, make = with_engine(reference, engine, lambda: first_texts(corpus, units))
+        ranks.broadcast((units, make, reference.fingerprint, reference.eod_or_none))
+        return units, tokenizer
+    units, make, *identity = ranks.broadcast(None)
+    if identity != [reference.fingerprint, reference.eod_or_none]:
+        raise UserError(f"tokenizer {reference.name}: rank {ranks.rank} finds another one than rank 0")
+    made: Tokenizer = make(reference)
+    return units, made
+
+
+def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
+    """The documents that can be read, from the beginning."""
+    readable = Corpus([], text_key=corpus.text_key, on_error="skip")
+    for unit in units:
+        for text in readable.read(unit):
+            yield text.decode()
+
+
+@dataclass
+class Encoder:
+    """Units to parts."""
+
+    corpus: Corpus
+    units: Sequence[Unit]
+    tokenizer: Tokenizer
+    parts: Parts
+    eod: int | None
+    limit: int | None
+    """Documents that are wanted of a unit, from its beginning."""
+    progress: Progress | None = None
+    names: Sequence[str] = ()
+    """Of the parts, one for each unit."""
+    joined: Mapping[str, Part] = field(default_factory=dict)
+    """The parts with which the dataset begins already."""
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_for(self.tokenizer.vocab_size)
+
+    def part(self, number: int, limit: int | None = None) -> Part:
+        """The part of a unit, or of its first `limit` documents: from an earlier run, or encoded now."""
+        unit, name = self.units[number], self.names[number]
+        if limit is None:
+            limit = self.limit
+        else:
+            name = part_name(name, limit)
+        found = self.joined.get(name) or self.parts.load(name)
+        if found and (not found.skipped or self.corpus.on_error == "skip"):
+            self._report(sum(span.size for span in unit), found.tokens)
+            return found
+        self.corpus.restart()
+        reported = 0
+        with PartWriter(self.parts, name) as writer:
+            for texts, text_bytes in batches_of(islice(self.corpus.read(unit), limit)):
+                tokens, lengths = self._encode(texts)
+                writer.add(tokens, lengths, text_bytes)
+                self._report(self.corpus.consumed - reported, len(tokens))
+                reported = self.corpus.consumed
+            return writer.finish(self.corpus.skipped, self.corpus.first_skipped)
+
+    def _encode(self, texts: Sequence[bytes]) -> Encoded:
+        """`texts` in the dtype of the dataset, each that has tokens ended by `eod`."""
+        ids, lengths = self.tokenizer.encode(texts, self.eod)
+        if ids.size and ids.max() >= self.tokenizer.vocab_size:
+            raise UserError(f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}")
+        return Encoded(ids.astype(self.dtype), lengths)
+
+    def _report(self, bytes_on_disk: int, tokens: int) -> None:
+        if self.progress:
+            self.progress.add(bytes_on_disk, tokens)
+
+    def known(self, in_order: bool) -> tuple[list[str], dict[str, Part]]:
+        """`names` and `joined`."""
+        names, seen = [], Counter[str]()
+        for unit in self.units:
+            content = self._content_name(unit)
+            names.append(part_name(content, seen[content]))      # a file may be given twice, and a part is joined once
+            seen[content] += 1
+        return names, self.parts.joined(names, self.dtype.itemsize) if in_order else {}
+
+    def _content_name(self, unit: Unit) -> str:
+        spans: list[Any] = []
+        for span in unit:
+            state = span.file.stat()
+            spans.append([str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end])
+        return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, self.limit)
+
+
+def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
+    """(consecutive texts, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
+    batch: list[bytes] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch, size
+            batch, size = [], 0
+    if batch:
+        yield batch, size
+
+
+def encode_units(encoder: Encoder, numbers: Sequence[int], workers: int) -> Generator[NumberedPart, None, None]:
+    """(number, part) of each of these units, in order, until there are as many documents as are wanted."""
+    documents = 0
+    with Progress(sum(span.size for number in numbers for span in encoder.units[number])) as progress:
+        reporting = replace(encoder, progress=progress)
+        with closing(in_order(reporting.part, numbers, workers, progress.show)) as results:
+            for number, part in zip(numbers, results, strict=False):
+                yield number, part
+                documents += part.documents
+                if encoder.limit is not None and documents >= encoder.limit:
+                    break
+
+
+def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[NumberedPart]:
+    """The parts of all ranks in the order of their units, on rank 0; where the next one has not come, `own` goes on.
+
+    When it ends, no other rank is writing. `UserError` if a part of another rank cannot be seen here.
+    """
+    waiting: dict[int, Part] = {}
+    number, at_work = 0, ranks.size - 1
+    while True:
+        for message in ranks.received():
+            if message is ALL_SENT:
+                at_work -= 1
+            else:
+                waiting.update([message])
+        if number in waiting:
+            part = waiting.pop(number)
+            if (rank := number % ranks.size) and part.name not in encoder.joined:
+                encoder.parts.wait_for(part, encoder.dtype.itemsize, rank)
+            yield number, part
+            number += 1
+        elif mine := next(own, None):
+            waiting.update([mine])
+        elif at_work:
+            time.sleep(POLL_SECONDS)
+        else:
+            return
+
+
+def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int | None) -> Iterator[Part]:
+    """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
+    for number, part in found:
+        first = part if limit is None or part.documents <= limit else encoder.part(number, limit)
+        yield first
+        limit = None if limit is None else limit - first.documents
+        if limit == 0:
+            break       # the next part may never come
+
+
+def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
+    """The parts, one behind the other or shuffled by document, as the dataset PREFIX.
+
+    One behind the other, they leave their files for the dataset's, from which an interrupted run goes on.
+    """
+    corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
+    joined: list[Part] = []
+    in_order = shuffle_seed is None
+    with IndexedWriter(prefix, encoder.dtype, parts.folder, parts.joined_tokens if in_order else None) as writer:
+        for part in found:
+            if in_order:
+                lengths = parts.lengths(part)
+                sequences = (lengths[lengths > 0], (lengths > 0).astype(np.int64))
+                if part.name not in encoder.joined:
+                    writer.add_file(parts.tokens_file(part), *sequences)
+                    parts.add_joined(part)
+                elif not parts.is_sound(part, writer.add_kept(*sequences)):
+                    raise parts.damaged_joined(before.name for before in joined)
+            joined.append(part)
+        if shuffle_seed is not None:
+            add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in joined], shuffle_seed)
+        corpus.skipped = sum(part.skipped for part in joined)
+        corpus.first_skipped = next((part.first_skipped for part in joined if part.skipped), None)
+        if not writer.num_tokens:
+            parts.remove()
+            raise UserError(f"the corpus is empty: no tokens in {writer.num_documents} documents of "
+                            f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)")
+        record = Record(
+            tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
+            sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
+            source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in joined))
+        with parts.publishing():
+            writer.finish(record)
+    return record

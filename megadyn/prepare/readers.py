@@ -1,0 +1,96 @@
+"""A corpus: documents from files, and from folders of them."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megadyn.errors import UserError
+from megadyn.files import os_errors_named
+from megadyn.log import log
+from megadyn.prepare.columns import arrow_rows, parquet_rows
+from megadyn.prepare.folders import files_below, matches
+from megadyn.prepare.formats import Found, Span, json_lines, refused, text_file
+from megadyn.prepare.units import Unit, units_of
+
+READERS: dict[str, Callable[[Span, str], Iterator[Found]]] = {
+    "text": text_file, "jsonl": json_lines, "parquet": parquet_rows, "arrow": arrow_rows, "refused": refused}
+FORMATS = ("auto", "text", "jsonl", "parquet", "arrow")
+
+
+@dataclass
+class Corpus:
+    """The documents of `paths`, in order; iterating streams them, one document in memory at a time.
+
+    A folder stands for all files below it, sorted by name, but for hidden ones and metadata (see `folders`); a pattern
+    (`*`, `?`, `[a-z]`, `**`) for all that it matches. A text file is one document, kept to the byte; a JSONL file has one
+    a line, under `text_key`, and its blank lines are no documents; a Parquet or Arrow file has one a row, in the column
+    `text_key`. Compressed files are decompressed. `auto` tells formats by content and name (see `detect`), and refuses
+    what it does not know.
+
+    A document that cannot be read (no UTF-8, no JSON, no such key, no text) raises `UserError` with its file and
+    line number; with `on_error="skip"` it is counted in `skipped` instead, and so is, as one, what is lost of a
+    damaged file. A missing path always raises, at once.
+    The folders are listed once, at the start: files that come later, such as the output itself, are not read.
+    """
+
+    paths: Sequence[Path]
+    form: str = "auto"
+    text_key: str = "text"
+    on_error: str = "fail"
+    skipped: int = field(default=0, init=False)
+    """Documents left out in the last pass."""
+    first_skipped: str | None = field(default=None, init=False)
+    consumed: int = field(default=0, init=False)
+    """Bytes on disk that the last pass has read so far."""
+
+    def __post_init__(self) -> None:
+        self._files: list[Path] = []
+        left_out: Counter[str] = Counter()
+        for path in self.paths:
+            with os_errors_named(path):
+                for found in matches(path):
+                    self._files.extend(files_below(found, left_out))
+        if left_out:
+            log.info("left out of the folders: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())))
+
+    def leave_out(self, outputs: Sequence[Path]) -> None:
+        """Takes these files, and what lies below these folders, for no part of the corpus."""
+        gone = {path.resolve() for path in outputs if path.exists()}
+
+        def is_output(file: Path) -> bool:
+            real = file.resolve()
+            return real in gone or not gone.isdisjoint(real.parents)
+
+        if gone:
+            self._files = [file for file in self._files if not is_output(file)]
+
+    def units(self) -> list[Unit]:
+        """The corpus cut into pieces that can be read apart; `UserError` for a file of no known format."""
+        with os_errors_named("the corpus"):
+            return units_of(self._files, self.form, refuse=self.on_error == "fail")
+
+    def __iter__(self) -> Iterator[str]:
+        self.restart()
+        for unit in self.units():
+            for text in self.read(unit):
+                yield text.decode()
+
+    def restart(self) -> None:
+        self.skipped, self.first_skipped, self.consumed = 0, None, 0
+
+    def read(self, unit: Unit) -> Iterator[bytes]:
+        """The documents of one unit, as UTF-8; goes on counting in `skipped` and `consumed`."""
+        for span in unit:
+            before = self.consumed
+            with os_errors_named(span.file):
+                for found, done in READERS[span.form](span, self.text_key):
+                    self.consumed = before + done
+                    if isinstance(found, bytes):
+                        yield found
+                    elif self.on_error == "skip":
+                        self.skipped += 1
+                        self.first_skipped = self.first_skipped or str(found)
+                    else:
+                        raise UserError(f"{found} (--on-error skip leaves such documents out)")
+            self.consumed = before + span.size

@@ -1,0 +1,73 @@
+"""A corpus cut into pieces of work, by what lies on disk and nothing else: the same for any number of workers."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megadyn.errors import UserError
+from megadyn.prepare.columns import open_parquet
+from megadyn.prepare.detect import Kind, kind_of
+from megadyn.prepare.formats import Span
+
+UNIT_BYTES = 2**23
+"""Bytes of text, or a few more or less, that a unit has at least, but for the last one."""
+PACKED = 4
+"""How much smaller than their text Parquet and compressed files are, about; so their units hold as much as others."""
+MOST_UNITS = 2**12
+"""A corpus has fewer units than this, and files that cannot be cut; each unit is two small files for a while."""
+
+Unit = tuple[Span, ...]
+"""Consecutive pieces of a corpus, which one process reads."""
+
+
+def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Unit]:
+    """All of `files`, in order; with `refuse`, `UserError` for the first that cannot be read."""
+    sized = [(file, file.stat().st_size, kind_of(file, form)) for file in files]
+    for file, _, kind in sized:
+        if refuse and kind.problem:
+            raise UserError(f"{file}: {kind.problem} (--on-error skip leaves such files out)")
+    packs = [PACKED if kind.form == "parquet" or not kind.is_plain else 1 for _, _, kind in sized]
+    least = unit_bytes(sum(size * pack for (_, size, _), pack in zip(sized, packs, strict=True)))
+    units, unit, held = [], [], 0
+    for (file, size, kind), pack in zip(sized, packs, strict=True):
+        for span in spans_of(file, size, kind, least // pack):
+            unit.append(span)
+            held += span.size * pack
+            if held >= least:
+                units.append(tuple(unit))
+                unit, held = [], 0
+    return [*units, tuple(unit)] if unit else units
+
+
+def unit_bytes(total: int) -> int:
+    """`UNIT_BYTES` doubled until there are few units; so a corpus that grows a little keeps its units."""
+    least = UNIT_BYTES
+    while total // least >= MOST_UNITS:
+        least *= 2
+    return least
+
+
+def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
+    """`file` in pieces of about `least` bytes on disk, or whole if its format cannot be cut."""
+    form = kind.form
+    if form == "jsonl" and kind.is_plain:
+        for first in range(0, size, least):
+            end = min(first + least, size)
+            yield Span(file, form, first, end, end - first)
+    elif form == "parquet" and (groups := row_groups(file)):
+        step = max(1, least * groups // max(1, size))
+        for first in range(0, groups, step):
+            end = min(first + step, groups)
+            yield Span(file, form, first, end, size * end // groups - size * first // groups)
+    else:
+        yield Span(file, form, 0, 0, size)
+
+
+def row_groups(file: Path) -> int:
+    """0 for a file that is no Parquet: to read it will say why."""
+    import pyarrow
+
+    try:
+        with open_parquet(file) as table:
+            return int(table.num_row_groups)
+    except (pyarrow.ArrowException, OSError):
+        return 0

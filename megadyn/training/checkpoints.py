@@ -1,0 +1,115 @@
+"""When a run saves, what it does where it cannot, and which checkpoint it begins at or goes back to."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megadyn.checkpoint import layout, save_load
+from megadyn.checkpoint.same_run import changes, changes_line
+from megadyn.checkpoint.start import find_start
+from megadyn.checkpoint.trained import Trained
+from megadyn.checkpoint.writing import CheckpointError, Writer, all_gather
+from megadyn.config import Config
+from megadyn.files import os_errors_named
+from megadyn.launch.watchdog import Watchdog
+from megadyn.log import log
+from megadyn.telemetry.telemetry import Silent
+from megadyn.training.loss_rule import TrainingDiverged
+from megadyn.training.state import RunState
+
+
+class Checkpoints:
+    """Of one run. Every method is collective."""
+
+    def __init__(self, config: Config, engine: Trained, state: RunState, watchdog: Watchdog):
+        self.config, self.engine, self.state, self.watchdog = config, engine, state, watchdog
+        self.root = Path(config.output_dir) / layout.CHECKPOINTS
+        self.telemetry = Silent()                           # until the run's own opens
+        self.writer = Writer(self.root, config)
+        self._snapshot_s = 0.0                               # how long training waited for the checkpoint being written
+
+    def resume(self) -> tuple[Path | None, dict[str, Any]]:
+        """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed. Returns the
+        checkpoint, if any, and which settings changed since it."""
+        settings, changed = self.config.checkpoint, {}
+        self.watchdog.progress("verifying checkpoints")
+        if settings.fork_from:
+            self.state.forked_from = str(Path(settings.fork_from).resolve())
+        if found := find_start(settings, self.root):
+            changed = changes(self.config, found)
+            self.state.consumed_samples = int(self.load(found)["consumed_samples"])
+            log.info("resumed from %s", found)
+            if changed:
+                log.info("changed since that checkpoint: %s", changes_line(changed))
+        elif settings.init_from:
+            save_load.init_from(self.engine, Path(settings.init_from))
+            log.info("weights from %s", settings.init_from)
+        self.state.set_course()
+        return found, changed
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Sets the engine's state and the run's to a checkpoint's; returns its manifest."""
+        self.watchdog.progress(f"loading {checkpoint}")
+        data_key = None if self.config.checkpoint.allow_other_data else self.state.train.key
+        manifest = save_load.load(self.engine, checkpoint, data_key)
+        self.state.take(manifest)
+        return manifest
+
+    def go_back(self) -> bool:
+        """To the newest good checkpoint, with the samples that follow those consumed so far; false where there is none."""
+        self.finish_save(last=False)
+        checkpoint = save_load.newest_good(self.root, only_good=True)
+        if checkpoint is None:
+            return False
+        self.load(checkpoint)
+        self.state.set_course()
+        return True
+
+    def save(self, last: bool) -> None:
+        """Saves; where it is the run's last, the checkpoint is whole when this returns."""
+        state = self.state
+        self.watchdog.progress(f"saving iteration {state.iteration}")
+        self.finish_save(last=False)                         # one at a time
+        if state.saved_at != state.iteration:
+            began = time.perf_counter()
+            self.writer.start(save_load.snapshot(
+                self.engine, iteration=state.iteration, consumed_samples=state.consumed_samples, data_key=state.train.key,
+                loss_rule=state.loss_rule.state(),
+                more={"course": state.course.state(), "forked_from": state.forked_from}))
+            self._snapshot_s = time.perf_counter() - began
+            if last or not self.config.checkpoint.background:
+                self.finish_save(last)
+        self.telemetry.restart_clock(state.iteration)
+
+    def finish_save(self, last: bool) -> None:
+        """Waits for the checkpoint that is being written, if any; at its failure does what checkpoint.on_error asks for."""
+        state, began = self.state, time.perf_counter()
+        try:
+            written = self.writer.collect()
+        except CheckpointError as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            log.warning("%s; the run goes on, its newest checkpoint is of iteration %d", error, max(0, state.saved_at))
+            self.telemetry.event(state.iteration, "checkpoint", {"error": str(error)})
+            return
+        if written:
+            state.saved_at = written.iteration
+            stall_s = self._snapshot_s + time.perf_counter() - began
+            log.info("saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s)
+            self.telemetry.event(state.iteration, "checkpoint", {
+                "iteration": written.iteration, "stall_s": stall_s, "write_s": written.write_s, "rank_bytes": written.bytes})
+
+    def condemn_last(self, problem: str) -> Path:
+        """Marks the last step's checkpoint, if there is one, as not good; returns its path."""
+        last = self.root / layout.folder_name(self.state.iteration)
+        if dist.get_rank() == 0 and last.exists():
+            with os_errors_named(last):
+                layout.mark_not_good(last, problem)
+        return last
+
+    def refuse_condemned(self, checkpoint: Path) -> None:
+        """TrainingDiverged for a complete run whose only checkpoint is marked."""
+        if problem := all_gather(layout.condemned(checkpoint))[0]:
+            raise TrainingDiverged(f"{checkpoint} is complete, but not good: {problem}")

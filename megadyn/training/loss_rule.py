@@ -1,0 +1,89 @@
+"""Which losses spoil a run, and when it is not to go on."""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from megadyn.config import TrainingConfig
+from megadyn.errors import RunError
+
+
+class TrainingDiverged(RunError):
+    """A step was bad and the run is not to go on. The step did not reach the weights; the last checkpoint is intact."""
+
+    is_everywhere = True
+
+
+class LossRule:
+    """Which losses are bad: NaN, infinite, or a spike over the median of the good steps before. Counts bad steps. Equal on all
+    ranks; part of every checkpoint."""
+
+    def __init__(self, config: TrainingConfig):
+        self.factor, self.window = config.spike_factor, config.spike_window
+        self.most_in_a_row, self.most = config.max_bad_steps, config.max_bad_steps_total
+        self.recent: deque[float] = deque(maxlen=self.window)
+        self.bad_steps = 0
+        """Of the whole run."""
+        self.in_a_row = 0
+        """Without progress: since the last good step beyond all bad ones."""
+        self.last_bad = 0
+        """The highest iteration whose step was bad."""
+        self.last_was_bad = False
+        """The last step was bad: what is saved now does not count as a good checkpoint."""
+        self.last_loss = 0.0
+
+    @property
+    def limit(self) -> float:
+        """The highest good loss; infinite until `spike_window` good steps were seen, or without a spike rule."""
+        if not self.factor or len(self.recent) < self.window:
+            return math.inf
+        return self.factor * statistics.median(self.recent)
+
+    def note(self, iteration: int, loss: float) -> None:
+        """Takes a good step into the rule."""
+        self.recent.append(loss)
+        self.last_was_bad, self.last_loss = False, loss
+        if iteration > self.last_bad:                  # after a rollback the steps up to the bad one are no progress
+            self.in_a_row = 0
+
+    def note_bad(self, iteration: int, loss: float) -> None:
+        self.bad_steps += 1
+        self.in_a_row += 1
+        self.last_bad = max(self.last_bad, iteration)
+        self.last_was_bad, self.last_loss = True, loss
+
+    def excess(self) -> str | None:
+        """Which limit the bad steps so far exceed, as words that follow "this is bad step"; None while the run may go on."""
+        if self.in_a_row > self.most_in_a_row:
+            return f"{self.in_a_row} in a row, more than training.max_bad_steps = {self.most_in_a_row}"
+        if self.bad_steps > self.most:
+            return f"{self.bad_steps} of the run, more than training.max_bad_steps_total = {self.most}"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {"recent_losses": list(self.recent), "bad_steps": self.bad_steps, "bad_in_a_row": self.in_a_row,
+                "last_bad": self.last_bad, "last_was_bad": self.last_was_bad}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """The counts only rise: going back does not undo bad steps."""
+        self.recent = deque(state["recent_losses"], maxlen=self.window)
+        self.bad_steps = max(self.bad_steps, state["bad_steps"])
+        self.in_a_row = max(self.in_a_row, state.get("bad_in_a_row", 0))
+        self.last_bad = max(self.last_bad, state.get("last_bad", 0))
+        self.last_was_bad = state.get("last_was_bad", False)
+
+
+def problem_at_end(evaluations: dict[str, dict[str, float]], last_loss: float) -> str | None:
+    """Why the model of a complete run is worthless: NaN or infinite losses. None if it is not.
+
+    Args:
+        evaluations: by set and routing mode. last_loss: of the last step, which counts where nothing was evaluated.
+    """
+    for name, losses in evaluations.items():
+        for mode, loss in losses.items():
+            if not math.isfinite(loss):
+                return f"the {name} loss ({mode}) is {loss} at the end of the run"
+    if not evaluations and not math.isfinite(last_loss):
+        return f"the loss of the last step is {last_loss}"
+    return None

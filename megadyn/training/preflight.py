@@ -1,0 +1,73 @@
+"""What can be known to fail before the engine is built: one sentence instead of minutes of waiting."""
+
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megadyn.checkpoint import layout
+from megadyn.checkpoint.same_run import check_same_run
+from megadyn.checkpoint.start import likely_start
+from megadyn.config import BatchPlan, Config
+from megadyn.errors import ConfigError, UserError
+from megadyn.files import os_errors_named
+from megadyn.hf.source import open_source
+from megadyn.kernels.rule import kernel_choice
+from megadyn.launch import launch
+from megadyn.model.attention import attention_backend
+from megadyn.model.compiled import check_compiler
+from megadyn.telemetry.sinks import refuse_wandb, refuse_wandb_login
+from megadyn.training.data import Data, evaluation_size
+from megadyn.training.length import Position
+
+
+def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
+    """Raises UserError for what can be known to fail before the ranks meet."""
+    launch.check_precision(config.precision)
+    attention_backend(config.model, config.precision)
+    kernel_choice(config.training.kernels)
+    if config.training.compile:
+        check_compiler()
+    refuse_wandb(config.logging)
+    if config.logging.profile_steps and max(config.logging.profile_ranks) >= launch.world_size():
+        raise ConfigError("logging.profile_ranks", config.logging.profile_ranks, f"below {launch.world_size()}, the number of "
+                          "processes")
+    if config.logging.profile_steps and config.logging.profile_steps[0] > (config.training.iterations or 0):
+        raise ConfigError("logging.profile_steps", config.logging.profile_steps, "steps of the run, which has "
+                          f"{config.training.iterations}")
+    for name, samples in (("validation", data.validation), ("test", data.test)):
+        if samples is not None:
+            evaluation_size(name, samples, config.training.eval_samples, plan)
+    checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
+    if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
+        raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
+                        "set checkpoint.resume=auto, or another output_dir")
+    if start := likely_start(config.checkpoint, checkpoints):
+        check_same_run(config, start[1], start[0])
+    elif config.checkpoint.init_from:
+        open_source(Path(config.checkpoint.init_from), config.model)
+    with os_errors_named(config.output_dir):
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(config.output_dir, os.W_OK):
+            raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
+
+
+def expected_start(config: Config) -> Position:
+    """Where the run will most likely go on from; what depends on it is looked at again once a checkpoint is loaded."""
+    start = likely_start(config.checkpoint, Path(config.output_dir) / layout.CHECKPOINTS)
+    return Position(start[1]["iteration"], start[1]["consumed_samples"]) if start else Position()
+
+
+def refuse_login(config: Config) -> None:
+    """Raises UserError on every rank where W&B is asked for and knows no account. Collective: rank 0 alone asks the service."""
+    if config.logging.wandb != "online":
+        return
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            refuse_wandb_login(config.logging)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
