@@ -31,8 +31,10 @@ from megadyn.data.samples import Samples
 from megadyn.errors import Parser, RunError, UserError
 from megadyn.kinds import DENSE
 from megadyn.log import log, start_logging
+from megadyn.network import choosing_layers
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path
+from megadyn.routing.replay import Replay
 from megadyn.training import launch
 from megadyn.training.data import Data, evaluation_size, open_data
 from megadyn.training.engine import Engine, MicroBatch, StepResult
@@ -94,6 +96,7 @@ class Job:
         self.stall_s = 0.0                                   # how long training waited for the checkpoint being written
         self.telemetry: Telemetry | None = None              # rank 0's
         self.profile: Profile | None = None
+        self.replay = Replay(config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key)
         self.loss_rule = LossRule(config.training)
         self.signals = Signals(watchdog.asked_to_stop)
         watchdog.request_stop = self.signals.request
@@ -196,7 +199,8 @@ class Job:
                              schedule_of(self.config, self.course, self.position))
         is_measured = self.due(self.config.logging.interval, number)
         self.profile.before_step(number)
-        result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit, measure=is_measured)
+        with self.replay.step(number, self.consumed_samples):
+            result = self.engine.train_step(self.watched(loader), rate, self.loss_rule.limit, measure=is_measured)
         self.iteration = number
         self.consumed_samples += self.engine.plan.global_batch
         if self.telemetry:
