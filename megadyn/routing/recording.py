@@ -132,7 +132,7 @@ class Flips(NamedTuple):
     layers: NDArray[np.int64]
     distance: NDArray[np.float64]
     """How far its score lay from its cut, in the recording where that was farther, in units of the root mean square of the
-    scores of its sample."""
+    layer's scores in the step."""
 
     @property
     def changed(self) -> int:
@@ -142,9 +142,13 @@ class Flips(NamedTuple):
     def farthest(self) -> float:
         return float(self.distance.max(initial=0.0))
 
-    def of_step(self, step: int) -> "Flips":
-        """Those of one step alone; `compared` stays."""
-        return Flips(self.compared, *(values[self.steps == step] for values in self[1:]))
+    @property
+    def first(self) -> "Flips":
+        """Those of the first layer and step that differ: before them, both runs computed the same but for rounding."""
+        if not self.changed:
+            return self
+        is_first = (self.steps == self.steps[0]) & (self.layers == self.layers[0])
+        return Flips(self.compared, self.steps[is_first], self.layers[is_first], self.distance[is_first])
 
 
 def flips(a: Path | str, b: Path | str) -> Flips:
@@ -178,8 +182,8 @@ def flips(a: Path | str, b: Path | str) -> Flips:
 
 
 def from_cut(recorded: Recorded) -> NDArray[np.float64]:
-    """Distance of every score from its cut, relative to the scores of its sample (`Flips.distance`)."""
+    """Distance of every score from its cut, relative to the size of all scores (`Flips.distance`)."""
     score = recorded.score.astype(np.float64)
-    size = np.sqrt(np.square(score).mean(axis=1, keepdims=True))
+    size = np.sqrt(np.square(score).mean(axis=(0, 1)))
     distance: NDArray[np.float64] = np.abs(score - np.expand_dims(recorded.cut, 1)) / np.maximum(size, np.finfo(np.float64).tiny)
     return distance
