@@ -91,6 +91,13 @@ def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
     return [Part(Embed, (ctx,)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
 
 
+def choosing_layers(model: ModelConfig) -> dict[int, str]:
+    """The layers of the whole model that choose tokens, with their types."""
+    classes = layer_classes(model)
+    routed = {layer for layer, build in classes.items() if issubclass(build, RoutedLayer) and build.chooses}
+    return {index: layer for index, layer in enumerate(model.layer_types) if layer in routed}
+
+
 class Network(nn.Module):
     """The whole list run in order, for every run without pipeline stages."""
 

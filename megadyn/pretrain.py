@@ -35,8 +35,10 @@ from megadyn.launch.processes import Process, launchers
 from megadyn.launch.signals import Signals
 from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log, start_logging
+from megadyn.network import choosing_layers
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path
+from megadyn.routing.replay import Replay
 from megadyn.telemetry.profile import Profile
 from megadyn.telemetry.telemetry import Silent, Telemetry
 from megadyn.training.bad_steps import BadSteps
@@ -120,6 +122,7 @@ class Job:
         self.config, self.engine, self.data, self.state, self.checkpoints = config, engine, data, state, checkpoints
         self.telemetry, self.profile, self.signals, self.watchdog = telemetry, profile, signals, watchdog
         self.bad_steps = BadSteps(config.training, state, checkpoints, telemetry)
+        self.replay = Replay(config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key)
         self.evaluations: dict[str, dict[str, float]] = {}   # the last of each set
         self.has_ended = False
 
@@ -153,7 +156,8 @@ class Job:
         rate = state.rate()
         is_measured = state.due(self.config.logging.interval, number)
         self.profile.before_step(number)
-        result = self.engine.train_step(self.watched(loader), rate, state.loss_rule.limit, measure=is_measured)
+        with self.replay.step(number, state.consumed_samples):
+            result = self.engine.train_step(self.watched(loader), rate, state.loss_rule.limit, measure=is_measured)
         state.step_taken()
         self.telemetry.step(number, loader.take_wait())
         stopping, is_written = self.signals.ask(self.checkpoints.writer.is_busy)

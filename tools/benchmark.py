@@ -7,6 +7,7 @@
     python tools/benchmark.py checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
     python tools/benchmark.py scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
     python tools/benchmark.py soak [options]        # thousands of tiny steps of every kind of routing: does it last?
+    python tools/benchmark.py flips [options]       # what a layout computes under recorded routing choices, and under its own
 """
 
 import argparse
@@ -18,7 +19,7 @@ from megadyn.errors import Parser, run_tool
 BENCHMARKS = {"data": "megadyn.benchmark.preparation", "samples": "megadyn.benchmark.samples",
               "step": "megadyn.benchmark.step", "layer": "megadyn.benchmark.layer",
               "checkpoint": "megadyn.benchmark.checkpoint", "scaling": "megadyn.benchmark.scaling",
-              "soak": "megadyn.benchmark.soak"}
+              "soak": "megadyn.benchmark.soak", "flips": "megadyn.benchmark.flips"}
 """Module of each, whose `main` takes the options."""
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from os.path import realpath
 from typing import NamedTuple
 
 from megadyn.checks import at_least, in_range, one_of
@@ -102,6 +103,13 @@ class TrainingConfig:
     kernels: str = "auto"
     """Norms and the taking and putting back of tokens: `triton`, our fused kernels for GPUs; `torch`, its own operations; or
     `auto`, Triton's where they can run."""
+    routing_record: str | None = None
+    """Folder into which every step's routing choices are written, with scores and cuts: a file per layer and step
+    (`megadyn/routing/recording.py`), the same under every layout. A run that goes on continues it. In a replay it takes what the
+    layers would have chosen themselves."""
+    routing_replay: str | None = None
+    """Folder of recorded choices that routed layers take in place of their own, in training alone and under any layout; scores,
+    gates, losses and statistics are computed as ever. For comparing layouts, and for studies."""
     on_bad_step: str = "stop"
     """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
     `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
@@ -124,6 +132,11 @@ class TrainingConfig:
         self.length: Length | None = None       # no key of the configuration: no field
 
     def check(self) -> None:
+        for name in ("routing_record", "routing_replay"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expanded(path, f"training.{name}"))
+        if self.routing_record and self.routing_replay and realpath(self.routing_record) == realpath(self.routing_replay):
+            raise ConfigError("training.routing_record", self.routing_record, "another folder than training.routing_replay")
         one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
         at_least("training.spike_factor", self.spike_factor, 0)
         if 0 < self.spike_factor <= 1:

@@ -1,6 +1,7 @@
 """Which kernels run: Triton's on CUDA tensors where `training.kernels` allows it, else torch's own operations."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,11 @@ def gpu_lacks(kernels: str) -> str | None:
             if torch.cuda.get_device_capability() < LEAST_CAPABILITY else None)
 
 
+def own_device() -> torch.device:
+    """The GPU that this process will use; asked before the ranks meet, when none is set yet."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def problem_of(trial: Callable[[], object]) -> str | None:
     """What a call raises, in one line; None if it returns. For what only a call can tell: a package may be there and lack a
     function, a compiler or a header."""
@@ -45,9 +51,10 @@ def _launch_triton() -> None:
     """A kernel's first launch, which compiles its driver."""
     from megadyn.kernels.rows import take_rows
 
-    x = torch.zeros(2, 8, device="cuda")
-    take_rows(x, torch.tensor([1], device="cuda"))
-    torch.cuda.synchronize()
+    device = own_device()
+    x = torch.zeros(2, 8, device=device)
+    take_rows(x, torch.tensor([1], device=device))
+    torch.cuda.synchronize(device)
 
 
 def _triton_lacks() -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError
-from megadyn.kernels.rule import gpu_lacks, problem_of
+from megadyn.kernels.rule import gpu_lacks, own_device, problem_of
 from megadyn.model.documents import Segments, segments_of
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
@@ -18,9 +18,6 @@ from megadyn.model.rope import Rotary
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
-
-TRIAL_DEVICE = "cuda"
-"""Where a backend is tried before it is chosen."""
 
 
 def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
@@ -52,13 +49,13 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
         return "flash-attn is not installed (pip install megadyn[flash])"
 
     def trial() -> None:
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        q, k = (torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=TRIAL_DEVICE, requires_grad=True) for heads in (2, 1))
-        ids = torch.tensor([[0, 0, 1]], device=TRIAL_DEVICE)
+        device, dtype = own_device(), torch.float16 if precision == "fp16" else torch.bfloat16
+        q, k = (torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True) for heads in (2, 1))
+        ids = torch.tensor([[0, 0, 1]], device=device)
         for segments in (None, segments_of(ids, 2, 2)):
             causal_attention(q, k, k, backend, segments).sum().backward()
-        if TRIAL_DEVICE == "cuda":
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     problem = problem_of(trial)
     return problem and f"{backend} attention failed at a first call ({problem})"

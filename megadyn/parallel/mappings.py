@@ -8,6 +8,7 @@
     leave_tp          reduce_from_tp, or under sequence parallelism: sum, this rank's part; backward join the sequence
     whole_sequence    join the sequence        none                    scores, for choices over the whole sequence
     own_part          this rank's part         zeros elsewhere         of what every rank holds whole
+    whole_batch       join samples over dp     none                    recorded choices
 
 Under sequence parallelism (arXiv 2205.05198) each tensor rank holds a part [B, T/tp, ...] of the sequence wherever nothing is
 cut over heads or widths. `seq` is then the tensor axis, and else an axis of size 1, which makes all of it do nothing. What is
@@ -104,6 +105,15 @@ def whole_sequence(x: Tensor, seq: Axis) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(seq.size)]
     dist.all_gather(parts, x.contiguous(), group=seq.group)
     return torch.cat(parts, dim=1)
+
+
+def whole_batch(x: Tensor, dp: Axis) -> Tensor:
+    """[B/dp, ...] -> [B, ...], without gradient."""
+    if dp.size == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dp.size)]
+    dist.all_gather(parts, x.contiguous(), group=dp.group)
+    return torch.cat(parts)
 
 
 def own_part(x: Tensor, seq: Axis) -> Tensor:

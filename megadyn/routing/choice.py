@@ -14,6 +14,7 @@ from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.decisions import Decisions
 from megadyn.routing.monitor import Statistic, deviation_where, least, mean_where, most
 from megadyn.routing.quantile import QuantileThreshold, guarded
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where
@@ -48,6 +49,7 @@ class CausalRouter(nn.Module):
         self.seq = ctx.make.seq
         self.mode = "topk"
         """`topk` or `causal`."""
+        self.decisions = Decisions()
         self.threshold: RunningThreshold | None = None
         if isinstance(routing, TopK) and routing.by_threshold:
             self.threshold = QuantileThreshold(routing.threshold_momentum, routing.share, routing.start)
@@ -70,7 +72,7 @@ class CausalRouter(nn.Module):
         threshold = self.threshold
         if isinstance(threshold, QuantileThreshold) and (threshold.decides or not torch.is_grad_enabled()):
             return self.by_threshold(score, threshold)
-        top = choose_top(score, capacity_count(self.capacity, score.shape[1]))
+        top = self.decisions.settle_top(choose_top(score, capacity_count(self.capacity, score.shape[1])), score)
         in_top = as_mask(top, score.shape)
         loss: Tensor | None = None
         statistics: dict[str, Tensor | Statistic] = {}
@@ -98,7 +100,7 @@ class CausalRouter(nn.Module):
         causal = chosen = score >= tau
         if torch.is_grad_enabled():
             threshold.watch(score, None)
-            chosen = guarded(causal, score, *self.guards)
+            chosen = self.decisions.settle(guarded(causal, score, *self.guards), score, tau)
         routed = causal if self.mode == "causal" else chosen
         return Choice(choose_where(routed), chosen, None, share_statistics(routed) | {
             "threshold": tau, "causal_fraction": causal.float().mean(),

@@ -9,6 +9,7 @@ from torch import Tensor
 from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter
+from megadyn.routing.decisions import Decisions
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
 from megadyn.routing.tracker import StepTracker
@@ -23,17 +24,29 @@ class Step(NamedTuple):
 
 
 class RoutedLayer(Layer):
-    """Base of layers that choose tokens, or that score them for the next layer."""
+    """Base of layers that choose tokens, or that score them for the next layer.
+
+    Each choice of a layer passes its `decisions` (`CausalRouter` sees to its own), or it could be neither recorded nor replayed.
+    """
+
+    chooses = True
+    """Whether it chooses tokens."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index)
         self.loss_scale = loss_scale
         self.causal_router: CausalRouter | None = None
         """Chooses tokens by top-k or by a causal rule; None where the layer has one way to choose, or does not choose."""
+        self._own_decisions = Decisions()
         self.monitor = Monitor()
         """Statistics, by name; `routed_fraction` is the share of tokens taken."""
         self.like_this: int = ctx.model.layer_types.count(ctx.model.layer_types[index])
         """Layers of this type in the model: an auxiliary loss is the mean over them."""
+
+    @property
+    def decisions(self) -> Decisions:
+        """What its choices pass: its router's, or its own."""
+        return self._own_decisions if self.causal_router is None else self.causal_router.decisions
 
     def trackers(self) -> dict[str, StepTracker]:
         """What the layer carries from step to step, by name: averaged over ranks as a step ends, and saved in checkpoints."""

@@ -16,6 +16,8 @@ from megadyn.kernels.rule import kernel_choice
 from megadyn.launch import launch
 from megadyn.model.attention import attention_backend
 from megadyn.model.compiled import check_compiler
+from megadyn.network import choosing_layers
+from megadyn.routing.replay import refuse_replay
 from megadyn.telemetry.sinks import refuse_wandb, refuse_wandb_login
 from megadyn.training.data import Data, evaluation_size
 from megadyn.training.length import Position
@@ -46,6 +48,8 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
         check_same_run(config, start[1], start[0])
     elif config.checkpoint.init_from:
         open_source(Path(config.checkpoint.init_from), config.model)
+    if config.training.routing_record is not None or config.training.routing_replay is not None:
+        refuse_replay(config, choosing_layers(config.model), data.train.key, expected_start(config).iteration)
     with os_errors_named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(config.output_dir, os.W_OK):

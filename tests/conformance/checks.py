@@ -30,6 +30,7 @@ from megadyn.planning.memory import fullest
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing import skipping
 from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.decisions import Choices, Tape
 from tests.live_bytes import LiveBytes
 from tests.networks import disturb, end_step
 from tests.tiny import ROOT
@@ -258,6 +259,49 @@ def recomputation_changes_nothing(case: Case) -> None:
         assert again[2] == statistics
 
 
+def choices_can_be_replayed(case: Case) -> str | None:
+    """Every choice passes `RoutedLayer.decisions` once, recomputed or not; a layer obeys a recorded one, and computes the same
+    from its own when that comes back."""
+    network, _ = network_of(case, recompute="full")
+    layers = {layer.index: layer for layer in routed_layers(network) if layer.chooses}
+    if not layers:
+        return "no layer chooses tokens"
+    states = tracker_state(network)
+
+    def trained(given: dict[int, Tensor]) -> tuple[float, dict[int, Choices]]:
+        restore(network, states)
+        tapes = {index: Tape(4, given.get(index), keeps=True) for index in layers}
+        for index, layer in layers.items():
+            layer.decisions.tape = tapes[index]
+        loss = network(*tokens_like())
+        loss.backward()
+        assert all(tape.passed == 4 for tape in tapes.values()), "samples whose choice passed `decisions` more or less than once"
+        return loss.item(), {index: tape.whole() for index, tape in tapes.items()}
+
+    loss, own = trained({})
+    for chosen, score, cut in own.values():
+        assert (score.masked_fill(~chosen, torch.inf) >= cut.unsqueeze(1)).all()
+        assert (score.masked_fill(chosen, -torch.inf) <= cut.unsqueeze(1)).all()
+    recorded = {index: choices.chosen for index, choices in own.items()}
+    assert trained(recorded)[0] == loss
+    for index, chosen in recorded.items():
+        assert trained(recorded | {index: with_two_exchanged(chosen)})[0] != loss, f"layer {index} does not obey"
+    return None
+
+
+def with_two_exchanged(chosen: Tensor) -> Tensor:
+    """`chosen` [B, T] or [B, T, n] with the choices of two tokens of a sample exchanged, or else one token left out or taken."""
+    changed = chosen.clone()
+    for row in changed:
+        differ = (row != row[:1]).flatten(1).any(dim=1) if row.ndim > 1 else row != row[0]
+        if differ.any():
+            other = int(differ.nonzero()[-1])
+            row[[0, other]] = row[[other, 0]]
+            return changed
+    changed[0, -1] = ~changed[0, -1]
+    return changed
+
+
 class Choosing(TorchDispatchMode):
     """Sees operations that choose: which values are highest, and where a mask is true."""
 
@@ -379,6 +423,6 @@ def it_explains_itself(case: Case) -> None:
 
 ALONE: tuple[Callable[[Case], str | None], ...] = (
     no_future, no_other_sample, no_other_document, capacity_one_is_dense, gradients_are_those_of_differences,
-    recomputation_changes_nothing, every_parameter_learns, operations_are_as_planned, parameters_are_as_planned,
-    foreign_keys_are_refused, statistics_do_not_depend_on_the_split, it_explains_itself)
+    recomputation_changes_nothing, choices_can_be_replayed, every_parameter_learns, operations_are_as_planned,
+    parameters_are_as_planned, foreign_keys_are_refused, statistics_do_not_depend_on_the_split, it_explains_itself)
 """Promises that one process can show."""

@@ -114,6 +114,12 @@ BROKEN = {
                      "        hidden = self.run(lambda h: self.decide(stream._replace(hidden=h)).hidden, stream.hidden)\n"
                      "        return Stream(hidden, documents=stream.documents)\n\n"
                      "    def decide(self, stream: Stream) -> Stream:\n"),
+    "ignores_a_replay": ("        choice = self.causal_router(score, stream.hidden)\n",
+                         "        choice = self.causal_router(score, stream.hidden)\n"
+                         "        if self.causal_router.mode == \"topk\":\n"
+                         "            from megadyn.routing.select import choose_top\n"
+                         "            top = choose_top(score, choice.selection.places.shape[1])\n"
+                         "            choice = choice._replace(selection=top)\n"),
 }
 """What is written in place of what."""
 

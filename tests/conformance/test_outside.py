@@ -14,6 +14,7 @@ from tests.conformance.checks import (
     ALONE,
     Case,
     capacity_one_is_dense,
+    choices_can_be_replayed,
     no_future,
     no_other_sample,
     recomputation_changes_nothing,
@@ -70,7 +71,8 @@ def test_it_goes_on_at_another_layout(layout, trained):
 
 
 @pytest.mark.parametrize(("broken", "check"), [
-    ("future", no_future), ("other_samples", no_other_sample), ("chooses_anew", recomputation_changes_nothing)])
+    ("future", no_future), ("other_samples", no_other_sample), ("chooses_anew", recomputation_changes_nothing),
+    ("ignores_a_replay", choices_can_be_replayed)])
 def test_a_broken_promise_fails_by_its_own_check(broken, check):
     with pytest.raises(AssertionError):
         check(case_of(broken))

@@ -163,7 +163,7 @@ def test_a_backend_whose_first_call_fails_is_told_of_and_passed_over(monkeypatch
         return q + k.sum() + v.sum()
 
     monkeypatch.setattr(attention, "causal_attention", call)
-    monkeypatch.setattr(attention, "TRIAL_DEVICE", "cpu")
+    monkeypatch.setattr(attention, "own_device", lambda: torch.device("cpu"))
     model = tiny_config().model
     assert attention_backend(model, "bf16") == (
         "varlen", "auto: flash attention failed at a first call (ImportError: cannot import a function of flash)")

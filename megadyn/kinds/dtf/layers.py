@@ -23,6 +23,8 @@ from megadyn.routing.surprise import SurpriseRouter, gate_of
 class DecisionLayer(RoutedLayer):
     """Dense for every token, and scores each token's surprise for the Dynamic layer behind it."""
 
+    chooses = False
+
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
         model, routing = ctx.model, ctx.model.routing

@@ -82,6 +82,7 @@ class DtrLayer(RoutedLayer):
             # A superset of the mask: the best are those above 0.
             mask = mask | (short & as_mask(choose_top(lead.detach(), least), lead.shape))
             statistics["refills"] = short.float().mean()
+        mask = self.decisions.settle(mask, lead, 0.0)
         return choose_where(mask), mask, statistics | share_statistics(mask)
 
     def lead(self, hidden: Tensor) -> Tensor:

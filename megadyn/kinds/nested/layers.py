@@ -65,7 +65,7 @@ class NestedLayer(RoutedLayer):
     def forward(self, stream: Stream) -> Stream:
         post = self.run(self.dense, stream.hidden, stream.documents)
         gate, score = self.score(post)
-        mask = self.reach(score)
+        mask = self.decisions.settle(self.reach(score), score, self.threshold.value)
         self.monitor.record(share_statistics(mask) | gate_statistics(score, mask) | {"threshold": self.threshold.value.to(score)})
         if torch.is_grad_enabled():
             self.threshold.observe(mask.float().mean())

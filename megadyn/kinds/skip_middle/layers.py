@@ -8,7 +8,7 @@ from megadyn.costs.shape import capacity_count
 from megadyn.kinds.skip_middle import SkipMiddle
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.loss import upcast
-from megadyn.parallel.mappings import copy_to_tp, whole_sequence
+from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics, share_statistics
@@ -57,12 +57,14 @@ class Pressure(StepTracker):
 class MirroredLayer(GatedLayer):
     """h + g Block(h), g = 1 - min(m, 1), for tokens with m < 1, attention among them only; h for the others."""
 
-    def gated(self, stream: Stream, m: Tensor, **statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """m [B, T/seq] -> h_out [B, T/seq, D] and g [B, T/seq]."""
-        gate = 1 - m.clamp(max=1)
-        score = whole_sequence(gate.detach(), self.seq)
-        self.monitor.record(share_statistics(score > 0) | gate_statistics(score, score > 0) | statistics)
-        return self.run(self.update, stream._replace(score=None), gate, choose_where(score > 0)), gate
+    def gated(self, stream: Stream, m: Tensor, **statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """m [B, T/seq] -> h_out [B, T/seq, D], g [B, T/seq] and which tokens were processed, [B, T]."""
+        score = whole_sequence(1 - m.detach(), self.seq)
+        mask = self.decisions.settle(score > 0, score, 0.0)
+        # By the mask, not by m: at its edge g is continuous, but its gradient is not.
+        gate = (1 - m).masked_fill(~own_part(mask, self.seq), 0)
+        self.monitor.record(share_statistics(mask) | gate_statistics(score.masked_fill(~mask, 0), mask) | statistics)
+        return self.run(self.update, stream._replace(score=None), gate, choose_where(mask)), gate, mask
 
 
 class LeavingLayer(MirroredLayer):
@@ -100,10 +102,10 @@ class LeavingLayer(MirroredLayer):
 
     def forward(self, stream: Stream) -> Stream:
         m = self.accumulate(stream)
-        out, gate = self.gated(stream, m, pressure=self.pressure.weight.to(m))
+        out, gate, mask = self.gated(stream, m, pressure=self.pressure.weight.to(m))
         if torch.is_grad_enabled():
             out = self.attach(out, self.pressure.weight.to(gate) * gate.mean())
-            self.pressure.observe((whole_sequence(m.detach(), self.seq) < 1).float().mean())
+            self.pressure.observe(mask.float().mean())
         m = m.unsqueeze(-1)
         return Stream(out, m if stream.score is None else torch.cat([stream.score, m], dim=-1), stream.documents)
 
@@ -117,5 +119,5 @@ class ReturningLayer(MirroredLayer):
 
     def forward(self, stream: Stream) -> Stream:
         assert stream.score is not None, "a layer of the second half follows those of the first"
-        out, _ = self.gated(stream, stream.score[..., -1])
+        out, _, _ = self.gated(stream, stream.score[..., -1])
         return Stream(out, stream.score[..., :-1], stream.documents)

@@ -86,7 +86,8 @@ class SubskipLayer(RoutedLayer):
             return whole_sequence(leads, self.seq) > 0, torch.ones_like(leads)
         leads = leads + self.noise(leads)
         soft = (leads / self.kept.temperature).sigmoid()
-        return whole_sequence(leads.detach(), self.seq) > 0, soft - soft.detach() + 1
+        whole = whole_sequence(leads.detach(), self.seq)
+        return self.decisions.settle(whole > 0, whole, 0.0), soft - soft.detach() + 1
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         leads = self.leads(stream.hidden).detach()

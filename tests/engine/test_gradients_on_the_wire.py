@@ -29,7 +29,7 @@ def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _watch_all(folder: str) -> None:
-    from megadyn.training import launch
+    from megadyn.launch import launch
 
     launch.join(90)
     found = {f"{zero} {reduced_in}": _watch(Path(folder), zero, reduced_in) for zero, reduced_in in CASES}
@@ -46,8 +46,8 @@ def _watch(folder: Path, zero: int, reduced_in: str) -> dict[str, Any]:
     from deepspeed.accelerator import get_accelerator
 
     from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
     from megadyn.parallel.grid import make_grid
-    from megadyn.training.engine import Engine
 
     config = tiny_config("dtf", precision="bf16", micro_batch=1)
     path = folder / f"{zero}-{reduced_in}-{dist.get_rank()}.json"

@@ -1,0 +1,144 @@
+"""How far a layout's training parts from that of one process, with choices of its own and with recorded ones.
+
+    python tools/benchmark.py flips [--config examples/quickstart/config.yaml] [--steps 200] [--layout 2x1x1] [key=value ...]
+
+Trains three times, from the same weights on the same samples: on one process, whose routing choices are recorded; under the
+layout, which chooses for itself; and under the layout with the recorded choices, noting what it would have chosen. Prints how far
+losses and gradient norms lie apart, how many tokens changed places, and how far these lay from their cut, in units of the root
+mean square of the layer's scores in that step. Needs the data that the configuration names (`make quickstart` makes the
+default's). Exit status 1 if curves part by more than 1e-5 under the recorded choices.
+"""
+
+import argparse
+import json
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
+
+from megadyn.arguments import add_json_argument, positive
+from megadyn.benchmark.scaling import Layout, layout_of
+from megadyn.benchmark.soak import curves_of, last_error, run_job
+from megadyn.benchmark.soak_bounds import Curves
+from megadyn.config import load_config
+from megadyn.errors import Parser, RunError
+from megadyn.files import refuse_existing
+from megadyn.paths import user_path
+from megadyn.routing.recording import flips
+
+PROMISED = 1e-5
+"""Relative difference of losses and of gradient norms between layouts, under the same choices."""
+CHOICES = "choices"
+"""Folder of a run's recording inside its output folder."""
+
+
+@dataclass
+class Comparison:
+    """A run against that of one process."""
+
+    run: str
+    steps: int
+    loss: float
+    """Largest relative difference of a step's loss."""
+    grad_norm: float
+    compared: int
+    """Choices."""
+    changed: int
+    first_step: int | None
+    """In which a token changed places; None if none did."""
+    first_changed: int
+    """Tokens that changed places in it, in the first layer where one did."""
+    first_farthest: float
+    """The largest distance of one of them from its cut."""
+    farthest: float
+    """The largest of all steps."""
+    seconds: float
+
+    @property
+    def keeps_promise(self) -> bool:
+        return self.loss <= PROMISED and self.grad_norm <= PROMISED
+
+
+def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: str) -> tuple[Curves, float]:
+    """The main job in `folder`: its curves and its seconds. Raises RunError for a run that fails."""
+    folder.mkdir(parents=True)
+    began = time.perf_counter()
+    log = folder / "rank0.log"
+    status = run_job([str(args.config), *args.overrides, f"training.iterations={args.steps}", "training.eval_interval=0",
+                      "checkpoint.interval=0", "checkpoint.resume=never", "logging.interval=1", "logging.tensorboard=false",
+                      "logging.live=never", f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}",
+                      f"output_dir={folder}", f"training.routing_record={folder / CHOICES}", *overrides], layout.processes, log)
+    if status:
+        raise RunError(f"{folder}: {last_error(log)}")
+    print(f"{folder.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return curves_of(folder / "metrics.jsonl"), time.perf_counter() - began
+
+
+def apart(found: Sequence[float], wanted: Sequence[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True))
+
+
+def compare(name: str, whole: Path, folder: Path, wanted: Curves, found: Curves, seconds: float) -> Comparison:
+    moved = flips(whole / CHOICES, folder / CHOICES)
+    first = moved.first
+    return Comparison(name, len(found.loss), apart(found.loss, wanted.loss), apart(found.grad_norm, wanted.grad_norm),
+                      moved.compared, moved.changed, int(first.steps[0]) if first.changed else None, first.changed,
+                      first.farthest, moved.farthest, seconds)
+
+
+def measure(args: argparse.Namespace) -> list[Comparison]:
+    folders = [args.output / name for name in ("one", "own", "replayed")]
+    refuse_existing(folders, args.overwrite)
+    for folder in folders:
+        rmtree(folder, ignore_errors=True)
+    one, own, replayed = folders
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.engine.engine"])
+    wanted, _ = train(one, Layout(1, 1, 1), args)
+    free = train(own, args.layout, args)
+    held = train(replayed, args.layout, args, f"training.routing_replay={one / CHOICES}")
+    return [compare("own", one, own, wanted, *free), compare("recorded", one, replayed, wanted, *held)]
+
+
+def as_table(found: Sequence[Comparison]) -> str:
+    rows = ["| choices | loss apart by | gradient norm by | tokens that changed places | at most from the cut | the first |",
+            "|---|---|---|---|---|---|"]
+    for line in found:
+        first = "none"
+        if line.first_step is not None:
+            first = f"step {line.first_step}: {line.first_changed}, at most {line.first_farthest:.1e} from the cut"
+        rows.append(f"| {line.run} | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of {line.compared:,} | "
+                    f"{line.farthest:.1e} | {first} |")
+    return "\n".join(rows)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="benchmark.py flips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=user_path, default=Path("examples/quickstart/config.yaml"), metavar="FILE",
+                        help="(default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--layout", type=layout_of, default=Layout(2, 1, 1), metavar="TxPxD", help="(default: %(default)s)")
+    parser.add_argument("--output", type=user_path, default=Path("runs/flips"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier runs in DIR")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    add_json_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.config, args.output = args.config.absolute(), args.output.absolute()
+    config = load_config(args.config, args.overrides)            # a mistake in it is told at once
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the ranks at work end too
+    found = measure(args)
+    print(f"{config.model.routing.describe()}, {config.precision}, {args.steps} steps; {args.layout} (tensor x pipeline x data) "
+          "against one process\n")
+    print(as_table(found))
+    if args.json:
+        print(json.dumps([asdict(line) for line in found]))
+    if not found[-1].keeps_promise:
+        raise SystemExit(1)
