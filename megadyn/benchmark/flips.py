@@ -68,8 +68,8 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
     folder.mkdir(parents=True)
     began = time.perf_counter()
     log = folder / "rank0.log"
-    status = run_job([str(args.config), *args.overrides, f"training.iterations={args.steps}", "training.eval_interval=0",
-                      "checkpoint.interval=0", "checkpoint.resume=never", "logging.interval=1", "logging.tensorboard=false",
+    status = run_job([str(args.config), *args.overrides, "training.eval_interval=0", "checkpoint.interval=0",
+                      "checkpoint.resume=never", "logging.interval=1", "logging.tensorboard=false",
                       "logging.live=never", f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}",
                       f"output_dir={folder}", f"training.routing_record={folder / CHOICES}", *overrides], layout.processes, log)
     if status:
@@ -132,6 +132,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.config, args.output = args.config.absolute(), args.output.absolute()
+    args.overrides.append(f"training.iterations={args.steps}")
     config = load_config(args.config, args.overrides)            # a mistake in it is told at once
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the ranks at work end too
     found = measure(args)

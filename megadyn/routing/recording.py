@@ -106,13 +106,13 @@ class Recording:
         """Raises UserError for a file that is missing or damaged."""
         path = self.path(layer, step)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = Recorded(*(arrays[name] for name in Recorded._fields))
+            with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as arrays:
+                chosen, score, cut, first = (arrays[name] for name in Recorded._fields)
+                return Recorded(chosen, score, cut, int(first))
         except FileNotFoundError:
             raise UserError(f"{path}: is missing from the recording") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
             raise UserError(f"{path}: is damaged, or no recorded step") from None
-        return found._replace(first=int(found.first))
 
     def write(self, layer: int, step: int, recorded: Recorded) -> None:
         path = self.path(layer, step)

@@ -43,6 +43,7 @@ RUN_BY = {
     "tools/benchmark.py checkpoint": "tests/benchmark/test_checkpoint.py",
     "tools/benchmark.py scaling": "tests/benchmark/test_scaling.py",
     "tools/benchmark.py soak": "tests/benchmark/test_soak.py",
+    "tools/benchmark.py flips": "tests/benchmark/test_flips.py",
 }
 """Which test runs the programs of unmarked commands that are not run below: a file, or a function of it."""
 

@@ -46,7 +46,7 @@ def test_a_replay_holds_every_layout_to_one_process(kind: str, layout: Layout, f
                                                     two: dict[str, Curve]) -> None:
     assert farthest(two[f"{kind} {layout}"], one[kind]) < 1e-5
     found = moved(folder, kind, str(layout))
-    if kind != "nested" or layout.tensor > 1:        # its ties are those of the first step, which other layouts compute bit for bit
+    if kind != "nested" or layout.tensor > 1:        # its ties are of the first step, which others compute bit for bit
         assert found.changed, "no layer would have chosen otherwise: the comparison shows nothing"
     assert found.farthest < ROUNDING
 
