@@ -35,6 +35,11 @@ class OutputClosed(Exception):
     """The reader of standard output has gone."""
 
 
+def one_line(error: object) -> str:
+    """What another library says, as words inside a sentence of ours."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
 def line_lost(error: OSError) -> Exception:
     """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
     return OutputClosed() if isinstance(error, BrokenPipeError) else UserError(f"standard output: {error.strerror}")

@@ -30,3 +30,10 @@ def os_errors_named(subject: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or subject}: {error.strerror or error}") from error
+
+
+def readable(path: Path) -> None:
+    """Gives a file the mode of any new one, where a library (safetensors) made it for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

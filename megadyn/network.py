@@ -59,15 +59,15 @@ class Head(nn.Module):
         return read_out(self, stream, labels)
 
 
-def read_out(words: "Head | Embed", stream: Stream, labels: Tensor | None = None) -> Tensor:
-    """Mean loss for labels [B, T]; without labels the whole logits [B, T, V]. `words` is a Head, or the Embed tied to it."""
-    hidden = enter_tp(stream.hidden, words.tp, words.seq)
+def read_out(head: "Head | Embed", stream: Stream, labels: Tensor | None = None) -> Tensor:
+    """Mean loss for labels [B, T]; without labels the whole logits [B, T, V]. `head` may be the Embed that is tied to it."""
+    hidden = enter_tp(stream.hidden, head.tp, head.seq)
     if labels is None:
-        return gather_from_tp(F.linear(hidden, words.weight), words.tp)[..., : words.vocab_size]
-    return linear_cross_entropy(hidden, words.weight, labels, vocab_size=words.vocab_size, tp=words.tp)
+        return gather_from_tp(F.linear(hidden, head.weight), head.tp)[..., : head.vocab_size]
+    return linear_cross_entropy(hidden, head.weight, labels, vocab_size=head.vocab_size, tp=head.tp)
 
 
-class Part(NamedTuple):
+class LayerMaker(NamedTuple):
     """One entry of the list: called with `arguments`, `build` makes the module."""
 
     build: type[nn.Module]
@@ -80,15 +80,15 @@ def layer_classes(model: ModelConfig) -> dict[str, type[Layer]]:
     return {layer: getattr(module_of(kind, "layers"), name) for kind in kinds for layer, name in kind.layers.items()}
 
 
-def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[Part]:
+def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[LayerMaker]:
     """The whole model, first to last, before anything is allocated."""
     model, make = ctx.model, ctx.make
     classes = layer_classes(model)
     layers = []
     for index, layer in enumerate(model.layer_types):
         build = classes[layer]
-        layers.append(Part(build, (ctx, index, loss_scale) if issubclass(build, RoutedLayer) else (ctx, index)))
-    return [Part(Embed, (ctx,)), *layers, Part(FinalNorm, (model, make)), Part(Head, (model, make))]
+        layers.append(LayerMaker(build, (ctx, index, loss_scale) if issubclass(build, RoutedLayer) else (ctx, index)))
+    return [LayerMaker(Embed, (ctx,)), *layers, LayerMaker(FinalNorm, (model, make)), LayerMaker(Head, (model, make))]
 
 
 def choosing_layers(model: ModelConfig) -> dict[int, str]:

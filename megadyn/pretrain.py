@@ -56,20 +56,15 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
     plan = batch_plan(config, launch.world_size())
     data = open_data(config, expected_start(config))
     refuse_early(config, plan, data)
-    timeout_s = config.training.timeout_s
-    launch.join(timeout_s + COLLECTIVE_MARGIN_S)
+    launch.join(config.training.collective_timeout_s)
     with (RunLock(Path(config.output_dir)) as lock,
-          Watchdog(timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem) as watchdog):
+          Watchdog(config.training.timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem) as watchdog):
         refuse_login(config)
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
         watchdog.progress("setting up")
         train(config, engine, data, watchdog)
     dist.barrier()
     dist.destroy_process_group()
-
-
-COLLECTIVE_MARGIN_S = 30.0
-"""So much later than the watchdog, which can tell why, a collective gives up by itself."""
 
 
 def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> None:

@@ -16,7 +16,7 @@ from megadyn.arguments import byte_count
 from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.errors import Parser, UserError, run_tool
-from megadyn.parallel.params import DTYPES
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.paths import expanded, user_path
 
 
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf.add_argument("--output", type=user_path, required=True)
     to_hf.add_argument("--as", dest="style", choices=("megadyn", "qwen2"), default="megadyn",
                        help="qwen2: a dense model as plain Qwen2ForCausalLM")
-    to_hf.add_argument("--precision", choices=tuple(DTYPES), help="of the weights (default: the run's)")
+    to_hf.add_argument("--precision", choices=tuple(PRECISIONS), help="of the weights (default: the run's)")
     to_hf.add_argument("--max-shard-size", type=byte_count, default=SHARD_BYTES, metavar="SIZE",
                        help="of a weight file, such as 2GB (default: 5GB); a tensor is never cut")
     to_hf.add_argument("--tokenizer", type=expanded,

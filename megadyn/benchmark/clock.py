@@ -12,10 +12,10 @@ import torch
 
 from megadyn.config import KERNELS
 from megadyn.errors import UserError
-from megadyn.parallel.params import DTYPES
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.planning.devices import peak_tflops
 
-PRECISION_OF = {dtype: name for name, dtype in DTYPES.items()}
+PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from megadyn.arguments import add_json_argument
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
 from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
-from megadyn.benchmark.parts import WHOLE, Part, choice_of, loss_part, parts_of
+from megadyn.benchmark.parts import WHOLE, TimedPart, choice_of, loss_part, parts_of
 from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.kinds import DENSE, known_kinds
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head, Network
-from megadyn.parallel.params import DTYPES
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.routing.layer import RoutedLayer
 
 HALF_TOLERANCE = 0.05
@@ -74,7 +74,7 @@ class Figure:
 class Case:
     """A part and the module whose parameters it uses."""
 
-    part: Part
+    part: TimedPart
     module: nn.Module
     counted: float | None = None
     float64_error: float | None = None
@@ -118,7 +118,7 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
         selection = choice_of(layer, short[index])
         parts = parts_of(layer, kind, reached[index], model.config, choice_of(layer, reached[index]))
         small = parts_of(layer, kind, short[index], model.config, selection)
-        exact: list[Part] = []
+        exact: list[TimedPart] = []
         twin = layer
         if not unchecked:
             twin = deepcopy(layer).double()
@@ -146,7 +146,7 @@ def in_float64(stream: Stream) -> Stream:
     return Stream(stream.hidden.double(), None if stream.score is None else stream.score.double())
 
 
-def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin: nn.Module) -> Case:
+def checked(part: TimedPart, small: TimedPart, module: nn.Module, exact: TimedPart | None, twin: nn.Module) -> Case:
     """`part` of `module`; on `small` inputs counted by torch, and held to `exact`, the same part of a float64 `twin`.
 
     Raises UserError for fp32 that is not near float64.
@@ -174,7 +174,7 @@ def checked(part: Part, small: Part, module: nn.Module, exact: Part | None, twin
 
 def measure(args: argparse.Namespace, device: torch.device) -> list[Figure]:
     torch.manual_seed(0)
-    dtype = DTYPES[args.precision]
+    dtype = PRECISIONS[args.precision]
     tokens = torch.randint(args.vocab, (args.batch, args.sequence + 1), device=device)
     tokens, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     cases: list[Case] = []

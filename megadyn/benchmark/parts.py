@@ -10,7 +10,7 @@ from megadyn.config import ModelConfig
 from megadyn.costs.operations import block_flops, mlp_flops
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head
-from megadyn.parallel.loss import upcast
+from megadyn.parallel.precision import upcast
 from megadyn.planning.flops import head_flops, layer_flops
 from megadyn.routing.layer import RoutedLayer
 from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
@@ -22,7 +22,7 @@ WHOLE = "layer"
 
 
 @dataclass
-class Part:
+class TimedPart:
     layer: str
     name: str
     run: Callable[..., Outputs]
@@ -36,7 +36,7 @@ class Part:
     """Least that forward and backward can move: each activation in and out once. 0 where operations decide."""
 
 
-def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None) -> list[Part]:
+def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None) -> list[TimedPart]:
     """The parts of a layer of `kind` on its input, the whole layer last; `selection`: the tokens that it takes (`choice_of`)."""
     parts = _Parts(layer, kind, stream, model, selection)
     parts.add_decision()
@@ -56,13 +56,13 @@ class _Parts:
         """Tokens of a sequence that attend."""
         assert model.head_dim
         self.unseen = 2 * self.seen * self.seen * model.num_heads * model.head_dim
-        self.found: list[Part] = []
+        self.found: list[TimedPart] = []
 
     def add(self, name: str, run: Callable[..., Outputs], *inputs: Tensor, forward: float = 0.0, unseen: float = 0.0,
             passes: float = 0.0) -> None:
         """`forward` and `unseen`: operations of a forward pass on one sequence. `passes`: rows of the hidden size that are read
         or written, in all."""
-        self.found.append(Part(self.kind, name, run, tuple(leaf(x) for x in inputs), 3 * forward * self.batch,
+        self.found.append(TimedPart(self.kind, name, run, tuple(leaf(x) for x in inputs), 3 * forward * self.batch,
                                3 * unseen * self.batch, passes * self.hidden.shape[-1] * self.hidden.element_size()))
 
     def add_decision(self) -> None:
@@ -106,9 +106,9 @@ class _Parts:
                      passes=2 * self.batch * self.length + 4 * tokens)
 
 
-def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) -> Part:
+def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) -> TimedPart:
     """Head and loss, whose forward pass makes the gradients too."""
-    return Part("head", "loss", lambda x: head(Stream(x), labels), (leaf(hidden),),
+    return TimedPart("head", "loss", lambda x: head(Stream(x), labels), (leaf(hidden),),
                 3 * head_flops(model, hidden.shape[1]) * hidden.shape[0])
 
 

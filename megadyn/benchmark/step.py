@@ -31,7 +31,7 @@ from megadyn.config import RECOMPUTE
 from megadyn.errors import Parser, UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.model.block import Layer
-from megadyn.parallel.params import DTYPES
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.planning.flops import training_flops
 
 CHECKED_TOKENS = 512
@@ -142,7 +142,7 @@ def whole_square_flops(model: Model, length: int) -> float:
 
 def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure], str]:
     torch.manual_seed(0)
-    dtype = DTYPES[args.precision]
+    dtype = PRECISIONS[args.precision]
     tokens = torch.randint(args.vocab, (args.batch, args.sequence + 1), device=device)
     contest = Contest([], tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     short = [part[:, :CHECKED_TOKENS].contiguous() for part in (contest.tokens, contest.labels)]

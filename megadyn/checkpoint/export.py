@@ -16,7 +16,7 @@ from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
 from megadyn.kinds import DENSE
-from megadyn.parallel.params import DTYPES
+from megadyn.parallel.precision import PRECISIONS
 
 SHARD_BYTES = 5 * 10**9
 
@@ -46,9 +46,9 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         summary = write_hf_folder(
-            temporary, config.model, whole_tensors(checkpoint, DTYPES[precision]), tokenizer=tokenizer or config.tokenizer.path,
-            eod=config.tokenizer.eod,
-            style=style, dtype=str(DTYPES[precision]).removeprefix("torch."), shard_bytes=shard_bytes,
+            temporary, config.model, whole_tensors(checkpoint, PRECISIONS[precision]),
+            tokenizer=tokenizer or config.tokenizer.path, eod=config.tokenizer.eod,
+            style=style, dtype=str(PRECISIONS[precision]).removeprefix("torch."), shard_bytes=shard_bytes,
             document_mask=config.data.document_mask)
         history = last_records(checkpoint.absolute().parent.parent / "metrics.jsonl", manifest["iteration"])
         (temporary / "README.md").write_text(model_card(

@@ -57,7 +57,7 @@ class ShardedTensors:
 
     def _joined(self, name: str) -> Tensor:
         parts = self._parts[name]
-        return self.sharding.join(parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size)
+        return self.sharding.uncut(parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size)
 
 
 def parameter_of(name: str) -> str:

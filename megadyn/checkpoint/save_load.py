@@ -25,13 +25,14 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
 from megadyn.checkpoint.same_run import SAME_TRAINING, check_same_run
 from megadyn.checkpoint.trained import Trained
-from megadyn.checkpoint.writing import Snapshot, all_gather, write
+from megadyn.checkpoint.writing import Snapshot, write
 from megadyn.errors import RunError, UserError
 from megadyn.hf.reader import THRESHOLD
 from megadyn.hf.source import open_source
 from megadyn.kinds import DENSE, Kind, TopK
 from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
+from megadyn.parallel.objects import all_gather
 from megadyn.parallel.params import component, counts_here, name_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -15,8 +15,9 @@ from torch import Tensor
 from megadyn.checkpoint import layout
 from megadyn.config import Config, save_config
 from megadyn.errors import RunError
-from megadyn.hf.convert import readable
+from megadyn.files import readable
 from megadyn.log import log
+from megadyn.parallel.objects import all_gather
 
 
 class CheckpointError(RunError):
@@ -87,12 +88,6 @@ def _write_shards(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
     return written
 
 
-def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
-
-
 def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[Any]:
     """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
     try:
@@ -112,7 +107,7 @@ class Writer:
     def __init__(self, root: Path, config: Config):
         self.root, self.config = root, config
         # Its own and host-side: the thread's collectives must not mix with training's.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.training.timeout_s + 30))
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.training.collective_timeout_s))
         self._job: _Job | None = None
 
     @property

@@ -128,6 +128,11 @@ class TrainingConfig:
     grace_s: float = 600.0
     """Seconds within which a run that SIGTERM, SIGINT or SIGUSR1 asked to stop has to save and end, or is ended by force."""
 
+    @property
+    def collective_timeout_s(self) -> float:
+        """When a collective gives up by itself: so much later than the watchdog, which can tell why."""
+        return self.timeout_s + 30.0
+
     def __post_init__(self) -> None:
         self.length: Length | None = None       # no key of the configuration: no field
 

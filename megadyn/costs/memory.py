@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from megadyn.costs.shape import Shape, capacity_count
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that the loss makes at once on one rank: 64 MiB in fp32."""
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -32,10 +32,10 @@ from megadyn.tokenization.tokenizer import TokenArray, Tokenizer
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
-DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
                                     5: np.dtype("<i8"), 8: np.dtype("<u2")}
 """Token type by dtype code. 6 and 7 are float64 and float32, which are no tokens."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 UINT16_VOCAB_LIMIT = 65500
 """Vocabularies from here on are stored as int32; Megatron-LM's bound, a little under 2^16."""
 LONGEST_SEQUENCE = 2**31 - 1
@@ -45,7 +45,7 @@ CHUNK_SEQUENCES = 2**18
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    return DTYPES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPES[4]
+    return DTYPE_OF_CODE[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPE_OF_CODE[4]
 
 
 def files_of(prefix: Path) -> dict[str, Path]:
@@ -82,7 +82,8 @@ class IndexedDataset:
         check_boundaries(self.index_path, self.document_index, sequences)
         self.num_documents = boundaries - 1
         check_tokens(bin_path, self.dtype, self.num_tokens)
-        self.tokens: TokenArray | FileTokens = (map_tokens if mmap else FileTokens)(bin_path, self.dtype, self.num_tokens)
+        self.tokens: TokenArray | FileTokens = (
+            map_tokens(bin_path, self.dtype) if mmap else FileTokens(bin_path, self.dtype, self.num_tokens))
         """All tokens in file order; a slice of it is an array."""
         self.record: Record | None = read_record(record_path)
         check_record(record_path, self.record, self)
@@ -150,8 +151,9 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     _, version, code, sequences, boundaries = HEADER.unpack(head)
     if version != VERSION:
         raise UserError(f"{path}: version {version} of the index format; only {VERSION} is known")
-    if code not in DTYPES:
-        raise UserError(f"{path}: dtype code {code} is no integer type for tokens (those are {', '.join(map(str, DTYPES))})")
+    if code not in DTYPE_OF_CODE:
+        raise UserError(f"{path}: dtype code {code} is no integer type for tokens (those are "
+                        f"{', '.join(map(str, DTYPE_OF_CODE))})")
     want = HEADER.size + 12 * sequences + 8 * boundaries
     have = path.stat().st_size
     if have == want + sequences != want:
@@ -159,7 +161,7 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     if have != want:
         raise UserError(f"{path}: {have} bytes, but its header describes {want} ({sequences} sequences, "
                         f"{boundaries} document boundaries); was it cut short?")
-    return DTYPES[code], sequences, boundaries
+    return DTYPE_OF_CODE[code], sequences, boundaries
 
 
 def check_offsets(path: Path, sizes: NDArray[np.int32], offsets: NDArray[np.int64], itemsize: int) -> int:
@@ -191,8 +193,8 @@ def check_tokens(path: Path, dtype: np.dtype[Any], count: int) -> None:
         raise UserError(f"{path}: {have} bytes, but its index describes {want} ({count} tokens of {dtype}); was it cut short?")
 
 
-def map_tokens(path: Path, dtype: np.dtype[Any], count: int) -> TokenArray:
-    if not count:
+def map_tokens(path: Path, dtype: np.dtype[Any]) -> TokenArray:
+    if not path.stat().st_size:
         return np.empty(0, dtype)       # an empty file cannot be mapped
     return np.asarray(np.memmap(path, dtype, mode="r"))     # plain array: slices of np.memmap are slow to make
 
@@ -231,7 +233,7 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None, tokens: Path | None = None) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.num_tokens = self.num_sequences = self.num_documents = 0
-        self._code = CODES[self.dtype]
+        self._code = CODE_OF_DTYPE[self.dtype]
         self._final = files_of(Path(prefix))
         self._temporary = {kind: temporary_beside(scratch / path.name if scratch else path) for kind, path in self._final.items()}
         self._hash = hashlib.sha256()
@@ -345,18 +347,18 @@ class IndexedWriter:
         publish(self._temporary, self._final)
 
     def _write_index(self, index: IO[bytes]) -> None:
-        lengths = join(self._lengths, "<i4")
+        lengths = concatenated(self._lengths, "<i4")
         offsets = np.zeros(len(lengths) + 1, "<i8")
         np.cumsum(lengths, out=offsets[1:])
         offsets *= self.dtype.itemsize
         boundaries = np.zeros(self.num_documents + 1, "<i8")
-        np.cumsum(join(self._sequences, "<i8"), out=boundaries[1:])
+        np.cumsum(concatenated(self._sequences, "<i8"), out=boundaries[1:])
         index.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(boundaries)))
         for array in (lengths, offsets[:-1], boundaries):
             index.write(array.data)
 
 
-def join(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
+def concatenated(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
     return np.concatenate([np.empty(0, dtype), *parts])
 
 

@@ -10,7 +10,7 @@ from megadyn.config import Config, batch_plan, engine_settings
 from megadyn.engine.pipeline import part_boundaries
 from megadyn.errors import UserError
 from megadyn.model.block import LayerContext
-from megadyn.network import Part, layer_list
+from megadyn.network import LayerMaker, layer_list
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
@@ -106,13 +106,13 @@ def sharding_of(config: Config, tensor: int) -> Sharding:
     return Sharding(tensor, config.model.num_kv_heads)
 
 
-def parts_of(config: Config, tp: Axis) -> list[Part]:
+def parts_of(config: Config, tp: Axis) -> list[LayerMaker]:
     """The list of layers, to be built without values as rank `tp.rank` of the tensor group."""
     make = ParamMaker(sharding_of(config, tp.size), config.training.seed, tp, device="meta")
     return layer_list(LayerContext(config.model, make, recompute=config.training.recompute), LossScale())
 
 
-def shapes_of(parts: Iterable[Part]) -> Shapes:
+def shapes_of(parts: Iterable[LayerMaker]) -> Shapes:
     found: Shapes = {}
     for part in parts:
         for param in part.build(*part.arguments).parameters():
@@ -147,7 +147,7 @@ def check_cuts(shapes: Shapes, whole: Shapes, sharding: Sharding, rank: int, voc
             # A tensor that holds, along the cut, which slice it is, and is thin in all other directions.
             line = torch.arange(full[dim]).view([-1 if d == dim else 1 for d in range(len(full))])
             pieces = [sharding.cut(name, line, r) for r in range(sharding.size)]
-            if not torch.equal(sharding.join(name, pieces, vocab_size), line):
+            if not torch.equal(sharding.uncut(name, pieces, vocab_size), line):
                 raise RuntimeError(f"{name}: its parts do not make the whole")
             full[dim] = pieces[rank].shape[dim]
         check_equal(f"shape of {name}", list(shape), full)

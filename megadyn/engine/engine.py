@@ -24,7 +24,8 @@ from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
 from megadyn.engine.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
 from megadyn.engine.pipeline import Stages
-from megadyn.engine.step_clock import PARTS, StepClock, replaced
+from megadyn.engine.replaced import replaced
+from megadyn.engine.step_clock import PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
 from megadyn.model.attention import attention_backend

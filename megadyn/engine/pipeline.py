@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megadyn.model.block import Layer, Stream
 from megadyn.model.documents import from_ids
-from megadyn.network import Part, read_out
+from megadyn.network import LayerMaker, read_out
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.parallel.wire import pack, unpack
@@ -18,8 +18,8 @@ from megadyn.parallel.wire import pack, unpack
 class Stages(PipelineModule):
     """This rank's stretch of the list. One tensor crosses each boundary."""
 
-    def __init__(self, parts: list[Part], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool, by_document: bool,
-                 gate: Callable[[Tensor], Tensor]):
+    def __init__(self, parts: list[LayerMaker], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool,
+                 by_document: bool, gate: Callable[[Tensor], Tensor]):
         """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`.
 
         Each training loss passes `gate` before the backward pass.
@@ -58,7 +58,7 @@ def part_boundaries(layer_boundaries: list[int], parts: int) -> list[int]:
     return [0, *(cut + 1 for cut in layer_boundaries[1:-1]), parts]
 
 
-def _specs(parts: list[Part], tied: bool) -> list[LayerSpec]:
+def _specs(parts: list[LayerMaker], tied: bool) -> list[LayerSpec]:
     if not tied:
         return [LayerSpec(part.build, *part.arguments) for part in parts]
     embed, *body, _ = parts

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megadyn.engine.replaced import replaced
+
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 """`data`: waiting for samples and moving them to the device. `communication`: every collective, send and receive that is called
 and waited for at once, wherever it comes from (tensor ranks inside forward and backward, stages, reduction of gradients,
@@ -93,17 +95,3 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside; of an object whose class has it, afterwards the class's again."""
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)

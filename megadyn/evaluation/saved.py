@@ -14,7 +14,8 @@ from megadyn.hf.tokenizer_files import FINGERPRINT
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, routed_layers, thresholds_of
-from megadyn.parallel.params import DTYPES, ParamMaker, name_of
+from megadyn.parallel.params import ParamMaker, name_of
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
@@ -75,7 +76,7 @@ def load_network(saved: Saved, device: torch.device) -> Network:
     """The whole model in one process, in its own precision."""
     assert saved.model.num_kv_heads is not None
     backend, _ = attention_backend(saved.model, saved.precision)
-    make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=DTYPES[saved.precision])
+    make = ParamMaker(Sharding(1, saved.model.num_kv_heads), device=device, dtype=PRECISIONS[saved.precision])
     network = Network(LayerContext(saved.model, make, backend, saved.eod), LossScale())
     missing = sorted({name_of(param) for param in network.parameters()} - saved.weights.names())
     if missing:

@@ -1,6 +1,5 @@
 """Writes a Hugging Face folder that loads with megadyn uninstalled."""
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.config import ModelConfig
+from megadyn.files import readable
 from megadyn.hf.config_map import document_fields, to_hf_config, to_qwen2_config
 from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
 from megadyn.kinds import Kind, module_of
@@ -111,10 +111,3 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     return {"parameters": parameters, "bytes": total, "shards": len(shards)}
-
-
-def readable(path: Path) -> None:
-    """safetensors writes files for the owner alone: give them the mode of any new file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

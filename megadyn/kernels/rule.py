@@ -13,7 +13,7 @@ LEAST_CAPABILITY = (8, 0)
 """Compute capability that flash attention and our own kernels need: bf16 arithmetic."""
 LARGEST_WIDTH = 16384
 """Columns of a row that one program holds whole, for a norm; wider ones are torch's."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The kernels add up in float32, so float64 is torch's."""
 
 
@@ -83,4 +83,4 @@ def use_kernels(asked: str) -> tuple[str, str]:
 
 def fused(x: Tensor) -> bool:
     """Operations on x go to our kernels."""
-    return _Process.uses_triton and x.is_cuda and x.dtype in DTYPES
+    return _Process.uses_triton and x.is_cuda and x.dtype in KERNEL_DTYPES

@@ -25,7 +25,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/seq, D] -> [B, T/seq, D]."""
         x = enter_tp(x, self.tp, self.seq)
-        return self.down_proj.join(recomputed(self.down, self.gate_proj(x), self.up_proj(x), when=self.recompute))
+        return self.down_proj.sum_of(recomputed(self.down, self.gate_proj(x), self.up_proj(x), when=self.recompute))
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
         """Both [B, T, F/tp] -> this rank's term of the output, [B, T, D]."""

@@ -55,13 +55,13 @@ class RowParallelLinear(nn.Module):
         self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [D, F/tp]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.join(self.term(x))
+        return self.sum_of(self.term(x))
 
     def term(self, x: Tensor) -> Tensor:
         """This rank's term of the sum."""
         return F.linear(x, self.weight)
 
-    def join(self, term: Tensor) -> Tensor:
+    def sum_of(self, term: Tensor) -> Tensor:
         """The sum of all ranks' terms [B, T, D], of which this rank takes its part of the sequence: [B, T/seq, D]."""
         return leave_tp(term, self.tp, self.seq)
 

@@ -12,16 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megadyn.costs.memory import LOGITS_AT_ONCE
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import max_over, sum_over
-
-BLOCK_ELEMENTS = 2**24
-"""Logits made at once, on one rank: 64 MiB in fp32."""
-
-
-def upcast(x: Tensor) -> Tensor:
-    """At least float32: half precisions are widened, float64 stays."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from megadyn.parallel.precision import upcast
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,9 +26,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """hidden [N, D], weight [V/tp, D], labels [N] -> mean loss, a scalar, equal on all tensor ranks."""
         count, rows = hidden.shape[0], weight.shape[0]
         local = labels - tp.rank * rows
-        words = min(rows, max(0, vocab_size - tp.rank * rows))              # what is behind them is padding
-        size = max(1, BLOCK_ELEMENTS // count)
-        blocks = [slice(start, min(words, start + size)) for start in range(0, words, size)]
+        own = min(rows, max(0, vocab_size - tp.rank * rows))              # what is behind them is padding
+        size = max(1, LOGITS_AT_ONCE // count)
+        blocks = [slice(start, min(own, start + size)) for start in range(0, own, size)]
         wide = upcast(weight[:0]).dtype
         # Of the blocks so far: the highest logit, the sum of exponentials relative to it, and the label's logit.
         top = hidden.new_full((count,), torch.finfo(wide).min, dtype=wide)

@@ -55,7 +55,7 @@ class Sharding:
             whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
         return whole.chunk(self.size, dim)[rank]
 
-    def join(self, name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
+    def uncut(self, name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
         """The whole tensor from the parts of all ranks, without vocabulary padding. Inverse of `cut`."""
         dim = self.dim(name)
         if dim is None:

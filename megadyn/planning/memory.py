@@ -8,13 +8,11 @@ of real training steps. What a layer keeps is its kind's to say (`kinds/`), from
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megadyn.costs.memory import Kept, Workload
+from megadyn.costs.memory import LOGITS_AT_ONCE, Kept, Workload
 from megadyn.errors import ConfigError, UserError
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
-LOGITS_AT_ONCE = 2**24
-"""Logits that the loss makes at once (`parallel/loss.py`)."""
 ALLREDUCE_BUCKET = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`, and its fixed size where no ZeRO optimizer reduces; in elements."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -131,8 +129,8 @@ def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int,
     """
     moments, (d, _, _, f) = activations(work, cuts, stage, micro_batches), work.widths
     fresh = work.bytes + 4 * widened
-    words = vocabulary_rows(work.model, work.tensor) * d if stage == 0 else 0
-    return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * words)
+    embedding = vocabulary_rows(work.model, work.tensor) * d if stage == 0 else 0
+    return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * embedding)
 
 
 def elements(zero: dict[str, Any], key: str, default: int) -> int:

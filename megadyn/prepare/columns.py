@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.prepare.formats import BUFFER_BYTES, DocumentError, Found, Span, damage, one_line
+from megadyn.errors import one_line
+from megadyn.prepare.formats import BUFFER_BYTES, DocumentError, Found, Span, damage
 
 PARQUET_BATCH_BYTES = 2**22
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import orjson
 
+from megadyn.errors import one_line
 from megadyn.prepare.compression import LONGEST_HEAD, Damage, Decompressed, codec_of
 from megadyn.prepare.detect import HEAD_BYTES, encoding_of, kind_of, not_text, telling_suffixes
 
@@ -183,10 +184,6 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
             if damage:
                 yield DocumentError(f"{span.file}:{number + (not line)}: damaged ({one_line(damage.reason)})"), done
             is_behind_damage = damage is not None
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def damage(place: object, error: Exception) -> DocumentError:

@@ -73,7 +73,7 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
         with closing(encode_units(encoder, own, helpers)) as encoded:
             if first:       # it joins the parts while all encode the next ones
                 found = parts_of_all(encoder, encoded, ranks)
-                record = join(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
+                record = join_parts(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
                 encoded.close()
                 deque(found, maxlen=0)      # others may still be writing parts that are not wanted
                 parts.remove()
@@ -249,7 +249,7 @@ def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int 
             break       # the next part may never come
 
 
-def join(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
+def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
     """The parts, one behind the other or shuffled by document, as the dataset PREFIX.
 
     One behind the other, they leave their files for the dataset's, from which an interrupted run goes on.

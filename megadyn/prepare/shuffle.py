@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.indexed import IndexedWriter
-from megadyn.tokenization.tokenizer import TokenArray
+from megadyn.data.indexed import IndexedWriter, map_tokens
 
 CHUNK_TOKENS = 2**22
 
@@ -30,9 +28,3 @@ def add_shuffled(writer: IndexedWriter, parts: Sequence[tuple[Path, NDArray[np.i
                  in zip(part_of[chunk].tolist(), begins.tolist(), (begins + lengths[chunk]).tolist(), strict=True)]
         if texts:
             writer.add(np.concatenate(texts), lengths[chunk][lengths[chunk] > 0], lengths[chunk] > 0)
-
-
-def map_tokens(path: Path, dtype: np.dtype[Any]) -> TokenArray:
-    if not path.stat().st_size:
-        return np.empty(0, dtype)       # an empty file cannot be mapped
-    return np.asarray(np.memmap(path, dtype, mode="r"))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from megadyn.kinds import Capped, TopK, capacity_count
 from megadyn.model.block import LayerContext
 from megadyn.parallel.grid import Axis
-from megadyn.parallel.loss import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
+from megadyn.parallel.precision import upcast
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.decisions import Decisions
 from megadyn.routing.monitor import Statistic, deviation_where, least, mean_where, most

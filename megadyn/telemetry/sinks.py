@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from megadyn.config import Config
 from megadyn.config.logging import LoggingConfig
-from megadyn.errors import ConfigError, UserError
+from megadyn.errors import ConfigError, UserError, one_line
 from megadyn.files import os_errors_named
 from megadyn.log import log
 
@@ -210,10 +210,6 @@ def refuse_wandb_login(asked: LoggingConfig) -> None:
     if problem:
         raise ConfigError("logging.wandb", "online", "offline or none, or first run `wandb login` or set WANDB_API_KEY: "
                           f"{problem}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def finite(value: Any) -> Any:

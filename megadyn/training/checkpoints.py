@@ -10,11 +10,12 @@ from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.same_run import changes, changes_line
 from megadyn.checkpoint.start import find_start
 from megadyn.checkpoint.trained import Trained
-from megadyn.checkpoint.writing import CheckpointError, Writer, all_gather
+from megadyn.checkpoint.writing import CheckpointError, Writer
 from megadyn.config import Config
 from megadyn.files import os_errors_named
 from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log
+from megadyn.parallel.objects import all_gather
 from megadyn.telemetry.telemetry import Silent
 from megadyn.training.loss_rule import TrainingDiverged
 from megadyn.training.state import RunState

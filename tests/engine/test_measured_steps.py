@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megadyn.engine.engine import memory_gib
 from megadyn.engine.gradient_norms import COMPONENTS, component_of, unclipped
-from megadyn.engine.step_clock import PARTS, replaced
+from megadyn.engine.replaced import replaced
+from megadyn.engine.step_clock import PARTS
 from tests.crew import Crew
 from tests.parity.curves import Case, config_of, tokens_of
 from tests.tiny import ROOT, micro_batches

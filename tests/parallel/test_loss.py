@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megadyn.parallel import loss
-from megadyn.parallel.loss import linear_cross_entropy, upcast
+from megadyn.parallel.loss import linear_cross_entropy
+from megadyn.parallel.precision import upcast
 from tests.live_bytes import LiveBytes
 from tests.networks import ALONE
 
@@ -24,7 +25,7 @@ def reference(hidden, weight, labels):
 @pytest.mark.parametrize("block_rows", [1, 4, 11, 1000])
 @pytest.mark.parametrize("rows", [11, 14], ids=["even", "padded"])
 def test_loss_and_gradients_equal_torchs_for_every_block(monkeypatch, block_rows, rows):
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw(rows=rows)
     out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE)
     out.backward(torch.tensor(1.7, dtype=torch.float64))
@@ -38,7 +39,7 @@ def test_loss_and_gradients_equal_torchs_for_every_block(monkeypatch, block_rows
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", 4 * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 15)
     hidden, weight, labels = draw(rows=14)
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy(h, w, labels, vocab_size=11, tp=ALONE), (hidden, weight))
@@ -53,7 +54,7 @@ def test_without_gradients_the_loss_is_the_same():
 
 @pytest.mark.parametrize("block_rows", [4, 1000])
 def test_huge_logits_do_not_overflow(monkeypatch, block_rows):
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw()
     big = (hidden * 1e4).detach().requires_grad_()
     out = linear_cross_entropy(big, weight, labels, vocab_size=11, tp=ALONE)
@@ -65,7 +66,7 @@ def test_huge_logits_do_not_overflow(monkeypatch, block_rows):
 @pytest.mark.parametrize("block_rows", [4, 1000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sums_in_float32(monkeypatch, dtype, block_rows):
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw(dtype)
     out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE)
     assert out.dtype == torch.float32
@@ -81,7 +82,7 @@ def test_half_precision_sums_in_float32(monkeypatch, dtype, block_rows):
 @pytest.mark.parametrize("block_rows", [4, 1000])
 def test_a_loss_that_is_no_number_spoils_every_gradient(monkeypatch, block_rows):
     """`engine/loss_gate.py` counts on it."""
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw()
     linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).backward(torch.tensor(torch.nan, dtype=torch.float64))
     assert hidden.grad.isnan().all()
@@ -92,7 +93,7 @@ def test_the_head_needs_a_small_part_of_its_logits_memory(monkeypatch):
     """16k tokens, 152k words and hidden size 2048 in 1 GB, the gradients of weights (0.62 GB) and hidden states among it; here
     with tokens and words cut by 32 and the hidden size by 8, so all memory by 256."""
     tokens, vocab, size = 16384 // 32, 152064 // 32, 2048 // 8
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", loss.BLOCK_ELEMENTS // 256)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", loss.LOGITS_AT_ONCE // 256)
     hidden = torch.randn(tokens, size).bfloat16().requires_grad_()
     weight = torch.randn(vocab, size).bfloat16().requires_grad_()
     labels = torch.randint(0, vocab, (tokens,))
@@ -106,7 +107,7 @@ def test_the_head_needs_a_small_part_of_its_logits_memory(monkeypatch):
 @pytest.mark.parametrize("label", [-1, 11, 13, 14, 10**6], ids=["negative", "padding", "last of padding", "behind", "far behind"])
 @pytest.mark.parametrize("block_rows", [4, 1000])
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(monkeypatch, label, block_rows):
-    monkeypatch.setattr(loss, "BLOCK_ELEMENTS", block_rows * 15)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw(rows=14)
     labels[1, 2] = label
     assert linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).isnan()

@@ -38,7 +38,7 @@ def test_a_parameter_comes_back_from_its_parts(name, kv_heads, size):
     sharding = Sharding(size, kv_heads)
     whole = torch.randn(SHAPES[name])
     parts = [sharding.cut(name, whole, rank) for rank in range(size)]
-    assert torch.equal(sharding.join(name, parts, VOCAB), whole)
+    assert torch.equal(sharding.uncut(name, parts, VOCAB), whole)
 
     expected = None
     if size > 1 and (is_one_of(name, ROWS) or (is_one_of(name, KV) and kv_heads >= size)):
@@ -68,7 +68,7 @@ def test_some_ranks_may_hold_nothing_but_padding():
     whole = torch.randn(5, 3)
     parts = [sharding.cut("model.embed_tokens.weight", whole, rank) for rank in range(4)]
     assert torch.equal(parts[3], torch.zeros(2, 3))
-    assert torch.equal(sharding.join("model.embed_tokens.weight", parts, 5), whole)
+    assert torch.equal(sharding.uncut("model.embed_tokens.weight", parts, 5), whole)
 
 
 def test_a_parameter_that_does_not_divide_is_never_padded_in_silence():
@@ -88,7 +88,7 @@ def test_initial_weights_do_not_depend_on_the_tensor_size(tensor, tied):
     ranks = [{p.global_name: p for p in network_of_rank(tensor, rank, tied=tied).parameters()} for rank in range(tensor)]
     sharding = Sharding(tensor, 2)
     for name, param in whole.items():
-        assert torch.equal(sharding.join(name, [rank[name] for rank in ranks], VOCAB), param), name
+        assert torch.equal(sharding.uncut(name, [rank[name] for rank in ranks], VOCAB), param), name
         assert all(rank[name].tensor_model_parallel == (sharding.dim(name) is not None) for rank in ranks)
         assert all(rank[name].is_contiguous() for rank in ranks)
     assert all(rank.keys() == whole.keys() for rank in ranks)

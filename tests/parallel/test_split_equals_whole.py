@@ -279,9 +279,9 @@ def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
 
     whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
     whole.backward(grad)
-    default, loss.BLOCK_ELEMENTS = loss.BLOCK_ELEMENTS, block_rows * labels.numel()
+    default, loss.LOGITS_AT_ONCE = loss.LOGITS_AT_ONCE, block_rows * labels.numel()
     split = linear_cross_entropy(copy_to_tp(hidden_split, tp), mine, labels, vocab_size=vocab, tp=tp)
-    loss.BLOCK_ELEMENTS = default
+    loss.LOGITS_AT_ONCE = default
     split.backward(grad)
     assert_close(split, whole)
     assert_close(hidden_split.grad, hidden.grad)

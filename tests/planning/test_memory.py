@@ -13,7 +13,8 @@ from megadyn.config import RECOMPUTE, Config
 from megadyn.costs.memory import Workload
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
-from megadyn.parallel.params import DTYPES, ParamMaker
+from megadyn.parallel.params import ParamMaker
+from megadyn.parallel.precision import PRECISIONS
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
 from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
@@ -76,7 +77,7 @@ def test_a_step_of_the_whole_model(kind: str, heavy: str, precision: str, recomp
     tokens = tiny_tokens(2, batch, length, SHAPES[heavy]["vocab_size"])
     with LiveBytes() as before:
         pass
-    make = ParamMaker(Sharding(1, 2), dtype=DTYPES[precision])
+    make = ParamMaker(Sharding(1, 2), dtype=PRECISIONS[precision])
     network = Network(LayerContext(model, make, eod=EOD if config.data.document_mask else None, recompute=recompute), LossScale())
     (first,), (second,) = (micro_batches(step, batch) for step in tokens)
     network(*first).backward()
