@@ -14,8 +14,7 @@ from megadyn.network import Network, layer_list, routed_layers, trackers_of
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.layer import RoutedLayer
+from megadyn.routing.layer import LossScale, RoutedLayer
 from megadyn.routing.monitor import Statistic
 
 ALONE = Axis("tp")

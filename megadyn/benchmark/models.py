@@ -18,8 +18,7 @@ from megadyn.model.block import LayerContext
 from megadyn.network import Network
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.layer import RoutedLayer
+from megadyn.routing.layer import LossScale, RoutedLayer
 
 REFERENCE = "qwen2"
 DEFAULT_MODELS = tuple(find_kind(name).benchmark or name for name in BUILT_IN)

@@ -12,9 +12,8 @@ from megadyn.model.block import Layer, Stream
 from megadyn.network import Head
 from megadyn.parallel.precision import upcast
 from megadyn.planning.flops import head_flops, layer_flops
-from megadyn.routing.layer import RoutedLayer
+from megadyn.routing.layer import RoutedLayer, SkippingLayer
 from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
-from megadyn.routing.skipping import SkippingLayer
 
 Outputs = Tensor | tuple[Tensor, ...]
 WHOLE = "layer"

@@ -17,7 +17,7 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import GIB, Machine, stage_cuts, workload
 from megadyn.planning.memory import Memory, host_memory, rank_memory, refuse_offloading
 from megadyn.planning.parameters import stage_parameters, total_parameters
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 
 Shapes = dict[str, tuple[int, ...]]
 """By the parameters' Hugging Face names."""

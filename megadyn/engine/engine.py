@@ -37,7 +37,7 @@ from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from megadyn.routing.monitor import Monitor, Statistic
 from megadyn.routing.tracker import StepTracker
 

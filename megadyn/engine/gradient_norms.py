@@ -31,17 +31,17 @@ class GradientNorms:
         """`wrapper` is DeepSpeed's optimizer around `adam`; at ZeRO-0 they are one."""
         self._own = _own_fragments(params, wrapper, zero_stage, grid)
         self._squares: list[Tensor] = []
-        self._is_wanted = False
-        adam.register_step_pre_hook(self._before_step)
+        self._adam = adam
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """The norms of the step inside are wanted."""
-        self._squares, self._is_wanted = [], True
+        self._squares = []
+        hook = self._adam.register_step_pre_hook(self._before_step)
         try:
             yield
         finally:
-            self._is_wanted = False          # also behind a bad step, which is not reported
+            hook.remove()                    # also behind a bad step, which is not reported
 
     def take(self, device: torch.device) -> Tensor:
         """This rank's share of the squares [COMPONENTS], of clipped gradients; NaN if the optimizer passed the step over."""
@@ -52,8 +52,6 @@ class GradientNorms:
 
     def _before_step(self, adam: torch.optim.Optimizer, *_: object) -> None:
         """ZeRO steps one group of parameters after another."""
-        if not self._is_wanted:
-            return
         for tensor in (param for group in adam.param_groups for param in group["params"]):
             total = torch.zeros(len(COMPONENTS), dtype=torch.float64, device=tensor.device)
             if tensor.grad is not None:

@@ -1,17 +1,17 @@
-"""What every layer with routing has, so that the rest of the house needs to know no kind."""
+"""What every layer with routing has, so that the rest of the house needs to know no kind; and layers whose whole block is skipped
+by the tokens not chosen."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megadyn.model.block import Layer, LayerContext, Stream
-from megadyn.routing.aux_loss import LossScale, attach_loss
-from megadyn.routing.choice import CausalRouter
+from megadyn.routing.choice import CausalRouter, Choice
 from megadyn.routing.decisions import Decisions
 from megadyn.routing.monitor import Monitor
-from megadyn.routing.select import Selection
+from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
 from megadyn.routing.tracker import StepTracker
 
 
@@ -22,6 +22,33 @@ class Step(NamedTuple):
     run: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
 
+
+# ---- auxiliary losses have no path through the pipeline: their gradient is added where they arise -------
+
+class LossScale:
+    """What the engine multiplies a micro-batch's loss by before backward: 1 / micro-batches (and fp16's scale)."""
+
+    def __init__(self, value: float = 1.0):
+        self.value = value
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, loss
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.like, ctx.scale), None
+
+
+def attach_loss(activation: Tensor, loss: Tensor, scale: float) -> Tensor:
+    """`activation` unchanged; its backward pass also sends `scale` into the scalar `loss`."""
+    return _AttachLoss.apply(activation, loss, scale)
+
+
+# ---- layers ------------------------------------------------------------------------------------------
 
 class RoutedLayer(Layer):
     """Base of layers that choose tokens, or that score them for the next layer.
@@ -77,3 +104,36 @@ class RoutedLayer(Layer):
                 if loss is not None:
                     hidden = attach_loss(hidden, loss, weight / self.like_this / self.seq.size * self.loss_scale.value)
         return hidden
+
+
+class GatedLayer(RoutedLayer):
+    """h_out[i] = h[i] + gate[i] * Block(h)[i] for chosen tokens i, attention among them only; h_out[i] = h[i] for the others.
+
+    Under sequence parallelism only the chosen tokens are exchanged, and each rank then runs its heads and widths on them.
+    """
+
+    block_is_split = False
+
+    def update(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
+        """h_out [B, T/seq, D]. What `run` recomputes: the selection is fixed by now."""
+        hidden, places = stream.hidden, selection.places
+        length = self.length(hidden)
+        positions, segments = origins(stream, selection, length)
+        hidden, taken = take_shared(hidden, places, self.seq)
+        delta = self.delta(taken, positions, length, segments)
+        return put_back_shared(hidden, places, gate, delta, self.seq)
+
+
+class SkippingLayer(GatedLayer):
+    """Such a layer with a top-k, and a causal rule that stands in for it."""
+
+    causal_router: CausalRouter
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index, loss_scale)
+        self.causal_router = CausalRouter(f"{self.name}.causal_router", ctx)
+
+    def process(self, stream: Stream, gate: Tensor, choice: Choice, loss: Tensor | None = None) -> Stream:
+        """The layer's output for gate [B, T/seq]; `loss` is auxiliary, beside the predictor's."""
+        out = self.run(self.update, stream, gate, choice.selection)
+        return Stream(self.attach(out, choice.loss, loss), documents=stream.documents)

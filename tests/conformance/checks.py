@@ -28,9 +28,9 @@ from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import workload
 from megadyn.planning.memory import fullest
 from megadyn.planning.parameters import total_parameters
-from megadyn.routing import skipping
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing import layer as routed_layer
 from megadyn.routing.decisions import Choices, Tape
+from megadyn.routing.layer import LossScale
 from tests.live_bytes import LiveBytes
 from tests.networks import disturb, end_step
 from tests.tiny import ROOT
@@ -144,7 +144,7 @@ def capacity_one_is_dense(case: Case) -> str | None:
         return "the kind does not say so"
     keys = dict(case.keys) | {"capacity": 1.0}
     network, config = network_of(case._replace(keys=tuple(keys.items())))
-    if not all(isinstance(layer, skipping.SkippingLayer) for layer in routed_layers(network) if layer.causal_router):
+    if not all(isinstance(layer, routed_layer.SkippingLayer) for layer in routed_layers(network) if layer.causal_router):
         return "gates of 1 can be set in skipping layers alone"
     dense = Case(DENSE, "default", ())
     twin, _ = network_of(dense)
@@ -153,8 +153,8 @@ def capacity_one_is_dense(case: Case) -> str | None:
         for param in twin.parameters():
             param.copy_(mine[name_of(param)])
     tokens, _ = tokens_like()
-    plain = skipping.put_back_shared
-    with patched(skipping, "put_back_shared", lambda x, places, gate, *rest: plain(x, places, torch.ones_like(gate), *rest)):
+    plain = routed_layer.put_back_shared
+    with patched(routed_layer, "put_back_shared", lambda x, places, gate, *rest: plain(x, places, torch.ones_like(gate), *rest)):
         found = logits_of(network, tokens, "topk")
     assert_close(found, logits_of(twin, tokens, "topk"), rtol=1e-9, atol=1e-9)
     return None

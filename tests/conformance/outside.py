@@ -54,11 +54,11 @@ LAYERS = '''
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import whole_sequence
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from megadyn.routing.choice import LinearRouter, gate_statistics
 from megadyn.routing.layer import Step
 from megadyn.routing.select import Selection
-from megadyn.routing.skipping import SkippingLayer
+from megadyn.routing.layer import SkippingLayer
 
 
 class OutsideLayer(SkippingLayer):

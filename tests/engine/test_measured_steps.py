@@ -51,7 +51,7 @@ def plain_norms(case: Case) -> dict[str, float]:
     from megadyn.network import Network
     from megadyn.parallel.params import ParamMaker
     from megadyn.parallel.sharding import Sharding
-    from megadyn.routing.aux_loss import LossScale
+    from megadyn.routing.layer import LossScale
 
     config = config_of(case)
     net = Network(LayerContext(config.model, ParamMaker(Sharding(1, 2), config.training.seed)), LossScale())

@@ -12,7 +12,7 @@ from megadyn.errors import ConfigError
 from megadyn.kinds import make_kind
 from megadyn.kinds.fixed.layers import FixedLayer, hashed, stride_score
 from megadyn.model.block import Stream
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from megadyn.routing.select import as_mask
 from tests.networks import layer_context
 from tests.tiny import tiny_config

@@ -11,7 +11,7 @@ from megadyn.kinds.subskip.layers import KeptShare, SubskipLayer
 from megadyn.model.block import Stream
 from megadyn.network import layer_list
 from megadyn.planning.flops import layer_flops
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.naive import NaiveLayer
 from tests.networks import disturb, layer_context, make_layer, param_maker, with_routing
 from tests.tiny import tiny_config

@@ -9,7 +9,7 @@ from megadyn.config import engine_settings
 from megadyn.errors import ConfigError
 from megadyn.model import compiled
 from megadyn.network import Network
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.networks import disturb, gradients, layer_context, param_maker
 from tests.tiny import tiny_config, tiny_tokens
 

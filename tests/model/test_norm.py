@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from megadyn.model.attention import Attention
 from megadyn.model.norm import HeadNorm, RMSNorm
 from megadyn.network import Network
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.naive import prior_update
 from tests.networks import disturb, layer_context, make_network, param_maker
 from tests.tiny import KINDS, tiny_config

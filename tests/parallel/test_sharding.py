@@ -7,7 +7,7 @@ from megadyn.network import Network
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.networks import layer_context
 from tests.tiny import VOCAB, tiny_config
 

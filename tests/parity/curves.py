@@ -138,7 +138,7 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
     from megadyn.network import Network
     from megadyn.parallel.params import ParamMaker
     from megadyn.parallel.sharding import Sharding
-    from megadyn.routing.aux_loss import LossScale
+    from megadyn.routing.layer import LossScale
 
     config = config_of(case)
     make = ParamMaker(Sharding(1, 2), config.training.seed)

@@ -19,7 +19,7 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
 from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
 from megadyn.planning.parameters import total_parameters
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.live_bytes import LiveBytes
 from tests.networks import known, with_routing
 from tests.ranks import run_on_ranks

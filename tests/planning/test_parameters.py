@@ -11,7 +11,7 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.parameters import layer_parameters, stage_parameters, total_parameters
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.networks import make_network
 from tests.tiny import KINDS, tiny_config
 

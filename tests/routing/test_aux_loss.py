@@ -11,7 +11,7 @@ from megadyn.kinds.dtrnet import layers as dtrnet
 from megadyn.model.block import Layer, Stream
 from megadyn.network import routed_layers
 from megadyn.routing import layer as routed_layer
-from megadyn.routing.aux_loss import attach_loss
+from megadyn.routing.layer import attach_loss
 from tests.naive import prior_update
 from tests.networks import gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens

@@ -11,7 +11,7 @@ from megadyn.model.documents import documents_of, from_ids
 from megadyn.network import Network, routed_layers, set_routing_mode
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from megadyn.routing.surprise import moving_average
 from tests.tiny import KINDS, VOCAB, tiny_config
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from megadyn.kinds.dtf import Dtf
 from megadyn.network import Network
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from megadyn.routing.select import choose_top
 from megadyn.routing.surprise import SurpriseRouter, gate_of
 from tests.networks import end_step, layer_context, with_routing

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.kinds.mod.layers import ModLayer
 from megadyn.model.block import Stream
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import LinearRouter, TwoLayerRouter
+from megadyn.routing.layer import LossScale
 from megadyn.routing.select import as_mask
 from tests.naive import best
 from tests.networks import disturb, end_step, layer_context, make_network, numbers, param_maker, with_routing

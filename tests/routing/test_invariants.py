@@ -16,9 +16,8 @@ from megadyn.kinds.stt.layers import SubjectiveLayer
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
 from megadyn.routing import choice, surprise
 from megadyn.routing import layer as routed_layer
-from megadyn.routing.aux_loss import attach_loss
 from megadyn.routing.choice import CausalRouter, LinearRouter, TwoLayerRouter
-from megadyn.routing.skipping import SkippingLayer
+from megadyn.routing.layer import SkippingLayer, attach_loss
 from megadyn.routing.surprise import SurpriseRouter, moving_average
 from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens

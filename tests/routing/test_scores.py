@@ -13,9 +13,9 @@ from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
 from megadyn.routing import surprise
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
+from megadyn.routing.layer import LossScale
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
 from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average

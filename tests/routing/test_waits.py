@@ -8,7 +8,7 @@ import torch
 from megadyn.engine.loss_gate import LossGate
 from megadyn.network import Network
 from megadyn.parallel.grid import Axis
-from megadyn.routing.aux_loss import LossScale
+from megadyn.routing.layer import LossScale
 from tests.networks import end_step, layer_context
 from tests.tiny import KINDS, tiny_config
 

@@ -12,11 +12,9 @@ from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.documents import Documents
 from megadyn.parallel.mappings import whole_sequence
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics
-from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.layer import LossScale, RoutedLayer, SkippingLayer, Step
 from megadyn.routing.select import Selection
-from megadyn.routing.skipping import SkippingLayer
 from megadyn.routing.surprise import SurpriseRouter, gate_of
 
 

@@ -12,9 +12,8 @@ from megadyn.kinds.dtrnet.share import ShareController, excess
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.recompute import recomputed
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
-from megadyn.routing.aux_loss import LossScale, attach_loss
 from megadyn.routing.choice import CausalRouter, TwoLayerRouter, gate_statistics, share_statistics
-from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.layer import LossScale, RoutedLayer, Step, attach_loss
 from megadyn.routing.monitor import Statistic, deviation_where
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
 from megadyn.routing.tracker import StepTracker

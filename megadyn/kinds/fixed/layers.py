@@ -7,10 +7,8 @@ from torch import Tensor
 
 from megadyn.kinds.fixed import Fixed
 from megadyn.model.block import LayerContext, Stream
-from megadyn.routing.aux_loss import LossScale
-from megadyn.routing.layer import Step
+from megadyn.routing.layer import LossScale, SkippingLayer, Step
 from megadyn.routing.select import Selection
-from megadyn.routing.skipping import SkippingLayer
 from megadyn.routing.tracker import StepCount, StepTracker
 
 

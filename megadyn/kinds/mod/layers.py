@@ -6,12 +6,10 @@ from torch import Tensor
 from megadyn.kinds.mod import Mod
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import own_part, whole_sequence
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import LinearRouter, gate_statistics
-from megadyn.routing.layer import Step
+from megadyn.routing.layer import LossScale, SkippingLayer, Step
 from megadyn.routing.monitor import deviation_where
 from megadyn.routing.select import Selection
-from megadyn.routing.skipping import SkippingLayer
 
 
 class ModLayer(SkippingLayer):

@@ -10,11 +10,9 @@ from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.parallel.precision import upcast
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import gate_statistics, share_statistics
-from megadyn.routing.layer import Step
+from megadyn.routing.layer import GatedLayer, LossScale, Step
 from megadyn.routing.select import Selection, choose_where
-from megadyn.routing.skipping import GatedLayer
 from megadyn.routing.tracker import StepTracker
 
 

@@ -13,9 +13,8 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import ParamMaker, constant, normal
 from megadyn.parallel.precision import upcast
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import CausalRouter, gate_statistics, share_statistics
-from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.layer import LossScale, RoutedLayer, Step
 from megadyn.routing.select import Selection, choose_where, origins, put_back_shared, take, take_shared
 from megadyn.routing.surprise import SurpriseRouter, gate_of
 

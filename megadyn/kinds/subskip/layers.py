@@ -9,9 +9,8 @@ from megadyn.costs.shape import capacity_count
 from megadyn.kinds.subskip import Subskip
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import own_part, whole_sequence
-from megadyn.routing.aux_loss import LossScale
 from megadyn.routing.choice import TwoLayerRouter, gate_statistics, share_statistics
-from megadyn.routing.layer import RoutedLayer, Step
+from megadyn.routing.layer import LossScale, RoutedLayer, Step
 from megadyn.routing.noise import uniform_by_sample
 from megadyn.routing.select import Selection, choose_where, origins, put_back_shared, take_shared
 from megadyn.routing.tracker import StepTracker
