@@ -1,6 +1,7 @@
 # make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
 # make test         the test suite; WORKERS= sets how many files are tested at once
-# make check        lint, types and tests, as CI runs them
+# make check        lint, format, types and tests, as CI runs them
+# make format       formats the code, which make check asks for
 # make conformance  transformers' own model tests on every kind of exported model; fetches them from PyPI
 # make soak         thousands of steps of every kind of routing; takes long, and is no part of the others
 # Each makes .venv and installs what it needs first.
@@ -12,9 +13,10 @@ DATA ?= 1
 WORKERS ?= 2
 
 VENV := .venv
+CODE := megadyn tools examples tests setup.py
 ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: quickstart test check soak lint types conformance install clean
+.PHONY: quickstart test check soak format lint types conformance install clean
 
 install: $(VENV)/installed
 
@@ -35,8 +37,12 @@ test: install
 soak: install
 	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak
 
+format: install
+	$(VENV)/bin/ruff format $(CODE)
+
 lint: install
-	$(VENV)/bin/ruff check megadyn tools examples tests
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
 
 types: install
 	$(VENV)/bin/mypy

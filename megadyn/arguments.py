@@ -13,7 +13,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object in the last line")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object in the last line"
+    )
 
 
 LARGEST = 2**63 - 1
@@ -21,7 +23,9 @@ LARGEST = 2**63 - 1
 
 def positive(text: str) -> int:
     if not 1 <= (number := int(text)) <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1{' and below 2^63' if number > 1 else ''}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be at least 1{' and below 2^63' if number > 1 else ''}"
+        )
     return number
 
 
@@ -38,8 +42,11 @@ def output_prefix(text: str) -> Path:
     return path
 
 
-UNITS = {"": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
-         **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)}}
+UNITS = {
+    "": 1,
+    **{f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
 
 
 def byte_count(text: str) -> int:
@@ -47,7 +54,9 @@ def byte_count(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
     count = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number of bytes above 0, such as 5GB or 512MiB")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a number of bytes above 0, such as 5GB or 512MiB"
+        )
     return count
 
 

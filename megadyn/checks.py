@@ -13,7 +13,9 @@ def one_of(key: str, got: str, allowed: Sequence[str]) -> None:
 
 def at_least(key: str, got: float | None, least: float) -> None:
     if got is not None and not least <= got < math.inf:
-        raise ConfigError(key, got, f"a finite number of at least {least}" if got == math.inf else f"at least {least}")
+        raise ConfigError(
+            key, got, f"a finite number of at least {least}" if got == math.inf else f"at least {least}"
+        )
 
 
 def in_range(key: str, got: float, low: float, high: float) -> None:

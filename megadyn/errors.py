@@ -42,7 +42,11 @@ def one_line(error: object) -> str:
 
 def line_lost(error: OSError) -> Exception:
     """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
-    return OutputClosed() if isinstance(error, BrokenPipeError) else UserError(f"standard output: {error.strerror}")
+    return (
+        OutputClosed()
+        if isinstance(error, BrokenPipeError)
+        else UserError(f"standard output: {error.strerror}")
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """" (did you mean 'x'?)" for the nearest of `known`, or nothing."""
+    """ " (did you mean 'x'?)" for the nearest of `known`, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -78,7 +82,7 @@ def run_tool(main: Callable[[], int | None]) -> int:
     try:
         try:
             status = main() or 0
-        except SystemExit:      # --help
+        except SystemExit:  # --help
             sys.stdout.flush()
             raise
         sys.stdout.flush()
@@ -90,7 +94,10 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {'' if error.filename is None else f'{error.filename}: '}{error.strerror}", file=sys.stderr)
+        print(
+            f"error: {'' if error.filename is None else f'{error.filename}: '}{error.strerror}",
+            file=sys.stderr,
+        )
         status = 2
     leave_standard_output()
     return status

@@ -22,7 +22,7 @@ class StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(f"{self.format(record)}\n", end="", flush=True)      # in one piece, among those of other ranks
+            print(f"{self.format(record)}\n", end="", flush=True)  # in one piece, among those of other ranks
         except Exception as error:
             if self._raises and isinstance(error, OSError):
                 raise self._raises(error) from error

@@ -1,6 +1,6 @@
 """The model as one ordered list of layers; a pipeline stage is a stretch of the list.
 
-    Embed, the layers of `ModelConfig.layer_types`, FinalNorm, Head
+Embed, the layers of `ModelConfig.layer_types`, FinalNorm, Head
 """
 
 from collections.abc import Sequence
@@ -29,11 +29,19 @@ class Embed(VocabParallelEmbedding):
     def __init__(self, ctx: LayerContext):
         model = ctx.model
         assert model.vocab_size is not None
-        super().__init__("model.embed_tokens", model.vocab_size, model.hidden_size, make=ctx.make, init=normal(model.init_std))
+        super().__init__(
+            "model.embed_tokens",
+            model.vocab_size,
+            model.hidden_size,
+            make=ctx.make,
+            init=normal(model.init_std),
+        )
         self.eod = ctx.eod
 
     def forward(self, tokens: Tensor) -> Stream:  # type: ignore[override]
-        return Stream(super().forward(tokens), documents=None if self.eod is None else documents_of(tokens, self.eod))
+        return Stream(
+            super().forward(tokens), documents=None if self.eod is None else documents_of(tokens, self.eod)
+        )
 
 
 class FinalNorm(RMSNorm):
@@ -76,7 +84,11 @@ class LayerMaker(NamedTuple):
 def layer_classes(model: ModelConfig) -> dict[str, type[Layer]]:
     """The class of each layer type that the model may have: its kind's own, and the dense one."""
     kinds = (find_kind(DENSE), type(model.routing))
-    return {layer: getattr(module_of(kind, "layers"), name) for kind in kinds for layer, name in kind.layers.items()}
+    return {
+        layer: getattr(module_of(kind, "layers"), name)
+        for kind in kinds
+        for layer, name in kind.layers.items()
+    }
 
 
 def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[LayerMaker]:
@@ -86,8 +98,15 @@ def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[LayerMaker]:
     layers = []
     for index, layer in enumerate(model.layer_types):
         build = classes[layer]
-        layers.append(LayerMaker(build, (ctx, index, loss_scale) if issubclass(build, RoutedLayer) else (ctx, index)))
-    return [LayerMaker(Embed, (ctx,)), *layers, LayerMaker(FinalNorm, (model, make)), LayerMaker(Head, (model, make))]
+        layers.append(
+            LayerMaker(build, (ctx, index, loss_scale) if issubclass(build, RoutedLayer) else (ctx, index))
+        )
+    return [
+        LayerMaker(Embed, (ctx,)),
+        *layers,
+        LayerMaker(FinalNorm, (model, make)),
+        LayerMaker(Head, (model, make)),
+    ]
 
 
 def choosing_layers(model: ModelConfig) -> dict[int, str]:

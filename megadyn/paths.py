@@ -27,7 +27,9 @@ def expanded(text: str, key: str = "") -> str:
             raise UserError(f"{where}: the environment variable {name} is not set, or is empty")
         return content
 
-    result = os.path.expanduser(VARIABLE.sub(value, text)) if text.startswith("~") else VARIABLE.sub(value, text)
+    result = (
+        os.path.expanduser(VARIABLE.sub(value, text)) if text.startswith("~") else VARIABLE.sub(value, text)
+    )
     if text.startswith("~") and result.startswith("~"):
         raise UserError(f"{where}: there is no home folder of {text.partition('/')[0]}")
     return result

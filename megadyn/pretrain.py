@@ -52,13 +52,18 @@ from megadyn.training.state import RunState
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers, with which the run ends."""
-    engine_settings(config)                # read again by the engine; a mistake in it is to be known before the data are opened
+    # read again by the engine; a mistake in it is to be known before the data are opened
+    engine_settings(config)
     plan = batch_plan(config, launch.world_size())
     data = open_data(config, expected_start(config))
     refuse_early(config, plan, data)
     launch.join(config.training.collective_timeout_s)
-    with (RunLock(Path(config.output_dir)) as lock,
-          Watchdog(config.training.timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem) as watchdog):
+    with (
+        RunLock(Path(config.output_dir)) as lock,
+        Watchdog(
+            config.training.timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem
+        ) as watchdog,
+    ):
         refuse_login(config)
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
         watchdog.progress("setting up")
@@ -83,7 +88,7 @@ def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> Non
         if changed:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog).train()
-        watchdog.progress("ending")        # not of a run that failed: what it was at is to be told
+        watchdog.progress("ending")  # not of a run that failed: what it was at is to be told
 
 
 @contextmanager
@@ -100,8 +105,13 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
             log.info("%s", engine.run_line())
             if problem := schedule_problem(config.optimizer, state.total):
                 log.warning("%s", problem)
-            telemetry = Telemetry(config, dist.get_world_size(), folder, state.iteration,
-                                  torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+            telemetry = Telemetry(
+                config,
+                dist.get_world_size(),
+                folder,
+                state.iteration,
+                torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            )
     try:
         yield telemetry, profile
     finally:
@@ -112,13 +122,31 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
 class Job:
     """The loop, and the steps that it calls by name."""
 
-    def __init__(self, config: Config, engine: Engine, data: Data, state: RunState, checkpoints: Checkpoints,
-                 telemetry: Silent, profile: Profile, signals: Signals, watchdog: Watchdog):
-        self.config, self.engine, self.data, self.state, self.checkpoints = config, engine, data, state, checkpoints
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        data: Data,
+        state: RunState,
+        checkpoints: Checkpoints,
+        telemetry: Silent,
+        profile: Profile,
+        signals: Signals,
+        watchdog: Watchdog,
+    ):
+        self.config, self.engine, self.data, self.state, self.checkpoints = (
+            config,
+            engine,
+            data,
+            state,
+            checkpoints,
+        )
         self.telemetry, self.profile, self.signals, self.watchdog = telemetry, profile, signals, watchdog
         self.bad_steps = BadSteps(config.training, state, checkpoints, telemetry)
-        self.replay = Replay(config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key)
-        self.evaluations: dict[str, dict[str, float]] = {}   # the last of each set
+        self.replay = Replay(
+            config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key
+        )
+        self.evaluations: dict[str, dict[str, float]] = {}  # the last of each set
         self.has_ended = False
 
     def train(self) -> None:
@@ -128,12 +156,18 @@ class Job:
         while not (state.is_complete or stopping):
             # Anew after a rollback: then more steps follow than there were samples for.
             end = self.config.training.samples_at_end(*state.position)
-            with self.loader(self.data.train, state.consumed_samples, end, step=self.engine.plan.global_batch) as loader:
+            with self.loader(
+                self.data.train, state.consumed_samples, end, step=self.engine.plan.global_batch
+            ) as loader:
                 stopping = self.steps(loader)
-        if state.is_complete and not self.has_ended:         # a rollback left nothing to do
+        if state.is_complete and not self.has_ended:  # a rollback left nothing to do
             self.end()
         if stopping:
-            log.info("stopped by %s after iteration %d; start again to go on", self.signals.reason(), state.iteration)
+            log.info(
+                "stopped by %s after iteration %d; start again to go on",
+                self.signals.reason(),
+                state.iteration,
+            )
 
     def steps(self, loader: Loader) -> bool:
         """Steps until the run is complete or has gone back to a checkpoint; true if it was asked to stop."""
@@ -152,13 +186,15 @@ class Job:
         is_measured = state.due(self.config.logging.interval, number)
         self.profile.before_step(number)
         with self.replay.step(number, state.consumed_samples):
-            result = self.engine.train_step(self.watched(loader), rate, state.loss_rule.limit, measure=is_measured)
+            result = self.engine.train_step(
+                self.watched(loader), rate, state.loss_rule.limit, measure=is_measured
+            )
         state.step_taken()
         self.telemetry.step(number, loader.take_wait())
         stopping, is_written = self.signals.ask(self.checkpoints.writer.is_busy)
         if result.problem:
             self.bad_steps.take(result)
-            self.engine.routing_statistics()                 # the bad step's are dropped
+            self.engine.routing_statistics()  # the bad step's are dropped
         else:
             state.loss_rule.note(number, float(result.loss))
             if is_measured or stopping:
@@ -183,15 +219,23 @@ class Job:
         self.evaluate("test", self.data.test)
         if problem := problem_at_end(self.evaluations, self.state.loss_rule.last_loss):
             last = self.checkpoints.condemn_last(problem)
-            raise TrainingDiverged(f"{problem}: {last} does not count as good; go back to an earlier checkpoint "
-                                   "(checkpoint.fork_from), with a smaller learning rate or other loss weights")
+            raise TrainingDiverged(
+                f"{problem}: {last} does not count as good; go back to an earlier checkpoint "
+                "(checkpoint.fork_from), with a smaller learning rate or other loss weights"
+            )
 
     def loader(self, samples: Samples, first: int, end: int, step: int) -> Loader:
         """This rank's micro-batches of samples `first` to `end`; a stage between the first and the last reads none."""
         grid, plan = self.engine.grid, self.engine.plan
         reads = grid.is_first_stage or grid.is_last_stage
-        ids = micro_batch_ids(first, end if reads else first, global_batch=step, micro_batch=plan.micro_batch,
-                              dp_rank=grid.dp.rank, dp_size=grid.dp.size)
+        ids = micro_batch_ids(
+            first,
+            end if reads else first,
+            global_batch=step,
+            micro_batch=plan.micro_batch,
+            dp_rank=grid.dp.rank,
+            dp_size=grid.dp.size,
+        )
         return Loader(samples, ids, self.engine.device)
 
     def watched(self, loader: Loader) -> Iterator[MicroBatch]:
@@ -214,8 +258,16 @@ class Job:
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}
         if is_measured:
             more |= self.engine.step_statistics(norm)
-        self.telemetry.train(state.iteration, consumed_samples=state.consumed_samples, lm_loss=loss, grad_norm=norm,
-                             learning_rate=rate, routing=routing, bad_steps=state.loss_rule.bad_steps, more=more)
+        self.telemetry.train(
+            state.iteration,
+            consumed_samples=state.consumed_samples,
+            lm_loss=loss,
+            grad_norm=norm,
+            learning_rate=rate,
+            routing=routing,
+            bad_steps=state.loss_rule.bad_steps,
+            more=more,
+        )
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
         """Loss on held-out samples under each routing; a dense model has one, which stands for both."""
@@ -228,7 +280,9 @@ class Job:
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
             with self.loader(samples, 0, size, step=size) as loader:
-                losses[mode] = self.engine.evaluate(loader, size // (plan.micro_batch * plan.data_parallel), mode)
+                losses[mode] = self.engine.evaluate(
+                    loader, size // (plan.micro_batch * plan.data_parallel), mode
+                )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses
         self.telemetry.evaluation(self.state.iteration, name, losses)
@@ -237,10 +291,13 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="megadyn.pretrain", description="Pretrain a routed transformer.")
     parser.add_argument("config", type=user_path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)     # the launcher passes it; LOCAL_RANK counts
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
+    )
+    # the launcher passes it; LOCAL_RANK counts
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     launch.adopt_mpi_ranks()
-    watched = launchers() if "RANK" in os.environ else []        # at once: it may end while the ranks meet
+    watched = launchers() if "RANK" in os.environ else []  # at once: it may end while the ranks meet
     start_logging()
     try:
         args = parser.parse_args(argv)
@@ -262,7 +319,7 @@ def say(error: Exception) -> None:
 
 def main_of_a_rank() -> NoReturn:
     """`main` for a process of its own. One that failed waits for nothing: not for collectives that will never end."""
-    faulthandler.enable()                          # a segmentation fault shows where
+    faulthandler.enable()  # a segmentation fault shows where
     try:
         status = main()
     except Exception:

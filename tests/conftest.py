@@ -7,13 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="megadyn-tests-")}    # read on import
+# read on import
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="megadyn-tests-")}
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                 # read when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from megadyn.log import log
 
@@ -27,4 +28,6 @@ def _logger_as_it_was() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kind", action="append", help="tests/conformance: a kind of routing to try (default: all)")
+    parser.addoption(
+        "--kind", action="append", help="tests/conformance: a kind of routing to try (default: all)"
+    )

@@ -19,7 +19,13 @@ METHOD.set_forkserver_preload(["tests.crew_imports"])
 class Crew:
     """A run of `world` ranks. What they print goes to files; `output(rank)` reads it."""
 
-    def __init__(self, config_file: Path, *overrides: str, world: int = 1, sabotage: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        config_file: Path,
+        *overrides: str,
+        world: int = 1,
+        sabotage: Callable[[int], None] | None = None,
+    ):
         """`sabotage` is called with the rank in each process, before the job: a module's function or a `partial` of one."""
         self._start(config_file.parent, world, _run_job, [str(config_file), *overrides], sabotage)
 
@@ -35,8 +41,10 @@ class Crew:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.ranks = [METHOD.Process(target=_be_rank, args=(rank, world, port, str(log), *work))
-                      for rank, log in enumerate(self.logs)]
+        self.ranks = [
+            METHOD.Process(target=_be_rank, args=(rank, world, port, str(log), *work))
+            for rank, log in enumerate(self.logs)
+        ]
         for rank in self.ranks:
             rank.start()
         self.since = time.monotonic()
@@ -49,7 +57,9 @@ class Crew:
         late = [rank for rank, process in enumerate(self.ranks) if process.is_alive()]
         for process in self.ranks:
             process.kill()
-        assert not late, f"ranks {late} still ran after {seconds} s:\n" + "\n".join(self.output(rank)[-3000:] for rank in late)
+        assert not late, f"ranks {late} still ran after {seconds} s:\n" + "\n".join(
+            self.output(rank)[-3000:] for rank in late
+        )
         return [process.exitcode for process in self.ranks]
 
     def end_after(self, seconds: float) -> list[int]:
@@ -78,8 +88,14 @@ def _be_rank(rank: int, world: int, port: int, log: str, work: Callable[..., Non
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(handle), "w", buffering=1) for _ in range(2))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     work(rank, *args)
 
 

@@ -30,8 +30,13 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("shared") / "pieces.model"
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(random_texts(100)), model_writer=file, vocab_size=300, model_type="bpe",
-            byte_fallback=True, minloglevel=2)
+            sentence_iterator=iter(random_texts(100)),
+            model_writer=file,
+            vocab_size=300,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
     return path
 
 
@@ -39,7 +44,9 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_dataset(tmp_path: Path) -> Callable[..., IndexedDataset]:
     """write_dataset([[3, 0], [], [2]]): documents given as the lengths of their sequences; tokens count up from 0."""
 
-    def write(documents: Sequence[Sequence[int]], name: str = "dataset", dtype: str = "<i4") -> IndexedDataset:
+    def write(
+        documents: Sequence[Sequence[int]], name: str = "dataset", dtype: str = "<i4"
+    ) -> IndexedDataset:
         lengths = [length for document in documents for length in document]
         with IndexedWriter(tmp_path / name, dtype) as writer:
             writer.add(np.arange(sum(lengths)), lengths, [len(document) for document in documents])

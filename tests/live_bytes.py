@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         for found in gc.get_objects():
             if issubclass(type(found), Tensor):
                 self._count(found)
-                if found.is_leaf and found.grad is not None:       # no Python object before it is asked for
+                if found.is_leaf and found.grad is not None:  # no Python object before it is asked for
                     self._count(found.grad)
         self.peak = self.now
         return super().__enter__()

@@ -46,7 +46,11 @@ class NaiveLayer:
         return y + self.params[f"{name}.bias"] if f"{name}.bias" in self.params else y
 
     def norm1(self, h: Tensor) -> Tensor:
-        return h if self.hybrid else self.scale * rms_norm(h, self.params["input_layernorm.weight"], self.model.norm_eps)
+        return (
+            h
+            if self.hybrid
+            else self.scale * rms_norm(h, self.params["input_layernorm.weight"], self.model.norm_eps)
+        )
 
     def norm2(self, u: Tensor) -> Tensor:
         return self.scale * rms_norm(u, self.params["post_attention_layernorm.weight"], self.model.norm_eps)
@@ -56,7 +60,10 @@ class NaiveLayer:
         heads = self.linear(x, f"self_attn.{which}_proj").split(self.model.head_dim)
         if not self.hybrid:
             return list(heads)
-        return [rms_norm(head, self.params[f"self_attn.{which}_norm.weight"], self.model.norm_eps) for head in heads]
+        return [
+            rms_norm(head, self.params[f"self_attn.{which}_norm.weight"], self.model.norm_eps)
+            for head in heads
+        ]
 
     def attention(self, x: Sequence[Tensor], chosen: Sequence[int]) -> dict[int, Tensor]:
         """O(Attn) of the chosen tokens among themselves; `x` holds the normed tokens of the sequence."""
@@ -68,7 +75,9 @@ class NaiveLayer:
         for t in chosen:
             seen, mixed = [s for s in chosen if s <= t], []
             for head in range(self.model.num_heads):
-                scores = torch.stack([q[t][head] @ k[s][head // group] for s in seen]) / math.sqrt(self.model.head_dim)
+                scores = torch.stack([q[t][head] @ k[s][head // group] for s in seen]) / math.sqrt(
+                    self.model.head_dim
+                )
                 weights = scores.exp() / scores.exp().sum()
                 mixed.append(sum(w * v[s][head // group] for w, s in zip(weights, seen)))
             out[t] = self.linear(torch.cat(mixed), "self_attn.o_proj")
@@ -77,7 +86,9 @@ class NaiveLayer:
     def bypass(self, x: Tensor) -> Tensor:
         """O(repeat_kv(V(x)))."""
         group = self.model.num_heads // self.model.num_kv_heads
-        return self.linear(torch.cat([head for head in self.heads(x, "v") for _ in range(group)]), "self_attn.o_proj")
+        return self.linear(
+            torch.cat([head for head in self.heads(x, "v") for _ in range(group)]), "self_attn.o_proj"
+        )
 
     def feed_forward(self, u: Tensor) -> Tensor:
         """u + MLP(Norm2(u)); under hybridnorm Z + MLP(Z) with Z = Norm(u)."""
@@ -98,16 +109,24 @@ class NaiveLayer:
     def nested(self, once: Tensor, twice: Sequence[int], p: Tensor) -> Tensor:
         """(1 - p) h' + p Layer(h') for the tokens that pass twice, h' = `once` for the others."""
         update = self.block(once, twice)
-        return torch.stack([(1 - p[t]) * once[t] + p[t] * (once[t] + update[t]) if t in update else once[t]
-                            for t in range(len(once))])
+        return torch.stack(
+            [
+                (1 - p[t]) * once[t] + p[t] * (once[t] + update[t]) if t in update else once[t]
+                for t in range(len(once))
+            ]
+        )
 
     def halves(self, h: Tensor, attending: Sequence[int], feeding: Sequence[int], gate: Tensor) -> Tensor:
         """u = h + gate[:, 0] Attn for attending tokens, then u + gate[:, 1] MLP for feeding ones; under hybridnorm the second
         update is Z + MLP(Z) - u."""
         attended = self.attention([self.norm1(token) for token in h], attending)
         u = torch.stack([h[t] + gate[t, 0] * attended[t] if t in attended else h[t] for t in range(len(h))])
-        return torch.stack([u[t] + gate[t, 1] * (self.feed_forward(u[t]) - u[t]) if t in feeding else u[t]
-                            for t in range(len(h))])
+        return torch.stack(
+            [
+                u[t] + gate[t, 1] * (self.feed_forward(u[t]) - u[t]) if t in feeding else u[t]
+                for t in range(len(h))
+            ]
+        )
 
     def dtrnet(self, h: Tensor, attending: Sequence[int], p: Tensor) -> Tensor:
         """p [T, 2] of (attend, bypass)."""

@@ -23,7 +23,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def numbers(statistics: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a layer records, as numbers."""
-    return {name: value.value if isinstance(value, Statistic) else value for name, value in statistics.items()}
+    return {
+        name: value.value if isinstance(value, Statistic) else value for name, value in statistics.items()
+    }
 
 
 def known(config: Config, **fields: Any) -> dict[str, Any]:
@@ -43,17 +45,26 @@ def with_routing(config: Config, **fields: Any) -> Config:
     return config.checked()
 
 
-def param_maker(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, seed: int = 1) -> ParamMaker:
+def param_maker(
+    config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> ParamMaker:
     seq = tp if config.parallel.sequence else Axis("seq")
     return ParamMaker(Sharding(tp.size, config.model.num_kv_heads), seed, tp, seq, dtype=dtype)
 
 
 def layer_context(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64) -> LayerContext:
-    return LayerContext(config.model, param_maker(config, tp, dtype), "sdpa", recompute=config.training.recompute,
-                        compile=config.training.compile)
+    return LayerContext(
+        config.model,
+        param_maker(config, tp, dtype),
+        "sdpa",
+        recompute=config.training.recompute,
+        compile=config.training.compile,
+    )
 
 
-def make_network(config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, loss_scale: float = 1.0) -> Network:
+def make_network(
+    config: Config, tp: Axis = ALONE, dtype: torch.dtype = torch.float64, loss_scale: float = 1.0
+) -> Network:
     """The network of `config`; what starts as a constant (biases, norms, router scalars) is random too."""
     return disturb(Network(layer_context(config, tp, dtype), LossScale(loss_scale)), param_maker(config, tp))
 
@@ -65,7 +76,9 @@ def disturb(module: Module, make: ParamMaker) -> Module:
             name, whole = param.global_name, list(param.shape)
             if make.sharding.dim(name) == 0:
                 whole[0] *= make.tp.size
-            noise = 0.2 * torch.randn(whole, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            noise = 0.2 * torch.randn(
+                whole, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            )
             with torch.no_grad():
                 param += make.sharding.cut(name, noise, make.tp.rank).to(param.dtype)
     return module

@@ -36,8 +36,8 @@ def read_safetensors(path: Path) -> Weights:
         if name == "__metadata__":
             continue
         first, last = entry["data_offsets"]
-        flat = np.frombuffer(raw[data_start + first:data_start + last], dtype=NUMPY_TYPES[entry["dtype"]])
-        if entry["dtype"] == "BF16":      # bfloat16 is the upper half of a float32
+        flat = np.frombuffer(raw[data_start + first : data_start + last], dtype=NUMPY_TYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # bfloat16 is the upper half of a float32
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         tensors[name] = flat.reshape(entry["shape"]).astype(np.float64)
     return tensors
@@ -58,6 +58,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
 
 
 # ---- small functions -----------------------------------------------------------------------------
+
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
@@ -94,6 +95,7 @@ def rotate(x: Array, position: int, theta: float) -> Array:
 
 
 # ---- one transformer layer -----------------------------------------------------------------------
+
 
 class Reader:
     """The model of one folder, run on one sequence at a time."""
@@ -134,9 +136,9 @@ class Reader:
             q_head = np.array([rotate(q[t, head], positions[t], self.theta) for t in range(count)])
             k_head = np.array([rotate(k[t, kv], positions[t], self.theta) for t in range(count)])
             for t in range(count):
-                scores = k_head[:t + 1] @ q_head[t] / math.sqrt(size)
+                scores = k_head[: t + 1] @ q_head[t] / math.sqrt(size)
                 share = np.exp(scores - scores.max())
-                out[t, head] = share / share.sum() @ v[:t + 1, kv]
+                out[t, head] = share / share.sum() @ v[: t + 1, kv]
         return self.linear(out.reshape(count, self.num_heads * size), f"{prefix}.self_attn.o_proj")
 
     def first_norm(self, h: Array, layer: int) -> Array:
@@ -165,7 +167,7 @@ class Reader:
 
     def chosen(self, scores: list[float], h: Array, layer: int) -> list[int]:
         """The tokens that routed layer `layer` processes, ascending; `h` [T, D] is its input."""
-        if self.routing.get("router_type") == "token_choice":      # in both modes
+        if self.routing.get("router_type") == "token_choice":  # in both modes
             return [t for t in range(len(scores)) if scores[t] > 0]
         if self.mode == "topk" and self.routing.get("choose") != "threshold":
             count = max(1, math.floor(self.routing["capacity"] * len(scores)))
@@ -218,7 +220,7 @@ class Reader:
         d_ch = [float(np.mean((post[t] - prior[t]) ** 2)) for t in range(len(h))]
         scores = []
         for t in range(len(h)):
-            last = [d_st[max(s, 0)] for s in range(t - window + 1, t + 1)]    # before the start: D_st[0]
+            last = [d_st[max(s, 0)] for s in range(t - window + 1, t + 1)]  # before the start: D_st[0]
             moving_average = sum(last) / window
             ce = d_st[t] - d_ch[t] + lambda_ce
             cu = d_st[t] - m_cu * moving_average
@@ -236,7 +238,9 @@ class Reader:
             return out
         post = h[seen] + self.block(h[seen], seen, layer)
         before = np.concatenate([np.zeros_like(post[:1]), post[:-1]])
-        predicted = h[seen] + swiglu(self.norm(before, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior")
+        predicted = h[seen] + swiglu(
+            self.norm(before, f"{prefix}.prior.norm"), self.weights, f"{prefix}.prior"
+        )
         scores = self.surprises(h[seen], post, predicted, prefix)
         kept = self.chosen(scores, h, layer) if self.mode == "topk" else range(len(seen))
         for row in kept:
@@ -274,14 +278,16 @@ class Reader:
 
     def attend_or_bypass(self, h: Array, layer: int) -> Array:
         prefix = f"model.layers.{layer}"
-        p, leads = [], []      # (attend, bypass), and the difference of their logits
+        p, leads = [], []  # (attend, bypass), and the difference of their logits
         for t in range(len(h)):
             z = self.linear(silu(self.linear(h[t], f"{prefix}.router.fc1")), f"{prefix}.router.fc2")
             leads.append(float(z[0] - z[1]))
             p.append((sigmoid(leads[-1]), sigmoid(-leads[-1])))
         by_probability = self.mode == "causal" and self.routing.get("score", "probability") == "probability"
         is_expert = self.routing.get("router_type") == "expert_choice"
-        attending = self.chosen([attend for attend, _ in p] if is_expert and by_probability else leads, h, layer)
+        attending = self.chosen(
+            [attend for attend, _ in p] if is_expert and by_probability else leads, h, layer
+        )
 
         x = self.first_norm(h, layer)
         a = np.zeros_like(h)
@@ -291,7 +297,7 @@ class Reader:
                 a[t] = p[t][0] * attended[row]
         for t in range(len(h)):
             if t not in attending:
-                v = self.heads(x[t:t + 1], "v", prefix)[0]      # [kv heads, K]
+                v = self.heads(x[t : t + 1], "v", prefix)[0]  # [kv heads, K]
                 heads_per_kv = self.num_heads // self.num_kv_heads
                 repeated = np.concatenate([v[head // heads_per_kv] for head in range(self.num_heads)])
                 a[t] = p[t][1] * self.linear(repeated, f"{prefix}.self_attn.o_proj")
@@ -328,7 +334,9 @@ class Reader:
         attending, feeding = self.keeps(h, layer, "attn"), self.keeps(h, layer, "mlp")
         u = h.copy()
         if attending:
-            u[attending] += self.attention(self.first_norm(h[attending], layer), attending, f"model.layers.{layer}")
+            u[attending] += self.attention(
+                self.first_norm(h[attending], layer), attending, f"model.layers.{layer}"
+            )
         out = u.copy()
         if feeding:
             out[feeding] = self.second_half(u[feeding], layer)
@@ -397,8 +405,9 @@ def oracle_logits(folder: str | Path, tokens: NDArray[np.integer], mode: str = "
     return np.stack([reader.logits([int(token) for token in row]) for row in tokens])
 
 
-def oracle_loss(folder: str | Path, tokens: NDArray[np.integer], labels: NDArray[np.integer],
-                mode: str = "causal") -> float:
+def oracle_loss(
+    folder: str | Path, tokens: NDArray[np.integer], labels: NDArray[np.integer], mode: str = "causal"
+) -> float:
     """Mean cross-entropy of `labels` [B, T], already shifted (labels[t] = tokens[t + 1]); negative labels do not count."""
     logits = oracle_logits(folder, tokens, mode)
     losses = []

@@ -19,8 +19,13 @@ def run_on_ranks(check: Any, world_size: int, *args: Any) -> None:
 
     In each process torch.distributed is up and the launcher's variables (RANK, LOCAL_RANK, ...) are set.
     """
-    mp.start_processes(_rank_main, (world_size, _free_port(), check, args), nprocs=world_size,
-                       start_method=METHOD.get_start_method())      # from the fork server that has imported all
+    # from the fork server that has imported all
+    mp.start_processes(
+        _rank_main,
+        (world_size, _free_port(), check, args),
+        nprocs=world_size,
+        start_method=METHOD.get_start_method(),
+    )
 
 
 def _free_port() -> int:
@@ -30,9 +35,17 @@ def _free_port() -> int:
 
 
 def _rank_main(rank: int, world_size: int, port: int, check: Any, args: tuple[Any, ...]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(world_size)}
-    importlib.import_module("tests.crew_imports")          # the fork server may be another's, with other modules
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": str(world_size),
+    }
+    importlib.import_module("tests.crew_imports")  # the fork server may be another's, with other modules
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=WAIT)
     check(*args)

@@ -14,9 +14,37 @@ import pytest
 from megadyn.kinds import BUILT_IN, DENSE, find_kind
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
-ROOMS = ("benchmark", "pretrain", "report", "evaluation", "training", "checkpoint", "engine", "telemetry", "launch", "hf",
-         "network", "layers of kinds", "routing", "model", "kernels", "parallel", "prepare", "data", "tokenization", "planning",
-         "config", "kinds", "costs", "checks", "arguments", "paths", "files", "errors", "log")
+ROOMS = (
+    "benchmark",
+    "pretrain",
+    "report",
+    "evaluation",
+    "training",
+    "checkpoint",
+    "engine",
+    "telemetry",
+    "launch",
+    "hf",
+    "network",
+    "layers of kinds",
+    "routing",
+    "model",
+    "kernels",
+    "parallel",
+    "prepare",
+    "data",
+    "tokenization",
+    "planning",
+    "config",
+    "kinds",
+    "costs",
+    "checks",
+    "arguments",
+    "paths",
+    "files",
+    "errors",
+    "log",
+)
 """Highest first. The modules of `layers of kinds` are found by name, so that nothing imports them but each other."""
 SIDE_BY_SIDE = (("checkpoint", "engine", "telemetry", "launch"), ("errors", "log"))
 """Rooms of which none knows another."""
@@ -39,7 +67,7 @@ def imported(source: str, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[:-(node.level - 1) or None] if node.level else []
+            above = package.split(".")[: -(node.level - 1) or None] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
@@ -62,7 +90,7 @@ def where(path: Path) -> str:
 
 def room_of(path: Path) -> str:
     first, *inner = path.relative_to(PACKAGE).with_suffix("").parts
-    if first == "kinds" and len(inner) > 1:                    # inside the folder of a kind
+    if first == "kinds" and len(inner) > 1:  # inside the folder of a kind
         return {"__init__": "kinds", "exported": SHIPPED}.get(inner[-1], "layers of kinds")
     return first
 
@@ -105,8 +133,16 @@ def function():
     from i import j
     torch.distributed.barrier()
 """
-    assert set(imported(source, "top.room")) == {"a.b", "top.room.d", "top.room.e.f", "top.g.h", "k", "l", "i.j",
-                                                "torch.distributed"}
+    assert set(imported(source, "top.room")) == {
+        "a.b",
+        "top.room.d",
+        "top.room.e.f",
+        "top.g.h",
+        "k",
+        "l",
+        "i.j",
+        "torch.distributed",
+    }
 
 
 def test_every_file_stands_in_a_room():
@@ -116,7 +152,11 @@ def test_every_file_stands_in_a_room():
 def test_a_folder_of_a_kind_has_its_files_in_three_rooms():
     kind = PACKAGE / "kinds" / BUILT_IN[-1]
     assert [room_of(kind / name) for name in ("__init__.py", "layers.py", "load.py", "exported.py")] == [
-        "kinds", "layers of kinds", "layers of kinds", SHIPPED]
+        "kinds",
+        "layers of kinds",
+        "layers of kinds",
+        SHIPPED,
+    ]
     assert [room_of(PACKAGE / "kinds" / name) for name in ("__init__.py", "kind.py")] == ["kinds", "kinds"]
     assert room_of_module(f"megadyn.kinds.{BUILT_IN[-1]}.layers.AnyClass") == "layers of kinds"
     assert room_of_module("megadyn.kinds.make_kind") == "kinds"
@@ -137,7 +177,9 @@ def test_one_kind_imports_nothing_of_another():
     dense = f"megadyn.kinds.{DENSE}."
     for path in (PACKAGE / "kinds").glob("*/*.py"):
         own = f"megadyn.kinds.{path.parent.name}"
-        others = {name for name in imports_of(path) for kind in BUILT_IN if uses({name}, f"megadyn.kinds.{kind}")}
+        others = {
+            name for name in imports_of(path) for kind in BUILT_IN if uses({name}, f"megadyn.kinds.{kind}")
+        }
         assert all(uses({name}, own) or name.startswith(dense) for name in others), where(path)
 
 
@@ -151,7 +193,11 @@ def test_records_and_costs_need_no_torch():
 def names_and_texts(source: str) -> Iterator[tuple[int, str]]:
     """Line and text of every name and every string in `source`, but for docstrings and comments."""
     tree = ast.parse(source)
-    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             yield node.lineno, node.value
@@ -182,18 +228,33 @@ def f(dtf_x=1):
     a.mod, "--models mod:1", ModLayer   # dtrnet
     divmod(model, Module), "modules"
 '''
-    assert sorted(kind_in(text) for _, text in names_and_texts(source) if kind_in(text)) == ["Mod", "dtf", "mod", "mod"]
+    assert sorted(kind_in(text) for _, text in names_and_texts(source) if kind_in(text)) == [
+        "Mod",
+        "dtf",
+        "mod",
+        "mod",
+    ]
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room not in ("kinds", "layers of kinds")])
 def test_nothing_outside_its_folder_names_a_kind(room):
-    found = [f"{where(path)}:{line}: {text!r}" for path in FILES if room_of(path) == room
-             for line, text in names_and_texts(path.read_text()) if kind_in(text)]
+    found = [
+        f"{where(path)}:{line}: {text!r}"
+        for path in FILES
+        if room_of(path) == room
+        for line, text in names_and_texts(path.read_text())
+        if kind_in(text)
+    ]
     assert not found
 
 
 def test_few_files_know_deepspeed():
-    assert users("deepspeed") == {"engine/engine.py", "engine/pipeline.py", "launch/launch.py", "checkpoint/save_load.py"}
+    assert users("deepspeed") == {
+        "engine/engine.py",
+        "engine/pipeline.py",
+        "launch/launch.py",
+        "checkpoint/save_load.py",
+    }
 
 
 def test_few_rooms_know_torch_distributed():
@@ -207,11 +268,17 @@ def test_text_and_data_need_no_torch():
 
 
 def test_the_exported_modelling_files_need_nothing_of_megadyn_but_each_other():
-    allowed = {"configuration_megadyn": ("routing_of",), "layers_megadyn": ("configuration_megadyn",),
-               "modeling_megadyn": ("configuration_megadyn", "layers_megadyn", "routing_of")}
+    allowed = {
+        "configuration_megadyn": ("routing_of",),
+        "layers_megadyn": ("configuration_megadyn",),
+        "modeling_megadyn": ("configuration_megadyn", "layers_megadyn", "routing_of"),
+    }
     for name, others in allowed.items():
         ours = {name for name in imports_of(PACKAGE / "hf" / f"{name}.py") if uses({name}, "megadyn")}
-        assert all(any(uses({found}, f"megadyn.hf.{other}") for other in others) for found in ours), (name, ours)
+        assert all(any(uses({found}, f"megadyn.hf.{other}") for other in others) for found in ours), (
+            name,
+            ours,
+        )
 
 
 def test_what_a_kind_ships_needs_nothing_but_these_torch_and_transformers():
@@ -220,7 +287,14 @@ def test_what_a_kind_ships_needs_nothing_but_these_torch_and_transformers():
     standard = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
     for path in files:
         names = imports_of(path)
-        foreign = {name for name in names if name.split(".")[0] not in standard | {"torch", "transformers", "huggingface_hub"}}
+        foreign = {
+            name
+            for name in names
+            if name.split(".")[0] not in standard | {"torch", "transformers", "huggingface_hub"}
+        }
         kind = find_kind(path.parent.name)
         shipped = (*SHIPPED_WITH, *(f"megadyn.hf.{name.removesuffix('.py')}" for name in kind.shared))
-        assert all(any(uses({name}, module) for module in shipped) for name in foreign), (where(path), foreign)
+        assert all(any(uses({name}, module) for module in shipped) for name in foreign), (
+            where(path),
+            foreign,
+        )

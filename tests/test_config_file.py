@@ -35,9 +35,13 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_a_file_stands_over_what_it_extends_and_the_command_line_over_both(base, tmp_path, monkeypatch):
-    middle = write(base.parent / "middle.yaml", "extends: base.yaml\nmodel: {num_layers: 6}\noutput_dir: middle\n")
-    own = write(tmp_path / "own" / "run.yaml", "extends: ../bases/middle.yaml\nmodel: {routing: {capacity: 0.5}}\n")
-    monkeypatch.chdir(base.parent)               # paths are relative to the file that holds them, wherever one works
+    middle = write(
+        base.parent / "middle.yaml", "extends: base.yaml\nmodel: {num_layers: 6}\noutput_dir: middle\n"
+    )
+    own = write(
+        tmp_path / "own" / "run.yaml", "extends: ../bases/middle.yaml\nmodel: {routing: {capacity: 0.5}}\n"
+    )
+    monkeypatch.chdir(base.parent)  # paths are relative to the file that holds them, wherever one works
     config = load_config(own, ["model.num_heads=4"])
     model = config.model
     assert (model.hidden_size, model.num_layers, model.num_heads) == (64, 6, 4)
@@ -56,7 +60,10 @@ def test_of_several_extended_files_the_last_one_counts(base, tmp_path):
 def test_two_ways_to_one_file_are_no_circle(base, tmp_path):
     for name in ("left", "right"):
         write(base.parent / f"{name}.yaml", "extends: base.yaml\n")
-    assert load_config(write(tmp_path / "run.yaml", "extends: [bases/left.yaml, bases/right.yaml]\n")).output_dir == "base"
+    assert (
+        load_config(write(tmp_path / "run.yaml", "extends: [bases/left.yaml, bases/right.yaml]\n")).output_dir
+        == "base"
+    )
 
 
 def test_a_circle_is_refused_with_its_files(tmp_path):
@@ -85,4 +92,7 @@ def test_extends_that_is_no_path_is_refused(value, tmp_path):
 
 
 def test_extends_on_the_command_line_is_refused(base):
-    assert refusal(base, "extends=other.yaml") == "extends: is a key of configuration files, not of the command line"
+    assert (
+        refusal(base, "extends=other.yaml")
+        == "extends: is a key of configuration files, not of the command line"
+    )

@@ -20,12 +20,18 @@ from megadyn.paths import user_path
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
+    )
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
     number.add_argument("--hostfile", type=user_path, metavar="FILE", help="a host a line as `name slots=8`")
-    parser.add_argument("--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh")
-    parser.add_argument("--json", action="store_true", help="print the layout as one JSON object in the last line")
+    parser.add_argument(
+        "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the layout as one JSON object in the last line"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -43,13 +49,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"
     if plan:
-        on = f" of {len(hosts)} host{'s'[:len(hosts) - 1]}" if hosts else ""
-        text += (f" x data {plan.data_parallel} on {processes:,} processes{on}, "
-                 f"{plan.micro_batches} micro-batches of {plan.micro_batch} each")
+        on = f" of {len(hosts)} host{'s'[: len(hosts) - 1]}" if hosts else ""
+        text += (
+            f" x data {plan.data_parallel} on {processes:,} processes{on}, "
+            f"{plan.micro_batches} micro-batches of {plan.micro_batch} each"
+        )
     print(text)
     if args.json:
-        print(json.dumps({"processes": processes, "hosts": [host.name for host in hosts], "tensor": tensor, "pipeline": pipeline,
-                          "data": plan.data_parallel if plan else None, "zero_stage": zero_stage}))
+        print(
+            json.dumps(
+                {
+                    "processes": processes,
+                    "hosts": [host.name for host in hosts],
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "data": plan.data_parallel if plan else None,
+                    "zero_stage": zero_stage,
+                }
+            )
+        )
     return 0
 
 

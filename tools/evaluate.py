@@ -23,8 +23,12 @@ from megadyn.telemetry.sinks import finite
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=user_path, required=True,
-                        help="a checkpoint, a run's folder, or a Hugging Face folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=user_path,
+        required=True,
+        help="a checkpoint, a run's folder, or a Hugging Face folder",
+    )
     parser.add_argument("--data", type=user_path, required=True, metavar="PREFIX")
     parser.add_argument("--routing", choices=("topk", "causal", "both"), default="both")
     parser.add_argument("--samples", type=positive, help="use only the first so many samples (default: all)")
@@ -37,17 +41,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     modes = ("topk", "causal") if args.routing == "both" else (args.routing,)
-    result = evaluate(args.checkpoint, args.data, modes=modes, samples=args.samples, batch_size=args.batch_size,
-                      sequence_length=args.sequence_length)
+    result = evaluate(
+        args.checkpoint,
+        args.data,
+        modes=modes,
+        samples=args.samples,
+        batch_size=args.batch_size,
+        sequence_length=args.sequence_length,
+    )
     bits = result["bits_per_byte"]
     for mode in modes:
         per_byte = f", {bits[mode]:.4f} bits per byte" if bits else ""
         print(f"{mode:>7}: loss {result[mode]:.4f}, perplexity {result['perplexity'][mode]:,.2f}{per_byte}")
     if not bits:
-        print(f"bits per byte: not known, because nothing says how many bytes of text dataset {args.data} was made of")
+        print(
+            f"bits per byte: not known, because nothing says how many bytes of text dataset {args.data} was made of"
+        )
     if "causal_agreement" in result:
-        print(f"routed {result['routed_fraction']:.1%} of tokens ({modes[-1]}); "
-              f"the causal rule agrees with top-k on {result['causal_agreement']:.1%}")
+        print(
+            f"routed {result['routed_fraction']:.1%} of tokens ({modes[-1]}); "
+            f"the causal rule agrees with top-k on {result['causal_agreement']:.1%}"
+        )
     print(f"{result['tokens']:,} tokens")
     if args.json:
         print(json.dumps(finite(result), allow_nan=False))

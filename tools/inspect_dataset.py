@@ -23,12 +23,29 @@ SHOWN_TOKENS = 200
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", type=user_path, metavar="PREFIX")
-    parser.add_argument("--documents", type=int, default=0, metavar="N", help=f"show N documents, {SHOWN_TOKENS} tokens of each")
-    parser.add_argument("--samples", type=int, default=0, metavar="N",
-                        help=f"show N samples as training cuts them, before they are shuffled, {SHOWN_TOKENS} tokens of each")
-    parser.add_argument("--sequence-length", type=positive, default=1024, metavar="T", help="of the samples (default: 1024)")
-    parser.add_argument("--tokenizer", type=expanded, metavar="DIR|FILE.model|byte",
-                        help="decode them; must be the one that made the dataset")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"show N documents, {SHOWN_TOKENS} tokens of each",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"show N samples as training cuts them, before they are shuffled, {SHOWN_TOKENS} tokens of each",
+    )
+    parser.add_argument(
+        "--sequence-length", type=positive, default=1024, metavar="T", help="of the samples (default: 1024)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=expanded,
+        metavar="DIR|FILE.model|byte",
+        help="decode them; must be the one that made the dataset",
+    )
     parser.add_argument("--verify", action="store_true", help="read and check every token")
     add_json_argument(parser)
     return parser.parse_args()
@@ -41,19 +58,39 @@ def main() -> None:
     if tokenizer:
         check_tokenizer(dataset, tokenizer)
     lengths = length_histogram(dataset.sizes)
-    result = {"documents": dataset.num_documents, "sequences": len(dataset), "tokens": dataset.num_tokens,
-              "dtype": str(dataset.dtype), "lengths": lengths}
-    print(f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens ({dataset.dtype})")
+    result = {
+        "documents": dataset.num_documents,
+        "sequences": len(dataset),
+        "tokens": dataset.num_tokens,
+        "dtype": str(dataset.dtype),
+        "lengths": lengths,
+    }
+    print(
+        f"{dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens ({dataset.dtype})"
+    )
     print("sequences by length: " + ", ".join(f"{span}: {count:,}" for span, count in lengths.items()))
     if dataset.record:
-        result |= {"tokenizer": dataset.record.tokenizer, "vocab_size": dataset.record.vocab_size,
-                   "sha256": dataset.record.sha256, "skipped": dataset.record.skipped}
-        ends = f"end with id {dataset.record.eod}" if dataset.record.append_eod else "have no token at their end"
-        print(f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}")
+        result |= {
+            "tokenizer": dataset.record.tokenizer,
+            "vocab_size": dataset.record.vocab_size,
+            "sha256": dataset.record.sha256,
+            "skipped": dataset.record.skipped,
+        }
+        ends = (
+            f"end with id {dataset.record.eod}" if dataset.record.append_eod else "have no token at their end"
+        )
+        print(
+            f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}"
+        )
     if args.verify:
         made_with = dataset.record or tokenizer
         found = verify(dataset, made_with.vocab_size if made_with else None)
-        result |= {"verified": True, "sha256": found.sha256, "smallest_id": found.smallest_id, "largest_id": found.largest_id}
+        result |= {
+            "verified": True,
+            "sha256": found.sha256,
+            "smallest_id": found.smallest_id,
+            "largest_id": found.largest_id,
+        }
         print(f"verified: ids {found.smallest_id} to {found.largest_id}, sha256 {found.sha256}")
     for k in range(min(args.documents, dataset.num_documents)):
         show(f"document {k}", dataset.document(k), tokenizer)
@@ -67,9 +104,14 @@ def main() -> None:
 
 def show(what: str, tokens: TokenArray, tokenizer: Tokenizer | None) -> None:
     ids = tokens[:SHOWN_TOKENS].tolist()
-    print(f"--- {what}: {len(tokens):,} tokens" + (f", the first {SHOWN_TOKENS}" if len(tokens) > SHOWN_TOKENS else ""))
+    print(
+        f"--- {what}: {len(tokens):,} tokens"
+        + (f", the first {SHOWN_TOKENS}" if len(tokens) > SHOWN_TOKENS else "")
+    )
     if tokenizer and max(ids, default=0) >= tokenizer.vocab_size:
-        raise UserError(f"{what} holds token id {max(ids)}, but tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids only")
+        raise UserError(
+            f"{what} holds token id {max(ids)}, but tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids only"
+        )
     print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
 
 

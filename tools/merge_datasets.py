@@ -25,11 +25,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     merged = merge_datasets(args.inputs, args.output_prefix, overwrite=args.overwrite)
-    print(f"{len(args.inputs)} datasets, {merged.num_documents:,} documents, {merged.num_tokens:,} tokens "
-          f"-> {args.output_prefix}.bin, .idx")
+    print(
+        f"{len(args.inputs)} datasets, {merged.num_documents:,} documents, {merged.num_tokens:,} tokens "
+        f"-> {args.output_prefix}.bin, .idx"
+    )
     if args.json:
-        print(json.dumps({"documents": merged.num_documents, "sequences": len(merged), "tokens": merged.num_tokens,
-                          "dtype": str(merged.dtype), "output_prefix": str(args.output_prefix)}))
+        print(
+            json.dumps(
+                {
+                    "documents": merged.num_documents,
+                    "sequences": len(merged),
+                    "tokens": merged.num_tokens,
+                    "dtype": str(merged.dtype),
+                    "output_prefix": str(args.output_prefix),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

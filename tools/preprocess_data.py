@@ -33,17 +33,35 @@ GARBAGE_THRESHOLD = 100_000
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_corpus_arguments(parser)
-    parser.add_argument("--tokenizer", type=expanded, required=True, metavar="DIR|FILE.model|byte",
-                        help="folder with tokenizer.json, SentencePiece model, or the word byte")
+    parser.add_argument(
+        "--tokenizer",
+        type=expanded,
+        required=True,
+        metavar="DIR|FILE.model|byte",
+        help="folder with tokenizer.json, SentencePiece model, or the word byte",
+    )
     parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document token")
-    parser.add_argument("--eod", metavar="TOKEN", help="with --append-eod: the token, as the vocabulary writes it "
-                        "(default: the tokenizer's eos_token)")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)")
-    parser.add_argument("--engine", choices=ENGINES, default="auto",
-                        help="auto: gigatoken if it gives the ids of the reference tokenizer (default)")
+    parser.add_argument(
+        "--append-eod", action="store_true", help="end each document with the end-of-document token"
+    )
+    parser.add_argument(
+        "--eod",
+        metavar="TOKEN",
+        help="with --append-eod: the token, as the vocabulary writes it (default: the tokenizer's eos_token)",
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="auto: gigatoken if it gives the ids of the reference tokenizer (default)",
+    )
     parser.add_argument("--max-documents", type=positive, metavar="N", help="take the first N documents")
-    parser.add_argument("--shuffle-documents", action="store_true", help="write the documents in a random order")
+    parser.add_argument(
+        "--shuffle-documents", action="store_true", help="write the documents in a random order"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of that order (default: 0)")
     add_output_arguments(parser)
     args = parser.parse_args()
@@ -57,18 +75,33 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         start_logging(raises=line_lost)
     corpus = corpus_of(args)
     began = time.perf_counter()
-    record = preprocess(corpus, args.tokenizer, args.output_prefix, append_eod=args.append_eod, workers=args.workers,
-                        overwrite=args.overwrite, engine=args.engine, max_documents=args.max_documents,
-                        shuffle_seed=args.seed if args.shuffle_documents else None, ranks=ranks,
-                        eod=args.eod)
+    record = preprocess(
+        corpus,
+        args.tokenizer,
+        args.output_prefix,
+        append_eod=args.append_eod,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        engine=args.engine,
+        max_documents=args.max_documents,
+        shuffle_seed=args.seed if args.shuffle_documents else None,
+        ranks=ranks,
+        eod=args.eod,
+    )
     seconds = time.perf_counter() - began
     if ranks.rank != 0:
         return
     text_bytes = record.text_bytes or 0
-    tokens_per_byte = record.tokens / max(1, text_bytes)        # some tokenizers have a token for no text
-    print(f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json")
-    print(f"{text_bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte, {text_bytes / seconds / 1e6:.1f} MB/s")
-    print(f"{record.skipped:,} documents skipped{f', the first: {corpus.first_skipped}' if record.skipped else ''}")
+    tokens_per_byte = record.tokens / max(1, text_bytes)  # some tokenizers have a token for no text
+    print(
+        f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json"
+    )
+    print(
+        f"{text_bytes:,} bytes of text, {tokens_per_byte:.4f} tokens per byte, {text_bytes / seconds / 1e6:.1f} MB/s"
+    )
+    print(
+        f"{record.skipped:,} documents skipped{f', the first: {corpus.first_skipped}' if record.skipped else ''}"
+    )
     print(f"sha256 of the tokens: {record.sha256}")
     if args.json:
         print(json.dumps(asdict(record) | {"tokens_per_byte": tokens_per_byte, "seconds": round(seconds, 3)}))
@@ -91,16 +124,16 @@ def main() -> int:
     try:
         status = run_tool(job)
     except KeyboardInterrupt:
-        if ranks.size == 1:     # else the launcher stopped this rank, and says why
+        if ranks.size == 1:  # else the launcher stopped this rank, and says why
             print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()
         status = 1
     if status:
-        ranks.abort(status)     # the others may be waiting for this one
+        ranks.abort(status)  # the others may be waiting for this one
     if ranks.size == 1:
-        os._exit(status)        # Python would take down all modules and tokenizers, piece by piece
+        os._exit(status)  # Python would take down all modules and tokenizers, piece by piece
     return status
 
 

@@ -20,11 +20,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=user_path, metavar="RUN_DIR", help="a run's output folder")
     parser.add_argument("--output", type=user_path, required=True, metavar="FILE.html")
-    parser.add_argument("--compare", type=user_path, metavar="OTHER_RUN", help="lay its curves over the first run's")
-    parser.add_argument("--tokens", type=count, default=300, metavar="N",
-                        help="of a validation text, run through the newest whole checkpoint on the CPU; 0: none (default: 300)")
-    parser.add_argument("--no-checkpoints", action="store_true",
-                        help="do not read the checkpoints, which takes long for large ones; then there is no text either")
+    parser.add_argument(
+        "--compare", type=user_path, metavar="OTHER_RUN", help="lay its curves over the first run's"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=count,
+        default=300,
+        metavar="N",
+        help="of a validation text, run through the newest whole checkpoint on the CPU; 0: none (default: 300)",
+    )
+    parser.add_argument(
+        "--no-checkpoints",
+        action="store_true",
+        help="do not read the checkpoints, which takes long for large ones; then there is no text either",
+    )
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -38,7 +48,9 @@ def count(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     folders = [args.run] + ([args.compare] if args.compare else [])
-    result = write_report(folders, args.output, tokens=args.tokens, look_at_checkpoints=not args.no_checkpoints)
+    result = write_report(
+        folders, args.output, tokens=args.tokens, look_at_checkpoints=not args.no_checkpoints
+    )
     for run in result["runs"]:
         print(f"{run['folder']}: {run['training_records']:,} records to iteration {run['iteration']:,}")
         for note in run["notes"] + ([f"no text: {run['no_text']}"] if run["no_text"] else []):

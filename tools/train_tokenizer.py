@@ -34,8 +34,17 @@ def main() -> None:
     if corpus.skipped:
         print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
     if args.json:
-        print(json.dumps({"output": str(args.output), "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod,
-                          "fingerprint": tokenizer.fingerprint, "skipped": corpus.skipped}))
+        print(
+            json.dumps(
+                {
+                    "output": str(args.output),
+                    "vocab_size": tokenizer.vocab_size,
+                    "eod": tokenizer.eod,
+                    "fingerprint": tokenizer.fingerprint,
+                    "skipped": corpus.skipped,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def main(corpus: Path, folder: Path) -> None:
     texts = [text[:CHARACTERS] for text in texts if text.strip()][:DOCUMENTS]
     questions = next_lines(texts)
     if not questions:
-        raise UserError(f"{corpus}: no two documents of more than {CONTEXT_LINES} lines to make questions from")
+        raise UserError(
+            f"{corpus}: no two documents of more than {CONTEXT_LINES} lines to make questions from"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("heldout_text", [{"text": text} for text in texts]), ("next_line", questions)):
         temporary = folder / f".{name}.tmp"
@@ -41,16 +43,22 @@ def next_lines(texts: list[str]) -> list[dict[str, object]]:
     questions: list[dict[str, object]] = []
     for i, lines in enumerate(documents):
         at = draw.randrange(CONTEXT_LINES, len(lines))
-        others = sorted({line for other in documents[:i] + documents[i + 1:] for line in other} - {lines[at]})
+        others = sorted(
+            {line for other in documents[:i] + documents[i + 1 :] for line in other} - {lines[at]}
+        )
         if len(others) < CHOICES - 1:
             continue
         choices, answer = draw.sample(others, CHOICES - 1), draw.randrange(CHOICES)
         choices.insert(answer, lines[at])
-        questions.append({"context": "".join(lines[at - CONTEXT_LINES:at]), "choices": choices, "answer": answer})
+        questions.append(
+            {"context": "".join(lines[at - CONTEXT_LINES : at]), "choices": choices, "answer": answer}
+        )
     return questions
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    raise SystemExit(run_tool(lambda: main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "runs/eval"))))
+    raise SystemExit(
+        run_tool(lambda: main(Path(sys.argv[1]), Path(sys.argv[2] if len(sys.argv) == 3 else "runs/eval")))
+    )

@@ -15,7 +15,9 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib
 
 def main(folder: Path) -> None:
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(path for path in library.rglob("*.py") if not LEFT_OUT & set(path.relative_to(library).parts))
+    files = sorted(
+        path for path in library.rglob("*.py") if not LEFT_OUT & set(path.relative_to(library).parts)
+    )
     documents = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
     documents = [text for text in documents if text.strip()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,10 +32,10 @@ def main(run: Path, evaluation_file: Path) -> None:
     }
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"""
-trained     {summary['iterations']} iterations, {summary['tokens']:,} tokens, {summary['tokens_per_second']:,.0f} tokens/s
-validation  loss {summary['validation_loss_before']:.3f} before, {summary['validation_loss_after']:.3f} after
-exported    loss {summary['topk_loss']:.3f} routed by top-k, {summary['causal_loss']:.3f} causally
-routing     {summary['routed_fraction']:.0%} of tokens processed causally; {summary['causal_agreement']:.0%} of choices as top-k's
+trained     {summary["iterations"]} iterations, {summary["tokens"]:,} tokens, {summary["tokens_per_second"]:,.0f} tokens/s
+validation  loss {summary["validation_loss_before"]:.3f} before, {summary["validation_loss_after"]:.3f} after
+exported    loss {summary["topk_loss"]:.3f} routed by top-k, {summary["causal_loss"]:.3f} causally
+routing     {summary["routed_fraction"]:.0%} of tokens processed causally; {summary["causal_agreement"]:.0%} of choices as top-k's
 in {run}/
     tokenizer/   data/   checkpoints/   metrics.jsonl   tensorboard/   summary.json
     hf/          the model for transformers: AutoModelForCausalLM.from_pretrained("{run}/hf", trust_remote_code=True)

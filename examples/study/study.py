@@ -35,16 +35,34 @@ MODELS: dict[str, list[str]] = {
     "dense, 6 layers": ["model.num_layers=6"],
     "dense, 5 layers": ["model.num_layers=5"],
     "dense, 4 layers": ["model.num_layers=4"],
-    "MoD 12.5 %": ["model.routing.kind=mod", "model.routing.capacity=0.125", "model.routing.threshold_momentum=0.9"],
-    "DTF 50 %": ["model.routing.kind=dtf", "model.routing.capacity=0.5", "model.routing.threshold_momentum=0.9"],
-    "DTRNet bilayer": ["model.routing.kind=dtrnet", "model.routing.layout=bilayer", "model.routing.aux_loss_lambda=0.01"],
+    "MoD 12.5 %": [
+        "model.routing.kind=mod",
+        "model.routing.capacity=0.125",
+        "model.routing.threshold_momentum=0.9",
+    ],
+    "DTF 50 %": [
+        "model.routing.kind=dtf",
+        "model.routing.capacity=0.5",
+        "model.routing.threshold_momentum=0.9",
+    ],
+    "DTRNet bilayer": [
+        "model.routing.kind=dtrnet",
+        "model.routing.layout=bilayer",
+        "model.routing.aux_loss_lambda=0.01",
+    ],
 }
 """Eight layers of one width, routed or not, and dense ones of about the routed models' FLOPs: the control that every
 claim needs."""
 
 
 def command(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> list[str]:
-    return [str(HERE / "config.yaml"), *MODELS[name], f"training.seed={seed}", f"output_dir={folder}", *overrides]
+    return [
+        str(HERE / "config.yaml"),
+        *MODELS[name],
+        f"training.seed={seed}",
+        f"output_dir={folder}",
+        *overrides,
+    ]
 
 
 def finished(folder: Path, iterations: int) -> bool:
@@ -57,8 +75,13 @@ def finished(folder: Path, iterations: int) -> bool:
 
 def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
     """One run in a process of its own; UserError with its last words if it fails."""
-    done = subprocess.run([sys.executable, "-m", "megadyn.pretrain", *command(name, seed, folder, overrides)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "megadyn.pretrain", *command(name, seed, folder, overrides)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["no message"]
         raise UserError(f"{name}, seed {seed}: {words[-1].removeprefix('error: ')}")
@@ -67,10 +90,14 @@ def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
 def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The training records of a run, and the last of the validation."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "lm_loss" in record], [record for record in records if "validation" in record][-1]
+    return [record for record in records if "lm_loss" in record], [
+        record for record in records if "validation" in record
+    ][-1]
 
 
-def time_steps(folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]) -> dict[str, float]:
+def time_steps(
+    folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]
+) -> dict[str, float]:
     """Seconds a training step, by model: each run of `folders` trains a little further, one process at a time.
 
     The models take turns, so whatever else slows the machine slows all alike; of a model's rounds the fastest counts.
@@ -79,8 +106,17 @@ def time_steps(folders: dict[str, Path], iterations: int, scratch: Path, overrid
     for turn in range(TIMED_ROUNDS):
         for name, folder in folders.items():
             run = scratch / f"{turn}-{folder.parent.name}"
-            train(name, 1, run, [*overrides, f"checkpoint.resume={folder}", f"training.iterations={iterations + TIMED_STEPS}",
-                                 "logging.interval=1"])
+            train(
+                name,
+                1,
+                run,
+                [
+                    *overrides,
+                    f"checkpoint.resume={folder}",
+                    f"training.iterations={iterations + TIMED_STEPS}",
+                    "logging.interval=1",
+                ],
+            )
             steps, _ = records_of(run)
             found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
     return {name: min(medians) for name, medians in found.items()}
@@ -91,10 +127,16 @@ def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
     steps, last = records_of(folder)
     layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
     fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
-    shares = dict.fromkeys(range(config.model.num_layers), fraction)      # counts where tokens choose for themselves
+    # counts where tokens choose for themselves
+    shares = dict.fromkeys(range(config.model.num_layers), fraction)
     found = {
-        "flops": training_flops(config.model, config.training.sequence_length, shares) * config.training.global_batch_size,
-        "seconds": seconds, "routed": fraction, "topk": last["validation"]["topk"], "causal": last["validation"]["causal"]}
+        "flops": training_flops(config.model, config.training.sequence_length, shares)
+        * config.training.global_batch_size,
+        "seconds": seconds,
+        "routed": fraction,
+        "topk": last["validation"]["topk"],
+        "causal": last["validation"]["causal"],
+    }
     agreements = [layer["causal_agreement"] for layer in layers if "causal_agreement" in layer]
     return found | ({"agreement": statistics.mean(agreements)} if agreements else {})
 
@@ -103,28 +145,49 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Markdown; FLOPs and time are of a training step, as shares of the first model's."""
     first = next(iter(results.values()))
     base = {key: statistics.mean(run[key] for run in first) for key in ("flops", "seconds")}
-    lines = ["| model | loss, top-k | loss, causal | FLOPs | time | routed | agreement |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | loss, top-k | loss, causal | FLOPs | time | routed | agreement |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, runs in results.items():
         mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-        spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in ("topk", "causal")}
-        lines.append("| " + " | ".join([
-            name, *(f"{mean[key]:.4f} ± {spread[key]:.4f}" for key in ("topk", "causal")),
-            *(f"{mean[key] / base[key]:.3f}" for key in ("flops", "seconds")),
-            f"{mean['routed']:.1%}", f"{mean['agreement']:.1%}" if "agreement" in mean else "-"]) + " |")
+        spread = {
+            key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
+            for key in ("topk", "causal")
+        }
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    name,
+                    *(f"{mean[key]:.4f} ± {spread[key]:.4f}" for key in ("topk", "causal")),
+                    *(f"{mean[key] / base[key]:.3f}" for key in ("flops", "seconds")),
+                    f"{mean['routed']:.1%}",
+                    f"{mean['agreement']:.1%}" if "agreement" in mean else "-",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Validation loss against training FLOPs and against time, a point a run."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    for axis, key, label in ((axes[0], "flops", "FLOPs of a training step"), (axes[1], "seconds", "seconds a training step")):
+    for axis, key, label in (
+        (axes[0], "flops", "FLOPs of a training step"),
+        (axes[1], "seconds", "seconds a training step"),
+    ):
         for name, runs in results.items():
             marker = "o" if name.startswith("dense") else "^"
-            axis.scatter([run[key] for run in runs], [run["causal"] for run in runs], label=name, marker=marker)
+            axis.scatter(
+                [run[key] for run in runs], [run["causal"] for run in runs], label=name, marker=marker
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss, causal routing")
@@ -143,8 +206,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    folders = {(name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
-               for name in MODELS for seed in range(1, args.seeds + 1)}
+    folders = {
+        (name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
+        for name in MODELS
+        for seed in range(1, args.seeds + 1)
+    }
     configs: dict[Any, Config] = {}
     for (name, seed), folder in folders.items():
         path, *words = command(name, seed, folder, args.overrides)
@@ -165,8 +231,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             first_seeds = {name: folders[name, 1] for name in MODELS}
             timing.write_text(json.dumps(time_steps(first_seeds, iterations, Path(scratch), args.overrides)))
     seconds = json.loads(timing.read_text())
-    results = {name: [measure(configs[name, seed], folders[name, seed], seconds[name]) for seed in range(1, args.seeds + 1)]
-               for name in MODELS}
+    results = {
+        name: [
+            measure(configs[name, seed], folders[name, seed], seconds[name])
+            for seed in range(1, args.seeds + 1)
+        ]
+        for name in MODELS
+    }
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "table.md").write_text(table(results))
     plot(results, args.output / "plot.png")

@@ -83,10 +83,22 @@ class Trainer:
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Figures:
     torch.manual_seed(0)
-    training = TrainingConfig(iterations=1000, global_batch_size=args.batch, micro_batch_size=args.batch,
-                              sequence_length=args.sequence, kernels=args.kernels)
-    config = config_of(args.model, args, training=training, precision=args.precision, deepspeed_config=args.deepspeed_config,
-                       checkpoint=CheckpointConfig(keep=1), output_dir=str(folder))
+    training = TrainingConfig(
+        iterations=1000,
+        global_batch_size=args.batch,
+        micro_batch_size=args.batch,
+        sequence_length=args.sequence,
+        kernels=args.kernels,
+    )
+    config = config_of(
+        args.model,
+        args,
+        training=training,
+        precision=args.precision,
+        deepspeed_config=args.deepspeed_config,
+        checkpoint=CheckpointConfig(keep=1),
+        output_dir=str(folder),
+    )
     launch.join()
     try:
         trainer = Trainer(config, args.batch, device)
@@ -94,8 +106,10 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Fig
         size = save_load.snapshot(trainer.engine, iteration=0, consumed_samples=0).bytes
         check_room(folder, size)
         steps = [trainer.step() for _ in range(args.rounds)]
-        writers = {kind: Writer(folder, replace(config, checkpoint=replace(config.checkpoint, background=kind)))
-                   for kind in (False, True)}
+        writers = {
+            kind: Writer(folder, replace(config, checkpoint=replace(config.checkpoint, background=kind)))
+            for kind in (False, True)
+        }
         rounds: dict[bool, list[Round]] = {False: [], True: []}
         for turn in range(args.warmup + args.rounds):
             for kind, writer in writers.items():
@@ -103,18 +117,30 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Fig
                 if turn >= args.warmup:
                     rounds[kind].append(found)
         newest = layout.complete_checkpoints(folder)[0]
-        verify, restore = (statistics.median(seconds) for seconds in zip(*(
-            restored(trainer, newest, saved) for _ in range(args.rounds))))
+        verify, restore = (
+            statistics.median(seconds)
+            for seconds in zip(*(restored(trainer, newest, saved) for _ in range(args.rounds)))
+        )
         count = sum(param.numel() for param in trainer.engine.parameters())
     finally:
         launch.leave()
-    return Figures(count, size, statistics.median(steps), median_of(rounds[False]), median_of(rounds[True]), verify, restore)
+    return Figures(
+        count,
+        size,
+        statistics.median(steps),
+        median_of(rounds[False]),
+        median_of(rounds[True]),
+        verify,
+        restore,
+    )
 
 
 def check_room(folder: Path, size: int) -> None:
     """A checkpoint is removed when the next one stands. Raises UserError where two have no room."""
     if (free := shutil.disk_usage(folder).free) < 2 * size:
-        raise UserError(f"--folder {folder}: two checkpoints need {2 * size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+        raise UserError(
+            f"--folder {folder}: two checkpoints need {2 * size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
+        )
 
 
 def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, Snapshot]:
@@ -131,8 +157,12 @@ def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, 
     began_to_wait = time.perf_counter()
     written = writer.collect()
     assert written is not None
-    return Round(copied - began, written.write_s, stall + time.perf_counter() - began_to_wait,
-                 statistics.median(beside) if beside else None), snapshot
+    return Round(
+        copied - began,
+        written.write_s,
+        stall + time.perf_counter() - began_to_wait,
+        statistics.median(beside) if beside else None,
+    ), snapshot
 
 
 def restored(trainer: Trainer, folder: Path, saved: Snapshot) -> tuple[float, float]:
@@ -162,26 +192,48 @@ def median_of(rounds: Sequence[Round]) -> Round:
 def as_table(figures: Figures) -> str:
     background, waiting = figures.background, figures.waiting
     beside = "" if background.step_beside is None else f"{background.step_beside * 1e3:.0f}"
-    rows = ["| saving | copy, ms | write, ms | training waited, ms | step beside, ms | written, MB/s |",
-            "|---|---|---|---|---|---|"]
+    rows = [
+        "| saving | copy, ms | write, ms | training waited, ms | step beside, ms | written, MB/s |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found, step in (("training waits", waiting, ""), ("in the background", background, beside)):
-        rows.append(f"| {name} | {found.copy * 1e3:.0f} | {found.write * 1e3:.0f} | {found.stall * 1e3:.0f} | {step} | "
-                    f"{figures.per_second(found.write):,.0f} |")
+        rows.append(
+            f"| {name} | {found.copy * 1e3:.0f} | {found.write * 1e3:.0f} | {found.stall * 1e3:.0f} | {step} | "
+            f"{figures.per_second(found.write):,.0f} |"
+        )
     rows += ["", "| resuming | ms | MB/s |", "|---|---|---|"]
-    for name, seconds in (("verify (sha256)", figures.verify), ("restore", figures.restore),
-                          ("both", figures.verify + figures.restore)):
+    for name, seconds in (
+        ("verify (sha256)", figures.verify),
+        ("restore", figures.restore),
+        ("both", figures.verify + figures.restore),
+    ):
         rows.append(f"| {name} | {seconds * 1e3:.0f} | {figures.per_second(seconds):,.0f} |")
     return "\n".join(rows)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODELS[1], metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
-    add_shape_arguments(parser, hidden=512, layers=8, heads=8, kv_heads=4, ffn=1408, sequence=256, rounds=3, warmup=1)
+    parser = Parser(
+        prog="benchmark.py checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODELS[1], metavar="KIND[:CAPACITY]", help="(default: %(default)s)"
+    )
+    add_shape_arguments(
+        parser, hidden=512, layers=8, heads=8, kv_heads=4, ffn=1408, sequence=256, rounds=3, warmup=1
+    )
     add_device_arguments(parser)
-    parser.add_argument("--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR",
-                        help="whose disk is measured; all that is written there is removed (default: %(default)s)")
+    parser.add_argument(
+        "--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=user_path,
+        default=Path(tempfile.gettempdir()),
+        metavar="DIR",
+        help="whose disk is measured; all that is written there is removed (default: %(default)s)",
+    )
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -196,9 +248,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--folder {args.folder}: is no folder")
     with tempfile.TemporaryDirectory(prefix="megadyn-checkpoint-", dir=args.folder) as folder:
         figures = measure(args, device, Path(folder))
-    print(f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)}; "
-          f"{figures.parameters / 1e6:,.1f}M parameters, {figures.bytes / 1e6:,.0f} MB a checkpoint; "
-          f"a step takes {figures.step * 1e3:.0f} ms\n")
+    print(
+        f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)}; "
+        f"{figures.parameters / 1e6:,.1f}M parameters, {figures.bytes / 1e6:,.0f} MB a checkpoint; "
+        f"a step takes {figures.step * 1e3:.0f} ms\n"
+    )
     print(as_table(figures))
     if args.json:
         print(json.dumps(asdict(figures)))

@@ -21,7 +21,9 @@ PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="as training.kernels (default: auto)")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, default="auto", help="as training.kernels (default: auto)"
+    )
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
@@ -36,14 +38,14 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
-    return (f"CPU ({cpu_name()}), {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, torch {torch.__version__}")
+    return f"CPU ({cpu_name()}), {threads} thread{'s' * (threads > 1)} of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):                     # not Linux, or a processor that is told otherwise
+    except (OSError, StopIteration):  # not Linux, or a processor that is told otherwise
         return platform.processor() or platform.machine()
 
 
@@ -85,14 +87,23 @@ class Laps:
         return [second - first for first, second in pairwise(self.marks)]
 
 
-def device_peak(device: torch.device, dtype: torch.dtype, given_tflops: float | None = None) -> tuple[float, str]:
+def device_peak(
+    device: torch.device, dtype: torch.dtype, given_tflops: float | None = None
+) -> tuple[float, str]:
     """(operations a second, where the figure is from): the one given, a datasheet's, else a matrix product's here."""
     if given_tflops is not None:
         return given_tflops * 1e12, f"{given_tflops:g} TFLOP/s as given"
-    known = peak_tflops(torch.cuda.get_device_name(device), PRECISION_OF[dtype]) if device.type == "cuda" else None
+    known = (
+        peak_tflops(torch.cuda.get_device_name(device), PRECISION_OF[dtype])
+        if device.type == "cuda"
+        else None
+    )
     if known is not None:
         return known * 1e12, f"{known:.1f} TFLOP/s by the datasheet"
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(8))
-    return 2 * size**3 / best, f"{2 * size**3 / best / 1e12:.3g} TFLOP/s, a {size} x {size} matrix product here"
+    return (
+        2 * size** 3 / best,
+        f"{2 * size**3 / best / 1e12:.3g} TFLOP/s, a {size} x {size} matrix product here",
+    )

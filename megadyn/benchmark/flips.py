@@ -68,10 +68,25 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
     folder.mkdir(parents=True)
     began = time.perf_counter()
     log = folder / "rank0.log"
-    status = run_job([str(args.config), *args.overrides, "training.eval_interval=0", "checkpoint.interval=0",
-                      "checkpoint.resume=never", "logging.interval=1", "logging.tensorboard=false",
-                      "logging.live=never", f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}",
-                      f"output_dir={folder}", f"training.routing_record={folder / CHOICES}", *overrides], layout.processes, log)
+    status = run_job(
+        [
+            str(args.config),
+            *args.overrides,
+            "training.eval_interval=0",
+            "checkpoint.interval=0",
+            "checkpoint.resume=never",
+            "logging.interval=1",
+            "logging.tensorboard=false",
+            "logging.live=never",
+            f"parallel.tensor={layout.tensor}",
+            f"parallel.pipeline={layout.pipeline}",
+            f"output_dir={folder}",
+            f"training.routing_record={folder / CHOICES}",
+            *overrides,
+        ],
+        layout.processes,
+        log,
+    )
     if status:
         raise RunError(f"{folder}: {last_error(log)}")
     print(f"{folder.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -83,12 +98,24 @@ def apart(found: Sequence[float], wanted: Sequence[float]) -> float:
     return max(abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True))
 
 
-def compare(name: str, whole: Path, folder: Path, wanted: Curves, found: Curves, seconds: float) -> Comparison:
+def compare(
+    name: str, whole: Path, folder: Path, wanted: Curves, found: Curves, seconds: float
+) -> Comparison:
     moved = flips(whole / CHOICES, folder / CHOICES)
     first = moved.first
-    return Comparison(name, len(found.loss), apart(found.loss, wanted.loss), apart(found.grad_norm, wanted.grad_norm),
-                      moved.compared, moved.changed, int(first.steps[0]) if first.changed else None, first.changed,
-                      first.farthest, moved.farthest, seconds)
+    return Comparison(
+        name,
+        len(found.loss),
+        apart(found.loss, wanted.loss),
+        apart(found.grad_norm, wanted.grad_norm),
+        moved.compared,
+        moved.changed,
+        int(first.steps[0]) if first.changed else None,
+        first.changed,
+        first.farthest,
+        moved.farthest,
+        seconds,
+    )
 
 
 def measure(args: argparse.Namespace) -> list[Comparison]:
@@ -97,7 +124,9 @@ def measure(args: argparse.Namespace) -> list[Comparison]:
     for folder in folders:
         rmtree(folder, ignore_errors=True)
     one, own, replayed = folders
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.engine.engine"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["megadyn.pretrain", "megadyn.engine.engine"]
+    )
     wanted, _ = train(one, Layout(1, 1, 1), args)
     free = train(own, args.layout, args)
     held = train(replayed, args.layout, args, f"training.routing_replay={one / CHOICES}")
@@ -105,24 +134,39 @@ def measure(args: argparse.Namespace) -> list[Comparison]:
 
 
 def as_table(found: Sequence[Comparison]) -> str:
-    rows = ["| choices | loss apart by | gradient norm by | tokens that changed places | at most from the cut | the first |",
-            "|---|---|---|---|---|---|"]
+    rows = [
+        "| choices | loss apart by | gradient norm by | tokens that changed places | at most from the cut | the first |",
+        "|---|---|---|---|---|---|",
+    ]
     for line in found:
         first = "none"
         if line.first_step is not None:
             first = f"step {line.first_step}: {line.first_changed}, at most {line.first_farthest:.1e} from the cut"
-        rows.append(f"| {line.run} | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of {line.compared:,} | "
-                    f"{line.farthest:.1e} | {first} |")
+        rows.append(
+            f"| {line.run} | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of {line.compared:,} | "
+            f"{line.farthest:.1e} | {first} |"
+        )
     return "\n".join(rows)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py flips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=user_path, default=Path("examples/quickstart/config.yaml"), metavar="FILE",
-                        help="(default: %(default)s)")
+    parser = Parser(
+        prog="benchmark.py flips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        type=user_path,
+        default=Path("examples/quickstart/config.yaml"),
+        metavar="FILE",
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--steps", type=positive, default=200, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--layout", type=layout_of, default=Layout(2, 1, 1), metavar="TxPxD", help="(default: %(default)s)")
-    parser.add_argument("--output", type=user_path, default=Path("runs/flips"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument(
+        "--layout", type=layout_of, default=Layout(2, 1, 1), metavar="TxPxD", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=user_path, default=Path("runs/flips"), metavar="DIR", help="(default: %(default)s)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier runs in DIR")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
     add_json_argument(parser)
@@ -133,11 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.config, args.output = args.config.absolute(), args.output.absolute()
     args.overrides.append(f"training.iterations={args.steps}")
-    config = load_config(args.config, args.overrides)            # a mistake in it is told at once
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the ranks at work end too
+    config = load_config(args.config, args.overrides)  # a mistake in it is told at once
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks at work end too
     found = measure(args)
-    print(f"{config.model.routing.describe()}, {config.precision}, {args.steps} steps; {args.layout} (tensor x pipeline x data) "
-          "against one process\n")
+    print(
+        f"{config.model.routing.describe()}, {config.precision}, {args.steps} steps; {args.layout} (tensor x pipeline x data) "
+        "against one process\n"
+    )
     print(as_table(found))
     if args.json:
         print(json.dumps([asdict(line) for line in found]))

@@ -84,7 +84,8 @@ class Case:
 
     def run(self, laps: Laps | None = None) -> tuple[Tensor, ...]:
         """Forward and backward with a mark behind each; the outputs. No gradient remains."""
-        if isinstance(self.module, RoutedLayer):         # noise follows from the micro-batch of the step: always the first
+        # noise follows from the micro-batch of the step: always the first
+        if isinstance(self.module, RoutedLayer):
             for tracker in self.module.trackers().values():
                 tracker.forget()
         found = self.part.run(*self.part.inputs)
@@ -113,7 +114,7 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
     cases = []
     for kind in sorted(set(model.config.layer_types) - ({DENSE} if routed else set())):
         index = model.config.layer_types.index(kind)
-        layer = network.layers[index + 1]                # behind the embedding
+        layer = network.layers[index + 1]  # behind the embedding
         assert isinstance(layer, Layer)
         selection = choice_of(layer, short[index])
         parts = parts_of(layer, kind, reached[index], model.config, choice_of(layer, reached[index]))
@@ -123,12 +124,20 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
         if not unchecked:
             twin = deepcopy(layer).double()
             exact = parts_of(twin, kind, in_float64(short[index]), model.config, selection)
-        cases += [checked(part, like, layer, wanted, twin) for part, like, wanted in zip_longest(parts, small, exact)]
+        cases += [
+            checked(part, like, layer, wanted, twin)
+            for part, like, wanted in zip_longest(parts, small, exact)
+        ]
     if not routed:
         twin_head = head if unchecked else deepcopy(head).double()
-        of_head = [loss_part(whose, hidden, wanted, model.config) for whose, hidden, wanted in (
-            (head, reached[-1].hidden, labels), (head, short[-1].hidden, labels[:, :CHECKED_TOKENS]),
-            (twin_head, short[-1].hidden.to(twin_head.weight.dtype), labels[:, :CHECKED_TOKENS]))]
+        of_head = [
+            loss_part(whose, hidden, wanted, model.config)
+            for whose, hidden, wanted in (
+                (head, reached[-1].hidden, labels),
+                (head, short[-1].hidden, labels[:, :CHECKED_TOKENS]),
+                (twin_head, short[-1].hidden.to(twin_head.weight.dtype), labels[:, :CHECKED_TOKENS]),
+            )
+        ]
         cases.append(checked(of_head[0], of_head[1], head, None if unchecked else of_head[2], twin_head))
     return cases
 
@@ -146,7 +155,9 @@ def in_float64(stream: Stream) -> Stream:
     return Stream(stream.hidden.double(), None if stream.score is None else stream.score.double())
 
 
-def checked(part: TimedPart, small: TimedPart, module: nn.Module, exact: TimedPart | None, twin: nn.Module) -> Case:
+def checked(
+    part: TimedPart, small: TimedPart, module: nn.Module, exact: TimedPart | None, twin: nn.Module
+) -> Case:
     """`part` of `module`; on `small` inputs counted by torch, and held to `exact`, the same part of a float64 `twin`.
 
     Raises UserError for fp32 that is not near float64.
@@ -161,14 +172,20 @@ def checked(part: TimedPart, small: TimedPart, module: nn.Module, exact: TimedPa
     with as_written(twin):
         wanted = Case(exact, twin).run()
     outputs = trial.run()
-    errors = [((out.double() - want).norm() / want.norm()).item() for out, want in zip(outputs, wanted, strict=True)
-              if out.is_floating_point()]
-    is_half = any(weight.dtype != torch.float32 for weight in module.parameters())       # what comes out may be wider
-    if not errors or (is_half and part.name == WHOLE):   # in half precision a near tie may fall the other way
+    errors = [
+        ((out.double() - want).norm() / want.norm()).item()
+        for out, want in zip(outputs, wanted, strict=True)
+        if out.is_floating_point()
+    ]
+    # what comes out may be wider
+    is_half = any(weight.dtype != torch.float32 for weight in module.parameters())
+    if not errors or (is_half and part.name == WHOLE):  # in half precision a near tie may fall the other way
         return case
     case.float64_error = max(errors)
     if case.float64_error > (HALF_TOLERANCE if is_half else FP32_TOLERANCE):
-        raise UserError(f"{part.layer}, {part.name}: differs from float64's by {case.float64_error:.1e} of its size")
+        raise UserError(
+            f"{part.layer}, {part.name}: differs from float64's by {case.float64_error:.1e} of its size"
+        )
     return case
 
 
@@ -180,8 +197,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Figure]:
     cases: list[Case] = []
     for name in args.models:
         if name == REFERENCE:
-            raise UserError(f"--models {name}: must be KIND[:CAPACITY] with KIND one of {', '.join(known_kinds())}")
-        cases += cases_of(build(name, args, device, dtype, tokens, []), tokens, labels, unchecked=args.unchecked)
+            raise UserError(
+                f"--models {name}: must be KIND[:CAPACITY] with KIND one of {', '.join(known_kinds())}"
+            )
+        cases += cases_of(
+            build(name, args, device, dtype, tokens, []), tokens, labels, unchecked=args.unchecked
+        )
     times: list[list[list[float]]] = [[] for _ in cases]
     for turn in range(args.warmup + args.rounds):
         for case, found in zip(cases, times, strict=True):
@@ -190,27 +211,49 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[Figure]:
             if turn >= args.warmup:
                 found.append(laps.seconds())
     medians = [[statistics.median(lap) for lap in zip(*found)] for found in times]
-    whole = {case.part.layer: sum(laps) for case, laps in zip(cases, medians) if case.part.name in (WHOLE, "loss")}
+    whole = {
+        case.part.layer: sum(laps) for case, laps in zip(cases, medians) if case.part.name in (WHOLE, "loss")
+    }
     figures: list[Figure] = []
     for case, (forward, backward) in zip(cases, medians):
         part = case.part
         if part.name == WHOLE:
             mine = [figure for figure in figures if figure.layer == part.layer]
-            rest = [forward - sum(figure.forward for figure in mine), backward - sum(figure.backward for figure in mine)]
-            figures.append(Figure(part.layer, "rest", rest[0], rest[1], sum(rest) / whole[part.layer], 0, 0, None, None))
-        figures.append(Figure(part.layer, part.name, forward, backward, (forward + backward) / whole[part.layer], part.flops,
-                              part.bytes, case.counted, case.float64_error))
+            rest = [
+                forward - sum(figure.forward for figure in mine),
+                backward - sum(figure.backward for figure in mine),
+            ]
+            figures.append(
+                Figure(part.layer, "rest", rest[0], rest[1], sum(rest) / whole[part.layer], 0, 0, None, None)
+            )
+        figures.append(
+            Figure(
+                part.layer,
+                part.name,
+                forward,
+                backward,
+                (forward + backward) / whole[part.layer],
+                part.flops,
+                part.bytes,
+                case.counted,
+                case.float64_error,
+            )
+        )
     return figures
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    rows = ["| layer | part | forward, ms | backward, ms | share | GFLOP | TFLOP/s | GB/s | counted | off float64 |",
-            "|---|---|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| layer | part | forward, ms | backward, ms | share | GFLOP | TFLOP/s | GB/s | counted | off float64 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for figure in figures:
         counted = "" if figure.counted is None else f"{figure.counted:.3f}"
-        rows.append(f"| {figure.layer} | {figure.part} | {figure.forward * 1e3:.2f} | {figure.backward * 1e3:.2f} | "
-                    f"{figure.share:.1%} | {shown(figure.flops / 1e9 or None)} | {shown(figure.tflops)} | "
-                    f"{shown(figure.gbytes)} | {counted} | {shown_error(figure.float64_error)} |")
+        rows.append(
+            f"| {figure.layer} | {figure.part} | {figure.forward * 1e3:.2f} | {figure.backward * 1e3:.2f} | "
+            f"{figure.share:.1%} | {shown(figure.flops / 1e9 or None)} | {shown(figure.tflops)} | "
+            f"{shown(figure.gbytes)} | {counted} | {shown_error(figure.float64_error)} |"
+        )
     return "\n".join(rows)
 
 
@@ -219,9 +262,16 @@ def shown(number: float | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=DEFAULT_MODELS,
-                        metavar="KIND[:CAPACITY]", help="whose layers (default: %(default)s)")
+    parser = Parser(
+        prog="benchmark.py layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=DEFAULT_MODELS,
+        metavar="KIND[:CAPACITY]",
+        help="whose layers (default: %(default)s)",
+    )
     add_shape_arguments(parser, layers=2, rounds=7, warmup=2)
     add_device_arguments(parser)
     parser.add_argument("--unchecked", action="store_true", help="no comparison with float64")
@@ -238,5 +288,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}\n")
     print(as_table(figures))
     if args.json:
-        print(json.dumps([asdict(figure) | {name: getattr(figure, name) for name in ("seconds", "tflops", "gbytes")}
-                          for figure in figures]))
+        print(
+            json.dumps(
+                [
+                    asdict(figure) | {name: getattr(figure, name) for name in ("seconds", "tflops", "gbytes")}
+                    for figure in figures
+                ]
+            )
+        )

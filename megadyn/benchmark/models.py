@@ -42,14 +42,25 @@ class Model:
 
 def add_shape_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """A model's sizes; `defaults` change and add some."""
-    sizes = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 4, "ffn": 2816, "vocab": 8192, "sequence": 2048, "batch": 1}
+    sizes = {
+        "hidden": 1024,
+        "layers": 4,
+        "heads": 16,
+        "kv_heads": 4,
+        "ffn": 2816,
+        "vocab": 8192,
+        "sequence": 2048,
+        "batch": 1,
+    }
     for name, default in (sizes | defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N")
 
 
 def shape_line(args: argparse.Namespace) -> str:
-    return (f"{args.layers} layers, hidden {args.hidden}, heads {args.heads} and {args.kv_heads}, ffn {args.ffn}, "
-            f"vocabulary {args.vocab}, {args.batch} x {args.sequence} tokens")
+    return (
+        f"{args.layers} layers, hidden {args.hidden}, heads {args.heads} and {args.kv_heads}, ffn {args.ffn}, "
+        f"vocabulary {args.vocab}, {args.batch} x {args.sequence} tokens"
+    )
 
 
 def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **sections: Any) -> Config:
@@ -60,12 +71,25 @@ def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **s
     except ValueError:
         raise UserError(f"--models {name}: {capacity!r} is no number") from None
     model = ModelConfig(
-        hidden_size=args.hidden, num_layers=args.layers, num_heads=args.heads, num_kv_heads=args.kv_heads, ffn_size=args.ffn,
-        vocab_size=args.vocab, qkv_bias=True, routing=routing_of(name, kind, keys))
-    training = TrainingConfig(iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence,
-                              compile=compile)
-    chosen: dict[str, Any] = {"model": model, "data": DataConfig(train="none"), "tokenizer": TokenizerConfig(path="byte"),
-                              "output_dir": "none", "training": training}
+        hidden_size=args.hidden,
+        num_layers=args.layers,
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        ffn_size=args.ffn,
+        vocab_size=args.vocab,
+        qkv_bias=True,
+        routing=routing_of(name, kind, keys),
+    )
+    training = TrainingConfig(
+        iterations=1, global_batch_size=1, micro_batch_size=1, sequence_length=args.sequence, compile=compile
+    )
+    chosen: dict[str, Any] = {
+        "model": model,
+        "data": DataConfig(train="none"),
+        "tokenizer": TokenizerConfig(path="byte"),
+        "output_dir": "none",
+        "training": training,
+    }
     return Config(**(chosen | sections)).checked()
 
 
@@ -77,19 +101,31 @@ def routing_of(name: str, kind: str, keys: dict[str, Any]) -> Kind:
         raise UserError(f"--models {name}: must be KIND[:CAPACITY] or {REFERENCE} ({error})") from None
 
 
-def build(name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor,
-          others: Sequence[Model], *, compile: bool = False) -> Model:
+def build(
+    name: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: Tensor,
+    others: Sequence[Model],
+    *,
+    compile: bool = False,
+) -> Model:
     """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
     kind = name.partition(":")[0]
     if kind == REFERENCE:
         dense = next((model for model in others if model.config.routing.name == DENSE), None)
         if dense is None:
-            raise UserError("--models: qwen2 takes its weights from a dense model, which must be named before it")
+            raise UserError(
+                "--models: qwen2 takes its weights from a dense model, which must be named before it"
+            )
         return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
     model = config_of(name, args, compile=compile).model
     backend, _ = attention_backend(model, PRECISION_OF[dtype])
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
-    network = Network(LayerContext(model, make, backend, recompute=args.recompute, compile=compile), LossScale())
+    network = Network(
+        LayerContext(model, make, backend, recompute=args.recompute, compile=compile), LossScale()
+    )
     set_shares(network, tokens, model.routing.share)
     return Model(name, network, model)
 
@@ -99,11 +135,22 @@ def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config, parameter = dense.config, next(dense.module.parameters())
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.ffn_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
-        rms_norm_eps=config.norm_eps, max_position_embeddings=config.max_position, tie_word_embeddings=False,
-        rope_theta=config.rope_theta, use_sliding_window=False, attn_implementation="sdpa"))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            rms_norm_eps=config.norm_eps,
+            max_position_embeddings=config.max_position,
+            tie_word_embeddings=False,
+            rope_theta=config.rope_theta,
+            use_sliding_window=False,
+            attn_implementation="sdpa",
+        )
+    )
     model.load_state_dict({name_of(param): param.detach() for param in dense.module.parameters()})
     if recompute:
         model.gradient_checkpointing_enable()

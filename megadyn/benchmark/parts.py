@@ -35,19 +35,28 @@ class TimedPart:
     """Least that forward and backward can move: each activation in and out once. 0 where operations decide."""
 
 
-def parts_of(layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None) -> list[TimedPart]:
+def parts_of(
+    layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None
+) -> list[TimedPart]:
     """The parts of a layer of `kind` on its input, the whole layer last; `selection`: the tokens that it takes (`choice_of`)."""
     parts = _Parts(layer, kind, stream, model, selection)
     parts.add_decision()
     parts.add_block()
     inputs = [stream.hidden] if stream.score is None else [stream.hidden, stream.score]
-    parts.add(WHOLE, lambda *given: layer(Stream(*given)).hidden, *inputs, unseen=parts.unseen,
-              forward=layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)].total)
+    parts.add(
+        WHOLE,
+        lambda *given: layer(Stream(*given)).hidden,
+        *inputs,
+        unseen=parts.unseen,
+        forward=layer_flops(model, stream.hidden.shape[1])[model.layer_types.index(kind)].total,
+    )
     return parts.found
 
 
 class _Parts:
-    def __init__(self, layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None):
+    def __init__(
+        self, layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None
+    ):
         self.layer, self.kind, self.model, self.selection = layer, kind, model, selection
         self.hidden, self.score = stream.hidden.detach(), stream.score
         self.batch, self.length, _ = self.hidden.shape
@@ -57,12 +66,28 @@ class _Parts:
         self.unseen = 2 * self.seen * self.seen * model.num_heads * model.head_dim
         self.found: list[TimedPart] = []
 
-    def add(self, name: str, run: Callable[..., Outputs], *inputs: Tensor, forward: float = 0.0, unseen: float = 0.0,
-            passes: float = 0.0) -> None:
+    def add(
+        self,
+        name: str,
+        run: Callable[..., Outputs],
+        *inputs: Tensor,
+        forward: float = 0.0,
+        unseen: float = 0.0,
+        passes: float = 0.0,
+    ) -> None:
         """`forward` and `unseen`: operations of a forward pass on one sequence. `passes`: rows of the hidden size that are read
         or written, in all."""
-        self.found.append(TimedPart(self.kind, name, run, tuple(leaf(x) for x in inputs), 3 * forward * self.batch,
-                               3 * unseen * self.batch, passes * self.hidden.shape[-1] * self.hidden.element_size()))
+        self.found.append(
+            TimedPart(
+                self.kind,
+                name,
+                run,
+                tuple(leaf(x) for x in inputs),
+                3 * forward * self.batch,
+                3 * unseen * self.batch,
+                passes * self.hidden.shape[-1] * self.hidden.element_size(),
+            )
+        )
 
     def add_decision(self) -> None:
         """Which tokens: router, choice, prior."""
@@ -95,20 +120,36 @@ class _Parts:
         if mixing is not None:
             self.add(mixing.name, mixing.run, normed, forward=attention, unseen=self.unseen)
         else:
-            self.add("attention", lambda x: layer.self_attn(x, positions, self.length, segments), normed, forward=attention,
-                     unseen=self.unseen)
+            self.add(
+                "attention",
+                lambda x: layer.self_attn(x, positions, self.length, segments),
+                normed,
+                forward=attention,
+                unseen=self.unseen,
+            )
         self.add("add + norm", layer.post_attention_layernorm.of_sum, rows, normed, passes=8 * tokens)
         self.add("MLP", layer.mlp, normed, forward=mlp_flops(self.model, each))
         if isinstance(layer, SkippingLayer):
             gate = upcast(self.hidden[..., 0]).sigmoid()
-            self.add("put_back", lambda x, gate, u: put_back_shared(x, places, gate, u, layer.seq), self.hidden, gate, normed,
-                     passes=2 * self.batch * self.length + 4 * tokens)
+            self.add(
+                "put_back",
+                lambda x, gate, u: put_back_shared(x, places, gate, u, layer.seq),
+                self.hidden,
+                gate,
+                normed,
+                passes=2 * self.batch * self.length + 4 * tokens,
+            )
 
 
 def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) -> TimedPart:
     """Head and loss, whose forward pass makes the gradients too."""
-    return TimedPart("head", "loss", lambda x: head(Stream(x), labels), (leaf(hidden),),
-                3 * head_flops(model, hidden.shape[1]) * hidden.shape[0])
+    return TimedPart(
+        "head",
+        "loss",
+        lambda x: head(Stream(x), labels),
+        (leaf(hidden),),
+        3 * head_flops(model, hidden.shape[1]) * hidden.shape[0],
+    )
 
 
 @torch.no_grad()

@@ -77,9 +77,13 @@ def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) 
     train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
     source = corpus if form == "jsonl" else write_shards(corpus, folder / "shards", form)
     ways: dict[str, Callable[[], Run]] = {
-        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(source, tokenizer, folder / "dataset", workers),
+        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(
+            source, tokenizer, folder / "dataset", workers
+        ),
         "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
-        "gigatoken with reading and parsing, nothing kept": lambda: in_processes(encode_read, corpus, tokenizer, workers),
+        "gigatoken with reading and parsing, nothing kept": lambda: in_processes(
+            encode_read, corpus, tokenizer, workers
+        ),
         "one `tokenizers` encode per document": lambda: in_processes(encode_each, corpus, tokenizer, workers),
     }
     runs: dict[str, list[Run]] = {name: [] for name in ways}
@@ -91,8 +95,12 @@ def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) 
 
 def median_of(what: str, runs: Sequence[Run]) -> Figure:
     peaks = [run.peak_mb for run in runs if run.peak_mb is not None]
-    return Figure(what, statistics.median(run.text_bytes / run.seconds / 1e6 for run in runs),
-                  statistics.median(run.cpu_seconds / run.text_bytes * 1e6 for run in runs), max(peaks, default=None))
+    return Figure(
+        what,
+        statistics.median(run.text_bytes / run.seconds / 1e6 for run in runs),
+        statistics.median(run.cpu_seconds / run.text_bytes * 1e6 for run in runs),
+        max(peaks, default=None),
+    )
 
 
 def write_corpus(path: Path, size: int) -> None:
@@ -106,7 +114,7 @@ def write_corpus(path: Path, size: int) -> None:
                 try:
                     text = file.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError):
-                    continue        # it is one of many thousand
+                    continue  # it is one of many thousand
                 if again:
                     lines = text.splitlines(keepends=True)
                     text = "".join(draw.sample(lines, len(lines)))
@@ -138,7 +146,12 @@ def write_shards(corpus: Path, folder: Path, form: str) -> Path:
 
 
 def texts_here() -> list[Path]:
-    roots = {sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), "/usr/lib/python3", "/usr/share/doc"}
+    roots = {
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("stdlib"),
+        "/usr/lib/python3",
+        "/usr/share/doc",
+    }
     found = (path for root in sorted(roots) for path in Path(root).rglob("*") if path.suffix in SUFFIXES)
     return sorted({path for path in found if path.is_file() and path.stat().st_size in DOCUMENT_BYTES})
 
@@ -146,11 +159,27 @@ def texts_here() -> list[Path]:
 def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -> Run:
     """The tool as a user runs it, with the start of Python and all it imports."""
     for path in files_of(prefix).values():
-        path.unlink(missing_ok=True)        # to remove what the round before left is no work of this one
+        path.unlink(missing_ok=True)  # to remove what the round before left is no work of this one
     before, began = cpu_of_children(), time.perf_counter()
-    command = [sys.executable, str(TOOL), "--input", str(corpus), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix),
-               "--append-eod", "--workers", str(workers), "--engine", "gigatoken", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(tokenizer),
+        "--output-prefix",
+        str(prefix),
+        "--append-eod",
+        "--workers",
+        str(workers),
+        "--engine",
+        "gigatoken",
+        "--json",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         watch = MemoryWatch(process.pid)
         output, error = process.communicate()
     seconds = time.perf_counter() - began
@@ -181,7 +210,9 @@ def in_processes(prepare: Prepare, corpus: Path, tokenizer: Path, workers: int) 
     return Run(sum(size for size, _ in found), seconds, sum(cpu for _, cpu in found), None)
 
 
-def timed(prepare: Prepare, corpus: Path, tokenizer: Path, worker: int, workers: int, ready: Any, results: Any) -> None:
+def timed(
+    prepare: Prepare, corpus: Path, tokenizer: Path, worker: int, workers: int, ready: Any, results: Any
+) -> None:
     work = prepare(corpus, tokenizer, worker, workers)
     ready.wait(READY_SECONDS)
     began = time.process_time()
@@ -205,9 +236,11 @@ def encode_read(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
     return encode_batches(tokenizer, lambda: text_batches(corpus, worker, workers), size)
 
 
-def encode_batches(tokenizer: Path, batches: Callable[[], Iterable[list[bytes]]], size: int) -> Callable[[], int]:
+def encode_batches(
+    tokenizer: Path, batches: Callable[[], Iterable[list[bytes]]], size: int
+) -> Callable[[], int]:
     engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
-    engine.encode_batch(["x"], parallel=False)      # imports awkward
+    engine.encode_batch(["x"], parallel=False)  # imports awkward
 
     def work() -> int:
         for texts in batches():
@@ -287,7 +320,7 @@ class MemoryWatch:
                 return 0
             lines = process.joinpath("smaps_rollup").read_text().splitlines()
         except (OSError, ProcessLookupError):
-            return 0        # it ended just now
+            return 0  # it ended just now
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
@@ -296,22 +329,38 @@ def as_table(figures: Sequence[Figure], megabytes: int, form: str) -> str:
     rows = [f"| {what} | MB/s | CPU s per MB | peak memory, MB |", "|---|---|---|---|"]
     for figure in figures:
         peak = "" if figure.peak_mb is None else f"{figure.peak_mb:.0f}"
-        rows.append(f"| {figure.what} | {figure.mb_per_second:.1f} | {figure.cpu_seconds_per_mb:.4f} | {peak} |")
+        rows.append(
+            f"| {figure.what} | {figure.mb_per_second:.1f} | {figure.cpu_seconds_per_mb:.4f} | {peak} |"
+        )
     tool, *others = figures
     for other in others:
-        ratio, cpu_ratio = tool.mb_per_second / other.mb_per_second, other.cpu_seconds_per_mb / tool.cpu_seconds_per_mb
+        ratio, cpu_ratio = (
+            tool.mb_per_second / other.mb_per_second,
+            other.cpu_seconds_per_mb / tool.cpu_seconds_per_mb,
+        )
         rows += ["", f"The tool: {ratio:.2f} times {other.what}; by CPU time {cpu_ratio:.2f} times."]
     return "\n".join(rows)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)")
+    parser = Parser(
+        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)"
+    )
     parser.add_argument("--form", choices=FORMS, default="jsonl", help="what the tool reads (default: jsonl)")
     parser.add_argument("--workers", type=positive, default=2, metavar="N")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)")
-    parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR",
-                        help="where the corpus is made and removed")
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=user_path,
+        default=Path(tempfile.gettempdir()),
+        metavar="DIR",
+        help="where the corpus is made and removed",
+    )
     add_json_argument(parser)
     return parser.parse_args(argv)
 

@@ -83,7 +83,15 @@ def measure(folder: Path, documents: int) -> list[Figure]:
         figure("the same with key, shuffles and cache, as a run's first start", "s", "", first_start, large),
         figure("the same from the cache, verified", "s", "", later_start, large),
         figure(f"blend of {size} samples of {len(BLEND)} datasets", "s", "under 0.5", draw_blend, documents),
-        figure(f"random samples of {LENGTH} tokens, 8 at a time, mapped", "1/s", "over 50,000", read_samples, real, 8, True),
+        figure(
+            f"random samples of {LENGTH} tokens, 8 at a time, mapped",
+            "1/s",
+            "over 50,000",
+            read_samples,
+            real,
+            8,
+            True,
+        ),
         figure("the same, one at a time", "1/s", "", read_samples, real, 1, True),
         figure("the same, 8 at a time, plain reads", "1/s", "", read_samples, real, 8, False),
         figure("merge, 2 datasets", "MB/s", "", merge_twice, real, folder / "merged"),
@@ -162,10 +170,13 @@ def draw_blend(samples: int) -> Spent:
 
 def read_samples(prefix: Path, batch: int, mmap: bool) -> Spent:
     samples = SampleSet(IndexedDataset(prefix, mmap=mmap), sequence_length=LENGTH, seed=0)
-    for first in range(0, len(samples), 64):            # into the page cache
+    for first in range(0, len(samples), 64):  # into the page cache
         samples.take(range(first, min(first + 64, len(samples))))
     draw = np.random.default_rng(0)
-    return min(read_round(samples, draw.integers(0, len(samples), (SAMPLES_A_ROUND // batch, batch))) for _ in range(ROUNDS))
+    return min(
+        read_round(samples, draw.integers(0, len(samples), (SAMPLES_A_ROUND // batch, batch)))
+        for _ in range(ROUNDS)
+    )
 
 
 def read_round(samples: SampleSet, ids: np.ndarray) -> Spent:
@@ -222,9 +233,13 @@ def _report(there: Connection, run: Callable[..., Spent], args: Sequence[object]
 
 def as_table(figures: Sequence[Figure]) -> str:
     """Markdown."""
-    rows = [f"| {f.what} | {shown(f.value)} {f.unit} | {shown(f.cpu_value)} {f.unit} | {f.goal} | {f.peak_mb:,.0f} MB |"
-            for f in figures]
-    return "\n".join(["| what | measured | by CPU time | goal | peak memory |", "|---|---|---|---|---|", *rows])
+    rows = [
+        f"| {f.what} | {shown(f.value)} {f.unit} | {shown(f.cpu_value)} {f.unit} | {f.goal} | {f.peak_mb:,.0f} MB |"
+        for f in figures
+    ]
+    return "\n".join(
+        ["| what | measured | by CPU time | goal | peak memory |", "|---|---|---|---|---|", *rows]
+    )
 
 
 def shown(value: float) -> str:
@@ -235,9 +250,18 @@ def shown(value: float) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="megadyn.benchmark.samples", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=positive, default=10_000_000, metavar="N",
-                        help="of the largest dataset, at least 1000")
+    parser = Parser(
+        prog="megadyn.benchmark.samples",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--documents",
+        type=positive,
+        default=10_000_000,
+        metavar="N",
+        help="of the largest dataset, at least 1000",
+    )
     parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR")
     add_json_argument(parser)
     args = parser.parse_args(argv)

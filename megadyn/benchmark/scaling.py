@@ -76,10 +76,21 @@ class Figure:
 
 
 def config_for(layout: Layout, args: argparse.Namespace) -> Config:
-    training = TrainingConfig(iterations=1000, global_batch_size=args.global_batch, micro_batch_size=args.batch,
-                              sequence_length=args.sequence, kernels=args.kernels)
-    config = config_of(args.model, args, training=training, precision=args.precision, deepspeed_config=args.deepspeed_config,
-                       parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline))
+    training = TrainingConfig(
+        iterations=1000,
+        global_batch_size=args.global_batch,
+        micro_batch_size=args.batch,
+        sequence_length=args.sequence,
+        kernels=args.kernels,
+    )
+    config = config_of(
+        args.model,
+        args,
+        training=training,
+        precision=args.precision,
+        deepspeed_config=args.deepspeed_config,
+        parallel=ParallelConfig(tensor=layout.tensor, pipeline=layout.pipeline),
+    )
     engine_settings(config)
     batch_plan(config, layout.processes)
     return config
@@ -136,8 +147,15 @@ class Crew:
 
 
 def _be_rank(line: Connection, layout: Layout, rank: int, port: int, args: argparse.Namespace) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.processes), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(layout.processes), "OMP_NUM_THREADS": str(args.threads)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(layout.processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(layout.processes),
+        "OMP_NUM_THREADS": str(args.threads),
+    }
     torch.set_num_threads(args.threads)
     try:
         _work(line, layout, args)
@@ -155,26 +173,37 @@ def _work(line: Connection, layout: Layout, args: argparse.Namespace) -> None:
     line.send(None)
     while True:
         number = line.recv()
-        samples = torch.randint(args.vocab, (args.global_batch, args.sequence + 1),
-                                generator=torch.Generator().manual_seed(number))
-        ids = micro_batch_ids(0, args.global_batch, global_batch=args.global_batch, micro_batch=plan.micro_batch,
-                              dp_rank=grid.dp.rank, dp_size=grid.dp.size)
+        samples = torch.randint(
+            args.vocab,
+            (args.global_batch, args.sequence + 1),
+            generator=torch.Generator().manual_seed(number),
+        )
+        ids = micro_batch_ids(
+            0,
+            args.global_batch,
+            global_batch=args.global_batch,
+            micro_batch=plan.micro_batch,
+            dp_rank=grid.dp.rank,
+            dp_size=grid.dp.size,
+        )
         parts = [samples[list(part)] for part in ids]
         wait(engine.device)
         began = time.perf_counter()
-        result = engine.train_step(((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts), RATE)
+        result = engine.train_step(
+            ((part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in parts), RATE
+        )
         wait(engine.device)
         line.send((float(result.loss), time.perf_counter() - began))
 
 
 def measure(args: argparse.Namespace, layouts: Sequence[Layout]) -> list[Figure]:
     for layout in layouts:
-        config_for(layout, args)                             # refused before anything starts
+        config_for(layout, args)  # refused before anything starts
     crews: list[Crew] = []
     times: list[list[float]] = [[] for _ in layouts]
     losses = [math.nan] * len(layouts)
     try:
-        for layout in layouts:                               # one after the other, or one may take the port of another
+        for layout in layouts:  # one after the other, or one may take the port of another
             crews.append(Crew(layout, args))
             crews[-1].wait_until_ready()
         for turn in range(args.warmup + args.rounds):
@@ -196,19 +225,28 @@ def check_losses(layouts: Sequence[Layout], losses: Sequence[float], precision: 
             raise RunError(f"layout {layout}: the loss is {loss}, and {losses[0]} under {layouts[0]}")
 
 
-def figures_of(layouts: Sequence[Layout], times: Sequence[list[float]], losses: Sequence[float],
-               args: argparse.Namespace) -> list[Figure]:
+def figures_of(
+    layouts: Sequence[Layout], times: Sequence[list[float]], losses: Sequence[float], args: argparse.Namespace
+) -> list[Figure]:
     figures: list[Figure] = []
     for layout, found, loss in zip(layouts, times, losses):
         seconds = statistics.median(found)
-        figure = Figure(str(layout), layout.processes, seconds, min(found), args.global_batch * args.sequence / seconds,
-                        loss=loss)
+        figure = Figure(
+            str(layout),
+            layout.processes,
+            seconds,
+            min(found),
+            args.global_batch * args.sequence / seconds,
+            loss=loss,
+        )
         first = figures[0] if figures else figure
         figure.speedup = first.seconds / seconds
         more = layout.processes / first.processes
         figure.efficiency = figure.speedup / more
         if args.device == "cpu":
-            figure.possible = cores_used(layout.processes, args.threads) / cores_used(first.processes, args.threads) / more
+            figure.possible = (
+                cores_used(layout.processes, args.threads) / cores_used(first.processes, args.threads) / more
+            )
         figures.append(figure)
     return figures
 
@@ -218,11 +256,16 @@ def cores_used(processes: int, threads: int) -> int:
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    rows = ["| tensor x pipeline x data | processes | ms (fastest) | tokens/s | speed-up | efficiency (at most) | last loss |",
-            "|---|---|---|---|---|---|---|"]
-    rows += [f"| {figure.layout} | {figure.processes} | {figure.seconds * 1e3:.1f} ({figure.fastest * 1e3:.1f}) | "
-             f"{figure.tokens_per_second:,.0f} | {figure.speedup:.2f} | {figure.efficiency:.2f} ({figure.possible:.2f}) | "
-             f"{figure.loss:.6f} |" for figure in figures]
+    rows = [
+        "| tensor x pipeline x data | processes | ms (fastest) | tokens/s | speed-up | efficiency (at most) | last loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {figure.layout} | {figure.processes} | {figure.seconds * 1e3:.1f} ({figure.fastest * 1e3:.1f}) | "
+        f"{figure.tokens_per_second:,.0f} | {figure.speedup:.2f} | {figure.efficiency:.2f} ({figure.possible:.2f}) | "
+        f"{figure.loss:.6f} |"
+        for figure in figures
+    ]
     return "\n".join(rows)
 
 
@@ -234,14 +277,33 @@ def layout_of(text: str) -> Layout:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", nargs="+", type=layout_of, metavar="TxPxD",
-                        help=f"ratios are to the first's (default: {' '.join(DEFAULT)}, on GPUs those that fit)")
+    parser = Parser(
+        prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        type=layout_of,
+        metavar="TxPxD",
+        help=f"ratios are to the first's (default: {' '.join(DEFAULT)}, on GPUs those that fit)",
+    )
     parser.add_argument("--model", default="dense", metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
-    add_shape_arguments(parser, hidden=256, heads=8, ffn=704, vocab=4096, sequence=512, global_batch=8, threads=1, rounds=5,
-                        warmup=2)
+    add_shape_arguments(
+        parser,
+        hidden=256,
+        heads=8,
+        ffn=704,
+        vocab=4096,
+        sequence=512,
+        global_batch=8,
+        threads=1,
+        rounds=5,
+        warmup=2,
+    )
     add_device_arguments(parser)
-    parser.add_argument("--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)"
+    )
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -257,11 +319,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.layouts and fit != layouts:
             raise UserError(f"--layouts: more processes than the {torch.cuda.device_count()} GPUs here")
         layouts = fit
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.benchmark.scaling"])    # imported once for all
+    # imported once for all
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.benchmark.scaling"])
     figures = measure(args, layouts)
-    sharing = "" if device.type == "cuda" else f"; {args.threads} thread(s) a process, {os.cpu_count()} cores shared by all"
-    print(f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)} a micro-batch, "
-          f"{args.global_batch} samples a step{sharing}\n")
+    sharing = (
+        ""
+        if device.type == "cuda"
+        else f"; {args.threads} thread(s) a process, {os.cpu_count()} cores shared by all"
+    )
+    print(
+        f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)} a micro-batch, "
+        f"{args.global_batch} samples a step{sharing}\n"
+    )
     print(as_table(figures))
     if args.json:
         print(json.dumps([asdict(figure) for figure in figures]))

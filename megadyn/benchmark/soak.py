@@ -43,8 +43,12 @@ EOD = 256
 
 CONTROLS = {"dense": DENSE, "dense-half": DENSE}
 """Dense models that all others are held to: of the full depth, and of half of it."""
-RULES: dict[str, dict[str, Any]] = {f"{kind}-{name}": {"kind": kind, **keys} for kind in known_kinds() if kind != DENSE
-                                    for name, keys in settings_of(kind).items()}
+RULES: dict[str, dict[str, Any]] = {
+    f"{kind}-{name}": {"kind": kind, **keys}
+    for kind in known_kinds()
+    if kind != DENSE
+    for name, keys in settings_of(kind).items()
+}
 """What is soaked: `model.routing` of every kind with its defaults, its causal rules and its variants."""
 SETUPS = {"fp32": 1, "bf16": 2}
 """By precision, the tensor ranks."""
@@ -70,10 +74,17 @@ class Case:
     def overrides(self, folder: Path, steps: int) -> list[str]:
         routing = [f"model.routing.{key}={value}" for key, value in RULES.get(self.rule, {}).items()]
         halved = [f"model.num_layers={LAYERS // 2}"] if self.rule == "dense-half" else []
-        return [*routing, *halved, f"precision={self.precision}", f"parallel.tensor={self.tensor}",
-                f"training.iterations={steps}",
-                f"deepspeed_config={folder.parent.parent / (self.precision + '.json')}", f"output_dir={folder}",
-                f"logging.interval={max(10, steps // POINTS)}", f"checkpoint.interval={max(500, steps // 5)}"]
+        return [
+            *routing,
+            *halved,
+            f"precision={self.precision}",
+            f"parallel.tensor={self.tensor}",
+            f"training.iterations={steps}",
+            f"deepspeed_config={folder.parent.parent / (self.precision + '.json')}",
+            f"output_dir={folder}",
+            f"logging.interval={max(10, steps // POINTS)}",
+            f"checkpoint.interval={max(500, steps // 5)}",
+        ]
 
 
 CASES = [Case(rule, precision) for precision in SETUPS for rule in (*CONTROLS, *RULES)]
@@ -81,13 +92,16 @@ CASES = [Case(rule, precision) for precision in SETUPS for rule in (*CONTROLS, *
 
 def chosen(names: Sequence[str]) -> list[Case]:
     """The cases of these names or parts of names (all without any), and the controls. UserError for a name that is none."""
+
     def fits(case: Case, name: str) -> bool:
         return case.name == name or case.name.startswith((f"{name}-", f"{name}/")) or case.precision == name
 
     for name in names:
         if not any(fits(case, name) for case in CASES):
-            raise UserError(f"--cases {name}: no such case; there are {', '.join((*CONTROLS, *RULES))}, each also with /fp32 "
-                            "or /bf16")
+            raise UserError(
+                f"--cases {name}: no such case; there are {', '.join((*CONTROLS, *RULES))}, each also with /fp32 "
+                "or /bf16"
+            )
     wanted = [case for case in CASES if not names or any(fits(case, name) for name in names)]
     needed = {case.precision for case in wanted}
     return [case for case in CASES if case in wanted or (case.rule in CONTROLS and case.precision in needed)]
@@ -134,6 +148,7 @@ def write_bytes(texts: Sequence[bytes], prefix: Path) -> None:
 
 # ---- one case ------------------------------------------------------------------------------------
 
+
 def soak(case: Case, base: Path, steps: int) -> Soaked:
     """Runs the case to `steps`, on from where an earlier run of it stopped."""
     folder = base.parent / "cases" / case.name.replace("/", "-")
@@ -144,8 +159,18 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
     seconds = time.perf_counter() - began
     curves = curves_of(folder / "metrics.jsonl")
     ended = "" if status == 0 else last_error(log)
-    return Soaked(case.name, case.rule, share_held(case.routing), steps, curves, seconds, ended,
-                  is_exact=case.routing.has_topk, follows=case.routing.uses_threshold, is_signed=case.routing.has_signed_gate)
+    return Soaked(
+        case.name,
+        case.rule,
+        share_held(case.routing),
+        steps,
+        curves,
+        seconds,
+        ended,
+        is_exact=case.routing.has_topk,
+        follows=case.routing.uses_threshold,
+        is_signed=case.routing.has_signed_gate,
+    )
 
 
 def share_held(routing: Kind) -> float | None:
@@ -160,8 +185,12 @@ def run_job(arguments: list[str], processes: int, log: Path) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     method = multiprocessing.get_context("forkserver")
-    ranks = [method.Process(target=_be_rank, args=(rank, processes, port, arguments, str(log.with_name(f"rank{rank}.log"))))
-             for rank in range(processes)]
+    ranks = [
+        method.Process(
+            target=_be_rank, args=(rank, processes, port, arguments, str(log.with_name(f"rank{rank}.log")))
+        )
+        for rank in range(processes)
+    ]
     for process in ranks:
         process.start()
     try:
@@ -182,8 +211,15 @@ def _be_rank(rank: int, processes: int, port: int, arguments: list[str], log: st
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(handle), "w", buffering=1) for _ in range(2))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }
     torch.set_num_threads(1)
     sys.argv[1:] = arguments
     main_of_a_rank()
@@ -213,9 +249,12 @@ def curves_of(metrics: Path) -> Curves:
 
 # ---- the tool ------------------------------------------------------------------------------------
 
+
 def run_all(cases: Sequence[Case], folder: Path, steps: int, *, again: bool = False) -> dict[str, Soaked]:
     """Every case by its name; OUTPUT/soak.json is renewed after each."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.pretrain", "megadyn.engine.engine"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["megadyn.pretrain", "megadyn.engine.engine"]
+    )
     folder, results = folder.absolute(), folder / "soak.json"
     if again:
         shutil.rmtree(folder / "cases", ignore_errors=True)
@@ -231,7 +270,11 @@ def run_all(cases: Sequence[Case], folder: Path, steps: int, *, again: bool = Fa
         temporary = results.with_suffix(".tmp")
         temporary.write_text(json.dumps({name: found.record() for name, found in done.items()}))
         temporary.replace(results)
-        print(f"{case.name}: {done[case.name].seconds:.0f} s {done[case.name].ended}", file=sys.stderr, flush=True)
+        print(
+            f"{case.name}: {done[case.name].seconds:.0f} s {done[case.name].ended}",
+            file=sys.stderr,
+            flush=True,
+        )
     return {case.name: done[case.name] for case in cases}
 
 
@@ -243,17 +286,26 @@ def table(found: dict[str, Soaked]) -> tuple[str, int]:
         control = found.get(f"dense-half/{name.partition('/')[2]}")
         judged = verdicts(soaked, control, LENGTH)
         broken += sum(verdict.level == FAIL for verdict in judged)
-        told = "; ".join(f"{verdict.level.upper()} {verdict.text}" for verdict in judged if verdict.level not in (OK, SEEN))
+        told = "; ".join(
+            f"{verdict.level.upper()} {verdict.text}" for verdict in judged if verdict.level not in (OK, SEEN)
+        )
         half = f"{control.final_loss:.3f}" if control else "-"
         lines.append(f"| {name} | {soaked.final_loss:.3f} | {half} | {told or 'nothing'} |")
     return "\n".join(lines), broken
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="benchmark.py soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=positive, default=5000, metavar="N")
-    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME",
-                        help=f"of {', '.join((*CONTROLS, *RULES))}, each also with /fp32 or /bf16")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"of {', '.join((*CONTROLS, *RULES))}, each also with /fp32 or /bf16",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR")
     parser.add_argument("--page", type=Path, metavar="PATH", help="write PATH.md and PATH.png")
     parser.add_argument("--again", action="store_true", help="forget what was run before")
@@ -263,7 +315,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the ranks of the case at work end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks of the case at work end too
     found: dict[str, Any] = run_all(chosen(args.cases), args.output, args.steps, again=args.again)
     text, broken = table(found)
     print(text)

@@ -16,8 +16,19 @@ LAST = 0.2
 """Part of a run, at its end, over which values are averaged."""
 LARGEST = 100.0
 """A router's scalars, thresholds and mean logits stay within plus and minus this."""
-SCALARS = ("beta_ce", "beta_cu", "ce_offset", "ce_log_offset", "cu_multiplier", "threshold", "logit", "logit_std", "lead",
-           "lead_std", "lambda")
+SCALARS = (
+    "beta_ce",
+    "beta_cu",
+    "ce_offset",
+    "ce_log_offset",
+    "cu_multiplier",
+    "threshold",
+    "logit",
+    "logit_std",
+    "lead",
+    "lead_std",
+    "lambda",
+)
 CLOSED, OPEN = 1e-4, 1 - 1e-4
 """Gates of chosen tokens below CLOSED on average are dead, and so are those of all tokens above OPEN."""
 CLOSING, APART = 0.1, 0.02
@@ -83,7 +94,7 @@ class Verdict(NamedTuple):
 
 def late(values: list[float]) -> float:
     """Mean over the last part of a run; NaN for none."""
-    return statistics.fmean(values[-max(1, round(len(values) * LAST)):]) if values else math.nan
+    return statistics.fmean(values[-max(1, round(len(values) * LAST)) :]) if values else math.nan
 
 
 def verdicts(soaked: Soaked, half: Soaked | None, length: int) -> list[Verdict]:
@@ -92,14 +103,23 @@ def verdicts(soaked: Soaked, half: Soaked | None, length: int) -> list[Verdict]:
     curves = soaked.curves
     if soaked.ended == "" and (not curves.iterations or curves.iterations[-1] != soaked.steps):
         found.append(Verdict(FAIL, f"the last record is not of step {soaked.steps}"))
-    everything = [curves.loss, curves.grad_norm, *(values for layer in curves.layers.values() for values in layer.values())]
+    everything = [
+        curves.loss,
+        curves.grad_norm,
+        *(values for layer in curves.layers.values() for values in layer.values()),
+    ]
     if not all(math.isfinite(value) for values in everything for value in values):
         found.append(Verdict(FAIL, "a value is not finite"))
     for bounds in (scalars, shares, gates, causal_rules):
         found += bounds(soaked, length)
     if half is not None and not soaked.rule.startswith("dense"):
         below = soaked.final_loss < half.final_loss
-        found.append(Verdict(OK if below else FAIL, f"loss {soaked.final_loss:.3f}, {half.final_loss:.3f} at half the depth"))
+        found.append(
+            Verdict(
+                OK if below else FAIL,
+                f"loss {soaked.final_loss:.3f}, {half.final_loss:.3f} at half the depth",
+            )
+        )
     return found
 
 
@@ -119,7 +139,9 @@ def shares(soaked: Soaked, length: int) -> Iterator[Verdict]:
             level = OK if wanted / FOLLOWS <= share <= wanted * FOLLOWS else FAIL
         else:
             level = OK if abs(share - max(1, int(wanted * length)) / length) < 1e-5 else FAIL
-        yield Verdict(level, f"layer {layer}: share {share:.3f}" + ("" if wanted is None else f", planned {wanted:g}"))
+        yield Verdict(
+            level, f"layer {layer}: share {share:.3f}" + ("" if wanted is None else f", planned {wanted:g}")
+        )
 
 
 def gates(soaked: Soaked, length: int) -> Iterator[Verdict]:
@@ -138,8 +160,10 @@ def causal_rules(soaked: Soaked, length: int) -> Iterator[Verdict]:
     for layer, values in soaked.by_layer("causal_fraction").items():
         share = late(values)
         if not wanted / FOLLOWS <= share <= wanted * FOLLOWS:
-            yield Verdict(FAIL if soaked.follows else WARN,
-                          f"layer {layer}: {share:.3f} of tokens routed causally, planned {wanted:g}")
+            yield Verdict(
+                FAIL if soaked.follows else WARN,
+                f"layer {layer}: {share:.3f} of tokens routed causally, planned {wanted:g}",
+            )
     for layer, values in soaked.by_layer("causal_agreement").items():
         chance = wanted * wanted + (1 - wanted) * (1 - wanted)
         if (agreement := late(values)) < chance + BY_CHANCE:

@@ -18,9 +18,18 @@ PANELS: dict[str, tuple[str, ...]] = {
     "scalars": (*(name for name in SCALARS if name != "threshold"), "S_CE", "S_CU"),
 }
 """Title: the statistics that a panel shows, means over the layers that have them."""
-SAYS = {"routed_fraction": "share", "gate_routed": "gate of chosen tokens", "gate_unrouted": "of the others",
-        "threshold": "threshold", "causal_fraction": "causal share", "causal_agreement": "causal agreement", "lambda": "lambda",
-        "ce_log_offset": "log offset", "logit_std": "deviation of logits", "lead_std": "deviation of logit differences"}
+SAYS = {
+    "routed_fraction": "share",
+    "gate_routed": "gate of chosen tokens",
+    "gate_unrouted": "of the others",
+    "threshold": "threshold",
+    "causal_fraction": "causal share",
+    "causal_agreement": "causal agreement",
+    "lambda": "lambda",
+    "ce_log_offset": "log offset",
+    "logit_std": "deviation of logits",
+    "lead_std": "deviation of logit differences",
+}
 """What the sentences tell of, and its name there."""
 
 
@@ -30,12 +39,29 @@ def write_page(found: dict[str, Soaked], path: Path, table: str, command: str) -
     draw(found, path.with_suffix(".png"))
     steps = max(soaked.steps for soaked in found.values())
     minutes = sum(soaked.seconds for soaked in found.values()) / 60
-    path.with_suffix(".md").write_text("\n".join([
-        f"# Soak: {steps:,} steps of every kind of routing", "", f"    {command}", "",
-        f"{minutes:.0f} minutes for {len(found)} runs. Bounds: `megadyn/benchmark/soak_bounds.py`. FAIL is an edge, or a promise "
-        "that is broken; WARN a router that works but drifts.", "", table, "", "## What is seen", "",
-        f"From early on (a tenth of the run) to the end (its last fifth), means over layers.\n\n![curves]({path.stem}.png)", "",
-        *(f"- **{name}**: {sentence(soaked)}" for name, soaked in found.items())]) + "\n")
+    path.with_suffix(".md").write_text(
+        "\n".join(
+            [
+                f"# Soak: {steps:,} steps of every kind of routing",
+                "",
+                f"    {command}",
+                "",
+                f"{minutes:.0f} minutes for {len(found)} runs. Bounds: `megadyn/benchmark/soak_bounds.py`. "
+                "FAIL is an edge, or a promise that is broken; WARN a router that works but drifts.",
+                "",
+                table,
+                "",
+                "## What is seen",
+                "",
+                "From early on (a tenth of the run) to the end (its last fifth), means over layers.",
+                "",
+                f"![curves]({path.stem}.png)",
+                "",
+                *(f"- **{name}**: {sentence(soaked)}" for name, soaked in found.items()),
+            ]
+        )
+        + "\n"
+    )
 
 
 def sentence(soaked: Soaked) -> str:
@@ -66,9 +92,16 @@ def draw(found: dict[str, Soaked], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rules = list(dict.fromkeys(soaked.rule for soaked in found.values() if not soaked.rule.startswith("dense")))
-    figure, axes = pyplot.subplots(max(1, len(rules)), 1 + len(PANELS), squeeze=False, layout="constrained",
-                                   figsize=(WIDTH * (1 + len(PANELS)), HEIGHT * max(1, len(rules))))
+    rules = list(
+        dict.fromkeys(soaked.rule for soaked in found.values() if not soaked.rule.startswith("dense"))
+    )
+    figure, axes = pyplot.subplots(
+        max(1, len(rules)),
+        1 + len(PANELS),
+        squeeze=False,
+        layout="constrained",
+        figsize=(WIDTH * (1 + len(PANELS)), HEIGHT * max(1, len(rules))),
+    )
     for row, rule in zip(axes, rules):
         draw_losses(row[0], rule, found)
         for panel, (title, names) in zip(row[1:], PANELS.items()):
@@ -82,8 +115,15 @@ def draw_losses(panel: Any, rule: str, found: dict[str, Soaked]) -> None:
     for name, soaked in found.items():
         if soaked.rule in (rule, "dense", "dense-half"):
             is_own, style = soaked.rule == rule, LINES[name.partition("/")[2]]
-            panel.plot(soaked.curves.iterations, soaked.curves.loss, style, color="tab:blue" if is_own else "0.7", lw=1,
-                       label=name if is_own else None, zorder=2 if is_own else 1)
+            panel.plot(
+                soaked.curves.iterations,
+                soaked.curves.loss,
+                style,
+                color="tab:blue" if is_own else "0.7",
+                lw=1,
+                label=name if is_own else None,
+                zorder=2 if is_own else 1,
+            )
     lowest = min((min(soaked.curves.loss, default=math.inf) for soaked in found.values()), default=0.0)
     if math.isfinite(lowest):
         panel.set_ylim(lowest - 0.1, lowest + 1.5)
@@ -99,8 +139,14 @@ def draw_panel(panel: Any, title: str, names: tuple[str, ...], cases: list[Soake
             values = mean_over_layers(soaked, name)
             if values:
                 color = colors.setdefault(name, f"C{len(colors)}")
-                panel.plot(soaked.curves.iterations[:len(values)], values, LINES[precision], color=color, lw=1,
-                           label=name if precision == "fp32" or len(cases) == 1 else None)
+                panel.plot(
+                    soaked.curves.iterations[: len(values)],
+                    values,
+                    LINES[precision],
+                    color=color,
+                    lw=1,
+                    label=name if precision == "fp32" or len(cases) == 1 else None,
+                )
     panel.set_title(title, fontsize=8)
     finish(panel)
 

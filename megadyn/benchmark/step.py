@@ -82,7 +82,9 @@ class Contest:
     times: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, rounds: int, warmup: int) -> None:
-        optimizers = [torch.optim.AdamW(model.module.parameters(), lr=1e-9, fused=True) for model in self.models]
+        optimizers = [
+            torch.optim.AdamW(model.module.parameters(), lr=1e-9, fused=True) for model in self.models
+        ]
         for turn in range(warmup + rounds):
             for model, optimizer in zip(self.models, optimizers, strict=True):
                 seconds = timed(partial(self.step, model, optimizer), self.tokens.device)
@@ -97,15 +99,22 @@ class Contest:
 
 def float64_error(model: Model, tokens: Tensor, labels: Tensor) -> float:
     exact = Model(model.name, deepcopy(model.module).double(), model.config)
-    with as_written(exact.module):                       # no other attention takes float64
+    with as_written(exact.module):  # no other attention takes float64
         right = loss_and_norm(exact, tokens, labels)
-    return max(abs(got - want) / abs(want) for got, want in zip(loss_and_norm(model, tokens, labels), right, strict=True))
+    return max(
+        abs(got - want) / abs(want)
+        for got, want in zip(loss_and_norm(model, tokens, labels), right, strict=True)
+    )
 
 
 def loss_and_norm(model: Model, tokens: Tensor, labels: Tensor) -> tuple[float, float]:
     loss = model.loss(tokens, labels)
     loss.backward()
-    norm = torch.stack([p.grad.double().square().sum() for p in model.module.parameters() if p.grad is not None]).sum().sqrt()
+    norm = (
+        torch.stack([p.grad.double().square().sum() for p in model.module.parameters() if p.grad is not None])
+        .sum()
+        .sqrt()
+    )
     model.module.zero_grad(set_to_none=True)
     return loss.item(), norm.item()
 
@@ -154,16 +163,23 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
         if dtype == torch.float32 and error is not None and error > FP32_TOLERANCE:
             raise UserError(f"{name}: loss or gradients differ from float64's by {error:.1e} of their size")
         contest.models.append(model)
-    torch._dynamo.reset()                # graphs are to be for the contest's shapes, not for the checks' as well
+    torch._dynamo.reset()  # graphs are to be for the contest's shapes, not for the checks' as well
     contest.run(args.rounds, args.warmup)
     peak, source = device_peak(device, dtype, args.peak_tflops)
     figures: list[Figure] = []
     for model in contest.models:
         seconds = statistics.median(contest.times[model.name])
         flops = args.batch * training_flops(model.config, args.sequence)
-        figure = Figure(model.name, seconds, min(contest.times[model.name]), flops, *checks[model.name],
-                        args.batch * args.sequence / seconds, flops / seconds / peak,
-                        args.batch * whole_square_flops(model, args.sequence) / seconds / peak)
+        figure = Figure(
+            model.name,
+            seconds,
+            min(contest.times[model.name]),
+            flops,
+            *checks[model.name],
+            args.batch * args.sequence / seconds,
+            flops / seconds / peak,
+            args.batch * whole_square_flops(model, args.sequence) / seconds / peak,
+        )
         first = figures[0] if figures else figure
         figure.flops_share, figure.time_share = flops / first.flops, seconds / first.seconds
         figures.append(figure)
@@ -171,14 +187,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    rows = ["| model | ms (fastest) | FLOPs | time | time saved / FLOPs saved | tokens/s, dense-equivalent "
-            "| MFU, half / full attention | counted | off float64 |", "|---|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| model | ms (fastest) | FLOPs | time | time saved / FLOPs saved | tokens/s, dense-equivalent "
+        "| MFU, half / full attention | counted | off float64 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for figure in figures:
         saved = "" if figure.saved is None else f"{figure.saved:.2f}"
-        rows.append(f"| {figure.name} | {figure.seconds * 1e3:.1f} ({figure.fastest * 1e3:.1f}) | {figure.flops_share:.3f} | "
-                    f"{figure.time_share:.3f} | {saved} | {figure.tokens_per_second:,.0f} "
-                    f"({figure.dense_equivalent:.2f}x) | {figure.mfu_half:.1%} / {figure.mfu_full:.1%} | {figure.counted:.3f} | "
-                    f"{shown_error(figure.float64_error)} |")
+        rows.append(
+            f"| {figure.name} | {figure.seconds * 1e3:.1f} ({figure.fastest * 1e3:.1f}) | {figure.flops_share:.3f} | "
+            f"{figure.time_share:.3f} | {saved} | {figure.tokens_per_second:,.0f} "
+            f"({figure.dense_equivalent:.2f}x) | {figure.mfu_half:.1%} / {figure.mfu_full:.1%} | {figure.counted:.3f} | "
+            f"{shown_error(figure.float64_error)} |"
+        )
     return "\n".join(rows)
 
 
@@ -187,16 +208,32 @@ def shown_error(error: float | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=(*DEFAULT_MODELS, REFERENCE),
-                        metavar="KIND[:CAPACITY]", help="shares are of the first's (default: %(default)s)")
+    parser = Parser(
+        prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=(*DEFAULT_MODELS, REFERENCE),
+        metavar="KIND[:CAPACITY]",
+        help="shares are of the first's (default: %(default)s)",
+    )
     add_shape_arguments(parser, rounds=7, warmup=2)
     add_device_arguments(parser)
-    parser.add_argument("--peak-tflops", type=above_zero, metavar="N",
-                        help="of the device, for MFU (default: by its datasheet, or else of a matrix product here)")
-    parser.add_argument("--unchecked", action="store_true",
-                        help="no comparison with float64, whose copy needs four times the memory of bf16")
-    parser.add_argument("--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full")
+    parser.add_argument(
+        "--peak-tflops",
+        type=above_zero,
+        metavar="N",
+        help="of the device, for MFU (default: by its datasheet, or else of a matrix product here)",
+    )
+    parser.add_argument(
+        "--unchecked",
+        action="store_true",
+        help="no comparison with float64, whose copy needs four times the memory of bf16",
+    )
+    parser.add_argument(
+        "--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full"
+    )
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile, layer by layer")
     add_json_argument(parser)
     return parser.parse_args(argv)
@@ -210,5 +247,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}; peak: {peak}\n")
     print(as_table(figures))
     if args.json:
-        print(json.dumps([asdict(figure) | {name: getattr(figure, name) for name in ("saved", "dense_equivalent")}
-                          for figure in figures]))
+        print(
+            json.dumps(
+                [
+                    asdict(figure) | {name: getattr(figure, name) for name in ("saved", "dense_equivalent")}
+                    for figure in figures
+                ]
+            )
+        )

@@ -18,8 +18,16 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=16)[0]))
 """
 
 
-def model_card(config: Config, iteration: int, consumed_samples: int, history: dict[str, Any], *, style: str, precision: str,
-               tokenizer: str) -> str:
+def model_card(
+    config: Config,
+    iteration: int,
+    consumed_samples: int,
+    history: dict[str, Any],
+    *,
+    style: str,
+    precision: str,
+    tokenizer: str,
+) -> str:
     """The whole text, front matter for Hugging Face's hub included.
 
     Args:
@@ -29,12 +37,24 @@ def model_card(config: Config, iteration: int, consumed_samples: int, history: d
     model, length = config.model, config.training.sequence_length
     routing = model.routing
     is_dense = routing.name == DENSE
-    start = f", starting from the weights of {Path(config.checkpoint.init_from).name}" if config.checkpoint.init_from else ""
-    is_uniform = iteration * config.training.global_batch_size == consumed_samples      # else the batch size has changed
+    start = (
+        f", starting from the weights of {Path(config.checkpoint.init_from).name}"
+        if config.checkpoint.init_from
+        else ""
+    )
+    # else the batch size has changed
+    is_uniform = iteration * config.training.global_batch_size == consumed_samples
     batch = f" of {config.training.global_batch_size}" if is_uniform else ","
     tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags),
-             "# license: to be filled in by whoever publishes these weights", "---"]
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "# license: to be filled in by whoever publishes these weights",
+        "---",
+    ]
     parts = [
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
@@ -64,7 +84,7 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue            # half-written: a run that goes on may just be at its last line
+            continue  # half-written: a run that goes on may just be at its last line
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             continue
         if record["iteration"] <= iteration:
@@ -75,7 +95,9 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {escaped(value)} |" for name, value in rows.items())]
+    )
 
 
 def escaped(value: object) -> str:
@@ -84,11 +106,14 @@ def escaped(value: object) -> str:
 
 
 def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[str, Any]:
-    norms = {"pre": "before attention and feed-forward", "lns": "before attention and feed-forward, divided by the root of the "
-             "layer's number", "hybridnorm": "on queries, keys and values, and after attention"}
+    norms = {
+        "pre": "before attention and feed-forward",
+        "lns": "before attention and feed-forward, divided by the root of the layer's number",
+        "hybridnorm": "on queries, keys and values, and after attention",
+    }
     return {
-        "layers": f"{model.num_layers}: " + ", ".join(f"{model.layer_types.count(kind)} `{kind}`"
-                                                      for kind in dict.fromkeys(model.layer_types)),
+        "layers": f"{model.num_layers}: "
+        + ", ".join(f"{model.layer_types.count(kind)} `{kind}`" for kind in dict.fromkeys(model.layer_types)),
         "hidden size, feed-forward": f"{model.hidden_size}, {model.ffn_size} (SwiGLU)",
         "heads": f"{model.num_heads} of size {model.head_dim}, {model.num_kv_heads} for keys and values",
         "positions": f"rotary, base {model.rope_theta:g}; up to {model.max_position}",
@@ -124,14 +149,16 @@ def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
         shares = dict.fromkeys(range(model.num_layers), measured)
         share = f"the measured share of {measured:.1%} of tokens ({routing.verb})"
     routed = training_flops(model, length, shares) / length
-    return (f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "
-            f"{share}: {routed / plain:.1%} of the {plain:.3g} of the same model without routing.")
+    return (
+        f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "
+        f"{share}: {routed / plain:.1%} of the {plain:.3g} of the same model without routing."
+    )
 
 
 def _data(config: Config) -> str:
     rows = ["| dataset | share | documents | tokens, with those held out |", "|---|---|---|---|"]
     for source in config.data.sources("train"):
-        prefix = Path(source.prefix)        # its last part alone: the rest is the machine's
+        prefix = Path(source.prefix)  # its last part alone: the rest is the machine's
         share = "" if source.share is None else f"{source.share:g}"
         try:
             record = read_record(files_of(prefix)["json"])
@@ -149,12 +176,16 @@ def _losses(history: dict[str, Any], has_topk: bool) -> str:
         return "Not known: no metrics.jsonl with a record of this step or an earlier one lay beside the checkpoint."
     rows = ["| set | routing | loss, nats per token | step |", "|---|---|---|---|"]
     if record := history.get("lm_loss"):
-        rows.append(f"| training | {'topk' if has_topk else ''} | {_loss(record['lm_loss'])} | {record['iteration']:,} |")
+        rows.append(
+            f"| training | {'topk' if has_topk else ''} | {_loss(record['lm_loss'])} | {record['iteration']:,} |"
+        )
     for name in ("validation", "test"):
         record = history.get(name, {name: {}})
         for mode, loss in record[name].items():
             if has_topk or mode == "causal":
-                rows.append(f"| {name} | {mode if has_topk else ''} | {_loss(loss)} | {record['iteration']:,} |")
+                rows.append(
+                    f"| {name} | {mode if has_topk else ''} | {_loss(loss)} | {record['iteration']:,} |"
+                )
     return "\n".join(rows)
 
 
@@ -165,14 +196,18 @@ def _loss(value: float | None) -> str:
 
 def _use(style: str) -> str:
     if style == "qwen2":
-        return ("A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
-                "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
-                "model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=\"auto\")\n"
-                "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n" + GENERATE + "```")
-    return ("`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype=\"auto\")\n"
-            "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
-            "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
-            "LoRA: `LoraConfig(task_type=\"CAUSAL_LM\", target_modules=\"all-linear\")`, or `target_modules=r\".*(self_attn|mlp)"
-            "\\..*_proj\"` for the blocks without what chooses tokens.")
+        return (
+            "A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")\n'
+            "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n" + GENERATE + "```"
+        )
+    return (
+        "`modeling_megadyn.py` in this folder runs the model; read it before you trust it.\n\n```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
+        "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
+        'LoRA: `LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")`, or `target_modules=r".*(self_attn|mlp)'
+        '\\..*_proj"` for the blocks without what chooses tokens.'
+    )

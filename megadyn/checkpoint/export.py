@@ -21,8 +21,16 @@ from megadyn.parallel.precision import PRECISIONS
 SHARD_BYTES = 5 * 10**9
 
 
-def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision: str | None = None,
-           tokenizer: str | None = None, shard_bytes: int = SHARD_BYTES, overwrite: bool = False) -> dict[str, Any]:
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    style: str = "megadyn",
+    precision: str | None = None,
+    tokenizer: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Merges a checkpoint's shards into `output`, which appears complete or not at all; returns a summary.
 
     Args:
@@ -46,14 +54,28 @@ def export(checkpoint: Path, output: Path, *, style: str = "megadyn", precision:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         summary = write_hf_folder(
-            temporary, config.model, whole_tensors(checkpoint, PRECISIONS[precision]),
-            tokenizer=tokenizer or config.tokenizer.path, eod=config.tokenizer.eod,
-            style=style, dtype=str(PRECISIONS[precision]).removeprefix("torch."), shard_bytes=shard_bytes,
-            document_mask=config.data.document_mask)
+            temporary,
+            config.model,
+            whole_tensors(checkpoint, PRECISIONS[precision]),
+            tokenizer=tokenizer or config.tokenizer.path,
+            eod=config.tokenizer.eod,
+            style=style,
+            dtype=str(PRECISIONS[precision]).removeprefix("torch."),
+            shard_bytes=shard_bytes,
+            document_mask=config.data.document_mask,
+        )
         history = last_records(checkpoint.absolute().parent.parent / "metrics.jsonl", manifest["iteration"])
-        (temporary / "README.md").write_text(model_card(
-            config, manifest["iteration"], manifest["consumed_samples"], history, style=style, precision=precision,
-            tokenizer=summary["tokenizer"]))
+        (temporary / "README.md").write_text(
+            model_card(
+                config,
+                manifest["iteration"],
+                manifest["consumed_samples"],
+                history,
+                style=style,
+                precision=precision,
+                tokenizer=summary["tokenizer"],
+            )
+        )
         old = output.with_name(f".replaced-{output.name}")
         if output.exists():
             output.rename(old)
@@ -73,7 +95,9 @@ def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{output} exists; pass --overwrite to replace it")
     if checkpoint.resolve().is_relative_to(output.resolve()) or not (output / "config.json").is_file():
-        raise UserError(f"{output} is no earlier export (it has no config.json, or holds the checkpoint): not replaced")
+        raise UserError(
+            f"{output} is no earlier export (it has no config.json, or holds the checkpoint): not replaced"
+        )
 
 
 def whole_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

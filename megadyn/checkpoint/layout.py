@@ -77,8 +77,12 @@ def complete_checkpoints(root: Path, *, quiet: bool = False) -> list[Path]:
         problem = "names no checkpoint there is"
     if latest is None or problem:
         if not quiet:
-            log.warning("%s %s: passed over, %s", root / "latest", problem,
-                        f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint")
+            log.warning(
+                "%s %s: passed over, %s",
+                root / "latest",
+                problem,
+                f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint",
+            )
         return found
     return [path for path in found if path.name <= latest]
 
@@ -89,7 +93,7 @@ def reservation(folder: Path) -> str | None:
         return reason
     try:
         rule = read_manifest(folder).get("loss_rule") or {}
-    except UserError:                   # `damage` tells
+    except UserError:  # `damage` tells
         return None
     return "it was saved right after a bad step" if rule.get("last_was_bad") else None
 
@@ -104,7 +108,7 @@ def condemned(folder: Path) -> str | None:
 
 def good_first(folders: list[Path]) -> list[Path]:
     """`folders` in their order, those that do not count as good behind the others."""
-    return sorted(folders, key=lambda folder: reservation(folder) is not None)      # a stable sort
+    return sorted(folders, key=lambda folder: reservation(folder) is not None)  # a stable sort
 
 
 def mark_not_good(folder: Path, reason: str) -> None:
@@ -161,7 +165,7 @@ def publish(temporary: Path, final: Path) -> None:
     """Gives a finished checkpoint its name and points `latest` at it."""
     sync_folder(temporary)
     old = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():                    # a run that went back and reached the iteration again
+    if final.exists():  # a run that went back and reached the iteration again
         final.rename(old)
     temporary.rename(final)
     write_file(final.parent / "latest", f"{final.name}\n{check_of(final.name)}\n")
@@ -176,7 +180,8 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
     newest_good = next((path for path in complete if reservation(path) is None), None)
     for path in complete[keep:] if keep else []:
         if path != newest_good and not (keep_every and iteration_of(path) % keep_every == 0):
-            dying = path.with_name(f"{REMOVING}{path.name}")     # a half-removed checkpoint must not look like one
+            # a half-removed checkpoint must not look like one
+            dying = path.with_name(f"{REMOVING}{path.name}")
             path.rename(dying)
             shutil.rmtree(dying)
 
@@ -194,17 +199,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         manifest = json.loads(content)
-        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:       # other formats had no digest
+        if isinstance(manifest, dict) and manifest.get("format") == FORMAT:  # other formats had no digest
             digest = (folder / DIGEST).read_bytes()
             if digest != hashlib.sha256(content).hexdigest().encode() + b"\n":
                 raise UserError(f"{path}: damaged (its sha256 is not that of {DIGEST})")
     except OSError as error:
-        raise UserError(f"{folder}: not a checkpoint ({Path(error.filename or path).name}: {error.strerror})") from None
+        raise UserError(
+            f"{folder}: not a checkpoint ({Path(error.filename or path).name}: {error.strerror})"
+        ) from None
     except ValueError:
         raise UserError(f"{path}: damaged: not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of format {FORMAT}")
-    if missing := [key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest]:
+    if missing := [
+        key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest
+    ]:
         raise UserError(f"{path}: damaged: it has no {missing[0]!r}")
     return newer_manifest(manifest)
 
@@ -234,6 +243,8 @@ def resolve(path: Path) -> Path:
         if found := complete_checkpoints(root):
             best = good_first(found)[0]
             for folder in found[: found.index(best)]:
-                log.warning("%s passed over: %s; name its folder to have it all the same", folder, reservation(folder))
+                log.warning(
+                    "%s passed over: %s; name its folder to have it all the same", folder, reservation(folder)
+                )
             return best
     raise UserError(f"{path}: no checkpoint found there" if path.exists() else f"{path}: no such folder")

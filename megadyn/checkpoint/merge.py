@@ -57,7 +57,9 @@ class ShardedTensors:
 
     def _joined(self, name: str) -> Tensor:
         parts = self._parts[name]
-        return self.sharding.uncut(parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size)
+        return self.sharding.uncut(
+            parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size
+        )
 
 
 def parameter_of(name: str) -> str:
@@ -80,5 +82,7 @@ def thresholds(manifest: dict[str, Any]) -> dict[int, RunningThreshold]:
     """The running thresholds of a checkpoint, by layer."""
     state = routing_state(manifest, "thresholds")
     momentum = manifest["model"]["routing"].get("threshold_momentum", 0.0)
-    return {int(layer): RunningThreshold(momentum, float(of["average"]), int(of["steps"]))
-            for layer, of in state.items()}
+    return {
+        int(layer): RunningThreshold(momentum, float(of["average"]), int(of["steps"]))
+        for layer, of in state.items()
+    }

@@ -19,9 +19,23 @@ from megadyn.kinds.kind import SHAPES, TRAINED_SO
 ORDER = "it decides which samples come in which order"
 
 MUST_EQUAL = {
-    **dict.fromkeys((f"model.{name}" for name in (
-        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "qkv_bias",
-        "tie_embeddings")), SHAPES),
+    **dict.fromkeys(
+        (
+            f"model.{name}"
+            for name in (
+                "hidden_size",
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "ffn_size",
+                "vocab_size",
+                "qkv_bias",
+                "tie_embeddings",
+            )
+        ),
+        SHAPES,
+    ),
     "model.normalization": TRAINED_SO,
     "model.routing.kind": "it decides which layers and which tensors there are",
     "training.seed": ORDER,
@@ -31,7 +45,16 @@ MUST_EQUAL = {
 SAME_TRAINING = ("seed", "sequence_length")
 """Keys of the training section in MUST_EQUAL. A manifest holds these, and the whole model section."""
 
-COMPARED = ("model", "data", "tokenizer", "parallel", "optimizer", "training", "precision", "deepspeed_config")
+COMPARED = (
+    "model",
+    "data",
+    "tokenizer",
+    "parallel",
+    "optimizer",
+    "training",
+    "precision",
+    "deepspeed_config",
+)
 """Parts of the configuration whose changes are told; the others say where and how a run reports and saves."""
 
 
@@ -43,29 +66,37 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
     found = []
     for key, reason in (MUST_EQUAL | own).items():
         if key not in there or key not in here:
-            continue            # a key that one of the two versions lacks
+            continue  # a key that one of the two versions lacks
         was, now = there[key], here[key]
         if key == "model.routing.layout" and there["model.num_layers"] == config.model.num_layers:
             was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))
         if was != now:
             found.append(f"{key} is {there[key]!r} there and {here[key]!r} here ({reason})")
     if found:
-        raise UserError(f"{folder} is a checkpoint of another run: {'; '.join(found)}. "
-                        "Change the configuration, or set checkpoint.resume=never with another output_dir")
+        raise UserError(
+            f"{folder} is a checkpoint of another run: {'; '.join(found)}. "
+            "Change the configuration, or set checkpoint.resume=never with another output_dir"
+        )
 
 
 def changes(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     """By dotted key, what `was` when a verified checkpoint was saved and `is` now."""
     there = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     here = flat(resolved_config(config))
-    return {key: {"was": there[key], "is": value} for key, value in here.items()
-            if key.partition(".")[0] in COMPARED and key in there and there[key] != value}
+    return {
+        key: {"was": there[key], "is": value}
+        for key, value in here.items()
+        if key.partition(".")[0] in COMPARED and key in there and there[key] != value
+    }
 
 
 def changes_line(changed: dict[str, dict[str, Any]]) -> str:
     """`changes` as one line. A key that only draws first values is marked."""
-    return "; ".join(f"{key} was {value['was']} and is {value['is']}" + (" (no effect now)" if key.endswith(FIRST_VALUES) else "")
-                     for key, value in changed.items())
+    return "; ".join(
+        f"{key} was {value['was']} and is {value['is']}"
+        + (" (no effect now)" if key.endswith(FIRST_VALUES) else "")
+        for key, value in changed.items()
+    )
 
 
 FIRST_VALUES = ("_init", ".init_std")

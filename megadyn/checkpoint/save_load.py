@@ -56,11 +56,18 @@ class OptimizerAccess:
 
     def _allocate(self, wrapper: Any) -> None:
         """Makes the moments that Adam would make in its first step, so that they can be read and set before it."""
-        held = next((getattr(wrapper, name) for name in (
-            "single_partition_of_fp32_groups",      # ZeRO-1 and 2
-            "fp32_groups_flat_partition",           # the bf16 optimizer
-            "fp32_partitioned_groups_flat",         # ZeRO-3
-        ) if hasattr(wrapper, name)), None)
+        held = next(
+            (
+                getattr(wrapper, name)
+                for name in (
+                    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+                    "fp32_groups_flat_partition",  # the bf16 optimizer
+                    "fp32_partitioned_groups_flat",  # ZeRO-3
+                )
+                if hasattr(wrapper, name)
+            ),
+            None,
+        )
         if held is None:
             held = [param for group in self.adam.param_groups for param in group["params"]]
         self.states = []
@@ -90,7 +97,8 @@ class OptimizerAccess:
         if self.zero_stage == 0:
             return {"weight": param.detach()} | {key: self.adam.state[param][key] for key in MOMENTS}
         return {"weight": safe_get_full_fp32_param(param)} | {
-            key: safe_get_full_optimizer_state(param, key) for key in MOMENTS}
+            key: safe_get_full_optimizer_state(param, key) for key in MOMENTS
+        }
 
     def set(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
         """Sets any of `weight`, `exp_avg`, `exp_avg_sq` from this tensor rank's part."""
@@ -116,15 +124,22 @@ class OptimizerAccess:
             mine = padded[self.dp.rank * size : (self.dp.rank + 1) * size]
             if key == "weight":
                 param.ds_tensor.data.copy_(mine)
-                if param.numel() == param.ds_numel:      # small parameters stay gathered
+                if param.numel() == param.ds_numel:  # small parameters stay gathered
                     param.data.copy_(value.view(param.ds_shape))
                 safe_set_local_fp32_param(param, mine)
             else:
                 safe_set_local_optimizer_state(param, mine, key)
 
 
-def snapshot(engine: Trained, *, iteration: int, consumed_samples: int, data_key: str = "",
-             loss_rule: dict[str, Any] | None = None, more: dict[str, Any] | None = None) -> Snapshot:
+def snapshot(
+    engine: Trained,
+    *,
+    iteration: int,
+    consumed_samples: int,
+    data_key: str = "",
+    loss_rule: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Snapshot:
     """Copies to host memory what a checkpoint holds, each rank its share. Collective.
 
     Args:
@@ -142,17 +157,34 @@ def snapshot(engine: Trained, *, iteration: int, consumed_samples: int, data_key
         for name, of_layers in stage.items():
             routing.setdefault(name, {}).update(of_layers)
     bad = next((f"rank {rank}'s {name}" for rank, name in enumerate(all_gather(bad)) if name), None)
-    if bad or not all(math.isfinite(value) for kind in routing.values() for state in kind.values() for value in state.values()):
-        raise PoisonedWeights(f"{bad or 'the routing state'} holds a number that is not finite at iteration {iteration}: "
-                              "nothing was saved")
+    if bad or not all(
+        math.isfinite(value)
+        for kind in routing.values()
+        for state in kind.values()
+        for value in state.values()
+    ):
+        raise PoisonedWeights(
+            f"{bad or 'the routing state'} holds a number that is not finite at iteration {iteration}: "
+            "nothing was saved"
+        )
     manifest = {
-        "format": layout.FORMAT, "iteration": iteration, "consumed_samples": consumed_samples,
-        "topology": {"tensor": engine.grid.tp.size, "pipeline": engine.grid.pp.size, "data": engine.grid.dp.size,
-                     "zero": engine.zero_stage},
-        "model": asdict(engine.config.model), "data_key": data_key,
+        "format": layout.FORMAT,
+        "iteration": iteration,
+        "consumed_samples": consumed_samples,
+        "topology": {
+            "tensor": engine.grid.tp.size,
+            "pipeline": engine.grid.pp.size,
+            "data": engine.grid.dp.size,
+            "zero": engine.zero_stage,
+        },
+        "model": asdict(engine.config.model),
+        "data_key": data_key,
         "training": {key: getattr(engine.config.training, key) for key in SAME_TRAINING},
         "optimizer_steps": OptimizerAccess(engine).steps,
-        "loss_scaler": engine.loss_scaler_state(), "loss_rule": loss_rule, "routing": routing, **(more or {}),
+        "loss_scaler": engine.loss_scaler_state(),
+        "loss_rule": loss_rule,
+        "routing": routing,
+        **(more or {}),
     }
     return Snapshot(iteration, shards, manifest)
 
@@ -176,25 +208,32 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     moments: dict[str, Tensor] = {}
     is_finite: dict[str, Tensor] = {}
     for turn, param in enumerate(engine.parameters()):
-        found = access.get(param)                    # every rank takes part; one of them keeps and writes it
+        found = access.get(param)  # every rank takes part; one of them keeps and writes it
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
             values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
-            for key, value in found.items():         # read at the end, all at once; offloaded states are the host's
-                is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = value.isfinite().all().to(engine.device)
+            for key, value in found.items():  # read at the end, all at once; offloaded states are the host's
+                is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = (
+                    value.isfinite().all().to(engine.device)
+                )
             weights[name_of(param)] = values["weight"]
             moments |= {f"{name_of(param)}/{key}": values[key] for key in MOMENTS}
     found_finite = torch.stack(list(is_finite.values())).tolist() if is_finite else []
     bad = next((name for name, fine in zip(is_finite, found_finite, strict=True) if not fine), None)
-    return {layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank): tensors
-            for kind, tensors in (("weights", weights), ("optimizer", moments)) if tensors}, bad
+    return {
+        layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank): tensors
+        for kind, tensors in (("weights", weights), ("optimizer", moments))
+        if tensors
+    }, bad
 
 
 def _routing_state(engine: Trained) -> dict[str, dict[str, dict[str, float]]]:
     """What routed layers carry from step to step, by its name and layer, from one rank of each stage."""
     if engine.grid.tp.rank or engine.grid.dp.rank:
         return {}
-    return {name: {str(index): tracker.state() for index, tracker in of_layers.items()}
-            for name, of_layers in trackers_of(engine.routed).items()}
+    return {
+        name: {str(index): tracker.state() for index, tracker in of_layers.items()}
+        for name, of_layers in trackers_of(engine.routed).items()
+    }
 
 
 def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str, Any]:
@@ -205,8 +244,10 @@ def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
     if data_key is not None and manifest["data_key"] != data_key:
-        raise UserError(f"{folder} was trained on other data or in another order (data.train, data.split): its "
-                        "position means nothing here; checkpoint.allow_other_data=true goes on all the same")
+        raise UserError(
+            f"{folder} was trained on other data or in another order (data.train, data.split): its "
+            "position means nothing here; checkpoint.allow_other_data=true goes on all the same"
+        )
     weights = ShardedTensors(folder, "weights")
     known = weights.names()
     lacking = [name_of(param) for param in engine.parameters() if name_of(param) not in known]
@@ -232,7 +273,9 @@ CAUSAL_RULE = ".causal_router."
 """Part of the names of a predictor's tensors. A run that takes up another causal rule begins that rule anew."""
 
 
-def threshold_state(state: dict[str, float] | None, was: dict[str, Any], now: Kind) -> dict[str, float] | None:
+def threshold_state(
+    state: dict[str, float] | None, was: dict[str, Any], now: Kind
+) -> dict[str, float] | None:
     """A saved running threshold for the settings of `now`; None where it must begin anew.
 
     A threshold is an average of k-th highest scores: under another capacity that k is another. The average starts from 0, which
@@ -263,11 +306,13 @@ def init_from(engine: Trained, path: Path) -> None:
     if missing:
         raise UserError(f"{path} has no tensor {missing[0]} ({len(missing)} are missing)")
     if unexpected := sorted(given - wanted):
-        raise UserError(f"{path} has a tensor that the model has not: {unexpected[0]} ({len(unexpected)} of them)")
+        raise UserError(
+            f"{path} has a tensor that the model has not: {unexpected[0]} ({len(unexpected)} of them)"
+        )
     set_parameters(engine, folder)
     for index, threshold in thresholds_of(engine.routed).items():
         name = f"model.layers.{index}.{THRESHOLD}"
-        if name in folder.names():                   # an export's; it counts as one step of the average, and moves on soon
+        if name in folder.names():  # an export's; it counts as one step of the average, and moves on soon
             average = float(folder.whole(name)) * (1 - threshold.momentum)
             threshold.set_state({"average": average, "steps": 1}, engine.device)
 
@@ -295,7 +340,9 @@ def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
     """
     # Rank 0's view counts: on a network file system others may see an older one.
     complete = layout.complete_checkpoints(root)
-    listed, doubts = all_gather((layout.good_first(complete), {str(path): layout.reservation(path) for path in complete}))[0]
+    listed, doubts = all_gather(
+        (layout.good_first(complete), {str(path): layout.reservation(path) for path in complete})
+    )[0]
     for folder in listed:
         problem = verify(folder)
         doubt = doubts[str(folder)]
@@ -309,8 +356,10 @@ def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
             return folder
         log.warning("checkpoint passed over: %s", problem)
     if listed:
-        raise UserError(f"{root}: none of {len(listed)} checkpoints is whole; begin anew in another output_dir, for example "
-                        "from a copy elsewhere, with checkpoint.fork_from=PATH")
+        raise UserError(
+            f"{root}: none of {len(listed)} checkpoints is whole; begin anew in another output_dir, for example "
+            "from a copy elsewhere, with checkpoint.fork_from=PATH"
+        )
     return None
 
 

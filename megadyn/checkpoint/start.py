@@ -49,7 +49,7 @@ def lineage(checkpoint: Path) -> str | None:
     """Where the run forked from that saved a checkpoint."""
     try:
         found = layout.read_manifest(checkpoint).get("forked_from")
-    except UserError:                   # verification tells
+    except UserError:  # verification tells
         return None
     return found if isinstance(found, str) else None
 
@@ -61,7 +61,9 @@ def likely_start(settings: CheckpointConfig, root: Path) -> tuple[Path, dict[str
     Raises:
         UserError: see `starting_point`; also a fork that is no checkpoint.
     """
-    complete = layout.good_first(layout.complete_checkpoints(root, quiet=True)) if settings.resume == "auto" else []
+    complete = (
+        layout.good_first(layout.complete_checkpoints(root, quiet=True)) if settings.resume == "auto" else []
+    )
     own = complete[0] if complete else None
     found = starting_point(settings, own)
     if found is None:
@@ -70,5 +72,5 @@ def likely_start(settings: CheckpointConfig, root: Path) -> tuple[Path, dict[str
         return found, layout.read_manifest(found)
     except UserError:
         if found == own:
-            return None                 # another one will be taken
+            return None  # another one will be taken
         raise

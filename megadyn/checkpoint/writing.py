@@ -64,7 +64,9 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
     try:
         _together(prepare, root, group)
         shards = _together(lambda: _write_shards(snapshot, temporary), root, group)
-        _together(lambda: finish({name: digest for shard in shards for name, digest in shard.items()}), root, group)
+        _together(
+            lambda: finish({name: digest for shard in shards for name, digest in shard.items()}), root, group
+        )
     except CheckpointError:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +74,7 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
     if first:
         try:
             layout.prune(root, config.checkpoint.keep, config.checkpoint.keep_every)
-        except OSError as error:                     # the new one stands; the run goes on with an old one too many
+        except OSError as error:  # the new one stands; the run goes on with an old one too many
             log.warning("an old checkpoint could not be removed: %s", error)
     return final
 
@@ -92,7 +94,7 @@ def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[
     """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
     try:
         outcome: tuple[str | None, Any] = (None, action())
-    except (OSError, RuntimeError, SafetensorError) as error:          # a full disk is the last of these
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is the last of these
         outcome = (f"{type(error).__name__}: {error}", None)
     outcomes = all_gather(outcome, group)
     failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
@@ -107,7 +109,9 @@ class Writer:
     def __init__(self, root: Path, config: Config):
         self.root, self.config = root, config
         # Its own and host-side: the thread's collectives must not mix with training's.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.training.collective_timeout_s))
+        self._group = dist.new_group(
+            backend="gloo", timeout=timedelta(seconds=config.training.collective_timeout_s)
+        )
         self._job: _Job | None = None
 
     @property
@@ -158,6 +162,6 @@ class _Job(threading.Thread):
         try:
             folder = write(*self.arguments)
             self.written = Written(snapshot.iteration, folder, time.perf_counter() - began, snapshot.bytes)
-        except Exception as error:                  # told where the write is collected
+        except Exception as error:  # told where the write is collected
             self.error = error
-        del self.arguments                          # the host memory is free again
+        del self.arguments  # the host memory is free again

@@ -15,11 +15,34 @@ from megadyn.config.run import (
     resolved_config,
     save_config,
 )
-from megadyn.config.training import KERNELS, RECOMPUTE, CheckpointConfig, MultipliersConfig, OptimizerConfig, TrainingConfig
+from megadyn.config.training import (
+    KERNELS,
+    RECOMPUTE,
+    CheckpointConfig,
+    MultipliersConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 
 __all__ = [
-    "KERNELS", "RECOMPUTE", "BatchPlan", "CheckpointConfig", "Config", "DataConfig", "LoggingConfig", "ModelConfig",
-    "MultipliersConfig", "OptimizerConfig", "ParallelConfig", "Source", "TokenizerConfig", "TrainingConfig", "batch_plan",
-    "check_together", "engine_settings", "load_config", "resolved_config",
+    "KERNELS",
+    "RECOMPUTE",
+    "BatchPlan",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "MultipliersConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Source",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "batch_plan",
+    "check_together",
+    "engine_settings",
+    "load_config",
+    "resolved_config",
     "save_config",
 ]

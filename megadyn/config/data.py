@@ -58,13 +58,19 @@ class DataConfig:
             self.split = [1 - held_out, held_out, 0.0]
         elif self.validation_fraction is not None:
             raise ConfigError("data.validation_fraction", fraction, "left out where data.split is given")
-        self.validation_fraction = None         # the resolved config states the shares once
+        self.validation_fraction = None  # the resolved config states the shares once
         shares = self.split
         if len(shares) != 3 or not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6 or shares[0] == 0:
-            raise ConfigError("data.split", shares, "three shares, of training (above 0), validation and test, that sum to 1")
+            raise ConfigError(
+                "data.split",
+                shares,
+                "three shares, of training (above 0), validation and test, that sum to 1",
+            )
         for name, share in zip(("validation", "test"), shares[1:]):
             if share and getattr(self, name) is not None:
-                raise ConfigError("data.split", shares, f"0 for the {name} set, because data.{name} names a separate one")
+                raise ConfigError(
+                    "data.split", shares, f"0 for the {name} set, because data.{name} names a separate one"
+                )
 
     def sources(self, name: str) -> list[Source]:
         """The datasets that `train`, `validation` or `test` names, each once; none where it is left out."""
@@ -74,12 +80,19 @@ class DataConfig:
         entries = given if isinstance(given, list) else [given]
         if not entries:
             raise ConfigError(key, given, "a prefix, or a list of at least one")
-        found = [_source(f"{key}[{i}]" if isinstance(given, list) else key, entry) for i, entry in enumerate(entries)]
+        found = [
+            _source(f"{key}[{i}]" if isinstance(given, list) else key, entry)
+            for i, entry in enumerate(entries)
+        ]
         for i, (source, unit) in enumerate(found):
             if unit != found[0][1]:
-                raise ConfigError(f"{key}[{i}]", entries[i], f"given as the first, with {found[0][1] or 'a prefix alone'}")
+                raise ConfigError(
+                    f"{key}[{i}]", entries[i], f"given as the first, with {found[0][1] or 'a prefix alone'}"
+                )
             if source.prefix in {other.prefix for other, _ in found[:i]}:
-                raise ConfigError(f"{key}[{i}].prefix", source.prefix, "named once, with the sum of its shares")
+                raise ConfigError(
+                    f"{key}[{i}].prefix", source.prefix, "named once, with the sum of its shares"
+                )
         return [source for source, _ in found]
 
 
@@ -99,11 +112,16 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
     if isinstance(given, str) and given:
         return Source(given), None
     if not isinstance(given, dict) or not isinstance(given.get("prefix"), str) or not given["prefix"]:
-        raise ConfigError(key, given, "a dataset's prefix, or {prefix: ..., weight: ...}, or {prefix: ..., tokens: ...}")
+        raise ConfigError(
+            key, given, "a dataset's prefix, or {prefix: ..., weight: ...}, or {prefix: ..., tokens: ...}"
+        )
     for word in given:
         if word not in ("prefix", *SHARE_UNITS):
-            raise ConfigError(f"{key}.{word}", given[word],
-                              f"left out: there is no such key{did_you_mean(str(word), ('prefix', *SHARE_UNITS))}")
+            raise ConfigError(
+                f"{key}.{word}",
+                given[word],
+                f"left out: there is no such key{did_you_mean(str(word), ('prefix', *SHARE_UNITS))}",
+            )
     units = [unit for unit in SHARE_UNITS if unit in given]
     if not units:
         return Source(given["prefix"]), None
@@ -113,5 +131,7 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
     if units[0] == "tokens" and isinstance(share, str):
         share = count(f"{key}.tokens", share)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-        raise ConfigError(f"{key}.{units[0]}", share, "a number above 0 (leave out a dataset that is not to be used)")
+        raise ConfigError(
+            f"{key}.{units[0]}", share, "a number above 0 (leave out a dataset that is not to be used)"
+        )
     return Source(given["prefix"], float(share)), units[0]

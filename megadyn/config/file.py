@@ -28,7 +28,7 @@ def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, 
         own = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}{came_from}") from None
-    except Exception as error:           # the YAML library has no common base for its errors
+    except Exception as error:  # the YAML library has no common base for its errors
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}{came_from}") from None
     if own in ({}, None):
         raise UserError(f"{path}: is empty{came_from}")

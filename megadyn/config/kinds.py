@@ -6,10 +6,27 @@ from typing import Any
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import DENSE, Kind, find_kind, keys_of, other_kinds_key
 
-FLAT = frozenset((
-    "capacity", "layout", "causal", "threshold_momentum", "predictor_loss_weight", "ma_window", "prior_factor",
-    "prior_loss_weight", "gate", "bce_loss_weight", "z_loss_weight", "router_type", "aux_loss_lambda", "aux_loss_warmup",
-    "safe_min_attn_ratio", "jitter", "entropy_bonus"))
+FLAT = frozenset(
+    (
+        "capacity",
+        "layout",
+        "causal",
+        "threshold_momentum",
+        "predictor_loss_weight",
+        "ma_window",
+        "prior_factor",
+        "prior_loss_weight",
+        "gate",
+        "bce_loss_weight",
+        "z_loss_weight",
+        "router_type",
+        "aux_loss_lambda",
+        "aux_loss_warmup",
+        "safe_min_attn_ratio",
+        "jitter",
+        "entropy_bonus",
+    )
+)
 """Up to version 0.1 every `config.yaml` in an output folder held these keys, whatever its kind."""
 
 

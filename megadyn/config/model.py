@@ -39,17 +39,30 @@ class ModelConfig:
     """Which layers skip tokens, and how: `kind` and the keys that this kind has (`megadyn/kinds`)."""
 
     def check(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size",
-                     "vocab_size", "max_position"):
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "vocab_size",
+            "max_position",
+        ):
             at_least(f"model.{name}", getattr(self, name), 1)
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError("model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}")
+            raise ConfigError(
+                "model.num_kv_heads", self.num_kv_heads, f"a divisor of model.num_heads = {self.num_heads}"
+            )
         if self.head_dim is None:
             if self.hidden_size % self.num_heads:
-                raise ConfigError("model.hidden_size", self.hidden_size,
-                                  f"a multiple of model.num_heads = {self.num_heads} (or give model.head_dim)")
+                raise ConfigError(
+                    "model.hidden_size",
+                    self.hidden_size,
+                    f"a multiple of model.num_heads = {self.num_heads} (or give model.head_dim)",
+                )
             self.head_dim = self.hidden_size // self.num_heads
         if self.head_dim % 2:
             raise ConfigError("model.head_dim", self.head_dim, "even, because rotary positions turn pairs")

@@ -19,8 +19,12 @@ def count(key: str, given: Any) -> int:
     """
     number = _number(given)
     if number is None or number != int(number):
-        raise ConfigError(key, given, "a whole number, which may be written as 3000000000, 3e9, 3B or 1.5T "
-                          "(K, M, B and T are thousands, millions, billions and trillions)")
+        raise ConfigError(
+            key,
+            given,
+            "a whole number, which may be written as 3000000000, 3e9, 3B or 1.5T "
+            "(K, M, B and T are thousands, millions, billions and trillions)",
+        )
     return int(number)
 
 

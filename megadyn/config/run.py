@@ -47,7 +47,9 @@ class ParallelConfig:
         at_least("parallel.tensor", self.tensor, 1)
         at_least("parallel.pipeline", self.pipeline, 1)
         if self.sequence and self.tensor == 1:
-            raise ConfigError("parallel.sequence", True, "false while parallel.tensor = 1: tensor ranks share a sequence")
+            raise ConfigError(
+                "parallel.sequence", True, "false while parallel.tensor = 1: tensor ranks share a sequence"
+            )
 
 
 @dataclass
@@ -75,8 +77,17 @@ class Config:
         self.output_dir = expanded(self.output_dir, "output_dir")
         self.deepspeed_config = expanded(self.deepspeed_config, "deepspeed_config")
         self.tokenizer.path = expanded(self.tokenizer.path, "tokenizer.path")
-        for section in (self.model.routing, self.model, self.data, self.parallel, self.optimizer.multipliers, self.optimizer,
-                        self.training, self.checkpoint, self.logging):
+        for section in (
+            self.model.routing,
+            self.model,
+            self.data,
+            self.parallel,
+            self.optimizer.multipliers,
+            self.optimizer,
+            self.training,
+            self.checkpoint,
+            self.logging,
+        ):
             section.check()
         check_together(self)
         return self
@@ -86,39 +97,67 @@ def check_together(config: Config) -> None:
     """Rules that span sections; one function, so that they can be read in a minute."""
     model, parallel, training = config.model, config.parallel, config.training
     if model.num_heads % parallel.tensor:
-        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor of model.num_heads = {model.num_heads}")
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor of model.num_heads = {model.num_heads}"
+        )
     kv_heads = model.num_kv_heads or model.num_heads
     if kv_heads % parallel.tensor and parallel.tensor % kv_heads:
-        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor or a multiple of model.num_kv_heads = {kv_heads}")
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor or a multiple of model.num_kv_heads = {kv_heads}"
+        )
     if (model.ffn_size or 0) % parallel.tensor:
-        raise ConfigError("parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}")
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}"
+        )
     if parallel.pipeline > model.num_layers:
-        raise ConfigError("parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}")
+        raise ConfigError(
+            "parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}"
+        )
     if parallel.sequence and training.sequence_length % parallel.tensor:
-        raise ConfigError("training.sequence_length", training.sequence_length,
-                          f"a multiple of parallel.tensor = {parallel.tensor} with parallel.sequence")
+        raise ConfigError(
+            "training.sequence_length",
+            training.sequence_length,
+            f"a multiple of parallel.tensor = {parallel.tensor} with parallel.sequence",
+        )
     if model.max_position is None:
         model.max_position = training.sequence_length
     if training.sequence_length > model.max_position:
-        raise ConfigError("training.sequence_length", training.sequence_length,
-                          f"at most model.max_position = {model.max_position}")
+        raise ConfigError(
+            "training.sequence_length",
+            training.sequence_length,
+            f"at most model.max_position = {model.max_position}",
+        )
     if training.global_batch_size % training.micro_batch_size:
-        raise ConfigError("training.global_batch_size", training.global_batch_size,
-                          f"a multiple of training.micro_batch_size = {training.micro_batch_size}")
+        raise ConfigError(
+            "training.global_batch_size",
+            training.global_batch_size,
+            f"a multiple of training.micro_batch_size = {training.micro_batch_size}",
+        )
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
-        raise ConfigError("training.on_bad_step", training.on_bad_step,
-                          "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to")
+        raise ConfigError(
+            "training.on_bad_step",
+            training.on_bad_step,
+            "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to",
+        )
     if training.compile:
         check_compilable(config)
-    model.routing.check_run(pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask)
+    model.routing.check_run(
+        pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask
+    )
 
 
 def check_compilable(config: Config) -> None:
     """Raises ConfigError for what `training.compile` cannot capture as one graph of fixed shapes."""
     if config.parallel.tensor > 1:
-        raise ConfigError("parallel.tensor", config.parallel.tensor, "1 with training.compile: tensor ranks talk inside a layer")
+        raise ConfigError(
+            "parallel.tensor",
+            config.parallel.tensor,
+            "1 with training.compile: tensor ranks talk inside a layer",
+        )
     if config.data.document_mask:
-        raise ConfigError("data.document_mask", True, "false with training.compile: documents come in any number")
+        raise ConfigError(
+            "data.document_mask", True, "false with training.compile: documents come in any number"
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -133,7 +172,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
     try:
         words = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:           # the YAML library has no common base for its errors
+    except Exception as error:  # the YAML library has no common base for its errors
         raise UserError(f"the command line: not valid YAML: {' '.join(str(error).split())}") from None
     layers = []
     for source, given in (*files, ("the command line", words)):
@@ -160,7 +199,9 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
     """OmegaConf does not name the key where a section is given as a plain value."""
     if not isinstance(given, dict):
         known = ", ".join(f.name for f in fields(section))
-        raise UserError(f"{name or source}: must hold keys ({known}), is {given!r}" + (f" in {source}" if name else ""))
+        raise UserError(
+            f"{name or source}: must hold keys ({known}), is {given!r}" + (f" in {source}" if name else "")
+        )
     for f in fields(section):
         if f.name in given and is_dataclass(f.default_factory):
             _check_sections(f.default_factory, given[f.name], f"{name}.{f.name}".lstrip("."), source)
@@ -184,7 +225,9 @@ def _unknown_key(full_key: str) -> UserError:
         section = next(f.default_factory for f in fields(section) if f.name == part)
         assert is_dataclass(section)
     where = f"section {'.'.join(path)!r}" if path else "the configuration"
-    return UserError(f"{full_key}: {where} has no such key{did_you_mean(name, [f.name for f in fields(section)])}")
+    return UserError(
+        f"{full_key}: {where} has no such key{did_you_mean(name, [f.name for f in fields(section)])}"
+    )
 
 
 def resolved_config(config: Config) -> dict[str, Any]:
@@ -216,25 +259,45 @@ def batch_plan(config: Config, world_size: int) -> BatchPlan:
     parallel, training = config.parallel, config.training
     model_parallel = parallel.tensor * parallel.pipeline
     if world_size % model_parallel:
-        raise ConfigError("number of processes", world_size, "a multiple of parallel.tensor * parallel.pipeline = "
-                          f"{parallel.tensor} * {parallel.pipeline} = {model_parallel}")
+        raise ConfigError(
+            "number of processes",
+            world_size,
+            "a multiple of parallel.tensor * parallel.pipeline = "
+            f"{parallel.tensor} * {parallel.pipeline} = {model_parallel}",
+        )
     data_parallel = world_size // model_parallel
     per_round = training.micro_batch_size * data_parallel
     if training.global_batch_size % per_round:
-        raise ConfigError("training.global_batch_size", training.global_batch_size,
-                          f"a multiple of training.micro_batch_size * data-parallel size = "
-                          f"{training.micro_batch_size} * {data_parallel} = {per_round}")
-    return BatchPlan(training.global_batch_size, training.micro_batch_size,
-                     training.global_batch_size // per_round, data_parallel)
+        raise ConfigError(
+            "training.global_batch_size",
+            training.global_batch_size,
+            f"a multiple of training.micro_batch_size * data-parallel size = "
+            f"{training.micro_batch_size} * {data_parallel} = {per_round}",
+        )
+    return BatchPlan(
+        training.global_batch_size,
+        training.micro_batch_size,
+        training.global_batch_size // per_round,
+        data_parallel,
+    )
 
 
 DECIDED_HERE = {
-    "train_batch_size": "training.global_batch_size", "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "the training section", "gradient_clipping": "optimizer.clip_grad",
-    "optimizer": "the optimizer section", "scheduler": "the optimizer section", "bf16": "precision", "fp16": "precision",
-    "data_types": "precision", "activation_checkpointing": "training.recompute", "pipeline": "parallel.pipeline",
-    "steps_per_print": "logging.interval", "timers": "the logging section",
-    "zero_allow_untested_optimizer": "the optimizer section", "zero_force_ds_cpu_optimizer": "the optimizer section",
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "the training section",
+    "gradient_clipping": "optimizer.clip_grad",
+    "optimizer": "the optimizer section",
+    "scheduler": "the optimizer section",
+    "bf16": "precision",
+    "fp16": "precision",
+    "data_types": "precision",
+    "activation_checkpointing": "training.recompute",
+    "pipeline": "parallel.pipeline",
+    "steps_per_print": "logging.interval",
+    "timers": "the logging section",
+    "zero_allow_untested_optimizer": "the optimizer section",
+    "zero_force_ds_cpu_optimizer": "the optimizer section",
 }
 """DeepSpeed's keys that may not stand in the JSON, and what they follow from."""
 REDUCED_IN = "communication_data_type"
@@ -262,17 +325,26 @@ def engine_settings(config: Config) -> dict[str, Any]:
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3")
     if config.parallel.pipeline > 1 and stage > 1:
-        raise ConfigError(f"{path}: zero_optimization.stage", stage,
-                          "0 or 1 with parallel.pipeline > 1 (gradients and weights of a pipeline stage stay whole); "
-                          "use ds_configs/zero1.json, or parallel.pipeline=1")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage",
+            stage,
+            "0 or 1 with parallel.pipeline > 1 (gradients and weights of a pipeline stage stay whole); "
+            "use ds_configs/zero1.json, or parallel.pipeline=1",
+        )
     if config.training.compile and stage == 3:
-        raise ConfigError(f"{path}: zero_optimization.stage", stage, "at most 2 with training.compile: weights are gathered "
-                          "inside a layer; use ds_configs/zero2.json")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage",
+            stage,
+            "at most 2 with training.compile: weights are gathered inside a layer; use ds_configs/zero2.json",
+        )
     reduced_in = settings.setdefault(REDUCED_IN, "fp16" if config.precision == "fp16" else "fp32")
     if reduced_in not in {"fp32", config.precision}:
         raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"fp32 or {config.precision}, as precision is")
     if config.precision != "fp32" and stage == 0:
-        raise ConfigError(f"{path}: zero_optimization.stage", stage,
-                          f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "
-                          "use ds_configs/zero1.json")
+        raise ConfigError(
+            f"{path}: zero_optimization.stage",
+            stage,
+            f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "
+            "use ds_configs/zero1.json",
+        )
     return settings

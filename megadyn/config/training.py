@@ -44,16 +44,25 @@ class OptimizerConfig:
 
     def check(self) -> None:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
-        for name in ("learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay",
-                     "clip_grad"):
+        for name in (
+            "learning_rate",
+            "min_learning_rate",
+            "warmup_iterations",
+            "decay_iterations",
+            "weight_decay",
+            "clip_grad",
+        ):
             at_least(f"optimizer.{name}", getattr(self, name), 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}", getattr(self, name), "in [0, 1)")
         in_range("optimizer.eps", self.eps, 0, 1)
         if self.min_learning_rate > self.learning_rate:
-            raise ConfigError("optimizer.min_learning_rate", self.min_learning_rate,
-                              f"at most optimizer.learning_rate = {self.learning_rate}")
+            raise ConfigError(
+                "optimizer.min_learning_rate",
+                self.min_learning_rate,
+                f"at most optimizer.learning_rate = {self.learning_rate}",
+            )
 
 
 LENGTHS = ("iterations", "tokens", "samples", "epochs")
@@ -134,14 +143,20 @@ class TrainingConfig:
         return self.timeout_s + 30.0
 
     def __post_init__(self) -> None:
-        self.length: Length | None = None       # no key of the configuration: no field
+        self.length: Length | None = None  # no key of the configuration: no field
 
     def check(self) -> None:
         for name in ("routing_record", "routing_replay"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, expanded(path, f"training.{name}"))
-        if self.routing_record and self.routing_replay and realpath(self.routing_record) == realpath(self.routing_replay):
-            raise ConfigError("training.routing_record", self.routing_record, "another folder than training.routing_replay")
+        if (
+            self.routing_record
+            and self.routing_replay
+            and realpath(self.routing_record) == realpath(self.routing_replay)
+        ):
+            raise ConfigError(
+                "training.routing_record", self.routing_record, "another folder than training.routing_replay"
+            )
         one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
         at_least("training.spike_factor", self.spike_factor, 0)
         if 0 < self.spike_factor <= 1:
@@ -151,8 +166,15 @@ class TrainingConfig:
         at_least("training.max_bad_steps_total", self.max_bad_steps_total, 0)
         at_least("training.timeout_s", self.timeout_s, 1)
         at_least("training.grace_s", self.grace_s, 1)
-        for name in ("iterations", "tokens", "samples", "global_batch_size", "micro_batch_size", "sequence_length",
-                     "eval_samples"):
+        for name in (
+            "iterations",
+            "tokens",
+            "samples",
+            "global_batch_size",
+            "micro_batch_size",
+            "sequence_length",
+            "eval_samples",
+        ):
             at_least(f"training.{name}", getattr(self, name), 1)
         one_of("training.recompute", self.recompute, RECOMPUTE)
         one_of("training.kernels", self.kernels, KERNELS)
@@ -162,14 +184,18 @@ class TrainingConfig:
             raise ConfigError("training.epochs", self.epochs, "a finite number above 0")
         given = [f"training.{name}" for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ConfigError("training.iterations", self.iterations, "given, or else training.tokens, training.samples or "
-                              f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}")
+            raise ConfigError(
+                "training.iterations",
+                self.iterations,
+                "given, or else training.tokens, training.samples or "
+                f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}",
+            )
         unit = given[0].removeprefix("training.")
         if unit != "iterations":
             self.length = Length(unit, getattr(self, unit), None)
-        elif self.length and self.length.iterations != self.iterations:      # `iterations` was set since
+        elif self.length and self.length.iterations != self.iterations:  # `iterations` was set since
             self.length = None
-        if unit in ("tokens", "samples"):       # the iterations of an epoch are known once the data are open
+        if unit in ("tokens", "samples"):  # the iterations of an epoch are known once the data are open
             self.settle(0)
 
     def settle(self, epoch_samples: int, iteration: int = 0, consumed_samples: int = 0) -> None:
@@ -188,15 +214,21 @@ class TrainingConfig:
             return
         unit, amount, _ = self.length
         length = self.sequence_length
-        wanted = {"samples": amount, "tokens": -(-amount // length), "epochs": int(amount * epoch_samples)}[unit]
+        wanted = {"samples": amount, "tokens": -(-amount // length), "epochs": int(amount * epoch_samples)}[
+            unit
+        ]
         left = max(0, int(wanted) - consumed_samples)
         steps = left // self.global_batch_size if unit == "epochs" else -(-left // self.global_batch_size)
         self.iterations = iteration + steps
         if self.iterations == 0:
-            raise ConfigError("training.epochs", amount, f"more: an epoch has {epoch_samples} samples, and a step takes "
-                              f"training.global_batch_size = {self.global_batch_size}")
+            raise ConfigError(
+                "training.epochs",
+                amount,
+                f"more: an epoch has {epoch_samples} samples, and a step takes "
+                f"training.global_batch_size = {self.global_batch_size}",
+            )
         self.length = self.length._replace(iterations=self.iterations)
-        self.tokens = self.samples = self.epochs = None     # what is saved has the length as it was given
+        self.tokens = self.samples = self.epochs = None  # what is saved has the length as it was given
 
     @property
     def tokens_per_step(self) -> int:
@@ -238,11 +270,19 @@ class CheckpointConfig:
                 setattr(self, name, expanded(path, f"checkpoint.{name}"))
         if self.resume not in ("auto", "never"):
             if self.fork_from not in (None, self.resume):
-                raise ConfigError("checkpoint.resume", self.resume, f"auto or never with checkpoint.fork_from = {self.fork_from}")
+                raise ConfigError(
+                    "checkpoint.resume",
+                    self.resume,
+                    f"auto or never with checkpoint.fork_from = {self.fork_from}",
+                )
             self.fork_from, self.resume = self.resume, "auto"
         if self.fork_from is not None and self.init_from is not None:
-            raise ConfigError("checkpoint.init_from", self.init_from, "null with checkpoint.fork_from (or a path in "
-                              "checkpoint.resume): a run begins with the weights of one of the two")
+            raise ConfigError(
+                "checkpoint.init_from",
+                self.init_from,
+                "null with checkpoint.fork_from (or a path in "
+                "checkpoint.resume): a run begins with the weights of one of the two",
+            )
         at_least("checkpoint.interval", self.interval, 0)
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)

@@ -47,8 +47,12 @@ class Workload:
         """d, q, k, f"""
         model, t = self.model, self.tensor
         assert model.head_dim and model.num_kv_heads and model.ffn_size
-        return (model.hidden_size, model.num_heads // t * model.head_dim, max(1, model.num_kv_heads // t) * model.head_dim,
-                model.ffn_size // t)
+        return (
+            model.hidden_size,
+            model.num_heads // t * model.head_dim,
+            max(1, model.num_kv_heads // t) * model.head_dim,
+            model.ffn_size // t,
+        )
 
     @property
     def tokens(self) -> int:
@@ -104,7 +108,10 @@ def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: 
     heads = q // (work.model.head_dim or 1)
     attention = b * (2 * q + 2 * k) + 4 * heads
     if work.model.normalization == "hybridnorm":
-        whole, split = b * d * (has_own_input or parts > 1) + work.norm(q) + 2 * work.norm(k) + b * d, work.norm(d)
+        whole, split = (
+            b * d * (has_own_input or parts > 1) + work.norm(q) + 2 * work.norm(k) + b * d,
+            work.norm(d),
+        )
     else:
         whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
     return n * (whole + split / parts + attention + 4 * b * f)
@@ -118,11 +125,18 @@ def inner_kept(work: Workload, n: float, attending: float) -> float:
 
 def dense_kept(work: Workload) -> Kept:
     """A layer that every token goes through."""
-    return Kept(own_input(work), whole_block(work), inner_kept(work, work.tokens, work.tokens), 0,
-                work.tokens * backward_bytes(work))
+    return Kept(
+        own_input(work),
+        whole_block(work),
+        inner_kept(work, work.tokens, work.tokens),
+        0,
+        work.tokens * backward_bytes(work),
+    )
 
 
-def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outside: float = 0.0, varies: bool = False) -> Kept:
+def skipping_kept(
+    work: Workload, capacity: float, *, input: float = 0.0, outside: float = 0.0, varies: bool = False
+) -> Kept:
     """A layer whose whole block runs on the share `capacity` of each sequence.
 
     Args:
@@ -133,8 +147,15 @@ def skipping_kept(work: Workload, capacity: float, *, input: float = 0.0, outsid
     c = work.chosen(capacity)
     # A block on chosen tokens is whole on every tensor rank.
     block = block_kept(work, c, has_own_input=True) + c * (
-        2 * work.bytes * d + work.turned + work.segments * (work.documents or varies))
-    return Kept(input, block, inner_kept(work, c, c), outside, c * backward_bytes(work) + 2 * work.bytes * d * work.part)
+        2 * work.bytes * d + work.turned + work.segments * (work.documents or varies)
+    )
+    return Kept(
+        input,
+        block,
+        inner_kept(work, c, c),
+        outside,
+        c * backward_bytes(work) + 2 * work.bytes * d * work.part,
+    )
 
 
 def router_kept(work: Workload, values: int) -> float:

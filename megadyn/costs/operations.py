@@ -49,11 +49,14 @@ def block_flops(shape: Shape, tokens: float, attending: float | None = None) -> 
     return values_outputs + queries_keys + attention_flops(shape, attending) + mlp_flops(shape, tokens)
 
 
-def flops_of_layer(shape: Shape, tokens: float, attending: float | None = None, *, whole: float = 0.0,
-                   detached: float = 0.0) -> LayerFlops:
+def flops_of_layer(
+    shape: Shape, tokens: float, attending: float | None = None, *, whole: float = 0.0, detached: float = 0.0
+) -> LayerFlops:
     """A layer whose block runs on `tokens`; `whole` and `detached` as in LayerFlops."""
     seen = tokens if attending is None else attending
-    return LayerFlops(block_flops(shape, tokens, attending), whole + detached, attention_flops(shape, seen), detached)
+    return LayerFlops(
+        block_flops(shape, tokens, attending), whole + detached, attention_flops(shape, seen), detached
+    )
 
 
 def router_flops(shape: Shape, length: int, outputs: int = 1) -> float:

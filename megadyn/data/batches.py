@@ -13,21 +13,24 @@ Tokens = NDArray[np.int64]
 def sample_ids(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> range:
     """Samples of this rank in the step that begins after `consumed` samples: its contiguous share of the batch."""
     if global_batch % dp_size:
-        raise ValueError(f"a global batch of {global_batch} cannot be shared by {dp_size} data-parallel ranks")
+        raise ValueError(
+            f"a global batch of {global_batch} cannot be shared by {dp_size} data-parallel ranks"
+        )
     share = global_batch // dp_size
     first = consumed + dp_rank * share
     return range(first, first + share)
 
 
-def micro_batch_ids(consumed: int, end: int, *, global_batch: int, micro_batch: int,
-                    dp_rank: int = 0, dp_size: int = 1) -> Iterator[range]:
+def micro_batch_ids(
+    consumed: int, end: int, *, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+) -> Iterator[range]:
     """Samples of this rank's micro-batches, one after the other, in the steps from sample `consumed` of the run to `end`."""
     for step in range(consumed, end, global_batch):
         ids = sample_ids(step, global_batch, dp_rank, dp_size)
         if len(ids) % micro_batch:
             raise ValueError(f"{len(ids)} samples a rank cannot be cut into micro-batches of {micro_batch}")
         for first in range(0, len(ids), micro_batch):
-            yield ids[first:first + micro_batch]
+            yield ids[first : first + micro_batch]
 
 
 def read_batch(samples: Samples, ids: Sequence[int]) -> tuple[Tokens, Tokens]:

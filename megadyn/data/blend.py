@@ -23,7 +23,7 @@ class Draws(NamedTuple):
     """Of each of n samples: the set that it is from, and which of that set's samples it is."""
 
     sets: NDArray[np.intp]  # [n]
-    draws: Indices          # [n]
+    draws: Indices  # [n]
 
 
 class Schedule:
@@ -36,13 +36,16 @@ class Schedule:
 
     def draws(self, first: int, count: int) -> Draws:
         """Of samples `first` to `first + count` - 1."""
-        margin = len(self.weights) / 2 + 2      # sample n is drawn at time n to within D / 2; the rest is for rounding
+        # sample n is drawn at time n to within D / 2; the rest is for rounding
+        margin = len(self.weights) / 2 + 2
         begins = np.maximum(0, np.floor(self.weights * (first - margin))).astype(np.int64)
         ends = np.ceil(self.weights * (first + count + margin)).astype(np.int64) + 1
-        draws = np.concatenate([np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+        draws = np.concatenate(
+            [np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+        )
         sets = np.repeat(np.arange(len(begins)), ends - begins)
         order = np.argsort(self.time(sets, draws), kind="stable")
-        mine = order[first - int(begins.sum()):][:count]
+        mine = order[first - int(begins.sum()) :][:count]
         return Draws(sets[mine], draws[mine])
 
     def time(self, sets: NDArray[Any], draws: NDArray[Any]) -> NDArray[np.float64]:
@@ -52,10 +55,12 @@ class Schedule:
     def supply(self, sizes: ArrayLike) -> tuple[int, int]:
         """(samples until a set of these `sizes` [D] has none left, which set that is)."""
         every = np.arange(len(self.weights))
-        times = self.time(every, np.asarray(sizes, np.int64))       # of the first draw that is not there
+        times = self.time(every, np.asarray(sizes, np.int64))  # of the first draw that is not there
         empty = int(times.argmin())
         # Draws near that time are compared one by one, in the order of `draws`.
-        near = np.maximum(0, np.floor(self.weights * times[empty]).astype(np.int64) - 2)[:, None] + np.arange(5)
+        near = np.maximum(0, np.floor(self.weights * times[empty]).astype(np.int64) - 2)[:, None] + np.arange(
+            5
+        )
         when = self.time(every[:, None], near)
         before = (when < times[empty]) | ((when == times[empty]) & (every[:, None] < empty))
         return int(near[:, 0].sum() + before.sum()), empty

@@ -21,8 +21,13 @@ def adopt_eod(tokenizer: Tokenizer, dataset: IndexedDataset) -> None:
     if eod is None or eod == tokenizer.eod_or_none:
         return
     token = tokenizer.token_of(eod)
-    log.info("end of document: %r (id %d), with which dataset %s was made, in place of tokenizer %s's own", token, eod,
-             dataset.prefix, tokenizer.name)
+    log.info(
+        "end of document: %r (id %d), with which dataset %s was made, in place of tokenizer %s's own",
+        token,
+        eod,
+        dataset.prefix,
+        tokenizer.name,
+    )
     tokenizer.choose_eod(token, f"in the record of dataset {dataset.prefix}")
 
 
@@ -30,16 +35,20 @@ def check_eod(dataset: IndexedDataset, eod: int | None) -> None:
     """`UserError` if the record of `dataset` says that another token than `eod` ends its documents."""
     written = written_eod(dataset)
     if written is not None and written != eod:
-        raise UserError(f"dataset {dataset.prefix} ends its documents with token id {written}, but {eod} is meant to end "
-                        "them (tokenizer.eod, or the first dataset's); make it again with --eod, or use only datasets alike")
+        raise UserError(
+            f"dataset {dataset.prefix} ends its documents with token id {written}, but {eod} is meant to end "
+            "them (tokenizer.eod, or the first dataset's); make it again with --eod, or use only datasets alike"
+        )
 
 
 def check_marked(dataset: IndexedDataset, eod: int) -> None:
     """`UserError` if not all documents of `dataset` end with `eod`: by its record, or else by some of the documents."""
     record = dataset.record
     if record is not None and not record.append_eod:
-        raise UserError(f"data.document_mask: dataset {dataset.prefix} was made without --append-eod, so that nothing in it "
-                        "marks where documents end; make it again with --append-eod, or set data.document_mask=false")
+        raise UserError(
+            f"data.document_mask: dataset {dataset.prefix} was made without --append-eod, so that nothing in it "
+            "marks where documents end; make it again with --append-eod, or set data.document_mask=false"
+        )
     check_eod(dataset, eod)
     if written_eod(dataset) is not None:
         return
@@ -47,6 +56,8 @@ def check_marked(dataset: IndexedDataset, eod: int) -> None:
     for k in sorted({i * count // LOOKED_AT for i in range(LOOKED_AT if count else 0)}):
         document = dataset.document(k)
         if len(document) and document[-1] != eod:
-            raise UserError(f"data.document_mask: document {k} of dataset {dataset.prefix} ends with token id {document[-1]}, "
-                            f"not with {eod}, so that nothing marks its end; set tokenizer.eod to the token that ends its "
-                            "documents, or data.document_mask=false")
+            raise UserError(
+                f"data.document_mask: document {k} of dataset {dataset.prefix} ends with token id {document[-1]}, "
+                f"not with {eod}, so that nothing marks its end; set tokenizer.eod to the token that ends its "
+                "documents, or data.document_mask=false"
+            )

@@ -32,8 +32,14 @@ from megadyn.tokenization.tokenizer import TokenArray, Tokenizer
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
-DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
-                                    5: np.dtype("<i8"), 8: np.dtype("<u2")}
+DTYPE_OF_CODE: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
 """Token type by dtype code. 6 and 7 are float64 and float32, which are no tokens."""
 CODE_OF_DTYPE = {dtype: code for code, dtype in DTYPE_OF_CODE.items()}
 UINT16_VOCAB_LIMIT = 65500
@@ -71,7 +77,9 @@ class IndexedDataset:
 
     def _open(self, bin_path: Path, record_path: Path, mmap: bool) -> None:
         self.dtype, sequences, boundaries = read_header(self.index_path)
-        index = np.memmap(self.index_path, np.uint8, mode="r") if mmap else np.fromfile(self.index_path, np.uint8)
+        index = (
+            np.memmap(self.index_path, np.uint8, mode="r") if mmap else np.fromfile(self.index_path, np.uint8)
+        )
         at_offsets, at_boundaries = HEADER.size + 4 * sequences, HEADER.size + 12 * sequences
         self.sizes: NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
         """Tokens in each sequence [S]."""
@@ -83,7 +91,8 @@ class IndexedDataset:
         self.num_documents = boundaries - 1
         check_tokens(bin_path, self.dtype, self.num_tokens)
         self.tokens: TokenArray | FileTokens = (
-            map_tokens(bin_path, self.dtype) if mmap else FileTokens(bin_path, self.dtype, self.num_tokens))
+            map_tokens(bin_path, self.dtype) if mmap else FileTokens(bin_path, self.dtype, self.num_tokens)
+        )
         """All tokens in file order; a slice of it is an array."""
         self.record: Record | None = read_record(record_path)
         check_record(record_path, self.record, self)
@@ -97,17 +106,17 @@ class IndexedDataset:
         if not 0 <= i < len(self):
             raise IndexError(f"sequence {i} of {len(self)}")
         begin = int(self.starts(np.array(i)))
-        return self.tokens[begin:begin + int(self.sizes[i])]
+        return self.tokens[begin : begin + int(self.sizes[i])]
 
     def document(self, k: int) -> TokenArray:
         """Tokens of document `k`, its sequences joined."""
         if not 0 <= k < self.num_documents:
             raise IndexError(f"document {k} of {self.num_documents}")
-        first, end = self.document_index[k:k + 2].tolist()
+        first, end = self.document_index[k : k + 2].tolist()
         if first == end:
             return np.empty(0, self.dtype)
         begin, last = self.starts(np.array([first, end - 1])).tolist()
-        return self.tokens[begin:last + int(self.sizes[end - 1])]
+        return self.tokens[begin : last + int(self.sizes[end - 1])]
 
     def starts(self, sequences: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Where in `tokens` each of `sequences` begins."""
@@ -152,15 +161,21 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     if version != VERSION:
         raise UserError(f"{path}: version {version} of the index format; only {VERSION} is known")
     if code not in DTYPE_OF_CODE:
-        raise UserError(f"{path}: dtype code {code} is no integer type for tokens (those are "
-                        f"{', '.join(map(str, DTYPE_OF_CODE))})")
+        raise UserError(
+            f"{path}: dtype code {code} is no integer type for tokens (those are "
+            f"{', '.join(map(str, DTYPE_OF_CODE))})"
+        )
     want = HEADER.size + 12 * sequences + 8 * boundaries
     have = path.stat().st_size
     if have == want + sequences != want:
-        raise UserError(f"{path}: a multimodal dataset (it holds a mode for each sequence); only text is supported")
+        raise UserError(
+            f"{path}: a multimodal dataset (it holds a mode for each sequence); only text is supported"
+        )
     if have != want:
-        raise UserError(f"{path}: {have} bytes, but its header describes {want} ({sequences} sequences, "
-                        f"{boundaries} document boundaries); was it cut short?")
+        raise UserError(
+            f"{path}: {have} bytes, but its header describes {want} ({sequences} sequences, "
+            f"{boundaries} document boundaries); was it cut short?"
+        )
     return DTYPE_OF_CODE[code], sequences, boundaries
 
 
@@ -168,54 +183,69 @@ def check_offsets(path: Path, sizes: NDArray[np.int32], offsets: NDArray[np.int6
     """Number of tokens, the sum of `sizes` [S], once `offsets` [S] says the same in bytes."""
     tokens = 0
     for first in range(0, len(sizes), CHUNK_SEQUENCES):
-        part = sizes[first:first + CHUNK_SEQUENCES]
+        part = sizes[first : first + CHUNK_SEQUENCES]
         if part.min() < 0:
             raise UserError(f"{path}: sequence {first + int((part < 0).argmax())} has a negative length")
         ends = np.cumsum(part, dtype=np.int64) + tokens
         starts = (ends - part) * itemsize
-        wrong = offsets[first:first + CHUNK_SEQUENCES] != starts
+        wrong = offsets[first : first + CHUNK_SEQUENCES] != starts
         if wrong.any():
             i = int(wrong.argmax())
-            raise UserError(f"{path}: sequence {first + i} is at byte {offsets[first + i]}, but the lengths before it end at "
-                            f"{starts[i]}")
+            raise UserError(
+                f"{path}: sequence {first + i} is at byte {offsets[first + i]}, but the lengths before it end at "
+                f"{starts[i]}"
+            )
         tokens = int(ends[-1])
     return tokens
 
 
 def check_boundaries(path: Path, boundaries: NDArray[np.int64], sequences: int) -> None:
-    if not boundaries.size or boundaries[0] != 0 or boundaries[-1] != sequences or (boundaries[1:] < boundaries[:-1]).any():
+    if (
+        not boundaries.size
+        or boundaries[0] != 0
+        or boundaries[-1] != sequences
+        or (boundaries[1:] < boundaries[:-1]).any()
+    ):
         raise UserError(f"{path}: its document boundaries do not rise from 0 to the {sequences} sequences")
 
 
 def check_tokens(path: Path, dtype: np.dtype[Any], count: int) -> None:
     have, want = path.stat().st_size, count * dtype.itemsize
     if have != want:
-        raise UserError(f"{path}: {have} bytes, but its index describes {want} ({count} tokens of {dtype}); was it cut short?")
+        raise UserError(
+            f"{path}: {have} bytes, but its index describes {want} ({count} tokens of {dtype}); was it cut short?"
+        )
 
 
 def map_tokens(path: Path, dtype: np.dtype[Any]) -> TokenArray:
     if not path.stat().st_size:
-        return np.empty(0, dtype)       # an empty file cannot be mapped
-    return np.asarray(np.memmap(path, dtype, mode="r"))     # plain array: slices of np.memmap are slow to make
+        return np.empty(0, dtype)  # an empty file cannot be mapped
+    return np.asarray(np.memmap(path, dtype, mode="r"))  # plain array: slices of np.memmap are slow to make
 
 
 def check_record(path: Path, record: Record | None, dataset: IndexedDataset) -> None:
     have = (dataset.num_documents, len(dataset), dataset.num_tokens)
     if record and (want := (record.documents, record.sequences, record.tokens)) != have:
-        raise UserError(f"{path}: describes (documents, sequences, tokens) = {want}, but the index {have}; "
-                        f"it belongs to another dataset")
+        raise UserError(
+            f"{path}: describes (documents, sequences, tokens) = {want}, but the index {have}; "
+            f"it belongs to another dataset"
+        )
 
 
 def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     """Raises `UserError` if `tokenizer` cannot be the one that made `dataset`."""
     record = dataset.record
     if record and record.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} ({record.vocab_size} ids, "
-                        f"fingerprint {record.fingerprint[:12]}), not with {tokenizer.name} ({tokenizer.vocab_size} ids, "
-                        f"fingerprint {tokenizer.fingerprint[:12]}); give the tokenizer it was made with, or preprocess again")
+        raise UserError(
+            f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} ({record.vocab_size} ids, "
+            f"fingerprint {record.fingerprint[:12]}), not with {tokenizer.name} ({tokenizer.vocab_size} ids, "
+            f"fingerprint {tokenizer.fingerprint[:12]}); give the tokenizer it was made with, or preprocess again"
+        )
     if tokenizer.vocab_size - 1 > np.iinfo(dataset.dtype).max:
-        raise UserError(f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {dataset.dtype} "
-                        f"of dataset {dataset.prefix} can hold; the dataset was made with another tokenizer")
+        raise UserError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, more than the {dataset.dtype} "
+            f"of dataset {dataset.prefix} can hold; the dataset was made with another tokenizer"
+        )
 
 
 class IndexedWriter:
@@ -230,15 +260,20 @@ class IndexedWriter:
     and what it holds at the beginning can be taken up (`add_kept`).
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None, tokens: Path | None = None) -> None:
+    def __init__(
+        self, prefix: str | Path, dtype: DTypeLike, scratch: Path | None = None, tokens: Path | None = None
+    ) -> None:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._code = CODE_OF_DTYPE[self.dtype]
         self._final = files_of(Path(prefix))
-        self._temporary = {kind: temporary_beside(scratch / path.name if scratch else path) for kind, path in self._final.items()}
+        self._temporary = {
+            kind: temporary_beside(scratch / path.name if scratch else path)
+            for kind, path in self._final.items()
+        }
         self._hash = hashlib.sha256()
         self._lengths: list[NDArray[np.int32]] = []
-        self._sequences: list[NDArray[np.int64]] = []      # in each document
+        self._sequences: list[NDArray[np.int64]] = []  # in each document
         self._final["bin"].parent.mkdir(parents=True, exist_ok=True)
         self._buffer = memoryview(bytearray(COPY_BYTES))
         self._kept = tokens is not None
@@ -250,7 +285,9 @@ class IndexedWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bin.close()
         for which, path in self._temporary.items():
             if which != "bin" or not self._kept:
@@ -270,12 +307,16 @@ class IndexedWriter:
         """
         lengths, sequences = np.asarray(lengths, np.int64), np.asarray(sequences, np.int64)
         if lengths.sum() != len(tokens) or sequences.sum() != len(lengths):
-            raise ValueError(f"{len(tokens)} tokens for lengths of {lengths.sum()} in all, {len(lengths)} lengths for "
-                             f"documents of {sequences.sum()} sequences in all")
+            raise ValueError(
+                f"{len(tokens)} tokens for lengths of {lengths.sum()} in all, {len(lengths)} lengths for "
+                f"documents of {sequences.sum()} sequences in all"
+            )
         if tokens.size:
             low, high, holds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
             if low < holds.min or high > holds.max:
-                raise UserError(f"token id {low if low < holds.min else high} does not fit the dataset's {self.dtype}")
+                raise UserError(
+                    f"token id {low if low < holds.min else high} does not fit the dataset's {self.dtype}"
+                )
         self._write(np.ascontiguousarray(tokens, self.dtype).view(np.uint8).data)
         self._add_counts(lengths, sequences)
 
@@ -326,7 +367,9 @@ class IndexedWriter:
 
     def _add_counts(self, lengths: NDArray[Any], sequences: NDArray[np.int64]) -> None:
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
-            raise UserError(f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence")
+            raise UserError(
+                f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence"
+            )
         self._lengths.append(lengths.astype("<i4"))
         self._sequences.append(sequences)
         self.num_tokens += int(lengths.sum(dtype=np.int64))
@@ -365,7 +408,7 @@ def concatenated(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
 def write_all(file: io.FileIO, raw: memoryview) -> None:
     """A single write may take less: of 2 GB and more, or where the disk is nearly full."""
     while raw:
-        raw = raw[file.write(raw):]
+        raw = raw[file.write(raw) :]
 
 
 def sync_and_close(file: IO[bytes]) -> None:
@@ -376,17 +419,17 @@ def sync_and_close(file: IO[bytes]) -> None:
 
 def publish(temporary: dict[str, Path], final: dict[str, Path]) -> None:
     """Renames each temporary file that there is, or on an error back, so that no part of the dataset stays under a final name."""
-    final["idx"].unlink(missing_ok=True)        # an old index beside new tokens would look like a dataset
+    final["idx"].unlink(missing_ok=True)  # an old index beside new tokens would look like a dataset
     try:
         for kind, path in final.items():
             if temporary[kind].exists():
                 temporary[kind].replace(path)
             else:
-                path.unlink(missing_ok=True)        # the record of the dataset that stood here
+                path.unlink(missing_ok=True)  # the record of the dataset that stood here
     except BaseException:
         for kind, path in final.items():
             if temporary[kind].exists():
-                path.unlink(missing_ok=True)        # of the dataset that stood here
+                path.unlink(missing_ok=True)  # of the dataset that stood here
             elif path.exists():
                 path.replace(temporary[kind])
         raise

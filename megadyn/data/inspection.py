@@ -21,12 +21,12 @@ class Verified:
 
 def length_histogram(sizes: NDArray[np.int32]) -> dict[str, int]:
     """Number of sequences by length in tokens: `0`, `1`, `2-3`, `4-7`, ...; ranges without any are left out."""
-    bits = np.frexp(sizes.astype(np.float64))[1]        # length in [2^(bits - 1), 2^bits)
+    bits = np.frexp(sizes.astype(np.float64))[1]  # length in [2^(bits - 1), 2^bits)
     return {bin_name(i): count for i, count in enumerate(np.bincount(bits).tolist()) if count}
 
 
 def bin_name(bits: int) -> str:
-    return str(bits) if bits < 2 else f"{2 ** (bits - 1)}-{2 ** bits - 1}"
+    return str(bits) if bits < 2 else f"{2 ** (bits - 1)}-{2**bits - 1}"
 
 
 def verify(dataset: IndexedDataset, vocab_size: int | None) -> Verified:
@@ -37,7 +37,7 @@ def verify(dataset: IndexedDataset, vocab_size: int | None) -> Verified:
     """
     stream, low, high = hashlib.sha256(), [], []
     for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
-        chunk = dataset.tokens[first:first + CHUNK_TOKENS]
+        chunk = dataset.tokens[first : first + CHUNK_TOKENS]
         stream.update(chunk.tobytes())
         low.append(int(chunk.min()))
         high.append(int(chunk.max()))
@@ -45,8 +45,12 @@ def verify(dataset: IndexedDataset, vocab_size: int | None) -> Verified:
     if found.smallest_id is not None and found.smallest_id < 0:
         raise UserError(f"{dataset.prefix}.bin: token id {found.smallest_id} is negative")
     if vocab_size is not None and found.largest_id is not None and found.largest_id >= vocab_size:
-        raise UserError(f"{dataset.prefix}.bin: token id {found.largest_id} is not below the vocabulary of {vocab_size}")
+        raise UserError(
+            f"{dataset.prefix}.bin: token id {found.largest_id} is not below the vocabulary of {vocab_size}"
+        )
     if dataset.record and dataset.record.sha256 != found.sha256:
-        raise UserError(f"{dataset.prefix}.bin: its tokens changed since they were written (sha256 {found.sha256[:12]}..., "
-                        f"recorded {dataset.record.sha256[:12]}...)")
+        raise UserError(
+            f"{dataset.prefix}.bin: its tokens changed since they were written (sha256 {found.sha256[:12]}..., "
+            f"recorded {dataset.record.sha256[:12]}...)"
+        )
     return found

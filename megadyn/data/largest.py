@@ -49,8 +49,13 @@ def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> Id
             temporary.replace(entry)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:        # read-only data can be evaluated on
-        log.info("the range of token ids of %s is not kept for the next start (%s: %s)", dataset.prefix, folder, error.strerror)
+    except OSError as error:  # read-only data can be evaluated on
+        log.info(
+            "the range of token ids of %s is not kept for the next start (%s: %s)",
+            dataset.prefix,
+            folder,
+            error.strerror,
+        )
     return scanned
 
 
@@ -62,8 +67,11 @@ def _read(entry: Path) -> IdRange | None:
         return None
     except ValueError:
         content = None
-    if isinstance(content, dict) and sorted(content) == ["largest", "smallest"] and all(
-            isinstance(value, int) for value in content.values()):
+    if (
+        isinstance(content, dict)
+        and sorted(content) == ["largest", "smallest"]
+        and all(isinstance(value, int) for value in content.values())
+    ):
         return IdRange(**content)
     log.warning("%s is damaged and is built anew", entry)
     return None
@@ -74,9 +82,9 @@ def _scan(dataset: IndexedDataset, size: int) -> IdRange:
         log.info("dataset %s: reading its %.0f GB once for the largest token id", dataset.prefix, size / 1e9)
     smallest, largest = 0, -1
     for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
-        chunk = dataset.tokens[first:first + CHUNK_TOKENS]
+        chunk = dataset.tokens[first : first + CHUNK_TOKENS]
         largest = max(largest, int(chunk.max()))
-        if dataset.dtype.kind == "i":       # an unsigned type has no ids below 0
+        if dataset.dtype.kind == "i":  # an unsigned type has no ids below 0
             smallest = min(smallest, int(chunk.min()))
     return IdRange(smallest, largest)
 
@@ -85,10 +93,14 @@ def check_ids(dataset: IndexedDataset, vocab_size: int, cache_dir: str | Path | 
     """The range of ids; `UserError` if one of them is not below the model's `vocab_size`, or negative."""
     found = id_range(dataset, cache_dir)
     if found.largest >= vocab_size:
-        raise UserError(f"dataset {dataset.prefix}: its largest token id is {found.largest}, but the model's vocabulary has "
-                        f"{vocab_size} ids (0 to {vocab_size - 1}); it was probably made with another tokenizer than the one "
-                        "configured, or model.vocab_size is too small")
+        raise UserError(
+            f"dataset {dataset.prefix}: its largest token id is {found.largest}, but the model's vocabulary has "
+            f"{vocab_size} ids (0 to {vocab_size - 1}); it was probably made with another tokenizer than the one "
+            "configured, or model.vocab_size is too small"
+        )
     if found.smallest < 0:
-        raise UserError(f"dataset {dataset.prefix}: it holds the negative token id {found.smallest}; its {dataset.dtype} "
-                        "tokens were probably written as a wider or unsigned type, or the file is damaged")
+        raise UserError(
+            f"dataset {dataset.prefix}: it holds the negative token id {found.smallest}; its {dataset.dtype} "
+            "tokens were probably written as a wider or unsigned type, or the file is damaged"
+        )
     return found

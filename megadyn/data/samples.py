@@ -50,8 +50,8 @@ class Epoch(NamedTuple):
     """The index of one epoch, in whole numbers of one type. Field order is the order in the cache."""
 
     sequences: NDArray[Any]  # [S]         sequences of the stream, in its order
-    places: NDArray[Any]     # [n + 1, 2]  position kL of the stream: place in `sequences`, offset in tokens
-    order: NDArray[Any]      # [n]         the samples, in the order of reading
+    places: NDArray[Any]  # [n + 1, 2]  position kL of the stream: place in `sequences`, offset in tokens
+    order: NDArray[Any]  # [n]         the samples, in the order of reading
 
 
 class SampleSet:
@@ -62,8 +62,16 @@ class SampleSet:
     one at the same time. Unshuffled, they are one pass in the order of the file, which needs no cache.
     """
 
-    def __init__(self, dataset: IndexedDataset, *, sequence_length: int, seed: int, documents: Mask | None = None,
-                 shuffle: bool = True, cache_dir: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        *,
+        sequence_length: int,
+        seed: int,
+        documents: Mask | None = None,
+        shuffle: bool = True,
+        cache_dir: str | Path | None = None,
+    ) -> None:
         """`documents` [D]: those of the split, all by default. `UserError` if it is too short for one sample."""
         self.dataset, self.sequence_length, self.seed, self.shuffle = dataset, sequence_length, seed, shuffle
         self._chosen = None if documents is None or documents.all() else sequences_of(dataset, documents)
@@ -72,14 +80,16 @@ class SampleSet:
         self._samples = (self.num_tokens - 1) // sequence_length
         if self._samples < 1:
             count = dataset.num_documents if documents is None else int(documents.sum())
-            raise UserError(f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {count} documents are too few "
-                            f"for one sample of sequence length {sequence_length}, which takes {sequence_length + 1}")
+            raise UserError(
+                f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {count} documents are too few "
+                f"for one sample of sequence length {sequence_length}, which takes {sequence_length + 1}"
+            )
         largest = max(len(sizes), self._samples)
         self._shapes = ((len(sizes),), (self._samples + 1, 2), (self._samples,))
         self._type = np.dtype("<i4" if largest < 2**31 else "<i8")
         self.cache_dir = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
         self.key = content_key(LAYOUT, sequence_length, seed, shuffle, dataset.sizes, self._chosen)
-        self._epoch = lru_cache(maxsize=2)(self._load)      # a batch may reach into the next epoch
+        self._epoch = lru_cache(maxsize=2)(self._load)  # a batch may reach into the next epoch
 
     def __len__(self) -> int:
         return self._samples
@@ -106,8 +116,8 @@ class SampleSet:
 
     def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:
         """Tokens [L + 1], in the dtype of the file, of sample `k` of the stream."""
-        (first, skip), (last, keep) = epoch.places[k:k + 2].tolist()
-        touched = epoch.sequences[first:last + 1]
+        (first, skip), (last, keep) = epoch.places[k : k + 2].tolist()
+        touched = epoch.sequences[first : last + 1]
         starts = self.dataset.starts(touched)
         begins, ends = starts.tolist(), (starts + self.dataset.sizes[touched]).tolist()
         ends[-1] = begins[-1] + keep + 1
@@ -125,11 +135,13 @@ class SampleSet:
             if (found := self._read(path)) is not None:
                 return found
             epoch = self._build(number)
-            if self._read(path) is None:        # else another process was faster
+            if self._read(path) is None:  # else another process was faster
                 save_arrays(path, epoch)
         except OSError as error:
-            raise UserError(f"{error.filename or self.cache_dir}: {error.strerror or error}; the order of samples is kept "
-                            f"there (data.cache names another folder)") from error
+            raise UserError(
+                f"{error.filename or self.cache_dir}: {error.strerror or error}; the order of samples is kept "
+                f"there (data.cache names another folder)"
+            ) from error
         return epoch
 
     def _read(self, path: Path) -> Epoch | None:
@@ -171,8 +183,10 @@ def split_documents(dataset: IndexedDataset, validation: float, test: float, see
     count = dataset.num_documents
     least = 1 + (validation > 0) + (test > 0)
     if least > 1 and count < least:
-        raise UserError(f"dataset {dataset.prefix} has {count} document{'s' * (count != 1)}, too few for a split into {least}; "
-                        f"name separate sets (data.validation, data.test), or keep none (data.split: [1, 0, 0])")
+        raise UserError(
+            f"dataset {dataset.prefix} has {count} document{'s' * (count != 1)}, too few for a split into {least}; "
+            f"name separate sets (data.validation, data.test), or keep none (data.split: [1, 0, 0])"
+        )
     for_validation = min(max(1, round(count * validation)), count - least + 1) if validation else 0
     for_test = min(max(1, round(count * test)), count - for_validation - 1) if test else 0
     split = Split(np.ones(count, np.bool_), np.zeros(count, np.bool_), np.zeros(count, np.bool_))
@@ -203,7 +217,7 @@ def sample_places(sizes: NDArray[np.int32], sequence_length: int) -> Indices:
     np.cumsum(sizes, out=starts[1:])
     samples = (int(starts[-1]) - 1) // sequence_length
     positions = np.arange(samples + 1) * sequence_length
-    place = np.searchsorted(starts, positions, side="right") - 1    # right: past sequences of no tokens
+    place = np.searchsorted(starts, positions, side="right") - 1  # right: past sequences of no tokens
     return np.stack([place, positions - starts[place]], axis=1)
 
 
@@ -211,7 +225,9 @@ def content_key(*parts: Any) -> str:
     """Hash of `parts`, arrays among them by their content."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode())
+        digest.update(
+            np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode()
+        )
         digest.update(b";")
     return digest.hexdigest()[:24]
 

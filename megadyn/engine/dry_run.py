@@ -40,24 +40,41 @@ class DryRun(NamedTuple):
     fits: bool
 
     def text(self) -> str:
-        places = " ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in
-                          (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp)))
+        places = " ".join(
+            f"{name} {axis.rank} of {axis.size}"
+            for name, axis in (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp))
+        )
         parts = "  ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory._asdict().items())
         host = f"\n  offloaded: {self.host / GIB:.1f} GiB of its node's own memory" if self.host else ""
         ends = ["the embedding"] * self.grid.is_first_stage + ["the head"] * self.grid.is_last_stage
-        return "\n".join([
-            f"rank {self.rank} of {self.world:,}: {places}",
-            f"  layers {self.first_layer} to {self.end_layer - 1}{''.join(f', {end}' for end in ends)}",
-            f"  {self.tensors:,} tensors with {self.parameters:,} of the model's {self.whole_parameters:,} parameters; checked",
-            f"  {self.memory.total / GIB:.1f} GiB{'' if self.fits else ', which does not fit'}: {parts}{host}"])
+        return "\n".join(
+            [
+                f"rank {self.rank} of {self.world:,}: {places}",
+                f"  layers {self.first_layer} to {self.end_layer - 1}{''.join(f', {end}' for end in ends)}",
+                f"  {self.tensors:,} tensors with {self.parameters:,} of the model's {self.whole_parameters:,} "
+                "parameters; checked",
+                f"  {self.memory.total / GIB:.1f} GiB{'' if self.fits else ', which does not fit'}: {parts}{host}",
+            ]
+        )
 
     def record(self) -> dict[str, Any]:
         """For JSON; memory in GiB."""
-        grid = {name: axis.rank for name, axis in (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp))}
-        return {"rank": self.rank, **grid, "layers": [self.first_layer, self.end_layer], "tensors": self.tensors,
-                "parameters": self.parameters, "whole_parameters": self.whole_parameters, "memory_gib": self.memory.total / GIB,
-                "memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "host_gib": self.host / GIB,
-                "fits": self.fits}
+        grid = {
+            name: axis.rank
+            for name, axis in (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp))
+        }
+        return {
+            "rank": self.rank,
+            **grid,
+            "layers": [self.first_layer, self.end_layer],
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "whole_parameters": self.whole_parameters,
+            "memory_gib": self.memory.total / GIB,
+            "memory": {name: size / GIB for name, size in self.memory._asdict().items()},
+            "host_gib": self.host / GIB,
+            "fits": self.fits,
+        }
 
 
 def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
@@ -67,7 +84,9 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
         UserError: a layout that cannot run there, no such rank, or no vocabulary size. RuntimeError: a check that failed.
     """
     if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)")
+        raise UserError(
+            "model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)"
+        )
     zero = engine_settings(config)["zero_optimization"]
     refuse_offloading(zero, config.deepspeed_config)
     plan = batch_plan(config, machine.gpus)
@@ -87,18 +106,43 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
     check_cuts(stages[stage], whole, sharding_of(config, grid.tp.size), grid.tp.rank, config.model.vocab_size)
     held, total = count(stages[stage]), count(whole)
     check_equal("parameters of the whole model", total, total_parameters(config.model))
-    check_equal(f"parameters of stage {stage}", held, stage_parameters(config.model, grid.tp.size, cuts)[stage])
-    memory = rank_memory(workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel,
-                         micro_batches=plan.micro_batches)
-    host = host_memory(workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel)
-    return DryRun(rank, machine.gpus, grid, cuts[stage], cuts[stage + 1], len(stages[stage]), held, total, memory, host,
-                  memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB)
+    check_equal(
+        f"parameters of stage {stage}", held, stage_parameters(config.model, grid.tp.size, cuts)[stage]
+    )
+    memory = rank_memory(
+        workload(config),
+        cuts,
+        stage,
+        precision=config.precision,
+        zero=zero,
+        data=plan.data_parallel,
+        micro_batches=plan.micro_batches,
+    )
+    host = host_memory(
+        workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel
+    )
+    return DryRun(
+        rank,
+        machine.gpus,
+        grid,
+        cuts[stage],
+        cuts[stage + 1],
+        len(stages[stage]),
+        held,
+        total,
+        memory,
+        host,
+        memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
+    )
 
 
 def place_of(rank: int, tensor: int, pipeline: int, data: int) -> Grid:
     """Where `rank` stands, without joining any other: tensor fastest, then data, then pipeline, as `make_grid` has it."""
-    return Grid(Axis("tp", rank % tensor, tensor), Axis("pp", rank // (tensor * data), pipeline),
-                Axis("dp", rank // tensor % data, data))
+    return Grid(
+        Axis("tp", rank % tensor, tensor),
+        Axis("pp", rank // (tensor * data), pipeline),
+        Axis("dp", rank // tensor % data, data),
+    )
 
 
 def sharding_of(config: Config, tensor: int) -> Sharding:
@@ -132,7 +176,11 @@ def check_stages(stages: Sequence[Shapes], whole: Shapes) -> None:
     """Raises RuntimeError unless each tensor stands on one stage, a tied embedding on the first and the last."""
     for name in whole:
         holding = [stage for stage, shapes in enumerate(stages) if name in shapes]
-        shared = [0, len(stages) - 1] if name == "model.embed_tokens.weight" and "lm_head.weight" not in whole else holding[:1]
+        shared = (
+            [0, len(stages) - 1]
+            if name == "model.embed_tokens.weight" and "lm_head.weight" not in whole
+            else holding[:1]
+        )
         if not holding or holding != sorted(set(shared)):
             raise RuntimeError(f"{name} stands on stages {holding}")
     if unknown := set().union(*stages) - set(whole):

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from megadyn.config import BatchPlan, Config, engine_settings
 from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
-from megadyn.engine.optimizer import STAND_IN, GradientClipper, even_out_groups, make_optimizer, set_learning_rate
+from megadyn.engine.optimizer import (
+    STAND_IN,
+    GradientClipper,
+    even_out_groups,
+    make_optimizer,
+    set_learning_rate,
+)
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced
 from megadyn.engine.step_clock import PARTS, StepClock
@@ -47,14 +53,32 @@ MicroBatch = tuple[Tensor, Tensor]
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-COLLECTIVES = ("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast",
-               "all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_to_all_single", "send",
-               "recv", "barrier")
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_base",
+    "all_gather_coalesced",
+    "all_to_all_single",
+    "send",
+    "recv",
+    "barrier",
+)
 """By the names of torch.distributed, which the model calls, and of DeepSpeed's backend."""
 
-STAGE_PARTS = {schedule.LoadMicroBatch: "data", schedule.ForwardPass: "forward", schedule.BackwardPass: "backward",
-               schedule.ReduceGrads: "communication", schedule.ReduceTiedGrads: "communication",
-               schedule.OptimizerStep: "optimizer"}
+STAGE_PARTS = {
+    schedule.LoadMicroBatch: "data",
+    schedule.ForwardPass: "forward",
+    schedule.BackwardPass: "backward",
+    schedule.ReduceGrads: "communication",
+    schedule.ReduceTiedGrads: "communication",
+    schedule.OptimizerStep: "optimizer",
+}
 """What of a pipeline's schedule counts as which part of a step; sends and receives are collectives."""
 
 
@@ -89,11 +113,17 @@ class Engine:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
             optimizer.register_step_pre_hook(self.clipper)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with without_compiler(), redirect_stdout(io.StringIO()):      # its bf16 optimizer prints memory, group by group
+        # its bf16 optimizer prints memory, group by group
+        with without_compiler(), redirect_stdout(io.StringIO()):
+            # a PipelineModule brings its own
             self.engine, *_ = deepspeed.initialize(
-                model=self.module, optimizer=optimizer, config=self._deepspeed_config(),
-                mpu=_Mpu(grid) if grid.pp.size == 1 else None)      # a PipelineModule brings its own
-        if config.precision == "fp16":     # where it can fall no further, DeepSpeed would raise; problem_of tells instead
+                model=self.module,
+                optimizer=optimizer,
+                config=self._deepspeed_config(),
+                mpu=_Mpu(grid) if grid.pp.size == 1 else None,
+            )
+        # where it can fall no further, DeepSpeed would raise; problem_of tells instead
+        if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.clock = StepClock(self.device)
         self.clock.watch(dist, COLLECTIVES)
@@ -108,17 +138,31 @@ class Engine:
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
-        ctx = LayerContext(model, make, backend, self.eod, first, self.config.training.recompute,
-                           self.config.training.compile)
+        ctx = LayerContext(
+            model,
+            make,
+            backend,
+            self.eod,
+            first,
+            self.config.training.recompute,
+            self.config.training.compile,
+        )
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)
         length = self.config.training.sequence_length
         costs, head = layer_costs(model, length), head_flops(model, length)
         cuts = balanced_stages(costs, head, grid.pp.size)
         log.info("pipeline stages:\n%s", stage_table(costs, head, cuts))
-        with redirect_stdout(io.StringIO()):          # DeepSpeed prints its view of the topology, rank by rank
-            return Stages(layer_list(ctx, self.loss_scale), cuts, grid, seq=seq, tied=model.tie_embeddings,
-                          by_document=self.eod is not None, gate=self.gate)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its view of the topology, rank by rank
+            return Stages(
+                layer_list(ctx, self.loss_scale),
+                cuts,
+                grid,
+                seq=seq,
+                tied=model.tie_embeddings,
+                by_document=self.eod is not None,
+                gate=self.gate,
+            )
 
     def _deepspeed_config(self) -> dict[str, Any]:
         """The user's engine settings plus what is decided elsewhere in the configuration."""
@@ -130,7 +174,7 @@ class Engine:
             "gradient_clipping": 0.0 if self.zero_stage == 0 else self.config.optimizer.clip_grad,
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,      # torch's AdamW serves offloaded states too
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloaded states too
             # It waits for the device twice in each micro-batch; `StepClock` measures without waiting.
             "timers": {"throughput": {"enabled": False}},
             # Split over tensor ranks for transport by default, which breaks our packed tensor.
@@ -145,8 +189,14 @@ class Engine:
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
         return self.settings | decided
 
-    def train_step(self, batches: Iterable[MicroBatch], rate: float, loss_limit: float = math.inf, *,
-                   measure: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batches: Iterable[MicroBatch],
+        rate: float,
+        loss_limit: float = math.inf,
+        *,
+        measure: bool = False,
+    ) -> StepResult:
         """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
 
         A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over. Of one to `measure`,
@@ -186,8 +236,13 @@ class Engine:
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
         # Waits for the device, but no longer than the optimizer's own look at the norm just did.
-        problem = problem_of(float(loss), float(norm), loss_limit, was_applied=self.engine.was_step_applied(),
-                             can_scale_down=can_scale_down)
+        problem = problem_of(
+            float(loss),
+            float(norm),
+            loss_limit,
+            was_applied=self.engine.was_step_applied(),
+            can_scale_down=can_scale_down,
+        )
         self._end_step(rate, counts=problem is None)
         return StepResult(loss.squeeze(), norm, problem)
 
@@ -197,7 +252,7 @@ class Engine:
         set_routing_mode(self.routed, mode)
         monitors = [layer.monitor for layer in self.routed]
         for layer in self.routed:
-            layer.monitor = Monitor()                  # the training window's statistics stay as they are
+            layer.monitor = Monitor()  # the training window's statistics stay as they are
         try:
             if isinstance(self.module, Stages):
                 loss = self.engine.eval_batch(iter(batches), num_micro_batches=count, bcast_loss=True)
@@ -216,15 +271,20 @@ class Engine:
 
     def parameters(self) -> list[nn.Parameter]:
         """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
-        return sorted((param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)), key=name_of)
+        return sorted(
+            (param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)),
+            key=name_of,
+        )
 
     def run_line(self) -> str:
         """What runs, in one line."""
         config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
-        return (f"{model.routing.describe()}: "
-                f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
-                f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
-                f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)")
+        return (
+            f"{model.routing.describe()}: "
+            f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
+            f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
+            f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)"
+        )
 
     def loss_scaler_state(self) -> dict[str, float] | None:
         """fp16's dynamic loss scale, None in other precisions."""
@@ -255,15 +315,20 @@ class Engine:
         clipping; `step_split_ms` by PARTS, mean over ranks, adding up to the step; `memory_gib`, the highest of any rank.
         Collective, and the only collectives that measuring costs."""
         squares, split = self.norms.take(self.device), self.clock.read()
-        sums = torch.cat([squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)])
+        sums = torch.cat(
+            [squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)]
+        )
         dist.all_reduce(sums)
         memory = memory_gib(self.device)
         peaks = torch.tensor(list(memory.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        norms = unclipped(sums[:len(COMPONENTS)], grad_norm, self.config.optimizer.clip_grad)
-        spent = (sums[len(COMPONENTS):] / dist.get_world_size()).tolist()
-        return {"grad_norms": dict(zip(COMPONENTS, norms)), "step_split_ms": dict(zip(PARTS, spent)),
-                "memory_gib": dict(zip(memory, peaks.tolist()))}
+        norms = unclipped(sums[: len(COMPONENTS)], grad_norm, self.config.optimizer.clip_grad)
+        spent = (sums[len(COMPONENTS) :] / dist.get_world_size()).tolist()
+        return {
+            "grad_norms": dict(zip(COMPONENTS, norms)),
+            "step_split_ms": dict(zip(PARTS, spent)),
+            "memory_gib": dict(zip(memory, peaks.tolist())),
+        }
 
     def learning_rates(self) -> dict[str, float]:
         """Of the last step, by what has a multiplier of its own."""
@@ -284,12 +349,16 @@ class Engine:
             parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
             means = {tracker: part.view_as(x) for tracker, part, x in zip(trackers, parts, own)}
         totals: dict[str, Tensor] = {}
-        for name in self.config.model.routing.totals:          # on every stage, also one without a routed layer
+        for name in self.config.model.routing.totals:  # on every stage, also one without a routed layer
             here = [means[tracker] for tracker in by_name.get(name, {}).values()]
-            totals[name] = sum_over(torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp)
+            totals[name] = sum_over(
+                torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp
+            )
         for name, of_layers in by_name.items():
             for tracker in of_layers.values():
-                tracker.end_step(means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router)
+                tracker.end_step(
+                    means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router
+                )
 
     def _over_parts(self, statistics: list[Statistic]) -> list[Statistic]:
         """Each over all ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence. What is a sum
@@ -305,9 +374,13 @@ class Engine:
             parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
             for axis in axes:
                 if axis.size > 1:
-                    dist.all_reduce(parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group)
+                    dist.all_reduce(
+                        parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group
+                    )
             pieces = parts.split([it.parts.numel() for it in mine.values()])
-            found |= {at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)}
+            found |= {
+                at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)
+            }
         return [found[at] for at in range(len(statistics))]
 
     def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
@@ -327,10 +400,13 @@ class Engine:
 def memory_gib(device: torch.device) -> dict[str, float]:
     """Peaks of this process so far: what torch allocated and reserved on a CUDA device, elsewhere the resident set."""
     if device.type == "cuda":
-        peaks = {"allocated_peak": torch.cuda.max_memory_allocated(device),
-                 "reserved_peak": torch.cuda.max_memory_reserved(device)}
+        peaks = {
+            "allocated_peak": torch.cuda.max_memory_allocated(device),
+            "reserved_peak": torch.cuda.max_memory_reserved(device),
+        }
     else:
-        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}        # counted in KiB by Linux
+        # counted in KiB by Linux
+        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     return {name: size / 2**30 for name, size in peaks.items()}
 
 

@@ -27,7 +27,14 @@ class GradientNorms:
     """Runs before the optimizer's step, where the gradients stand summed over micro-batches and ranks, unscaled and clipped,
     in fp32: each rank adds up the squares of what it owns. Where no step is asked for it does nothing."""
 
-    def __init__(self, params: list[nn.Parameter], wrapper: Any, adam: torch.optim.Optimizer, zero_stage: int, grid: Grid):
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        wrapper: Any,
+        adam: torch.optim.Optimizer,
+        zero_stage: int,
+        grid: Grid,
+    ):
         """`wrapper` is DeepSpeed's optimizer around `adam`; at ZeRO-0 they are one."""
         self._own = _own_fragments(params, wrapper, zero_stage, grid)
         self._squares: list[Tensor] = []
@@ -41,7 +48,7 @@ class GradientNorms:
         try:
             yield
         finally:
-            hook.remove()                    # also behind a bad step, which is not reported
+            hook.remove()  # also behind a bad step, which is not reported
 
     def take(self, device: torch.device) -> Tensor:
         """This rank's share of the squares [COMPONENTS], of clipped gradients; NaN if the optimizer passed the step over."""
@@ -56,7 +63,9 @@ class GradientNorms:
             total = torch.zeros(len(COMPONENTS), dtype=torch.float64, device=tensor.device)
             if tensor.grad is not None:
                 for place, start, size in self._own.get(id(tensor), ()):
-                    total[place] += tensor.grad.view(-1)[start : start + size].norm(dtype=torch.float32).double().square()
+                    total[place] += (
+                        tensor.grad.view(-1)[start : start + size].norm(dtype=torch.float32).double().square()
+                    )
             self._squares.append(total)
 
 
@@ -70,7 +79,9 @@ Fragment = tuple[int, int, int]
 """Index into COMPONENTS, and first element and number of elements in a tensor that the optimizer steps."""
 
 
-def _own_fragments(params: list[nn.Parameter], wrapper: Any, zero_stage: int, grid: Grid) -> dict[int, list[Fragment]]:
+def _own_fragments(
+    params: list[nn.Parameter], wrapper: Any, zero_stage: int, grid: Grid
+) -> dict[int, list[Fragment]]:
     """What this rank alone speaks for in each tensor that the optimizer steps, by the tensor's id.
 
     ZeRO steps flat partitions, one a group, and knows where in them each parameter lies.
@@ -81,7 +92,9 @@ def _own_fragments(params: list[nn.Parameter], wrapper: Any, zero_stage: int, gr
             continue
         tensor, start, size = _place(param, wrapper, zero_stage)
         if size:
-            found.setdefault(id(tensor), []).append((COMPONENTS.index(component_of(name_of(param))), start, size))
+            found.setdefault(id(tensor), []).append(
+                (COMPONENTS.index(component_of(name_of(param))), start, size)
+            )
     return found
 
 

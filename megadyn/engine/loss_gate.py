@@ -26,7 +26,7 @@ class LossGate:
 
     def __call__(self, loss: Tensor) -> Tensor:
         """A micro-batch's loss, on its way to the backward pass. Collective over data-parallel ranks at the step's last."""
-        if not torch.is_grad_enabled():                # an evaluation
+        if not torch.is_grad_enabled():  # an evaluation
             return loss
         self._total = loss.detach().float() if self._total is None else self._total + loss.detach()
         self._seen += 1
@@ -47,11 +47,13 @@ class _SpoilGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        bad, = ctx.saved_tensors
+        (bad,) = ctx.saved_tensors
         return torch.where(bad, math.nan, grad), None
 
 
-def problem_of(loss: float, grad_norm: float, limit: float, *, was_applied: bool, can_scale_down: bool) -> str | None:
+def problem_of(
+    loss: float, grad_norm: float, limit: float, *, was_applied: bool, can_scale_down: bool
+) -> str | None:
     """Why a step is bad, or None.
 
     Args:

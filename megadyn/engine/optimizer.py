@@ -32,7 +32,9 @@ def even_out_groups(module: nn.Module, pp: Axis) -> None:
     stages: list[Any] = [None] * pp.size
     dist.all_gather_object(stages, mine, group=pp.group)
     for name, decay in sorted(set().union(*stages) - mine):
-        stand_in = nn.Parameter(torch.zeros((1, 1) if decay else (1,), device=next(module.parameters()).device))
+        stand_in = nn.Parameter(
+            torch.zeros((1, 1) if decay else (1,), device=next(module.parameters()).device)
+        )
         mark(stand_in, f"{STAND_IN}.{name}", is_cut=False)
         module.register_parameter(f"{STAND_IN}_{name}_{'matrix' if decay else 'vector'}", stand_in)
 
@@ -46,9 +48,20 @@ def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW
     for param in module.parameters():
         groups.setdefault(group_key(param), []).append(param)
     return torch.optim.AdamW(
-        [{"params": params, "weight_decay": cfg.weight_decay if decay else 0.0, "component": name,
-          "lr_multiplier": getattr(cfg.multipliers, name)} for (name, decay), params in sorted(groups.items())],
-        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+        [
+            {
+                "params": params,
+                "weight_decay": cfg.weight_decay if decay else 0.0,
+                "component": name,
+                "lr_multiplier": getattr(cfg.multipliers, name),
+            }
+            for (name, decay), params in sorted(groups.items())
+        ],
+        lr=cfg.learning_rate,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.eps,
+        fused=True,
+    )
 
 
 class Schedule(NamedTuple):
@@ -62,7 +75,9 @@ class Schedule(NamedTuple):
     """The whole run."""
 
 
-def learning_rate(cfg: OptimizerConfig, iteration: int, iterations: int, schedule: Schedule | None = None) -> float:
+def learning_rate(
+    cfg: OptimizerConfig, iteration: int, iterations: int, schedule: Schedule | None = None
+) -> float:
     """Rate of step `iteration` (0-based) of a run whose last step is number `iterations`: linear warm-up, then the schedule.
 
     The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run that is no longer than these ends within
@@ -93,17 +108,23 @@ def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
     warmup = cfg.warmup_iterations
     if warmup > iterations:
         highest = cfg.learning_rate * iterations / warmup
-        return (f"optimizer.warmup_iterations = {warmup} is longer than the run of {iterations} iterations: the learning "
-                f"rate only rises, to {highest:.3g} instead of {cfg.learning_rate:.3g}, and never decays")
+        return (
+            f"optimizer.warmup_iterations = {warmup} is longer than the run of {iterations} iterations: the learning "
+            f"rate only rises, to {highest:.3g} instead of {cfg.learning_rate:.3g}, and never decays"
+        )
     if cfg.schedule == "constant":
         return None
     if warmup == iterations:
-        return (f"optimizer.warmup_iterations = {warmup} is the whole run: the learning rate reaches {cfg.learning_rate:.3g} in "
-                "the last step and never decays")
+        return (
+            f"optimizer.warmup_iterations = {warmup} is the whole run: the learning rate reaches {cfg.learning_rate:.3g} in "
+            "the last step and never decays"
+        )
     decay = decay_steps(cfg, iterations)
     if cfg.schedule == "wsd" and decay > iterations - warmup:
-        return (f"optimizer.decay_iterations = {decay} does not fit behind a warm-up of {warmup} into {iterations} iterations: "
-                f"the decay takes {iterations - warmup}")
+        return (
+            f"optimizer.decay_iterations = {decay} does not fit behind a warm-up of {warmup} into {iterations} iterations: "
+            f"the decay takes {iterations - warmup}"
+        )
     return None
 
 
@@ -125,7 +146,9 @@ class GradientClipper:
 
     def __call__(self, optimizer: Any = None, *_: object) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
-        counted = [p.grad.square().sum() for p in self.params if p.grad is not None and counts_here(p, self.grid.tp)]
+        counted = [
+            p.grad.square().sum() for p in self.params if p.grad is not None and counts_here(p, self.grid.tp)
+        ]
         total = torch.stack(counted).sum() if counted else grads[0].new_zeros(())
         self.norm = sum_over(sum_over(total, self.grid.tp), self.grid.pp).sqrt()
         if self.max_norm > 0:
@@ -133,5 +156,5 @@ class GradientClipper:
             torch._foreach_mul_(grads, scale)
         if optimizer is not None:
             overflow = ~torch.isfinite(self.norm)
-            optimizer.found_inf = overflow.float()       # torch's fused AdamW then does nothing
-            optimizer.overflow = bool(overflow)          # and DeepSpeed's engine knows of it
+            optimizer.found_inf = overflow.float()  # torch's fused AdamW then does nothing
+            optimizer.overflow = bool(overflow)  # and DeepSpeed's engine knows of it

@@ -18,15 +18,26 @@ from megadyn.parallel.wire import pack, unpack
 class Stages(PipelineModule):
     """This rank's stretch of the list. One tensor crosses each boundary."""
 
-    def __init__(self, parts: list[LayerMaker], layer_boundaries: list[int], grid: Grid, *, seq: Axis, tied: bool,
-                 by_document: bool, gate: Callable[[Tensor], Tensor]):
+    def __init__(
+        self,
+        parts: list[LayerMaker],
+        layer_boundaries: list[int],
+        grid: Grid,
+        *,
+        seq: Axis,
+        tied: bool,
+        by_document: bool,
+        gate: Callable[[Tensor], Tensor],
+    ):
         """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`.
 
         Each training loss passes `gate` before the backward pass.
         """
         self.boundaries = part_boundaries(layer_boundaries, len(parts))
         self.rank_grid, self.seq, self.by_document, self.gate = grid, seq, by_document, gate
-        topology = PipeModelDataParallelTopology(num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size)
+        topology = PipeModelDataParallelTopology(
+            num_pp=grid.pp.size, num_mp=grid.tp.size, num_dp=grid.dp.size
+        )
         super().__init__(_specs(parts, tied), topology=topology, loss_fn=self.loss)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -62,6 +73,8 @@ def _specs(parts: list[LayerMaker], tied: bool) -> list[LayerSpec]:
     if not tied:
         return [LayerSpec(part.build, *part.arguments) for part in parts]
     embed, *body, _ = parts
-    return [TiedLayerSpec("embed", embed.build, *embed.arguments),
-            *(LayerSpec(part.build, *part.arguments) for part in body),
-            TiedLayerSpec("embed", embed.build, *embed.arguments, forward_fn=read_out)]
+    return [
+        TiedLayerSpec("embed", embed.build, *embed.arguments),
+        *(LayerSpec(part.build, *part.arguments) for part in body),
+        TiedLayerSpec("embed", embed.build, *embed.arguments, forward_fn=read_out),
+    ]

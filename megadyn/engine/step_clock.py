@@ -27,7 +27,7 @@ class StepClock:
 
     def __init__(self, device: torch.device):
         self._on_stream = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []      # (the part that ran until then, when)
+        self._marks: list[tuple[str, Any]] = []  # (the part that ran until then, when)
         self._running: list[str] = []
         self._watched: list[tuple[Any, Sequence[str]]] = []
         self._stream: Any = None
@@ -42,7 +42,9 @@ class StepClock:
         with ExitStack() as restored:
             for owner, names in self._watched:
                 for name in names:
-                    restored.enter_context(replaced(owner, name, self.timed("communication", getattr(owner, name))))
+                    restored.enter_context(
+                        replaced(owner, name, self.timed("communication", getattr(owner, name)))
+                    )
             # DeepSpeed reduces on a stream of its own: there, a mark would stand out of order.
             self._stream = torch.cuda.current_stream() if self._on_stream else None
             self._running = ["other"]

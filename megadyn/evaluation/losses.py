@@ -19,8 +19,15 @@ from megadyn.network import routed_layers, set_routing_mode
 
 
 @torch.no_grad()
-def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | None = None, batch_size: int = 8,
-             sequence_length: int | None = None) -> dict[str, Any]:
+def evaluate(
+    path: Path,
+    data: Path,
+    *,
+    modes: Sequence[str],
+    samples: int | None = None,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+) -> dict[str, Any]:
     """Mean next-token loss over `data`, in file order, under each routing mode.
 
     Args:
@@ -46,7 +53,9 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
         total = torch.zeros((), dtype=torch.float64, device=device)
         for first in range(0, count, batch_size):
             size = min(batch_size, count - first)
-            tokens, labels = (torch.from_numpy(part).to(device) for part in read_batch(chosen, range(first, first + size)))
+            tokens, labels = (
+                torch.from_numpy(part).to(device) for part in read_batch(chosen, range(first, first + size))
+            )
             total += network(tokens, labels).double() * size
         result[mode] = float(total) / count
         statistics = [layer.monitor.read() for layer in routed]
@@ -55,8 +64,11 @@ def evaluate(path: Path, data: Path, *, modes: Sequence[str], samples: int | Non
             if values:
                 result[name] = sum(values) / len(values)
     losses = {mode: result[mode] for mode in modes}
-    return result | {"tokens": count * length, "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
-                     "bits_per_byte": bits_per_byte(losses, dataset)}
+    return result | {
+        "tokens": count * length,
+        "perplexity": {mode: perplexity(loss) for mode, loss in losses.items()},
+        "bits_per_byte": bits_per_byte(losses, dataset),
+    }
 
 
 def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
@@ -68,13 +80,20 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
     if (record := dataset.record) is None:
         return
     if saved.fingerprint is None:
-        log.warning("nothing says which tokenizer the model was trained with: not compared with that of %s", dataset.prefix)
+        log.warning(
+            "nothing says which tokenizer the model was trained with: not compared with that of %s",
+            dataset.prefix,
+        )
     elif saved.fingerprint != record.fingerprint:
-        raise UserError(f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
-                        f"{record.fingerprint[:12]}), the model was trained with another ({str(saved.fingerprint)[:12]})")
+        raise UserError(
+            f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
+            f"{record.fingerprint[:12]}), the model was trained with another ({str(saved.fingerprint)[:12]})"
+        )
     if record.vocab_size > (saved.model.vocab_size or 0):
-        raise UserError(f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
-                        f"{saved.model.vocab_size}")
+        raise UserError(
+            f"dataset {dataset.prefix} was made with a vocabulary of {record.vocab_size}, larger than the model's "
+            f"{saved.model.vocab_size}"
+        )
 
 
 def perplexity(loss: float) -> float:

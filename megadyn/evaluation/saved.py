@@ -46,16 +46,23 @@ def open_saved(path: Path) -> Saved:
     if problem := damage(folder, sorted(manifest["files"])):
         raise UserError(problem)
     config = load_config(folder / "config.yaml")
-    return Saved(config.model, ShardedTensors(folder, "weights"), thresholds(manifest), config.precision,
-                 config.training.sequence_length,
-                 load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod if config.data.document_mask else None,
-                 _fingerprint(config.tokenizer.path))
+    return Saved(
+        config.model,
+        ShardedTensors(folder, "weights"),
+        thresholds(manifest),
+        config.precision,
+        config.training.sequence_length,
+        load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod
+        if config.data.document_mask
+        else None,
+        _fingerprint(config.tokenizer.path),
+    )
 
 
 def _fingerprint(tokenizer: str) -> str | None:
     try:
         return load_tokenizer(tokenizer).fingerprint
-    except UserError:           # a checkpoint may lie elsewhere than its tokenizer
+    except UserError:  # a checkpoint may lie elsewhere than its tokenizer
         return None
 
 
@@ -68,8 +75,15 @@ def _open_hf(path: Path) -> Saved:
         if name in folder.names():
             found[layer] = RunningThreshold(0.0, float(folder.whole(name)), steps=1)
     precisions = {"bfloat16": "bf16", "float16": "fp16"}
-    return Saved(model, folder, found, precisions.get(folder.dtype, "fp32"), model.max_position or 1024, folder.eod,
-                 fingerprint=tokenizer_settings(path).get(FINGERPRINT))
+    return Saved(
+        model,
+        folder,
+        found,
+        precisions.get(folder.dtype, "fp32"),
+        model.max_position or 1024,
+        folder.eod,
+        fingerprint=tokenizer_settings(path).get(FINGERPRINT),
+    )
 
 
 def load_network(saved: Saved, device: torch.device) -> Network:
@@ -85,8 +99,10 @@ def load_network(saved: Saved, device: torch.device) -> Network:
         for param in network.parameters():
             whole = saved.weights.whole(name_of(param))
             if whole.shape != param.shape:
-                raise UserError(f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
-                                f"{tuple(param.shape)}")
+                raise UserError(
+                    f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
+                    f"{tuple(param.shape)}"
+                )
             param.copy_(whole)
     for index, threshold in thresholds_of(routed_layers(network)).items():
         if index not in saved.thresholds:

@@ -50,8 +50,8 @@ ROUTING_MODES = ("causal", "topk")
 class Router(NamedTuple):
     """What the keys of `routing` must be."""
 
-    required: tuple[str, ...] = ()      # numbers that the weights alone do not tell
-    choices: dict[str, tuple[str, ...]] = {}      # keys with a fixed set of values; the first is the default
+    required: tuple[str, ...] = ()  # numbers that the weights alone do not tell
+    choices: dict[str, tuple[str, ...]] = {}  # keys with a fixed set of values; the first is the default
 
 
 class ExportedKind(NamedTuple):
@@ -107,12 +107,17 @@ def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
         one_of(f"routing.{key} with router_type = {router_type}", routing.get(key, allowed[0]), allowed)
     for key in router.required:
         check_number(key, routing[key])
-    return {"router_type": router_type} | {key: allowed[0] for key, allowed in router.choices.items()} | routing
+    return (
+        {"router_type": router_type} | {key: allowed[0] for key, allowed in router.choices.items()} | routing
+    )
 
 
 def has_topk(routing: dict[str, Any]) -> bool:
     """Whether layers can choose by top-k; where they cannot, the two routing modes are one."""
-    return "capacity" in kind_of(routing).routers[routing["router_type"]].required and routing.get("choose") != "threshold"
+    return (
+        "capacity" in kind_of(routing).routers[routing["router_type"]].required
+        and routing.get("choose") != "threshold"
+    )
 
 
 def check_layer_types(layer_types: list[str], routing: dict[str, Any], num_layers: int) -> None:
@@ -133,7 +138,9 @@ def layer_types_of(routed_layer_types: list[str], layer_types: list[str] | None)
     if not layer_types or set(layer_types) == {"full_attention"}:
         return routed_layer_types
     if routed_layer_types and list(routed_layer_types) != list(layer_types):
-        raise ValueError(f"layer_types = {layer_types!r}: must be left out, because routed_layer_types has other values")
+        raise ValueError(
+            f"layer_types = {layer_types!r}: must be left out, because routed_layer_types has other values"
+        )
     return layer_types
 
 
@@ -187,8 +194,10 @@ class MegadynConfig(PretrainedConfig):
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
         check_rotary(self.rope_parameters)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: must divide "
-                             f"num_attention_heads = {self.num_attention_heads}")
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads}: must divide "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
         self.validate_routed_layers()
         self.validate_documents()
 

@@ -16,13 +16,24 @@ from megadyn.kinds import Kind, module_of
 from megadyn.log import log
 from megadyn.tokenization.tokenizer import load_tokenizer
 
-QWEN2_UNMASKED = ("The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
-                  "of several documents give it position_ids that start again")
+QWEN2_UNMASKED = (
+    "The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
+    "of several documents give it position_ids that start again"
+)
 
 
-def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], *, tokenizer: str, style: str,
-                    dtype: str, shard_bytes: int, eod: str | None = None,
-                    document_mask: bool = False) -> dict[str, Any]:
+def write_hf_folder(
+    folder: Path,
+    model: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer: str,
+    style: str,
+    dtype: str,
+    shard_bytes: int,
+    eod: str | None = None,
+    document_mask: bool = False,
+) -> dict[str, Any]:
     """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the modelling files.
 
     Args:
@@ -32,7 +43,9 @@ def write_hf_folder(folder: Path, model: ModelConfig, tensors: Iterable[tuple[st
         eod: the token that ended documents in training, if that is not the tokenizer's own.
         document_mask: whether the run masked its samples by document; config.json then says so, with the id that ends one.
     """
-    summary = write_shards(with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes)
+    summary = write_shards(
+        with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes
+    )
     special, note = write_tokenizer(tokenizer, folder, model.max_position, eod)
     described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
     documents = document_fields(load_tokenizer(tokenizer, eod).eod if document_mask else None)
@@ -104,10 +117,17 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
         total, parameters = total + tensor.nbytes, parameters + tensor.numel()
     flush()
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):              # a shard's name holds their number, known only now
-        final = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+    for number, names in enumerate(shards):  # a shard's name holds their number, known only now
+        final = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        )
         (folder / f"part-{number}").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     if len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
     return {"parameters": parameters, "bytes": total, "shards": len(shards)}

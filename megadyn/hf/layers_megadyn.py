@@ -26,10 +26,11 @@ from .configuration_megadyn import MegadynConfig
 class Packed(NamedTuple):
     """Some tokens of each row, pushed to the left in their order. Columns beyond a row's count hold other tokens."""
 
-    index_BC: Tensor      # the column each came from; distinct in a row
-    valid_BC: Tensor      # False beyond the row's count
-    counts: list[int]     # per row
-    segment_BC: Tensor | None = None      # the text each belongs to, which attention must not leave; None: each row is one
+    index_BC: Tensor  # the column each came from; distinct in a row
+    valid_BC: Tensor  # False beyond the row's count
+    counts: list[int]  # per row
+    # the text each belongs to, which attention must not leave; None: each row is one
+    segment_BC: Tensor | None = None
 
 
 def pack(mask_BT: Tensor, least: int = 0, segment_BT: Tensor | None = None) -> Packed:
@@ -37,7 +38,9 @@ def pack(mask_BT: Tensor, least: int = 0, segment_BT: Tensor | None = None) -> P
     counts = mask_BT.sum(1).tolist()
     width = max(least, *counts)
     index_BT = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    valid_BT = torch.arange(width, device=mask_BT.device) < torch.tensor(counts, device=mask_BT.device)[:, None]
+    valid_BT = (
+        torch.arange(width, device=mask_BT.device) < torch.tensor(counts, device=mask_BT.device)[:, None]
+    )
     segment_BC = None if segment_BT is None else segment_BT.gather(1, index_BT[:, :width])
     return Packed(index_BT[:, :width], valid_BT, counts, segment_BC)
 
@@ -58,7 +61,9 @@ def _over_columns(per_column_BC: Tensor, x: Tensor) -> Tensor:
     return per_column_BC.view(*per_column_BC.shape, *[1] * (x.dim() - 2))
 
 
-def best_of_each_row(score_BC: Tensor, tokens: Packed, capacity: float, sequence_BC: Tensor | None = None) -> Tensor:
+def best_of_each_row(
+    score_BC: Tensor, tokens: Packed, capacity: float, sequence_BC: Tensor | None = None
+) -> Tensor:
     """Mask [B, C] of exactly k = max(1, floor(capacity * tokens)) best scores of each sequence; ties go to the earlier token.
 
     `sequence_BC` numbers the sequences of a row, rising; None if each row is one.
@@ -66,13 +71,17 @@ def best_of_each_row(score_BC: Tensor, tokens: Packed, capacity: float, sequence
     columns = score_BC.shape[1]
     if sequence_BC is None:
         sequence_BC = torch.zeros_like(tokens.index_BC)
-    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)      # behind all others
-    best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(dim=1, descending=True, stable=True)
+    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)  # behind all others
+    best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(
+        dim=1, descending=True, stable=True
+    )
     by_sequence_BC = sequence_BC.gather(1, best_first_BC).argsort(dim=1, stable=True)
     best_first_BC = best_first_BC.gather(1, by_sequence_BC)
     sorted_BC = sequence_BC.gather(1, best_first_BC)
     start_BC, end_BC = (torch.searchsorted(sorted_BC, sorted_BC, right=right) for right in (False, True))
-    wanted = torch.tensor([max(1, math.floor(capacity * count)) for count in range(columns + 1)], device=score_BC.device)
+    wanted = torch.tensor(
+        [max(1, math.floor(capacity * count)) for count in range(columns + 1)], device=score_BC.device
+    )
     rank_BC = torch.arange(columns, device=score_BC.device) - start_BC
     chosen_BC = rank_BC < wanted[end_BC - start_BC]
     return torch.zeros_like(tokens.valid_BC).scatter(1, best_first_BC, chosen_BC) & tokens.valid_BC
@@ -84,11 +93,18 @@ def best_of_each_row(score_BC: Tensor, tokens: Packed, capacity: float, sequence
 def sequence_ids(cu_seq_lens: Tensor, max_length: int | Tensor | None, rows: int, columns: int) -> Tensor:
     """Sequences [B, T] by running lengths [sequences + 1] over the flattened batch, as FlashAttention takes them."""
     total = rows * columns
-    if cu_seq_lens.dim() != 1 or cu_seq_lens[0] != 0 or cu_seq_lens[-1] != total or (cu_seq_lens.diff() < 0).any():
+    if (
+        cu_seq_lens.dim() != 1
+        or cu_seq_lens[0] != 0
+        or cu_seq_lens[-1] != total
+        or (cu_seq_lens.diff() < 0).any()
+    ):
         raise ValueError(f"cu_seq_lens_q must rise from 0 to {total}, the number of tokens")
     longest = int(cu_seq_lens.diff().max())
     if max_length is not None and int(max_length) < longest:
-        raise ValueError(f"max_length_q = {int(max_length)}: must be at least {longest}, the longest sequence of cu_seq_lens_q")
+        raise ValueError(
+            f"max_length_q = {int(max_length)}: must be at least {longest}, the longest sequence of cu_seq_lens_q"
+        )
     place = torch.arange(total, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
     ids_BT = torch.searchsorted(cu_seq_lens, place, right=True).view(rows, columns)
     if (ids_BT[1:, 0] == ids_BT[:-1, -1]).any():
@@ -100,9 +116,9 @@ class Borders(NamedTuple):
     """Where texts begin and end among the packed tokens of a call; masks [B, C]. The first token of a row counts only if
     earlier calls gave the row others."""
 
-    sequence_BC: Tensor      # begins a sequence
-    text_BC: Tensor          # begins a sequence or a document
-    ended_BC: Tensor         # ends a document
+    sequence_BC: Tensor  # begins a sequence
+    text_BC: Tensor  # begins a sequence or a document
+    ended_BC: Tensor  # ends a document
 
 
 def changes(x_BC: Tensor) -> Tensor:
@@ -145,13 +161,15 @@ class LayerCache:
     def __init__(self) -> None:
         self.key_BPGK: Tensor | None = None
         self.value_BPGK: Tensor | None = None
-        self.segment_BP: Tensor | None = None     # the text each belongs to; None: each row is one
-        self.recent_BW: Tensor | None = None      # the W - 1 latest static surprises
-        self.last_BD: Tensor | None = None        # what the layer made of its latest token
-        self.again: LayerCache | None = None      # of the second time, where a layer processes tokens twice
-        self.counts: list[int] = []               # tokens held, per row
+        self.segment_BP: Tensor | None = None  # the text each belongs to; None: each row is one
+        self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
+        self.last_BD: Tensor | None = None  # what the layer made of its latest token
+        self.again: LayerCache | None = None  # of the second time, where a layer processes tokens twice
+        self.counts: list[int] = []  # tokens held, per row
 
-    def append(self, key_BCGK: Tensor, value_BCGK: Tensor, new: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(
+        self, key_BCGK: Tensor, value_BCGK: Tensor, new: Packed
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stores the new tokens; returns the keys, values and mask [B, C, P] that they attend with (None: all before them)."""
         is_first = self.key_BPGK is None
         before = [0] * len(new.counts) if is_first else self.counts
@@ -164,7 +182,8 @@ class LayerCache:
         self.key_BPGK[row, slot] = key_BCGK[row, column]
         self.value_BPGK[row, slot] = value_BCGK[row, column]
         if new.segment_BC is not None:
-            self.segment_BP = self._grown(self.segment_BP, new.segment_BC)      # what came before the first border is text 0
+            # what came before the first border is text 0
+            self.segment_BP = self._grown(self.segment_BP, new.segment_BC)
             self.segment_BP[row, slot] = new.segment_BC[row, column]
         if is_first:
             return key_BCGK, value_BCGK, mask_inside(new)
@@ -172,7 +191,8 @@ class LayerCache:
         mask_BCP = torch.arange(self.key_BPGK.shape[1], device=key_BCGK.device) <= last_BC[..., None]
         if new.segment_BC is not None and self.segment_BP is not None:
             is_inside_BCP = self.segment_BP[:, None, :] == new.segment_BC[..., None]
-            mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])      # a query that sees nothing would give NaN
+            # a query that sees nothing would give NaN
+            mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])
         return self.key_BPGK, self.value_BPGK, mask_BCP
 
     def continues(self, new: Packed) -> Tensor:
@@ -182,7 +202,7 @@ class LayerCache:
         count_B = torch.tensor(self.counts, device=new.valid_BC.device)
         if new.segment_BC is None:
             return count_B > 0
-        last_B = torch.zeros_like(new.segment_BC[:, 0])                         # text 0 while each row was one
+        last_B = torch.zeros_like(new.segment_BC[:, 0])  # text 0 while each row was one
         if self.segment_BP is not None:
             last_B = self.segment_BP.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
         return (count_B > 0) & (last_B == new.segment_BC[:, 0])
@@ -196,7 +216,7 @@ class LayerCache:
         """A copy of `old` with room for the longest row."""
         grown = like.new_zeros(like.shape[0], max(self.counts), *like.shape[2:])
         if old is not None:
-            grown[:, :old.shape[1]] = old
+            grown[:, : old.shape[1]] = old
         return grown
 
     def select_rows(self, rows: list[int]) -> None:
@@ -208,7 +228,7 @@ class LayerCache:
             self.last_BD = self.last_BD[rows]
         if self.key_BPGK is not None and self.value_BPGK is not None:
             self.counts = [self.counts[row] for row in rows]
-            longest = max(self.counts)      # the row that was longest may be gone
+            longest = max(self.counts)  # the row that was longest may be gone
             self.key_BPGK, self.value_BPGK = self.key_BPGK[rows, :longest], self.value_BPGK[rows, :longest]
             if self.segment_BP is not None:
                 self.segment_BP = self.segment_BP[rows, :longest]
@@ -217,9 +237,9 @@ class LayerCache:
 class Texts(NamedTuple):
     """Where each row of a cache stands in the text that its last token belongs to."""
 
-    position_B: Tensor               # of the next token, as rotary embedding counts
-    place_B: Tensor                  # of the next token in its text; another number where a caller gives positions
-    ended_B: Tensor                  # whether the last token ended a document
+    position_B: Tensor  # of the next token, as rotary embedding counts
+    place_B: Tensor  # of the next token in its text; another number where a caller gives positions
+    ended_B: Tensor  # whether the last token ended a document
     segment_B: Tensor | None = None  # the number of the text in its row; None while each row is one text
 
     @classmethod
@@ -240,7 +260,7 @@ class MegadynCache(Cache):
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[LayerCache() for _ in range(num_layers)])
         self.columns = 0
-        self.seen: list[int] = []      # real tokens so far, per row
+        self.seen: list[int] = []  # real tokens so far, per row
         self.texts: Texts | None = None
 
     def advance(self, columns: int, counts: list[int], texts: "Texts") -> None:
@@ -257,7 +277,7 @@ class MegadynCache(Cache):
         return self.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1      # no limit
+        return -1  # no limit
 
     @property
     def is_compileable(self) -> bool:
@@ -296,7 +316,7 @@ class Stream(NamedTuple):
     """What a layer hands to the next."""
 
     hidden_BCD: Tensor
-    score_BC: Tensor | None = None      # DTF: a decision layer's r = -log(1 - G) for its dynamic layer
+    score_BC: Tensor | None = None  # DTF: a decision layer's r = -log(1 - G) for its dynamic layer
 
 
 class Routing(NamedTuple):
@@ -304,20 +324,20 @@ class Routing(NamedTuple):
 
     processed_BC: Tensor
     gate_BC: Tensor | None = None
-    weight_BHCP: Tensor | None = None      # attention weights, if asked for
+    weight_BHCP: Tensor | None = None  # attention weights, if asked for
 
 
 class Context(NamedTuple):
     """What all layers of one call share."""
 
-    tokens: Packed           # the real tokens of each row
+    tokens: Packed  # the real tokens of each row
     cos_BCK: Tensor
     sin_BCK: Tensor
-    continues_B: Tensor      # rows whose first token goes on with a text of earlier calls
+    continues_B: Tensor  # rows whose first token goes on with a text of earlier calls
     topk: bool
-    place_BC: Tensor         # of each token in its text, from 0
-    sequence_BC: Tensor | None = None      # what top-k counts over; None: each row
-    attentions: bool = False               # whether layers return attention weights
+    place_BC: Tensor  # of each token in its text, from 0
+    sequence_BC: Tensor | None = None  # what top-k counts over; None: each row
+    attentions: bool = False  # whether layers return attention weights
 
 
 def wide(x: Tensor) -> Tensor:
@@ -325,7 +345,9 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rotary_table(position_BC: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    position_BC: Tensor, head_size: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, C, K] of rotary positions, computed in at least float32."""
     precision = torch.float64 if dtype == torch.float64 else torch.float32
     exponent = torch.arange(0, head_size, 2, device=position_BC.device).to(precision) / head_size
@@ -340,14 +362,24 @@ def rotate(x_BCHK: Tensor, cos_BCK: Tensor, sin_BCK: Tensor) -> Tensor:
     return x_BCHK * cos_BCK.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin_BCK.unsqueeze(2)
 
 
-def eager_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                    scaling: float, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
     """Averages [B, C, H, K] and weights [B, H, C, P] of grouped-query attention, in the form of transformers' own functions:
     query [B, H, C, K], key and value [B, G, P, K], mask [B, 1, C, P] of bool; without one it is causal, and P = C."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     if attention_mask is None:
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        attention_mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()
     score = wide(query @ key.transpose(2, 3) * scaling).masked_fill(~attention_mask, -math.inf)
     weight = score.softmax(dim=-1).to(query.dtype)
     return (weight @ value).transpose(1, 2), weight
@@ -376,18 +408,27 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.num_key_value_groups = q_size // kv_size
-        self.scaling, self.is_causal = self.head_size ** -0.5, True      # read by transformers' attention functions
+        # read by transformers' attention functions
+        self.scaling, self.is_causal = self.head_size**-0.5, True
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         hybrid = config.normalization == "hybridnorm"
         self.q_norm, self.k_norm, self.v_norm = (
-            MegadynRMSNorm(self.head_size, config.rms_norm_eps) if hybrid else nn.Identity() for _ in range(3))
+            MegadynRMSNorm(self.head_size, config.rms_norm_eps) if hybrid else nn.Identity() for _ in range(3)
+        )
 
     def values(self, x_BCD: Tensor) -> Tensor:
         """V(x) [B, C, G, K]."""
         return self.v_norm(self.v_proj(x_BCD).unflatten(-1, (-1, self.head_size)))
 
-    def mix(self, x_BCD: Tensor, v_BCGK: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
-            cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+    def mix(
+        self,
+        x_BCD: Tensor,
+        v_BCGK: Tensor,
+        cos_BCK: Tensor,
+        sin_BCK: Tensor,
+        tokens: Packed,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """Each head's average of values [B, C, H, K], the output projection's input, and attention's weights [B, H, C, P] if
         the implementation gives them."""
         heads = (-1, self.head_size)
@@ -399,10 +440,19 @@ class Attention(nn.Module):
             k_BPGK, v_BPGK, mask_BCP = cache.append(k_BPGK, v_BCGK, tokens)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         q, k, v = (x.transpose(1, 2) for x in (q_BCHK, k_BPGK, v_BPGK))
-        return attention(self, q, k, v, None if mask_BCP is None else mask_BCP.unsqueeze(1), scaling=self.scaling, dropout=0.0)
+        return attention(
+            self,
+            q,
+            k,
+            v,
+            None if mask_BCP is None else mask_BCP.unsqueeze(1),
+            scaling=self.scaling,
+            dropout=0.0,
+        )
 
-    def forward(self, x_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
-                cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The projected output [B, C, D], and the weights as in `mix`."""
         mixed_BCHK, weight_BHCP = self.mix(x_BCD, self.values(x_BCD), cos_BCK, sin_BCK, tokens, cache)
         return self.o_proj(mixed_BCHK.flatten(2)), weight_BHCP
@@ -423,7 +473,7 @@ class CheckpointedLayer(GradientCheckpointingLayer):
     """Recomputes in the backward pass what it computes, never what it chose: so `run` stands where transformers' class
     would wrap the whole of `forward` (by this hook, and in its early versions by `__call__`)."""
 
-    _gradient_checkpointing_func: Callable[..., Any]      # set by PreTrainedModel
+    _gradient_checkpointing_func: Callable[..., Any]  # set by PreTrainedModel
     __call__ = nn.Module.__call__
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -447,11 +497,15 @@ class DenseLayer(CheckpointedLayer):
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = (
-            nn.Identity() if self.is_hybrid else MegadynRMSNorm(config.hidden_size, config.rms_norm_eps, scale))
+            nn.Identity()
+            if self.is_hybrid
+            else MegadynRMSNorm(config.hidden_size, config.rms_norm_eps, scale)
+        )
         self.post_attention_layernorm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps, scale)
 
-    def process(self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed,
-                cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+    def process(
+        self, h_BCD: Tensor, cos_BCK: Tensor, sin_BCK: Tensor, tokens: Packed, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
         """h + Block(h), and attention's weights as in `Attention.mix`."""
         update_BCD, weight_BHCP = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, tokens, cache)
         return self.add_mlp(h_BCD + update_BCD), weight_BHCP
@@ -462,8 +516,11 @@ class DenseLayer(CheckpointedLayer):
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         h_BCD, weight_BHCP = self.run(
-            self.process, stream.hidden_BCD, context.cos_BCK, context.sin_BCK, context.tokens, cache=cache)
-        return Stream(h_BCD), Routing(context.tokens.valid_BC, weight_BHCP=weight_BHCP if context.attentions else None)
+            self.process, stream.hidden_BCD, context.cos_BCK, context.sin_BCK, context.tokens, cache=cache
+        )
+        return Stream(h_BCD), Routing(
+            context.tokens.valid_BC, weight_BHCP=weight_BHCP if context.attentions else None
+        )
 
 
 # ---- choosing tokens -----------------------------------------------------------------------------
@@ -552,8 +609,13 @@ class ConstantRule(nn.Module):
         return score_BT > 0
 
 
-CAUSAL_RULES = {"threshold": ThresholdRule, "predictor": PredictorRule, "bce": ConstantRule, "sign": ConstantRule,
-                "token_choice": ConstantRule}
+CAUSAL_RULES = {
+    "threshold": ThresholdRule,
+    "predictor": PredictorRule,
+    "bce": ConstantRule,
+    "sign": ConstantRule,
+    "token_choice": ConstantRule,
+}
 
 
 class RoutedLayer(DenseLayer):
@@ -569,8 +631,9 @@ class RoutedLayer(DenseLayer):
             return best_of_each_row(score_BT, context.tokens, cast(float, self.capacity), context.sequence_BC)
         return self.causal_router(score_BT, h_BTD) & context.tokens.valid_BC
 
-    def route(self, h_BTD: Tensor, score_BT: Tensor, gate_BT: Tensor, context: Context,
-              cache: LayerCache | None) -> tuple[Stream, Routing]:
+    def route(
+        self, h_BTD: Tensor, score_BT: Tensor, gate_BT: Tensor, context: Context, cache: LayerCache | None
+    ) -> tuple[Stream, Routing]:
         """h + gate * Block(h) for the tokens that the score selects, h for the rest."""
         routing = Routing(self.choose(score_BT.detach(), h_BTD, context), score_BT.detach())
         chosen = pack(routing.processed_BC, segment_BT=context.tokens.segment_BC)

@@ -86,19 +86,25 @@ def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", colum
         if name == "cache_position" and value is not None:
             past = 0 if cache is None else cache.columns
             if value.tolist() != list(range(past, past + columns)):
-                raise ValueError(f"cache_position: must count from {past}, the number of columns in the cache")
+                raise ValueError(
+                    f"cache_position: must count from {past}, the number of columns in the cache"
+                )
         elif not any(value is silent for silent in SILENT_VALUES[name]):
             raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
 
 
-def unpacked_weights(weight_BHCP: Tensor, tokens: Packed, keys: Packed, columns: int, past_columns: int) -> Tensor:
+def unpacked_weights(
+    weight_BHCP: Tensor, tokens: Packed, keys: Packed, columns: int, past_columns: int
+) -> Tensor:
     """Attention's weights [B, H, T, L] over the columns as given; the very tensor if nothing was packed."""
     rows, heads = weight_BHCP.shape[:2]
     total = past_columns + columns
     if min(tokens.counts) == columns and min(keys.counts) == total:
         return weight_BHCP
     index_BHCP = keys.index_BC[:, None, None, :].expand_as(weight_BHCP)
-    weight_BHCL = weight_BHCP.new_zeros(rows, heads, weight_BHCP.shape[2], total).scatter(3, index_BHCP, weight_BHCP)
+    weight_BHCL = weight_BHCP.new_zeros(rows, heads, weight_BHCP.shape[2], total).scatter(
+        3, index_BHCP, weight_BHCP
+    )
     weight_BCHL = weight_BHCL.transpose(1, 2)
     return put_back(weight_BCHL.new_zeros(rows, columns, heads, total), tokens, weight_BCHL).transpose(1, 2)
 
@@ -110,12 +116,19 @@ def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCac
         past = 0 if cache is None else cache.columns
         return torch.ones(rows, past + columns, dtype=torch.bool, device=x_BTD.device)
     if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]")
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]"
+        )
     return attention_mask != 0
 
 
-def sequences_of_call(cu_seq_lens: tuple[Tensor | None, Tensor | None], max_lengths: tuple[int | None, int | None],
-                      seq_idx: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor | None:
+def sequences_of_call(
+    cu_seq_lens: tuple[Tensor | None, Tensor | None],
+    max_lengths: tuple[int | None, int | None],
+    seq_idx: Tensor | None,
+    x_BTD: Tensor,
+    cache: MegadynCache | None,
+) -> Tensor | None:
     """Numbers [B, T] that differ from one sequence to the next; None if neither form of them was given.
 
     Args:
@@ -127,7 +140,9 @@ def sequences_of_call(cu_seq_lens: tuple[Tensor | None, Tensor | None], max_leng
     if lengths is None and seq_idx is None:
         return None
     if cache is not None and any(cache.seen):
-        raise ValueError("cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values")
+        raise ValueError(
+            "cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values"
+        )
     if lengths is None:
         return cast(Tensor, seq_idx).expand(x_BTD.shape[0], -1)
     ids_BT = sequence_ids(lengths, max_length, *x_BTD.shape[:2])
@@ -141,11 +156,15 @@ def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
     if of_queries is None or of_keys is None:
         return of_keys if of_queries is None else of_queries
     if not torch.equal(torch.as_tensor(of_queries), torch.as_tensor(of_keys)):
-        raise ValueError(f"{name}_k differs from {name}_q: tokens attend to their own sequence only, so both must be equal")
+        raise ValueError(
+            f"{name}_k differs from {name}_q: tokens attend to their own sequence only, so both must be equal"
+        )
     return of_queries
 
 
-def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor) -> Texts:
+def texts_after(
+    before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor
+) -> Texts:
     """Where each row stands after a call: at its last token, or as `before` if it has none."""
     count_B = torch.tensor(tokens.counts, device=position_BC.device)
     row_B, last_B = torch.arange(len(count_B), device=count_B.device), (count_B - 1).clamp(min=0)
@@ -155,8 +174,12 @@ def texts_after(before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Te
         return torch.where(count_B > 0, last, torch.zeros_like(last) if before_B is None else before_B)
 
     segment_B = None if tokens.segment_BC is None else at_last(tokens.segment_BC, before.segment_B)
-    return Texts(at_last(position_BC + 1, before.position_B), at_last(place_BC + 1, before.place_B),
-                 at_last(ended_BC, before.ended_B), segment_B)
+    return Texts(
+        at_last(position_BC + 1, before.position_B),
+        at_last(place_BC + 1, before.place_B),
+        at_last(ended_BC, before.ended_B),
+        segment_B,
+    )
 
 
 class MegadynPreTrainedModel(PreTrainedModel):
@@ -167,12 +190,12 @@ class MegadynPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _is_stateful = True      # the cache cannot be rolled back, so assisted generation is refused
+    _is_stateful = True  # the cache cannot be rolled back, so assisted generation is refused
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded      # a tuple with output_loading_info=True
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         convert = exported_kind(model.config.routing).convert
         if convert is not None:
             convert(model)
@@ -187,17 +210,23 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
-        check_rotary(config.rope_parameters)      # it may have been changed since the configuration was made
+        check_rotary(config.rope_parameters)  # it may have been changed since the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kind = exported_kind(config.routing)
         layers = {"dense": DenseLayer} | kind.layers
-        self.layers = nn.ModuleList(layers[name](config, i) for i, name in enumerate(config.routed_layer_types, 1))
+        self.layers = nn.ModuleList(
+            layers[name](config, i) for i, name in enumerate(config.routed_layer_types, 1)
+        )
         self.norm = MegadynRMSNorm(config.hidden_size, config.rms_norm_eps)
         if kind.convert_state is not None:
             self.register_load_state_dict_pre_hook(kind.convert_state)
-        routers = {part for name in self.state_dict() for part in name.split(".")} & {"router", "causal_router"}
+        routers = {part for name in self.state_dict() for part in name.split(".")} & {
+            "router",
+            "causal_router",
+        }
         self._keep_in_fp32_modules_strict = sorted(routers)
-        self._keep_in_fp32_modules = [".*router"] if routers else []      # for quantizers, which leave these as they are
+        # for quantizers, which leave these as they are
+        self._keep_in_fp32_modules = [".*router"] if routers else []
         self.post_init()
 
     @can_return_tuple
@@ -232,10 +261,14 @@ class MegadynModel(MegadynPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = self.attentions_asked(output_attentions)
-        given = sequences_of_call((cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache)
+        given = sequences_of_call(
+            (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache
+        )
         mask_BL = mask_of_call(attention_mask, x_BTD, cache)
-        tokens = pack(mask_BL[:, -x_BTD.shape[1]:], least=1)
-        context, texts = self.context_of_call(x_BTD, tokens, input_ids, position_ids, given, cache, output_attentions)
+        tokens = pack(mask_BL[:, -x_BTD.shape[1] :], least=1)
+        context, texts = self.context_of_call(
+            x_BTD, tokens, input_ids, position_ids, given, cache, output_attentions
+        )
         tokens = context.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
@@ -245,11 +278,14 @@ class MegadynModel(MegadynPreTrainedModel):
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(stream.hidden_BCD))
-                stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))      # gradients reach what is returned
+                # gradients reach what is returned
+                stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))
             stream, routing = layer(stream, context, None if cache is None else cache.layers[i])
             routings.append(routing)
         last_hidden_state = unpacked(self.norm(stream.hidden_BCD))
-        attentions = self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
+        attentions = (
+            self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
+        )
         if cache is not None:
             cache.advance(x_BTD.shape[1], tokens.counts, texts)
         return MegadynModelOutput(
@@ -258,7 +294,9 @@ class MegadynModel(MegadynPreTrainedModel):
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=attentions,
             routing=tuple(unpacked(r.processed_BC) for r in routings) if output_routing else None,
-            gates=tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings) if output_routing else None,
+            gates=tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings)
+            if output_routing
+            else None,
         )
 
     @property
@@ -277,20 +315,34 @@ class MegadynModel(MegadynPreTrainedModel):
     def check_attentions(self) -> None:
         """ValueError if layers cannot return attention weights."""
         if self.config.routing["kind"] != "dense":
-            raise ValueError("output_attentions is not supported: routed layers attend among different tokens")
+            raise ValueError(
+                "output_attentions is not supported: routed layers attend among different tokens"
+            )
         if self.config._attn_implementation != "eager":
-            raise ValueError(f"output_attentions needs attn_implementation = 'eager': "
-                             f"{self.config._attn_implementation!r} returns no weights")
+            raise ValueError(
+                f"output_attentions needs attn_implementation = 'eager': "
+                f"{self.config._attn_implementation!r} returns no weights"
+            )
 
-    def attentions_of_call(self, routings: list[Routing], tokens: Packed, mask_BL: Tensor, x_BTD: Tensor,
-                           cache: MegadynCache | None) -> tuple[Tensor, ...]:
+    def attentions_of_call(
+        self,
+        routings: list[Routing],
+        tokens: Packed,
+        mask_BL: Tensor,
+        x_BTD: Tensor,
+        cache: MegadynCache | None,
+    ) -> tuple[Tensor, ...]:
         """Each layer's attention weights over columns as given; `mask_BL` as in `mask_of_call`."""
         columns, past = x_BTD.shape[1], 0 if cache is None else cache.columns
         if mask_BL.shape[1] != past + columns:
-            raise ValueError(f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions must have {past + columns}, "
-                             "those in the cache among them")
+            raise ValueError(
+                f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions must have {past + columns}, "
+                "those in the cache among them"
+            )
         keys = pack(mask_BL, least=1)
-        return tuple(unpacked_weights(cast(Tensor, r.weight_BHCP), tokens, keys, columns, past) for r in routings)
+        return tuple(
+            unpacked_weights(cast(Tensor, r.weight_BHCP), tokens, keys, columns, past) for r in routings
+        )
 
     def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
         """The given cache, a new one, or none; top-k routing cannot have one, because it looks at the whole sequence."""
@@ -299,19 +351,30 @@ class MegadynModel(MegadynPreTrainedModel):
         if given is None and not use_cache:
             return None
         if self.topk:
-            raise ValueError("routing_mode = 'topk' looks at the whole sequence, so it cannot decode with a cache: "
-                             "pass use_cache=False, or set config.routing_mode = 'causal'")
+            raise ValueError(
+                "routing_mode = 'topk' looks at the whole sequence, so it cannot decode with a cache: "
+                "pass use_cache=False, or set config.routing_mode = 'causal'"
+            )
         cache = MegadynCache(len(self.layers)) if given is None else given
         if not isinstance(cache, MegadynCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
-                             "leave it out, and the model makes a MegadynCache")
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
+                "leave it out, and the model makes a MegadynCache"
+            )
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
         return cache
 
-    def borders_of_call(self, tokens: Packed, input_ids: Tensor | None, position_ids: Tensor | None,
-                        sequence_BT: Tensor | None, before: Texts, goes_on_B: Tensor) -> Borders:
+    def borders_of_call(
+        self,
+        tokens: Packed,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        sequence_BT: Tensor | None,
+        before: Texts,
+        goes_on_B: Tensor,
+    ) -> Borders:
         """Arguments as in `context_of_call`; `goes_on_B`: rows with tokens in the cache."""
         sequence_BC, ended_BC = torch.zeros_like(tokens.valid_BC), torch.zeros_like(tokens.valid_BC)
         if position_ids is not None:
@@ -321,15 +384,25 @@ class MegadynModel(MegadynPreTrainedModel):
         text_BC = sequence_BC
         if self.config.document_mask:
             if input_ids is None:
-                raise ValueError("config.document_mask = True: give input_ids, because inputs_embeds do not show where a "
-                                 "document ends")
+                raise ValueError(
+                    "config.document_mask = True: give input_ids, because inputs_embeds do not show where a "
+                    "document ends"
+                )
             ended_BC = take(input_ids, tokens) == self.config.eod_token_id
             ended_before_B = before.ended_B & goes_on_B
             text_BC = sequence_BC | torch.cat((ended_before_B[:, None], ended_BC[:, :-1]), dim=1)
         return Borders(sequence_BC & tokens.valid_BC, text_BC & tokens.valid_BC, ended_BC)
 
-    def context_of_call(self, x_BTD: Tensor, tokens: Packed, input_ids: Tensor | None, position_ids: Tensor | None,
-                        sequence_BT: Tensor | None, cache: MegadynCache | None, attentions: bool) -> tuple[Context, Texts]:
+    def context_of_call(
+        self,
+        x_BTD: Tensor,
+        tokens: Packed,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        sequence_BT: Tensor | None,
+        cache: MegadynCache | None,
+        attentions: bool,
+    ) -> tuple[Context, Texts]:
         """What the layers share, and where each row stands after this call; `sequence_BT` as in `sequences_of_call`."""
         rows, device = x_BTD.shape[0], x_BTD.device
         before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
@@ -354,8 +427,16 @@ class MegadynModel(MegadynPreTrainedModel):
             sequence_BC = borders.sequence_BC.cumsum(1)
         theta = cast(dict, self.config.rope_parameters)["rope_theta"]
         cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
-        context = Context(tokens, cos_BCK, sin_BCK, goes_on_B & ~borders.text_BC[:, 0], self.topk, place_BC, sequence_BC,
-                          attentions)
+        context = Context(
+            tokens,
+            cos_BCK,
+            sin_BCK,
+            goes_on_B & ~borders.text_BC[:, 0],
+            self.topk,
+            place_BC,
+            sequence_BC,
+            attentions,
+        )
         return context, texts_after(before, tokens, position_BC, place_BC, borders.ended_BC)
 
 
@@ -393,33 +474,58 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
         `shift_labels` has them shifted. Other arguments as in `MegadynModel.forward`."""
         of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions, output_routing=output_routing, cu_seq_lens_q=cu_seq_lens_q,
-            cu_seq_lens_k=cu_seq_lens_k, max_length_q=max_length_q, max_length_k=max_length_k, seq_idx=seq_idx,
-            return_dict=True, **kwargs)
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_routing=output_routing,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
+            seq_idx=seq_idx,
+            return_dict=True,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
-        return MegadynOutput(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-                             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
-                             routing=outputs.routing, gates=outputs.gates)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss
+            )
+        return MegadynOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            routing=outputs.routing,
+            gates=outputs.gates,
+        )
 
     def _prepare_cache_for_generation(
-            self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         """transformers' hook: without it `generate` would build a DynamicCache, which holds every token in every layer."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: a routed model has its own")
+            raise ValueError(
+                f"cache_implementation = {generation_config.cache_implementation!r}: a routed model has its own"
+            )
         model_kwargs["past_key_values"] = MegadynCache(self.config.num_hidden_layers)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' hook for all of it."""
-        raise ValueError("continuous batching (generate_batch) is not supported: its paged cache holds every token in every "
-                         "layer, but routed layers hold only those that they process; use generate with a padded batch")
+        raise ValueError(
+            "continuous batching (generate_batch) is not supported: its paged cache holds every token in every "
+            "layer, but routed layers hold only those that they process; use generate with a padded batch"
+        )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         return self.init_continuous_batching()

@@ -34,7 +34,7 @@ class HfFolder:
         for name in files:
             try:
                 handle = safe_open(folder / name, framework="pt")
-            except Exception as error:        # the library raises types of its own for a missing or damaged file
+            except Exception as error:  # the library raises types of its own for a missing or damaged file
                 raise UserError(f"{folder / name}: {error}") from None
             self._where |= dict.fromkeys(handle.keys(), handle)
 

@@ -20,16 +20,23 @@ def open_source(path: Path, model: ModelConfig) -> HfFolder:
     """
     is_run = (path / "checkpoints").is_dir() or path.name == "checkpoints"
     if (path / "manifest.json").exists() or (is_run and not (path / "config.json").exists()):
-        raise UserError(f"{path} is a {'run' if is_run else 'checkpoint'} of megadyn, not a Hugging Face folder: export it "
-                        f"(tools/convert_checkpoint.py to-hf --checkpoint {path} --output HF) and name the export; to go on with "
-                        "the optimizer's state too, give the path as checkpoint.fork_from instead")
+        raise UserError(
+            f"{path} is a {'run' if is_run else 'checkpoint'} of megadyn, not a Hugging Face folder: export it "
+            f"(tools/convert_checkpoint.py to-hf --checkpoint {path} --output HF) and name the export; to go on with "
+            "the optimizer's state too, give the path as checkpoint.fork_from instead"
+        )
     folder = HfFolder(path)
     there, here = folder.model.routing, model.routing
     if there.name not in (DENSE, here.name):
-        raise UserError(f"{path}: that is a {there.name} model, this is {here.name} (model.routing.kind): only a dense model can "
-                        "become one of another kind")
-    found = [f"model.{key} is {getattr(folder.model, key)!r} there and {getattr(model, key)!r} here"
-             for key in HF_SHAPE if getattr(folder.model, key) != getattr(model, key)]
+        raise UserError(
+            f"{path}: that is a {there.name} model, this is {here.name} (model.routing.kind): only a dense model can "
+            "become one of another kind"
+        )
+    found = [
+        f"model.{key} is {getattr(folder.model, key)!r} there and {getattr(model, key)!r} here"
+        for key in HF_SHAPE
+        if getattr(folder.model, key) != getattr(model, key)
+    ]
     if not found and there.name != DENSE:
         found = _routing_differences(folder.model, model)
     if found:
@@ -41,9 +48,14 @@ def _routing_differences(there: ModelConfig, here: ModelConfig) -> list[str]:
     """Between two models of one kind and shape, in what decides which tensors there are."""
     found = []
     if there.layer_types != here.layer_types:
-        layouts = ("".join("T" if layer == DENSE else "D" for layer in model.layer_types) for model in (there, here))
+        layouts = (
+            "".join("T" if layer == DENSE else "D" for layer in model.layer_types) for model in (there, here)
+        )
         found.append("model.routing.layout is {} there and {} here".format(*layouts))
     there_sizes, here_sizes = there.routing.sizes(there), here.routing.sizes(here)
-    found += [f"{key} gives {there_sizes[key]} there and {here_sizes[key]} here"
-              for key in here_sizes if there_sizes[key] != here_sizes[key]]
+    found += [
+        f"{key} gives {there_sizes[key]} there and {here_sizes[key]} here"
+        for key in here_sizes
+        if there_sizes[key] != here_sizes[key]
+    ]
     return found

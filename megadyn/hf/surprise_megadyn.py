@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_megadyn import MegadynConfig
-from .layers_megadyn import Context, Float32Module, LayerCache, MegadynRMSNorm, SwiGLU, changes, first_columns, wide
+from .layers_megadyn import (
+    Context,
+    Float32Module,
+    LayerCache,
+    MegadynRMSNorm,
+    SwiGLU,
+    changes,
+    first_columns,
+    wide,
+)
 
 
 class Prior(SwiGLU):
@@ -78,7 +87,8 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
         history_BW = torch.where(context.continues_B[:, None], cache.recent_BW, history_BW)
     windows_BCW = torch.cat((history_BW, value_BC), dim=1).unfold(1, window, 1)
     if context.tokens.segment_BC is not None:
-        first_BC = first_columns(changes(context.tokens.segment_BC))      # -1: the history is that of its own text
+        # -1: the history is that of its own text
+        first_BC = first_columns(changes(context.tokens.segment_BC))
         column_C = torch.arange(value_BC.shape[1], device=value_BC.device)
         column_CW = column_C[:, None] + torch.arange(1 - window, 1, device=value_BC.device)
         value_of_first_BC = value_BC.gather(1, first_BC.clamp(min=0))

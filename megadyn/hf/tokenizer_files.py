@@ -30,7 +30,9 @@ NORMAL, USER_DEFINED = 1, 4
 """Types of SentencePiece's pieces: found by merging, and cut out of the text before. The others stand for no text."""
 
 
-def write_tokenizer(path: str, folder: Path, max_position: int | None, eod: str | None = None) -> tuple[dict[str, int], str]:
+def write_tokenizer(
+    path: str, folder: Path, max_position: int | None, eod: str | None = None
+) -> tuple[dict[str, int], str]:
     """Writes the tokenizer at `path` into `folder`; `eod` is the token that ended documents in training, if not its own.
 
     Returns:
@@ -46,7 +48,7 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None, eod: str 
         settings |= without_own_rules(stated, set(tokenizer.added_tokens()))
         settings |= {name: False for name in ("add_bos_token", "add_eos_token") if settings.get(name)}
     else:
-        settings["split_special_tokens"] = True       # a special token that a text spells is text to both
+        settings["split_special_tokens"] = True  # a special token that a text spells is text to both
     settings |= {"tokenizer_class": "TokenizersBackend", FINGERPRINT: tokenizer.fingerprint}
     if max_position is not None:
         settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
@@ -57,7 +59,10 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None, eod: str 
     write_json(folder / "tokenizer_config.json", settings)
     if isinstance(tokenizer, ByteTokenizer):
         (folder / "tokenizer.json").write_text(bytes_as_json(tokenizer))
-        return special, "UTF-8 bytes as ids 0-255, and 256 for the end of a document (a byte-level BPE without merges)"
+        return (
+            special,
+            "UTF-8 bytes as ids 0-255, and 256 for the end of a document (a byte-level BPE without merges)",
+        )
     if isinstance(tokenizer, SentencePieceTokenizer):
         return special, _write_sentencepiece(tokenizer, source, folder)
     (folder / "tokenizer.json").write_bytes(without_additions(read_bytes(source / "tokenizer.json")))
@@ -69,11 +74,16 @@ def write_tokenizer(path: str, folder: Path, max_position: int | None, eod: str 
 def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) -> dict[str, Any]:
     """The names of the token that ends documents, as far as transformers can take it for one and read texts as in training."""
     if is_own:
-        return {name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None}
+        return {
+            name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None
+        }
     token = tokenizer.token_of(tokenizer.eod)
     if token not in tokenizer.added_tokens():
-        log.warning("the export's tokenizer does not name %r, which ends its documents, as eos_token: it is an ordinary token of "
-                    "texts; config.json has its id", token)
+        log.warning(
+            "the export's tokenizer does not name %r, which ends its documents, as eos_token: it is an ordinary token of "
+            "texts; config.json has its id",
+            token,
+        )
         return {}
     return {"eos_token": token} | ({} if settings.get("pad_token") else {"pad_token": token})
 
@@ -81,6 +91,7 @@ def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) 
 def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, Any]:
     """Settings less what makes transformers read a text otherwise than tokenizer.json does, whose tokens cut out
     of texts are `added`: others that it names as special would be cut out as well, or made anew."""
+
     def is_known(token: Any) -> bool:
         return token is None or (token.get("content") if isinstance(token, dict) else token) in added
 
@@ -89,16 +100,26 @@ def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, An
         if name in ("additional_special_tokens", "extra_special_tokens") and value:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             unknown += [token for _, token in pairs if not is_known(token)]
-            value = ({key: token for key, token in pairs if is_known(token)} if isinstance(value, dict)
-                     else [token for token in value if is_known(token)])
-        elif name.endswith("_token") and name != "eos_token" and not isinstance(value, bool) and not is_known(value):
+            value = (
+                {key: token for key, token in pairs if is_known(token)}
+                if isinstance(value, dict)
+                else [token for token in value if is_known(token)]
+            )
+        elif (
+            name.endswith("_token")
+            and name != "eos_token"
+            and not isinstance(value, bool)
+            and not is_known(value)
+        ):
             unknown.append(value)
             continue
         if name not in OWN_RULES:
             kept[name] = value
     if unknown:
-        log.warning("left out of the export's tokenizer_config.json, as its tokenizer.json has no such tokens: %s",
-                    ", ".join(map(str, unknown)))
+        log.warning(
+            "left out of the export's tokenizer_config.json, as its tokenizer.json has no such tokens: %s",
+            ", ".join(map(str, unknown)),
+        )
     return kept
 
 
@@ -106,7 +127,7 @@ def without_additions(raw: bytes) -> bytes:
     """A tokenizer.json that does what training did, which cuts, pads, adds and drops no token; unchanged if it does."""
     content = json.loads(raw)
     wanted = content | {"truncation": None, "padding": None}
-    if (content.get("post_processor") or {}).get("type") != "ByteLevel":        # that one only moves offsets
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":  # that one only moves offsets
         wanted["post_processor"] = None
     if content["model"].get("dropout"):
         wanted["model"] = content["model"] | {"dropout": None}
@@ -121,9 +142,11 @@ def bytes_as_json(tokenizer: ByteTokenizer) -> str:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
-    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in visible]
-    characters = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
+    characters = {byte: chr(byte) for byte in visible} | {
+        byte: chr(0x100 + i) for i, byte in enumerate(hidden)
+    }
     library = Library(models.BPE({characters[byte]: byte for byte in range(0x100)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
@@ -160,24 +183,41 @@ def sentencepiece_as_json(raw: bytes) -> str:
     texts = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     if trainer.model_type == trainer.BPE:
         # Pieces merge by falling score, which SentencePiece gives them in the order in which it found them.
-        merges = sorted((-piece.score, ids[left], ids[right], left, right) for piece in proto.pieces if piece.type == NORMAL
-                        for left, right in _halves(piece.piece) if left in texts and right in texts)
+        merges = sorted(
+            (-piece.score, ids[left], ids[right], left, right)
+            for piece in proto.pieces
+            if piece.type == NORMAL
+            for left, right in _halves(piece.piece)
+            if left in texts and right in texts
+        )
         model: models.Model = models.BPE(
-            ids, [merge[3:] for merge in merges], unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback)
+            ids,
+            [merge[3:] for merge in merges],
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
     elif trainer.model_type == trainer.UNIGRAM:
-        never = -1e9       # control symbols are never read from a text
-        model = models.Unigram([(piece.piece, piece.score if piece.piece in texts else never) for piece in proto.pieces],
-                               trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        never = -1e9  # control symbols are never read from a text
+        model = models.Unigram(
+            [(piece.piece, piece.score if piece.piece in texts else never) for piece in proto.pieces],
+            trainer.unk_id,
+            byte_fallback=trainer.byte_fallback,
+        )
     else:
         raise UserError("it is neither a BPE nor a unigram model")
     library = Library(model)
-    steps: list[Any] = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    steps: list[Any] = (
+        [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    )
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     steps += [normalizers.Prepend("▁")] if rules.add_dummy_prefix else []
     library.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     first_space = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first_space])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *first_space]
+    )
     control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
     library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in control])
     library.add_tokens([AddedToken(symbol, normalized=False) for symbol in user_defined(raw)])
@@ -197,8 +237,10 @@ def check_qwen2(folder: Path, path: str) -> str | None:
     found = (theirs(text, add_special_tokens=False)["input_ids"] for text in texts)
     if all(ids == wanted.tolist() for ids, wanted in zip(found, reference.encode_batch(texts), strict=True)):
         return None
-    warning = ("AutoTokenizer splits texts by Qwen2's rules for this type of model, not by tokenizer.json's: "
-               "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training")
+    warning = (
+        "AutoTokenizer splits texts by Qwen2's rules for this type of model, not by tokenizer.json's: "
+        "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training"
+    )
     log.warning("%s", warning)
     return warning
 

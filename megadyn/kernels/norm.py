@@ -28,8 +28,10 @@ def _forward(x, u, w, h, y, inverse, width, eps, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row * width + column
-    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(u + at, mask=inside, other=0.0).to(tl.float32)
-    total = total.to(h.dtype.element_ty)                 # as it is stored: backward norms the same number
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
+        u + at, mask=inside, other=0.0
+    ).to(tl.float32)
+    total = total.to(h.dtype.element_ty)  # as it is stored: backward norms the same number
     tl.store(h + at, total, mask=inside)
     total = total.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(total * total, axis=0) / width + eps)
@@ -39,8 +41,20 @@ def _forward(x, u, w, h, y, inverse, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad_y, grad_h, h, w, inverse, grad_x, grad_w, rows, width, has_grad_h: tl.constexpr, GROUP: tl.constexpr,
-              BLOCK: tl.constexpr):
+def _backward(
+    grad_y,
+    grad_h,
+    h,
+    w,
+    inverse,
+    grad_x,
+    grad_w,
+    rows,
+    width,
+    has_grad_h: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """With n = h / rms: grad_x = (w grad_y - n mean(n w grad_y)) / rms + grad_h, and grad_w = sum of grad_y n over this group."""
     group = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -88,8 +102,21 @@ class _AddNorm(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(h), torch.zeros(groups, width, dtype=torch.float32, device=h.device)
         if rows:
             block = triton.next_power_of_2(width)
-            _backward[(groups,)](grad_y.contiguous(), h if grad_h is None else grad_h.contiguous(), h, w, inverse, grad_x, grad_w,
-                                 rows, width, has_grad_h=grad_h is not None, GROUP=GROUP, BLOCK=block, num_warps=warps_for(block))
+            _backward[(groups,)](
+                grad_y.contiguous(),
+                h if grad_h is None else grad_h.contiguous(),
+                h,
+                w,
+                inverse,
+                grad_x,
+                grad_w,
+                rows,
+                width,
+                has_grad_h=grad_h is not None,
+                GROUP=GROUP,
+                BLOCK=block,
+                num_warps=warps_for(block),
+            )
         return grad_x, grad_x, grad_w.sum(dim=0).to(w.dtype), None
 
 

@@ -23,7 +23,7 @@ def block_of(width: int) -> int:
 @triton.jit
 def _copy_rows(source, target, place, width, scatter: tl.constexpr, BLOCK: tl.constexpr):
     """target[c] = source[place[c]], or with `scatter` target[place[c]] = source[c]."""
-    row = tl.program_id(0).to(tl.int64)                  # 64 bits: N * D may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: N * D may pass 2^31
     chosen = tl.load(place + row)
     at = source + (row if scatter else chosen) * width
     to = target + (chosen if scatter else row) * width
@@ -60,7 +60,9 @@ def _add_rows_backward(grad_out, update, gate, place, grad_update, grad_gate, wi
         inside = column < width
         grad = tl.load(grad_out + chosen * width + column, mask=inside, other=0.0).to(tl.float32)
         change = tl.load(update + row * width + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_update + row * width + column, (weight * grad).to(grad_update.dtype.element_ty), mask=inside)
+        tl.store(
+            grad_update + row * width + column, (weight * grad).to(grad_update.dtype.element_ty), mask=inside
+        )
         total += grad * change
     tl.store(grad_gate + chosen, tl.sum(total, axis=0).to(grad_gate.dtype.element_ty))
 
@@ -82,7 +84,9 @@ class _TakeRows(torch.autograd.Function):
         (place,) = ctx.saved_tensors
         out = grad.new_zeros(ctx.rows, grad.shape[1])
         if grad.numel():
-            _copy_rows[(len(place),)](grad.contiguous(), out, place, grad.shape[1], scatter=True, BLOCK=block_of(grad.shape[1]))
+            _copy_rows[(len(place),)](
+                grad.contiguous(), out, place, grad.shape[1], scatter=True, BLOCK=block_of(grad.shape[1])
+            )
         return out, None
 
 
@@ -104,9 +108,17 @@ class _AddRows(torch.autograd.Function):
         place, gate, update = ctx.saved_tensors
         grad_update, grad_gate = torch.empty_like(update), torch.zeros_like(gate)
         if update.numel():
-            _add_rows_backward[(len(place),)](grad.contiguous(), update, gate, place, grad_update, grad_gate, update.shape[1],
-                                              BLOCK=block_of(update.shape[1]))
-        return grad, None, grad_gate, grad_update                # the residual's gradient is the output's own
+            _add_rows_backward[(len(place),)](
+                grad.contiguous(),
+                update,
+                gate,
+                place,
+                grad_update,
+                grad_gate,
+                update.shape[1],
+                BLOCK=block_of(update.shape[1]),
+            )
+        return grad, None, grad_gate, grad_update  # the residual's gradient is the output's own
 
 
 def take_rows(x: Tensor, place: Tensor) -> Tensor:

@@ -28,8 +28,11 @@ def gpu_lacks(kernels: str) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = LEAST_CAPABILITY
-    return (f"{kernels} need a GPU of compute capability {major}.{minor}"
-            if torch.cuda.get_device_capability() < LEAST_CAPABILITY else None)
+    return (
+        f"{kernels} need a GPU of compute capability {major}.{minor}"
+        if torch.cuda.get_device_capability() < LEAST_CAPABILITY
+        else None
+    )
 
 
 def own_device() -> torch.device:

@@ -31,8 +31,24 @@ BUILT_IN = (
 GROUP = "megadyn.kinds"
 """Entry points of this group name packages that hold a kind."""
 
-__all__ = ["BUILT_IN", "DENSE", "GROUP", "Capped", "Kind", "Laid", "TopK", "capacity_count", "expand_layout", "find_kind",
-           "keys_of", "known_kinds", "make_kind", "module_of", "other_kinds_key", "settings_of"]
+__all__ = [
+    "BUILT_IN",
+    "DENSE",
+    "GROUP",
+    "Capped",
+    "Kind",
+    "Laid",
+    "TopK",
+    "capacity_count",
+    "expand_layout",
+    "find_kind",
+    "keys_of",
+    "known_kinds",
+    "make_kind",
+    "module_of",
+    "other_kinds_key",
+    "settings_of",
+]
 
 
 def known_kinds() -> tuple[str, ...]:
@@ -59,14 +75,20 @@ def find_kind(name: str) -> type[Kind]:
     elif "." in name:
         path = name
     else:
-        raise ConfigError("model.routing.kind", name, f"one of {', '.join(known_kinds())}, or the path of a package, such as "
-                          f"my_package.my_kind{did_you_mean(name, known_kinds())}")
+        raise ConfigError(
+            "model.routing.kind",
+            name,
+            f"one of {', '.join(known_kinds())}, or the path of a package, such as "
+            f"my_package.my_kind{did_you_mean(name, known_kinds())}",
+        )
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not path.startswith(error.name):
-            raise                                       # the kind's own import of something else
-        raise ConfigError("model.routing.kind", name, f"a kind that can be imported: there is no module {error.name}") from None
+            raise  # the kind's own import of something else
+        raise ConfigError(
+            "model.routing.kind", name, f"a kind that can be imported: there is no module {error.name}"
+        ) from None
     return checked_kind(module, path)
 
 
@@ -79,11 +101,17 @@ def checked_kind(module: ModuleType, path: str) -> type[Kind]:
         if not isinstance(getattr(kind, name, None), str):
             raise UserError(f"routing kind {path}: {kind.__name__}.{name} is missing: a string")
     if not kind.layers:
-        raise UserError(f"routing kind {path}: {kind.__name__}.layers is missing: layer types and their classes in layers.py")
+        raise UserError(
+            f"routing kind {path}: {kind.__name__}.layers is missing: layer types and their classes in layers.py"
+        )
     if kind.layer_types is Kind.layer_types:
-        raise UserError(f"routing kind {path}: {kind.__name__}.layer_types is missing: the type of each layer")
+        raise UserError(
+            f"routing kind {path}: {kind.__name__}.layer_types is missing: the type of each layer"
+        )
     if unknown := [key for key in kind.recorded if key not in {f.name for f in fields(kind)}]:
-        raise UserError(f"routing kind {path}: recorded names {unknown[0]!r}, which is no key of {kind.__name__}")
+        raise UserError(
+            f"routing kind {path}: recorded names {unknown[0]!r}, which is no key of {kind.__name__}"
+        )
     for part in ("layers", "exported"):
         if importlib.util.find_spec(f"{module.__name__}.{part}") is None:
             raise UserError(f"routing kind {path}: {part}.py is missing beside its __init__.py")
@@ -94,7 +122,9 @@ def make_kind(kind: str, **keys: Any) -> Kind:
     """A kind's configuration, checked: `make_kind("mod", capacity=0.25)`. Raises ConfigError for keys that it does not have."""
     found = find_kind(kind)
     if foreign := next((key for key in keys if key not in keys_of(found)), None):
-        raise ConfigError(f"model.routing.{foreign}", keys[foreign], f"left out: {other_kinds_key(kind, foreign)}")
+        raise ConfigError(
+            f"model.routing.{foreign}", keys[foreign], f"left out: {other_kinds_key(kind, foreign)}"
+        )
     made = found(kind=kind, **keys)
     made.check()
     return made
@@ -109,8 +139,11 @@ def settings_of(name: str) -> dict[str, dict[str, Any]]:
     """Keys of `model.routing` that tests and the soak try: a kind's defaults, its other causal rules, and its variants."""
     kind = find_kind(name)
     rules = kind.rules[1:] if "causal" in keys_of(kind) else ()
-    return {"default": {}, **{rule: {"causal": rule} for rule in rules},
-            **{variant: dict(keys) for variant, keys in kind.variants.items()}}
+    return {
+        "default": {},
+        **{rule: {"causal": rule} for rule in rules},
+        **{variant: dict(keys) for variant, keys in kind.variants.items()},
+    }
 
 
 def other_kinds_key(kind: str, key: str) -> str:

@@ -90,7 +90,9 @@ class Kind:
         """Raises ConfigError for a way of running that this kind does not have: pipeline stages, training.compile,
         data.document_mask."""
         if compile and self.varies:
-            raise ConfigError("training.compile", True, f"false with {self.describe()}: any number of tokens is taken")
+            raise ConfigError(
+                "training.compile", True, f"false with {self.describe()}: any number of tokens is taken"
+            )
 
     def layer_types(self, num_layers: int) -> list[str]:
         """The type of each layer, first to last."""
@@ -152,7 +154,9 @@ class Kind:
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
         """The configuration that `routing` of a config.json describes. Raises ConfigError for what cannot be."""
         if cls.scores and routing.get("score", cls.scores[0]) not in cls.scores:
-            raise ConfigError("routing.score", routing["score"], f"{cls.scores[-1]}, or {cls.scores[0]} in older exports")
+            raise ConfigError(
+                "routing.score", routing["score"], f"{cls.scores[-1]}, or {cls.scores[0]} in older exports"
+            )
         values = {key: routing[key] for key in cls.recorded if key in routing}
         return cls(kind=routing.get("module", cls.name), **values)
 

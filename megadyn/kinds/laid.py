@@ -28,7 +28,9 @@ class Laid(Kind):
     def check_shape(self, shape: Shape) -> None:
         super().check_shape(shape)
         if set(shape.layer_types) == {DENSE}:
-            raise ConfigError("model.routing.layout", self.layout, f"one with a routed layer (D) among {shape.num_layers}")
+            raise ConfigError(
+                "model.routing.layout", self.layout, f"one with a routed layer (D) among {shape.num_layers}"
+            )
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
@@ -40,13 +42,20 @@ class Laid(Kind):
 def expand_layout(layout: str, num_layers: int) -> str:
     """A layout as one letter per layer: T dense, D routed. ConfigError unless it describes `num_layers` layers."""
     half = num_layers // 2
-    named = {"bilayer": ("TD" * num_layers)[:num_layers], "zero_attn": "D" * num_layers,
-             "four_attn": "".join("T" if i in (0, 1, half - 1, half) else "D" for i in range(num_layers))}
+    named = {
+        "bilayer": ("TD" * num_layers)[:num_layers],
+        "zero_attn": "D" * num_layers,
+        "four_attn": "".join("T" if i in (0, 1, half - 1, half) else "D" for i in range(num_layers)),
+    }
     if layout in named:
         return named[layout]
     runs = [(letter, int(count or 1)) for letter, count in re.findall(r"([TD])(\d{0,6})", layout)]
     pattern = "".join(letter * min(count, num_layers + 1) for letter, count in runs)
     if not re.fullmatch(r"([TD]\d{0,6})+", layout) or len(pattern) != num_layers:
-        raise ConfigError("model.routing.layout", layout, f"{', '.join(named)}, or letters T and D with counts, such as T2D14, "
-                          f"for model.num_layers = {num_layers} layers")
+        raise ConfigError(
+            "model.routing.layout",
+            layout,
+            f"{', '.join(named)}, or letters T and D with counts, such as T2D14, "
+            f"for model.num_layers = {num_layers} layers",
+        )
     return pattern

@@ -13,7 +13,7 @@ from megadyn.errors import ConfigError, UserError
 from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtrnet import Dtrnet
 
-if TYPE_CHECKING:                    # manifests are read without torch too
+if TYPE_CHECKING:  # manifests are read without torch too
     from torch import Tensor
 
 OFFSET, LOG_OFFSET = "ce_offset_init", "ce_log_offset_init"
@@ -45,12 +45,16 @@ def with_newer_keys(given: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(routing, dict) or OFFSET not in routing:
         return given
     if LOG_OFFSET in routing:
-        raise UserError(f"model.routing.{OFFSET} in {source}: is the older spelling of model.routing.{LOG_OFFSET}, "
-                        "which is given too; keep one of them")
+        raise UserError(
+            f"model.routing.{OFFSET} in {source}: is the older spelling of model.routing.{LOG_OFFSET}, "
+            "which is given too; keep one of them"
+        )
     offset = routing[OFFSET]
     if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not 0 <= offset < math.inf:
         raise ConfigError(f"model.routing.{OFFSET}", offset, "a finite number of at least 0")
-    newer = {key: value for key, value in routing.items() if key != OFFSET} | {LOG_OFFSET: log_of_offset(offset)}
+    newer = {key: value for key, value in routing.items() if key != OFFSET} | {
+        LOG_OFFSET: log_of_offset(offset)
+    }
     return given | {"model": model | {"routing": newer}}
 
 
@@ -73,8 +77,10 @@ def log_offset(offset: "Tensor", name: str) -> "Tensor":
     """
     inside = offset.double() + ADDED
     if not (inside > 0).all():
-        raise UserError(f"{name} is {offset.min().item():.3g}, which has no logarithm: the saved model gives NaN; "
-                        "take an earlier checkpoint of its run")
+        raise UserError(
+            f"{name} is {offset.min().item():.3g}, which has no logarithm: the saved model gives NaN; "
+            "take an earlier checkpoint of its run"
+        )
     return inside.log().float()
 
 
@@ -113,7 +119,7 @@ def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's manifest with the model section and the thresholds of an older DTF or DTRNet converted."""
     model = manifest["model"]
     routing = model.get("routing", {})
-    converted = None                # what of its thresholds
+    converted = None  # what of its thresholds
     if routing.get("kind") == Dtf.name and OFFSET in routing:
         converted = score_threshold
     if routing.get("kind") == Dtrnet.name and NEWER_KEYS.keys() - routing.keys():
@@ -124,8 +130,10 @@ def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     manifest = manifest | {"model": model | {"routing": routing}}
     if converted is not None and "thresholds" in manifest:
         momentum = routing["threshold_momentum"]
-        manifest["thresholds"] = {layer: _newer_average(state, momentum, converted)
-                                  for layer, state in manifest["thresholds"].items()}
+        manifest["thresholds"] = {
+            layer: _newer_average(state, momentum, converted)
+            for layer, state in manifest["thresholds"].items()
+        }
     return manifest
 
 
@@ -133,7 +141,9 @@ NEWER_KEYS = {"target_share": None, "aux_loss_lambda_limit": Dtrnet.aux_loss_lam
 """Of model.routing, which manifests do not have that are older than DTRNet's thresholds on logit differences."""
 
 
-def _newer_average(state: dict[str, float], momentum: float, converted: Callable[[float], float]) -> dict[str, float]:
+def _newer_average(
+    state: dict[str, float], momentum: float, converted: Callable[[float], float]
+) -> dict[str, float]:
     """The running average whose value is the converted threshold after as many steps."""
     if not state["steps"]:
         return state

@@ -11,10 +11,15 @@ from megadyn.kinds.kind import SHAPES
 from megadyn.kinds.topk import TopK
 
 SURPRISE_LEGEND = {
-    "S_CE": "S_CE: expected change, mean over tokens", "S_CU": "S_CU: unexpected change, mean over tokens",
-    "D_st": "D_st: what the layer changed, mean square", "D_ch": "D_ch: what the prior left unexplained, mean square",
-    "beta_ce": "beta_ce, before softplus", "beta_cu": "beta_cu, before softplus",
-    "ce_log_offset": "ce_log_offset: lambda_ce, the logarithm of the offset", "cu_multiplier": "cu_multiplier"}
+    "S_CE": "S_CE: expected change, mean over tokens",
+    "S_CU": "S_CU: unexpected change, mean over tokens",
+    "D_st": "D_st: what the layer changed, mean square",
+    "D_ch": "D_ch: what the prior left unexplained, mean square",
+    "beta_ce": "beta_ce, before softplus",
+    "beta_cu": "beta_cu, before softplus",
+    "ce_log_offset": "ce_log_offset: lambda_ce, the logarithm of the offset",
+    "cu_multiplier": "cu_multiplier",
+}
 
 
 @dataclass
@@ -56,7 +61,9 @@ class Surprising(TopK):
         return max(2, width + width % 2)
 
     def sizes(self, shape: Shape) -> dict[str, Any]:
-        return super().sizes(shape) | {"model.routing.prior_factor": f"a prior of width {self.prior_size(shape)}"}
+        return super().sizes(shape) | {
+            "model.routing.prior_factor": f"a prior of width {self.prior_size(shape)}"
+        }
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
         return super().to_export(shape) | {"prior_size": self.prior_size(shape)}

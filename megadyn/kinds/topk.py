@@ -53,12 +53,14 @@ class Capped(Kind):
         agreed = ""
         if "causal_agreement" in measured:
             agreed = f" At the end of training the two agreed on {measured['causal_agreement']:.1%} of the choices."
-        return (f"{self.sentence}\n\n"
-                f"**In training** a routed layer takes exactly the {self.share:.1%} of a sequence's tokens with the highest "
-                f"scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = \"causal\"`, the default, "
-                f"looks at no later token: {RULES[self.rule]} (`{self.rule}`).{agreed}\n\n"
-                "`routing_mode = \"topk\"` scores whole texts as in training. It has no cache, and its choice depends on all "
-                "tokens of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one.")
+        return (
+            f"{self.sentence}\n\n"
+            f"**In training** a routed layer takes exactly the {self.share:.1%} of a sequence's tokens with the highest "
+            f'scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = "causal"`, the default, '
+            f"looks at no later token: {RULES[self.rule]} (`{self.rule}`).{agreed}\n\n"
+            '`routing_mode = "topk"` scores whole texts as in training. It has no cache, and its choice depends on all '
+            "tokens of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one."
+        )
 
     def taken(self, length: int, share: float | None) -> float:
         """Tokens of a sequence that a routed layer takes: the measured share of it, or top-k's count."""
@@ -108,17 +110,27 @@ class TopK(Capped):
             return
         for key in ("threshold_start", "safe_min", "safe_max"):
             if getattr(self, key) is not None:
-                raise ConfigError(f"model.routing.{key}", getattr(self, key), "left out unless model.routing.choose is threshold")
+                raise ConfigError(
+                    f"model.routing.{key}",
+                    getattr(self, key),
+                    "left out unless model.routing.choose is threshold",
+                )
 
     def _check_threshold(self) -> None:
         if self.causal != "threshold":
-            raise ConfigError("model.routing.causal", self.causal, "threshold with model.routing.choose = threshold")
+            raise ConfigError(
+                "model.routing.causal", self.causal, "threshold with model.routing.choose = threshold"
+            )
         at_least("model.routing.threshold_start", self.threshold_start, 0)
         least, most = self.guards
         if not 0 <= least <= self.share:
-            raise ConfigError("model.routing.safe_min", least, f"in [0, model.routing.capacity = {self.share}]")
+            raise ConfigError(
+                "model.routing.safe_min", least, f"in [0, model.routing.capacity = {self.share}]"
+            )
         if not self.share <= most <= 1:
-            raise ConfigError("model.routing.safe_max", most, f"in [model.routing.capacity = {self.share}, 1]")
+            raise ConfigError(
+                "model.routing.safe_max", most, f"in [model.routing.capacity = {self.share}, 1]"
+            )
 
     @property
     def by_threshold(self) -> bool:
@@ -153,10 +165,12 @@ class TopK(Capped):
         seen = ""
         if "routed_fraction" in measured:
             seen = f" At the end of training {measured['routed_fraction']:.1%} of tokens did."
-        return (f"{self.sentence}\n\nIn training, after {self.start} steps of top-k, and in use alike a token is processed if "
-                f"its score reaches the layer's threshold, which training moved so that {self.share:.1%} of all tokens do "
-                f"(arXiv 2603.11535).{seen} In training alone a sequence gave at least {self.guards[0]:.1%} and at most "
-                f"{self.guards[1]:.1%} of its tokens. There is one routing mode: `topk` and `causal` are the same.")
+        return (
+            f"{self.sentence}\n\nIn training, after {self.start} steps of top-k, and in use alike a token is processed if "
+            f"its score reaches the layer's threshold, which training moved so that {self.share:.1%} of all tokens do "
+            f"(arXiv 2603.11535).{seen} In training alone a sequence gave at least {self.guards[0]:.1%} and at most "
+            f"{self.guards[1]:.1%} of its tokens. There is one routing mode: `topk` and `causal` are the same."
+        )
 
     @property
     def rule(self) -> str:
@@ -180,12 +194,14 @@ class TopK(Capped):
     def predictor_kept(self, work: Workload) -> float:
         """The predictor's; and in fp32 the layer's input, which it reads as it is."""
         d = work.model.hidden_size
-        return (router_kept(work, 2 * (d // 2)) + work.part * 4 * d * (work.bytes == 4)) * (self.causal == "predictor")
+        return (router_kept(work, 2 * (d // 2)) + work.part * 4 * d * (work.bytes == 4)) * (
+            self.causal == "predictor"
+        )
 
 
 RULES = {
     "threshold": "a token is processed if its score reaches a threshold, the running average in training of the lowest score "
-                 "that top-k took",
+    "that top-k took",
     "predictor": "a small network, trained to tell which tokens top-k takes, decides for each token alone",
     "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
     "sign": "a token is processed if its score is above 0",

@@ -23,37 +23,58 @@ VARIABLES = re.compile(r"(CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|DS|MEGADYN|SLURM|
 """Beginnings of the names that matter."""
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 OTHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD")
-NOT_OF_THE_RUN = re.compile(r"SLURM_.*(NODELIST|TASKS|PROCID|LOCALID|NODEID)|OMPI_.*(RANK|KEYS|FILE|ARGV|SESSION)")
+NOT_OF_THE_RUN = re.compile(
+    r"SLURM_.*(NODELIST|TASKS|PROCID|LOCALID|NODEID)|OMPI_.*(RANK|KEYS|FILE|ARGV|SESSION)"
+)
 """Of single ranks, or as long as the list of hosts."""
 
 
-def record_start(folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int, iterations: int) -> None:
+def record_start(
+    folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int, iterations: int
+) -> None:
     """Adds this start's record to the run folder. Collective: rank 0 learns of the others' hosts and devices, and writes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+    )
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), name))
     if dist.get_rank() == 0:
         record = describe(places, grid, zero_stage, iteration) | {"iterations": iterations}
-        with (folder / "environment.jsonl").open("a" if iteration else "w") as file:      # as metrics.jsonl begins anew
+        # as metrics.jsonl begins anew
+        with (folder / "environment.jsonl").open("a" if iteration else "w") as file:
             print(json.dumps(record), file=file)
 
 
 def describe(places: list[tuple[str, str]], grid: Grid, zero_stage: int, iteration: int) -> dict[str, Any]:
     """`places`: host and device of each rank."""
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iteration": iteration,
-        "versions": versions(), "command": sys.argv, "platform": platform.platform(),
-        "world": {"size": len(places), "tensor": grid.tp.size, "pipeline": grid.pp.size, "data": grid.dp.size,
-                  "zero": zero_stage},
-        "hosts": counted([host for host, _ in places]), "devices": counted([device for _, device in places]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "iteration": iteration,
+        "versions": versions(),
+        "command": sys.argv,
+        "platform": platform.platform(),
+        "world": {
+            "size": len(places),
+            "tensor": grid.tp.size,
+            "pipeline": grid.pp.size,
+            "data": grid.dp.size,
+            "zero": zero_stage,
+        },
+        "hosts": counted([host for host, _ in places]),
+        "devices": counted([device for _, device in places]),
         "variables": variables(dict(os.environ)),
     }
 
 
 def versions() -> dict[str, str | None]:
     """By name; None for what is not installed, or not known."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "megadyn": megadyn.__version__,
-                                    "megadyn commit": commit_of(Path(megadyn.__file__).parent)}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "megadyn": megadyn.__version__,
+        "megadyn commit": commit_of(Path(megadyn.__file__).parent),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -68,9 +89,12 @@ def nccl_version() -> str | None:
 
 def commit_of(package: Path) -> str | None:
     """The commit of a package in a git working tree, with `-dirty` where tracked files differ from it; None elsewhere."""
+
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, timeout=20, check=False)
+            done = subprocess.run(
+                ["git", "-C", str(package), *words], capture_output=True, text=True, timeout=20, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -88,5 +112,10 @@ def counted(names: list[str]) -> dict[str, int]:
 
 def variables(environment: dict[str, str]) -> dict[str, str]:
     """Those that change how a run runs; nothing that may be a secret."""
-    return {name: value for name, value in sorted(environment.items())
-            if (VARIABLES.match(name) or name in OTHERS) and not SECRET.search(name) and not NOT_OF_THE_RUN.fullmatch(name)}
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if (VARIABLES.match(name) or name in OTHERS)
+        and not SECRET.search(name)
+        and not NOT_OF_THE_RUN.fullmatch(name)
+    }

@@ -33,7 +33,9 @@ def adopt_mpi_ranks() -> None:
         # A lone command inside a Slurm allocation sees Slurm's variables too: only srun sets a step.
         stepless = ranked["RANK"].startswith("SLURM") and "SLURM_STEP_ID" not in os.environ
         if ranked["RANK"] in os.environ and ranked["WORLD_SIZE"] in os.environ and not stepless:
-            found.append({ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ})
+            found.append(
+                {ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ}
+            )
     # srun may set MPICH's variables beside its own, but not the local rank: the fullest set counts, of equal ones the first.
     os.environ |= max(found, key=len, default={})
 
@@ -46,7 +48,9 @@ def world_size() -> int:
 def check_device(wanted: str) -> None:
     """Raises UserError when DeepSpeed has taken another kind of device than `wanted` (cpu or cuda)."""
     if (taken := get_accelerator().device_name()) != wanted:
-        raise UserError(f"the device asked for is {wanted}, and DeepSpeed took {taken}: set DS_ACCELERATOR={wanted}")
+        raise UserError(
+            f"the device asked for is {wanted}, and DeepSpeed took {taken}: set DS_ACCELERATOR={wanted}"
+        )
 
 
 def check_precision(precision: str) -> None:
@@ -54,8 +58,12 @@ def check_precision(precision: str) -> None:
     accelerator = get_accelerator()
     asks = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
     if precision in asks and not asks[precision]():
-        raise ConfigError("precision", precision, f"another one on this device ({accelerator.device_name()}), which has no "
-                          f"instructions for {precision}")
+        raise ConfigError(
+            "precision",
+            precision,
+            f"another one on this device ({accelerator.device_name()}), which has no "
+            f"instructions for {precision}",
+        )
 
 
 def attempt() -> int:
@@ -71,9 +79,12 @@ def local_ranks() -> int:
 def check_devices(local_rank: int, processes: int, devices: int) -> None:
     """Raises UserError unless each of this machine's processes has a device of its own among the `devices` that one sees."""
     if (wanted := max(processes, local_rank + 1)) > devices:
-        raise ConfigError("number of processes on this machine", wanted,
-                          f"at most the number of GPUs that each of them sees, which is {devices}: start fewer, or let each see "
-                          "all of the machine's (CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-node instead of --gpus-per-task)")
+        raise ConfigError(
+            "number of processes on this machine",
+            wanted,
+            f"at most the number of GPUs that each of them sees, which is {devices}: start fewer, or let each see "
+            "all of the machine's (CUDA_VISIBLE_DEVICES, or Slurm's --gpus-per-node instead of --gpus-per-task)",
+        )
 
 
 def join(timeout_s: float = 1800.0) -> None:
@@ -87,8 +98,13 @@ def join(timeout_s: float = 1800.0) -> None:
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": str(probe.getsockname()[1])}
+            alone = {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(probe.getsockname()[1]),
+            }
         os.environ |= alone
     # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, which never times out when a rank hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -96,21 +112,30 @@ def join(timeout_s: float = 1800.0) -> None:
         _share_cores()
     else:
         check_devices(int(os.environ["LOCAL_RANK"]), local_ranks(), get_accelerator().device_count())
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))      # before the ranks meet: NCCL binds to it
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the ranks meet: NCCL binds to it
     backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
         if attempt() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # The store of torchrun's agent outlives a restart, with the addresses of the processes that died: read by
             # the new ones, they would wait for the dead. DeepSpeed takes over what stands.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-            dist.init_process_group(backend, store=dist.PrefixStore(f"attempt-{attempt()}", store), timeout=timeout,
-                                    rank=int(os.environ["RANK"]), world_size=world_size())
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+            )
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"attempt-{attempt()}", store),
+                timeout=timeout,
+                rank=int(os.environ["RANK"]),
+                world_size=world_size(),
+            )
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
         _hold_groups_to(timeout)
     except RuntimeError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RunError(f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
-                       f"{timeout_s:g} s: {str(error).splitlines()[0]}") from error
+        raise RunError(
+            f"rank {os.environ['RANK']} could not join the {world_size()} processes at {where}, waiting at most "
+            f"{timeout_s:g} s: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _hold_groups_to(timeout: timedelta) -> None:
@@ -135,5 +160,9 @@ def _share_cores() -> None:
     """Without OMP_NUM_THREADS every rank would use every core, and all would wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
-        log.info("threads: %d a rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
-                 torch.get_num_threads(), os.cpu_count(), local_ranks())
+        log.info(
+            "threads: %d a rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
+            torch.get_num_threads(),
+            os.cpu_count(),
+            local_ranks(),
+        )

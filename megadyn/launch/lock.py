@@ -59,8 +59,14 @@ class RunLock:
     def __init__(self, folder: Path):
         self.path = folder / NAME
         place = here()
-        self.me = Holder(place.host, place.machine, place.pid, process_start(place.pid) or "",
-                         time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), secrets.token_hex(8))
+        self.me = Holder(
+            place.host,
+            place.machine,
+            place.pid,
+            process_start(place.pid) or "",
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            secrets.token_hex(8),
+        )
         self.problem: str | None = None
         """Why the lock is no longer ours; the run must end."""
         self._released = threading.Event()
@@ -86,7 +92,9 @@ class RunLock:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._thread.ident is not None:
             self._released.set()
             self._thread.join(RENEWED_S)
@@ -100,12 +108,14 @@ class RunLock:
             holder = self._read(self.path)
             if self._is_alive(holder):
                 name = str(holder) if holder else "a process that has not written its name yet"
-                raise UserError(f"{self.path.parent} is in use by another run ({name}): end that one, or choose another "
-                                f"output_dir (the lock is {self.path})")
+                raise UserError(
+                    f"{self.path.parent} is in use by another run ({name}): end that one, or choose another "
+                    f"output_dir (the lock is {self.path})"
+                )
             self._clear(holder)
 
     def release(self) -> None:
-        with suppress(OSError):             # a lock that cannot be removed is found dead by the next run
+        with suppress(OSError):  # a lock that cannot be removed is found dead by the next run
             if self._read(self.path) == self.me:
                 self.path.unlink()
 
@@ -144,14 +154,17 @@ class RunLock:
         while True:
             changed = self._changed()
             if changed is None or first is None:
-                return False                # its holder has just ended
+                return False  # its holder has just ended
             if changed != first:
                 return True
             if self._now() - changed > STALE_S:
                 return False
             if not told:
-                log.info("%s was left by a run that cannot be looked up from here: waiting up to %.0f s for a sign of life",
-                         self.path, STALE_S)
+                log.info(
+                    "%s was left by a run that cannot be looked up from here: waiting up to %.0f s for a sign of life",
+                    self.path,
+                    STALE_S,
+                )
                 told = True
             time.sleep(POLL_S)
 
@@ -181,7 +194,7 @@ class RunLock:
             return
         taken = self._read(grave)
         if taken != dead:
-            with suppress(FileExistsError):             # then a third one has it, and the second will notice
+            with suppress(FileExistsError):  # then a third one has it, and the second will notice
                 os.link(grave, self.path)
         elif dead:
             log.warning("%s: left by a run that is gone (%s), taken over", self.path, dead)
@@ -197,15 +210,21 @@ class RunLock:
                 is_failing = False
             except OSError as error:
                 if not is_failing:
-                    log.warning("%s cannot be renewed (%s): another start may take this run for dead", self.path, error)
+                    log.warning(
+                        "%s cannot be renewed (%s): another start may take this run for dead",
+                        self.path,
+                        error,
+                    )
                 is_failing = True
 
     def renew(self) -> None:
         """Once. Sets `problem` where another run holds the lock by now."""
         holder = self._read(self.path)
         if holder is None and self._made():
-            return                                      # somebody removed it
+            return  # somebody removed it
         if holder != self.me:
-            self.problem = f"{self.path} was taken over by another run ({holder}), which took this one for dead"
+            self.problem = (
+                f"{self.path} was taken over by another run ({holder}), which took this one for dead"
+            )
             return
         os.utime(self.path)

@@ -20,9 +20,11 @@ class Place(NamedTuple):
 
 def here() -> Place:
     try:
-        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     except OSError:
-        machine = ""                                       # no Linux: heartbeats alone tell
+        machine = ""  # no Linux: heartbeats alone tell
     return Place(socket.gethostname(), machine, os.getpid())
 
 
@@ -72,9 +74,16 @@ def process_of(pid: int) -> Process | None:
     return Process(pid, fields[19], int(fields[1]), tuple(words[:-1])) if len(fields) > 19 else None
 
 
-PROGRAMS = re.compile(r"(deepspeed|torchrun|mpirun|mpiexec(\.\w+)?|orterun|prterun|prte|orted|prted|hydra_\w+_proxy|srun|"
-                      r"slurmstepd:?)")
-MODULES = ("torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.runner", "deepspeed.launcher.launch")
+PROGRAMS = re.compile(
+    r"(deepspeed|torchrun|mpirun|mpiexec(\.\w+)?|orterun|prterun|prte|orted|prted|hydra_\w+_proxy|srun|"
+    r"slurmstepd:?)"
+)
+MODULES = (
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "deepspeed.launcher.runner",
+    "deepspeed.launcher.launch",
+)
 WRAPPERS = 3
 """At most so many processes (a shell, numactl, a profiler) stand between a launcher and a rank."""
 
@@ -114,5 +123,7 @@ def _connection(process: Process, look: Callable[[int], Process | None]) -> list
         process_above = look(process.parent)
     else:
         process_above = process
-    is_server = process_above is not None and process_above.words[:1] and process_above.words[0].startswith("sshd")
+    is_server = (
+        process_above is not None and process_above.words[:1] and process_above.words[0].startswith("sshd")
+    )
     return [process_above] if is_server and process_above is not None else []

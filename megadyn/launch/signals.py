@@ -32,7 +32,7 @@ class Signals:
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)          # asked twice, it ends at once
+        signal.signal(number, signal.SIG_DFL)  # asked twice, it ends at once
         self._on_stop(self.received)
 
     def request(self, why: str) -> None:

@@ -50,7 +50,10 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
 
     def trial() -> None:
         device, dtype = own_device(), torch.float16 if precision == "fp16" else torch.bfloat16
-        q, k = (torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True) for heads in (2, 1))
+        q, k = (
+            torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+            for heads in (2, 1)
+        )
         ids = torch.tensor([[0, 0, 1]], device=device)
         for segments in (None, segments_of(ids, 2, 2)):
             causal_attention(q, k, k, backend, segments).sum().backward()
@@ -61,7 +64,9 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
     return problem and f"{backend} attention failed at a first call ({problem})"
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, each token seeing itself and what stands before it.
 
     Args:
@@ -84,14 +89,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Se
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
 
 
 def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments) -> Tensor:
     """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask."""
     _, ends, longest = segments
     if not q.shape[0]:
-        return q + (k.sum() + v.sum())     # nothing, but each of the three gets its gradient: zeros
+        return q + (k.sum() + v.sum())  # nothing, but each of the three gets its gradient: zeros
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 
@@ -99,40 +106,68 @@ def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segmen
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:          # torch 2.12 and newer
-            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12 and newer
+            out = varlen_attn(
+                q,
+                k,
+                v,
+                ends,
+                ends,
+                longest,
+                longest,
+                window_size=(-1, 0),
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out
     lengths = [length for length in ends.diff().tolist() if length]
-    return torch.cat([_sdpa(*(x.unsqueeze(0) for x in part)).squeeze(0)
-                      for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
+    return torch.cat(
+        [
+            _sdpa(*(x.unsqueeze(0) for x in part)).squeeze(0)
+            for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        ]
+    )
 
 
 class Attention(nn.Module):
     """Attn(x) of a layer, x already normed; heads are cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, *, backend: str, make: ParamMaker, output_std: float,
-                 recompute: bool = False):
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        *,
+        backend: str,
+        make: ParamMaker,
+        output_std: float,
+        recompute: bool = False,
+    ):
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
         d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
         self.tp, self.seq, self.recompute = make.tp, make.seq, recompute
         init = normal(model.init_std)
-        self.q_proj = ColumnParallelLinear(f"{name}.q_proj", d, model.num_heads * self.head_dim,
-                                           make=make, init=init, bias=model.qkv_bias)
-        self.k_proj = KeyValueLinear(f"{name}.k_proj", d, model.num_kv_heads, self.head_dim,
-                                     make=make, init=init, bias=model.qkv_bias)
-        self.v_proj = KeyValueLinear(f"{name}.v_proj", d, model.num_kv_heads, self.head_dim,
-                                     make=make, init=init, bias=model.qkv_bias)
-        self.o_proj = RowParallelLinear(f"{name}.o_proj", model.num_heads * self.head_dim, d,
-                                        make=make, init=normal(output_std))
+        self.q_proj = ColumnParallelLinear(
+            f"{name}.q_proj", d, model.num_heads * self.head_dim, make=make, init=init, bias=model.qkv_bias
+        )
+        self.k_proj = KeyValueLinear(
+            f"{name}.k_proj", d, model.num_kv_heads, self.head_dim, make=make, init=init, bias=model.qkv_bias
+        )
+        self.v_proj = KeyValueLinear(
+            f"{name}.v_proj", d, model.num_kv_heads, self.head_dim, make=make, init=init, bias=model.qkv_bias
+        )
+        self.o_proj = RowParallelLinear(
+            f"{name}.o_proj", model.num_heads * self.head_dim, d, make=make, init=normal(output_std)
+        )
         self.rotary = Rotary(self.head_dim, model.rope_theta)
         hybrid = model.normalization == "hybridnorm"
         self.q_norm, self.k_norm, self.v_norm = (
-            HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None for kind in "qkv")
+            HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None
+            for kind in "qkv"
+        )
 
     def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """q [B, S, H/tp, K] and k [B, S, G/tp, K], not yet turned to their positions; x has passed `enter_tp`."""
@@ -146,7 +181,15 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return v if self.v_norm is None else self.v_norm(v)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, length: int, segments: Segments | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor | None,
+        length: int,
+        segments: Segments | None,
+    ) -> Tensor:
         """[B, S, H/tp * K], the input of the output projection. Arguments as in `forward`."""
         q, k = self.rotary(q, k, positions, length)
         return causal_attention(q, k, v, self.backend, segments).flatten(-2)
@@ -155,7 +198,9 @@ class Attention(nn.Module):
         """This rank's term of the output, for the arguments of `attend`."""
         return self.o_proj.term(self.attend(*inputs))
 
-    def forward(self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None
+    ) -> Tensor:
         """x [B, S/seq, D] -> [B, S/seq, D].
 
         Args:

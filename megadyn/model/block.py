@@ -73,18 +73,30 @@ class Layer(nn.Module):
         scale = (index + 1) ** -0.5 if lns else 1.0
         # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size. LNS has its own way.
         output_std = model.init_std if lns else model.init_std / (2 * model.num_layers) ** 0.5
-        self.input_layernorm = nn.Identity() if self.hybrid else RMSNorm(
-            f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=make, scale=scale)
-        self.self_attn = Attention(f"{name}.self_attn", model, backend=ctx.attention, make=make, output_std=output_std,
-                                   recompute=inner)
-        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps,
-                                                make=make, scale=scale)
+        self.input_layernorm = (
+            nn.Identity()
+            if self.hybrid
+            else RMSNorm(f"{name}.input_layernorm", model.hidden_size, model.norm_eps, make=make, scale=scale)
+        )
+        self.self_attn = Attention(
+            f"{name}.self_attn",
+            model,
+            backend=ctx.attention,
+            make=make,
+            output_std=output_std,
+            recompute=inner,
+        )
+        self.post_attention_layernorm = RMSNorm(
+            f"{name}.post_attention_layernorm", model.hidden_size, model.norm_eps, make=make, scale=scale
+        )
         self.mlp = Mlp(f"{name}.mlp", model, make=make, output_std=output_std, recompute=inner)
 
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T/seq, D]."""
         segments, positions = documents or (None, None)
-        return self.feed_forward(hidden, self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments))
+        return self.feed_forward(
+            hidden, self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments)
+        )
 
     def length(self, hidden: Tensor) -> int:
         """T of hidden [B, T/seq, D]."""
@@ -95,14 +107,16 @@ class Layer(nn.Module):
         attended, normed = self.post_attention_layernorm.of_sum(hidden, update)
         return (normed if self.hybrid else attended) + self.mlp(normed)
 
-    def delta(self, hidden: Tensor, positions: Tensor, length: int, segments: Segments | None = None) -> Tensor:
+    def delta(
+        self, hidden: Tensor, positions: Tensor, length: int, segments: Segments | None = None
+    ) -> Tensor:
         """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens; `segments` as in
         `causal_attention`."""
         update = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
         if self.hybrid:
             return self.feed_forward(hidden, update) - hidden
         _, normed = self.post_attention_layernorm.of_sum(hidden, update)
-        return update + self.mlp(normed)             # no large terms to cancel
+        return update + self.mlp(normed)  # no large terms to cancel
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs), a method of this layer, compiled and recomputed in the backward pass where configured.
@@ -112,6 +126,7 @@ class Layer(nn.Module):
         """
         if self.compile_run and torch.is_grad_enabled():
             hidden = inputs[0].hidden if isinstance(inputs[0], Stream) else inputs[0]
-            self.self_attn.rotary.angles(self.length(hidden), hidden)      # grown out here: a graph is for a table that stays
+            # grown out here: a graph is for a table that stays
+            self.self_attn.rotary.angles(self.length(hidden), hidden)
             function = partial(compiled, function)
         return recomputed(function, *inputs, when=self.recompute)

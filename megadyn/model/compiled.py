@@ -16,11 +16,15 @@ BACKEND: str | Callable[..., Any] = "inductor"
 
 def check_compiler() -> None:
     """Raises ConfigError where this machine has nothing to compile with."""
-    cxx = os.environ.get("CXX", "g++")                # as torch looks for it
+    cxx = os.environ.get("CXX", "g++")  # as torch looks for it
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         raise ConfigError("training.compile", True, "false on this machine: Triton is not installed")
     if not shutil.which(cxx):
-        raise ConfigError("training.compile", True, f"false on this machine: there is no C++ compiler {cxx} (CXX names another)")
+        raise ConfigError(
+            "training.compile",
+            True,
+            f"false on this machine: there is no C++ compiler {cxx} (CXX names another)",
+        )
 
 
 def compiled(method: Callable[..., Any], *inputs: Any) -> Any:
@@ -28,7 +32,7 @@ def compiled(method: Callable[..., Any], *inputs: Any) -> Any:
 
     What cannot be compiled as a whole is an error, never a quiet way back.
     """
-    return _compiled(method.__func__)(method.__self__, *inputs)          # type: ignore[attr-defined]
+    return _compiled(method.__func__)(method.__self__, *inputs)  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -13,7 +13,9 @@ from megadyn.parallel.params import ParamMaker, normal
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x)), x [..., D]; the inner width is cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, *, make: ParamMaker, output_std: float, recompute: bool = False):
+    def __init__(
+        self, name: str, model: ModelConfig, *, make: ParamMaker, output_std: float, recompute: bool = False
+    ):
         super().__init__()
         assert model.ffn_size is not None
         d, width, init = model.hidden_size, model.ffn_size, normal(model.init_std)
@@ -25,7 +27,9 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T/seq, D] -> [B, T/seq, D]."""
         x = enter_tp(x, self.tp, self.seq)
-        return self.down_proj.sum_of(recomputed(self.down, self.gate_proj(x), self.up_proj(x), when=self.recompute))
+        return self.down_proj.sum_of(
+            recomputed(self.down, self.gate_proj(x), self.up_proj(x), when=self.recompute)
+        )
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
         """Both [B, T, F/tp] -> this rank's term of the output, [B, T, D]."""

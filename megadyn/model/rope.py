@@ -19,7 +19,7 @@ class Rotary:
         if self.cos.shape[0] < length or self.cos.device != like.device or self.cos.dtype != dtype:
             exponent = torch.arange(0, self.head_dim, 2, dtype=dtype, device=like.device) / self.head_dim
             positions = torch.arange(length, dtype=dtype, device=like.device)
-            angle = torch.outer(positions, self.theta ** -exponent)
+            angle = torch.outer(positions, self.theta**-exponent)
             self.cos, self.sin = angle.cos(), angle.sin()
         return self.cos[:length], self.sin[:length]
 
@@ -30,8 +30,10 @@ class Rotary:
             positions: [B, S], each below `length`; None stands for 0 .. S-1.
         """
         cos, sin = self.angles(length, q)
-        cos, sin = (cos[: q.shape[1]], sin[: q.shape[1]]) if positions is None else (cos[positions], sin[positions])
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                  # over all heads alike
+        cos, sin = (
+            (cos[: q.shape[1]], sin[: q.shape[1]]) if positions is None else (cos[positions], sin[positions])
+        )
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # over all heads alike
         return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)
 
 

@@ -48,9 +48,9 @@ def _make_axis(name: str, size: int, stride: int, world: int, me: int) -> Axis:
         return Axis(name)
     mine = None
     for first in range(world):
-        if (first // stride) % size == 0:                    # the lowest rank of a line along this axis
+        if (first // stride) % size == 0:  # the lowest rank of a line along this axis
             ranks = range(first, first + size * stride, stride)
-            group = dist.new_group(list(ranks))              # every process takes part in making every group
+            group = dist.new_group(list(ranks))  # every process takes part in making every group
             if me in ranks:
                 mine = Axis(name, rank=list(ranks).index(me), size=size, group=group)
     assert mine is not None

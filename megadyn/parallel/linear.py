@@ -14,9 +14,18 @@ class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The caller has
     passed x through `enter_tp`, once for all users."""
 
-    def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init, bias: bool = False):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        make: ParamMaker,
+        init: Init,
+        bias: bool = False,
+    ):
         super().__init__()
-        self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [F/tp, D]
+        self.weight = make(f"{name}.weight", (out_features, in_features), init)  # [F/tp, D]
         self.bias = make(f"{name}.bias", (out_features,), constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +40,17 @@ class KeyValueLinear(ColumnParallelLinear):
     ranks, so that it is equal, and counted once, everywhere. x [..., D] -> [..., max(heads / tp, 1) * head_dim].
     """
 
-    def __init__(self, name: str, in_features: int, heads: int, head_dim: int, *, make: ParamMaker, init: Init, bias: bool):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        heads: int,
+        head_dim: int,
+        *,
+        make: ParamMaker,
+        init: Init,
+        bias: bool,
+    ):
         super().__init__(name, in_features, heads * head_dim, make=make, init=init, bias=bias)
         self.tp = make.tp
         self.rows: slice | None = None
@@ -52,7 +71,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init):
         super().__init__()
         self.tp, self.seq = make.tp, make.seq
-        self.weight = make(f"{name}.weight", (out_features, in_features), init)         # [D, F/tp]
+        self.weight = make(f"{name}.weight", (out_features, in_features), init)  # [D, F/tp]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sum_of(self.term(x))
@@ -79,7 +98,7 @@ class VocabParallelEmbedding(nn.Module):
         self.seq: Axis = make.seq
         self.vocab_size = vocab_size
         self.rows = -(-vocab_size // make.tp.size)
-        self.weight = make(f"{name}.weight", (vocab_size, hidden_size), init)           # [V/tp, D]
+        self.weight = make(f"{name}.weight", (vocab_size, hidden_size), init)  # [V/tp, D]
 
     def forward(self, tokens: Tensor) -> Tensor:
         outside = (tokens < 0) | (tokens >= self.vocab_size)

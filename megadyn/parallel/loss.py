@@ -22,11 +22,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """N tokens, D hidden size, V words, v of them in a block."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, training: bool
+    ) -> Tensor:
         """hidden [N, D], weight [V/tp, D], labels [N] -> mean loss, a scalar, equal on all tensor ranks."""
         count, rows = hidden.shape[0], weight.shape[0]
         local = labels - tp.rank * rows
-        own = min(rows, max(0, vocab_size - tp.rank * rows))              # what is behind them is padding
+        own = min(rows, max(0, vocab_size - tp.rank * rows))  # what is behind them is padding
         size = max(1, LOGITS_AT_ONCE // count)
         blocks = [slice(start, min(own, start + size)) for start in range(0, own, size)]
         wide = upcast(weight[:0]).dtype
@@ -34,7 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         top = hidden.new_full((count,), torch.finfo(wide).min, dtype=wide)
         total, target = top.new_zeros(count), top.new_zeros(count)
         for block in blocks:
-            logits = hidden @ weight[block].T                               # [N, v]
+            logits = hidden @ weight[block].T  # [N, v]
             here, index = _in_block(local, block)
             target += logits.gather(1, index).squeeze(1) * here
             highest = torch.maximum(top, logits.amax(dim=1))
@@ -47,7 +49,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, target = sum_over(torch.stack([total * share, target]), tp)
         grad_logits = None
         if training and len(blocks) == 1:
-            grad_logits = _minus_labels(logits.mul_((share / total).unsqueeze(1)), local, blocks[0]).to(weight.dtype)
+            grad_logits = _minus_labels(logits.mul_((share / total).unsqueeze(1)), local, blocks[0]).to(
+                weight.dtype
+            )
         ctx.blocks, ctx.tp = blocks, tp
         ctx.save_for_backward(hidden, weight, local, highest + total.log(), grad_logits)
         return (total.log() - (target - highest)).mean()
@@ -57,14 +61,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, local, log_total, grad_logits = ctx.saved_tensors
         scale = grad / len(hidden)
         scaled = (hidden * scale).to(hidden.dtype)
-        grad_hidden = hidden.new_zeros(hidden.shape, dtype=log_total.dtype)     # summed over blocks
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=log_total.dtype)  # summed over blocks
         grad_weight = torch.empty_like(weight)
         for block in ctx.blocks:
             if len(ctx.blocks) > 1:
-                grad_logits = _minus_labels(_minus(hidden @ weight[block].T, log_total).exp_(), local, block).to(weight.dtype)
+                grad_logits = _minus_labels(
+                    _minus(hidden @ weight[block].T, log_total).exp_(), local, block
+                ).to(weight.dtype)
             grad_hidden += grad_logits @ weight[block]
             torch.mm(grad_logits.T, scaled, out=grad_weight[block])
-        grad_weight[ctx.blocks[-1].stop if ctx.blocks else 0:] = 0              # the padding's
+        grad_weight[ctx.blocks[-1].stop if ctx.blocks else 0 :] = 0  # the padding's
         return grad_hidden.mul_(scale).to(hidden.dtype), grad_weight, None, None, None, None
 
 
@@ -85,7 +91,9 @@ def _minus_labels(probs: Tensor, local: Tensor, block: slice) -> Tensor:
     return probs.scatter_add_(1, index, -here.to(probs.dtype).unsqueeze(1))
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp: Axis) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp: Axis
+) -> Tensor:
     """Mean of -log softmax(hidden W^T)[label] over all tokens.
 
     Args:
@@ -93,4 +101,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, voca
         weight: [V/tp, D], this rank's rows; rows at and beyond `vocab_size` are padding.
         labels: [...], ids over the whole vocabulary; one outside it makes the loss NaN.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten(), vocab_size, tp, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(
+        hidden.flatten(0, -2), weight, labels.flatten(), vocab_size, tp, torch.is_grad_enabled()
+    )

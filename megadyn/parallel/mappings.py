@@ -28,7 +28,7 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sum of `x` over the ranks of `axis`, bitwise equal on all of them."""
     if axis.size == 1:
         return x
-    x = x.clone(memory_format=torch.contiguous_format)       # all_reduce works in place
+    x = x.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
     dist.all_reduce(x, group=axis.group)
     return x
 

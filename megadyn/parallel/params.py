@@ -58,7 +58,7 @@ class ParamMaker:
 def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:
     """Writes on a parameter what others read there; see `name_of` and `is_cut`."""
     param.global_name = name
-    param.tensor_model_parallel = is_cut      # DeepSpeed's gradient norm reads this name
+    param.tensor_model_parallel = is_cut  # DeepSpeed's gradient norm reads this name
     return param
 
 

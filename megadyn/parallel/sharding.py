@@ -51,7 +51,9 @@ class Sharding:
             return whole
         short = -whole.shape[dim] % self.size
         if short:
-            assert dim == 0 and TABLE[0][0].search(name), f"{name} {tuple(whole.shape)} does not divide by {self.size}"
+            assert dim == 0 and TABLE[0][0].search(name), (
+                f"{name} {tuple(whole.shape)} does not divide by {self.size}"
+            )
             whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
         return whole.chunk(self.size, dim)[rank]
 

@@ -24,7 +24,9 @@ def layer_flops(model: Shape, length: int, shares: Shares | None = None) -> list
     """
     routing = model.routing
     seen = shares if shares and routing.varies else {}
-    return [routing.flops(layer, model, length, seen.get(index)) for index, layer in enumerate(model.layer_types)]
+    return [
+        routing.flops(layer, model, length, seen.get(index)) for index, layer in enumerate(model.layer_types)
+    ]
 
 
 def layer_costs(model: Shape, length: int) -> list[float]:
@@ -38,13 +40,16 @@ def head_flops(model: Shape, length: int) -> float:
     return 2 * length * model.hidden_size * model.vocab_size
 
 
-def training_flops(model: Shape, length: int, shares: Shares | None = None, *, whole_square: bool = False) -> float:
+def training_flops(
+    model: Shape, length: int, shares: Shares | None = None, *, whole_square: bool = False
+) -> float:
     """Operations of forward and backward on one sequence of `length` tokens; `whole_square` counts causal attention in full, as
     llm-foundry, nanotron and torchtitan do."""
     layers = layer_flops(model, length, shares)
     unseen = sum(layer.attention for layer in layers) if whole_square else 0.0
-    return (3 * (sum(layer.total for layer in layers) + unseen + head_flops(model, length))
-            - sum(layer.detached for layer in layers))
+    return 3 * (sum(layer.total for layer in layers) + unseen + head_flops(model, length)) - sum(
+        layer.detached for layer in layers
+    )
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:

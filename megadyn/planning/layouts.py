@@ -90,9 +90,12 @@ class Layout:
     def record(self) -> dict[str, Any]:
         """For JSON; memory in GiB, also by what it holds."""
         gib = self.memory.total / GIB
-        return asdict(self) | {"memory": {name: size / GIB for name, size in self.memory._asdict().items()}, "memory_gib": gib,
-                               "host_gib": self.host / GIB,
-                               "reason": None if self.fits else f"needs {gib:.1f} GiB"}
+        return asdict(self) | {
+            "memory": {name: size / GIB for name, size in self.memory._asdict().items()},
+            "memory_gib": gib,
+            "host_gib": self.host / GIB,
+            "reason": None if self.fits else f"needs {gib:.1f} GiB",
+        }
 
 
 class Refusal(NamedTuple):
@@ -114,14 +117,20 @@ def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusa
         UserError: a configuration that cannot be planned at all.
     """
     if config.model.vocab_size is None:
-        raise UserError("model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)")
+        raise UserError(
+            "model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)"
+        )
     found: list[Layout] = []
     refused: list[Refusal] = []
     for tensor, pipeline in shapes(machine.gpus):
         for settings in engine_files(config):
             stage = settings.zero["stage"]
-            trial = replace(config, parallel=replace(config.parallel, tensor=tensor, pipeline=pipeline),
-                            training=replace(config.training, micro_batch_size=1), deepspeed_config=settings.path)
+            trial = replace(
+                config,
+                parallel=replace(config.parallel, tensor=tensor, pipeline=pipeline),
+                training=replace(config.training, micro_batch_size=1),
+                deepspeed_config=settings.path,
+            )
             try:
                 if tensor > machine.node_gpus:
                     raise UserError(f"parallel.tensor is more than the {machine.node_gpus} GPUs of a node")
@@ -166,7 +175,12 @@ def engine_files(config: Config) -> list[EngineFile]:
     own = Path(config.deepspeed_config)
     for path in (own, *(own.parent / f"zero{kind}.json" for kind in (0, 1, 2, 3, "3_offload"))):
         if path == own or path.exists():
-            alone = replace(config, parallel=replace(config.parallel, pipeline=1), precision="fp32", deepspeed_config=str(path))
+            alone = replace(
+                config,
+                parallel=replace(config.parallel, pipeline=1),
+                precision="fp32",
+                deepspeed_config=str(path),
+            )
             zero = engine_settings(alone)["zero_optimization"]
             offloads = any(is_offloaded(zero, what) for what in ("optimizer", "param"))
             files.setdefault((zero["stage"], offloads), EngineFile(str(path), zero))
@@ -188,23 +202,45 @@ def _cuts(layers: tuple[float, ...], head: float, stages: int) -> list[int]:
 def stage_cuts(config: Config) -> list[int]:
     """Where the engine cuts the layers into stages."""
     length = config.training.sequence_length
-    return _cuts(tuple(layer_costs(config.model, length)), head_flops(config.model, length), config.parallel.pipeline)
+    return _cuts(
+        tuple(layer_costs(config.model, length)), head_flops(config.model, length), config.parallel.pipeline
+    )
 
 
 def workload(config: Config) -> Workload:
     """What a rank of this configuration computes with; its vocabulary must be known."""
     training = config.training
-    return Workload(config.model, training.micro_batch_size, training.sequence_length, config.parallel.tensor,
-                    NUMBER_BYTES[config.precision], training.recompute, config.data.document_mask,
-                    config.parallel.sequence and config.parallel.tensor > 1)
+    return Workload(
+        config.model,
+        training.micro_batch_size,
+        training.sequence_length,
+        config.parallel.tensor,
+        NUMBER_BYTES[config.precision],
+        training.recompute,
+        config.data.document_mask,
+        config.parallel.sequence and config.parallel.tensor > 1,
+    )
 
 
 def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     """What `config`, which can run, takes on all of the machine's GPUs."""
     plan, cuts, work = batch_plan(config, machine.gpus), stage_cuts(config), workload(config)
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
-    memory = max((rank_memory(work, cuts, stage, precision=config.precision, zero=settings.zero, data=plan.data_parallel,
-                              micro_batches=plan.micro_batches) for stage in range(stages)), key=lambda it: it.total)
+    memory = max(
+        (
+            rank_memory(
+                work,
+                cuts,
+                stage,
+                precision=config.precision,
+                zero=settings.zero,
+                data=plan.data_parallel,
+                micro_batches=plan.micro_batches,
+            )
+            for stage in range(stages)
+        ),
+        key=lambda it: it.total,
+    )
     times = [stage_times(work, cuts, stage, machine) for stage in range(stages)]
     forward, backward = [t.forward for t in times], [t.backward for t in times]
     # With a gate, with document ids.
@@ -218,13 +254,26 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     ranks = min(machine.node_gpus, machine.gpus)
     useful = training_flops(config.model, work.length) * plan.global_batch
     return Layout(
-        tensor, stages, plan.data_parallel, settings.zero["stage"], settings.path, plan.micro_batch, plan.micro_batches,
-        work.recompute, memory,
-        ranks * host_memory(work, cuts, 0, precision=config.precision, zero=settings.zero, data=plan.data_parallel),
+        tensor,
+        stages,
+        plan.data_parallel,
+        settings.zero["stage"],
+        settings.path,
+        plan.micro_batch,
+        plan.micro_batches,
+        work.recompute,
+        memory,
+        ranks
+        * host_memory(work, cuts, 0, precision=config.precision, zero=settings.zero, data=plan.data_parallel),
         memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
-        bubble=passes.bubble, tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
-        pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1), data_bytes=reduced, step_s=step,
-        tokens_per_second=plan.global_batch * work.length / step, model_tflops=useful / step / machine.gpus / 1e12)
+        bubble=passes.bubble,
+        tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
+        pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1),
+        data_bytes=reduced,
+        step_s=step,
+        tokens_per_second=plan.global_batch * work.length / step,
+        model_tflops=useful / step / machine.gpus / 1e12,
+    )
 
 
 class StageTimes(NamedTuple):
@@ -247,7 +296,8 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
     # A sum over t ranks moves (t - 1) / t of the tensor out of each, twice.
     one = work.batch * work.length * model.hidden_size * work.bytes * 2 * (work.tensor - 1) / work.tensor
     sums = 2 * one * sum(shares_summed(work)[mine])
-    ends = (one * (stage == 0), one * (stage == len(cuts) - 2))       # the embedding's in forward, the head's in backward
+    # the embedding's in forward, the head's in backward
+    ends = (one * (stage == 0), one * (stage == len(cuts) - 2))
     attention = sum(layer.attention for layer in flops) / work.tensor * work.batch
     again = {"none": 0.0, "selective": attention, "full": layers}[work.recompute]
     moved = (sums + ends[0], sums * (2 if work.recompute == "full" else 1) + ends[1])
@@ -268,21 +318,33 @@ def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: Batch
     ZeRO 0 and 1 sum gradients once a step, in the type of the weights; from 1 on the new weights are gathered.
     ZeRO 2 sums them for every micro-batch. ZeRO 3 gathers weights for both passes of it, and scatters the sums.
     """
-    sent = max(stage_parameters(work.model, work.tensor, cuts)) * work.bytes * (plan.data_parallel - 1) / plan.data_parallel
+    sent = (
+        max(stage_parameters(work.model, work.tensor, cuts))
+        * work.bytes
+        * (plan.data_parallel - 1)
+        / plan.data_parallel
+    )
     times = {0: 2, 1: 2 + 1, 2: 2 * plan.micro_batches + 1, 3: 3 * plan.micro_batches}
     return sent * times[zero_stage]
 
 
-def offloading_s(work: Workload, cuts: Sequence[int], precision: str, zero: dict[str, Any], plan: BatchPlan,
-                 machine: Machine) -> float:
+def offloading_s(
+    work: Workload,
+    cuts: Sequence[int],
+    precision: str,
+    zero: dict[str, Any],
+    plan: BatchPlan,
+    machine: Machine,
+) -> float:
     """Seconds of a step for what is offloaded, none of it hidden: gradients are summed up in the host's memory, where the
     optimizer steps; weights come from there for every pass."""
     share = state_bytes(precision, zero["stage"], plan.data_parallel)
-    moved = stepped = 0.0                            # bytes a parameter of the stage: over a GPU's link, in its node's memory
+    moved = stepped = 0.0  # bytes a parameter of the stage: over a GPU's link, in its node's memory
     if is_offloaded(zero, "optimizer"):
         # Out for every micro-batch, in again before all but the first; once more out in fp32; and the new weights in.
         moved += share.gradients * (2 * plan.micro_batches - 1) + 4 / plan.data_parallel + share.weights
-        stepped += (4 * 4 + 3 * 4) / plan.data_parallel + share.weights          # all four read, all but the gradient written
+        # all four read, all but the gradient written
+        stepped += (4 * 4 + 3 * 4) / plan.data_parallel + share.weights
     if is_offloaded(zero, "param"):
         moved += share.weights * 2 * plan.micro_batches
     count = stage_parameters(work.model, work.tensor, cuts)[0]

@@ -47,8 +47,8 @@ def head_working(work: Workload) -> float:
     d, rows, b = work.model.hidden_size, vocabulary_rows(work.model, work.tensor), work.bytes
     n = work.batch * work.length
     logits = min(rows, max(1, LOGITS_AT_ONCE // n)) * n
-    copies = b if b < 4 else 0                                   # beside float32
-    hidden = b * d * n * 2 + 4 * d * n                           # final hidden states, scaled, and their summed gradient
+    copies = b if b < 4 else 0  # beside float32
+    hidden = b * d * n * 2 + 4 * d * n  # final hidden states, scaled, and their summed gradient
     forward = logits * (4 + copies)
     block = logits * (b if logits == n * rows else 4 + copies)
     return hidden + max(forward - 4 * d * n - b * d * n, rows * d * b + max(block, logits * b + b * d * n))
@@ -71,18 +71,22 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
     n = work.batch * work.length
     m = n / work.parts
     layers = layers_kept(work)[cuts[stage] : cuts[stage + 1]]
-    again = [{"none": 0.0, "selective": layer.inner, "full": layer.inside}[work.recompute] for layer in layers]
-    kept = [layer.outside + (b * d * m if work.recompute == "full" else layer.input + layer.inside - redone)
-            for layer, redone in zip(layers, again, strict=True)]
+    again = [
+        {"none": 0.0, "selective": layer.inner, "full": layer.inside}[work.recompute] for layer in layers
+    ]
+    kept = [
+        layer.outside + (b * d * m if work.recompute == "full" else layer.input + layer.inside - redone)
+        for layer, redone in zip(layers, again, strict=True)
+    ]
     # DeepSpeed keeps a micro-batch's input with a copy, and its output; and has buffers to receive into.
     crossing = b * d * m * (2 * (stage > 0) + (stage < stages - 1))
-    whole = sum(kept) + crossing + n * 8 * (stage == 0)          # token ids
+    whole = sum(kept) + crossing + n * 8 * (stage == 0)  # token ids
     # Backward runs last layer first: each finds what the layers before it keep.
     moments = [sum(kept[: i + 1]) + it.working + again[i] for i, it in enumerate(layers)]
     layer = max(moments) + whole - sum(kept)
     head = whole + m * work.norm(d) + n * 8 + head_working(work)
     held = in_flight(stage, stages, micro_batches) - 1
-    tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)         # each layer's cosines and sines
+    tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)  # each layer's cosines and sines
     always = held * whole + tables + crossing
     return Moments(always + layer, always + head if stage == stages - 1 else 0.0, always)
 
@@ -120,8 +124,14 @@ def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
     return of[precision, zero_stage]
 
 
-def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int, collected: float = 0.0,
-            widened: bool = False) -> float:
+def fullest(
+    work: Workload,
+    cuts: Sequence[int],
+    stage: int,
+    micro_batches: int,
+    collected: float = 0.0,
+    widened: bool = False,
+) -> float:
     """Activations at the fullest moment, with the gradient that a weight has just got.
 
     Args:
@@ -130,7 +140,9 @@ def fullest(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int,
     moments, (d, _, _, f) = activations(work, cuts, stage, micro_batches), work.widths
     fresh = work.bytes + 4 * widened
     embedding = vocabulary_rows(work.model, work.tensor) * d if stage == 0 else 0
-    return max(moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * embedding)
+    return max(
+        moments.head, moments.layers + collected + fresh * d * f, moments.end + collected + fresh * embedding
+    )
 
 
 def elements(zero: dict[str, Any], key: str, default: int) -> int:
@@ -172,14 +184,24 @@ def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, flo
     return share, host
 
 
-def host_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int) -> float:
+def host_memory(
+    work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int
+) -> float:
     """Bytes that a rank of this stage keeps in its node's memory because of offloading."""
     _, host = offloaded(state_bytes(precision, zero["stage"], data), zero, data)
     return host * stage_parameters(work.model, work.tensor, cuts)[stage]
 
 
-def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int,
-                micro_batches: int) -> Memory:
+def rank_memory(
+    work: Workload,
+    cuts: Sequence[int],
+    stage: int,
+    *,
+    precision: str,
+    zero: dict[str, Any],
+    data: int,
+    micro_batches: int,
+) -> Memory:
     """Of a rank of pipeline stage `stage` at its fullest moment.
 
     Args:
@@ -194,10 +216,19 @@ def rank_memory(work: Workload, cuts: Sequence[int], stage: int, *, precision: s
     if kind == 3:
         # Without recomputation every linear layer keeps a view of its gathered weight until its backward pass.
         live = min(count, elements(zero, "stage3_max_live_parameters", LIVE_PARAMETERS))
-        gathered = work.bytes * (live if work.recompute == "full" else count) * (data > 1 or is_offloaded(zero, "param"))
+        gathered = (
+            work.bytes
+            * (live if work.recompute == "full" else count)
+            * (data > 1 or is_offloaded(zero, "param"))
+        )
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
     # Activations and gathered weights are gone when gradients are reduced: they never meet.
-    return Memory(share.weights * count, share.gradients * count, share.optimizer * count, acts,
-                  running + max(gathered, reducing - acts))
+    return Memory(
+        share.weights * count,
+        share.gradients * count,
+        share.optimizer * count,
+        acts,
+        running + max(gathered, reducing - acts),
+    )

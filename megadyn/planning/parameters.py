@@ -10,7 +10,8 @@ def layer_parameters(model: Shape, tensor: int = 1) -> list[int]:
     """Of each transformer layer, what one of `tensor` ranks holds; for one rank that is all."""
     assert model.head_dim and model.num_kv_heads and model.ffn_size
     d, head = model.hidden_size, model.head_dim
-    keys = model.num_kv_heads // tensor if model.num_kv_heads >= tensor else model.num_kv_heads      # else whole everywhere
+    # else whole everywhere
+    keys = model.num_kv_heads // tensor if model.num_kv_heads >= tensor else model.num_kv_heads
     heads = model.num_heads // tensor
     block = d * head * (2 * heads + 2 * keys) + 3 * d * model.ffn_size // tensor
     block += head * (heads + 2 * keys) if model.qkv_bias else 0

@@ -17,7 +17,9 @@ def balanced_stages(layers: Sequence[float], head: float, stages: int) -> list[i
     for stage in range(2, stages + 1):
         extra = head if stage == stages else 0.0
         best = {
-            i: min((max(best[j][0], total[i] - total[j] + extra), [*best[j][1], i]) for j in range(stage - 1, i))
+            i: min(
+                (max(best[j][0], total[i] - total[j] + extra), [*best[j][1], i]) for j in range(stage - 1, i)
+            )
             for i in range(stage, count + 1)
         }
     return best[count][1]

@@ -27,7 +27,8 @@ class PipelineTimes(NamedTuple):
     @property
     def bubble(self) -> float:
         """Share of the stages' time in which they do not compute: 0 for one stage."""
-        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.step))      # rounding leaves one stage a hair below 0
+        # rounding leaves one stage a hair below 0
+        return max(0.0, 1 - sum(self.busy) / (len(self.busy) * self.step))
 
 
 def slot_of(stage: int, time: int, stages: int, micro_batches: int) -> Slot | None:
@@ -42,7 +43,9 @@ def in_flight(stage: int, stages: int, micro_batches: int) -> int:
     return min(stages - stage, micro_batches)
 
 
-def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches: int, send: float = 0.0) -> PipelineTimes:
+def simulate(
+    forward: Sequence[float], backward: Sequence[float], micro_batches: int, send: float = 0.0
+) -> PipelineTimes:
     """One step of 1F1B.
 
     Args:
@@ -52,10 +55,13 @@ def simulate(forward: Sequence[float], backward: Sequence[float], micro_batches:
     clock = [0.0] * stages
     for time in range(2 * (micro_batches + stages - 1)):
         slots = [slot_of(stage, time, stages, micro_batches) for stage in range(stages)]
-        for stage in range(1 - time % 2, stages - 1, 2):          # this one's turn is backward, its neighbour's forward
+        # this one's turn is backward, its neighbour's forward
+        for stage in range(1 - time % 2, stages - 1, 2):
             if crossing := (slots[stage] is not None) + (slots[stage + 1] is not None):
                 clock[stage] = clock[stage + 1] = max(clock[stage : stage + 2]) + crossing * send
         for stage, slot in enumerate(slots):
             if slot is not None:
                 clock[stage] += forward[stage] if slot.is_forward else backward[stage]
-    return PipelineTimes(max(clock), [micro_batches * (f + b) for f, b in zip(forward, backward, strict=True)])
+    return PipelineTimes(
+        max(clock), [micro_batches * (f + b) for f, b in zip(forward, backward, strict=True)]
+    )

@@ -7,14 +7,31 @@ from megadyn.prepare.readers import FORMATS, Corpus
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", type=user_path, nargs="+", required=True, metavar="PATH",
-                        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them")
-    parser.add_argument("--format", choices=FORMATS, default="auto",
-                        help="auto: by content and name; a file of no known format is refused (default)")
-    parser.add_argument("--text-key", default="text",
-                        help="key of the text in a JSONL line, or its column in Parquet (default: text)")
-    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail",
-                        help="a document that cannot be read ends the job (default) or is counted and left out")
+    parser.add_argument(
+        "--input",
+        type=user_path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="auto: by content and name; a file of no known format is refused (default)",
+    )
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        help="key of the text in a JSONL line, or its column in Parquet (default: text)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="a document that cannot be read ends the job (default) or is counted and left out",
+    )
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus:

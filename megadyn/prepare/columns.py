@@ -21,16 +21,25 @@ def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
         with open_parquet(span.file) as table:
             check_column(table.schema_arrow, text_key)
             groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            row = sum(group.num_rows for group in groups[:span.first])
+            row = sum(group.num_rows for group in groups[: span.first])
             for i in range(span.first, min(span.end, len(groups))):
                 done = span.size * (i + 1 - span.first) // (span.end - span.first)
                 end = row + groups[i].num_rows
                 rows = PARQUET_BATCH_BYTES * groups[i].num_rows // max(1, groups[i].total_byte_size)
                 try:
-                    for batch in table.iter_batches(min(max(1, rows), 2**16), [i], columns=[text_key], use_threads=False):
+                    for batch in table.iter_batches(
+                        min(max(1, rows), 2**16), [i], columns=[text_key], use_threads=False
+                    ):
                         for text in column_texts(batch.column(0)):
                             row += 1
-                            yield (text if isinstance(text, bytes) else DocumentError(f"{span.file}: row {row}: {text}")), done
+                            yield (
+                                (
+                                    text
+                                    if isinstance(text, bytes)
+                                    else DocumentError(f"{span.file}: row {row}: {text}")
+                                ),
+                                done,
+                            )
                 except (pyarrow.ArrowException, OSError) as error:
                     reason = damage(f"{span.file}: rows {row + 1} to {end}, of row group {i}", error)
                     row = end
@@ -53,7 +62,14 @@ def arrow_rows(span: Span, text_key: str) -> Iterator[Found]:
             for batch in arrow_batches(file, text_key):
                 for text in column_texts(batch.column(text_key)):
                     row += 1
-                    yield (text if isinstance(text, bytes) else DocumentError(f"{span.file}: row {row}: {text}")), file.tell()
+                    yield (
+                        (
+                            text
+                            if isinstance(text, bytes)
+                            else DocumentError(f"{span.file}: row {row}: {text}")
+                        ),
+                        file.tell(),
+                    )
     except DocumentError as error:
         yield DocumentError(f"{span.file}: {error}"), span.size
     except (pyarrow.ArrowException, EOFError, OSError) as error:
@@ -91,8 +107,15 @@ def check_column(schema: Any, name: str) -> None:
         kind = kind.value_type
     if isinstance(kind, pyarrow.BaseExtensionType):
         kind = kind.storage_type
-    known = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary,
-             types.is_binary_view, types.is_null)
+    known = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_null,
+    )
     if not any(is_it(kind) for is_it in known):
         raise DocumentError(f"column {name!r} holds {kind}, no text")
 
@@ -104,17 +127,18 @@ def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
     if isinstance(column, pyarrow.ExtensionArray):
         column = column.storage
     if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary.cast(pyarrow.large_binary()).take(column.indices)     # 64-bit offsets, for many long texts
+        # 64-bit offsets, for many long texts
+        column = column.dictionary.cast(pyarrow.large_binary()).take(column.indices)
     column = column.cast(pyarrow.large_binary())
     try:
         column.view(pyarrow.large_string()).validate(full=True)
         sound = True
-    except pyarrow.ArrowInvalid:        # a row is no UTF-8; find which
+    except pyarrow.ArrowInvalid:  # a row is no UTF-8; find which
         sound = False
     _, ends, raw = column.buffers()
-    if not ends:        # a column of no rows may come without
+    if not ends:  # a column of no rows may come without
         return
-    offsets = np.frombuffer(ends, np.int64)[column.offset:column.offset + len(column) + 1].tolist()
+    offsets = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
     known = column.is_valid().to_pylist() if column.null_count else repeat(True)
     data = memoryview(raw) if raw else b""
     for first, end, is_known in zip(offsets, offsets[1:], known, strict=False):

@@ -12,10 +12,24 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any, NamedTuple, Protocol
 
-SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".bgz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz",
-            ".lz4": "lz4"}
+SUFFIXES = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".bgz": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".lz4": "lz4",
+}
 BY_PYARROW = ("gzip", "zstd", "lz4")
-MAGIC = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\0", "lz4": b"\x04\x22\x4d\x18"}
+MAGIC = {
+    "gzip": b"\x1f\x8b\x08",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "bz2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "lz4": b"\x04\x22\x4d\x18",
+}
 LONGEST_HEAD = 18
 """Bytes by which a member is known."""
 BZ2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")
@@ -44,7 +58,7 @@ Open = Callable[[], IO[bytes]]
 
 def codec_of(head: bytes, suffix: str = "") -> str | None:
     """The compression of a file by its first `LONGEST_HEAD` bytes; `suffix` tells where these leave two."""
-    if len(head) >= 4 and 0x50 <= head[0] <= 0x5f and head[1:4] == SKIPPABLE:
+    if len(head) >= 4 and 0x50 <= head[0] <= 0x5F and head[1:4] == SKIPPABLE:
         return "lz4" if SUFFIXES.get(suffix) == "lz4" else "zstd"
     if head.startswith(MAGIC["bz2"]):
         return "bz2" if head[3:4].isdigit() and head[4:10] in BZ2_BLOCKS else None
@@ -116,7 +130,7 @@ def members(disk: IO[bytes], codec: str) -> Iterator[bytes | Damage]:
     while (at := past_zeros(disk, at)) < size:
         disk.seek(at)
         head = disk.read(LONGEST_HEAD)
-        if codec in ("zstd", "lz4") and len(head) >= 8 and 0x50 <= head[0] <= 0x5f and head[1:4] == SKIPPABLE:
+        if codec in ("zstd", "lz4") and len(head) >= 8 and 0x50 <= head[0] <= 0x5F and head[1:4] == SKIPPABLE:
             at += 8 + struct.unpack("<I", head[4:8])[0]
             if at > size:
                 yield Damage("a skippable frame is cut short", is_lost=False)
@@ -158,7 +172,7 @@ def next_member(disk: IO[bytes], at: int, codec: str) -> int | None:
         held += chunk
         found = held.find(MAGIC[codec])
         while found >= 0:
-            head = held[found:found + LONGEST_HEAD]
+            head = held[found : found + LONGEST_HEAD]
             if codec_of(head) == codec and (codec != "gzip" or is_likely_gzip(head)):
                 return at + found
             found = held.find(MAGIC[codec], found + 1)
@@ -170,7 +184,12 @@ def next_member(disk: IO[bytes], at: int, codec: str) -> int | None:
 
 def is_likely_gzip(head: bytes) -> bool:
     """Three bytes are found by chance, too; these fields hold few values."""
-    return len(head) == LONGEST_HEAD and head[3] < 0x20 and head[8] in (0, 2, 4) and (head[9] <= 13 or head[9] == 255)
+    return (
+        len(head) == LONGEST_HEAD
+        and head[3] < 0x20
+        and head[8] in (0, 2, 4)
+        and (head[9] <= 13 or head[9] == 255)
+    )
 
 
 class Member(Protocol):
@@ -187,6 +206,7 @@ class Member(Protocol):
 
 def pieces_of(disk: IO[bytes], at: int, codec: str) -> Generator[bytes, None, int]:
     """The content of the member at `at`; returns where it ends. `Broken` behind all that can be had of it."""
+
     def opened() -> Member:
         return ByPyarrow(disk, at, codec) if codec in ("zstd", "lz4") else ByLibrary(disk, at, codec)
 
@@ -202,7 +222,7 @@ def pieces_of(disk: IO[bytes], at: int, codec: str) -> Generator[bytes, None, in
     for _ in range(reads):
         member.read(PIECE_BYTES)
     member.feed_slowly()
-    last = bytearray()          # less than a piece: the read that broke is done again, byte by byte
+    last = bytearray()  # less than a piece: the read that broke is done again, byte by byte
     try:
         while piece := member.read(1):
             last += piece
@@ -239,7 +259,9 @@ class ByLibrary:
     def __init__(self, disk: IO[bytes], at: int, codec: str) -> None:
         self.end = at
         self._disk = disk
-        self._decoder: Any = {"gzip": Inflate, "bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}[codec]()
+        self._decoder: Any = {"gzip": Inflate, "bz2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}[
+            codec
+        ]()
         self._step = PIECE_BYTES
 
     def feed_slowly(self) -> None:
@@ -353,8 +375,10 @@ class ZstdFrame(Rest):
             base = 1 << 10 + (window[0] >> 3)
             needed = base + base // 8 * (window[0] & 7)
             if needed > LARGEST_ZSTD_WINDOW:
-                raise Broken(f"its window of {needed // 2**20} MiB is over {LARGEST_ZSTD_WINDOW // 2**20}; decompress it with "
-                             "zstd --long=31 first")
+                raise Broken(
+                    f"its window of {needed // 2**20} MiB is over {LARGEST_ZSTD_WINDOW // 2**20}; decompress it with "
+                    "zstd --long=31 first"
+                )
         yield start + window + dictionary + content_size
         is_last = 0
         while not is_last:

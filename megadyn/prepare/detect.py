@@ -12,26 +12,96 @@ from megadyn.prepare.compression import LONGEST_HEAD, SUFFIXES, Decompressed, co
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson")
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
 ARROW_SUFFIXES = (".arrow", ".arrows", ".feather")
-TABLES = {".csv": "a table of comma-separated values", ".tsv": "a table of tab-separated values",
-          ".tab": "a table of tab-separated values", ".psv": "a table of separated values", ".xls": "a spreadsheet"}
-SOURCES = frozenset((
-    ".txt", ".text", ".md", ".rst", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt",
-    ".js", ".ts", ".jsx", ".tsx", ".rb", ".php", ".pl", ".sh", ".lua", ".sql", ".html", ".htm", ".css", ".scss", ".xml", ".yaml",
-    ".yml", ".toml", ".ini", ".cfg", ".swift", ".scala", ".r", ".f", ".f90", ".hs", ".ml", ".ex", ".erl", ".cs", ".vb",
-    ".dart", ".proto", ".cmake"))
+TABLES = {
+    ".csv": "a table of comma-separated values",
+    ".tsv": "a table of tab-separated values",
+    ".tab": "a table of tab-separated values",
+    ".psv": "a table of separated values",
+    ".xls": "a spreadsheet",
+}
+SOURCES = frozenset(
+    (
+        ".txt",
+        ".text",
+        ".md",
+        ".rst",
+        ".tex",
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".rs",
+        ".go",
+        ".java",
+        ".kt",
+        ".js",
+        ".ts",
+        ".jsx",
+        ".tsx",
+        ".rb",
+        ".php",
+        ".pl",
+        ".sh",
+        ".lua",
+        ".sql",
+        ".html",
+        ".htm",
+        ".css",
+        ".scss",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".cfg",
+        ".swift",
+        ".scala",
+        ".r",
+        ".f",
+        ".f90",
+        ".hs",
+        ".ml",
+        ".ex",
+        ".erl",
+        ".cs",
+        ".vb",
+        ".dart",
+        ".proto",
+        ".cmake",
+    )
+)
 """Text whatever it looks like; not opened to be told from others until it is read."""
 UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin", ".jl")
 """Suffixes that JSON lines may have, and other files too; `.jl` is also Julia's."""
 KNOWN = "known are UTF-8 text, JSON lines, Parquet and Arrow; text and JSON lines also as gzip, zstd, bzip2, xz or lz4"
 HEAD_BYTES = 2**14
 NOT_READ = {
-    b"PARE": "Parquet with an encrypted footer", b"PK\3\4": "a zip archive", b"PK\5\6": "a zip archive", b"%PDF": "PDF",
-    b"\x7fELF": "a program", b"SQLite format 3\0": "an SQLite database", b"\x89HDF": "HDF5",
-    b"\x93NUMPY": "a numpy array", b"Obj\1": "Avro", b"ORC": "ORC", b"GIF8": "an image", b"\x89PNG": "an image",
-    b"\xff\xd8\xff": "an image", b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a rar archive",
-    b"\x1f\x9d": "a file of compress (.Z)", b"\x1f\x1e": "a file of pack (.z)", b"FEA1": "Feather version 1",
-    b"\xd0\xcf\x11\xe0": "an Office document", b"MMIDIDX\0": "the index of a dataset",
-    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, whose content was not downloaded"}
+    b"PARE": "Parquet with an encrypted footer",
+    b"PK\3\4": "a zip archive",
+    b"PK\5\6": "a zip archive",
+    b"%PDF": "PDF",
+    b"\x7fELF": "a program",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF": "HDF5",
+    b"\x93NUMPY": "a numpy array",
+    b"Obj\1": "Avro",
+    b"ORC": "ORC",
+    b"GIF8": "an image",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\x1f\x9d": "a file of compress (.Z)",
+    b"\x1f\x1e": "a file of pack (.z)",
+    b"FEA1": "Feather version 1",
+    b"\xd0\xcf\x11\xe0": "an Office document",
+    b"MMIDIDX\0": "the index of a dataset",
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, whose content was not downloaded",
+}
 """By the first bytes; those that could begin a text are followed by bytes that could not."""
 MAYBE_TEXT = {b"ORC", b"Rar!", b"GIF8", b"FEA1", b"%PDF"}
 MOST_CONTROLS = 1 / 16
@@ -96,15 +166,19 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
     if problem := not_text(head):
         return "text", f"{problem}: not supported ({KNOWN})"
     if suffix in TABLES:
-        return "text", (f"{TABLES[suffix]}: not supported, convert it to JSON lines or Parquet, or read it as text with "
-                        f"--format text ({KNOWN})")
+        return "text", (
+            f"{TABLES[suffix]}: not supported, convert it to JSON lines or Parquet, or read it as text with "
+            f"--format text ({KNOWN})"
+        )
     if suffix in JSONL_SUFFIXES:
         return "jsonl", None
     if suffix in PARQUET_SUFFIXES:
         return "parquet", None
     if suffix in ARROW_SUFFIXES:
         return "arrow", None
-    if (not suffix or suffix in UNTELLING or suffix[1:].isdigit()) and is_json_object(head.partition(b"\n")[0]):
+    if (not suffix or suffix in UNTELLING or suffix[1:].isdigit()) and is_json_object(
+        head.partition(b"\n")[0]
+    ):
         return "jsonl", None
     if suffix not in SOURCES and is_binary(head):
         return "text", f"of no known format ({KNOWN})"

@@ -24,7 +24,8 @@ def matches(path: Path) -> list[Path]:
     found = {Path(name) for name in glob.glob(str(path), recursive=True)}
     if not found:
         raise UserError(f"{path}: no such file or folder")
-    return sorted(match for match in found if found.isdisjoint(match.parents))      # a folder stands for what is in it
+    # a folder stands for what is in it
+    return sorted(match for match in found if found.isdisjoint(match.parents))
 
 
 def files_below(path: Path, left_out: Counter[str], above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -57,7 +58,11 @@ def files_below(path: Path, left_out: Counter[str], above: tuple[Path, ...] = ()
 
 def metadata_in(folder: Path) -> tuple[str, ...]:
     """Names of files in `folder` that describe others."""
-    saved = ("dataset_dict.json",) if isinstance(json_object(folder / "dataset_dict.json").get("splits"), list) else ()
+    saved = (
+        ("dataset_dict.json",)
+        if isinstance(json_object(folder / "dataset_dict.json").get("splits"), list)
+        else ()
+    )
     return (*HUB_FILES, *saved) if is_hub_snapshot(folder) else saved
 
 
@@ -68,7 +73,9 @@ def saved_files(folder: Path) -> list[Path] | None:
     if not isinstance(listed, list) or not (folder / "dataset_info.json").exists():
         return None
     if state.get("_indices_files") or state.get("_indices_data_files"):
-        raise UserError(f"{folder}: a saved dataset with a selection of its rows; save it again after flatten_indices()")
+        raise UserError(
+            f"{folder}: a saved dataset with a selection of its rows; save it again after flatten_indices()"
+        )
     return [folder / str(entry["filename"]) for entry in listed]
 
 

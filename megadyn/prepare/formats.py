@@ -37,10 +37,10 @@ class Span:
     """A part of a file that can be read on its own: those documents that begin in it."""
 
     file: Path
-    form: str       # a key of READERS
-    first: int      # byte of a JSONL file, row group of a Parquet file; else 0
-    end: int        # the one behind the last, in the same unit
-    size: int       # bytes on disk
+    form: str  # a key of READERS
+    first: int  # byte of a JSONL file, row group of a Parquet file; else 0
+    end: int  # the one behind the last, in the same unit
+    size: int  # bytes on disk
 
 
 Found = tuple[bytes | DocumentError, int]
@@ -59,6 +59,7 @@ class Content:
         head = self.disk.read(HEAD_BYTES)
         self.disk.seek(0)
         if codec := codec_of(head[:LONGEST_HEAD], telling_suffixes(file)[1]):
+
             def again() -> IO[bytes]:
                 return file.open("rb", BUFFER_BYTES)
 
@@ -132,7 +133,10 @@ def content_of(file: Path, form: str) -> Iterator[Content]:
 
 def refused(span: Span, _: str) -> Iterator[Found]:
     """A file of a format that is not read."""
-    yield DocumentError(f"{span.file}: {kind_of(span.file).problem or 'it changed while the corpus was read'}"), span.size
+    yield (
+        DocumentError(f"{span.file}: {kind_of(span.file).problem or 'it changed while the corpus was read'}"),
+        span.size,
+    )
 
 
 def text_file(span: Span, _: str) -> Iterator[Found]:
@@ -151,7 +155,10 @@ def text_file(span: Span, _: str) -> Iterator[Found]:
             raw.decode("utf-8")
         yield raw, span.size
         if damage:
-            yield DocumentError(f"{span.file}: damaged behind its text ({one_line(damage.reason)})"), span.size
+            yield (
+                DocumentError(f"{span.file}: damaged behind its text ({one_line(damage.reason)})"),
+                span.size,
+            )
     except UnicodeDecodeError as error:
         yield DocumentError(f"{span.file}: no UTF-8 text (byte {error.start}: {error.reason})"), span.size
     except DocumentError as error:
@@ -162,7 +169,7 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
     """One document a line, under `text_key`; a blank line is none. A line belongs to the span that holds its first byte."""
     number, is_behind_damage = 0, False
     with content_of(span.file, "jsonl") as content:
-        lines, whole = content.stream, not content.is_plain       # a compressed file is never cut
+        lines, whole = content.stream, not content.is_plain  # a compressed file is never cut
         position = start_of_line(lines, span)
         while whole or position < span.end:
             line = lines.readline(LONGEST_DOCUMENT + 1)
@@ -179,10 +186,13 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
                 for text in texts_of_line(line, text_key):
                     yield text, done
             except DocumentError as error:
-                if not damage and not is_behind_damage:     # else the line is what is left of a damaged one
+                if not damage and not is_behind_damage:  # else the line is what is left of a damaged one
                     yield DocumentError(f"{span.file}:{lines_before(span) + number}: {error}"), done
             if damage:
-                yield DocumentError(f"{span.file}:{number + (not line)}: damaged ({one_line(damage.reason)})"), done
+                yield (
+                    DocumentError(f"{span.file}:{number + (not line)}: damaged ({one_line(damage.reason)})"),
+                    done,
+                )
             is_behind_damage = damage is not None
 
 
@@ -197,7 +207,7 @@ def start_of_line(lines: IO[bytes], span: Span) -> int:
     """Moves to the first line that begins in the span, and says where that is; to its end if none does."""
     if not span.first:
         return 0
-    position = lines.seek(span.first - 1)       # a line may begin with the first byte
+    position = lines.seek(span.first - 1)  # a line may begin with the first byte
     while position < span.end:
         line = lines.readline(BUFFER_BYTES)
         position += len(line)
@@ -243,7 +253,7 @@ def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any
     if not line.removeprefix(BOM).strip():
         return
     pieces = [line]
-    if b"\r" in line.rstrip():          # never inside a JSON text's strings
+    if b"\r" in line.rstrip():  # never inside a JSON text's strings
         pieces = [piece for piece in line.split(b"\r") if piece.strip()]
     try:
         entries = [json.loads(line)]
@@ -269,7 +279,9 @@ def text_of(entry: Any, text_key: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise DocumentError(f"{text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), no text") from error
+        raise DocumentError(
+            f"{text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), no text"
+        ) from error
 
 
 def ascii_names(entry: dict[str, Any]) -> str:

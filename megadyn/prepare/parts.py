@@ -82,7 +82,7 @@ class Parts:
                         self.remove()
         finally:
             with suppress(OSError):
-                self.folder.rmdir()     # if it is empty: on NFS the lock keeps a name in it until it is closed
+                self.folder.rmdir()  # if it is empty: on NFS the lock keeps a name in it until it is closed
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -93,7 +93,10 @@ class Parts:
 
     def wait_for(self, part: Part, itemsize: int, rank: int) -> None:
         """Until rank 0, this one, sees the files of a part that `rank` has written; `UserError` after `VISIBLE_SECONDS`."""
-        for path, size in ((self.tokens_file(part), part.tokens * itemsize), (self._file(part.name, "len"), part.documents * 4)):
+        for path, size in (
+            (self.tokens_file(part), part.tokens * itemsize),
+            (self._file(part.name, "len"), part.documents * 4),
+        ):
             wait_to_see(path, size, f"rank {rank}", f"rank 0 on {os.uname().nodename}")
 
     def load(self, name: str) -> Part | None:
@@ -129,7 +132,9 @@ class Parts:
         found: dict[str, Part] = {}
         if self.joined_tokens.exists() and self._joined_list.exists():
             left = self.joined_tokens.stat().st_size
-            for name, listed in zip(names, self._joined_list.read_text(errors="replace").split(), strict=False):
+            for name, listed in zip(
+                names, self._joined_list.read_text(errors="replace").split(), strict=False
+            ):
                 part = self._read(name)
                 left -= part.tokens * itemsize if part else 0
                 if part is None or name != listed or left < 0 or not self._file(name, "len").exists():
@@ -203,7 +208,9 @@ class PartWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bin.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
@@ -211,7 +218,9 @@ class PartWriter:
     def add(self, tokens: TokenArray, lengths: NDArray[Any], text_bytes: int) -> None:
         """A batch of documents: their tokens [N] in the dtype of the dataset, and lengths [D]."""
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
-            raise UserError(f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence")
+            raise UserError(
+                f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence"
+            )
         raw = tokens.view(np.uint8).data
         self._crc = zlib.crc32(raw, self._crc)
         write_all(self._bin, raw)
@@ -224,8 +233,15 @@ class PartWriter:
         self._bin.close()
         lengths = np.concatenate([np.empty(0, "<i4"), *self._lengths]).tobytes()
         self._temporary["len"].write_bytes(lengths)
-        part = Part(name=self._name, documents=self.documents, tokens=self.tokens, text_bytes=self.text_bytes,
-                    skipped=skipped, first_skipped=first_skipped, crc32=zlib.crc32(lengths, self._crc))
+        part = Part(
+            name=self._name,
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            skipped=skipped,
+            first_skipped=first_skipped,
+            crc32=zlib.crc32(lengths, self._crc),
+        )
         self._temporary["json"].write_text(json.dumps(asdict(part)))
         for kind, path in self._final.items():
             self._temporary[kind].replace(path)
@@ -250,8 +266,10 @@ def wait_to_see(path: Path, size: int, writer: str, reader: str) -> None:
     began = time.monotonic()
     while size_of(path) != size:
         if time.monotonic() - began > VISIBLE_SECONDS:
-            raise UserError(f"{path}: {writer} has written it, but {reader} does not see it whole within {VISIBLE_SECONDS:g} s; "
-                            "the output must be on a file system that all hosts share")
+            raise UserError(
+                f"{path}: {writer} has written it, but {reader} does not see it whole within {VISIBLE_SECONDS:g} s; "
+                "the output must be on a file system that all hosts share"
+            )
         time.sleep(POLL_SECONDS)
 
 
@@ -271,16 +289,20 @@ def lock_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = (folder / LOCK).open("w")
-        except FileNotFoundError:       # its last owner removed the folder just now
+        except FileNotFoundError:  # its last owner removed the folder just now
             continue
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{folder}: another run is writing this dataset; wait for it, or name another output") from error
+                raise UserError(
+                    f"{folder}: another run is writing this dataset; wait for it, or name another output"
+                ) from error
             except OSError as error:
-                raise UserError(f"{folder}: cannot be locked ({error.strerror}); the output must be on a file system with locks "
-                                "(Lustre has them where it is mounted with flock)") from error
+                raise UserError(
+                    f"{folder}: cannot be locked ({error.strerror}); the output must be on a file system with locks "
+                    "(Lustre has them where it is mounted with flock)"
+                ) from error
             if not is_same_file(folder / LOCK, lock.fileno()):
                 continue
             yield

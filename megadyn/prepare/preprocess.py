@@ -39,9 +39,20 @@ ALL_SENT = None
 """What another rank sends behind its last part."""
 
 
-def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, append_eod: bool = False, workers: int = 1,
-               overwrite: bool = False, engine: str = "auto", max_documents: int | None = None,
-               shuffle_seed: int | None = None, ranks: Ranks = ALONE, eod: str | None = None) -> Record:
+def preprocess(
+    corpus: Corpus,
+    tokenizer_path: str | Path,
+    prefix: Path,
+    *,
+    append_eod: bool = False,
+    workers: int = 1,
+    overwrite: bool = False,
+    engine: str = "auto",
+    max_documents: int | None = None,
+    shuffle_seed: int | None = None,
+    ranks: Ranks = ALONE,
+    eod: str | None = None,
+) -> Record:
     """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
 
     `append_eod` ends each document that has tokens with the tokenizer's end-of-document token, or with `eod`, a token of
@@ -54,7 +65,8 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
     without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
     PREFIX.parts, and the next run of the same input and options goes on from it.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"      # processes are the parallelism; forked, they would miss its threads
+    # processes are the parallelism; forked, they would miss its threads
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     first = ranks.rank == 0
     parts, outputs = Parts(prefix), files_of(prefix)
     with os_errors_named(prefix), parts.locked() if first else nullcontext():
@@ -62,20 +74,25 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
             parts.take_back(outputs)
             refuse_existing(outputs.values(), overwrite)
         reference = load_tokenizer(tokenizer_path, eod)
-        end = end_of_document(reference) if append_eod else None       # refused before the engine's proof
+        end = end_of_document(reference) if append_eod else None  # refused before the engine's proof
         units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
         encoder = Encoder(corpus, units, tokenizer, parts, eod=end, limit=max_documents)
-        encoder.names, encoder.joined = ranks.broadcast(encoder.known(in_order=shuffle_seed is None) if first else None)
+        encoder.names, encoder.joined = ranks.broadcast(
+            encoder.known(in_order=shuffle_seed is None) if first else None
+        )
         record = None
         own = range(ranks.rank, len(units), ranks.size)
-        joins_for_others = first and ranks.size > 1     # so it leaves encoding to a worker, and the others' parts do not wait
+        # so it leaves encoding to a worker, and the others' parts do not wait
+        joins_for_others = first and ranks.size > 1
         helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
         with closing(encode_units(encoder, own, helpers)) as encoded:
-            if first:       # it joins the parts while all encode the next ones
+            if first:  # it joins the parts while all encode the next ones
                 found = parts_of_all(encoder, encoded, ranks)
-                record = join_parts(encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed)
+                record = join_parts(
+                    encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed
+                )
                 encoded.close()
-                deque(found, maxlen=0)      # others may still be writing parts that are not wanted
+                deque(found, maxlen=0)  # others may still be writing parts that are not wanted
                 parts.remove()
             else:
                 parts.wait_for_folder(ranks.rank)
@@ -88,12 +105,18 @@ def preprocess(corpus: Corpus, tokenizer_path: str | Path, prefix: Path, *, appe
 
 def end_of_document(tokenizer: Tokenizer) -> int:
     """The token's id, told in the log; `UserError` if there is none."""
-    log.info("end of document: %r (id %d; %s)", tokenizer.token_of(tokenizer.eod), tokenizer.eod, tokenizer.eod_reason)
+    log.info(
+        "end of document: %r (id %d; %s)",
+        tokenizer.token_of(tokenizer.eod),
+        tokenizer.eod,
+        tokenizer.eod_reason,
+    )
     return tokenizer.eod
 
 
-def plan(corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path],
-         ranks: Ranks) -> tuple[list[Unit], Tokenizer]:
+def plan(
+    corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path], ranks: Ranks
+) -> tuple[list[Unit], Tokenizer]:
     """(units, the tokenizer to encode with): rank 0's choice, on every rank. `UserError` if their tokenizers differ."""
     if ranks.rank == 0:
         corpus.leave_out(outputs)
@@ -161,7 +184,9 @@ class Encoder:
         """`texts` in the dtype of the dataset, each that has tokens ended by `eod`."""
         ids, lengths = self.tokenizer.encode(texts, self.eod)
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}")
+            raise UserError(
+                f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}"
+            )
         return Encoded(ids.astype(self.dtype), lengths)
 
     def _report(self, bytes_on_disk: int, tokens: int) -> None:
@@ -173,7 +198,8 @@ class Encoder:
         names, seen = [], Counter[str]()
         for unit in self.units:
             content = self._content_name(unit)
-            names.append(part_name(content, seen[content]))      # a file may be given twice, and a part is joined once
+            # a file may be given twice, and a part is joined once
+            names.append(part_name(content, seen[content]))
             seen[content] += 1
         return names, self.parts.joined(names, self.dtype.itemsize) if in_order else {}
 
@@ -181,8 +207,12 @@ class Encoder:
         spans: list[Any] = []
         for span in unit:
             state = span.file.stat()
-            spans.append([str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end])
-        return part_name(spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, self.limit)
+            spans.append(
+                [str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end]
+            )
+        return part_name(
+            spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, self.limit
+        )
 
 
 def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
@@ -199,7 +229,9 @@ def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
         yield batch, size
 
 
-def encode_units(encoder: Encoder, numbers: Sequence[int], workers: int) -> Generator[NumberedPart, None, None]:
+def encode_units(
+    encoder: Encoder, numbers: Sequence[int], workers: int
+) -> Generator[NumberedPart, None, None]:
     """(number, part) of each of these units, in order, until there are as many documents as are wanted."""
     documents = 0
     with Progress(sum(span.size for number in numbers for span in encoder.units[number])) as progress:
@@ -246,7 +278,7 @@ def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int 
         yield first
         limit = None if limit is None else limit - first.documents
         if limit == 0:
-            break       # the next part may never come
+            break  # the next part may never come
 
 
 def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
@@ -257,7 +289,9 @@ def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_se
     corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
     joined: list[Part] = []
     in_order = shuffle_seed is None
-    with IndexedWriter(prefix, encoder.dtype, parts.folder, parts.joined_tokens if in_order else None) as writer:
+    with IndexedWriter(
+        prefix, encoder.dtype, parts.folder, parts.joined_tokens if in_order else None
+    ) as writer:
         for part in found:
             if in_order:
                 lengths = parts.lengths(part)
@@ -269,18 +303,31 @@ def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_se
                     raise parts.damaged_joined(before.name for before in joined)
             joined.append(part)
         if shuffle_seed is not None:
-            add_shuffled(writer, [(parts.tokens_file(part), parts.lengths(part)) for part in joined], shuffle_seed)
+            add_shuffled(
+                writer, [(parts.tokens_file(part), parts.lengths(part)) for part in joined], shuffle_seed
+            )
         corpus.skipped = sum(part.skipped for part in joined)
         corpus.first_skipped = next((part.first_skipped for part in joined if part.skipped), None)
         if not writer.num_tokens:
             parts.remove()
-            raise UserError(f"the corpus is empty: no tokens in {writer.num_documents} documents of "
-                            f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)")
+            raise UserError(
+                f"the corpus is empty: no tokens in {writer.num_documents} documents of "
+                f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)"
+            )
         record = Record(
-            tokenizer=tokenizer.name, fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod_or_none, append_eod=encoder.eod is not None, documents=writer.num_documents,
-            sequences=writer.num_sequences, tokens=writer.num_tokens, sha256=writer.sha256, skipped=corpus.skipped,
-            source=[str(path) for path in corpus.paths], text_bytes=sum(part.text_bytes for part in joined))
+            tokenizer=tokenizer.name,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod_or_none,
+            append_eod=encoder.eod is not None,
+            documents=writer.num_documents,
+            sequences=writer.num_sequences,
+            tokens=writer.num_tokens,
+            sha256=writer.sha256,
+            skipped=corpus.skipped,
+            source=[str(path) for path in corpus.paths],
+            text_bytes=sum(part.text_bytes for part in joined),
+        )
         with parts.publishing():
             writer.finish(record)
     return record

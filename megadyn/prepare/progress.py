@@ -23,13 +23,17 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            tqdm.monitor_interval = 0       # its thread would be lost, and waited for, in the processes we fork
-            self._bar = tqdm(total=self._total, unit="B", unit_scale=True, mininterval=0.2, dynamic_ncols=True)
+            tqdm.monitor_interval = 0  # its thread would be lost, and waited for, in the processes we fork
+            self._bar = tqdm(
+                total=self._total, unit="B", unit_scale=True, mininterval=0.2, dynamic_ncols=True
+            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self.show()
             self._bar.close()
@@ -40,7 +44,8 @@ class Progress:
             self._counts[1] += tokens
 
     def show(self) -> None:
-        done, tokens = list(self._counts.get_obj())     # without the lock, which a killed process may hold for ever
+        # without the lock, which a killed process may hold for ever
+        done, tokens = list(self._counts.get_obj())
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)
         if self._bar is not None:
@@ -48,5 +53,10 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif now - self._last_line >= LINE_SECONDS and done:
             self._last_line = now
-            log.info("%3d %%, %.1f MB/s, %.1fM tokens/s, %d s left", 100 * done // self._total, done / seconds / 1e6,
-                     tokens / seconds / 1e6, seconds * max(0, self._total - done) / done)
+            log.info(
+                "%3d %%, %.1f MB/s, %.1fM tokens/s, %d s left",
+                100 * done // self._total,
+                done / seconds / 1e6,
+                tokens / seconds / 1e6,
+                seconds * max(0, self._total - done) / done,
+            )

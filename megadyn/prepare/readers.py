@@ -14,7 +14,12 @@ from megadyn.prepare.formats import Found, Span, json_lines, refused, text_file
 from megadyn.prepare.units import Unit, units_of
 
 READERS: dict[str, Callable[[Span, str], Iterator[Found]]] = {
-    "text": text_file, "jsonl": json_lines, "parquet": parquet_rows, "arrow": arrow_rows, "refused": refused}
+    "text": text_file,
+    "jsonl": json_lines,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
+    "refused": refused,
+}
 FORMATS = ("auto", "text", "jsonl", "parquet", "arrow")
 
 
@@ -52,7 +57,10 @@ class Corpus:
                 for found in matches(path):
                     self._files.extend(files_below(found, left_out))
         if left_out:
-            log.info("left out of the folders: %s", ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())))
+            log.info(
+                "left out of the folders: %s",
+                ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())),
+            )
 
     def leave_out(self, outputs: Sequence[Path]) -> None:
         """Takes these files, and what lies below these folders, for no part of the corpus."""

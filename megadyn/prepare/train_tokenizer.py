@@ -20,19 +20,23 @@ TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END_OF_TEXT,
     "pad_token": END_OF_TEXT,
-    "model_max_length": int(1e30),              # Hugging Face's number for "no limit"
-    "clean_up_tokenization_spaces": False,      # true would change the text in decoding
+    "model_max_length": int(1e30),  # Hugging Face's number for "no limit"
+    "clean_up_tokenization_spaces": False,  # true would change the text in decoding
 }
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path, *, overwrite: bool = False) -> Tokenizer:
+def train_tokenizer(
+    documents: Iterable[str], vocab_size: int, folder: Path, *, overwrite: bool = False
+) -> Tokenizer:
     """Trains on `documents` and writes `folder`, which `transformers.AutoTokenizer` loads as it is.
 
     The same documents give the same bytes. `<|endoftext|>` has id 0. The vocabulary comes out smaller than
     `vocab_size` where the text has too few different words. The folder appears complete or not at all.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise UserError(f"vocabulary size {vocab_size}: must be at least {SMALLEST_VOCAB} (every byte and {END_OF_TEXT})")
+        raise UserError(
+            f"vocabulary size {vocab_size}: must be at least {SMALLEST_VOCAB} (every byte and {END_OF_TEXT})"
+        )
     if vocab_size > LARGEST_VOCAB:
         raise UserError(f"vocabulary size {vocab_size}: must be at most {LARGEST_VOCAB}")
     refuse_folder(folder, overwrite)
@@ -57,8 +61,12 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     seen = 0
 
     def counted() -> Iterator[str]:

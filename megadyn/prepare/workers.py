@@ -19,8 +19,9 @@ POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1
 
 
-def in_order(do: Callable[[Item], Result], items: Sequence[Item], workers: int,
-             on_wait: Callable[[], None]) -> Generator[Result, None, None]:
+def in_order(
+    do: Callable[[Item], Result], items: Sequence[Item], workers: int, on_wait: Callable[[], None]
+) -> Generator[Result, None, None]:
     """`do` of each item, in the order of `items`, in `workers` other processes, or for 0 in this one.
 
     `on_wait` is called now and then.
@@ -52,15 +53,15 @@ def in_order(do: Callable[[Item], Result], items: Sequence[Item], workers: int,
         pool.shutdown(cancel_futures=True)
 
 
-work: Callable[[Any], Any]      # of a worker process, set once when it starts
+work: Callable[[Any], Any]  # of a worker process, set once when it starts
 
 
 def start(do: Callable[[Any], Any], parent: int) -> None:
     global work
     work = do
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)       # and a parent that is killed takes them along
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and a parent that is killed takes them along
     if os.getppid() != parent:
         os._exit(1)
 

@@ -21,7 +21,7 @@ class Axis:
     def __init__(self, low: float, high: float, *, log: bool = False, count: int = 5):
         if log:
             low, high = math.log10(low), math.log10(high)
-        if high - low < 1e-9 * max(abs(low), abs(high)) or high == low:     # a constant: give it room
+        if high - low < 1e-9 * max(abs(low), abs(high)) or high == low:  # a constant: give it room
             room = abs(low) * 0.05 or 1.0
             low, high = low - room, high + room
         self.low, self.high, self.log, self.count = low, high, log, count

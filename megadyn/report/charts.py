@@ -36,8 +36,15 @@ class Curve(NamedTuple):
     """Half the height of a band around y."""
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, x_name: str, from_zero: bool = False,
-               y_range: tuple[float, float] | None = None, named: bool = True) -> str:
+def line_chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x_name: str,
+    from_zero: bool = False,
+    y_range: tuple[float, float] | None = None,
+    named: bool = True,
+) -> str:
     """One or more curves over a common axis, with a legend where `named`; logarithmic where the values span decades. Empty
     without any number."""
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
@@ -49,11 +56,20 @@ def line_chart(title: str, curves: Sequence[Curve], *, x_name: str, from_zero: b
     if not log and y_range is None:
         low, high = (0.0 if from_zero else low - 0.04 * (high - low)), high + 0.04 * (high - low)
     y_axis = Axis(low, high, log=log)
-    x_axis = Axis(min(0.0, *(float(curve.x.min()) for curve in curves)), max(float(curve.x.max()) for curve in curves))
+    x_axis = Axis(
+        min(0.0, *(float(curve.x.min()) for curve in curves)), max(float(curve.x.max()) for curve in curves)
+    )
     parts = [grid(x_axis, y_axis, x_name), *(draw(curve, x_axis, y_axis) for curve in curves)]
-    hover = {"kind": "lines", "name": x_name, "x": [x_axis.low, x_axis.high],
-             "curves": [{"name": curve.name, "x": rounded(curve.x[kept]), "y": rounded(curve.y[kept])}
-                        for curve in curves for kept in [thin(curve.y)]]}
+    hover = {
+        "kind": "lines",
+        "name": x_name,
+        "x": [x_axis.low, x_axis.high],
+        "curves": [
+            {"name": curve.name, "x": rounded(curve.x[kept]), "y": rounded(curve.y[kept])}
+            for curve in curves
+            for kept in [thin(curve.y)]
+        ],
+    }
     keys = legend(curves) if named else ""
     return figure(title + (" (logarithmic)" if log else ""), keys, svg(parts, HEIGHT), hover)
 
@@ -62,8 +78,10 @@ def grid(x_axis: Axis, y_axis: Axis, x_name: str) -> str:
     parts = []
     for value, text in y_axis.ticks():
         y = TOP + (1 - place(y_axis, value)) * (HEIGHT - TOP - BOTTOM)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 5}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
+        )
     parts.append(x_ticks(x_axis, HEIGHT - BOTTOM, x_name))
     return "".join(parts)
 
@@ -73,9 +91,13 @@ def x_ticks(axis: Axis, bottom: float, name: str, right: float = RIGHT) -> str:
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - right}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>']
     for value, text in axis.ticks():
         x = LEFT + place(axis, value) * (WIDTH - LEFT - right)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 3:.1f}"/>'
-                     f'<text class="tick" x="{x:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{text}</text>')
-    parts.append(f'<text class="tick" x="{WIDTH - right}" y="{bottom + 27:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 3:.1f}"/>'
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{text}</text>'
+        )
+    parts.append(
+        f'<text class="tick" x="{WIDTH - right}" y="{bottom + 27:.1f}" text-anchor="end">{escape(name)}</text>'
+    )
     return "".join(parts)
 
 
@@ -99,8 +121,11 @@ def draw(curve: Curve, x_axis: Axis, y_axis: Axis) -> str:
         parts.append(f'<polygon class="band c{curve.colour}" points="{points}"/>')
     parts.append(f'<path class="line c{curve.colour} {curve.style}" d="{path(x, y)}"/>')
     if len(kept) <= FEW_POINTS:
-        parts += [f'<circle class="dot c{curve.colour}" cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>' for a, b in zip(x, y)
-                  if np.isfinite(b)]
+        parts += [
+            f'<circle class="dot c{curve.colour}" cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>'
+            for a, b in zip(x, y)
+            if np.isfinite(b)
+        ]
     return "".join(parts)
 
 
@@ -115,13 +140,25 @@ def path(x: Values, y: Values) -> str:
 
 
 def legend(curves: Sequence[Curve]) -> str:
-    keys = (f'<span class="key"><svg viewBox="0 0 30 8" aria-hidden="true"><path class="line c{curve.colour} {curve.style}" '
-            f'd="M1 4H29"/></svg>{escape(curve.name)}</span>' for curve in curves)
+    keys = (
+        f'<span class="key"><svg viewBox="0 0 30 8" aria-hidden="true"><path class="line c{curve.colour} {curve.style}" '
+        f'd="M1 4H29"/></svg>{escape(curve.name)}</span>'
+        for curve in curves
+    )
     return f'<div class="legend">{"".join(keys)}</div>'
 
 
-def heat_map(title: str, layers: Sequence[int], x: Values, z: Values, *, x_name: str, low: float, high: float,
-             log: bool = False) -> str:
+def heat_map(
+    title: str,
+    layers: Sequence[int],
+    x: Values,
+    z: Values,
+    *,
+    x_name: str,
+    low: float,
+    high: float,
+    log: bool = False,
+) -> str:
     """z [layers, N] over x [N], a row a layer, shaded from `low` to `high`; the last value stands behind each row. Of many
     records a column is the mean of a stretch."""
     if not np.isfinite(z).any():
@@ -135,23 +172,40 @@ def heat_map(title: str, layers: Sequence[int], x: Values, z: Values, *, x_name:
     level = (shades.place(means) * LEVELS).clip(0, LEVELS - 1)
     parts = []
     for shade in range(LEVELS):
-        cells = "".join(f"M{across[first]:.1f} {TOP + i * row}H{across[end]:.1f}v{row - 1}H{across[first]:.1f}z"
-                        for i in range(len(layers)) for first, end in runs(np.floor(level[i]) == shade))
+        cells = "".join(
+            f"M{across[first]:.1f} {TOP + i * row}H{across[end]:.1f}v{row - 1}H{across[first]:.1f}z"
+            for i in range(len(layers))
+            for first, end in runs(np.floor(level[i]) == shade)
+        )
         if cells:
             parts.append(f'<path class="h{shade}" d="{cells}"/>')
     for i, layer in enumerate(layers):
         y = TOP + (i + 0.5) * row + 3
         known = z[i][np.isfinite(z[i])]
-        parts.append(f'<text class="tick" x="{LEFT - 5}" y="{y:.1f}" text-anchor="end">{layer}</text>'
-                     f'<text class="tick" x="{WIDTH - right + 4}" y="{y:.1f}">{brief(known[-1]) if known.size else ""}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 5}" y="{y:.1f}" text-anchor="end">{layer}</text>'
+            f'<text class="tick" x="{WIDTH - right + 4}" y="{y:.1f}">{brief(known[-1]) if known.size else ""}</text>'
+        )
     parts.append(x_ticks(axis, bottom, x_name, right))
-    parts.append(f'<text class="tick" x="{LEFT - 5}" y="{bottom + 27}" text-anchor="end">layer</text>'
-                 f'<text class="tick" x="{WIDTH - right + 4}" y="{bottom + 27}">last</text>')
-    hover = {"kind": "heat", "name": x_name, "x": [axis.low, axis.high], "columns": rounded(columns), "rows": list(layers),
-             "right": right, "row": row, "z": [rounded(values) for values in means]}
+    parts.append(
+        f'<text class="tick" x="{LEFT - 5}" y="{bottom + 27}" text-anchor="end">layer</text>'
+        f'<text class="tick" x="{WIDTH - right + 4}" y="{bottom + 27}">last</text>'
+    )
+    hover = {
+        "kind": "heat",
+        "name": x_name,
+        "x": [axis.low, axis.high],
+        "columns": rounded(columns),
+        "rows": list(layers),
+        "right": right,
+        "row": row,
+        "z": [rounded(values) for values in means],
+    }
     scale = "".join(f'<rect class="h{k}" x="{k * 10}" width="10" height="8"/>' for k in range(LEVELS))
-    keys = (f'<div class="legend"><span>{brief(low)}</span><svg class="scale" viewBox="0 0 {LEVELS * 10} 8" aria-hidden="true">'
-            f'{scale}</svg><span>{brief(high)}{" (logarithmic)" if log else ""}</span></div>')
+    keys = (
+        f'<div class="legend"><span>{brief(low)}</span><svg class="scale" viewBox="0 0 {LEVELS * 10} 8" aria-hidden="true">'
+        f"{scale}</svg><span>{brief(high)}{' (logarithmic)' if log else ''}</span></div>"
+    )
     return figure(title, keys, svg(parts, bottom + BOTTOM), hover)
 
 
@@ -174,12 +228,16 @@ def rounded(values: Values) -> list[float | None]:
 
 
 def svg(parts: Sequence[str], height: int) -> str:
-    return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}'
-            f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}" visibility="hidden"/></svg>')
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}'
+        f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}" visibility="hidden"/></svg>'
+    )
 
 
 def figure(title: str, keys: str, picture: str, hover: dict[str, Any]) -> str:
     hover |= {"left": LEFT, "width": WIDTH, "top": TOP} | ({} if "right" in hover else {"right": RIGHT})
     data = escape(json.dumps(hover, separators=(",", ":"), allow_nan=False))
-    return (f'<figure class="chart" data-hover="{data}"><figcaption>{escape(title)}</figcaption>{keys}{picture}'
-            f'<output>&nbsp;</output></figure>')
+    return (
+        f'<figure class="chart" data-hover="{data}"><figcaption>{escape(title)}</figcaption>{keys}{picture}'
+        f"<output>&nbsp;</output></figure>"
+    )

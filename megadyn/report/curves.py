@@ -12,10 +12,15 @@ STYLES = (("", "dotted"), ("dashed", "mixed"))
 """Of the curves of the first and the second run: the usual one, and one that shows where two lie on each other."""
 
 MFU = {"mfu_causal_half": "causal attention at half", "mfu_whole_square": "attention's whole square"}
-RECORDED = {"tokens_per_second_per_gpu": "tokens/s of one device", "mfu_causal_half": "MFU",
-            "dense_equivalent_tflops": "dense-equivalent TFLOP/s", "step_split_ms": "where a step's time goes",
-            "memory_gib": "memory", "grad_norms": "gradient norm by component",
-            "learning_rates": "learning rate by parameter group"}
+RECORDED = {
+    "tokens_per_second_per_gpu": "tokens/s of one device",
+    "mfu_causal_half": "MFU",
+    "dense_equivalent_tflops": "dense-equivalent TFLOP/s",
+    "step_split_ms": "where a step's time goes",
+    "memory_gib": "memory",
+    "grad_norms": "gradient norm by component",
+    "learning_rates": "learning rate by parameter group",
+}
 """What earlier runs lack."""
 
 
@@ -34,8 +39,16 @@ class Over:
 
     def chart(self, title: str, *path: str, from_zero: bool = False) -> str:
         """One number of each record, a curve a run."""
-        found = [Curve(run.name if self.several else path[-1], self.x(run, run.iterations), run.values(*path), i, STYLES[i][0])
-                 for i, run in enumerate(self.runs)]
+        found = [
+            Curve(
+                run.name if self.several else path[-1],
+                self.x(run, run.iterations),
+                run.values(*path),
+                i,
+                STYLES[i][0],
+            )
+            for i, run in enumerate(self.runs)
+        ]
         return line_chart(title, found, x_name=self.x_name, from_zero=from_zero, named=self.several)
 
     def parts(self, title: str, *path: str, from_zero: bool = False) -> str:
@@ -44,9 +57,23 @@ class Over:
         for run in self.runs:
             values = {name: run.values(*path, name) for name in run.keys_under(*path)}
             kept = {name: y for name, y in values.items() if np.nan_to_num(y).any()}
-            charts.append(line_chart(self.named(run, title), [
-                Curve(name.replace("_", " "), self.x(run, run.iterations), y, i % COLOURS, STYLES[i // COLOURS][0])
-                for i, (name, y) in enumerate(kept.items())], x_name=self.x_name, from_zero=from_zero))
+            charts.append(
+                line_chart(
+                    self.named(run, title),
+                    [
+                        Curve(
+                            name.replace("_", " "),
+                            self.x(run, run.iterations),
+                            y,
+                            i % COLOURS,
+                            STYLES[i // COLOURS][0],
+                        )
+                        for i, (name, y) in enumerate(kept.items())
+                    ],
+                    x_name=self.x_name,
+                    from_zero=from_zero,
+                )
+            )
         return "".join(charts)
 
 
@@ -61,23 +88,47 @@ def axis_of(runs: Sequence[Run]) -> tuple[str, list[float]]:
 def loss_section(runs: Sequence[Run]) -> str:
     over, losses = Over(runs), []
     for i, run in enumerate(runs):
-        losses.append(Curve(over.named(run, "training"), over.x(run, run.iterations), run.values("lm_loss"), 0, STYLES[i][0]))
-        for colour, (dataset, mode, shown) in enumerate((
-                ("validation", "topk", "validation, top-k"), ("validation", "causal", "validation, causal"),
-                ("test", "topk", "test, top-k"), ("test", "causal", "test, causal")), start=1):
+        losses.append(
+            Curve(
+                over.named(run, "training"),
+                over.x(run, run.iterations),
+                run.values("lm_loss"),
+                0,
+                STYLES[i][0],
+            )
+        )
+        for colour, (dataset, mode, shown) in enumerate(
+            (
+                ("validation", "topk", "validation, top-k"),
+                ("validation", "causal", "validation, causal"),
+                ("test", "topk", "test, top-k"),
+                ("test", "causal", "test, causal"),
+            ),
+            start=1,
+        ):
             at, values = run.evaluated(dataset, mode)
-            losses.append(Curve(over.named(run, shown), over.x(run, at), values, colour, STYLES[i][mode == "causal"]))
+            losses.append(
+                Curve(over.named(run, shown), over.x(run, at), values, colour, STYLES[i][mode == "causal"])
+            )
     charts = [line_chart("Loss (nats per token)", losses, x_name=over.x_name)]
-    charts += [over.chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
-               for name in dict.fromkeys(name for run in runs for name in run.auxiliary())]
+    charts += [
+        over.chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
+        for name in dict.fromkeys(name for run in runs for name in run.auxiliary())
+    ]
     return section("Loss", runs, charts)
 
 
 def optimization_section(runs: Sequence[Run]) -> str:
     over = Over(runs)
-    charts = [over.chart("Learning rate", "learning_rate"), over.chart("Gradient norm", "grad_norm"),
-              over.parts("Gradient norm by component", "grad_norms")]
-    if any(len({run.values("learning_rates", name)[-1] for name in run.keys_under("learning_rates")}) > 1 for run in runs):
+    charts = [
+        over.chart("Learning rate", "learning_rate"),
+        over.chart("Gradient norm", "grad_norm"),
+        over.parts("Gradient norm by component", "grad_norms"),
+    ]
+    if any(
+        len({run.values("learning_rates", name)[-1] for name in run.keys_under("learning_rates")}) > 1
+        for run in runs
+    ):
         charts.append(over.parts("Learning rate by parameter group", "learning_rates"))
     return section("Learning rate and gradients", runs, charts)
 
@@ -86,18 +137,31 @@ def speed_section(runs: Sequence[Run]) -> str:
     over, mfu = Over(runs), []
     for i, run in enumerate(runs):
         for colour, (key, shown) in enumerate(MFU.items()):
-            mfu.append(Curve(over.named(run, shown), over.x(run, run.iterations), run.values(key), colour, STYLES[i][0]))
+            mfu.append(
+                Curve(
+                    over.named(run, shown), over.x(run, run.iterations), run.values(key), colour, STYLES[i][0]
+                )
+            )
     charts = [
         over.chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
         over.chart("Tokens/s of one device", "tokens_per_second_per_gpu", from_zero=True),
         over.chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
-        over.chart("TFLOP/s of one device that a dense model needs to be as fast", "dense_equivalent_tflops", from_zero=True),
+        over.chart(
+            "TFLOP/s of one device that a dense model needs to be as fast",
+            "dense_equivalent_tflops",
+            from_zero=True,
+        ),
         line_chart("MFU: share of the device's peak", mfu, x_name=over.x_name, from_zero=True),
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
-        over.parts("Where the time of the reported step goes (ms, mean of ranks)", "step_split_ms", from_zero=True),
+        over.parts(
+            "Where the time of the reported step goes (ms, mean of ranks)", "step_split_ms", from_zero=True
+        ),
         over.chart("Time of a step spent waiting for data (ms)", "data_time_ms", from_zero=True),
-        over.parts("Memory of the fullest rank (GiB)", "memory_gib", from_zero=True)]
-    return section("Speed and memory", runs, charts) + "".join(not_recorded(run, over.several) for run in runs)
+        over.parts("Memory of the fullest rank (GiB)", "memory_gib", from_zero=True),
+    ]
+    return section("Speed and memory", runs, charts) + "".join(
+        not_recorded(run, over.several) for run in runs
+    )
 
 
 def section(title: str, runs: Sequence[Run], charts: Sequence[str]) -> str:
@@ -110,8 +174,14 @@ def not_recorded(run: Run, several: bool) -> str:
     if not run.training:
         return ""
     missing = [shown for key, shown in RECORDED.items() if not any(key in record for record in run.training)]
-    sentences = [f"Not recorded by {'run ' + run.name if several else 'this run'}: {', '.join(missing)}."] if missing else []
+    sentences = (
+        [f"Not recorded by {'run ' + run.name if several else 'this run'}: {', '.join(missing)}."]
+        if missing
+        else []
+    )
     if "MFU" not in missing and not np.isfinite(run.values("mfu_causal_half")).any():
-        sentences.append(f"No MFU{' of run ' + run.name if several else ''}: the peak of its device is not known "
-                         "(logging.peak_tflops gives it).")
+        sentences.append(
+            f"No MFU{' of run ' + run.name if several else ''}: the peak of its device is not known "
+            "(logging.peak_tflops gives it)."
+        )
     return f'<p class="dim">{escape(" ".join(sentences))}</p>' if sentences else ""

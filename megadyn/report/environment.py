@@ -17,42 +17,78 @@ def environment_rows(run: Run, topology: dict[str, int]) -> list[tuple[str, str]
     rows: list[tuple[str, str]] = []
     if topology:
         rows.append(("ranks", f"{layout(topology)} (of the newest checkpoint)"))
-    rows += [(name, str(run.config[key])) for name, key in (
-        ("precision", "precision"), ("attention", "model.attention"), ("DeepSpeed settings", "deepspeed_config"),
-        ("output folder", "output_dir")) if key in run.config]
+    rows += [
+        (name, str(run.config[key]))
+        for name, key in (
+            ("precision", "precision"),
+            ("attention", "model.attention"),
+            ("DeepSpeed settings", "deepspeed_config"),
+            ("output folder", "output_dir"),
+        )
+        if key in run.config
+    ]
     if not run.starts:
-        rows.append(("versions of Python, torch, DeepSpeed; devices, hosts, variables", "not recorded by the run"))
+        rows.append(
+            ("versions of Python, torch, DeepSpeed; devices, hosts, variables", "not recorded by the run")
+        )
     else:
         rows += start_rows(run.starts[-1])
-        rows.append(("starts", "; ".join(f"iteration {start.get('iteration', '?')} at {start.get('started', '?')}"
-                                         for start in run.starts)))
-    rows.append(("this page, maybe elsewhere", f"megadyn {megadyn.__version__}, Python {platform.python_version()}, "
-                 f"torch {installed('torch')}"))
+        rows.append(
+            (
+                "starts",
+                "; ".join(
+                    f"iteration {start.get('iteration', '?')} at {start.get('started', '?')}"
+                    for start in run.starts
+                ),
+            )
+        )
+    rows.append(
+        (
+            "this page, maybe elsewhere",
+            f"megadyn {megadyn.__version__}, Python {platform.python_version()}, torch {installed('torch')}",
+        )
+    )
     return rows
 
 
 def start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
     """A record of environment.jsonl; what it lacks is said to be not recorded."""
+
     def listed(key: str, form: str) -> str:
         found = start.get(key)
         if not isinstance(found, dict):
             return "not recorded"
-        return ", ".join(form.format(name=name, value="not known" if value is None else value)
-                         for name, value in found.items()) or "none"
+        return (
+            ", ".join(
+                form.format(name=name, value="not known" if value is None else value)
+                for name, value in found.items()
+            )
+            or "none"
+        )
 
-    return [("versions", listed("versions", "{name} {value}")), ("devices", listed("devices", "{value} x {name}")),
-            ("hosts", listed("hosts", "{name} ({value} ranks)")), ("layout", listed("world", "{name} {value}")),
-            ("variables", listed("variables", "{name}={value}")), ("system", str(start.get("platform", "not recorded")))]
+    return [
+        ("versions", listed("versions", "{name} {value}")),
+        ("devices", listed("devices", "{value} x {name}")),
+        ("hosts", listed("hosts", "{name} ({value} ranks)")),
+        ("layout", listed("world", "{name} {value}")),
+        ("variables", listed("variables", "{name}={value}")),
+        ("system", str(start.get("platform", "not recorded"))),
+    ]
 
 
 def layout(topology: dict[str, int]) -> str:
-    return (" x ".join(f"{name} {size}" for name, size in topology.items() if name != "zero")
-            + f", ZeRO-{topology.get('zero', '?')}")
+    return (
+        " x ".join(f"{name} {size}" for name, size in topology.items() if name != "zero")
+        + f", ZeRO-{topology.get('zero', '?')}"
+    )
 
 
 def environment_section(run: Run, topology: dict[str, int], name: str) -> str:
     """`name` goes behind the heading."""
-    table = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in environment_rows(run, topology))
+    table = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>"
+        for key, value in environment_rows(run, topology)
+    )
     return f'<h2>Environment{name}</h2><div class="card wide"><table>{table}</table></div>'
 
 
@@ -63,14 +99,18 @@ def environment_differences(runs: Sequence[Run]) -> str:
     first, second = runs
     if not (first.starts and second.starts):
         return "<p>The environments cannot be compared: not recorded by both runs.</p>"
-    rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
-                   for key, a, b in differences(comparable(first), comparable(second)))
+    rows = "".join(
+        f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
+        for key, a, b in differences(comparable(first), comparable(second))
+    )
     return difference_table(rows, first.name, second.name) if rows else "<p>The environments are equal.</p>"
 
 
 def difference_table(rows: str, first: str, second: str) -> str:
-    return (f'<div class="card wide"><table class="differences"><tr><th>differs</th><th>{escape(first)}</th>'
-            f"<th>{escape(second)}</th></tr>{rows}</table></div>")
+    return (
+        f'<div class="card wide"><table class="differences"><tr><th>differs</th><th>{escape(first)}</th>'
+        f"<th>{escape(second)}</th></tr>{rows}</table></div>"
+    )
 
 
 def comparable(run: Run) -> dict[str, Any]:

@@ -32,7 +32,9 @@ class LayerStatistic(NamedTuple):
 SHARE = (0.0, 1.0)
 LAYER_STATISTICS = {
     "routed_fraction": LayerStatistic("Share of tokens routed", SHARE),
-    "causal_agreement": LayerStatistic("Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE),
+    "causal_agreement": LayerStatistic(
+        "Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE
+    ),
 }
 """Of every kind; shown before those in the legend of the run's own kind. What else layers report stands folded below them."""
 GATES = ("gate_routed", "gate_unrouted")
@@ -53,17 +55,30 @@ class Subject(NamedTuple):
 def page(subjects: Sequence[Subject]) -> str:
     runs = [subject.run for subject in subjects]
     title = " and ".join(run.name for run in runs)
-    parts = [f"<h1>{escape(title)}</h1>", *(head(subject.run, len(runs) > 1) for subject in subjects),
-             loss_section(runs), optimization_section(runs), speed_section(runs), layers(runs),
-             *(text_section(subject, len(runs) > 1) for subject in subjects),
-             config_section(runs), *(environment(subject, len(runs) > 1) for subject in subjects), environment_differences(runs),
-             *(checkpoint_section(subject, len(runs) > 1) for subject in subjects), *(events(run, len(runs) > 1) for run in runs),
-             "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
-             "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>"]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        *(head(subject.run, len(runs) > 1) for subject in subjects),
+        loss_section(runs),
+        optimization_section(runs),
+        speed_section(runs),
+        layers(runs),
+        *(text_section(subject, len(runs) > 1) for subject in subjects),
+        config_section(runs),
+        *(environment(subject, len(runs) > 1) for subject in subjects),
+        environment_differences(runs),
+        *(checkpoint_section(subject, len(runs) > 1) for subject in subjects),
+        *(events(run, len(runs) > 1) for run in runs),
+        "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
+        "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>",
+    ]
     css, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_LOADED}"><title>{escape(title)}</title>'
-            f"<style>{css}</style></head><body>\n" + "\n".join(parts) + f"\n<script>{script}</script></body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_LOADED}"><title>{escape(title)}</title>'
+        f"<style>{css}</style></head><body>\n"
+        + "\n".join(parts)
+        + f"\n<script>{script}</script></body></html>\n"
+    )
 
 
 def of(run: Run, several: bool) -> str:
@@ -85,8 +100,10 @@ def describe(run: Run) -> str:
         return str(run.folder)
     routing = run.routing
     kind = str(get("model.routing.kind", "?")) if routing is None else routing.describe()
-    return (f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
-            f"{get('training.sequence_length')} tokens, {get('precision')}")
+    return (
+        f"{kind}; {get('model.num_layers')} layers of {get('model.hidden_size')}, sequences of "
+        f"{get('training.sequence_length')} tokens, {get('precision')}"
+    )
 
 
 def facts(run: Run) -> list[str]:
@@ -94,7 +111,9 @@ def facts(run: Run) -> list[str]:
         return f"<div><span>{name}</span><b>{value}</b></div>"
 
     planned = planned_iterations(run)
-    found = [fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if planned is not None else ""))]
+    found = [
+        fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if planned is not None else ""))
+    ]
     for dataset in run.evaluations:
         for mode, shown in (("topk", "top-k"), ("causal", "causal")):
             _, losses = run.evaluated(dataset, mode)
@@ -102,15 +121,28 @@ def facts(run: Run) -> list[str]:
                 found.append(fact(f"{dataset} loss, {shown}", f"{last(losses):.4f}"))
     for name, key, unit in (("training loss", "lm_loss", ""), ("tokens", "consumed_tokens", "")):
         if np.isfinite(run.values(key)).any():
-            found.append(fact(name, f"{last(run.values(key)):.4f}" if key == "lm_loss" else brief(last(run.values(key))) + unit))
-    for name, key in (("tokens/s, median", "tokens_per_second"), ("tokens/s a device, median", "tokens_per_second_per_gpu"),
-                      ("model TFLOP/s a device, median", "model_tflops"), ("MFU, causal half, median", "mfu_causal_half"),
-                      ("MFU, whole square, median", "mfu_whole_square")):
+            found.append(
+                fact(
+                    name,
+                    f"{last(run.values(key)):.4f}"
+                    if key == "lm_loss"
+                    else brief(last(run.values(key))) + unit,
+                )
+            )
+    for name, key in (
+        ("tokens/s, median", "tokens_per_second"),
+        ("tokens/s a device, median", "tokens_per_second_per_gpu"),
+        ("model TFLOP/s a device, median", "model_tflops"),
+        ("MFU, causal half, median", "mfu_causal_half"),
+        ("MFU, whole square, median", "mfu_whole_square"),
+    ):
         if np.isfinite(run.values(key)).any():
             median = float(np.nanmedian(run.values(key)))
             found.append(fact(name, f"{median:.1%}" if key in MFU else brief(median)))
-    for name, key in (("tokens routed, mean of layers", "routed_fraction"),
-                      ("causal agreement, mean of layers", "causal_agreement")):
+    for name, key in (
+        ("tokens routed, mean of layers", "routed_fraction"),
+        ("causal agreement, mean of layers", "causal_agreement"),
+    ):
         _, values = run.by_layer(key)
         if values.size and np.isfinite(values[:, -1]).any():
             found.append(fact(name, f"{np.nanmean(values[:, -1]):.1%}"))
@@ -126,36 +158,59 @@ def layers(runs: Sequence[Run]) -> str:
     """Everything that is one number a layer and step."""
     names = list(dict.fromkeys(name for run in runs for name in run.layer_statistics()))
     if not names:
-        return ("<h2>Routing by layer</h2><p>There is nothing to show: no layer reported routing statistics, "
-                "as in a dense model.</p>")
+        return (
+            "<h2>Routing by layer</h2><p>There is nothing to show: no layer reported routing statistics, "
+            "as in a dense model.</p>"
+        )
     known = dict(LAYER_STATISTICS)
     for run in runs:
-        known |= {name: LayerStatistic(title) for name, title in (run.routing.legend if run.routing else {}).items()}
+        known |= {
+            name: LayerStatistic(title) for name, title in (run.routing.legend if run.routing else {}).items()
+        }
     shown = {name: statistic for name, statistic in known.items() if name in names}
     gates = "".join(gate_charts(run, len(runs) > 1) for run in runs)
     others = [name for name in names if name not in known and not name.startswith(GATES)]
-    parts = ["<h2>Routing by layer</h2><p class=\"dim\">A row a layer, darker for more in the light scheme and lighter in the "
-             "dark one. The number behind a row is its last value.</p>",
-             f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>', gates]
+    parts = [
+        '<h2>Routing by layer</h2><p class="dim">A row a layer, darker for more in the light scheme and lighter in the '
+        "dark one. The number behind a row is its last value.</p>",
+        f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>',
+        gates,
+    ]
     if others:
         maps = "".join(layer_maps(runs, name, name, None) for name in others)
-        parts.append(f"<details><summary>Other statistics of the layers ({len(others)})</summary>"
-                     f'<div class="grid-of">{maps}</div></details>')
+        parts.append(
+            f"<details><summary>Other statistics of the layers ({len(others)})</summary>"
+            f'<div class="grid-of">{maps}</div></details>'
+        )
     return "".join(parts)
 
 
 def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, float] | None) -> str:
     """A heat map a run, all in the same colours."""
     found = [(run, *run.by_layer(name)) for run in runs]
-    drawn = [bin_means(run.iterations, values, HEAT_COLUMNS)[1].ravel() for run, layers, values in found if layers]
+    drawn = [
+        bin_means(run.iterations, values, HEAT_COLUMNS)[1].ravel() for run, layers, values in found if layers
+    ]
     every = np.concatenate(drawn)
     every = every[np.isfinite(every)]
     if not every.size:
         return ""
     log = bounds is None and spans_decades(every)
     low, high = bounds or (float(every.min()), float(every.max()))
-    return "".join(heat_map(f"{title} ({run.name})" if len(runs) > 1 else title, layers, run.iterations, values,
-                            x_name="iteration", low=low, high=high, log=log) for run, layers, values in found if layers)
+    return "".join(
+        heat_map(
+            f"{title} ({run.name})" if len(runs) > 1 else title,
+            layers,
+            run.iterations,
+            values,
+            x_name="iteration",
+            low=low,
+            high=high,
+            log=log,
+        )
+        for run, layers, values in found
+        if layers
+    )
 
 
 def gate_charts(run: Run, several: bool) -> str:
@@ -165,19 +220,28 @@ def gate_charts(run: Run, several: bool) -> str:
     reach = [np.zeros(0)]
     for layer in layers:
         for i, name in enumerate(GATES):
-            both = np.array([run.values("routing", str(layer), name), run.values("routing", str(layer), f"{name}_std")])
+            both = np.array(
+                [run.values("routing", str(layer), name), run.values("routing", str(layer), f"{name}_std")]
+            )
             columns, (mean, spread) = bin_means(run.iterations, both, HEAT_COLUMNS)
-            curves.setdefault(layer, []).append(Curve(name.removeprefix("gate_"), columns, mean, i, STYLES[i][0], spread))
+            curves.setdefault(layer, []).append(
+                Curve(name.removeprefix("gate_"), columns, mean, i, STYLES[i][0], spread)
+            )
             reach += [mean - np.nan_to_num(spread), mean + np.nan_to_num(spread)]
     every = np.concatenate(reach)
     every = every[np.isfinite(every)]
     if not every.size:
         return ""
     limits = float(every.min()), float(every.max())
-    charts = (line_chart(f"Layer {layer}", found, x_name="iteration", y_range=limits) for layer, found in curves.items())
-    return (f"<h3>Gates{of(run, several)}</h3><p class=\"dim\">Mean of the gate over the routed and over the other tokens, "
-            f"with one standard deviation to either side; all layers over one range.</p>"
-            f'<div class="grid-of">{"".join(charts)}</div>')
+    charts = (
+        line_chart(f"Layer {layer}", found, x_name="iteration", y_range=limits)
+        for layer, found in curves.items()
+    )
+    return (
+        f'<h3>Gates{of(run, several)}</h3><p class="dim">Mean of the gate over the routed and over the other tokens, '
+        f"with one standard deviation to either side; all layers over one range.</p>"
+        f'<div class="grid-of">{"".join(charts)}</div>'
+    )
 
 
 def text_section(subject: Subject, several: bool) -> str:
@@ -190,15 +254,25 @@ def text_section(subject: Subject, several: bool) -> str:
     spans = []
     for k, piece in enumerate(found.pieces):
         through = [str(layer) for layer, chosen in zip(found.layers, found.processed[:, k]) if chosen]
-        hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (f" ({', '.join(through)})" if through else "")
-        spans.append(f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}</b>')
-    scale = "".join(f'<span class="swatch" style="--k:{shade(k, total):.2g}">{k}</span>' for k in shown_counts(total))
-    shares = ", ".join(f"{layer}: {share:.0%}" for layer, share in zip(found.layers, found.processed.mean(axis=1)))
-    return (f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
-            f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
-            f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
-            f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
-            f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>')
+        hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (
+            f" ({', '.join(through)})" if through else ""
+        )
+        spans.append(
+            f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}</b>'
+        )
+    scale = "".join(
+        f'<span class="swatch" style="--k:{shade(k, total):.2g}">{k}</span>' for k in shown_counts(total)
+    )
+    shares = ", ".join(
+        f"{layer}: {share:.0%}" for layer, share in zip(found.layers, found.processed.mean(axis=1))
+    )
+    return (
+        f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
+        f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
+        f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
+        f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
+        f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>'
+    )
 
 
 def shade(count: int, total: int) -> float:
@@ -214,7 +288,7 @@ def shown_counts(total: int) -> list[int]:
 def visible(piece: str) -> str:
     """A token's text as HTML that shows spaces, ends of lines and control characters."""
     if not piece:
-        return "<i>▫</i>"       # the beginning of a character that the next token completes
+        return "<i>▫</i>"  # the beginning of a character that the next token completes
     return "".join(_visible(character) for character in piece)
 
 
@@ -234,20 +308,26 @@ def config_section(runs: Sequence[Run]) -> str:
     parts = ["<h2>Configuration</h2>"]
     if len(runs) > 1 and all(run.config for run in runs):
         first, second = runs
-        rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
-                       for key, a, b in differences(first.config, second.config))
+        rows = "".join(
+            f"<tr><td>{escape(key)}</td><td>{escape(a)}</td><td>{escape(b)}</td></tr>"
+            for key, a, b in differences(first.config, second.config)
+        )
         parts.append(difference_table(rows, first.name, second.name) if rows else "<p>The two are equal.</p>")
     for run in runs:
         if run.config_text is None:
             parts.append(f"<p>There is none{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
         else:
-            parts.append(f"<details><summary>config.yaml, as resolved{of(run, len(runs) > 1)}</summary>"
-                         f'<div class="card"><pre>{escape(run.config_text)}</pre></div></details>')
+            parts.append(
+                f"<details><summary>config.yaml, as resolved{of(run, len(runs) > 1)}</summary>"
+                f'<div class="card"><pre>{escape(run.config_text)}</pre></div></details>'
+            )
     return "".join(parts)
 
 
 def environment(subject: Subject, several: bool) -> str:
-    topology = next((checkpoint.topology for checkpoint in subject.checkpoints or () if checkpoint.topology), {})
+    topology = next(
+        (checkpoint.topology for checkpoint in subject.checkpoints or () if checkpoint.topology), {}
+    )
     return environment_section(subject.run, topology, of(subject.run, several))
 
 
@@ -257,13 +337,20 @@ def checkpoint_section(subject: Subject, several: bool) -> str:
         return f"{heading}<p>They were not looked at, as asked (--no-checkpoints).</p>"
     if not subject.checkpoints:
         return f"{heading}<p>The run folder holds none.</p>"
-    rows = "".join(f'<tr><td class="number">{one.iteration:,}</td><td class="number">{size(one.bytes)}</td>'
-                   f"<td>{state(one, subject.run.folder)}</td></tr>" for one in subject.checkpoints)
-    return (f'{heading}<div class="card wide"><table><tr><th>iteration</th><th>size</th><th>state</th></tr>{rows}</table></div>')
+    rows = "".join(
+        f'<tr><td class="number">{one.iteration:,}</td><td class="number">{size(one.bytes)}</td>'
+        f"<td>{state(one, subject.run.folder)}</td></tr>"
+        for one in subject.checkpoints
+    )
+    return f'{heading}<div class="card wide"><table><tr><th>iteration</th><th>size</th><th>state</th></tr>{rows}</table></div>'
 
 
 def state(one: Checkpoint, run: Path) -> str:
-    found = "whole: every file has its sha256" if one.problem is None else f"damaged: {one.problem.replace(f'{run}/', '')}"
+    found = (
+        "whole: every file has its sha256"
+        if one.problem is None
+        else f"damaged: {one.problem.replace(f'{run}/', '')}"
+    )
     return escape(found + ("" if one.is_used else "; not used: the run has since gone back before it"))
 
 
@@ -282,7 +369,13 @@ def events(run: Run, several: bool) -> str:
         return ""
     rows = []
     for record in run.events:
-        what = "; ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items() if key != "iteration")
+        what = "; ".join(
+            f"{key}: {json.dumps(value, ensure_ascii=False)}"
+            for key, value in record.items()
+            if key != "iteration"
+        )
         rows.append(f'<tr><td class="number">{record["iteration"]:,}</td><td>{escape(what)}</td></tr>')
-    return (f'<h2>Events{of(run, several)}</h2><div class="card wide"><table><tr><th>iteration</th><th>event</th></tr>'
-            f'{"".join(rows)}</table></div>')
+    return (
+        f'<h2>Events{of(run, several)}</h2><div class="card wide"><table><tr><th>iteration</th><th>event</th></tr>'
+        f"{''.join(rows)}</table></div>"
+    )

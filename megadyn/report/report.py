@@ -10,7 +10,9 @@ from megadyn.report.page import Subject, page
 from megadyn.report.run import Run, read_checkpoints, read_runs
 
 
-def write_report(folders: list[Path], output: Path, *, tokens: int, look_at_checkpoints: bool = True) -> dict[str, Any]:
+def write_report(
+    folders: list[Path], output: Path, *, tokens: int, look_at_checkpoints: bool = True
+) -> dict[str, Any]:
     """Writes the page on one run, or on two over each other; a summary of what it shows.
 
     `tokens` of a validation text are run through the newest whole checkpoint; 0 leaves that out.
@@ -26,7 +28,7 @@ def write_report(folders: list[Path], output: Path, *, tokens: int, look_at_chec
             temporary.replace(output)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:        # of the last line too
+    except OSError as error:  # of the last line too
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     return {"output": str(output), "bytes": len(html), "runs": [summary(subject) for subject in subjects]}
 
@@ -49,8 +51,13 @@ def study(run: Run, tokens: int, look_at_checkpoints: bool) -> Subject:
     if tokens == 0:
         return Subject(run, checkpoints, "it was left out, as asked (--tokens 0)")
     if newest is None:
-        return Subject(run, checkpoints, "the run folder holds no whole checkpoint" if look_at_checkpoints else
-                       "checkpoints were not looked at, as asked (--no-checkpoints)")
+        return Subject(
+            run,
+            checkpoints,
+            "the run folder holds no whole checkpoint"
+            if look_at_checkpoints
+            else "checkpoints were not looked at, as asked (--no-checkpoints)",
+        )
     from megadyn.report.text_map import map_text  # torch, seconds of imports: only where it is needed
 
     try:
@@ -61,9 +68,15 @@ def study(run: Run, tokens: int, look_at_checkpoints: bool) -> Subject:
 
 def summary(subject: Subject) -> dict[str, Any]:
     run, checkpoints = subject.run, subject.checkpoints
-    return {"folder": str(run.folder), "iteration": run.last_iteration, "training_records": len(run.training),
-            "notes": run.notes,
-            "checkpoints": None if checkpoints is None else len(checkpoints),
-            "damaged_checkpoints": None if checkpoints is None else sum(one.problem is not None for one in checkpoints),
-            "text_tokens": 0 if isinstance(subject.text, str) else len(subject.text.pieces),
-            "no_text": subject.text if isinstance(subject.text, str) else None}
+    return {
+        "folder": str(run.folder),
+        "iteration": run.last_iteration,
+        "training_records": len(run.training),
+        "notes": run.notes,
+        "checkpoints": None if checkpoints is None else len(checkpoints),
+        "damaged_checkpoints": None
+        if checkpoints is None
+        else sum(one.problem is not None for one in checkpoints),
+        "text_tokens": 0 if isinstance(subject.text, str) else len(subject.text.pieces),
+        "no_text": subject.text if isinstance(subject.text, str) else None,
+    }

@@ -43,8 +43,11 @@ class Run:
     @property
     def routing(self) -> Kind | None:
         """The run's kind of routing; None where its configuration is not readable, or its kind is not installed here."""
-        keys = {key.removeprefix("model.routing."): value for key, value in self.config.items()
-                if key.startswith("model.routing.")}
+        keys = {
+            key.removeprefix("model.routing."): value
+            for key, value in self.config.items()
+            if key.startswith("model.routing.")
+        }
         try:
             kind = find_kind(str(keys.get("kind")))
         except UserError:
@@ -92,8 +95,10 @@ class Run:
     def evaluated(self, dataset: str, mode: str) -> tuple[Values, Values]:
         """Iterations and losses on `validation` or `test` under `topk` or `causal`."""
         records = self.evaluations.get(dataset, [])
-        return (np.array([record["iteration"] for record in records], np.float64),
-                np.array([number(record, dataset, mode) for record in records], np.float64))
+        return (
+            np.array([record["iteration"] for record in records], np.float64),
+            np.array([number(record, dataset, mode) for record in records], np.float64),
+        )
 
     def auxiliary(self) -> list[str]:
         """Names of the auxiliary losses."""
@@ -101,13 +106,25 @@ class Run:
 
     def layer_statistics(self) -> list[str]:
         """Names of all statistics that some layer has, in the order of the records."""
-        return list(dict.fromkeys(name for record in self.training for layer in record.get("routing", {}).values()
-                                  for name in layer))
+        return list(
+            dict.fromkeys(
+                name
+                for record in self.training
+                for layer in record.get("routing", {}).values()
+                for name in layer
+            )
+        )
 
     def by_layer(self, name: str) -> tuple[list[int], Values]:
         """The layers that have this statistic, and its values [layers, records]."""
-        layers = sorted({int(layer) for record in self.training for layer, found in record.get("routing", {}).items()
-                         if name in found})
+        layers = sorted(
+            {
+                int(layer)
+                for record in self.training
+                for layer, found in record.get("routing", {}).items()
+                if name in found
+            }
+        )
         return layers, np.array([self.values("routing", str(layer), name) for layer in layers])
 
 
@@ -141,7 +158,9 @@ def read_run(folder: Path, name: str) -> Run:
     _take_starts(run)
     planned = planned_iterations(run)
     if planned is not None and run.last_iteration < planned:
-        run.notes.append(f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped.")
+        run.notes.append(
+            f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped."
+        )
     return run
 
 
@@ -171,10 +190,14 @@ def _take_records(run: Run, text: str) -> None:
     run.training = [training[at] for at in sorted(training)]
     run.evaluations = {name: [found[at] for at in sorted(found)] for name, found in evaluations.items()}
     if broken and broken[-1] == len(lines):
-        run.notes.append("The last line of metrics.jsonl is half-written and was left out: the run was cut off or is writing it.")
+        run.notes.append(
+            "The last line of metrics.jsonl is half-written and was left out: the run was cut off or is writing it."
+        )
         broken.pop()
     if broken:
-        run.notes.append(f"Left out as no whole records: {len(broken)} line(s) of metrics.jsonl, the first of them {broken[0]}.")
+        run.notes.append(
+            f"Left out as no whole records: {len(broken)} line(s) of metrics.jsonl, the first of them {broken[0]}."
+        )
 
 
 def whole_record(line: str) -> Record | None:
@@ -186,8 +209,11 @@ def whole_record(line: str) -> Record | None:
     if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
         return None
     routing = record.get("routing", {})
-    sound = isinstance(record.get("aux_losses", {}), dict) and isinstance(routing, dict) and all(
-        layer.isdecimal() and isinstance(found, dict) for layer, found in routing.items())
+    sound = (
+        isinstance(record.get("aux_losses", {}), dict)
+        and isinstance(routing, dict)
+        and all(layer.isdecimal() and isinstance(found, dict) for layer, found in routing.items())
+    )
     return record if sound else None
 
 
@@ -198,7 +224,7 @@ def _take_config(run: Run) -> None:
         run.config = flat(OmegaConf.to_container(OmegaConf.create(run.config_text)))
     except OSError as error:
         run.notes.append(f"config.yaml cannot be read ({error.strerror or error}).")
-    except Exception as error:      # the YAML library has no common base for its errors
+    except Exception as error:  # the YAML library has no common base for its errors
         run.notes.append(f"config.yaml is not valid YAML ({' '.join(str(error).split())}).")
 
 
@@ -227,11 +253,16 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Keys that differ, with both values as YAML shows them; `-` where one has no such key."""
+
     def shown(config: dict[str, Any], key: str) -> str:
         return json.dumps(config[key], ensure_ascii=False) if key in config else "-"
 
     keys = dict.fromkeys([*first, *second])
-    return [(key, shown(first, key), shown(second, key)) for key in keys if shown(first, key) != shown(second, key)]
+    return [
+        (key, shown(first, key), shown(second, key))
+        for key in keys
+        if shown(first, key) != shown(second, key)
+    ]
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -260,7 +291,10 @@ def read_checkpoints(run: Path) -> list[Checkpoint]:
     root = run / CHECKPOINTS
     folders = [path for path in root.glob("iteration-*") if NAME.match(path.name) and path.is_dir()]
     used = set(complete_checkpoints(root))
-    return [_checkpoint(folder, folder in used) for folder in sorted(folders, key=lambda path: path.name, reverse=True)]
+    return [
+        _checkpoint(folder, folder in used)
+        for folder in sorted(folders, key=lambda path: path.name, reverse=True)
+    ]
 
 
 def _checkpoint(folder: Path, is_used: bool) -> Checkpoint:

@@ -43,13 +43,13 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
         raise UserError("the model is dense: every token passes through every layer")
     base = launch_folder(run, config)
     try:
-        with contextlib.chdir(base):            # the configuration's paths are relative to it
+        with contextlib.chdir(base):  # the configuration's paths are relative to it
             tokenizer = load_tokenizer(config.tokenizer.path)
             ids, labels = first_sample(config, tokenizer, tokens)
             saved = open_saved(checkpoint)
     except UserError as error:
         raise UserError(f"{error} (relative paths count from {base})") from None
-    saved.model.attention = "sdpa"              # the other backends need a GPU
+    saved.model.attention = "sdpa"  # the other backends need a GPU
     network = load_network(saved, torch.device("cpu"))
     layers, processed, loss = processed_tokens(network, torch.from_numpy(ids), torch.from_numpy(labels))
     return TextMap(pieces(tokenizer, ids[0].tolist()), layers, processed, loss)
@@ -58,25 +58,31 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
 def launch_folder(run: Path, config: Config) -> Path:
     """Where the run was started, as far as its relative output folder tells; else the working directory."""
     parts = Path(config.output_dir).parts
-    if not Path(config.output_dir).is_absolute() and run.parts[-len(parts):] == parts:
-        return Path(*run.parts[:-len(parts)])
+    if not Path(config.output_dir).is_absolute() and run.parts[-len(parts) :] == parts:
+        return Path(*run.parts[: -len(parts)])
     return Path.cwd()
 
 
-def first_sample(config: Config, tokenizer: Tokenizer, tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def first_sample(
+    config: Config, tokenizer: Tokenizer, tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ids, labels), each [1, N], N at most `tokens`. UserError for ids that the tokenizer does not have."""
     samples = open_data(config, start=None).validation
     if samples is None:
         raise UserError("the run has no validation set")
     ids, labels = (part[:, :tokens].copy() for part in read_batch(samples, [0]))
     if (largest := int(max(ids.max(), labels.max()))) >= tokenizer.vocab_size:
-        raise UserError(f"the validation set holds token id {largest}, but tokenizer {tokenizer.name} has "
-                        f"{tokenizer.vocab_size} ids only")
+        raise UserError(
+            f"the validation set holds token id {largest}, but tokenizer {tokenizer.name} has "
+            f"{tokenizer.vocab_size} ids only"
+        )
     return ids, labels
 
 
 @torch.no_grad()
-def processed_tokens(network: Network, ids: torch.Tensor, labels: torch.Tensor) -> tuple[list[int], NDArray[np.bool_], float]:
+def processed_tokens(
+    network: Network, ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[list[int], NDArray[np.bool_], float]:
     """One causal pass over ids [1, N]: the routed layers, which tokens [R, N] each processed, and the loss."""
     routed = routed_layers(network)
     set_routing_mode(routed, "causal")
@@ -84,7 +90,8 @@ def processed_tokens(network: Network, ids: torch.Tensor, labels: torch.Tensor) 
 
     def add(index: int, choice: Selection) -> None:
         mask = as_mask(choice, ids.shape)[0].numpy()
-        seen[index] = mask | seen[index] if index in seen else mask       # a layer may choose for each of its halves
+        # a layer may choose for each of its halves
+        seen[index] = mask | seen[index] if index in seen else mask
 
     for layer in routed:
         watch(layer, add)

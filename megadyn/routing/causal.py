@@ -44,4 +44,7 @@ class RunningThreshold(StepTracker):
         return {"average": float(self.average), "steps": self.steps}
 
     def set_state(self, state: dict[str, float], device: torch.device) -> None:
-        self.average, self.steps = torch.tensor(state["average"], dtype=torch.float64, device=device), int(state["steps"])
+        self.average, self.steps = (
+            torch.tensor(state["average"], dtype=torch.float64, device=device),
+            int(state["steps"]),
+        )

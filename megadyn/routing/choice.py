@@ -72,7 +72,9 @@ class CausalRouter(nn.Module):
         threshold = self.threshold
         if isinstance(threshold, QuantileThreshold) and (threshold.decides or not torch.is_grad_enabled()):
             return self.by_threshold(score, threshold)
-        top = self.decisions.settle_top(choose_top(score, capacity_count(self.capacity, score.shape[1])), score)
+        top = self.decisions.settle_top(
+            choose_top(score, capacity_count(self.capacity, score.shape[1])), score
+        )
         in_top = as_mask(top, score.shape)
         loss: Tensor | None = None
         statistics: dict[str, Tensor | Statistic] = {}
@@ -85,13 +87,17 @@ class CausalRouter(nn.Module):
         elif self.rule == "predictor":
             predicted = self.predict(hidden)
             causal = whole_sequence(predicted.detach(), self.seq) >= 0
-            predictor_loss = F.binary_cross_entropy_with_logits(predicted, own_part(in_top, self.seq).to(predicted.dtype))
+            predictor_loss = F.binary_cross_entropy_with_logits(
+                predicted, own_part(in_top, self.seq).to(predicted.dtype)
+            )
             loss, statistics["predictor_loss"] = self.weight * predictor_loss, predictor_loss.detach()
         else:
             causal = score > 0
         routed = causal if self.mode == "causal" else in_top
-        statistics |= share_statistics(routed) | {"causal_fraction": causal.float().mean(),
-                                                  "causal_agreement": (in_top == causal).float().mean()}
+        statistics |= share_statistics(routed) | {
+            "causal_fraction": causal.float().mean(),
+            "causal_agreement": (in_top == causal).float().mean(),
+        }
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
     def by_threshold(self, score: Tensor, threshold: QuantileThreshold) -> Choice:
@@ -102,9 +108,17 @@ class CausalRouter(nn.Module):
             threshold.watch(score, None)
             chosen = self.decisions.settle(guarded(causal, score, *self.guards), score, tau)
         routed = causal if self.mode == "causal" else chosen
-        return Choice(choose_where(routed), chosen, None, share_statistics(routed) | {
-            "threshold": tau, "causal_fraction": causal.float().mean(),
-            "causal_agreement": (chosen == causal).float().mean()})
+        return Choice(
+            choose_where(routed),
+            chosen,
+            None,
+            share_statistics(routed)
+            | {
+                "threshold": tau,
+                "causal_fraction": causal.float().mean(),
+                "causal_agreement": (chosen == causal).float().mean(),
+            },
+        )
 
 
 class LinearRouter(nn.Module):
@@ -123,13 +137,23 @@ class TwoLayerRouter(nn.Module):
     """W2 f(W1 h + b1) + b2 with `width` values inside, [B, T/seq, D] -> [B, T/seq, outputs] in at least float32; whole on every
     tensor rank."""
 
-    def __init__(self, name: str, ctx: LayerContext, width: int, outputs: int, function: Callable[[Tensor], Tensor] = F.silu):
+    def __init__(
+        self,
+        name: str,
+        ctx: LayerContext,
+        width: int,
+        outputs: int,
+        function: Callable[[Tensor], Tensor] = F.silu,
+    ):
         super().__init__()
         make, init, self.function = ctx.make, normal(ctx.model.init_std), function
 
         def linear(part: str, out_size: int, in_size: int) -> Projection:
-            return Projection(make(f"{name}.{part}.weight", (out_size, in_size), init),
-                              make(f"{name}.{part}.bias", (out_size,), constant(0.0)), seq=make.seq)
+            return Projection(
+                make(f"{name}.{part}.weight", (out_size, in_size), init),
+                make(f"{name}.{part}.bias", (out_size,), constant(0.0)),
+                seq=make.seq,
+            )
 
         self.fc1, self.fc2 = linear("fc1", width, ctx.model.hidden_size), linear("fc2", outputs, width)
 
@@ -161,4 +185,8 @@ def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Statistic]:
 def share_statistics(routed: Tensor) -> dict[str, Tensor | Statistic]:
     """The share of tokens routed, by mask [B, T]: its mean, and the least and most of a sequence."""
     share = routed.float().mean(dim=1)
-    return {"routed_fraction": share.mean(), "routed_fraction_min": least(share), "routed_fraction_max": most(share)}
+    return {
+        "routed_fraction": share.mean(),
+        "routed_fraction_min": least(share),
+        "routed_fraction_max": most(share),
+    }

@@ -32,16 +32,20 @@ class Tape:
 
     def settle(self, chosen: Tensor, score: Tensor, cut: Tensor | float | None) -> Tensor:
         first, self.passed = self.passed, self.passed + len(chosen)
-        if self.passed > self.samples:                       # the layer's fault; whoever ends the step tells
+        if self.passed > self.samples:  # the layer's fault; whoever ends the step tells
             return chosen
         if self.keeps:
-            self.kept.append(Choices(chosen, score.detach().float(), cut_of(chosen, score.detach().float(), cut)))
+            self.kept.append(
+                Choices(chosen, score.detach().float(), cut_of(chosen, score.detach().float(), cut))
+            )
         if self.given is None:
             return chosen
-        given = self.given[first:self.passed].to(chosen.device)
+        given = self.given[first : self.passed].to(chosen.device)
         if given.shape != chosen.shape:
-            raise UserError(f"{self.source}: holds choices {list(given.shape[1:])} for each sample, and the layer makes "
-                            f"{list(chosen.shape[1:])}")
+            raise UserError(
+                f"{self.source}: holds choices {list(given.shape[1:])} for each sample, and the layer makes "
+                f"{list(chosen.shape[1:])}"
+            )
         return given
 
     def whole(self) -> Choices:
@@ -76,7 +80,9 @@ class Decisions:
         mask = self.settle(as_mask(top, score.shape), score)
         count = top.places.shape[1]
         if not bool((mask.sum(dim=1) == count).all()):
-            raise UserError(f"{self.tape.source}: must take {count} tokens of each sequence, as the layer does")
+            raise UserError(
+                f"{self.tape.source}: must take {count} tokens of each sequence, as the layer does"
+            )
         return Selection(mask.flatten().nonzero().view(len(mask), count))
 
 

@@ -25,6 +25,7 @@ class Step(NamedTuple):
 
 # ---- auxiliary losses have no path through the pipeline: their gradient is added where they arise -------
 
+
 class LossScale:
     """What the engine multiplies a micro-batch's loss by before backward: 1 / micro-batches (and fp16's scale)."""
 
@@ -49,6 +50,7 @@ def attach_loss(activation: Tensor, loss: Tensor, scale: float) -> Tensor:
 
 
 # ---- layers ------------------------------------------------------------------------------------------
+
 
 class RoutedLayer(Layer):
     """Base of layers that choose tokens, or that score them for the next layer.
@@ -102,7 +104,9 @@ class RoutedLayer(Layer):
         if torch.is_grad_enabled():
             for loss in losses:
                 if loss is not None:
-                    hidden = attach_loss(hidden, loss, weight / self.like_this / self.seq.size * self.loss_scale.value)
+                    hidden = attach_loss(
+                        hidden, loss, weight / self.like_this / self.seq.size * self.loss_scale.value
+                    )
         return hidden
 
 

@@ -9,7 +9,9 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import own_part
 
 
-def uniform_by_sample(like: Tensor, seq: Axis, seed_for: Callable[[str], int], name: str, first: int) -> Tensor:
+def uniform_by_sample(
+    like: Tensor, seq: Axis, seed_for: Callable[[str], int], name: str, first: int
+) -> Tensor:
     """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks, and drawn in float32 for every precision.
 
     Args:

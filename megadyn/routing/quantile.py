@@ -51,7 +51,11 @@ class QuantileThreshold(RunningThreshold):
             self.observe(torch.stack([(score >= tau).double().mean(), (score - tau).abs().double().mean()]))
         else:
             assert top is not None
-            self.observe(torch.stack([self.lowest(score, top), torch.zeros((), dtype=torch.float64, device=score.device)]))
+            self.observe(
+                torch.stack(
+                    [self.lowest(score, top), torch.zeros((), dtype=torch.float64, device=score.device)]
+                )
+            )
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
         first, spread = mean.unbind()
@@ -60,12 +64,14 @@ class QuantileThreshold(RunningThreshold):
             return
         tau = self.value.to(mean) + (1 - self.momentum) * GAIN * spread * (first - self.capacity)
         self.steps += 1
-        self.average = tau * (1 - self.momentum**self.steps)            # what `value` makes tau of
+        self.average = tau * (1 - self.momentum**self.steps)  # what `value` makes tau of
 
 
 def guarded(reached: Tensor, score: Tensor, least: float, most: float) -> Tensor:
     """The mask `reached` [B, T] with at least the share `least` and at most `most` of each sequence, its best by score [B, T]."""
     length = score.shape[1]
     best_first = score.sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(best_first).scatter_(1, best_first, torch.arange(length, device=score.device).expand_as(best_first))
+    rank = torch.empty_like(best_first).scatter_(
+        1, best_first, torch.arange(length, device=score.device).expand_as(best_first)
+    )
     return (reached & (rank < max(1, int(most * length)))) | (rank < math.ceil(least * length))

@@ -1,12 +1,12 @@
 """Recorded choices as files, which say nothing of the layout that they were made under.
 
-    DIR/recording.json                   what was recorded: `About`
-    DIR/layer-003/step-00000017.npz      a layer in a training step; layers count from 0, steps from 1. Arrays of numpy, samples
-                                         in the order of the step's global batch:
-        chosen   bool     [samples, T]   tokens taken; [samples, T, n] where n things are chosen for each token
-        score    float32  as `chosen`    what the choice follows from
-        cut      float32  [samples]      [samples, n]; chosen tokens have scores at or above it, the others at or below it
-        first    int64    []             samples of the run that were consumed before the step
+DIR/recording.json                   what was recorded: `About`
+DIR/layer-003/step-00000017.npz      a layer in a training step; layers count from 0, steps from 1. Arrays of numpy, samples
+                                     in the order of the step's global batch:
+    chosen   bool     [samples, T]   tokens taken; [samples, T, n] where n things are chosen for each token
+    score    float32  as `chosen`    what the choice follows from
+    cut      float32  [samples]      [samples, n]; chosen tokens have scores at or above it, the others at or below it
+    first    int64    []             samples of the run that were consumed before the step
 """
 
 import json
@@ -80,7 +80,9 @@ class Recording:
         try:
             return About(**json.loads(self.head.read_text()))
         except OSError as error:
-            raise UserError(f"{self.head}: {error.strerror or error}; no recording of routing choices") from None
+            raise UserError(
+                f"{self.head}: {error.strerror or error}; no recording of routing choices"
+            ) from None
         except (ValueError, TypeError):
             raise UserError(f"{self.head}: is damaged, or no recording of routing choices") from None
 
@@ -159,9 +161,13 @@ def flips(a: Path | str, b: Path | str) -> Flips:
     first, second = Recording(a), Recording(b)
     about = first.about()
     if problem := about.misfit(second.about()):
-        raise UserError(f"{first.folder} cannot be compared with {second.folder}: {problem.replace('this run', 'the other')}")
+        raise UserError(
+            f"{first.folder} cannot be compared with {second.folder}: {problem.replace('this run', 'the other')}"
+        )
     layers = [int(layer) for layer in about.layers]
-    common = reduce(set.intersection, (recording.steps(layer) for recording in (first, second) for layer in layers))
+    common = reduce(
+        set.intersection, (recording.steps(layer) for recording in (first, second) for layer in layers)
+    )
     if not common:
         raise UserError(f"{first.folder} and {second.folder} have no step in common")
     compared = 0
@@ -170,20 +176,26 @@ def flips(a: Path | str, b: Path | str) -> Flips:
         for layer in layers:
             one, other = first.read(layer, step), second.read(layer, step)
             if one.chosen.shape != other.chosen.shape:
-                raise UserError(f"{second.path(layer, step)}: holds {list(other.chosen.shape)} choices, and "
-                                f"{first.path(layer, step)} {list(one.chosen.shape)}")
+                raise UserError(
+                    f"{second.path(layer, step)}: holds {list(other.chosen.shape)} choices, and "
+                    f"{first.path(layer, step)} {list(one.chosen.shape)}"
+                )
             moved = one.chosen != other.chosen
             compared += moved.size
             if moved.any():
                 distance = np.maximum(from_cut(one), from_cut(other))[moved]
                 found += [(step, layer, value) for value in distance.tolist()]
     steps, of_layers, distances = zip(*found) if found else ((), (), ())
-    return Flips(compared, np.array(steps, np.int64), np.array(of_layers, np.int64), np.array(distances, np.float64))
+    return Flips(
+        compared, np.array(steps, np.int64), np.array(of_layers, np.int64), np.array(distances, np.float64)
+    )
 
 
 def from_cut(recorded: Recorded) -> NDArray[np.float64]:
     """Distance of every score from its cut, relative to the size of all scores (`Flips.distance`)."""
     score = recorded.score.astype(np.float64)
     size = np.sqrt(np.square(score).mean(axis=(0, 1)))
-    distance: NDArray[np.float64] = np.abs(score - np.expand_dims(recorded.cut, 1)) / np.maximum(size, np.finfo(np.float64).tiny)
+    distance: NDArray[np.float64] = np.abs(score - np.expand_dims(recorded.cut, 1)) / np.maximum(
+        size, np.finfo(np.float64).tiny
+    )
     return distance

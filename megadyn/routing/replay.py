@@ -23,9 +23,14 @@ from megadyn.routing.recording import About, Recorded, Recording
 
 def about_run(config: Config, choosing: Mapping[int, str], data_key: str) -> About:
     """What a recording of this run is of. `choosing`: the layers that choose, with their types; `data_key`: of the samples."""
-    return About(config.model.routing.name, {str(layer): kind for layer, kind in choosing.items()},
-                 config.training.global_batch_size, config.training.sequence_length, data_key,
-                 str(Path(config.output_dir).resolve()))
+    return About(
+        config.model.routing.name,
+        {str(layer): kind for layer, kind in choosing.items()},
+        config.training.global_batch_size,
+        config.training.sequence_length,
+        data_key,
+        str(Path(config.output_dir).resolve()),
+    )
 
 
 def refuse_replay(config: Config, choosing: Mapping[int, str], data_key: str, iteration: int) -> None:
@@ -33,23 +38,34 @@ def refuse_replay(config: Config, choosing: Mapping[int, str], data_key: str, it
     training = config.training
     for key in ("routing_record", "routing_replay"):
         if (folder := getattr(training, key)) is not None and not choosing:
-            raise ConfigError(f"training.{key}", folder,
-                              f"left out with {config.model.routing.describe()}, where no layer chooses tokens")
+            raise ConfigError(
+                f"training.{key}",
+                folder,
+                f"left out with {config.model.routing.describe()}, where no layer chooses tokens",
+            )
     about = about_run(config, choosing, data_key)
     if training.routing_record is not None:
         recording = Recording(training.routing_record)
         if recording.head.exists() and recording.about() != about:
-            raise ConfigError("training.routing_record", training.routing_record, "an empty folder, or this run's own: it holds "
-                              f"a recording of {recording.about().run}" + same_run(recording.about(), about))
+            raise ConfigError(
+                "training.routing_record",
+                training.routing_record,
+                "an empty folder, or this run's own: it holds "
+                f"a recording of {recording.about().run}" + same_run(recording.about(), about),
+            )
     if training.routing_replay is not None:
         recording = Recording(training.routing_replay)
         if problem := recording.about().misfit(about):
             raise UserError(f"{recording.head}: does not fit the run: {problem}")
         for layer in choosing:
             there = recording.steps(layer)
-            if missing := [step for step in range(iteration + 1, (training.iterations or 0) + 1) if step not in there]:
-                raise UserError(f"{recording.path(layer, missing[0])}: is missing from the recording, with {len(missing) - 1} "
-                                f"more of the steps {iteration + 1} to {training.iterations} that the run takes")
+            if missing := [
+                step for step in range(iteration + 1, (training.iterations or 0) + 1) if step not in there
+            ]:
+                raise UserError(
+                    f"{recording.path(layer, missing[0])}: is missing from the recording, with {len(missing) - 1} "
+                    f"more of the steps {iteration + 1} to {training.iterations} that the run takes"
+                )
 
 
 def same_run(found: About, about: About) -> str:
@@ -60,7 +76,14 @@ def same_run(found: About, about: About) -> str:
 class Replay:
     """Records the choices of a rank's layers step by step, or puts recorded ones in their place; does nothing unless asked to."""
 
-    def __init__(self, config: Config, layers: Sequence[RoutedLayer], choosing: Mapping[int, str], grid: Grid, data_key: str):
+    def __init__(
+        self,
+        config: Config,
+        layers: Sequence[RoutedLayer],
+        choosing: Mapping[int, str],
+        grid: Grid,
+        data_key: str,
+    ):
         """`layers`: this rank's, of which those in `choosing` choose."""
         training = config.training
         self.grid = grid
@@ -79,7 +102,9 @@ class Replay:
             yield
             return
         for layer in self.layers:
-            layer.decisions.tape = Tape(self.samples, *self.given(layer.index, number, consumed), keeps=self.record is not None)
+            layer.decisions.tape = Tape(
+                self.samples, *self.given(layer.index, number, consumed), keeps=self.record is not None
+            )
         try:
             yield
             for layer in self.layers:
@@ -94,27 +119,38 @@ class Replay:
             return None, ""
         path, found = self.source.path(layer, number), self.source.read(layer, number)
         if found.first != consumed:
-            raise UserError(f"{path}: recorded from sample {found.first} of the run on, and the step begins at sample {consumed}")
+            raise UserError(
+                f"{path}: recorded from sample {found.first} of the run on, and the step begins at sample {consumed}"
+            )
         want = (self.about.samples, self.about.length)
         if found.chosen.dtype != bool or found.chosen.shape[:2] != want:
-            raise UserError(f"{path}: holds {found.chosen.dtype} {list(found.chosen.shape)}: must be bool {list(want)}")
+            raise UserError(
+                f"{path}: holds {found.chosen.dtype} {list(found.chosen.shape)}: must be bool {list(want)}"
+            )
         first = self.grid.dp.rank * self.samples
-        return torch.from_numpy(found.chosen[first:first + self.samples]), str(path)
+        return torch.from_numpy(found.chosen[first : first + self.samples]), str(path)
 
     def end_step(self, layer: RoutedLayer, number: int, consumed: int) -> None:
         tape = layer.decisions.tape
         assert tape is not None
         if tape.passed != tape.samples:
             kind = self.about.layers[str(layer.index)]
-            raise UserError(f"layer {layer.index} ({kind}) can be neither recorded nor replayed: each of the step's "
-                            f"{tape.samples} samples must pass RoutedLayer.decisions once, and {tape.passed} did")
+            raise UserError(
+                f"layer {layer.index} ({kind}) can be neither recorded nor replayed: each of the step's "
+                f"{tape.samples} samples must pass RoutedLayer.decisions once, and {tape.passed} did"
+            )
         if self.record is None or self.grid.tp.rank:
             return
         mine = tape.whole()
-        chosen, score, cut = (whole_batch(x, self.grid.dp) for x in (mine.chosen.byte(), mine.score, mine.cut))
+        chosen, score, cut = (
+            whole_batch(x, self.grid.dp) for x in (mine.chosen.byte(), mine.score, mine.cut)
+        )
         if self.grid.dp.rank == 0:
             if not self.has_begun:
                 self.record.begin(self.about)
                 self.has_begun = True
-            self.record.write(layer.index, number, Recorded(chosen.bool().cpu().numpy(), score.cpu().numpy(), cut.cpu().numpy(),
-                                                            consumed))
+            self.record.write(
+                layer.index,
+                number,
+                Recorded(chosen.bool().cpu().numpy(), score.cpu().numpy(), cut.cpu().numpy(), consumed),
+            )

@@ -59,7 +59,7 @@ class _TakeOut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_all: Tensor, grad_taken: Tensor) -> tuple[Tensor, None]:
-        places, = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         return _with_added(grad_all, places, grad_taken), None
 
 
@@ -71,7 +71,7 @@ class _PutBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        places, = ctx.saved_tensors
+        (places,) = ctx.saved_tensors
         return grad, None, take(grad, places)
 
 
@@ -133,7 +133,9 @@ class SharedOut(NamedTuple):
     def take(self, x: Tensor, seq: Axis) -> Tensor:
         """x [B, T/seq, D] -> this rank's part [b, c/seq, D] of the tokens."""
         index, elsewhere = _of_part(x, self.selection.places, seq)
-        return leave_tp(take_any(x, index).masked_fill((elsewhere | self.is_extra).unsqueeze(-1), 0), seq, seq)
+        return leave_tp(
+            take_any(x, index).masked_fill((elsewhere | self.is_extra).unsqueeze(-1), 0), seq, seq
+        )
 
     def put_back(self, x: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
         """A copy of x [B, T/seq, D] with gate [B, T/seq] times the ranks' parts update [b, c/seq, D] added."""
@@ -170,7 +172,9 @@ def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, 
     and the segments that attention among them must not leave (None: each row is one)."""
     places, sequences = selection
     if stream.documents is None:
-        return places % length, None if sequences is None else segments_of(sequences, stream.hidden.shape[0], length)
+        return places % length, None if sequences is None else segments_of(
+            sequences, stream.hidden.shape[0], length
+        )
     (ids, ends, _), positions = stream.documents
     return take(positions, places), segments_of(take(ids, places), len(ends) - 1, length)
 
@@ -178,4 +182,8 @@ def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, 
 def as_mask(selection: Selection, shape: torch.Size) -> Tensor:
     """[B, T] = `shape`, true at the chosen tokens."""
     places = selection.places.flatten()
-    return torch.zeros(shape.numel(), dtype=torch.bool, device=places.device).index_fill(0, places, True).view(shape)
+    return (
+        torch.zeros(shape.numel(), dtype=torch.bool, device=places.device)
+        .index_fill(0, places, True)
+        .view(shape)
+    )

@@ -19,9 +19,9 @@ def moving_average(x: Tensor, window: int, documents: Documents | None = None) -
     By running sums in float64: their differences are exact enough at any length, and borders cost nothing.
     """
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
-    since = place if documents is None else documents.positions          # tokens of the document before this one
-    sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))              # sums[t] = x[0] + ... + x[t - 1]
-    inside = since.clamp(max=window - 1)                                 # of those, how many are in the window
+    since = place if documents is None else documents.positions  # tokens of the document before this one
+    sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))  # sums[t] = x[0] + ... + x[t - 1]
+    inside = since.clamp(max=window - 1)  # of those, how many are in the window
     total = sums.gather(1, place + 1) - sums.gather(1, place - inside)
     first = x.detach().gather(1, place - since).double()
     return ((total + (window - 1 - inside) * first) / window).to(x.dtype)
@@ -45,17 +45,29 @@ class SurpriseRouter(nn.Module):
         self.ce_log_offset = ctx.make(f"{name}.ce_log_offset", (1,), constant(routing.ce_log_offset_init))
         self.cu_multiplier = ctx.make(f"{name}.cu_multiplier", (1,), constant(routing.cu_multiplier_init))
 
-    def forward(self, static: Tensor, change: Tensor, documents: Documents | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, static: Tensor, change: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """D_st, D_ch [B, T/seq] -> r [B, T/seq] and the scalars worth watching."""
         scalars = (self.beta_ce, self.beta_cu, self.ce_log_offset, self.cu_multiplier)
-        beta_ce, beta_cu, log_offset, multiplier = (upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars)
+        beta_ce, beta_cu, log_offset, multiplier = (
+            upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars
+        )
         expected = static - change + log_offset
         average = moving_average(whole_sequence(static.detach(), self.seq), self.window, documents)
         unexpected = static - multiplier * own_part(average, self.seq)
         a = F.softplus(beta_ce) * expected
         b = F.softplus(beta_cu) * unexpected
-        watched = {"D_st": static.mean(), "D_ch": change.mean(), "S_CE": a.sigmoid().mean(), "S_CU": b.sigmoid().mean(),
-                   "beta_ce": beta_ce, "beta_cu": beta_cu, "ce_log_offset": log_offset, "cu_multiplier": multiplier}
+        watched = {
+            "D_st": static.mean(),
+            "D_ch": change.mean(),
+            "S_CE": a.sigmoid().mean(),
+            "S_CU": b.sigmoid().mean(),
+            "beta_ce": beta_ce,
+            "beta_cu": beta_cu,
+            "ce_log_offset": log_offset,
+            "cu_multiplier": multiplier,
+        }
         # softplus(x) as -logsigmoid(-x): torch's own softplus drops the exponential above 20, which float64 would see.
         score = -(F.logsigmoid(-a) + F.logsigmoid(-b))
         return score, {name: x.detach().squeeze().clone() for name, x in watched.items()}

@@ -34,7 +34,8 @@ class StepTracker(ABC):
 
     def observe(self, value: Tensor) -> None:
         """A scalar or a vector of one micro-batch; a mean over its samples."""
-        value = value.detach().double()          # so that the mean of equal numbers is that number, however many there are
+        # so that the mean of equal numbers is that number, however many there are
+        value = value.detach().double()
         self._sum = value if self._sum is None else self._sum + value
         self.micro_batches += 1
 

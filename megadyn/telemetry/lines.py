@@ -13,8 +13,11 @@ def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> 
     if (routed := routed_share(record)) is not None:
         parts.append(f"routed {routed:.0%}")
     mfu = record.get("mfu_causal_half")
-    parts += [f"{short(record['tokens_per_second'])} tok/s",
-              f"{record['model_tflops']:.3g} TFLOP/s" if mfu is None else f"MFU {mfu:.1%}", f"left {duration(seconds_left)}"]
+    parts += [
+        f"{short(record['tokens_per_second'])} tok/s",
+        f"{record['model_tflops']:.3g} TFLOP/s" if mfu is None else f"MFU {mfu:.1%}",
+        f"left {duration(seconds_left)}",
+    ]
     return "  ".join(parts)
 
 

@@ -19,8 +19,14 @@ CURVE_REPORTS = 24
 """Losses in the small curve."""
 RENEWED_S = 0.25
 """At most so often for a step that brings no report."""
-STYLES = {"data": "yellow", "forward": "green", "backward": "cyan", "communication": "magenta", "optimizer": "blue",
-          "other": "bright_black"}
+STYLES = {
+    "data": "yellow",
+    "forward": "green",
+    "backward": "cyan",
+    "communication": "magenta",
+    "optimizer": "blue",
+    "other": "bright_black",
+}
 
 
 class Terminal(Console):
@@ -51,10 +57,12 @@ class LiveView:
         terminal = sys.stdout, sys.stderr
         self.live.start()
         # Loggers that were set up before, as DeepSpeed's, hold the terminal itself.
-        self.moved = [(handler, handler.stream) for handler in stream_handlers() if handler.stream in terminal]
+        self.moved = [
+            (handler, handler.stream) for handler in stream_handlers() if handler.stream in terminal
+        ]
         for handler, stream in self.moved:
             handler.setStream(sys.stdout if stream is terminal[0] else sys.stderr)
-        self.live.console.show_cursor(True)        # a run that is killed leaves no terminal without one
+        self.live.console.show_cursor(True)  # a run that is killed leaves no terminal without one
 
     def step(self, iteration: int) -> None:
         self.iteration = iteration
@@ -95,15 +103,24 @@ class LiveView:
 def stream_handlers() -> list[logging.StreamHandler[Any]]:
     """Of all loggers, but for those that follow `sys.stdout` or `sys.stderr` by themselves."""
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    return [handler for one in loggers if isinstance(one, logging.Logger)
-            for handler in one.handlers if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)]
+    return [
+        handler
+        for one in loggers
+        if isinstance(one, logging.Logger)
+        for handler in one.handlers
+        if isinstance(handler, logging.StreamHandler) and "stream" in vars(handler)
+    ]
 
 
 def progress_bar(iteration: int, iterations: int, seconds_left: float, width: int = 30) -> Text:
     share = iteration / max(1, iterations)
     full = int(share * width)
-    return Text.assemble((f"{iteration:,} of {iterations:,} ", "bold"), ("━" * full, "green"),
-                         ("━" * (width - full), "bright_black"), f" {share:.1%}  left {duration(seconds_left)}")
+    return Text.assemble(
+        (f"{iteration:,} of {iterations:,} ", "bold"),
+        ("━" * full, "green"),
+        ("━" * (width - full), "bright_black"),
+        f" {share:.1%}  left {duration(seconds_left)}",
+    )
 
 
 def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
@@ -114,18 +131,40 @@ def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
     lines = [
         Text(f"loss {record['lm_loss']:.4f} {curve(losses)}{aux}  gradient norm {norm:.3g}"),
         Text("learning rate " + "  ".join(f"{name} {rate:.2e}".strip() for name, rate in rates.items())),
-        Text(f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} a device, "
-             f"for which a dense model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"),
-        Text(f"{record['model_tflops']:.3g} TFLOP/s a device"
-             + (f"  MFU {mfu:.1%} (causal half), {record['mfu_whole_square']:.1%} (whole square)" if mfu is not None else "")),
+        Text(
+            f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} a device, "
+            f"for which a dense model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"
+        ),
+        Text(
+            f"{record['model_tflops']:.3g} TFLOP/s a device"
+            + (
+                f"  MFU {mfu:.1%} (causal half), {record['mfu_whole_square']:.1%} (whole square)"
+                if mfu is not None
+                else ""
+            )
+        ),
     ]
     if split := record.get("step_split_ms"):
         lines.append(split_line(split))
     if memory := record.get("memory_gib"):
-        lines.append(Text("memory, GiB: " + "  ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in memory.items())))
+        lines.append(
+            Text(
+                "memory, GiB: "
+                + "  ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in memory.items())
+            )
+        )
     if routed_share(record) is not None:
-        shares = {layer: found["routed_fraction"] for layer, found in record["routing"].items() if "routed_fraction" in found}
-        lines.append(Text("tokens routed, by layer: " + "  ".join(f"{layer}:{share:.0%}" for layer, share in shares.items())))
+        shares = {
+            layer: found["routed_fraction"]
+            for layer, found in record["routing"].items()
+            if "routed_fraction" in found
+        }
+        lines.append(
+            Text(
+                "tokens routed, by layer: "
+                + "  ".join(f"{layer}:{share:.0%}" for layer, share in shares.items())
+            )
+        )
     return lines
 
 
@@ -142,4 +181,7 @@ def split_line(split: dict[str, float]) -> Text:
 def curve(values: list[float]) -> str:
     """A bar each, from the lowest to the highest of them."""
     low, high = min(values), max(values)
-    return "".join(BARS[int((value - low) / (high - low) * (len(BARS) - 1) + 0.5) if high > low else 0] for value in values)
+    return "".join(
+        BARS[int((value - low) / (high - low) * (len(BARS) - 1) + 0.5) if high > low else 0]
+        for value in values
+    )

@@ -15,8 +15,8 @@ class PatientSink:
     def __init__(self, sink: Sink):
         self.sink = sink
         self.waiting: deque[Record] = deque()
-        self.back_to: int | None = None          # an iteration to which the sink has yet to go back
-        self.dropped = 0                         # records for which there was no more room to wait
+        self.back_to: int | None = None  # an iteration to which the sink has yet to go back
+        self.dropped = 0  # records for which there was no more room to wait
         self.is_failing = False
 
     def write(self, record: Record) -> None:
@@ -52,7 +52,11 @@ class PatientSink:
                 self.waiting.popleft()
         except OSError as error:
             if not self.is_failing:
-                log.warning("%s cannot be written: %s; the run goes on, and records wait in memory", self.sink.name, error)
+                log.warning(
+                    "%s cannot be written: %s; the run goes on, and records wait in memory",
+                    self.sink.name,
+                    error,
+                )
             self.is_failing = True
         else:
             if self.is_failing:

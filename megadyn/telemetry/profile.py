@@ -22,8 +22,12 @@ class Profile:
         self.folder, self.rank = folder / "profile", rank
         self.is_due = config.profile_steps is not None and rank in config.profile_ranks
         if self.is_due and start_iteration >= self.last:
-            log.warning("nothing is traced: the run goes on from iteration %d, behind logging.profile_steps = [%d, %d]",
-                        start_iteration, self.first, self.last)
+            log.warning(
+                "nothing is traced: the run goes on from iteration %d, behind logging.profile_steps = [%d, %d]",
+                start_iteration,
+                self.first,
+                self.last,
+            )
             self.is_due = False
         self._running: profile | None = None
         self._began = 0

@@ -46,7 +46,13 @@ class Finding:
     sentence: str
 
     def record(self) -> dict[str, Any]:
-        return {"layer": self.layer, "problem": self.problem, "since": self.since, "value": self.value, "sentence": self.sentence}
+        return {
+            "layer": self.layer,
+            "problem": self.problem,
+            "since": self.since,
+            "value": self.value,
+            "sentence": self.sentence,
+        }
 
 
 def chance_agreement(capacity: float) -> float:
@@ -74,14 +80,20 @@ def dead_gate(found: Statistics, routing: Kind, planned: float) -> Told:
     size = gate_size(found, routing)
     if found["routed_fraction"] == 0 or not size < DEAD_GATE:
         return None
-    return size, f"its gate is dead (mean {size:.2g} over chosen tokens): neither its update nor a gradient comes through"
+    return (
+        size,
+        f"its gate is dead (mean {size:.2g} over chosen tokens): neither its update nor a gradient comes through",
+    )
 
 
 def closed_gate(found: Statistics, routing: Kind, planned: float) -> Told:
     size = gate_size(found, routing)
     if found["routed_fraction"] == 0 or not DEAD_GATE <= size < CLOSED_GATE:
         return None
-    return size, f"its gate is closed (mean {size:.3f} over chosen tokens, under {CLOSED_GATE}): it is computed and hardly used"
+    return (
+        size,
+        f"its gate is closed (mean {size:.3f} over chosen tokens, under {CLOSED_GATE}): it is computed and hardly used",
+    )
 
 
 def saturated_gate(found: Statistics, routing: Kind, planned: float) -> Told:
@@ -97,14 +109,20 @@ def unseparated_scores(found: Statistics, routing: Kind, planned: float) -> Told
     explained = saturated_gate(found, routing, planned) or dead_gate(found, routing, planned)
     if explained or not is_mixed(found) or not distance < LEAST_SEPARATION * scale:
         return None
-    return distance, f"its router hardly tells tokens apart (gates of chosen and other tokens differ by {distance:.3f})"
+    return (
+        distance,
+        f"its router hardly tells tokens apart (gates of chosen and other tokens differ by {distance:.3f})",
+    )
 
 
 def chance_choice(found: Statistics, routing: Kind, planned: float) -> Told:
     agreement, chance = found.get("causal_agreement"), chance_agreement(planned)
     if agreement is None or chance == 1 or not agreement < chance + LEAST_KAPPA * (1 - chance):
         return None
-    return agreement, f"its causal rule agrees with top-k on {agreement:.0%} of tokens, where chance gives {chance:.0%}"
+    return (
+        agreement,
+        f"its causal rule agrees with top-k on {agreement:.0%} of tokens, where chance gives {chance:.0%}",
+    )
 
 
 def strayed_share(found: Statistics, routing: Kind, planned: float) -> Told:
@@ -115,8 +133,12 @@ def strayed_share(found: Statistics, routing: Kind, planned: float) -> Told:
 
 
 CHECKS: dict[str, Callable[[Statistics, Kind, float], Told]] = {
-    "dead_gate": dead_gate, "closed_gate": closed_gate, "saturated_gate": saturated_gate,
-    "unseparated_scores": unseparated_scores, "chance_choice": chance_choice, "strayed_share": strayed_share,
+    "dead_gate": dead_gate,
+    "closed_gate": closed_gate,
+    "saturated_gate": saturated_gate,
+    "unseparated_scores": unseparated_scores,
+    "chance_choice": chance_choice,
+    "strayed_share": strayed_share,
 }
 """By the problem's name, as metrics.jsonl has it."""
 NEEDED = ("routed_fraction", "gate_routed", "gate_routed_std", "gate_unrouted")
@@ -138,10 +160,15 @@ class RouterHealth:
     """What all reports of this start of a run showed. Rank 0 only."""
 
     def __init__(self, config: Config):
-        self.routing, self.planned, self.settled = config.model.routing, planned_share(config), settled_at(config)
+        self.routing, self.planned, self.settled = (
+            config.model.routing,
+            planned_share(config),
+            settled_at(config),
+        )
         self.findings: dict[tuple[int, str], Finding] = {}
         """All that was told, by layer and problem, with the latest values."""
-        self._seen: dict[tuple[int, str], tuple[int, int]] = {}      # since when, and in how many reports in a row
+        # since when, and in how many reports in a row
+        self._seen: dict[tuple[int, str], tuple[int, int]] = {}
 
     def look(self, iteration: int, statistics: dict[int, Statistics]) -> list[Finding]:
         """What this report's statistics, by layer, show for the first time."""
@@ -175,5 +202,7 @@ class RouterHealth:
 
     def summary(self) -> list[str]:
         """A sentence for each finding, for the end of a run; it says where the latest report no longer showed it."""
-        return [finding.sentence + ("" if key in self._seen else " (no longer at the last report)")
-                for key, finding in sorted(self.findings.items())]
+        return [
+            finding.sentence + ("" if key in self._seen else " (no longer at the last report)")
+            for key, finding in sorted(self.findings.items())
+        ]

@@ -75,10 +75,14 @@ class Lines:
         append(self.path, ((self.header if is_new else "") + self.lines(record)).encode())
 
     def go_back(self, iteration: int) -> None:
-        keep_lines(self.path, lambda line: line == self.header or self.iteration_of(line) <= iteration, at_start=iteration == 0)
+        keep_lines(
+            self.path,
+            lambda line: line == self.header or self.iteration_of(line) <= iteration,
+            at_start=iteration == 0,
+        )
 
     def close(self) -> None:
-        pass                                     # nothing is open
+        pass  # nothing is open
 
 
 class JsonLines(Lines):
@@ -103,7 +107,7 @@ class CsvRows(Lines):
         return "".join(f"{record['iteration']},{name},{value}\n" for name, value in flat_scalars(record))
 
     def iteration_of(self, line: str) -> int:
-        iteration, _, value = line.split(",")    # names have no commas
+        iteration, _, value = line.split(",")  # names have no commas
         float(value)
         return int(iteration)
 
@@ -121,8 +125,12 @@ class TensorBoard:
             self.go_back(iteration)
 
     def write(self, record: Record) -> None:
-        self._append(step=record["iteration"], summary={
-            "value": [{"tag": name, "simple_value": float(value)} for name, value in flat_scalars(record)]})
+        self._append(
+            step=record["iteration"],
+            summary={
+                "value": [{"tag": name, "simple_value": float(value)} for name, value in flat_scalars(record)]
+            },
+        )
 
     def go_back(self, iteration: int) -> None:
         """Later events are hidden by the mark of a new start behind them."""
@@ -140,7 +148,7 @@ class TensorBoard:
         append(self.path, content.getvalue())
 
     def close(self) -> None:
-        pass                                     # nothing is open
+        pass  # nothing is open
 
 
 class WeightsAndBiases:
@@ -155,9 +163,16 @@ class WeightsAndBiases:
         asked = config.logging
         try:
             self.run = wandb.init(
-                project=asked.wandb_project, entity=asked.wandb_entity, name=folder.resolve().name, dir=str(folder),
-                mode="offline" if asked.wandb == "offline" else "online", id=self._id(folder, iteration == 0), resume="allow",
-                config=asdict(config), settings=wandb.Settings(console="off", silent=True))
+                project=asked.wandb_project,
+                entity=asked.wandb_entity,
+                name=folder.resolve().name,
+                dir=str(folder),
+                mode="offline" if asked.wandb == "offline" else "online",
+                id=self._id(folder, iteration == 0),
+                resume="allow",
+                config=asdict(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except wandb.Error as error:
             raise UserError(f"logging.wandb = {asked.wandb}: {one_line(error)}") from None
         self.run.define_metric("iteration")
@@ -175,7 +190,7 @@ class WeightsAndBiases:
             self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
 
     def go_back(self, iteration: int) -> None:
-        pass                                     # see the class
+        pass  # see the class
 
     def close(self) -> None:
         with service_errors_named():
@@ -194,7 +209,9 @@ def service_errors_named() -> Iterator[None]:
 def refuse_wandb(asked: LoggingConfig) -> None:
     """Raises ConfigError where W&B is asked for and not installed. Imports nothing."""
     if asked.wandb != "none" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("logging.wandb", asked.wandb, "none: the wandb package is missing (pip install megadyn[wandb])")
+        raise ConfigError(
+            "logging.wandb", asked.wandb, "none: the wandb package is missing (pip install megadyn[wandb])"
+        )
 
 
 def refuse_wandb_login(asked: LoggingConfig) -> None:
@@ -208,8 +225,11 @@ def refuse_wandb_login(asked: LoggingConfig) -> None:
     except wandb.Error as error:
         problem = one_line(error)
     if problem:
-        raise ConfigError("logging.wandb", "online", "offline or none, or first run `wandb login` or set WANDB_API_KEY: "
-                          f"{problem}")
+        raise ConfigError(
+            "logging.wandb",
+            "online",
+            f"offline or none, or first run `wandb login` or set WANDB_API_KEY: {problem}",
+        )
 
 
 def finite(value: Any) -> Any:
@@ -236,7 +256,7 @@ def append(path: Path, content: bytes) -> None:
         end, left = file.tell(), memoryview(content)
         try:
             while left:
-                left = left[file.write(left):]
+                left = left[file.write(left) :]
         except OSError:
             file.truncate(end)
             raise

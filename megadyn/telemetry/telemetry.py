@@ -27,8 +27,18 @@ class Silent:
     def step(self, iteration: int, waited_s: float) -> None:
         pass
 
-    def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
-              routing: dict[int, dict[str, float]], bad_steps: int = 0, more: dict[str, Any] | None = None) -> None:
+    def train(
+        self,
+        iteration: int,
+        *,
+        consumed_samples: int,
+        lm_loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        routing: dict[int, dict[str, float]],
+        bad_steps: int = 0,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         pass
 
     def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
@@ -44,14 +54,24 @@ class Silent:
 class Telemetry(Silent):
     """Turns steps into reports. Throughput is over the steps since the last report, evaluation and saving left out."""
 
-    def __init__(self, config: Config, world_size: int, folder: Path, start_iteration: int, device_name: str | None = None):
+    def __init__(
+        self,
+        config: Config,
+        world_size: int,
+        folder: Path,
+        start_iteration: int,
+        device_name: str | None = None,
+    ):
         """`device_name`: a GPU's, None on a CPU."""
         self.config = config
         self.iterations = config.training.iterations or 0
         self.throughput = Throughput(config, world_size, device_name)
         if device_name is not None and self.throughput.peak is None:
-            log.info("MFU is not reported: no peak is known of %s in %s; logging.peak_tflops gives it", device_name,
-                     config.precision)
+            log.info(
+                "MFU is not reported: no peak is known of %s in %s; logging.peak_tflops gives it",
+                device_name,
+                config.precision,
+            )
         self.sinks = [PatientSink(sink) for sink in open_sinks(config, folder, start_iteration)]
         self.health = RouterHealth(config)
         self.live = open_live_view(config)
@@ -76,18 +96,35 @@ class Telemetry(Silent):
         self._waited_s += waited_s
         self._show(lambda live: live.step(iteration))
 
-    def train(self, iteration: int, *, consumed_samples: int, lm_loss: float, grad_norm: float, learning_rate: float,
-              routing: dict[int, dict[str, float]], bad_steps: int = 0, more: dict[str, Any] | None = None) -> None:
+    def train(
+        self,
+        iteration: int,
+        *,
+        consumed_samples: int,
+        lm_loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        routing: dict[int, dict[str, float]],
+        bad_steps: int = 0,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         """Reports the state after `iteration` steps; `more` goes into the record as it is."""
         steps = max(1, iteration - self._reported)
         step_s = (time.perf_counter() - self._since) / steps
         record = {
-            "iteration": iteration, "consumed_samples": consumed_samples,
+            "iteration": iteration,
+            "consumed_samples": consumed_samples,
             "consumed_tokens": consumed_samples * self.config.training.sequence_length,
-            "lm_loss": lm_loss, "aux_losses": auxiliary_losses(routing), "grad_norm": grad_norm,
-            "learning_rate": learning_rate, "step_time_ms": step_s * 1e3, "data_time_ms": self._waited_s / steps * 1e3,
+            "lm_loss": lm_loss,
+            "aux_losses": auxiliary_losses(routing),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "step_time_ms": step_s * 1e3,
+            "data_time_ms": self._waited_s / steps * 1e3,
             **self.throughput.rates(step_s, routing),
-            "routing": {str(layer): routing[layer] for layer in sorted(routing)}, "bad_steps": bad_steps, **(more or {}),
+            "routing": {str(layer): routing[layer] for layer in sorted(routing)},
+            "bad_steps": bad_steps,
+            **(more or {}),
         }
         self._write(record)
         seconds_left = (self.iterations - iteration) * step_s

@@ -29,13 +29,19 @@ class Throughput:
 
     def rates(self, step_s: float, routing: dict[int, dict[str, float]]) -> dict[str, Any]:
         """Of a step of `step_s` seconds; `routing` tells how many tokens attended where each chose for itself."""
-        shares = {layer: found["routed_fraction"] for layer, found in routing.items() if "routed_fraction" in found}
-        flops, square = (training_flops(self.model, self.length, shares, whole_square=whole) for whole in (False, True))
-        per_device = self.samples / step_s / self.world_size           # samples a second
+        shares = {
+            layer: found["routed_fraction"] for layer, found in routing.items() if "routed_fraction" in found
+        }
+        flops, square = (
+            training_flops(self.model, self.length, shares, whole_square=whole) for whole in (False, True)
+        )
+        per_device = self.samples / step_s / self.world_size  # samples a second
         tokens = self.samples * self.length / step_s
         return {
-            "tokens_per_second": tokens, "tokens_per_second_per_gpu": tokens / self.world_size,
-            "model_tflops": flops * per_device / 1e12, "dense_equivalent_tflops": self.dense_flops * per_device / 1e12,
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_gpu": tokens / self.world_size,
+            "model_tflops": flops * per_device / 1e12,
+            "dense_equivalent_tflops": self.dense_flops * per_device / 1e12,
             "mfu_causal_half": flops * per_device / 1e12 / self.peak if self.peak else None,
             "mfu_whole_square": square * per_device / 1e12 / self.peak if self.peak else None,
         }

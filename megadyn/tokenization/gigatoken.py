@@ -24,7 +24,16 @@ from megadyn.errors import UserError
 from megadyn.log import log
 from megadyn.tokenization.proofs import KeptProof, Proved
 from megadyn.tokenization.strange import StrangeCharacters
-from megadyn.tokenization.tokenizer import AddedToken, Encoded, TokenArray, Tokenizer, TokenizerJson, ended, joined, split
+from megadyn.tokenization.tokenizer import (
+    AddedToken,
+    Encoded,
+    TokenArray,
+    Tokenizer,
+    TokenizerJson,
+    ended,
+    joined,
+    split,
+)
 
 ENGINES = ("auto", "gigatoken", "reference")
 PROOF_DOCUMENTS = 256
@@ -32,14 +41,42 @@ PROOF_CHARACTERS = 2**17
 """Of all documents; the reference takes some 0.1 s for them."""
 PROOF_DOCUMENT_CHARACTERS = 2**14
 AWKWARD = (
-    "", " ", "   ", "\n", " \n \n\n  x", "\t\tx \t y", "\r\n\r\n", "\0",
+    "",
+    " ",
+    "   ",
+    "\n",
+    " \n \n\n  x",
+    "\t\tx \t y",
+    "\r\n\r\n",
+    "\0",
     "it's IT'S 'll don'T we've ''s \u017fs '\u017f \u212a \u0130",
-    "1234567 1.5e-3 \u0663\u0664 \u00bd \u2167", "na\u00efve nai\u0308ve \ufb01 \u00c5 A\u030a", "日本語のテキスト 한국어",
-    "🙂👩\u200d👩\u200d👧🇩🇪", "\ufeffx \u200b \u00a0\u2028\u3000", "</s> <s> <unk> <|endoftext|> <0x0A>", "▁a ▁▁ _",
-    "a" * 300, " " * 300, "=" * 300, "\ue000 \U000f0000 \U0010ffff", "\U00018d91's \u088f's")
-CUT_PROBES = ("a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny", "I,'s 1,2;3\n4 (a,b;;\n\n\nc)\nA,,\n", "x\n\n, y ,;z,\r\n9\n")
+    "1234567 1.5e-3 \u0663\u0664 \u00bd \u2167",
+    "na\u00efve nai\u0308ve \ufb01 \u00c5 A\u030a",
+    "日本語のテキスト 한국어",
+    "🙂👩\u200d👩\u200d👧🇩🇪",
+    "\ufeffx \u200b \u00a0\u2028\u3000",
+    "</s> <s> <unk> <|endoftext|> <0x0A>",
+    "▁a ▁▁ _",
+    "a" * 300,
+    " " * 300,
+    "=" * 300,
+    "\ue000 \U000f0000 \U0010ffff",
+    "\U00018d91's \u088f's",
+)
+CUT_PROBES = (
+    "a\nb \n\nc\t\nd.\n\r\ne\n f\ng\nH'\ns x\u3000\ny",
+    "I,'s 1,2;3\n4 (a,b;;\n\n\nc)\nA,,\n",
+    "x\n\n, y ,;z,\r\n9\n",
+)
 CUT_DOCUMENTS = 4
-CHARACTER_RANGES = ((0x00, 0x80), (0x80, 0x600), (0x600, 0x3100), (0x3100, 0xd800), (0xe000, 0x10000), (0x10000, 0x20000))
+CHARACTER_RANGES = (
+    (0x00, 0x80),
+    (0x80, 0x600),
+    (0x600, 0x3100),
+    (0x3100, 0xD800),
+    (0xE000, 0x10000),
+    (0x10000, 0x20000),
+)
 CUT = re.compile(rb"(?<=[0-9A-Za-z])(?=[,;\n])|(?<=[!-~]\n)(?=[A-Za-z])")
 """Where hardly any tokenizer lets one side depend on the other."""
 
@@ -60,17 +97,28 @@ class Separator(NamedTuple):
 
 def separator_of(added: Sequence[AddedToken], eod: int | None) -> Separator | None:
     """One of the `added` tokens that is found whatever is around it: `eod` itself, if it is such a one."""
-    usable = sorted((token for token in added if not token.is_particular and not token.is_normalized),
-                    key=lambda token: (not token.content.isascii(), token.id != eod))
-    return next((Separator(token.content.encode(), token.id) for token in usable
-                 if not any(may_overlap(token.content, other.content) for other in added)), None)
+    usable = sorted(
+        (token for token in added if not token.is_particular and not token.is_normalized),
+        key=lambda token: (not token.content.isascii(), token.id != eod),
+    )
+    return next(
+        (
+            Separator(token.content.encode(), token.id)
+            for token in usable
+            if not any(may_overlap(token.content, other.content) for other in added)
+        ),
+        None,
+    )
 
 
 def may_overlap(one: str, other: str) -> bool:
     """Whether a text can hold both so that they share characters; if they are equal, whether it can hold it so twice."""
     if one != other and (one in other or other in one):
         return True
-    return any(one.endswith(other[:shared]) or other.endswith(one[:shared]) for shared in range(1, min(len(one), len(other))))
+    return any(
+        one.endswith(other[:shared]) or other.endswith(one[:shared])
+        for shared in range(1, min(len(one), len(other)))
+    )
 
 
 def refuse_added_tokens(content: TokenizerJson) -> None:
@@ -78,14 +126,19 @@ def refuse_added_tokens(content: TokenizerJson) -> None:
     for token in content.added_tokens:
         rivals = (other for other in content.added_tokens if other.is_normalized != token.is_normalized)
         composes = b'"NFC"' in orjson.dumps(content.rules["normalizer"]) and not token.content.isascii()
-        if token.is_normalized and (composes or any(may_overlap(token.content, other.content) for other in rivals)):
-            raise UserError(f"gigatoken does not support added token {token.content!r}, which is looked for in normalized text")
+        if token.is_normalized and (
+            composes or any(may_overlap(token.content, other.content) for other in rivals)
+        ):
+            raise UserError(
+                f"gigatoken does not support added token {token.content!r}, which is looked for in normalized text"
+            )
 
 
 def may_be_cut(content: TokenizerJson) -> bool:
     """Whether no token reaches over a place to `CUT`: texts are cut by class before, and added tokens hold none."""
     return b'"ByteLevel"' in orjson.dumps(content.rules["pre_tokenizer"]) and not any(
-        token.is_particular or CUT.search(b"!" + token.content.encode()) for token in content.added_tokens)
+        token.is_particular or CUT.search(b"!" + token.content.encode()) for token in content.added_tokens
+    )
 
 
 class GigatokenTokenizer(Tokenizer):
@@ -112,10 +165,12 @@ class GigatokenTokenizer(Tokenizer):
         self.may_be_cut = may_be_cut(content)
         try:
             self.engine = gigatoken.Tokenizer.from_json(content.text)
-        except BaseException as error:      # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is no Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
-            raise UserError(f"gigatoken does not support tokenizer {self.name} ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"gigatoken does not support tokenizer {self.name} ({str(error).splitlines()[0]})"
+            ) from error
 
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         return split(self.encode([text.encode() for text in texts]))
@@ -132,11 +187,21 @@ class GigatokenTokenizer(Tokenizer):
 
     def _with_reference(self, texts: Sequence[bytes]) -> list[TokenArray]:
         """The ids of texts with strange characters."""
-        pieces = [(i, piece) for i, text in enumerate(texts) for piece in (CUT.split(text) if self.in_pieces else [text])]
+        pieces = [
+            (i, piece)
+            for i, text in enumerate(texts)
+            for piece in (CUT.split(text) if self.in_pieces else [text])
+        ]
         strange = set(self._strange.among([piece for _, piece in pieces]))
-        runs = [(i, is_strange, b"".join(pieces[k][1] for k in numbers)) for (i, is_strange), numbers
-                in groupby(range(len(pieces)), lambda k: (pieces[k][0], k in strange))]
-        by_reference = iter(self._reference.encode_batch([run.decode() for _, is_strange, run in runs if is_strange]))
+        runs = [
+            (i, is_strange, b"".join(pieces[k][1] for k in numbers))
+            for (i, is_strange), numbers in groupby(
+                range(len(pieces)), lambda k: (pieces[k][0], k in strange)
+            )
+        ]
+        by_reference = iter(
+            self._reference.encode_batch([run.decode() for _, is_strange, run in runs if is_strange])
+        )
         usual = iter(split(self._without_reference([run for _, is_strange, run in runs if not is_strange])))
         arrays: list[list[TokenArray]] = [[] for _ in texts]
         for i, is_strange, _ in runs:
@@ -162,7 +227,7 @@ class GigatokenTokenizer(Tokenizer):
         return Encoded(np.delete(ids, ends[empty]), lengths - empty) if empty.any() else Encoded(ids, lengths)
 
     def _apart(self, texts: Sequence[bytes]) -> Encoded:
-        if self._separator:     # then it is rare that texts are encoded apart
+        if self._separator:  # then it is rare that texts are encoded apart
             return joined([self.engine.encode(text) for text in texts])
         layout = self.engine.encode_batch(list(texts), parallel=False).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
@@ -180,7 +245,9 @@ class GigatokenTokenizer(Tokenizer):
         return self._reference.added_tokens()
 
 
-def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]) -> tuple[Tokenizer, Make]:
+def with_engine(
+    reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]
+) -> tuple[Tokenizer, Make]:
     """(the tokenizer to encode with, what makes it of `reference`), and in the log why.
 
     `engine` is one of `ENGINES`; `gigatoken` raises `UserError` where `auto` takes the reference.
@@ -195,7 +262,7 @@ def with_engine(reference: Tokenizer, engine: str, documents: Callable[[], Itera
             fast = GigatokenTokenizer(reference, apart)
             try:
                 proved = proof.of(fast)
-            except Unequal:     # some tokenizers treat the beginning of a text in a way of its own
+            except Unequal:  # some tokenizers treat the beginning of a text in a way of its own
                 if apart:
                     raise
                 apart = True
@@ -230,7 +297,7 @@ class Proof:
         self._first: list[str] = []
         left = PROOF_CHARACTERS
         for document in documents:
-            self._first.append(document[:min(left, PROOF_DOCUMENT_CHARACTERS)])
+            self._first.append(document[: min(left, PROOF_DOCUMENT_CHARACTERS)])
             left -= len(self._first[-1])
             if left <= 0:
                 break
@@ -247,10 +314,12 @@ class Proof:
     def of(self, other: Tokenizer, name: str = "gigatoken") -> str:
         """On what `other`, called `name`, is equal, in words; `Unequal` with the first text on which it is not."""
         found = other.encode_batch(self._texts)
-        alone = [other.encode_batch([text])[0] for text in AWKWARD]        # each as the first one, too
+        alone = [other.encode_batch([text])[0] for text in AWKWARD]  # each as the first one, too
         wanted = self._wanted.result()
         for i, text in enumerate(self._texts):
-            if not np.array_equal(found[i], wanted[i]) or (i < len(alone) and not np.array_equal(alone[i], wanted[i])):
+            if not np.array_equal(found[i], wanted[i]) or (
+                i < len(alone) and not np.array_equal(alone[i], wanted[i])
+            ):
                 of_corpus = i - len(self._probes) + 1
                 which = f"document {of_corpus} of the corpus" if of_corpus > 0 else f"the text {text[:40]!r}"
                 raise Unequal(f"{name} differs from tokenizer {self._reference.name} on {which}")
@@ -259,10 +328,15 @@ class Proof:
 
     def in_pieces(self, other: Tokenizer) -> bool:
         """Whether `other` gives the pieces of the texts (see `CUT`), each encoded on its own, the ids of the whole texts."""
-        those = [i for i, text in enumerate(self._texts[:len(self._probes) + CUT_DOCUMENTS])
-                 if i >= len(self._probes) or text in CUT_PROBES]
+        those = [
+            i
+            for i, text in enumerate(self._texts[: len(self._probes) + CUT_DOCUMENTS])
+            if i >= len(self._probes) or text in CUT_PROBES
+        ]
         pieces = [piece for i in those for piece in CUT.split(self._texts[i].encode())]
-        return np.array_equal(other.encode(pieces).tokens, np.concatenate([self._wanted.result()[i] for i in those]))
+        return np.array_equal(
+            other.encode(pieces).tokens, np.concatenate([self._wanted.result()[i] for i in those])
+        )
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
@@ -270,11 +344,19 @@ def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
     yield from AWKWARD
     yield from CUT_PROBES
     for token in tokenizer.added_tokens():
-        forms = {token, *(unicodedata.normalize(form, token) for form in ("NFC", "NFD", "NFKC")), token.upper(), token.lower()}
+        forms = {
+            token,
+            *(unicodedata.normalize(form, token) for form in ("NFC", "NFD", "NFKC")),
+            token.upper(),
+            token.lower(),
+        }
         for form in sorted(forms):
             yield f"{form} a{form}b {form}{form}\n{form} \n {form}\t."
             yield form
     draw = random.Random(0)
     for _ in range(300):
         ranges = draw.choices(CHARACTER_RANGES, k=draw.randint(1, 20))
-        yield "".join(chr(draw.randrange(*span)) + draw.choice(("", "", " ", "a", "1", "\n", "'s", "  ")) for span in ranges)
+        yield "".join(
+            chr(draw.randrange(*span)) + draw.choice(("", "", " ", "a", "1", "\n", "'s", "  "))
+            for span in ranges
+        )

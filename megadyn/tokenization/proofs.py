@@ -44,8 +44,16 @@ class KeptProof:
     """The entry of one tokenizer, under a hash of all that its proof depends on."""
 
     def __init__(self, reference: Tokenizer) -> None:
-        what = [LAYOUT, type(reference).__name__, reference.fingerprint, reference.added_tokens(), reference.eod_or_none,
-                unicodedata.unidata_version, sys.version_info[:2], *map(library_version, LIBRARIES)]
+        what = [
+            LAYOUT,
+            type(reference).__name__,
+            reference.fingerprint,
+            reference.added_tokens(),
+            reference.eod_or_none,
+            unicodedata.unidata_version,
+            sys.version_info[:2],
+            *map(library_version, LIBRARIES),
+        ]
         self.path = folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]}.json"
 
     def read(self) -> Proved | None:
@@ -54,8 +62,11 @@ class KeptProof:
             content = json.loads(self.path.read_bytes())
         except (OSError, ValueError):
             return None
-        if not isinstance(content, dict) or sorted(content) != sorted(Proved._fields) or not all(
-                isinstance(value, bool) for value in content.values()):
+        if (
+            not isinstance(content, dict)
+            or sorted(content) != sorted(Proved._fields)
+            or not all(isinstance(value, bool) for value in content.values())
+        ):
             return None
         return Proved(**content)
 
@@ -69,4 +80,6 @@ class KeptProof:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            log.info("engine: the proof is not kept for the next start (%s: %s)", self.path.parent, error.strerror)
+            log.info(
+                "engine: the proof is not kept for the next start (%s: %s)", self.path.parent, error.strerror
+            )

@@ -18,7 +18,7 @@ from megadyn.tokenization.tokenizer import AddedToken
 FIRST = 0x300
 """Below this all characters are older than any table of Unicode in use."""
 FIRST_BYTE = chr(FIRST).encode()[0]
-LAST_KNOWN = 0x323af
+LAST_KNOWN = 0x323AF
 """Highest character of Unicode 15 and 16; above are those of later versions, and those that will stay without a class."""
 PICTOGRAPHS = range(0x1F200, 0x1FB00)
 """Symbols all, those to come too: most of the new characters in real texts, as each Unicode brings new emoji."""
@@ -39,7 +39,9 @@ class StrangeCharacters:
             self._strange[PICTOGRAPHS] = False
         if b'"NFC"' in orjson.dumps(rules["normalizer"]):
             self._strange |= late_compositions()
-            self._strange[making_or_breaking([token.content for token in added_tokens if token.is_normalized])] = True
+            self._strange[
+                making_or_breaking([token.content for token in added_tokens if token.is_normalized])
+            ] = True
         self._pairs = beginnings(self._strange)
 
     def among(self, texts: Sequence[bytes]) -> list[int]:
@@ -61,12 +63,14 @@ def unknown_characters() -> NDArray[np.bool_]:
     That is of Unicode 14 or 15, the reference library's of 16, gigatoken's of 17.
     """
     unknown = np.zeros(0x110000, np.bool_)
-    unknown[LAST_KNOWN + 1:0xe0000] = True
+    unknown[LAST_KNOWN + 1 : 0xE0000] = True
     characters = np.arange(LAST_KNOWN + 1, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     for first in range(FIRST, len(characters), BLOCK):
-        block = characters[first:first + BLOCK]
-        if not block.isprintable():     # which all are in most blocks, and far sooner told
-            unknown[first:first + len(block)] = [unicodedata.category(character) == "Cn" for character in block]
+        block = characters[first : first + BLOCK]
+        if not block.isprintable():  # which all are in most blocks, and far sooner told
+            unknown[first : first + len(block)] = [
+                unicodedata.category(character) == "Cn" for character in block
+            ]
     return unknown
 
 
@@ -102,7 +106,11 @@ def tells_symbols(rules: dict[str, Any]) -> bool:
     """Whether it may matter for where a text is cut that a character without a class has become a symbol."""
     written = orjson.dumps([rules["normalizer"], rules["pre_tokenizer"]]).decode()
     steps, classes = re.findall(r'"type":"(\w+)"', written), re.findall(r"\\[pP]\{?\^?(\w+)", written)
-    return not SYMBOL_BLIND_STEPS.issuperset(steps) or "[:" in written or not all(map(SYMBOL_BLIND_CLASSES.fullmatch, classes))
+    return (
+        not SYMBOL_BLIND_STEPS.issuperset(steps)
+        or "[:" in written
+        or not all(map(SYMBOL_BLIND_CLASSES.fullmatch, classes))
+    )
 
 
 def beginnings(characters: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -119,5 +127,8 @@ def characters_at(utf8: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[
     """The characters, of two bytes or more, that begin at `first`; three bytes of any kind follow the last."""
     lead, *rest = (utf8[first + i].astype(np.int32) for i in range(4))
     one, two, three = (byte & 0x3F for byte in rest)
-    return np.select([lead < 0xE0, lead < 0xF0], [(lead & 0x1F) << 6 | one, (lead & 0x0F) << 12 | one << 6 | two],
-                     (lead & 0x07) << 18 | one << 12 | two << 6 | three)
+    return np.select(
+        [lead < 0xE0, lead < 0xF0],
+        [(lead & 0x1F) << 6 | one, (lead & 0x0F) << 12 | one << 6 | two],
+        (lead & 0x07) << 18 | one << 12 | two << 6 | three,
+    )

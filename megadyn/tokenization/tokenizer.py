@@ -26,7 +26,7 @@ USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 class Encoded(NamedTuple):
     """Several texts as tokens."""
 
-    tokens: TokenArray          # [N] of all texts, back to back
+    tokens: TokenArray  # [N] of all texts, back to back
     lengths: NDArray[np.int64]  # [texts]
 
 
@@ -44,7 +44,9 @@ def ended(encoded: Encoded, eod: int | None) -> Encoded:
         return encoded
     lengths = encoded.lengths + (encoded.lengths > 0)
     ends = np.cumsum(lengths)[encoded.lengths > 0] - 1
-    tokens = np.empty(len(encoded.tokens) + len(ends), np.promote_types(encoded.tokens.dtype, np.min_scalar_type(eod)))
+    tokens = np.empty(
+        len(encoded.tokens) + len(ends), np.promote_types(encoded.tokens.dtype, np.min_scalar_type(eod))
+    )
     is_text = np.ones(len(tokens), np.bool_)
     is_text[ends] = False
     tokens[is_text] = encoded.tokens
@@ -87,8 +89,10 @@ class Tokenizer(ABC):
     def eod(self) -> int:
         """Id of the end-of-document token; `UserError` if the tokenizer has none."""
         if self.eod_or_none is None:
-            raise UserError(f"tokenizer {self.name}: no end-of-document token (neither an eos_token nor, among its special "
-                            f"tokens, one of {', '.join(USUAL_EODS)}); name one of its tokens (--eod TOKEN)")
+            raise UserError(
+                f"tokenizer {self.name}: no end-of-document token (neither an eos_token nor, among its special "
+                f"tokens, one of {', '.join(USUAL_EODS)}); name one of its tokens (--eod TOKEN)"
+            )
         return self.eod_or_none
 
     def choose_eod(self, token: str, reason: str) -> None:
@@ -144,7 +148,12 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
-        return ended(Encoded(np.frombuffer(b"".join(texts), np.uint8), np.array([len(text) for text in texts], np.int64)), eod)
+        return ended(
+            Encoded(
+                np.frombuffer(b"".join(texts), np.uint8), np.array([len(text) for text in texts], np.int64)
+            ),
+            eod,
+        )
 
     def id_of(self, token: str) -> int | None:
         if token == USUAL_EODS[0]:
@@ -174,14 +183,15 @@ class HfTokenizer(Tokenizer):
         raw = read_bytes(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
-        except Exception as error:      # the library raises bare `Exception`
+        except Exception as error:  # the library raises bare `Exception`
             raise UserError(f"{path}: no tokenizer ({error})") from error
-        self._tokenizer.no_truncation()     # some files ask for it, and would cut every document short in silence
+        # some files ask for it, and would cut every document short in silence
+        self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None        # draws other ids for one text each time
+            self._tokenizer.model.dropout = None  # draws other ids for one text each time
         settings = tokenizer_settings(folder)
-        splits = settings.get("split_special_tokens") is True       # special tokens that a text spells are text
+        splits = settings.get("split_special_tokens") is True  # special tokens that a text spells are text
         self._tokenizer.encode_special_tokens = splits
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name
@@ -211,8 +221,11 @@ class HfTokenizer(Tokenizer):
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def for_gigatoken(self) -> TokenizerJson:
-        added = [AddedToken(i, token.content, token.single_word or token.lstrip or token.rstrip, token.normalized)
-                 for i, token in self._tokenizer.get_added_tokens_decoder().items()]       # the file may number them otherwise
+        # the file may number them otherwise
+        added = [
+            AddedToken(i, token.content, token.single_word or token.lstrip or token.rstrip, token.normalized)
+            for i, token in self._tokenizer.get_added_tokens_decoder().items()
+        ]
         return TokenizerJson(self._tokenizer.to_str(), added, self._rules)
 
 
@@ -245,14 +258,15 @@ class SentencePieceTokenizer(Tokenizer):
         return self.token_of(self.eod)
 
     def id_of(self, token: str) -> int | None:
-        found: int = self._model.piece_to_id(token)     # of the unknown token where there is no such piece
+        found: int = self._model.piece_to_id(token)  # of the unknown token where there is no such piece
         return found if self._model.id_to_piece(found) == token else None
 
     def token_of(self, id: int) -> str:
         return known_token(self.name, id, self._model.id_to_piece(id) if 0 <= id < self.vocab_size else None)
 
     def added_tokens(self) -> list[str]:
-        return [*user_defined(self._raw), *self._control_symbols()]     # the latter may not be taken for such, though
+        # the latter may not be taken for such, though
+        return [*user_defined(self._raw), *self._control_symbols()]
 
     def _control_symbols(self) -> list[str]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size) if self._model.is_control(i)]
@@ -268,9 +282,16 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"gigatoken normalizes some characters otherwise than tokenizer {self.name}")
         # SentencePiece spells out control symbols such as </s> where they stand in a text.
         control = set(self._control_symbols())
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in control]
-        content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) not in control]
-        added = [AddedToken(token["id"], token["content"], False, token["normalized"]) for token in content["added_tokens"]]
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] not in control
+        ]
+        content["model"]["merges"] = [
+            pair for pair in content["model"]["merges"] if "".join(pair) not in control
+        ]
+        added = [
+            AddedToken(token["id"], token["content"], False, token["normalized"])
+            for token in content["added_tokens"]
+        ]
         return TokenizerJson(json.dumps(content), added, content)
 
 
@@ -307,10 +328,14 @@ def _load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer {path}: no such file or folder (and not 'byte')")
     if path.is_dir():
         if not (path / "tokenizer.json").exists():
-            raise UserError(f"tokenizer {path}: the folder holds no tokenizer.json (name a SentencePiece .model by its file)")
+            raise UserError(
+                f"tokenizer {path}: the folder holds no tokenizer.json (name a SentencePiece .model by its file)"
+            )
         return HfTokenizer(path)
     if path.suffix != ".model":
-        raise UserError(f"tokenizer {path}: neither a folder with tokenizer.json nor a SentencePiece .model file")
+        raise UserError(
+            f"tokenizer {path}: neither a folder with tokenizer.json nor a SentencePiece .model file"
+        )
     return SentencePieceTokenizer(path)
 
 
@@ -350,7 +375,7 @@ def find_eod(tokenizer: Any, vocab: dict[str, int], folder: Path) -> tuple[int |
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         stated = tokenizer_settings(folder, name).get("eos_token")
-        if isinstance(stated, dict):        # older files store the whole added token
+        if isinstance(stated, dict):  # older files store the whole added token
             stated = stated.get("content")
         if stated is None:
             continue

@@ -23,9 +23,18 @@ class BadSteps:
         self._go_on(said)
         if self.config.on_bad_step == "rollback":
             self.telemetry.go_back(state.iteration, state.total)
-        self.telemetry.event(state.iteration, "bad_step", {
-            "iteration": at, "problem": result.problem, "action": self.config.on_bad_step, "lm_loss": loss,
-            "consumed_samples": state.consumed_samples, "bad_steps": state.loss_rule.bad_steps})
+        self.telemetry.event(
+            state.iteration,
+            "bad_step",
+            {
+                "iteration": at,
+                "problem": result.problem,
+                "action": self.config.on_bad_step,
+                "lm_loss": loss,
+                "consumed_samples": state.consumed_samples,
+                "bad_steps": state.loss_rule.bad_steps,
+            },
+        )
 
     def _go_on(self, said: str) -> None:
         state, action = self.state, self.config.on_bad_step

@@ -27,9 +27,9 @@ class Checkpoints:
     def __init__(self, config: Config, engine: Trained, state: RunState, watchdog: Watchdog):
         self.config, self.engine, self.state, self.watchdog = config, engine, state, watchdog
         self.root = Path(config.output_dir) / layout.CHECKPOINTS
-        self.telemetry = Silent()                           # until the run's own opens
+        self.telemetry = Silent()  # until the run's own opens
         self.writer = Writer(self.root, config)
-        self._snapshot_s = 0.0                               # how long training waited for the checkpoint being written
+        self._snapshot_s = 0.0  # how long training waited for the checkpoint being written
 
     def resume(self) -> tuple[Path | None, dict[str, Any]]:
         """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed. Returns the
@@ -72,13 +72,19 @@ class Checkpoints:
         """Saves; where it is the run's last, the checkpoint is whole when this returns."""
         state = self.state
         self.watchdog.progress(f"saving iteration {state.iteration}")
-        self.finish_save(last=False)                         # one at a time
+        self.finish_save(last=False)  # one at a time
         if state.saved_at != state.iteration:
             began = time.perf_counter()
-            self.writer.start(save_load.snapshot(
-                self.engine, iteration=state.iteration, consumed_samples=state.consumed_samples, data_key=state.train.key,
-                loss_rule=state.loss_rule.state(),
-                more={"course": state.course.state(), "forked_from": state.forked_from}))
+            self.writer.start(
+                save_load.snapshot(
+                    self.engine,
+                    iteration=state.iteration,
+                    consumed_samples=state.consumed_samples,
+                    data_key=state.train.key,
+                    loss_rule=state.loss_rule.state(),
+                    more={"course": state.course.state(), "forked_from": state.forked_from},
+                )
+            )
             self._snapshot_s = time.perf_counter() - began
             if last or not self.config.checkpoint.background:
                 self.finish_save(last)
@@ -92,15 +98,30 @@ class Checkpoints:
         except CheckpointError as error:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
-            log.warning("%s; the run goes on, its newest checkpoint is of iteration %d", error, max(0, state.saved_at))
+            log.warning(
+                "%s; the run goes on, its newest checkpoint is of iteration %d", error, max(0, state.saved_at)
+            )
             self.telemetry.event(state.iteration, "checkpoint", {"error": str(error)})
             return
         if written:
             state.saved_at = written.iteration
             stall_s = self._snapshot_s + time.perf_counter() - began
-            log.info("saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s)
-            self.telemetry.event(state.iteration, "checkpoint", {
-                "iteration": written.iteration, "stall_s": stall_s, "write_s": written.write_s, "rank_bytes": written.bytes})
+            log.info(
+                "saved %s: training waited %.2f s, written in %.2f s",
+                written.folder,
+                stall_s,
+                written.write_s,
+            )
+            self.telemetry.event(
+                state.iteration,
+                "checkpoint",
+                {
+                    "iteration": written.iteration,
+                    "stall_s": stall_s,
+                    "write_s": written.write_s,
+                    "rank_bytes": written.bytes,
+                },
+            )
 
     def condemn_last(self, problem: str) -> Path:
         """Marks the last step's checkpoint, if there is one, as not good; returns its path."""

@@ -40,8 +40,11 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError("model.vocab_size", config.model.vocab_size,
-                          f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})")
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})",
+        )
     section, seed = config.data, config.training.seed
     sources = section.sources("train")
     if config.tokenizer.eod is None:
@@ -51,21 +54,37 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     _, for_validation, for_test = section.split
     splits = [split_documents(dataset, for_validation, for_test, seed) for dataset in datasets]
     # Another seed for each dataset, or those with as many documents would be shuffled alike.
-    train = blended(sources, [cut(config, dataset, split.train, seed + d) for d, (dataset, split) in
-                              enumerate(zip(datasets, splits, strict=True))])
+    train = blended(
+        sources,
+        [
+            cut(config, dataset, split.train, seed + d)
+            for d, (dataset, split) in enumerate(zip(datasets, splits, strict=True))
+        ],
+    )
     if start is not None:
         settle_length(config, train, start)
-        log.info("data: %s, %s samples before any comes again; the run takes %s", dataset_names(sources), f"{len(train):,}",
-                 f"{config.training.samples_at_end(*start):,}")
+        log.info(
+            "data: %s, %s samples before any comes again; the run takes %s",
+            dataset_names(sources),
+            f"{len(train):,}",
+            f"{config.training.samples_at_end(*start):,}",
+        )
 
     def held_out(name: str, share: float) -> Samples | None:
         """The datasets that `name` names, or else its share of those for training."""
         if own := section.sources(name):
-            return blended(own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own])
+            return blended(
+                own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own]
+            )
         if not share:
             return None
-        return blended(sources, [cut(config, dataset, getattr(split, name)) for dataset, split in
-                                 zip(datasets, splits, strict=True)])
+        return blended(
+            sources,
+            [
+                cut(config, dataset, getattr(split, name))
+                for dataset, split in zip(datasets, splits, strict=True)
+            ],
+        )
 
     validation, test = held_out("validation", for_validation), held_out("test", for_test)
     if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
@@ -84,18 +103,31 @@ def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDa
     return dataset
 
 
-def cut(config: Config, dataset: IndexedDataset, documents: Mask | None = None, seed: int | None = None) -> SampleSet:
+def cut(
+    config: Config, dataset: IndexedDataset, documents: Mask | None = None, seed: int | None = None
+) -> SampleSet:
     """Samples in an order drawn from `seed`, or one pass in the order of the file."""
-    return SampleSet(dataset, sequence_length=config.training.sequence_length, seed=seed or 0, documents=documents,
-                     shuffle=seed is not None, cache_dir=config.data.cache)
+    return SampleSet(
+        dataset,
+        sequence_length=config.training.sequence_length,
+        seed=seed or 0,
+        documents=documents,
+        shuffle=seed is not None,
+        cache_dir=config.data.cache,
+    )
 
 
 def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
     """Each set in its share, or in proportion to its size where none is given."""
     if len(sets) == 1:
         return sets[0]
-    return Blend(sets, [len(samples) if source.share is None else source.share for source, samples in
-                        zip(sources, sets, strict=True)])
+    return Blend(
+        sets,
+        [
+            len(samples) if source.share is None else source.share
+            for source, samples in zip(sources, sets, strict=True)
+        ],
+    )
 
 
 def dataset_names(sources: Sequence[Source]) -> str:
@@ -107,10 +139,19 @@ def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -
     per_round = plan.micro_batch * plan.data_parallel
     size = min(wanted, len(samples)) // per_round * per_round
     if size == 0:
-        raise ConfigError("training.eval_samples", wanted,
-                          f"at least {per_round} (one micro-batch a data-parallel rank), of which the {name} set "
-                          f"must have as many; it has {len(samples)}")
+        raise ConfigError(
+            "training.eval_samples",
+            wanted,
+            f"at least {per_round} (one micro-batch a data-parallel rank), of which the {name} set "
+            f"must have as many; it has {len(samples)}",
+        )
     if size < wanted:
-        log.info("evaluations on the %s set use %d samples: of %d wanted, %d there are, in rounds of %d", name, size, wanted,
-                 len(samples), per_round)
+        log.info(
+            "evaluations on the %s set use %d samples: of %d wanted, %d there are, in rounds of %d",
+            name,
+            size,
+            wanted,
+            len(samples),
+            per_round,
+        )
     return size

@@ -29,7 +29,9 @@ class Course:
 
     def go_on(self, position: Position, batch: int) -> None:
         """From `position` on, a step takes `batch` samples. What lay beyond has been undone."""
-        before = [stretch for stretch in self._stretches if stretch[0] < position.iteration] or [(0, 0, batch)]
+        before = [stretch for stretch in self._stretches if stretch[0] < position.iteration] or [
+            (0, 0, batch)
+        ]
         self._stretches = before
         if before[-1][2] != batch or self.consumed_at(position.iteration) != position.consumed_samples:
             self._stretches = [*before, (*position, batch)]
@@ -47,7 +49,9 @@ class Course:
         """Of a checkpoint. Earlier versions did not record it: then all its steps count as of one size."""
         course = cls(manifest["consumed_samples"] / max(1, manifest["iteration"]))
         if "course" in manifest:
-            course._stretches = [(int(start), int(consumed), batch) for start, consumed, batch in manifest["course"]]
+            course._stretches = [
+                (int(start), int(consumed), batch) for start, consumed, batch in manifest["course"]
+            ]
         return course
 
 
@@ -58,8 +62,11 @@ def schedule_of(config: Config, course: Course, position: Position) -> Schedule 
         return None
     batch = config.training.global_batch_size
     passed = position.consumed_samples / batch
-    return Schedule(course.consumed_at(config.optimizer.warmup_iterations) / batch, passed,
-                    passed + (config.training.iterations or 0) - position.iteration)
+    return Schedule(
+        course.consumed_at(config.optimizer.warmup_iterations) / batch,
+        passed,
+        passed + (config.training.iterations or 0) - position.iteration,
+    )
 
 
 def settle_length(config: Config, train: Samples, start: Position) -> None:
@@ -77,7 +84,13 @@ def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples, st
     wanted, per_step = config.training.samples_at_end(*start), config.training.global_batch_size
     if config.data.repeat or wanted <= len(train):
         return
-    first = train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
+    first = (
+        train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
+    )
     most = start.iteration + max(0, len(train) - start.consumed_samples) // per_step
-    raise ConfigError("data.repeat", False, f"true, or training.iterations at most {most}: "
-                      f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}")
+    raise ConfigError(
+        "data.repeat",
+        False,
+        f"true, or training.iterations at most {most}: "
+        f"dataset {sources[first].prefix} has no new sample left after {len(train)} of the run's {wanted}",
+    )

@@ -31,13 +31,17 @@ class Loader:
         self._waited_s = 0.0
         self._ready: deque[Future[tuple[Tensor, Tensor]]] = deque()
         # A new thread stands on GPU 0: pinning there, every rank of a node would take some of its memory.
-        self._reader = ThreadPoolExecutor(1, "loader", partial(torch.cuda.set_device, device) if self._pinned else None)
+        self._reader = ThreadPoolExecutor(
+            1, "loader", partial(torch.cuda.set_device, device) if self._pinned else None
+        )
         self._read_ahead()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Ends the thread, after the micro-batch that it is reading."""
         self._reader.shutdown(cancel_futures=True)
 

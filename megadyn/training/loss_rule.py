@@ -44,7 +44,7 @@ class LossRule:
         """Takes a good step into the rule."""
         self.recent.append(loss)
         self.last_was_bad, self.last_loss = False, loss
-        if iteration > self.last_bad:                  # after a rollback the steps up to the bad one are no progress
+        if iteration > self.last_bad:  # after a rollback the steps up to the bad one are no progress
             self.in_a_row = 0
 
     def note_bad(self, iteration: int, loss: float) -> None:
@@ -62,8 +62,13 @@ class LossRule:
         return None
 
     def state(self) -> dict[str, Any]:
-        return {"recent_losses": list(self.recent), "bad_steps": self.bad_steps, "bad_in_a_row": self.in_a_row,
-                "last_bad": self.last_bad, "last_was_bad": self.last_was_bad}
+        return {
+            "recent_losses": list(self.recent),
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.in_a_row,
+            "last_bad": self.last_bad,
+            "last_was_bad": self.last_was_bad,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """The counts only rise: going back does not undo bad steps."""

@@ -32,18 +32,26 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
         check_compiler()
     refuse_wandb(config.logging)
     if config.logging.profile_steps and max(config.logging.profile_ranks) >= launch.world_size():
-        raise ConfigError("logging.profile_ranks", config.logging.profile_ranks, f"below {launch.world_size()}, the number of "
-                          "processes")
+        raise ConfigError(
+            "logging.profile_ranks",
+            config.logging.profile_ranks,
+            f"below {launch.world_size()}, the number of processes",
+        )
     if config.logging.profile_steps and config.logging.profile_steps[0] > (config.training.iterations or 0):
-        raise ConfigError("logging.profile_steps", config.logging.profile_steps, "steps of the run, which has "
-                          f"{config.training.iterations}")
+        raise ConfigError(
+            "logging.profile_steps",
+            config.logging.profile_steps,
+            f"steps of the run, which has {config.training.iterations}",
+        )
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
             evaluation_size(name, samples, config.training.eval_samples, plan)
     checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
     if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
-        raise UserError(f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
-                        "set checkpoint.resume=auto, or another output_dir")
+        raise UserError(
+            f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
+            "set checkpoint.resume=auto, or another output_dir"
+        )
     if start := likely_start(config.checkpoint, checkpoints):
         check_same_run(config, start[1], start[0])
     elif config.checkpoint.init_from:

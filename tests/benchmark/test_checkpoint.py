@@ -14,9 +14,22 @@ from megadyn.errors import UserError, run_tool
 from tests.crew import METHOD
 from tests.tiny import ROOT
 
-SMALL = [f"--{name}={value}" for name, value in (
-    ("hidden", 32), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("ffn", 64), ("vocab", 61), ("sequence", 24), ("batch", 2),
-    ("rounds", 2), ("warmup", 1), ("deepspeed-config", ROOT / "ds_configs/zero1.json"))]
+SMALL = [
+    f"--{name}={value}"
+    for name, value in (
+        ("hidden", 32),
+        ("layers", 2),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("ffn", 64),
+        ("vocab", 61),
+        ("sequence", 24),
+        ("batch", 2),
+        ("rounds", 2),
+        ("warmup", 1),
+        ("deepspeed-config", ROOT / "ds_configs/zero1.json"),
+    )
+]
 
 
 def run(arguments, output, sabotage=None):
@@ -44,7 +57,9 @@ def no_room():
 def outcome(tmp_path: Path, *extra, sabotage=None):
     work = tmp_path / "work"
     work.mkdir()
-    process = METHOD.Process(target=run, args=([*SMALL, f"--folder={work}", "--json", *extra], tmp_path / "output", sabotage))
+    process = METHOD.Process(
+        target=run, args=([*SMALL, f"--folder={work}", "--json", *extra], tmp_path / "output", sabotage)
+    )
     process.start()
     process.join(120)
     assert not list(work.iterdir()), "something was left behind"
@@ -55,7 +70,7 @@ def test_saving_both_ways_verifying_and_restoring_are_timed(tmp_path):
     status, lines = outcome(tmp_path)
     assert status == 0, lines
     found = json.loads(lines[-1])
-    assert found["bytes"] == 12 * found["parameters"]                  # a weight and two moments in fp32
+    assert found["bytes"] == 12 * found["parameters"]  # a weight and two moments in fp32
     for way in ("waiting", "background"):
         assert 0 < found[way]["copy"] <= found[way]["stall"]
         assert found[way]["write"] > 0
@@ -65,8 +80,9 @@ def test_saving_both_ways_verifying_and_restoring_are_timed(tmp_path):
     assert any(line.startswith("| in the background |") for line in lines)
 
 
-@pytest.mark.parametrize(("sabotage", "message"), [
-    (spoil_restoring, "is not what was saved"), (no_room, "two checkpoints need")])
+@pytest.mark.parametrize(
+    ("sabotage", "message"), [(spoil_restoring, "is not what was saved"), (no_room, "two checkpoints need")]
+)
 def test_what_went_wrong_is_told(tmp_path, sabotage, message):
     status, lines = outcome(tmp_path, sabotage=sabotage)
     assert status == 2

@@ -17,7 +17,10 @@ def test_a_peak_is_given_or_a_datasheet_s_or_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert clock.device_peak(CUDA, torch.bfloat16) == (989.5e12, "989.5 TFLOP/s by the datasheet")
     monkeypatch.setattr(clock, "timed", lambda work, device: 0.5)
-    assert clock.device_peak(CPU, torch.float32) == (4 * 2048**3, "0.0344 TFLOP/s, a 2048 x 2048 matrix product here")
+    assert clock.device_peak(CPU, torch.float32) == (
+        4 * 2048**3,
+        "0.0344 TFLOP/s, a 2048 x 2048 matrix product here",
+    )
 
 
 def test_laps_are_what_lies_between_marks():

@@ -10,14 +10,28 @@ from megadyn.benchmark.models import build
 from megadyn.benchmark.parts import choice_of, parts_of
 from megadyn.errors import UserError
 
-SMALL = [f"--{name}={value}" for name, value in (
-    ("hidden", 64), ("heads", 4), ("kv-heads", 2), ("ffn", 128), ("vocab", 97), ("sequence", 80), ("batch", 2), ("rounds", 2),
-    ("warmup", 1))]
-PARTS = {"dense": ["norm", "attention", "add + norm", "MLP"], "head": ["loss"],
-         "mod": ["router", "choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
-         "dtf_decision": ["prior and surprise", "norm", "attention", "add + norm", "MLP"],
-         "dtf_dynamic": ["choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
-         "dtrnet": ["router", "choose", "norm", "attention or bypass", "add + norm", "MLP"]}
+SMALL = [
+    f"--{name}={value}"
+    for name, value in (
+        ("hidden", 64),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("ffn", 128),
+        ("vocab", 97),
+        ("sequence", 80),
+        ("batch", 2),
+        ("rounds", 2),
+        ("warmup", 1),
+    )
+]
+PARTS = {
+    "dense": ["norm", "attention", "add + norm", "MLP"],
+    "head": ["loss"],
+    "mod": ["router", "choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
+    "dtf_decision": ["prior and surprise", "norm", "attention", "add + norm", "MLP"],
+    "dtf_dynamic": ["choose", "take", "norm", "attention", "add + norm", "MLP", "put_back"],
+    "dtrnet": ["router", "choose", "norm", "attention or bypass", "add + norm", "MLP"],
+}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -38,8 +52,12 @@ def test_every_part_is_timed_counted_and_checked(precision, capsys):
             assert figure["counted"] is None or figure["counted"] == pytest.approx(1, abs=0.02), name
             unchecked = ("rest", "choose") if precision == "fp32" else ("rest", "choose", "layer")
             assert (figure["float64_error"] is None) == (figure["part"] in unchecked), name
-            assert bool(figure["bytes"]) == (figure["part"] in ("norm", "add + norm", "take", "put_back")), name
-    assert all(figure["backward"] == pytest.approx(0, abs=2e-2) for figure in figures if figure["part"] == "choose")
+            assert bool(figure["bytes"]) == (figure["part"] in ("norm", "add + norm", "take", "put_back")), (
+                name
+            )
+    assert all(
+        figure["backward"] == pytest.approx(0, abs=2e-2) for figure in figures if figure["part"] == "choose"
+    )
 
 
 def test_the_parts_of_a_skipping_layer_make_its_output():
@@ -50,7 +68,9 @@ def test_the_parts_of_a_skipping_layer_make_its_output():
     tokens = torch.randint(97, (2, 80))
     model = build("mod:0.3", args, torch.device("cpu"), torch.float32, tokens, [])
     stream, mod = layer.reached_by(model.module, tokens)[1], model.module.layers[2]
-    parts = {part.name: part.run for part in parts_of(mod, "mod", stream, model.config, choice_of(mod, stream))}
+    parts = {
+        part.name: part.run for part in parts_of(mod, "mod", stream, model.config, choice_of(mod, stream))
+    }
     with torch.no_grad():
         _, rows = parts["take"](stream.hidden)
         update = parts["attention"](parts["norm"](rows))

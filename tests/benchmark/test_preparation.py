@@ -13,8 +13,23 @@ TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
 
 def test_data_benchmark_measures_every_way_and_cleans_up(tmp_path):
-    done = subprocess.run([sys.executable, str(TOOL), "data", "--megabytes", "2", "--rounds", "1", "--folder", str(tmp_path),
-                           "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(TOOL),
+            "data",
+            "--megabytes",
+            "2",
+            "--rounds",
+            "1",
+            "--folder",
+            str(tmp_path),
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     tool, fast, floor, slow = json.loads(done.stdout.splitlines()[-1])
     assert fast["mb_per_second"] > slow["mb_per_second"] > 0
@@ -28,7 +43,9 @@ def test_data_benchmark_measures_every_way_and_cleans_up(tmp_path):
 def test_shards_hold_the_documents_of_the_corpus(tmp_path, form):
     texts = [f"document {i}\n" * i for i in range(3 * SHARDS + 5)]
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_bytes(b"".join(orjson.dumps({"id": i, "text": text}) + b"\n" for i, text in enumerate(texts)))
+    corpus.write_bytes(
+        b"".join(orjson.dumps({"id": i, "text": text}) + b"\n" for i, text in enumerate(texts))
+    )
     shards = write_shards(corpus, tmp_path / "shards", form)
     assert len(list(shards.iterdir())) == SHARDS
     assert list(Corpus([shards])) == texts

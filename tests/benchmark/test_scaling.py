@@ -9,9 +9,23 @@ from megadyn.benchmark.scaling import Layout, check_losses, figures_of, measure,
 from megadyn.errors import RunError, UserError
 from tests.tiny import ROOT
 
-SMALL = [f"--{name}={value}" for name, value in (
-    ("hidden", 32), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("ffn", 64), ("vocab", 61), ("sequence", 24),
-    ("global-batch", 4), ("rounds", 2), ("warmup", 1), ("device", "cpu"), ("deepspeed-config", ROOT / "ds_configs/zero1.json"))]
+SMALL = [
+    f"--{name}={value}"
+    for name, value in (
+        ("hidden", 32),
+        ("layers", 2),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("ffn", 64),
+        ("vocab", 61),
+        ("sequence", 24),
+        ("global-batch", 4),
+        ("rounds", 2),
+        ("warmup", 1),
+        ("device", "cpu"),
+        ("deepspeed-config", ROOT / "ds_configs/zero1.json"),
+    )
+]
 
 
 def test_layouts_do_the_same_steps_in_turns(monkeypatch):
@@ -51,8 +65,10 @@ def fail(line, *rest):
     line.send("ValueError: no such thing")
 
 
-@pytest.mark.parametrize(("ends", "message"), [(die, "layout 1x1x1: rank 0 died"),
-                                               (fail, "layout 1x1x1: rank 0 failed: ValueError: no such thing")])
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [(die, "layout 1x1x1: rank 0 died"), (fail, "layout 1x1x1: rank 0 failed: ValueError: no such thing")],
+)
 def test_a_rank_that_does_not_answer_is_named(monkeypatch, ends, message):
     monkeypatch.setattr(scaling, "_be_rank", ends)
     args = parse_args([*SMALL, "--layouts", "1x1x1"])
@@ -60,9 +76,15 @@ def test_a_rank_that_does_not_answer_is_named(monkeypatch, ends, message):
         measure(args, args.layouts)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--layouts", "2x1"], "must be TENSORxPIPELINExDATA"), (["--layouts", "3x1x1"], "parallel.tensor = 3"),
-    (["--layouts", "1x1x3"], "training.global_batch_size = 4"), (["--model", "moe"], "'moe': must be one of")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layouts", "2x1"], "must be TENSORxPIPELINExDATA"),
+        (["--layouts", "3x1x1"], "parallel.tensor = 3"),
+        (["--layouts", "1x1x3"], "training.global_batch_size = 4"),
+        (["--model", "moe"], "'moe': must be one of"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(arguments, message, monkeypatch):
     monkeypatch.setattr(scaling.launch, "check_device", lambda device: None)
     with pytest.raises(UserError, match=message):

@@ -13,31 +13,63 @@ from megadyn.errors import UserError
 from megadyn.model import compiled
 from megadyn.network import routed_layers
 
-SMALL = [f"--{name}={value}" for name, value in (
-    ("hidden", 64), ("layers", 2), ("heads", 4), ("kv-heads", 2), ("ffn", 128), ("vocab", 97), ("sequence", 200), ("batch", 2),
-    ("rounds", 2), ("warmup", 1))]
+SMALL = [
+    f"--{name}={value}"
+    for name, value in (
+        ("hidden", 64),
+        ("layers", 2),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("ffn", 128),
+        ("vocab", 97),
+        ("sequence", 200),
+        ("batch", 2),
+        ("rounds", 2),
+        ("warmup", 1),
+    )
+]
 CPU = torch.device("cpu")
 
 
 def built(name, *others):
     args = step.parse_args(SMALL)
     tokens = torch.randint(97, (2, 201), generator=torch.Generator().manual_seed(0))
-    return build(name, args, CPU, torch.float32, tokens[:, :-1], others), tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return (
+        build(name, args, CPU, torch.float32, tokens[:, :-1], others),
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+    )
 
 
 def test_every_model_is_timed_counted_and_checked(capsys):
     step.main([*SMALL, "--json"])
     *_, table, last = capsys.readouterr().out.strip().splitlines()
     found = {figure["name"]: figure for figure in json.loads(last)}
-    assert list(found) == ["dense", "dtf:0.5", "mod:0.125", "dtrnet:0.1", "fixed", "nested", "subskip", "skip_middle", "stt",
-                           "qwen2"]
+    assert list(found) == [
+        "dense",
+        "dtf:0.5",
+        "mod:0.125",
+        "dtrnet:0.1",
+        "fixed",
+        "nested",
+        "subskip",
+        "skip_middle",
+        "stt",
+        "qwen2",
+    ]
     for name, figure in found.items():
-        assert figure["counted"] == pytest.approx(1, abs=0.02 if name == "subskip" else 0.01), name     # two halves round apart
+        # two halves round apart
+        assert figure["counted"] == pytest.approx(1, abs=0.02 if name == "subskip" else 0.01), name
         assert 0 < figure["fastest"] <= figure["seconds"]
         assert figure["tokens_per_second"] == pytest.approx(400 / figure["seconds"])
         assert 0 < figure["mfu_half"] < figure["mfu_full"]
     assert found["dense"]["time_share"] == found["dense"]["flops_share"] == found["qwen2"]["flops_share"] == 1
-    assert found["mod:0.125"]["flops_share"] < found["dtf:0.5"]["flops_share"] < found["dtrnet:0.1"]["flops_share"] < 1
+    assert (
+        found["mod:0.125"]["flops_share"]
+        < found["dtf:0.5"]["flops_share"]
+        < found["dtrnet:0.1"]["flops_share"]
+        < 1
+    )
     mod = found["mod:0.125"]
     assert mod["saved"] == pytest.approx((1 - mod["time_share"]) / (1 - mod["flops_share"]))
     assert found["qwen2"]["saved"] is None
@@ -64,17 +96,22 @@ def test_as_many_tokens_attend_as_asked(share):
     model, tokens, labels = built(f"dtrnet:{share}")
     layers = routed_layers(model.module)
     for layer in layers:
-        layer.monitor.read()            # of the passes that set the routers
+        layer.monitor.read()  # of the passes that set the routers
     model.loss(tokens, labels).backward()
     for layer in layers:
         assert layer.monitor.read()["routed_fraction"].item() == pytest.approx(float(share), rel=0.02)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--models", "moe"], "--models moe: must be KIND"), (["--models", "mod:x"], "'x' is no number"),
-    (["--models", "mod:0.5", "qwen2"], "takes its weights from a dense model"),
-    (["--models", "mod:2"], "model.routing.capacity"),
-    (["--models", "dtrnet", "--compile"], "training.compile = True: must be false with dtrnet")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "moe"], "--models moe: must be KIND"),
+        (["--models", "mod:x"], "'x' is no number"),
+        (["--models", "mod:0.5", "qwen2"], "takes its weights from a dense model"),
+        (["--models", "mod:2"], "model.routing.capacity"),
+        (["--models", "dtrnet", "--compile"], "training.compile = True: must be false with dtrnet"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         step.main([*SMALL, *arguments])

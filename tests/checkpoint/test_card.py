@@ -15,8 +15,11 @@ from megadyn.prepare.readers import Corpus
 from tests.tiny import KINDS, tiny_config
 
 HISTORY = {
-    "lm_loss": {"iteration": 40, "lm_loss": 3.25,
-                "routing": {"1": {"routed_fraction": 0.25, "causal_agreement": 0.75}, "3": {"routed_fraction": 0.5}}},
+    "lm_loss": {
+        "iteration": 40,
+        "lm_loss": 3.25,
+        "routing": {"1": {"routed_fraction": 0.25, "causal_agreement": 0.75}, "3": {"routed_fraction": 0.5}},
+    },
     "validation": {"iteration": 30, "validation": {"topk": 3.5, "causal": 3.75}},
 }
 
@@ -55,7 +58,9 @@ def test_losses_by_routing_only_where_there_are_two() -> None:
 
 
 def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:
-    card = card_of(tiny_config("mod"), {"validation": {"iteration": 5, "validation": {"topk": None, "causal": 3.0}}})
+    card = card_of(
+        tiny_config("mod"), {"validation": {"iteration": 5, "validation": {"topk": None, "causal": 3.0}}}
+    )
     assert "| validation | topk | no number | 5 |\n| validation | causal | 3.0000 | 5 |" in card
 
 
@@ -63,8 +68,15 @@ def test_work_follows_what_was_routed() -> None:
     """Of a layer, attention and feed-forward shrink with the share of tokens; of DTRNet's, attention's queries and keys alone."""
     half, few = (percentage_of_work(card_of(with_capacity(share))) for share in (0.5, 0.1))
     assert few < half < 100
-    measured = {share: percentage_of_work(card_of(tiny_config("dtrnet-token"), {
-        "lm_loss": {"iteration": 1, "lm_loss": 3.0, "routing": {"1": {"routed_fraction": share}}}})) for share in (0.9, 0.1)}
+    measured = {
+        share: percentage_of_work(
+            card_of(
+                tiny_config("dtrnet-token"),
+                {"lm_loss": {"iteration": 1, "lm_loss": 3.0, "routing": {"1": {"routed_fraction": share}}}},
+            )
+        )
+        for share in (0.9, 0.1)
+    }
     assert measured[0.1] < measured[0.9]
     assert "depends on what the tokens choose" in card_of(tiny_config("dtrnet-token"), history={})
     assert "without routing" not in card_of(tiny_config("dense"))
@@ -77,7 +89,9 @@ def with_capacity(share: float) -> Config:
 
 
 def test_a_bar_closes_no_cell() -> None:
-    text = model_card(tiny_config("dense"), 1, 4, {}, style="megadyn", precision="fp32", tokenizer="differs on '<|x|>\n'")
+    text = model_card(
+        tiny_config("dense"), 1, 4, {}, style="megadyn", precision="fp32", tokenizer="differs on '<|x|>\n'"
+    )
     assert r"| tokenizer | differs on '<\|x\|> ' |" in text
 
 
@@ -92,12 +106,15 @@ def test_data_by_name_alone(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"text": "some text"}\n{"text": "more"}\n')
     preprocess(Corpus([tmp_path / "corpus.jsonl"]), "byte", tmp_path / "web", append_eod=True)
     config = tiny_config()
-    config.data.train = [{"prefix": str(tmp_path / "web"), "weight": 0.75}, {"prefix": "/nowhere/code", "weight": 0.25}]
+    config.data.train = [
+        {"prefix": str(tmp_path / "web"), "weight": 0.75},
+        {"prefix": "/nowhere/code", "weight": 0.25},
+    ]
     text = card_of(config)
     assert "| web | 0.75 | 2 | 15 |\n| code | 0.25 | ? | ? |" in text
     assert str(tmp_path) not in text
     (tmp_path / "web.json").write_text("{")
-    assert "| web | 0.75 | ? | ? |" in card_of(config)      # no reason not to export
+    assert "| web | 0.75 | ? | ? |" in card_of(config)  # no reason not to export
 
 
 def test_qwen2_needs_no_code_of_ours() -> None:
@@ -107,8 +124,13 @@ def test_qwen2_needs_no_code_of_ours() -> None:
 
 
 def test_last_records_end_at_the_checkpoint(tmp_path: Path) -> None:
-    lines = [{"iteration": 1, "lm_loss": 3.0}, {"iteration": 1, "validation": {"topk": 2.9}}, {"iteration": 2, "lm_loss": 2.5},
-             {"iteration": 2, "checkpoint": {}}, {"iteration": 3, "lm_loss": 2.0}]
+    lines = [
+        {"iteration": 1, "lm_loss": 3.0},
+        {"iteration": 1, "validation": {"topk": 2.9}},
+        {"iteration": 2, "lm_loss": 2.5},
+        {"iteration": 2, "checkpoint": {}},
+        {"iteration": 3, "lm_loss": 2.0},
+    ]
     path = tmp_path / "metrics.jsonl"
     damaged = [b"\xff\xfe\0\n", b"7\n", b'{"lm_loss": 9.0}\n', b'{"iterat']
     path.write_bytes(b"".join([*(json.dumps(line).encode() + b"\n" for line in lines), *damaged]))

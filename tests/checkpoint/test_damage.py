@@ -32,8 +32,11 @@ def problem_of(checkpoint: Path) -> str | None:
 
 def test_a_whole_checkpoint_holds_these_files(checkpoint: Path) -> None:
     assert {path.name for path in checkpoint.iterdir()} == {
-        "manifest.json", "manifest.sha256", "config.yaml",
-        *(f"{kind}-pp00-tp0{rank}-dp00.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1))}
+        "manifest.json",
+        "manifest.sha256",
+        "config.yaml",
+        *(f"{kind}-pp00-tp0{rank}-dp00.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1)),
+    }
     assert problem_of(checkpoint) is None
 
 
@@ -60,7 +63,9 @@ def test_every_flipped_bit_cut_or_missing_file_is_noticed_and_named(checkpoint: 
     assert problem_of(checkpoint) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"iteration-00000009\n", b"\xff\xfe", b"iteration-0000\x002\n", b"../../etc\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"iteration-00000009\n", b"\xff\xfe", b"iteration-0000\x002\n", b"../../etc\n"]
+)
 def test_a_damaged_latest_hides_no_checkpoint(content: bytes, checkpoint: Path) -> None:
     (checkpoint.parent / "latest").write_bytes(content)
     assert layout.complete_checkpoints(checkpoint.parent) == [checkpoint]
@@ -103,7 +108,7 @@ def test_a_pickle_is_refused_and_not_run(checkpoint: Path, tmp_path: Path) -> No
         ShardedTensors(checkpoint, "weights")
     assert not harm.exists()
     pickle.loads(shard.read_bytes()).close()
-    assert harm.exists()                                      # the payload does work
+    assert harm.exists()  # the payload does work
 
 
 def test_another_format_is_refused_as_such(checkpoint: Path) -> None:

@@ -22,23 +22,35 @@ def kept(root: Path) -> list[int]:
     return sorted(layout.iteration_of(path) for path in root.glob("iteration-*"))
 
 
-@pytest.mark.parametrize(("keep", "keep_every", "left"), [
-    (0, 0, [2, 4, 6, 8, 10, 12]), (9, 0, [2, 4, 6, 8, 10, 12]), (0, 4, [2, 4, 6, 8, 10, 12]),
-    (1, 0, [12]), (2, 0, [10, 12]), (1, 6, [6, 12]), (2, 4, [4, 8, 10, 12])])
-def test_the_newest_and_every_so_many_are_kept(keep: int, keep_every: int, left: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"),
+    [
+        (0, 0, [2, 4, 6, 8, 10, 12]),
+        (9, 0, [2, 4, 6, 8, 10, 12]),
+        (0, 4, [2, 4, 6, 8, 10, 12]),
+        (1, 0, [12]),
+        (2, 0, [10, 12]),
+        (1, 6, [6, 12]),
+        (2, 4, [4, 8, 10, 12]),
+    ],
+)
+def test_the_newest_and_every_so_many_are_kept(
+    keep: int, keep_every: int, left: list[int], tmp_path: Path
+) -> None:
     make(tmp_path, 2, 4, 6, 8, 10, 12)
     layout.prune(tmp_path, keep, keep_every)
     assert kept(tmp_path) == left
 
 
 def test_pruning_leaves_what_lies_beyond_latest(tmp_path: Path) -> None:
-    make(tmp_path, 2, 4, 8, 6)                    # back from 8 to 4, and on
+    make(tmp_path, 2, 4, 8, 6)  # back from 8 to 4, and on
     layout.prune(tmp_path, 1)
     assert kept(tmp_path) == [6, 8]
 
 
-def test_any_flipped_bit_of_latest_is_told_and_never_repeats_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                   caplog: pytest.LogCaptureFixture) -> None:
+def test_any_flipped_bit_of_latest_is_told_and_never_repeats_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Iteration 2 is one bit from 6 ("2" and "6"), and 4 is one from both 5 and 6."""
     monkeypatch.setattr(log, "propagate", True)
     make(tmp_path, 2, 4, 5, 6)
@@ -52,7 +64,9 @@ def test_any_flipped_bit_of_latest_is_told_and_never_repeats_steps(tmp_path: Pat
         caplog.clear()
         assert layout.complete_checkpoints(tmp_path)[0] == newest, bytes(broken)
         if bytes(broken).split() != content.split():
-            assert caplog.messages[0].endswith("passed over, iteration-00000006 is the highest iteration"), bytes(broken)
+            assert caplog.messages[0].endswith("passed over, iteration-00000006 is the highest iteration"), (
+                bytes(broken)
+            )
     latest.write_bytes(content)
     caplog.clear()
     assert layout.complete_checkpoints(tmp_path)[0] == newest
@@ -96,14 +110,23 @@ def test_a_checkpoint_saved_after_a_bad_step_does_not_count_as_good(tmp_path: Pa
     for iteration, is_bad in ((2, False), (4, False), (6, True), (8, True)):
         temporary = tmp_path / f"{layout.WRITING}{layout.folder_name(iteration)}"
         temporary.mkdir(parents=True)
-        layout.write_manifest(temporary, {
-            "format": layout.FORMAT, "iteration": iteration, "consumed_samples": 0, "topology": {}, "model": {}, "files": {},
-            "loss_rule": {"last_was_bad": is_bad}})
+        layout.write_manifest(
+            temporary,
+            {
+                "format": layout.FORMAT,
+                "iteration": iteration,
+                "consumed_samples": 0,
+                "topology": {},
+                "model": {},
+                "files": {},
+                "loss_rule": {"last_was_bad": is_bad},
+            },
+        )
         layout.publish(temporary, tmp_path / layout.folder_name(iteration))
     layout.prune(tmp_path, 1)
     assert kept(tmp_path) == [4, 8]
     assert layout.resolve(tmp_path).name == "iteration-00000004"
-    assert layout.resolve(tmp_path / "iteration-00000008").name == "iteration-00000008"      # asked for by name
+    assert layout.resolve(tmp_path / "iteration-00000008").name == "iteration-00000008"  # asked for by name
     layout.mark_not_good(tmp_path / "iteration-00000004", "its loss is nan")
     assert layout.reservation(tmp_path / "iteration-00000004") == "its loss is nan"
-    assert layout.resolve(tmp_path).name == "iteration-00000008"                             # no good one is left
+    assert layout.resolve(tmp_path).name == "iteration-00000008"  # no good one is left

@@ -23,10 +23,14 @@ def test_the_routing_state_is_found_in_both_places(manifest):
     assert routing_state(manifest, "others") == {}
     found = thresholds(manifest)
     assert {index: (threshold.average.item(), threshold.steps) for index, threshold in found.items()} == {
-        1: (0.25, 3), 3: (-1.5, 3)}
+        1: (0.25, 3),
+        3: (-1.5, 3),
+    }
     same = {index: threshold.value for index, threshold in found.items()}
     assert {index: round(value.item(), 6) for index, value in same.items()} == {
-        1: round(0.25 / (1 - 0.9 ** 3), 6), 3: round(-1.5 / (1 - 0.9 ** 3), 6)}
+        1: round(0.25 / (1 - 0.9**3), 6),
+        3: round(-1.5 / (1 - 0.9**3), 6),
+    }
     assert all(torch.isfinite(value) for value in same.values())
 
 
@@ -35,7 +39,10 @@ def old_manifest(kind: str) -> dict[str, object]:
     config = tiny_config(kind)
     model = asdict(config.model)
     model["routing"] = AS_SAVED | {"gate": "sigmoid"} | model["routing"]
-    return {"model": model, "training": {key: getattr(config.training, key) for key in ("seed", "sequence_length")}}
+    return {
+        "model": model,
+        "training": {key: getattr(config.training, key) for key in ("seed", "sequence_length")},
+    }
 
 
 @pytest.mark.parametrize("kind", ["dense", "dtf", "mod-bce", "dtrnet-expert"])

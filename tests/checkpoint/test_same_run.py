@@ -16,7 +16,10 @@ from tests.tiny import tiny_config
 
 
 def manifest_of(config: Config) -> dict[str, Any]:
-    return {"model": asdict(config.model), "training": {key: getattr(config.training, key) for key in SAME_TRAINING}}
+    return {
+        "model": asdict(config.model),
+        "training": {key: getattr(config.training, key) for key in SAME_TRAINING},
+    }
 
 
 def changed(kind: str, **changes: Any) -> tuple[Config, Config]:
@@ -31,34 +34,57 @@ def changed(kind: str, **changes: Any) -> tuple[Config, Config]:
     return before, now
 
 
-@pytest.mark.parametrize(("kind", "change"), [
-    ("dtf", {"model__routing__prior_loss_weight": 0.5}), ("dtf", {"model__routing__threshold_momentum": 0.9}),
-    ("dtf", {"model__routing__capacity": 0.25}), ("dtf", {"model__routing__causal": "predictor"}),
-    ("dtf", {"model__routing__ma_window": 9}), ("mod", {"model__routing__z_loss_weight": 0.1}),
-    ("mod", {"model__routing__causal": "bce"}), ("dtrnet-token", {"model__routing__aux_loss_lambda": 0.01}),
-    ("dtrnet-token", {"model__routing__safe_min_attn_ratio": 0.1}), ("dtrnet-expert", {"model__routing__layout": "T1DDD"}),
-    ("dense", {"model__rope_theta": 5e5}), ("dense", {"model__norm_eps": 1e-5}), ("dense", {"model__max_position": 99}),
-    ("dense", {"optimizer__learning_rate": 1.0}), ("dense", {"model__routing__gate": "identity"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("dtf", {"model__routing__prior_loss_weight": 0.5}),
+        ("dtf", {"model__routing__threshold_momentum": 0.9}),
+        ("dtf", {"model__routing__capacity": 0.25}),
+        ("dtf", {"model__routing__causal": "predictor"}),
+        ("dtf", {"model__routing__ma_window": 9}),
+        ("mod", {"model__routing__z_loss_weight": 0.1}),
+        ("mod", {"model__routing__causal": "bce"}),
+        ("dtrnet-token", {"model__routing__aux_loss_lambda": 0.01}),
+        ("dtrnet-token", {"model__routing__safe_min_attn_ratio": 0.1}),
+        ("dtrnet-expert", {"model__routing__layout": "T1DDD"}),
+        ("dense", {"model__rope_theta": 5e5}),
+        ("dense", {"model__norm_eps": 1e-5}),
+        ("dense", {"model__max_position": 99}),
+        ("dense", {"optimizer__learning_rate": 1.0}),
+        ("dense", {"model__routing__gate": "identity"}),
+    ],
+)
 def test_what_alters_neither_shapes_nor_meaning_may_change(kind, change):
     before, now = changed(kind, **change)
     check_same_run(now, manifest_of(before), Path("there"))
 
 
-@pytest.mark.parametrize(("kind", "change"), [
-    ("dense", {"model__hidden_size": 64}), ("dense", {"model__num_layers": 5}), ("dense", {"model__tie_embeddings": True}),
-    ("dense", {"model__vocab_size": 62}), ("dense", {"model__normalization": "lns"}), ("dtf", {"model__routing__kind": "dense"}),
-    ("dtf", {"model__routing__prior_factor": 0.5}), ("mod", {"model__routing__gate": "identity"}),
-    ("mod", {"model__routing__layout": "D4"}), ("dtrnet-token", {"model__routing__router_type": "expert_choice"}),
-    ("dense", {"training__seed": 1}), ("dense", {"training__sequence_length": 12}),
-])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("dense", {"model__hidden_size": 64}),
+        ("dense", {"model__num_layers": 5}),
+        ("dense", {"model__tie_embeddings": True}),
+        ("dense", {"model__vocab_size": 62}),
+        ("dense", {"model__normalization": "lns"}),
+        ("dtf", {"model__routing__kind": "dense"}),
+        ("dtf", {"model__routing__prior_factor": 0.5}),
+        ("mod", {"model__routing__gate": "identity"}),
+        ("mod", {"model__routing__layout": "D4"}),
+        ("dtrnet-token", {"model__routing__router_type": "expert_choice"}),
+        ("dense", {"training__seed": 1}),
+        ("dense", {"training__sequence_length": 12}),
+    ],
+)
 def test_all_else_is_refused_with_its_reason(kind, change):
     before, now = changed(kind, **change)
-    key, = (name.replace("__", ".") for name in change)
+    (key,) = (name.replace("__", ".") for name in change)
     with pytest.raises(UserError) as caught:
         check_same_run(now, manifest_of(before), Path("there"))
     assert f"{key} is " in str(caught.value)
-    reasons = MUST_EQUAL | {f"model.routing.{name}": reason for name, reason in now.model.routing.fixed.items()}
+    reasons = MUST_EQUAL | {
+        f"model.routing.{name}": reason for name, reason in now.model.routing.fixed.items()
+    }
     assert f"({reasons[key]})" in str(caught.value)
 
 
@@ -73,9 +99,13 @@ def test_changes_are_told_with_both_values(tmp_path):
     before, now = changed("dtf", model__routing__capacity=0.25, model__init_std=0.1, output_dir="elsewhere")
     save_config(before, tmp_path / "config.yaml")
     found = changes(now, tmp_path)
-    assert found == {"model.init_std": {"was": 0.2, "is": 0.1}, "model.routing.capacity": {"was": 0.5, "is": 0.25}}
-    assert changes_line(found) == ("model.init_std was 0.2 and is 0.1 (no effect now); "
-                                   "model.routing.capacity was 0.5 and is 0.25")
+    assert found == {
+        "model.init_std": {"was": 0.2, "is": 0.1},
+        "model.routing.capacity": {"was": 0.5, "is": 0.25},
+    }
+    assert changes_line(found) == (
+        "model.init_std was 0.2 and is 0.1 (no effect now); model.routing.capacity was 0.5 and is 0.25"
+    )
     assert changes(before, tmp_path) == {}
 
 
@@ -92,6 +122,10 @@ def test_a_threshold_keeps_its_value_under_another_momentum():
     assert state is not None
     other.set_state(state, torch.device("cpu"))
     assert float(other.value) == pytest.approx(float(threshold.value))
-    assert threshold_state(threshold.state(), was, replace(routing, threshold_momentum=0.99)) == threshold.state()
-    assert threshold_state(threshold.state(), was, replace(now, capacity=0.1)) is None           # of another k: begins anew
+    assert (
+        threshold_state(threshold.state(), was, replace(routing, threshold_momentum=0.99))
+        == threshold.state()
+    )
+    # of another k: begins anew
+    assert threshold_state(threshold.state(), was, replace(now, capacity=0.1)) is None
     assert threshold_state(None, was, now) is None

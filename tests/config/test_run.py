@@ -44,13 +44,21 @@ def refusal(tmp_path: Path, *overrides: str, text: str = RUN) -> str:
 
 # ---- keys of earlier versions --------------------------------------------------------------------
 
+
 def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(tmp_path):
     older = RUN + "model: {routing: {kind: dtf, ce_offset_init: 1.5}}\n"
     assert load(tmp_path, text=older).model.routing.ce_log_offset_init == math.log(1.5)
-    assert load(tmp_path, "model.routing.ce_offset_init=2", text=older).model.routing.ce_log_offset_init == math.log(2)
-    assert load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init == -1
-    assert load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=1.025").model == load(
-        tmp_path, "model.routing.kind=dtf").model
+    assert load(
+        tmp_path, "model.routing.ce_offset_init=2", text=older
+    ).model.routing.ce_log_offset_init == math.log(2)
+    assert (
+        load(tmp_path, "model.routing.ce_log_offset_init=-1", text=older).model.routing.ce_log_offset_init
+        == -1
+    )
+    assert (
+        load(tmp_path, "model.routing.kind=dtf", "model.routing.ce_offset_init=1.025").model
+        == load(tmp_path, "model.routing.kind=dtf").model
+    )
     (tmp_path / "saved.yaml").write_text("")
     save_config(load(tmp_path, text=older), tmp_path / "saved.yaml")
     assert "ce_offset_init" not in (tmp_path / "saved.yaml").read_text()
@@ -61,8 +69,10 @@ def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(t
 
 def test_both_spellings_of_the_offset_are_refused(tmp_path):
     message = refusal(tmp_path, "model.routing.ce_offset_init=1", "model.routing.ce_log_offset_init=0")
-    assert message == ("model.routing.ce_offset_init in the command line: is the older spelling of "
-                       "model.routing.ce_log_offset_init, which is given too; keep one of them")
+    assert message == (
+        "model.routing.ce_offset_init in the command line: is the older spelling of "
+        "model.routing.ce_log_offset_init, which is given too; keep one of them"
+    )
 
 
 @pytest.mark.parametrize("value", ["-0.1", ".inf", ".nan", "much", "true", "[1]"])
@@ -72,20 +82,24 @@ def test_an_older_offset_without_a_logarithm_is_refused(tmp_path, value):
 
 # ---- keys and types ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("override", "named", "suggested"), [
-    ("precison=fp32", "precison", "precision"),
-    ("model.hiden_size=8", "model.hiden_size", "hidden_size"),
-    ("model.routing.capasity=0.5", "model.routing.capasity", "capacity"),
-    ("model.routing.kind=mod model.routing.gat=sigmoid", "model.routing.gat", "gate"),
-    ("data.trian=x", "data.trian", "train"),
-    ("tokenizer.pth=x", "tokenizer.pth", "path"),
-    ("parallel.tensors=2", "parallel.tensors", "tensor"),
-    ("optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
-    ("optimizer.multipliers.prio=1", "optimizer.multipliers.prio", "prior"),
-    ("training.iteration=1", "training.iteration", "iterations"),
-    ("checkpoint.kep=1", "checkpoint.kep", "keep"),
-    ("logging.intervall=1", "logging.intervall", "interval"),
-])
+
+@pytest.mark.parametrize(
+    ("override", "named", "suggested"),
+    [
+        ("precison=fp32", "precison", "precision"),
+        ("model.hiden_size=8", "model.hiden_size", "hidden_size"),
+        ("model.routing.capasity=0.5", "model.routing.capasity", "capacity"),
+        ("model.routing.kind=mod model.routing.gat=sigmoid", "model.routing.gat", "gate"),
+        ("data.trian=x", "data.trian", "train"),
+        ("tokenizer.pth=x", "tokenizer.pth", "path"),
+        ("parallel.tensors=2", "parallel.tensors", "tensor"),
+        ("optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
+        ("optimizer.multipliers.prio=1", "optimizer.multipliers.prio", "prior"),
+        ("training.iteration=1", "training.iteration", "iterations"),
+        ("checkpoint.kep=1", "checkpoint.kep", "keep"),
+        ("logging.intervall=1", "logging.intervall", "interval"),
+    ],
+)
 def test_a_misspelt_key_is_refused_with_the_nearest_one(tmp_path, override, named, suggested):
     message = refusal(tmp_path, *override.split())
     assert message.startswith(f"{named}:")
@@ -101,20 +115,36 @@ def test_an_unknown_key_in_the_file_is_refused_too(tmp_path):
     assert "model.hiden_size" in refusal(tmp_path, text=RUN + "model: {hiden_size: 3}\n")
 
 
-@pytest.mark.parametrize(("override", "named"), [
-    ("model.hidden_size=wide", "model.hidden_size"), ("model.hidden_size=1.5", "model.hidden_size"),
-    ("optimizer.learning_rate=fast", "optimizer.learning_rate"), ("model.qkv_bias=perhaps", "model.qkv_bias"),
-    ("training.sequence_length=[1,2]", "training.sequence_length"), ("model.hidden_size=null", "model.hidden_size"),
-    ("optimizer.multipliers=3", "optimizer.multipliers"), ("model.routing=dtf", "model.routing"), ("model=null", "model"),
-    ("precision.kind=fp32", "precision"), ("model=[]", "model"),
-    ("model={{", "the command line"), ("model.hidden_size=${nothing}", "model.hidden_size"),
-])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.hidden_size=wide", "model.hidden_size"),
+        ("model.hidden_size=1.5", "model.hidden_size"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("model.qkv_bias=perhaps", "model.qkv_bias"),
+        ("training.sequence_length=[1,2]", "training.sequence_length"),
+        ("model.hidden_size=null", "model.hidden_size"),
+        ("optimizer.multipliers=3", "optimizer.multipliers"),
+        ("model.routing=dtf", "model.routing"),
+        ("model=null", "model"),
+        ("precision.kind=fp32", "precision"),
+        ("model=[]", "model"),
+        ("model={{", "the command line"),
+        ("model.hidden_size=${nothing}", "model.hidden_size"),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, named):
     assert refusal(tmp_path, override).startswith(f"{named}: ")
 
 
-@pytest.mark.parametrize(("left_out", "named"), [
-    ("data: {train: corpus}", "data.train"), ("tokenizer: {path: byte}", "tokenizer.path"), ("output_dir: out", "output_dir")])
+@pytest.mark.parametrize(
+    ("left_out", "named"),
+    [
+        ("data: {train: corpus}", "data.train"),
+        ("tokenizer: {path: byte}", "tokenizer.path"),
+        ("output_dir: out", "output_dir"),
+    ],
+)
 def test_a_mandatory_key_that_is_missing_is_named(tmp_path, left_out, named):
     message = refusal(tmp_path, text=RUN.replace(left_out, ""))
     assert message.startswith(f"{named}: ")
@@ -122,6 +152,7 @@ def test_a_mandatory_key_that_is_missing_is_named(tmp_path, left_out, named):
 
 
 # ---- the file and the command line ---------------------------------------------------------------
+
 
 @pytest.mark.parametrize("text", ["model: [1, 2", "a: b: c", "model:\n\t- 1", "model: {a: 1}}"])
 def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path, text):
@@ -154,11 +185,19 @@ def test_a_folder_instead_of_a_file_is_refused_by_name(tmp_path):
 
 
 def test_an_override_without_equals_sign_is_refused(tmp_path):
-    assert refusal(tmp_path, "model.hidden_size") == "'model.hidden_size' on the command line: must be of the form key=value"
+    assert (
+        refusal(tmp_path, "model.hidden_size")
+        == "'model.hidden_size' on the command line: must be of the form key=value"
+    )
 
 
 def test_overrides_stand_above_the_file_and_the_last_one_wins(tmp_path):
-    config = load(tmp_path, "training.seed=1", "training.seed=2", text=RUN.replace("iterations: 10", "iterations: 10, seed: 5"))
+    config = load(
+        tmp_path,
+        "training.seed=1",
+        "training.seed=2",
+        text=RUN.replace("iterations: 10", "iterations: 10, seed: 5"),
+    )
     assert config.training.seed == 2
 
 
@@ -172,82 +211,228 @@ IMPOSSIBLE = [
     ("model.routing.kind=mod model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
     ("model.routing.kind=mod model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),
     ("model.routing.kind=mod model.routing.capacity=.nan", "model.routing.capacity", "in (0, 1]"),
-    *((f"model.routing.kind={kind} model.routing.causal={rule}", f"model.routing.causal with model.routing.kind = {kind}",
-       f"one of {', '.join(allowed)}") for kind, rule, allowed in (
-        ("dtf", "bce", ["threshold", "predictor"]), ("mod", "guess", ["threshold", "predictor", "bce"]),
-        ("dtrnet", "predictor", ["threshold"]), ("dtrnet", "bce", ["threshold"]))),
-    ("model.routing.kind=mod model.routing.causal=predicter", "model.routing.causal with model.routing.kind = mod",
-     "did you mean 'predictor'?"),
-    ("model.routing.kind=mod model.routing.gate=sigmod", "model.routing.gate",
-     "one of sigmoid, identity (did you mean 'sigmoid'?)"),
-    ("model.routing.kind=dtrnet model.routing.router_type=token", "model.routing.router_type",
-     "one of token_choice, expert_choice"),
-    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout", "for model.num_layers = 8 layers")
-      for kind, layout in (("mod", "TD"), ("dtrnet", "T2D5"), ("dtrnet", "T2D7"), ("dtrnet", "tdtdtdtd"), ("mod", "xTDTDTDTD"),
-                           ("mod", "TDTDTDTDx"), ("dtrnet", "T2,D6"), ("dtrnet", "4T4D"), ("dtrnet", "T-1D9"),
-                           ("mod", "zeroattn"))),
-    *((f"model.routing.kind={kind} model.routing.layout={layout}", "model.routing.layout", "one with a routed layer (D) among 8")
-      for kind, layout in (("mod", "T8"), ("dtrnet", "TTTTTTTT"), ("dtrnet", "T8D0"))),
-    ("model.routing.kind=dtrnet model.num_layers=1", "model.routing.layout", "one with a routed layer (D) among 1"),
-    ("model.routing.kind=dtrnet model.num_layers=2 model.routing.layout=four_attn", "model.routing.layout",
-     "one with a routed layer (D) among 2"),
-    *((f"model.routing.kind={kind} model.routing.{name}=-1", f"model.routing.{name}", "at least 0") for kind, name in (
-        ("dtf", "predictor_loss_weight"), ("mod", "predictor_loss_weight"), ("dtrnet", "predictor_loss_weight"),
-        ("mod", "bce_loss_weight"), ("mod", "z_loss_weight"), ("dtrnet", "aux_loss_lambda"), ("dtrnet", "aux_loss_warmup"),
-        ("dtrnet", "entropy_bonus"), ("dtf", "prior_loss_weight"))),
-    ("model.routing.kind=mod model.routing.z_loss_weight=.inf", "model.routing.z_loss_weight", "a finite number of at least 0"),
-    *((f"model.routing.kind=dtrnet model.routing.{name}={value}", f"model.routing.{name}", "in [0, 1]")
-      for name in ("safe_min_attn_ratio", "jitter") for value in ("-0.1", "1.1", ".nan")),
+    *(
+        (
+            f"model.routing.kind={kind} model.routing.causal={rule}",
+            f"model.routing.causal with model.routing.kind = {kind}",
+            f"one of {', '.join(allowed)}",
+        )
+        for kind, rule, allowed in (
+            ("dtf", "bce", ["threshold", "predictor"]),
+            ("mod", "guess", ["threshold", "predictor", "bce"]),
+            ("dtrnet", "predictor", ["threshold"]),
+            ("dtrnet", "bce", ["threshold"]),
+        )
+    ),
+    (
+        "model.routing.kind=mod model.routing.causal=predicter",
+        "model.routing.causal with model.routing.kind = mod",
+        "did you mean 'predictor'?",
+    ),
+    (
+        "model.routing.kind=mod model.routing.gate=sigmod",
+        "model.routing.gate",
+        "one of sigmoid, identity (did you mean 'sigmoid'?)",
+    ),
+    (
+        "model.routing.kind=dtrnet model.routing.router_type=token",
+        "model.routing.router_type",
+        "one of token_choice, expert_choice",
+    ),
+    *(
+        (
+            f"model.routing.kind={kind} model.routing.layout={layout}",
+            "model.routing.layout",
+            "for model.num_layers = 8 layers",
+        )
+        for kind, layout in (
+            ("mod", "TD"),
+            ("dtrnet", "T2D5"),
+            ("dtrnet", "T2D7"),
+            ("dtrnet", "tdtdtdtd"),
+            ("mod", "xTDTDTDTD"),
+            ("mod", "TDTDTDTDx"),
+            ("dtrnet", "T2,D6"),
+            ("dtrnet", "4T4D"),
+            ("dtrnet", "T-1D9"),
+            ("mod", "zeroattn"),
+        )
+    ),
+    *(
+        (
+            f"model.routing.kind={kind} model.routing.layout={layout}",
+            "model.routing.layout",
+            "one with a routed layer (D) among 8",
+        )
+        for kind, layout in (("mod", "T8"), ("dtrnet", "TTTTTTTT"), ("dtrnet", "T8D0"))
+    ),
+    (
+        "model.routing.kind=dtrnet model.num_layers=1",
+        "model.routing.layout",
+        "one with a routed layer (D) among 1",
+    ),
+    (
+        "model.routing.kind=dtrnet model.num_layers=2 model.routing.layout=four_attn",
+        "model.routing.layout",
+        "one with a routed layer (D) among 2",
+    ),
+    *(
+        (f"model.routing.kind={kind} model.routing.{name}=-1", f"model.routing.{name}", "at least 0")
+        for kind, name in (
+            ("dtf", "predictor_loss_weight"),
+            ("mod", "predictor_loss_weight"),
+            ("dtrnet", "predictor_loss_weight"),
+            ("mod", "bce_loss_weight"),
+            ("mod", "z_loss_weight"),
+            ("dtrnet", "aux_loss_lambda"),
+            ("dtrnet", "aux_loss_warmup"),
+            ("dtrnet", "entropy_bonus"),
+            ("dtf", "prior_loss_weight"),
+        )
+    ),
+    (
+        "model.routing.kind=mod model.routing.z_loss_weight=.inf",
+        "model.routing.z_loss_weight",
+        "a finite number of at least 0",
+    ),
+    *(
+        (f"model.routing.kind=dtrnet model.routing.{name}={value}", f"model.routing.{name}", "in [0, 1]")
+        for name in ("safe_min_attn_ratio", "jitter")
+        for value in ("-0.1", "1.1", ".nan")
+    ),
     ("model.normalization=hybrid", "model.normalization", "did you mean 'hybridnorm'?"),
-    ("model.routing.kind=dtf model.routing.threshold_momentum=1", "model.routing.threshold_momentum", "in [0, 1)"),
-    ("model.routing.kind=dtrnet model.routing.threshold_momentum=-0.1", "model.routing.threshold_momentum", "in [0, 1)"),
+    (
+        "model.routing.kind=dtf model.routing.threshold_momentum=1",
+        "model.routing.threshold_momentum",
+        "in [0, 1)",
+    ),
+    (
+        "model.routing.kind=dtrnet model.routing.threshold_momentum=-0.1",
+        "model.routing.threshold_momentum",
+        "in [0, 1)",
+    ),
     ("model.routing.kind=dtf model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
     ("model.routing.kind=dtf model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
-    ("model.routing.kind=dtf model.routing.prior_loss_weight=.nan", "model.routing.prior_loss_weight", "at least 0"),
-    ("model.routing.kind=dtf model.routing.ce_offset_init=-1", "model.routing.ce_offset_init",
-     "at least 0"),      # its logarithm is taken
-    ("model.routing.kind=dtf model.routing.ce_log_offset_init=.nan", "model.routing.ce_log_offset_init", "a finite number"),
-    *((f"model.{name}=0", f"model.{name}", "at least 1") for name in (
-        "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "max_position")),
+    (
+        "model.routing.kind=dtf model.routing.prior_loss_weight=.nan",
+        "model.routing.prior_loss_weight",
+        "at least 0",
+    ),
+    (
+        "model.routing.kind=dtf model.routing.ce_offset_init=-1",
+        "model.routing.ce_offset_init",
+        "at least 0",
+    ),  # its logarithm is taken
+    (
+        "model.routing.kind=dtf model.routing.ce_log_offset_init=.nan",
+        "model.routing.ce_log_offset_init",
+        "a finite number",
+    ),
+    *(
+        (f"model.{name}=0", f"model.{name}", "at least 1")
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_size",
+            "vocab_size",
+            "max_position",
+        )
+    ),
     ("model.num_kv_heads=3", "model.num_kv_heads", "a divisor of model.num_heads = 8"),
-    ("model.hidden_size=500", "model.hidden_size", "a multiple of model.num_heads = 8 (or give model.head_dim)"),
+    (
+        "model.hidden_size=500",
+        "model.hidden_size",
+        "a multiple of model.num_heads = 8 (or give model.head_dim)",
+    ),
     ("model.head_dim=15", "model.head_dim", "even"),
     ("model.normalization=post", "model.normalization", "one of pre"),
     ("model.attention=flsh", "model.attention", "did you mean 'flash'?"),
     ("model.norm_eps=0", "model.norm_eps", "in (0, 1]"),
     ("model.rope_theta=1", "model.rope_theta", "in (1, inf]"),
     ("model.init_std=-1", "model.init_std", "at least 0"),
-    ("model.routing.kind=dtf model.num_layers=1", "model.num_layers", "at least 2 with model.routing.kind = dtf"),
+    (
+        "model.routing.kind=dtf model.num_layers=1",
+        "model.num_layers",
+        "at least 2 with model.routing.kind = dtf",
+    ),
     ("data.validation_fraction=1", "data.validation_fraction", "in [0, 1)"),
     ("data.validation_fraction=-0.5", "data.validation_fraction", "in [0, 1)"),
     ("parallel.tensor=0", "parallel.tensor", "at least 1"),
     ("parallel.pipeline=0", "parallel.pipeline", "at least 1"),
     ("parallel.sequence=true", "parallel.sequence", "false"),
-    *((f"optimizer.multipliers.{name}=-1", f"optimizer.multipliers.{name}", "at least 0") for name in (
-        "base", "router", "prior")),
+    *(
+        (f"optimizer.multipliers.{name}=-1", f"optimizer.multipliers.{name}", "at least 0")
+        for name in ("base", "router", "prior")
+    ),
     ("optimizer.schedule=cosin", "optimizer.schedule", "did you mean 'cosine'?"),
-    *((f"optimizer.{name}=-1", f"optimizer.{name}", "at least 0") for name in (
-        "learning_rate", "min_learning_rate", "warmup_iterations", "decay_iterations", "weight_decay", "clip_grad")),
+    *(
+        (f"optimizer.{name}=-1", f"optimizer.{name}", "at least 0")
+        for name in (
+            "learning_rate",
+            "min_learning_rate",
+            "warmup_iterations",
+            "decay_iterations",
+            "weight_decay",
+            "clip_grad",
+        )
+    ),
     ("optimizer.learning_rate=.nan", "optimizer.learning_rate", "at least 0"),
     ("optimizer.beta1=1", "optimizer.beta1", "in [0, 1)"),
     ("optimizer.beta2=-0.1", "optimizer.beta2", "in [0, 1)"),
     ("optimizer.eps=0", "optimizer.eps", "in (0, 1]"),
-    ("optimizer.min_learning_rate=1", "optimizer.min_learning_rate", "at most optimizer.learning_rate = 0.0003"),
-    *((f"training.{name}=0", f"training.{name}", "at least 1") for name in (
-        "iterations", "tokens", "global_batch_size", "micro_batch_size", "sequence_length", "eval_samples")),
+    (
+        "optimizer.min_learning_rate=1",
+        "optimizer.min_learning_rate",
+        "at most optimizer.learning_rate = 0.0003",
+    ),
+    *(
+        (f"training.{name}=0", f"training.{name}", "at least 1")
+        for name in (
+            "iterations",
+            "tokens",
+            "global_batch_size",
+            "micro_batch_size",
+            "sequence_length",
+            "eval_samples",
+        )
+    ),
     ("training.recompute=selectiv", "training.recompute", "did you mean 'selective'?"),
     ("training.kernels=tritn", "training.kernels", "did you mean 'triton'?"),
     ("training.eval_interval=-1", "training.eval_interval", "at least 0"),
     ("training.seed=-1", "training.seed", "at least 0"),
-    ("training.tokens=100", "training.iterations", "one of the four and not training.iterations with training.tokens"),
-    ("training.iterations=null", "training.iterations", "training.tokens, training.samples or training.epochs, one of the four"),
-    ("training.iterations=null training.samples=3 training.epochs=1", "training.iterations",
-     "and not training.samples with training.epochs"),
-    *((f"training.iterations=null training.epochs={value}", "training.epochs", "a finite number above 0")
-      for value in ("0", "-1", ".inf", ".nan")),
+    (
+        "training.tokens=100",
+        "training.iterations",
+        "one of the four and not training.iterations with training.tokens",
+    ),
+    (
+        "training.iterations=null",
+        "training.iterations",
+        "training.tokens, training.samples or training.epochs, one of the four",
+    ),
+    (
+        "training.iterations=null training.samples=3 training.epochs=1",
+        "training.iterations",
+        "and not training.samples with training.epochs",
+    ),
+    *(
+        (f"training.iterations=null training.epochs={value}", "training.epochs", "a finite number above 0")
+        for value in ("0", "-1", ".inf", ".nan")
+    ),
     ("training.iterations=null training.samples=0", "training.samples", "at least 1"),
-    ("training.micro_batch_size=5", "training.global_batch_size", "a multiple of training.micro_batch_size = 5"),
-    ("training.sequence_length=64 model.max_position=32", "training.sequence_length", "at most model.max_position = 32"),
+    (
+        "training.micro_batch_size=5",
+        "training.global_batch_size",
+        "a multiple of training.micro_batch_size = 5",
+    ),
+    (
+        "training.sequence_length=64 model.max_position=32",
+        "training.sequence_length",
+        "at most model.max_position = 32",
+    ),
     ("checkpoint.interval=-1", "checkpoint.interval", "at least 0"),
     ("checkpoint.keep=-1", "checkpoint.keep", "at least 0"),
     ("checkpoint.keep_every=-1", "checkpoint.keep_every", "at least 0"),
@@ -272,17 +457,25 @@ IMPOSSIBLE = [
     ("logging.profile_ranks=[]", "logging.profile_ranks", "at least one rank, each once"),
     ("logging.profile_ranks=[1,1]", "logging.profile_ranks", "at least one rank, each once"),
     ("parallel.tensor=3", "parallel.tensor", "a divisor of model.num_heads = 8"),
-    ("model.num_heads=12 model.num_kv_heads=6 model.head_dim=8 parallel.tensor=4", "parallel.tensor",
-     "a divisor or a multiple of model.num_kv_heads = 6"),
+    (
+        "model.num_heads=12 model.num_kv_heads=6 model.head_dim=8 parallel.tensor=4",
+        "parallel.tensor",
+        "a divisor or a multiple of model.num_kv_heads = 6",
+    ),
     ("model.ffn_size=99 parallel.tensor=2", "parallel.tensor", "a divisor of model.ffn_size = 99"),
     ("parallel.pipeline=9", "parallel.pipeline", "at most model.num_layers = 8"),
     ("parallel.sequence=true", "parallel.sequence", "false while parallel.tensor = 1"),
-    ("parallel.tensor=2 parallel.sequence=true training.sequence_length=255", "training.sequence_length",
-     "a multiple of parallel.tensor = 2 with parallel.sequence"),
+    (
+        "parallel.tensor=2 parallel.sequence=true training.sequence_length=255",
+        "training.sequence_length",
+        "a multiple of parallel.tensor = 2 with parallel.sequence",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "key", "want"), IMPOSSIBLE, ids=[overrides for overrides, *_ in IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("overrides", "key", "want"), IMPOSSIBLE, ids=[overrides for overrides, *_ in IMPOSSIBLE]
+)
 def test_an_impossible_value_is_refused_by_key_with_what_it_must_be(tmp_path, overrides, key, want):
     message = refusal(tmp_path, *overrides.split())
     assert message.startswith(f"{key} = ")
@@ -290,43 +483,79 @@ def test_an_impossible_value_is_refused_by_key_with_what_it_must_be(tmp_path, ov
 
 
 def test_values_at_the_edge_of_what_is_allowed_pass(tmp_path):
-    load(tmp_path, "model.routing.kind=dtf", "model.routing.capacity=1", "model.routing.threshold_momentum=0",
-         "model.routing.ma_window=1", "model.routing.prior_loss_weight=0",
-         "data.validation_fraction=0", "optimizer.clip_grad=0", "optimizer.beta1=0",
-         "optimizer.min_learning_rate=3e-4", "training.micro_batch_size=32", "parallel.pipeline=8", "parallel.tensor=8",
-         "model.num_kv_heads=2", "model.max_position=1024")
-    load(tmp_path, "model.routing.kind=dtrnet", "model.routing.safe_min_attn_ratio=0", "model.routing.jitter=1",
-         "model.routing.layout=T7D", "model.routing.aux_loss_lambda=0", "model.routing.aux_loss_warmup=0")
-    load(tmp_path, "model.routing.kind=dtrnet", "model.routing.safe_min_attn_ratio=1", "model.routing.jitter=0",
-         "model.routing.layout=zero_attn")
+    load(
+        tmp_path,
+        "model.routing.kind=dtf",
+        "model.routing.capacity=1",
+        "model.routing.threshold_momentum=0",
+        "model.routing.ma_window=1",
+        "model.routing.prior_loss_weight=0",
+        "data.validation_fraction=0",
+        "optimizer.clip_grad=0",
+        "optimizer.beta1=0",
+        "optimizer.min_learning_rate=3e-4",
+        "training.micro_batch_size=32",
+        "parallel.pipeline=8",
+        "parallel.tensor=8",
+        "model.num_kv_heads=2",
+        "model.max_position=1024",
+    )
+    load(
+        tmp_path,
+        "model.routing.kind=dtrnet",
+        "model.routing.safe_min_attn_ratio=0",
+        "model.routing.jitter=1",
+        "model.routing.layout=T7D",
+        "model.routing.aux_loss_lambda=0",
+        "model.routing.aux_loss_warmup=0",
+    )
+    load(
+        tmp_path,
+        "model.routing.kind=dtrnet",
+        "model.routing.safe_min_attn_ratio=1",
+        "model.routing.jitter=0",
+        "model.routing.layout=zero_attn",
+    )
 
 
 # ---- what is left out ----------------------------------------------------------------------------
+
 
 def test_sizes_left_out_follow_from_the_others(tmp_path):
     config = load(tmp_path, "model.hidden_size=200", "model.num_heads=10", "training.sequence_length=77")
     model = config.model
     assert (model.num_kv_heads, model.head_dim, model.max_position) == (10, 20, 77)
-    assert model.ffn_size == 576        # 200 * 8 / 3 = 533.3, up to a multiple of 64
+    assert model.ffn_size == 576  # 200 * 8 / 3 = 533.3, up to a multiple of 64
 
 
 def test_sizes_that_are_given_stay(tmp_path):
-    model = load(tmp_path, "model.num_kv_heads=4", "model.head_dim=24", "model.ffn_size=99", "model.max_position=4096").model
+    model = load(
+        tmp_path, "model.num_kv_heads=4", "model.head_dim=24", "model.ffn_size=99", "model.max_position=4096"
+    ).model
     assert (model.num_kv_heads, model.head_dim, model.ffn_size, model.max_position) == (4, 24, 99, 4096)
 
 
 @pytest.mark.parametrize(("tokens", "iterations"), [(1, 1), (64, 1), (65, 2), (640, 10)])
 def test_a_length_in_tokens_or_samples_becomes_whole_steps(tmp_path, tokens, iterations):
-    training = load(tmp_path, "training.iterations=null", f"training.tokens={tokens}", "training.global_batch_size=4",
-                    "training.sequence_length=16").training
+    training = load(
+        tmp_path,
+        "training.iterations=null",
+        f"training.tokens={tokens}",
+        "training.global_batch_size=4",
+        "training.sequence_length=16",
+    ).training
     assert (training.iterations, training.tokens) == (iterations, None)
-    training = load(tmp_path, "training.iterations=null", f"training.samples={tokens}", "training.global_batch_size=64").training
+    training = load(
+        tmp_path, "training.iterations=null", f"training.samples={tokens}", "training.global_batch_size=64"
+    ).training
     assert (training.iterations, training.samples) == (iterations, None)
 
 
 @pytest.mark.parametrize(("epochs", "iterations"), [(1, 25), (0.5, 12), (2, 50), (0.04, 1), (3.999, 99)])
 def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterations):
-    training = load(tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4").training
+    training = load(
+        tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4"
+    ).training
     assert training.iterations is None
     training.settle(100)
     assert (training.iterations, training.epochs) == (iterations, None)
@@ -335,10 +564,15 @@ def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterati
 @pytest.mark.parametrize("word", ["3e9", "3B", "3000M", "3000000000"])
 def test_a_length_may_be_written_short(tmp_path, word):
     short = "training.global_batch_size=1000", "training.sequence_length=1000"
-    assert load(tmp_path, "training.iterations=null", f"training.tokens={word}", *short).training.iterations == 3000
+    assert (
+        load(tmp_path, "training.iterations=null", f"training.tokens={word}", *short).training.iterations
+        == 3000
+    )
     text = RUN.replace("iterations: 10", f"samples: {word}")
     assert load(tmp_path, *short, text=text).training.iterations == 3_000_000
-    text = RUN.replace("train: corpus", f"train: [{{prefix: a, tokens: {word}}}, {{prefix: b, tokens: 1.5T}}]")
+    text = RUN.replace(
+        "train: corpus", f"train: [{{prefix: a, tokens: {word}}}, {{prefix: b, tokens: 1.5T}}]"
+    )
     assert [source.share for source in load(tmp_path, text=text).data.sources("train")] == [3e9, 1.5e12]
     refused = refusal(tmp_path, "training.iterations=null", "training.tokens=3X")
     assert refused.startswith("training.tokens = '3X': must be a whole number")
@@ -346,21 +580,38 @@ def test_a_length_may_be_written_short(tmp_path, word):
 
 def test_a_length_is_saved_as_it_was_given(tmp_path):
     """With another batch size it still means the same."""
-    save_config(load(tmp_path, "training.iterations=null", "training.samples=96", "training.global_batch_size=8"),
-                tmp_path / "resolved.yaml")
+    save_config(
+        load(tmp_path, "training.iterations=null", "training.samples=96", "training.global_batch_size=8"),
+        tmp_path / "resolved.yaml",
+    )
     again = load_config(tmp_path / "resolved.yaml", ["training.global_batch_size=16"])
     assert again.training.iterations == 6
 
 
 def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
-    training = load(tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4").training
-    with pytest.raises(ConfigError, match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
-                                          r"training\.global_batch_size = 4$"):
+    training = load(
+        tmp_path, "training.iterations=null", "training.epochs=1", "training.global_batch_size=4"
+    ).training
+    with pytest.raises(
+        ConfigError,
+        match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
+        r"training\.global_batch_size = 4$",
+    ):
         training.settle(3)
 
 
-@pytest.mark.parametrize(("hidden", "factor", "width"), [
-    (512, 0.0625, 32), (16, 0.0625, 2), (8, 0.0625, 2), (48, 0.0625, 4), (33, 0.0625, 4), (100, 0.05, 6), (10, 4.0, 40)])
+@pytest.mark.parametrize(
+    ("hidden", "factor", "width"),
+    [
+        (512, 0.0625, 32),
+        (16, 0.0625, 2),
+        (8, 0.0625, 2),
+        (48, 0.0625, 4),
+        (33, 0.0625, 4),
+        (100, 0.05, 6),
+        (10, 4.0, 40),
+    ],
+)
 def test_the_priors_width_is_rounded_up_to_even_and_at_least_two(hidden, factor, width):
     model = ModelConfig(hidden_size=hidden, routing=make_kind("dtf", prior_factor=factor))
     assert model.routing.prior_size(model) == width
@@ -369,13 +620,25 @@ def test_the_priors_width_is_rounded_up_to_even_and_at_least_two(hidden, factor,
 @pytest.mark.parametrize(("kind", "capacity"), [("dtf", 0.5), ("mod", 0.125), ("dtrnet", 0.1)])
 def test_each_kind_has_its_own_capacity_unless_one_is_given(tmp_path, kind, capacity):
     assert load(tmp_path, f"model.routing.kind={kind}").model.routing.capacity == capacity
-    assert load(tmp_path, f"model.routing.kind={kind}", "model.routing.capacity=0.3").model.routing.capacity == 0.3
+    assert (
+        load(tmp_path, f"model.routing.kind={kind}", "model.routing.capacity=0.3").model.routing.capacity
+        == 0.3
+    )
 
 
-@pytest.mark.parametrize(("kind", "extra", "threshold", "token_choice"), [
-    ("dense", "", False, False), ("dtf", "", True, False), ("dtf", "causal=predictor", False, False), ("mod", "", True, False),
-    ("mod", "causal=predictor", False, False), ("mod", "causal=bce", False, False), ("dtrnet", "", False, True),
-    ("dtrnet", "router_type=expert_choice", True, False)])
+@pytest.mark.parametrize(
+    ("kind", "extra", "threshold", "token_choice"),
+    [
+        ("dense", "", False, False),
+        ("dtf", "", True, False),
+        ("dtf", "causal=predictor", False, False),
+        ("mod", "", True, False),
+        ("mod", "causal=predictor", False, False),
+        ("mod", "causal=bce", False, False),
+        ("dtrnet", "", False, True),
+        ("dtrnet", "router_type=expert_choice", True, False),
+    ],
+)
 def test_a_threshold_is_kept_where_top_k_needs_one(tmp_path, kind, extra, threshold, token_choice):
     overrides = [f"model.routing.kind={kind}", *(f"model.routing.{word}" for word in extra.split())]
     routing = load(tmp_path, *overrides).model.routing
@@ -384,48 +647,100 @@ def test_a_threshold_is_kept_where_top_k_needs_one(tmp_path, kind, extra, thresh
 
 # ---- layouts -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("layout", "layers", "letters"), [
-    ("bilayer", 1, "T"), ("bilayer", 4, "TDTD"), ("bilayer", 5, "TDTDT"),
-    ("zero_attn", 3, "DDD"),
-    ("four_attn", 8, "TTDTTDDD"), ("four_attn", 12, "TTDDDTTDDDDD"), ("four_attn", 9, "TTDTTDDDD"), ("four_attn", 5, "TTTDD"),
-    ("TDTD", 4, "TDTD"), ("T2D14", 16, "TT" + "D" * 14), ("D3", 3, "DDD"), ("T1D1", 2, "TD"), ("TD10T", 12, "T" + "D" * 10 + "T"),
-    ("TD0T", 2, "TT"), ("T2T2D", 5, "TTTTD"), ("D", 1, "D"),
-])
+
+@pytest.mark.parametrize(
+    ("layout", "layers", "letters"),
+    [
+        ("bilayer", 1, "T"),
+        ("bilayer", 4, "TDTD"),
+        ("bilayer", 5, "TDTDT"),
+        ("zero_attn", 3, "DDD"),
+        ("four_attn", 8, "TTDTTDDD"),
+        ("four_attn", 12, "TTDDDTTDDDDD"),
+        ("four_attn", 9, "TTDTTDDDD"),
+        ("four_attn", 5, "TTTDD"),
+        ("TDTD", 4, "TDTD"),
+        ("T2D14", 16, "TT" + "D" * 14),
+        ("D3", 3, "DDD"),
+        ("T1D1", 2, "TD"),
+        ("TD10T", 12, "T" + "D" * 10 + "T"),
+        ("TD0T", 2, "TT"),
+        ("T2T2D", 5, "TTTTD"),
+        ("D", 1, "D"),
+    ],
+)
 def test_a_layout_becomes_a_letter_a_layer(layout, layers, letters):
     assert expand_layout(layout, layers) == letters
 
 
-@pytest.mark.parametrize(("layout", "layers"), [
-    ("TDTD", 5), ("T2D14", 15), ("T2D14", 17), ("", 4), ("T2 D2", 4), ("td", 2), ("TXD", 2), ("2T2D", 4), ("T2D2.", 4),
-    ("four-attn", 8), ("bilayer2", 4), ("TD\n", 2), ("(TD)2", 4), ("T²D2", 4)])
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        ("TDTD", 5),
+        ("T2D14", 15),
+        ("T2D14", 17),
+        ("", 4),
+        ("T2 D2", 4),
+        ("td", 2),
+        ("TXD", 2),
+        ("2T2D", 4),
+        ("T2D2.", 4),
+        ("four-attn", 8),
+        ("bilayer2", 4),
+        ("TD\n", 2),
+        ("(TD)2", 4),
+        ("T²D2", 4),
+    ],
+)
 def test_a_layout_that_describes_other_layers_is_refused_with_what_it_may_be(layout, layers):
     with pytest.raises(ConfigError) as caught:
         expand_layout(layout, layers)
-    assert str(caught.value) == (f"model.routing.layout = {layout!r}: must be bilayer, zero_attn, four_attn, or letters T and D "
-                                 f"with counts, such as T2D14, for model.num_layers = {layers} layers")
+    assert str(caught.value) == (
+        f"model.routing.layout = {layout!r}: must be bilayer, zero_attn, four_attn, or letters T and D "
+        f"with counts, such as T2D14, for model.num_layers = {layers} layers"
+    )
 
 
-@pytest.mark.parametrize(("kind", "layout", "letters"), [
-    ("mod", None, "TDTDTD"), ("dtrnet", None, "TDTDTD"), ("mod", "zero_attn", "DDDDDD"), ("dtrnet", "four_attn", "TTTTDD"),
-    ("dtrnet", "T2D4", "TTDDDD"), ("mod", "D2T4", "DDTTTT")])
+@pytest.mark.parametrize(
+    ("kind", "layout", "letters"),
+    [
+        ("mod", None, "TDTDTD"),
+        ("dtrnet", None, "TDTDTD"),
+        ("mod", "zero_attn", "DDDDDD"),
+        ("dtrnet", "four_attn", "TTTTDD"),
+        ("dtrnet", "T2D4", "TTDDDD"),
+        ("mod", "D2T4", "DDTTTT"),
+    ],
+)
 def test_layers_are_routed_as_laid_out(kind, layout, letters):
     types = ModelConfig(num_layers=6, routing=make_kind(kind, layout=layout)).layer_types
     assert types == [{"T": "dense", "D": kind}[letter] for letter in letters]
 
 
-@pytest.mark.parametrize(("kind", "layers", "types"), [
-    ("dense", 3, ["dense"] * 3),
-    ("dtf", 2, ["dtf_decision", "dtf_dynamic"]),
-    ("dtf", 4, ["dtf_decision", "dtf_dynamic"] * 2),
-    ("dtf", 5, ["dtf_decision", "dtf_dynamic"] * 2 + ["dense"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "layers", "types"),
+    [
+        ("dense", 3, ["dense"] * 3),
+        ("dtf", 2, ["dtf_decision", "dtf_dynamic"]),
+        ("dtf", 4, ["dtf_decision", "dtf_dynamic"] * 2),
+        ("dtf", 5, ["dtf_decision", "dtf_dynamic"] * 2 + ["dense"]),
+    ],
+)
 def test_odd_layers_decide_even_ones_skip_and_a_last_odd_one_is_dense(kind, layers, types):
     assert ModelConfig(num_layers=layers, routing=make_kind(kind)).layer_types == types
 
 
 def test_the_resolved_config_reads_back_equal(tmp_path):
-    config = load(tmp_path, "model.routing.kind=dtf", "model.num_layers=5", "training.iterations=null", "training.tokens=100000",
-                  "optimizer.learning_rate=1.2345678901234567e-4", "data.validation=other", "model.vocab_size=1000")
+    config = load(
+        tmp_path,
+        "model.routing.kind=dtf",
+        "model.num_layers=5",
+        "training.iterations=null",
+        "training.tokens=100000",
+        "optimizer.learning_rate=1.2345678901234567e-4",
+        "data.validation=other",
+        "model.vocab_size=1000",
+    )
     save_config(config, tmp_path / "resolved.yaml")
     again = load_config(tmp_path / "resolved.yaml")
     assert again == config
@@ -435,26 +750,37 @@ def test_the_resolved_config_reads_back_equal(tmp_path):
 
 # ---- processes and batches -----------------------------------------------------------------------
 
+
 def test_samples_are_spread_over_ranks_and_micro_batches(tmp_path):
-    config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2", "training.global_batch_size=48",
-                  "training.micro_batch_size=4")
+    config = load(
+        tmp_path,
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "training.global_batch_size=48",
+        "training.micro_batch_size=4",
+    )
     plan = batch_plan(config, 12)
     assert (plan.data_parallel, plan.micro_batches, plan.micro_batch, plan.global_batch) == (3, 4, 4, 48)
 
 
 def test_a_number_of_processes_that_does_not_divide_is_refused(tmp_path):
     config = load(tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
-    with pytest.raises(ConfigError, match=r"^number of processes = 6: must be a multiple of .* = 2 \* 2 = 4$"):
+    with pytest.raises(
+        ConfigError, match=r"^number of processes = 6: must be a multiple of .* = 2 \* 2 = 4$"
+    ):
         batch_plan(config, 6)
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(tmp_path):
     config = load(tmp_path, "training.global_batch_size=8", "training.micro_batch_size=2")
-    with pytest.raises(ConfigError, match=r"^training\.global_batch_size = 8: must be a multiple of .* = 2 \* 3 = 6$"):
+    with pytest.raises(
+        ConfigError, match=r"^training\.global_batch_size = 8: must be a multiple of .* = 2 \* 3 = 6$"
+    ):
         batch_plan(config, 3)
 
 
 # ---- DeepSpeed's settings ------------------------------------------------------------------------
+
 
 def with_settings(tmp_path: Path, settings: Any, *overrides: str) -> Config:
     """A run whose deepspeed_config holds `settings`: text, or an object to be written as JSON."""
@@ -469,7 +795,9 @@ def test_engine_settings_are_what_the_file_holds(tmp_path):
 
 
 def test_a_missing_engine_file_is_refused_by_name(tmp_path):
-    with pytest.raises(ConfigError, match=r"^deepspeed_config = 'no/such\.json': must be a readable file \(No such file"):
+    with pytest.raises(
+        ConfigError, match=r"^deepspeed_config = 'no/such\.json': must be a readable file \(No such file"
+    ):
         engine_settings(load(tmp_path, "deepspeed_config=no/such.json"))
 
 
@@ -488,7 +816,9 @@ def test_an_engine_file_that_holds_no_object_is_refused(tmp_path):
 def test_a_number_decided_elsewhere_may_not_stand_in_the_engine_file(tmp_path, key):
     with pytest.raises(ConfigError) as caught:
         engine_settings(with_settings(tmp_path, {key: 1, "zero_optimization": {"stage": 1}}))
-    assert f"engine.json: {key} = 1: must be left out; it follows from {DECIDED_HERE[key]}" in str(caught.value)
+    assert f"engine.json: {key} = 1: must be left out; it follows from {DECIDED_HERE[key]}" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("stage", [4, -1, "1"])
@@ -505,18 +835,32 @@ def test_a_zero_section_that_is_no_section_is_refused(tmp_path, zero):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_pipeline_stages_refuse_a_zero_stage_that_cuts_gradients(tmp_path, stage):
-    with pytest.raises(ConfigError, match=rf"stage = {stage}: must be 0 or 1 with parallel\.pipeline > 1 .*zero1\.json"):
-        engine_settings(with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, "parallel.pipeline=2"))
+    with pytest.raises(
+        ConfigError, match=rf"stage = {stage}: must be 0 or 1 with parallel\.pipeline > 1 .*zero1\.json"
+    ):
+        engine_settings(
+            with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, "parallel.pipeline=2")
+        )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("settings", [{}, {"zero_optimization": {"stage": 0}}])
 def test_half_precision_refuses_zero_0_which_has_no_master_weights(tmp_path, precision, settings):
-    with pytest.raises(ConfigError, match=rf"stage = 0: must be at least 1 with precision = {precision} .*zero1\.json"):
+    with pytest.raises(
+        ConfigError, match=rf"stage = 0: must be at least 1 with precision = {precision} .*zero1\.json"
+    ):
         engine_settings(with_settings(tmp_path, settings, f"precision={precision}"))
 
 
-@pytest.mark.parametrize(("stage", "overrides"), [
-    (0, ["precision=fp32"]), (0, ["precision=fp32", "parallel.pipeline=2"]), (1, ["parallel.pipeline=2"]), (2, []), (3, [])])
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        (0, ["precision=fp32"]),
+        (0, ["precision=fp32", "parallel.pipeline=2"]),
+        (1, ["parallel.pipeline=2"]),
+        (2, []),
+        (3, []),
+    ],
+)
 def test_combinations_that_work_pass(tmp_path, stage, overrides):
     assert engine_settings(with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, *overrides))

@@ -17,7 +17,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig, TrainingConfig
+from megadyn.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
 from megadyn.errors import ConfigError
 from megadyn.kinds import DENSE, make_kind
 from megadyn.model.block import LayerContext
@@ -48,29 +56,60 @@ class Case(NamedTuple):
         return f"{self.kind.rpartition('.')[2]}-{self.variant}"
 
 
-def config_of(case: Case, *, length: int = LENGTH, tensor: int = 1, pipeline: int = 1, zero: int = 1, sequence: bool = False,
-              recompute: str = "none", precision: str = "fp32", micro_batch: int = 2, output_dir: str = "unused",
-              **model: Any) -> Config:
+def config_of(
+    case: Case,
+    *,
+    length: int = LENGTH,
+    tensor: int = 1,
+    pipeline: int = 1,
+    zero: int = 1,
+    sequence: bool = False,
+    recompute: str = "none",
+    precision: str = "fp32",
+    micro_batch: int = 2,
+    output_dir: str = "unused",
+    **model: Any,
+) -> Config:
     """Four layers of width 32, grouped heads, biases, and a vocabulary that no tensor size divides; weights drawn large, so that
     tokens differ."""
-    shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "vocab_size": VOCAB, "qkv_bias": True,
-             "init_std": 0.2} | model
+    shape = {
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "vocab_size": VOCAB,
+        "qkv_bias": True,
+        "init_std": 0.2,
+    } | model
     return Config(
-        model=ModelConfig(routing=make_kind(case.kind, **dict(case.keys)), **shape), data=DataConfig(train="unused"),
+        model=ModelConfig(routing=make_kind(case.kind, **dict(case.keys)), **shape),
+        data=DataConfig(train="unused"),
         tokenizer=TokenizerConfig(path="byte"),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_iterations=2),
-        training=TrainingConfig(iterations=10, global_batch_size=4, micro_batch_size=micro_batch, sequence_length=length,
-                                recompute=recompute),
-        precision=precision, deepspeed_config=str(ROOT / f"ds_configs/zero{zero}.json"), output_dir=output_dir).checked()
+        training=TrainingConfig(
+            iterations=10,
+            global_batch_size=4,
+            micro_batch_size=micro_batch,
+            sequence_length=length,
+            recompute=recompute,
+        ),
+        precision=precision,
+        deepspeed_config=str(ROOT / f"ds_configs/zero{zero}.json"),
+        output_dir=output_dir,
+    ).checked()
 
 
 def tokens_like(samples: int = 4, length: int = LENGTH, seed: int = 7) -> tuple[Tensor, Tensor]:
-    drawn = torch.randint(EOD + 1, VOCAB, (samples, length + 1), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(
+        EOD + 1, VOCAB, (samples, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
 
 
-def network_of(case: Case, *, loss_scale: float = 1.0, eod: int | None = None, **settings: Any) -> tuple[Network, Config]:
+def network_of(
+    case: Case, *, loss_scale: float = 1.0, eod: int | None = None, **settings: Any
+) -> tuple[Network, Config]:
     """With one step behind it, so that thresholds part these tokens."""
     config = config_of(case, **settings)
     make = ParamMaker(Sharding(1, 2), seed=1, dtype=torch.float64)
@@ -97,6 +136,7 @@ def logits_of(network: Network, tokens: Tensor, mode: str) -> Tensor:
 
 # ---- what a token may see ------------------------------------------------------------------------
 
+
 def no_future(case: Case) -> None:
     """Causal mode: the logits at t do not depend on later tokens."""
     network, _ = network_of(case)
@@ -115,10 +155,14 @@ def no_other_sample(case: Case) -> None:
     other = tokens.clone()
     other[1:] = tokens_like(seed=8)[0][1:]
     for mode in modes_of(config):
-        assert_close(logits_of(network, other, mode)[0], logits_of(network, tokens, mode)[0], rtol=1e-9, atol=1e-9)
-        assert_close(logits_of(network, tokens[:1], mode)[0], logits_of(network, tokens, mode)[0], rtol=1e-9, atol=1e-9)
+        assert_close(
+            logits_of(network, other, mode)[0], logits_of(network, tokens, mode)[0], rtol=1e-9, atol=1e-9
+        )
+        assert_close(
+            logits_of(network, tokens[:1], mode)[0], logits_of(network, tokens, mode)[0], rtol=1e-9, atol=1e-9
+        )
     state, trained = tracker_state(network), []
-    for given in (tokens, other):       # with gradients: training's own rules (safe minimum, noise, guards)
+    for given in (tokens, other):  # with gradients: training's own rules (safe minimum, noise, guards)
         restore(network, state)
         trained.append(network(given)[0].detach())
     assert_close(trained[1], trained[0], rtol=1e-9, atol=1e-9)
@@ -144,7 +188,11 @@ def capacity_one_is_dense(case: Case) -> str | None:
         return "the kind does not say so"
     keys = dict(case.keys) | {"capacity": 1.0}
     network, config = network_of(case._replace(keys=tuple(keys.items())))
-    if not all(isinstance(layer, routed_layer.SkippingLayer) for layer in routed_layers(network) if layer.causal_router):
+    if not all(
+        isinstance(layer, routed_layer.SkippingLayer)
+        for layer in routed_layers(network)
+        if layer.causal_router
+    ):
         return "gates of 1 can be set in skipping layers alone"
     dense = Case(DENSE, "default", ())
     twin, _ = network_of(dense)
@@ -154,7 +202,11 @@ def capacity_one_is_dense(case: Case) -> str | None:
             param.copy_(mine[name_of(param)])
     tokens, _ = tokens_like()
     plain = routed_layer.put_back_shared
-    with patched(routed_layer, "put_back_shared", lambda x, places, gate, *rest: plain(x, places, torch.ones_like(gate), *rest)):
+    with patched(
+        routed_layer,
+        "put_back_shared",
+        lambda x, places, gate, *rest: plain(x, places, torch.ones_like(gate), *rest),
+    ):
         found = logits_of(network, tokens, "topk")
     assert_close(found, logits_of(twin, tokens, "topk"), rtol=1e-9, atol=1e-9)
     return None
@@ -172,12 +224,13 @@ def patched(owner: Any, name: str, value: Any) -> Any:
 
 # ---- gradients -----------------------------------------------------------------------------------
 
+
 def gradients_are_those_of_differences(case: Case) -> str | None:
     """Of each parameter that the kind adds, in the last layer of each type, along a random direction, in float64.
 
     Further back a kind may hold values constant on purpose (averages, targets) that such a parameter moves.
     """
-    network, config = network_of(case, loss_scale=0.0)      # auxiliary losses have targets that are held constant
+    network, config = network_of(case, loss_scale=0.0)  # auxiliary losses have targets that are held constant
     if config.model.routing.straight_through:
         return "gradients are straight-through on purpose"
     types = config.model.layer_types
@@ -193,7 +246,9 @@ def gradients_are_those_of_differences(case: Case) -> str | None:
     generator = torch.Generator().manual_seed(0)
     for param in network.parameters():
         name = name_of(param)
-        is_own = any(name.startswith(f"model.layers.{index}.") for index in last) and component(name) != "base"
+        is_own = (
+            any(name.startswith(f"model.layers.{index}.") for index in last) and component(name) != "base"
+        )
         if not is_own or "causal_router" in name:
             continue
         direction = torch.randn(param.shape, generator=generator, dtype=torch.float64)
@@ -217,8 +272,7 @@ def loss_with_grad_rules(loss: Callable[[], Tensor]) -> float:
 
 
 def tracker_state(network: Network) -> list[dict[str, Any]]:
-    return [dict(vars(tracker)) for layer in routed_layers(network)
-            for tracker in layer.trackers().values()]
+    return [dict(vars(tracker)) for layer in routed_layers(network) for tracker in layer.trackers().values()]
 
 
 def restore(network: Network, states: list[dict[str, Any]]) -> None:
@@ -230,21 +284,24 @@ def restore(network: Network, states: list[dict[str, Any]]) -> None:
 def recomputation_changes_nothing(case: Case) -> None:
     """`full` and `selective` give the loss, gradients and statistics of `none`, also where a score would come out differently
     the second time: decisions are not taken anew."""
+
     def trained(recompute: str) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]]]:
         network, _ = network_of(case, recompute=recompute)
         for layer in routed_layers(network):
             layer.monitor.read()
         loss = network(*tokens_like())
-        if recompute == "full":         # what decides now decides otherwise in the backward pass
+        if recompute == "full":  # what decides now decides otherwise in the backward pass
             with torch.no_grad():
                 for param in network.parameters():
                     if "causal_router" in name_of(param):
-                        param.data.add_(5.0)                # unseen by autograd, which would refuse
+                        param.data.add_(5.0)  # unseen by autograd, which would refuse
         for threshold in thresholds_of(routed_layers(network)).values():
             threshold.average = threshold.average + 1e3
         with Choosing() as choosing:
             loss.backward()
-        assert not choosing.seen, f"tokens are chosen anew in the backward pass ({', '.join(sorted(choosing.seen))})"
+        assert not choosing.seen, (
+            f"tokens are chosen anew in the backward pass ({', '.join(sorted(choosing.seen))})"
+        )
         grads = {name_of(param): param.grad for param in network.parameters() if param.grad is not None}
         return loss.detach(), grads, [layer.monitor.read() for layer in routed_layers(network)]
 
@@ -255,7 +312,9 @@ def recomputation_changes_nothing(case: Case) -> None:
         assert again[1].keys() == grads.keys()
         for name, grad in grads.items():
             if "causal_router" not in name:
-                assert_close(again[1][name], grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+                assert_close(
+                    again[1][name], grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+                )
         assert again[2] == statistics
 
 
@@ -275,7 +334,9 @@ def choices_can_be_replayed(case: Case) -> str | None:
             layer.decisions.tape = tapes[index]
         loss = network(*tokens_like())
         loss.backward()
-        assert all(tape.passed == 4 for tape in tapes.values()), "samples whose choice passed `decisions` more or less than once"
+        assert all(tape.passed == 4 for tape in tapes.values()), (
+            "samples whose choice passed `decisions` more or less than once"
+        )
         return loss.item(), {index: tape.whole() for index, tape in tapes.items()}
 
     loss, own = trained({})
@@ -285,7 +346,9 @@ def choices_can_be_replayed(case: Case) -> str | None:
     recorded = {index: choices.chosen for index, choices in own.items()}
     assert trained(recorded)[0] == loss
     for index, chosen in recorded.items():
-        assert trained(recorded | {index: with_two_exchanged(chosen)})[0] != loss, f"layer {index} does not obey"
+        assert trained(recorded | {index: with_two_exchanged(chosen)})[0] != loss, (
+            f"layer {index} does not obey"
+        )
     return None
 
 
@@ -320,12 +383,17 @@ def every_parameter_learns(case: Case) -> None:
     """Each parameter gets a gradient that is not 0, so that none is there in vain."""
     network, _ = network_of(case)
     network(*tokens_like()).backward()
-    idle = [name_of(param) for param in network.parameters() if param.grad is None or not param.grad.abs().sum() > 0]
-    idle = [name for name in idle if not name.endswith("k_proj.bias")]       # softmax does not see it
+    idle = [
+        name_of(param)
+        for param in network.parameters()
+        if param.grad is None or not param.grad.abs().sum() > 0
+    ]
+    idle = [name for name in idle if not name.endswith("k_proj.bias")]  # softmax does not see it
     assert not idle, f"no gradient reaches {idle}"
 
 
 # ---- costs ---------------------------------------------------------------------------------------
+
 
 def operations_are_as_planned(case: Case) -> None:
     """Forward operations within 1 % of those that torch counts, at the share of tokens that was taken."""
@@ -336,12 +404,20 @@ def operations_are_as_planned(case: Case) -> None:
     set_routing_mode(routed_layers(network), "topk")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(tokens)
-    shares = {layer.index: float(record["routed_fraction"]) for layer in routed_layers(network)
-              if "routed_fraction" in (record := layer.monitor.read())}
+    shares = {
+        layer.index: float(record["routed_fraction"])
+        for layer in routed_layers(network)
+        if "routed_fraction" in (record := layer.monitor.read())
+    }
     planned = training_flops(config.model, 96, shares, whole_square=True)
     detached = sum(layer.detached for layer in layer_flops_of(config, shares))
-    assert_close(counter.get_total_flops() / len(tokens), (planned + detached) / 3, rtol=0.01 if not config.model.routing.varies
-                 else 0.05, atol=0)        # where sequences differ in what they take, squares add up to a little more
+    # where sequences differ in what they take, squares add up to a little more
+    assert_close(
+        counter.get_total_flops() / len(tokens),
+        (planned + detached) / 3,
+        rtol=0.01 if not config.model.routing.varies else 0.05,
+        atol=0,
+    )
 
 
 def layer_flops_of(config: Config, shares: dict[int, float]) -> Any:
@@ -358,8 +434,16 @@ def parameters_are_as_planned(case: Case) -> None:
 def memory_is_as_planned(case: Case, recompute: str = "none") -> None:
     """Weights, gradients and activations of a step on one process, within 10 % of the peak of live bytes."""
     batch, length = 4, 256
-    config = config_of(case, recompute=recompute, length=length, micro_batch=batch, hidden_size=64, num_layers=6, ffn_size=192,
-                       vocab_size=500)
+    config = config_of(
+        case,
+        recompute=recompute,
+        length=length,
+        micro_batch=batch,
+        hidden_size=64,
+        num_layers=6,
+        ffn_size=192,
+        vocab_size=500,
+    )
     drawn = torch.randint(500, (2, batch, length + 1), generator=torch.Generator().manual_seed(1))
     with LiveBytes() as before:
         pass
@@ -370,9 +454,12 @@ def memory_is_as_planned(case: Case, recompute: str = "none") -> None:
             layer.monitor.read()
         with LiveBytes() as step:
             network(samples[:, :-1].contiguous(), samples[:, 1:].contiguous()).backward()
-    if config.model.routing.varies:      # planned at the share that was taken
-        seen = [float(record["routed_fraction"]) for layer in routed_layers(network)
-                if "routed_fraction" in (record := layer.monitor.read())]
+    if config.model.routing.varies:  # planned at the share that was taken
+        seen = [
+            float(record["routed_fraction"])
+            for layer in routed_layers(network)
+            if "routed_fraction" in (record := layer.monitor.read())
+        ]
         if hasattr(config.model.routing, "capacity"):
             config.model.routing.capacity = min(1.0, max(1e-3, sum(seen) / len(seen)))
     work = replace(workload(config), fused=False)
@@ -382,6 +469,7 @@ def memory_is_as_planned(case: Case, recompute: str = "none") -> None:
 
 # ---- configuration and what people read ----------------------------------------------------------
 
+
 def foreign_keys_are_refused(case: Case) -> None:
     for key in ("no_such_key", "capasity"):
         with pytest.raises(ConfigError, match=key):
@@ -390,6 +478,7 @@ def foreign_keys_are_refused(case: Case) -> None:
 
 def statistics_do_not_depend_on_the_split(case: Case) -> None:
     """Means over a step's micro-batches are those of the whole batch."""
+
     def recorded(size: int) -> list[dict[str, Tensor]]:
         network, _ = network_of(case)
         for layer in routed_layers(network):
@@ -402,7 +491,9 @@ def statistics_do_not_depend_on_the_split(case: Case) -> None:
     for whole, split in zip(recorded(4), recorded(1), strict=True):
         assert whole.keys() == split.keys()
         for name, value in whole.items():
-            assert_close(split[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(
+                split[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def it_explains_itself(case: Case) -> None:
@@ -422,7 +513,18 @@ def it_explains_itself(case: Case) -> None:
 
 
 ALONE: tuple[Callable[[Case], str | None], ...] = (
-    no_future, no_other_sample, no_other_document, capacity_one_is_dense, gradients_are_those_of_differences,
-    recomputation_changes_nothing, choices_can_be_replayed, every_parameter_learns, operations_are_as_planned,
-    parameters_are_as_planned, foreign_keys_are_refused, statistics_do_not_depend_on_the_split, it_explains_itself)
+    no_future,
+    no_other_sample,
+    no_other_document,
+    capacity_one_is_dense,
+    gradients_are_those_of_differences,
+    recomputation_changes_nothing,
+    choices_can_be_replayed,
+    every_parameter_learns,
+    operations_are_as_planned,
+    parameters_are_as_planned,
+    foreign_keys_are_refused,
+    statistics_do_not_depend_on_the_split,
+    it_explains_itself,
+)
 """Promises that one process can show."""

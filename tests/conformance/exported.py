@@ -51,10 +51,19 @@ def write_export(case: Case, folder: Path) -> tuple[Network, Any]:
     network = network.float()
     folder.mkdir()
     tensors = [(name_of(param), param.detach()) for param in network.parameters()]
-    tensors += [(f"model.layers.{index}.causal_router.threshold", threshold.value.float().reshape(1))
-                for index, threshold in thresholds_of(routed_layers(network)).items()]
-    write_hf_folder(folder, config.model, sorted(tensors), tokenizer="byte", style="megadyn", dtype="float32",
-                    shard_bytes=10**9)
+    tensors += [
+        (f"model.layers.{index}.causal_router.threshold", threshold.value.float().reshape(1))
+        for index, threshold in thresholds_of(routed_layers(network)).items()
+    ]
+    write_hf_folder(
+        folder,
+        config.model,
+        sorted(tensors),
+        tokenizer="byte",
+        style="megadyn",
+        dtype="float32",
+        shard_bytes=10**9,
+    )
     return network, config
 
 
@@ -68,13 +77,17 @@ def the_export_is_the_engine(case: Case, folder: Path) -> None:
     for mode in modes_of(config):
         model.config.routing_mode = mode
         with torch.no_grad():
-            assert_close(model(tokens, use_cache=False).logits, logits_of(network, tokens, mode), rtol=0, atol=1e-4)
+            assert_close(
+                model(tokens, use_cache=False).logits, logits_of(network, tokens, mode), rtol=0, atol=1e-4
+            )
     model.config.routing_mode = "causal"
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
         padded = torch.cat([torch.zeros(len(tokens), 5, dtype=torch.int64), tokens], dim=1)
         mask = torch.cat([torch.zeros(len(tokens), 5), torch.ones_like(tokens)], dim=1)
-        assert_close(model(padded, attention_mask=mask, use_cache=False).logits[:, 5:], whole, rtol=0, atol=1e-4)
+        assert_close(
+            model(padded, attention_mask=mask, use_cache=False).logits[:, 5:], whole, rtol=0, atol=1e-4
+        )
         assert_close(decoded(model, tokens, 7), whole, rtol=0, atol=1e-4)
 
 
@@ -95,7 +108,9 @@ def the_export_runs_alone(case: Case, folder: Path) -> None:
     tokens, _ = tokens_like(2)
     package = find_kind(case.kind).__module__.partition(".")[0]
     program = ALONE.format(package=package, folder=str(folder), tokens=tokens.tolist())
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"] == "MegadynForCausalLM"
@@ -146,7 +161,27 @@ def a_run_goes_all_the_way(case: Case, folder: Path) -> None:
     write_report([run], folder / "report.html", tokens=12)
     page = (folder / "report.html").read_text()
     assert escape(config_of(case).model.routing.describe()) in page
-    layer_benchmark.main(["--models", case.kind, "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--ffn", "128", "--vocab",
-                          "97", "--sequence", "64", "--batch", "1", "--rounds", "1", "--warmup", "1"])
-
-
+    layer_benchmark.main(
+        [
+            "--models",
+            case.kind,
+            "--hidden",
+            "64",
+            "--heads",
+            "4",
+            "--kv-heads",
+            "2",
+            "--ffn",
+            "128",
+            "--vocab",
+            "97",
+            "--sequence",
+            "64",
+            "--batch",
+            "1",
+            "--rounds",
+            "1",
+            "--warmup",
+            "1",
+        ]
+    )

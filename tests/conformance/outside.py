@@ -50,7 +50,7 @@ class Outside(Laid, TopK):
 KIND = Outside
 '''
 
-LAYERS = '''
+LAYERS = """
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import whole_sequence
@@ -79,9 +79,9 @@ class OutsideLayer(SkippingLayer):
         choice = self.causal_router(score, stream.hidden)
         self.monitor.record(choice.statistics | gate_statistics(score.sigmoid(), choice.in_top))
         return self.process(stream, self.scale * logit.sigmoid(), choice)
-'''
+"""
 
-EXPORTED = '''
+EXPORTED = """
 from torch import Tensor
 
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
@@ -100,26 +100,36 @@ class OutsideLayer(RoutedLayer):
 
 
 EXPORTED = ExportedKind({"outside": OutsideLayer}, {"linear": Router(("capacity",), {"causal": ("threshold", "predictor")})})
-'''
+"""
 
 BROKEN = {
-    "future": ("        logit = self.router(stream.hidden)\n",
-               "        logit = self.router(stream.hidden)\n        logit = logit + logit.roll(-1, dims=1)\n"),
-    "other_samples": ("        logit = self.router(stream.hidden)\n",
-                      "        logit = self.router(stream.hidden)\n        logit = logit - logit.mean(dim=0)\n"),
-    "no_tensor_sum": ("        self.scale = ctx.model.routing.scale\n",
-                      "        self.scale = ctx.model.routing.scale\n        self.mlp.down_proj.tp = Axis(\"tp\")\n"),
-    "chooses_anew": ("    def forward(self, stream: Stream) -> Stream:\n",
-                     "    def forward(self, stream: Stream) -> Stream:\n"
-                     "        hidden = self.run(lambda h: self.decide(stream._replace(hidden=h)).hidden, stream.hidden)\n"
-                     "        return Stream(hidden, documents=stream.documents)\n\n"
-                     "    def decide(self, stream: Stream) -> Stream:\n"),
-    "ignores_a_replay": ("        choice = self.causal_router(score, stream.hidden)\n",
-                         "        choice = self.causal_router(score, stream.hidden)\n"
-                         "        if self.causal_router.mode == \"topk\":\n"
-                         "            from megadyn.routing.select import choose_top\n"
-                         "            top = choose_top(score, choice.selection.places.shape[1])\n"
-                         "            choice = choice._replace(selection=top)\n"),
+    "future": (
+        "        logit = self.router(stream.hidden)\n",
+        "        logit = self.router(stream.hidden)\n        logit = logit + logit.roll(-1, dims=1)\n",
+    ),
+    "other_samples": (
+        "        logit = self.router(stream.hidden)\n",
+        "        logit = self.router(stream.hidden)\n        logit = logit - logit.mean(dim=0)\n",
+    ),
+    "no_tensor_sum": (
+        "        self.scale = ctx.model.routing.scale\n",
+        '        self.scale = ctx.model.routing.scale\n        self.mlp.down_proj.tp = Axis("tp")\n',
+    ),
+    "chooses_anew": (
+        "    def forward(self, stream: Stream) -> Stream:\n",
+        "    def forward(self, stream: Stream) -> Stream:\n"
+        "        hidden = self.run(lambda h: self.decide(stream._replace(hidden=h)).hidden, stream.hidden)\n"
+        "        return Stream(hidden, documents=stream.documents)\n\n"
+        "    def decide(self, stream: Stream) -> Stream:\n",
+    ),
+    "ignores_a_replay": (
+        "        choice = self.causal_router(score, stream.hidden)\n",
+        "        choice = self.causal_router(score, stream.hidden)\n"
+        '        if self.causal_router.mode == "topk":\n'
+        "            from megadyn.routing.select import choose_top\n"
+        "            top = choose_top(score, choice.selection.places.shape[1])\n"
+        "            choice = choice._replace(selection=top)\n",
+    ),
 }
 """What is written in place of what."""
 
@@ -134,6 +144,10 @@ def write_package(folder: Path, name: str, broken: str | None = None) -> str:
         before, after = BROKEN[broken]
         assert before in layers
         layers = layers.replace(before, after)
-    for file, text in (("__init__.py", RECORD.replace("NAME", f"{name}.kind")), ("layers.py", layers), ("exported.py", EXPORTED)):
+    for file, text in (
+        ("__init__.py", RECORD.replace("NAME", f"{name}.kind")),
+        ("layers.py", layers),
+        ("exported.py", EXPORTED),
+    ):
         (package / file).write_text(text.lstrip())
     return f"{name}.kind"

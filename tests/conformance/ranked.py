@@ -32,8 +32,15 @@ class Layout(NamedTuple):
 
     def __str__(self) -> str:
         words = [f"t{self.tensor}p{self.pipeline}d{self.data}zero{self.zero}"]
-        words += [word for word, on in (("sequence", self.sequence), ("documents", self.documents),
-                                        (self.recompute, self.recompute != "none")) if on]
+        words += [
+            word
+            for word, on in (
+                ("sequence", self.sequence),
+                ("documents", self.documents),
+                (self.recompute, self.recompute != "none"),
+            )
+            if on
+        ]
         return "-".join(words)
 
 
@@ -41,13 +48,19 @@ WHOLE = (Layout(), Layout(documents=True))
 """What the others are held to: one process, ZeRO-1, nothing recomputed."""
 EVERY = (Layout(tensor=2, sequence=True, documents=True), Layout(pipeline=2, documents=True))
 """Tried with every variant of a kind."""
-LAYOUTS = (*EVERY, Layout(tensor=2, recompute="full"), Layout(data=2, zero=2), Layout(data=2, zero=3, recompute="full"))
+LAYOUTS = (
+    *EVERY,
+    Layout(tensor=2, recompute="full"),
+    Layout(data=2, zero=2),
+    Layout(data=2, zero=3, recompute="full"),
+)
 RESUMED = (Layout(pipeline=2), Layout(data=2, zero=2))
 """Where a run that tensor ranks saved goes on."""
 
 
 def layouts_of(case: Case) -> tuple[Layout, ...]:
     return LAYOUTS if case.variant == "default" else EVERY
+
 
 Curve = dict[str, Any]
 """`loss` and `grad_norm` of each step, and `validation`: the last loss by mode; or `refused`: the sentence."""
@@ -63,7 +76,7 @@ def train_all(cases: list[Case], folder: Path) -> dict[str, Curve]:
 
 
 def _train_all(cases: list[Case], world: int, folder: str, path: list[str]) -> None:
-    sys.path[:] = path                       # of the test: it may lead to a kind outside the repository
+    sys.path[:] = path  # of the test: it may lead to a kind outside the repository
     from megadyn.launch import launch
 
     launch.join()
@@ -81,8 +94,13 @@ def _train_all(cases: list[Case], world: int, folder: str, path: list[str]) -> N
         (Path(folder) / f"world{world}.json").write_text(json.dumps(found))
 
 
-def curve(case: Case, layout: Layout, steps: range = range(STEPS), save_to: Path | None = None,
-          load_from: Path | None = None) -> Curve:
+def curve(
+    case: Case,
+    layout: Layout,
+    steps: range = range(STEPS),
+    save_to: Path | None = None,
+    load_from: Path | None = None,
+) -> Curve:
     from megadyn.checkpoint import save_load
     from megadyn.config import batch_plan
     from megadyn.engine.engine import Engine
@@ -90,8 +108,15 @@ def curve(case: Case, layout: Layout, steps: range = range(STEPS), save_to: Path
 
     micro_batch = 1 if layout.data > 1 or layout.pipeline > 1 else 2
     try:
-        config = config_of(case, tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero, sequence=layout.sequence,
-                           recompute=layout.recompute, micro_batch=micro_batch)
+        config = config_of(
+            case,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            zero=layout.zero,
+            sequence=layout.sequence,
+            recompute=layout.recompute,
+            micro_batch=micro_batch,
+        )
     except ConfigError as error:
         return {"refused": str(error)}
     if layout.zero == 3:
@@ -100,7 +125,7 @@ def curve(case: Case, layout: Layout, steps: range = range(STEPS), save_to: Path
     engine = Engine(config, plan, grid, EOD if layout.documents else None)
     if load_from is not None:
         access = save_load.OptimizerAccess(engine)
-        for param in engine.parameters():                # no weight may stay as it is
+        for param in engine.parameters():  # no weight may stay as it is
             access.set(param, {"weight": torch.zeros_like(access.get(param)["weight"])})
         folder = save_load.newest_good(load_from)
         assert folder is not None
@@ -109,7 +134,7 @@ def curve(case: Case, layout: Layout, steps: range = range(STEPS), save_to: Path
     found: Curve = {"loss": [], "grad_norm": []}
     batches: list[Any] = []
     for step in steps:
-        samples = tokens_of(layout.documents)[step][grid.dp.rank * share:(grid.dp.rank + 1) * share]
+        samples = tokens_of(layout.documents)[step][grid.dp.rank * share : (grid.dp.rank + 1) * share]
         batches = micro_batches(samples, micro_batch)
         result = engine.train_step(batches, 1e-3)
         found["loss"].append(float(result.loss))
@@ -142,6 +167,6 @@ def farthest(got: list[float], want: list[float]) -> float:
 
 def assert_like(found: Curve, whole: Curve, steps: range = range(STEPS)) -> None:
     for name in ("loss", "grad_norm"):
-        assert farthest(found[name], whole[name][steps.start:steps.stop]) < 1e-5, name
+        assert farthest(found[name], whole[name][steps.start : steps.stop]) < 1e-5, name
     if "validation" in found:
         assert farthest(found["validation"], whole["validation"]) < 1e-5, "validation"

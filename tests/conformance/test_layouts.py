@@ -1,6 +1,5 @@
 """Every kind trains as on one process under every layout, and goes on at another one. Only what is selected is trained."""
 
-
 import pytest
 
 from tests.conformance.checks import Case
@@ -10,8 +9,11 @@ from tests.conformance.ranked import RESUMED, SAVED, STEPS, Curve, Layout, asser
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     """Curves of the cases that some selected test of this file needs."""
-    params = [item.callspec.params for item in request.session.items
-              if item.module is request.module and hasattr(item, "callspec")]
+    params = [
+        item.callspec.params
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    ]
     cases = {param["placed"][0] if "placed" in param else param["default_case"] for param in params}
     return train_all(sorted(cases, key=str), tmp_path_factory.mktemp("layouts"))
 
@@ -25,7 +27,9 @@ def test_training_is_that_of_one_process(placed: tuple[Case, Layout], trained: d
 
 
 @pytest.mark.parametrize("layout", RESUMED, ids=str)
-def test_a_run_goes_on_at_another_layout(layout: Layout, default_case: Case, trained: dict[str, Curve]) -> None:
+def test_a_run_goes_on_at_another_layout(
+    layout: Layout, default_case: Case, trained: dict[str, Curve]
+) -> None:
     found = trained[f"{default_case} {layout} resumed"]
     if "refused" in found:
         pytest.skip(found["refused"])

@@ -46,7 +46,9 @@ def test_it_keeps_its_promises_on_one_process(promise):
     assert promise(case_of()) is None
 
 
-@pytest.mark.parametrize("promise", [the_export_is_the_engine, the_export_runs_alone], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "promise", [the_export_is_the_engine, the_export_runs_alone], ids=lambda check: check.__name__
+)
 def test_its_export_carries_its_code(promise, tmp_path):
     promise(case_of(), tmp_path / "export")
 
@@ -62,17 +64,27 @@ def trained(packages, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_it_trains_alike_under_every_layout(layout, trained):
-    assert_like(trained[f"{case_of()} {layout}"], trained[f"{case_of()} {Layout(documents=layout.documents)}"])
+    assert_like(
+        trained[f"{case_of()} {layout}"], trained[f"{case_of()} {Layout(documents=layout.documents)}"]
+    )
 
 
 @pytest.mark.parametrize("layout", RESUMED, ids=str)
 def test_it_goes_on_at_another_layout(layout, trained):
-    assert_like(trained[f"{case_of()} {layout} resumed"], trained[f"{case_of()} {Layout()}"], range(SAVED, STEPS))
+    assert_like(
+        trained[f"{case_of()} {layout} resumed"], trained[f"{case_of()} {Layout()}"], range(SAVED, STEPS)
+    )
 
 
-@pytest.mark.parametrize(("broken", "check"), [
-    ("future", no_future), ("other_samples", no_other_sample), ("chooses_anew", recomputation_changes_nothing),
-    ("ignores_a_replay", choices_can_be_replayed)])
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        ("future", no_future),
+        ("other_samples", no_other_sample),
+        ("chooses_anew", recomputation_changes_nothing),
+        ("ignores_a_replay", choices_can_be_replayed),
+    ],
+)
 def test_a_broken_promise_fails_by_its_own_check(broken, check):
     with pytest.raises(AssertionError):
         check(case_of(broken))

@@ -35,15 +35,15 @@ def test_draws_equal_a_naive_loop_and_each_share_is_exact(case):
     assert list(zip(sets.tolist(), draws.tolist(), strict=True)) == [next(want) for _ in range(count)]
 
     share, D = weights / weights.sum(), len(weights)
-    taken = np.cumsum(sets[:, None] == np.arange(D), axis=0)                # [n, D], after each sample
+    taken = np.cumsum(sets[:, None] == np.arange(D), axis=0)  # [n, D], after each sample
     ideal = np.arange(1, count + 1)[:, None] * share
     assert (np.abs(taken - ideal) <= 0.5 + share * D / 2 + 1e-9).all()
 
     for _ in range(20):
         first = int(rng.integers(count))
         part = schedule.draws(first, int(rng.integers(count - first + 1)))
-        assert np.array_equal(part.sets, sets[first:first + len(part.sets)])
-        assert np.array_equal(part.draws, draws[first:first + len(part.sets)])
+        assert np.array_equal(part.sets, sets[first : first + len(part.sets)])
+        assert np.array_equal(part.draws, draws[first : first + len(part.sets)])
 
 
 def test_far_into_a_run_the_shares_still_hold_and_no_draw_is_missed_or_taken_twice():
@@ -72,11 +72,16 @@ def test_supply_ends_where_the_first_set_has_none_left(case):
 def test_a_blend_draws_each_set_in_its_own_order(write_dataset, monkeypatch):
     sets = [SampleSet(write_dataset([[40], [30]], name=f"d{d}"), sequence_length=4, seed=d) for d in range(3)]
     blend = Blend(sets, [1, 2, 5])
-    want = [sets[d][draw].tolist() for (d, draw), _ in zip(naive_draws(np.array([1, 2, 5])), range(200), strict=False)]
+    want = [
+        sets[d][draw].tolist()
+        for (d, draw), _ in zip(naive_draws(np.array([1, 2, 5])), range(200), strict=False)
+    ]
     assert blend.take(range(200)).tolist() == want
     assert blend.take([150, 3, 150]).tolist() == [want[150], want[3], want[150]]
     assert blend.take([BLOCK - 1, BLOCK, 3]).tolist() == [
-        *(sets[d][draw].tolist() for d, draw in zip(*Schedule([1, 2, 5]).draws(BLOCK - 1, 2), strict=True)), want[3]]
+        *(sets[d][draw].tolist() for d, draw in zip(*Schedule([1, 2, 5]).draws(BLOCK - 1, 2), strict=True)),
+        want[3],
+    ]
     assert blend.take([]).shape == (0, 5)
     assert len(blend) == Schedule([1, 2, 5]).supply([17, 17, 17])[0]
     with pytest.raises(IndexError):
@@ -92,11 +97,14 @@ def test_a_blend_repeats_no_sample_within_its_length_and_one_behind_it(write_dat
     sets_drawn, draws = blend.schedule.draws(0, len(blend) + 1)
     assert (draws[:-1] < np.array([len(samples) for samples in sets])[sets_drawn[:-1]]).all()
     assert draws[-1] == len(sets[sets_drawn[-1]]) == 19
-    assert blend.take([len(blend)]).tolist() == [sets[0][19].tolist()]          # the next epoch of the smaller set
+    assert blend.take([len(blend)]).tolist() == [sets[0][19].tolist()]  # the next epoch of the smaller set
 
 
 def test_what_changes_the_order_changes_the_key(write_dataset):
     a, b = (SampleSet(write_dataset([[n]], name=f"d{n}"), sequence_length=4, seed=0) for n in (40, 90))
-    keys = {Blend(sets, weights).key for sets, weights in [([a, b], [1, 2]), ([b, a], [1, 2]), ([a, b], [1, 3]), ([a], [1])]}
+    keys = {
+        Blend(sets, weights).key
+        for sets, weights in [([a, b], [1, 2]), ([b, a], [1, 2]), ([a, b], [1, 3]), ([a], [1])]
+    }
     assert len(keys) == 4
-    assert Blend([a, b], [1, 2]).key == Blend([a, b], [10, 20]).key     # proportions
+    assert Blend([a, b], [1, 2]).key == Blend([a, b], [10, 20]).key  # proportions

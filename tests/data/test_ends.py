@@ -21,9 +21,16 @@ from tests.tokenization.test_tokenizer import rewritten
 @pytest.fixture
 def made(tmp_path):
     """made("x", ...): a dataset of three documents by the byte tokenizer."""
+
     def make(name: str, **options) -> IndexedDataset:
-        preprocess(Corpus([corpus_file(tmp_path / "c.jsonl", ["one", "", "two"])]), "byte", tmp_path / name, **options)
+        preprocess(
+            Corpus([corpus_file(tmp_path / "c.jsonl", ["one", "", "two"])]),
+            "byte",
+            tmp_path / name,
+            **options,
+        )
         return IndexedDataset(tmp_path / name)
+
     return make
 
 
@@ -45,11 +52,17 @@ def test_twins_are_not_merged(tokenizer_folder, tmp_path):
     """The same tokenizer.json, with an eos_token of its own in each folder."""
     chat = rewritten(tokenizer_folder, tmp_path / "chat", "tokenizer_config.json", eos_token="!")
     corpus = corpus_file(tmp_path / "c.jsonl", ["one", "two"])
-    for name, folder, options in [("base", tokenizer_folder, {}), ("twin", chat, {}), ("again", chat, {"eod": "<|endoftext|>"})]:
+    for name, folder, options in [
+        ("base", tokenizer_folder, {}),
+        ("twin", chat, {}),
+        ("again", chat, {"eod": "<|endoftext|>"}),
+    ]:
         preprocess(Corpus([corpus]), folder, tmp_path / f"{name}-data", append_eod=True, **options)
     base, twin, again = (IndexedDataset(tmp_path / f"{name}-data") for name in ("base", "twin", "again"))
     assert base.record.fingerprint == twin.record.fingerprint
-    with pytest.raises(UserError, match=r"end their documents with different tokens \(ids 0 and \d+\); preprocess one"):
+    with pytest.raises(
+        UserError, match=r"end their documents with different tokens \(ids 0 and \d+\); preprocess one"
+    ):
         merge_datasets([base.prefix, twin.prefix], tmp_path / "all")
     assert merge_datasets([base.prefix, again.prefix], tmp_path / "all").record.eod == 0
 
@@ -86,4 +99,4 @@ def test_old_records_are_read(made):
     del content["eod"], content["text_bytes"]
     path.write_text(json.dumps(content))
     assert read_record(path).eod is None
-    check_marked(IndexedDataset(path.with_suffix("")), 256)         # by its documents
+    check_marked(IndexedDataset(path.with_suffix("")), 256)  # by its documents

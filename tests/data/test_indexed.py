@@ -13,7 +13,7 @@ from megadyn.data.record import Record
 from megadyn.errors import UserError
 from megadyn.tokenization.tokenizer import load_tokenizer
 
-Documents = list[list[list[int]]]       # documents of sequences of ids
+Documents = list[list[list[int]]]  # documents of sequences of ids
 
 CASES: dict[str, tuple[Documents, str]] = {
     "usual": ([[[1, 2, 3]], [[4]], [[5, 6]]], "H"),
@@ -25,7 +25,7 @@ CASES: dict[str, tuple[Documents, str]] = {
     "extremes of uint16": ([[[0, 65535]], [[65535, 0]]], "H"),
     "extremes of int32": ([[[0, 2**31 - 1]]], "i"),
 }
-CODES = {"H": (8, "<u2"), "i": (4, "<i4")}      # struct letter: dtype code of the format, numpy name
+CODES = {"H": (8, "<u2"), "i": (4, "<i4")}  # struct letter: dtype code of the format, numpy name
 
 
 def files_by_hand(documents: Documents, letter: str) -> tuple[bytes, bytes]:
@@ -64,8 +64,19 @@ def write(prefix: Path, *documents: list[int]) -> None:
 
 def record(**changes: object) -> Record:
     byte = load_tokenizer("byte")
-    made = Record(tokenizer="byte", fingerprint=byte.fingerprint, vocab_size=257, eod=256, append_eod=False, documents=1,
-                  sequences=1, tokens=3, sha256="", skipped=0, source=["x"])
+    made = Record(
+        tokenizer="byte",
+        fingerprint=byte.fingerprint,
+        vocab_size=257,
+        eod=256,
+        append_eod=False,
+        documents=1,
+        sequences=1,
+        tokens=3,
+        sha256="",
+        skipped=0,
+        source=["x"],
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -89,7 +100,9 @@ def test_reader_reads_the_bytes_of_the_format(tmp_path, documents, letter, mmap)
     dataset = IndexedDataset(put(tmp_path / "x", *files_by_hand(documents, letter)), mmap=mmap)
     sequences = [sequence for document in documents for sequence in document]
     assert [dataset[i].tolist() for i in range(len(dataset))] == sequences
-    assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == [list(chain(*d)) for d in documents]
+    assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == [
+        list(chain(*d)) for d in documents
+    ]
     assert dataset.sizes.tolist() == [len(sequence) for sequence in sequences]
     assert dataset.document_index.tolist() == np.cumsum([0] + [len(d) for d in documents]).tolist()
     assert dataset.tokens[:].tolist() == list(chain(*sequences))
@@ -104,7 +117,10 @@ def test_reader_reads_the_bytes_of_the_format(tmp_path, documents, letter, mmap)
 @pytest.mark.parametrize("code", [1, 2, 3, 5])
 def test_reader_knows_the_other_integer_types(tmp_path, code):
     letter = {1: "B", 2: "b", 3: "h", 5: "q"}[code]
-    tokens, index = struct.pack(f"<3{letter}", 1, 2, 100), struct.pack("<QBQQ", 1, code, 1, 2) + struct.pack("<iqqq", 3, 0, 0, 1)
+    tokens, index = (
+        struct.pack(f"<3{letter}", 1, 2, 100),
+        struct.pack("<QBQQ", 1, code, 1, 2) + struct.pack("<iqqq", 3, 0, 0, 1),
+    )
     dataset = IndexedDataset(put(tmp_path / "x", tokens, b"MMIDIDX\0\0" + index))
     assert dataset[0].tolist() == [1, 2, 100]
 
@@ -138,13 +154,14 @@ def test_every_flipped_bit_is_noticed_or_changes_no_bound(tmp_path):
 
 
 def replaced(index: bytes, at: int, count: int, new: bytes) -> bytes:
-    return index[:at] + new + index[at + count:]
+    return index[:at] + new + index[at + count :]
 
 
 DAMAGES = {
     "noise": lambda index, at, rng: replaced(index, at, 8, rng.bytes(8)),
     "extremes": lambda index, at, rng: replaced(
-        index, at, 8, struct.pack("<q", rng.choice([-1, 0, 1, 2**31, 2**62, -2**63, 2**63 - 1]))),
+        index, at, 8, struct.pack("<q", rng.choice([-1, 0, 1, 2**31, 2**62, -(2**63), 2**63 - 1]))
+    ),
     "put in": lambda index, at, rng: replaced(index, at, 0, rng.bytes(rng.integers(1, 20))),
     "taken out": lambda index, at, rng: replaced(index, at, rng.integers(1, 20), b""),
     "all noise": lambda index, at, rng: index[:9] + rng.bytes(len(index) - 9),
@@ -157,7 +174,10 @@ def test_no_damage_leads_outside_the_file(tmp_path, mmap):
     rng = np.random.default_rng(0)
     opened, messages = 0, []
     for damage in [*DAMAGES.values()] * 40:
-        documents = [[rng.integers(0, 99, rng.integers(0, 4)).tolist() for _ in range(rng.integers(0, 3))] for _ in range(4)]
+        documents = [
+            [rng.integers(0, 99, rng.integers(0, 4)).tolist() for _ in range(rng.integers(0, 3))]
+            for _ in range(4)
+        ]
         tokens, index = files_by_hand(documents, "H")
         damaged = damage(index, int(rng.integers(len(index))), rng)
         try:
@@ -166,10 +186,12 @@ def test_no_damage_leads_outside_the_file(tmp_path, mmap):
             messages.append(str(error))
             continue
         opened += 1
-        assert sum(len(dataset[i]) for i in range(len(dataset))) == dataset.num_tokens == len(dataset.tokens[:])
+        assert (
+            sum(len(dataset[i]) for i in range(len(dataset))) == dataset.num_tokens == len(dataset.tokens[:])
+        )
         assert sum(len(dataset.document(k)) for k in range(dataset.num_documents)) == dataset.num_tokens
         assert dataset.tokens[:].nbytes == len(tokens)
-    assert 0 < opened < 50         # most damage is noticed; a boundary moved between its neighbours is not
+    assert 0 < opened < 50  # most damage is noticed; a boundary moved between its neighbours is not
     assert all(str(tmp_path / "x") in message for message in messages)
 
 
@@ -204,12 +226,15 @@ def test_a_plain_reader_keeps_no_file_open_behind_it(tmp_path):
 def test_offsets_are_checked_over_the_borders_of_chunks(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("megadyn.data.indexed.CHUNK_SEQUENCES", chunk)
     tokens, index = files_by_hand([[[1, 2]], [[]], [[3]], [[4, 5]], [[6]]], "i")
-    assert [ids.tolist() for ids in map(IndexedDataset(put(tmp_path / "x", tokens, index)).document, range(5))] == [
-        [1, 2], [], [3], [4, 5], [6]]
+    assert [
+        ids.tolist() for ids in map(IndexedDataset(put(tmp_path / "x", tokens, index)).document, range(5))
+    ] == [[1, 2], [], [3], [4, 5], [6]]
     for sequence in range(5):
         damaged = bytearray(index)
         damaged[34 + 20 + 8 * sequence] += 4
-        with pytest.raises(UserError, match=f"sequence {sequence} is at byte {damaged[34 + 20 + 8 * sequence]}, but"):
+        with pytest.raises(
+            UserError, match=f"sequence {sequence} is at byte {damaged[34 + 20 + 8 * sequence]}, but"
+        ):
             IndexedDataset(put(tmp_path / "x", tokens, bytes(damaged)))
         damaged = bytearray(index)
         damaged[34 + 4 * sequence + 3] = 0x80
@@ -217,23 +242,26 @@ def test_offsets_are_checked_over_the_borders_of_chunks(tmp_path, monkeypatch, c
             IndexedDataset(put(tmp_path / "x", tokens, bytes(damaged)))
 
 
-@pytest.mark.parametrize(("at", "what", "sentence"), [
-    (0, b"PAR1", "no index of a dataset"),
-    (9, struct.pack("<Q", 2), "version 2"),
-    (17, b"\x07", "dtype code 7 is no integer type"),
-    (17, b"\x63", "dtype code 99"),
-    (18, struct.pack("<Q", 2**60), "was it cut short"),
-    (34, struct.pack("<i", -2), "sequence 0 has a negative length"),
-    (34 + 12 + 8, struct.pack("<q", 5), "sequence 1 is at byte 5, but the lengths before it end at 4"),
-    (34 + 36, struct.pack("<q", 1), "boundaries do not rise from 0 to the 3"),
-    (34 + 36 + 8, struct.pack("<q", 4), "boundaries do not rise"),
-    (34 + 36 + 8, struct.pack("<q", -(2**63)), "boundaries do not rise"),
-    (34 + 36 + 16, struct.pack("<q", 2), "boundaries do not rise"),
-])
+@pytest.mark.parametrize(
+    ("at", "what", "sentence"),
+    [
+        (0, b"PAR1", "no index of a dataset"),
+        (9, struct.pack("<Q", 2), "version 2"),
+        (17, b"\x07", "dtype code 7 is no integer type"),
+        (17, b"\x63", "dtype code 99"),
+        (18, struct.pack("<Q", 2**60), "was it cut short"),
+        (34, struct.pack("<i", -2), "sequence 0 has a negative length"),
+        (34 + 12 + 8, struct.pack("<q", 5), "sequence 1 is at byte 5, but the lengths before it end at 4"),
+        (34 + 36, struct.pack("<q", 1), "boundaries do not rise from 0 to the 3"),
+        (34 + 36 + 8, struct.pack("<q", 4), "boundaries do not rise"),
+        (34 + 36 + 8, struct.pack("<q", -(2**63)), "boundaries do not rise"),
+        (34 + 36 + 16, struct.pack("<q", 2), "boundaries do not rise"),
+    ],
+)
 def test_damage_is_named(tmp_path, at, what, sentence):
     tokens, index = files_by_hand([[[1, 2]], [[3], [4]]], "H")
     with pytest.raises(UserError, match=sentence) as caught:
-        IndexedDataset(put(tmp_path / "x", tokens, index[:at] + what + index[at + len(what):]))
+        IndexedDataset(put(tmp_path / "x", tokens, index[:at] + what + index[at + len(what) :]))
     assert str(tmp_path / "x.idx") in str(caught.value)
 
 
@@ -272,12 +300,12 @@ def test_what_stood_there_stays_until_the_new_dataset_is_complete(tmp_path):
     (tmp_path / "x.json").write_bytes(record().to_json())
     with IndexedWriter(old, "<u2") as writer:
         writer.add(np.array([9, 9]), [2], [1])
-        assert IndexedDataset(old)[0].tolist() == [1, 2, 3]     # and leaving without finish() keeps it
+        assert IndexedDataset(old)[0].tolist() == [1, 2, 3]  # and leaving without finish() keeps it
     assert IndexedDataset(old)[0].tolist() == [1, 2, 3]
 
     write(old, [9, 9])
     assert IndexedDataset(old)[0].tolist() == [9, 9]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]       # the old record is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]  # the old record is gone
 
 
 def test_files_are_synced_and_the_index_is_published_last(tmp_path, monkeypatch):
@@ -286,7 +314,7 @@ def test_files_are_synced_and_the_index_is_published_last(tmp_path, monkeypatch)
     index.write_text("of the dataset that stood here")
 
     def replace(self: Path, target: Path) -> None:
-        assert not index.exists()       # it would make a dataset of the new tokens
+        assert not index.exists()  # it would make a dataset of the new tokens
         events.append(target.name)
 
     monkeypatch.setattr("os.fsync", lambda handle: events.append("fsync"))
@@ -362,11 +390,23 @@ def test_record_must_belong_to_the_dataset(tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(record().to_json())
     assert IndexedDataset(prefix).record == record()
-    for content, sentence in [(record(tokens=4).to_json(), "belongs to another dataset"), (b"{", "no record of a dataset"),
-                              (b"[1]", "no record"), (b'{"tokens": 3}', "no record"),
-                              *((record(**{name: wrong}).to_json(), rf"no record of a dataset \({name} is ")
-                                for name, wrong in (("fingerprint", None), ("vocab_size", "x"), ("text_bytes", []),
-                                                    ("skipped", None), ("source", {}), ("source", [1])))]:
+    for content, sentence in [
+        (record(tokens=4).to_json(), "belongs to another dataset"),
+        (b"{", "no record of a dataset"),
+        (b"[1]", "no record"),
+        (b'{"tokens": 3}', "no record"),
+        *(
+            (record(**{name: wrong}).to_json(), rf"no record of a dataset \({name} is ")
+            for name, wrong in (
+                ("fingerprint", None),
+                ("vocab_size", "x"),
+                ("text_bytes", []),
+                ("skipped", None),
+                ("source", {}),
+                ("source", [1]),
+            )
+        ),
+    ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"x\.json: .*{sentence}"):
             IndexedDataset(prefix)
@@ -375,7 +415,7 @@ def test_record_must_belong_to_the_dataset(tmp_path):
 def test_check_tokenizer(tmp_path, tokenizer_folder):
     prefix = put(tmp_path / "x", *files_by_hand([[[1, 2, 3]]], "H"))
     byte, bpe = load_tokenizer("byte"), load_tokenizer(tokenizer_folder)
-    check_tokenizer(IndexedDataset(prefix), bpe)        # made by Megatron-LM: nothing is known, all fits
+    check_tokenizer(IndexedDataset(prefix), bpe)  # made by Megatron-LM: nothing is known, all fits
     bpe.vocab_size = 65536
     check_tokenizer(IndexedDataset(prefix), bpe)
     bpe.vocab_size = 65537
@@ -411,6 +451,13 @@ def test_verify(tmp_path, monkeypatch):
 
 def test_length_histogram():
     sizes = np.array([0, 0, 1, 2, 3, 4, 7, 8, 1024, 2**31 - 1], np.int32)
-    assert length_histogram(sizes) == {"0": 2, "1": 1, "2-3": 2, "4-7": 2, "8-15": 1, "1024-2047": 1,
-                                       "1073741824-2147483647": 1}
+    assert length_histogram(sizes) == {
+        "0": 2,
+        "1": 1,
+        "2-3": 2,
+        "4-7": 2,
+        "8-15": 1,
+        "1024-2047": 1,
+        "1073741824-2147483647": 1,
+    }
     assert length_histogram(sizes[:0]) == {}

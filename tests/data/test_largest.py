@@ -34,7 +34,8 @@ def test_ids_without_a_row_are_refused_in_a_sentence_that_says_why(tmp_path):
         check_ids(dataset, 299)
     assert str(refused.value) == (
         f"dataset {tmp_path / 'x'}: its largest token id is 299, but the model's vocabulary has 299 ids (0 to 298); it was "
-        "probably made with another tokenizer than the one configured, or model.vocab_size is too small")
+        "probably made with another tokenizer than the one configured, or model.vocab_size is too small"
+    )
     with pytest.raises(UserError, match="negative token id -5"):
         check_ids(written(tmp_path / "y", [1, -5]), 300)
     assert check_ids(written(tmp_path / "z", []), 300) == (0, -1)
@@ -43,7 +44,7 @@ def test_ids_without_a_row_are_refused_in_a_sentence_that_says_why(tmp_path):
 def test_tokens_are_read_once_and_again_when_the_file_changed(tmp_path, monkeypatch, logged):
     dataset = written(tmp_path / "x", [7, 8, 9])
     assert id_range(dataset, tmp_path / "cache").largest == 9
-    entry, = (tmp_path / "cache").iterdir()
+    (entry,) = (tmp_path / "cache").iterdir()
     monkeypatch.setattr("megadyn.data.largest._scan", lambda *_: pytest.fail("read again"))
     assert id_range(IndexedDataset(tmp_path / "x"), tmp_path / "cache").largest == 9
     monkeypatch.undo()

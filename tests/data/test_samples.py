@@ -23,9 +23,11 @@ def mask(dataset, documents) -> np.ndarray:
 
 def naive_epoch(dataset, documents, order, length):
     """The samples of one epoch in stream order, one token at a time; `order` permutes the split's sequences."""
-    sequences = [i for k in documents for i in range(dataset.document_index[k], dataset.document_index[k + 1])]
+    sequences = [
+        i for k in documents for i in range(dataset.document_index[k], dataset.document_index[k + 1])
+    ]
     stream = [token for place in order(np.array(sequences)) for token in dataset[place].tolist()]
-    return [stream[first:first + length + 1] for first in range(0, len(stream) - length, length)]
+    return [stream[first : first + length + 1] for first in range(0, len(stream) - length, length)]
 
 
 @pytest.mark.parametrize("case", range(40))
@@ -37,18 +39,22 @@ def test_samples_equal_a_naive_loop(case, write_dataset):
     length = int(rng.integers(1, max(2, min(30, tokens))))
     samples = SampleSet(dataset, sequence_length=length, seed=case, documents=mask(dataset, documents))
     for epoch in range(3):
+
         def order(sequences, epoch=epoch):
             return np.random.default_rng([case, 1, epoch]).permutation(sequences)
+
         want = naive_epoch(dataset, documents, order, length)
         assert len(samples) == len(want) == (tokens - 1) // length
         shuffled = np.random.default_rng([case, 2, epoch]).permutation(len(want))
         got = [samples[epoch * len(samples) + s].tolist() for s in range(len(samples))]
         assert got == [want[k] for k in shuffled]
 
-    unshuffled = SampleSet(dataset, sequence_length=length, seed=case, documents=mask(dataset, documents), shuffle=False)
+    unshuffled = SampleSet(
+        dataset, sequence_length=length, seed=case, documents=mask(dataset, documents), shuffle=False
+    )
     assert [sample.tolist() for sample in unshuffled] == naive_epoch(dataset, documents, lambda s: s, length)
 
-    ids = rng.integers(0, 3 * len(samples), 20)         # of several epochs, some twice, in any order
+    ids = rng.integers(0, 3 * len(samples), 20)  # of several epochs, some twice, in any order
     for dataset_read in (dataset, IndexedDataset(dataset.prefix, mmap=False)):
         again = SampleSet(dataset_read, sequence_length=length, seed=case, documents=mask(dataset, documents))
         assert np.array_equal(again.take(ids), np.stack([samples[int(s)] for s in ids]))
@@ -80,8 +86,12 @@ def test_sample_order_is_part_of_the_contract(write_dataset):
     """A change here makes every resumed run see other samples: raise `LAYOUT` if it is meant."""
     samples = SampleSet(write_dataset([[4], [6], [3, 5], [7]]), sequence_length=4, seed=1234)
     assert [samples[s].tolist() for s in (0, 1, 2, len(samples), 10 * len(samples))] == [
-        [20, 21, 22, 23, 24], [24, 10, 11, 12, 13], [0, 1, 2, 3, 4],
-        [1, 2, 3, 4, 5], [18, 19, 20, 21, 22]]
+        [20, 21, 22, 23, 24],
+        [24, 10, 11, 12, 13],
+        [0, 1, 2, 3, 4],
+        [1, 2, 3, 4, 5],
+        [18, 19, 20, 21, 22],
+    ]
 
 
 def test_uint16_tokens_come_out_whole(write_dataset):
@@ -114,10 +124,12 @@ def test_samples_beyond_2_31_tokens_and_2_32_bytes(tmp_path, mmap):
         writer._write(np.arange(1, 8, dtype="<u2").view(np.uint8).data)
         writer._add_counts(np.array(lengths), np.array([1, 1, 1]))
         writer.finish()
-    length = 1717300                        # divides all but one of the tokens
-    samples = SampleSet(IndexedDataset(tmp_path / "x", mmap=mmap), sequence_length=length, seed=0, shuffle=False)
+    length = 1717300  # divides all but one of the tokens
+    samples = SampleSet(
+        IndexedDataset(tmp_path / "x", mmap=mmap), sequence_length=length, seed=0, shuffle=False
+    )
     assert len(samples) == 2501
-    assert samples[0].sum() == samples[1251].sum() == 0         # the second crosses 2^31
+    assert samples[0].sum() == samples[1251].sum() == 0  # the second crosses 2^31
     assert samples[2500][:-7].sum() == 0
     assert samples[2500][-7:].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
@@ -126,14 +138,19 @@ def test_seed_and_epoch_change_the_order(write_dataset):
     dataset = write_dataset([[5]] * 30)
     a, b = (SampleSet(dataset, sequence_length=5, seed=seed) for seed in (1, 2))
     n = len(a)
-    orders = [np.concatenate([samples[first + s] for s in range(n)]).tolist() for samples, first in [(a, 0), (a, n), (b, 0)]]
+    orders = [
+        np.concatenate([samples[first + s] for s in range(n)]).tolist()
+        for samples, first in [(a, 0), (a, n), (b, 0)]
+    ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 def test_too_few_tokens_for_one_sample(write_dataset):
     dataset = write_dataset([[3], [], [2]])
     assert len(SampleSet(dataset, sequence_length=4, seed=0)) == 1
-    with pytest.raises(UserError, match=r"the 5 tokens of 3 documents are too few .* sequence length 5, which takes 6"):
+    with pytest.raises(
+        UserError, match=r"the 5 tokens of 3 documents are too few .* sequence length 5, which takes 6"
+    ):
         SampleSet(dataset, sequence_length=5, seed=0)
     with pytest.raises(UserError, match="the 0 tokens of 1 documents"):
         SampleSet(dataset, sequence_length=1, seed=0, documents=mask(dataset, [1]))
@@ -145,15 +162,27 @@ def test_sequences_of_documents(write_dataset):
     assert not sequences_of(dataset, mask(dataset, [])).any()
 
 
-@pytest.mark.parametrize(("count", "validation", "test", "held_out"),
-                         [(2, 0.01, 0, (1, 0)), (2, 0.99, 0, (1, 0)), (100, 0.1, 0, (10, 0)), (100, 0.001, 0, (1, 0)),
-                          (7, 0, 0, (0, 0)), (100, 0.1, 0.25, (10, 25)), (3, 0.01, 0.01, (1, 1)), (3, 0.5, 0.4, (1, 1)),
-                          (10, 0.5, 0.49, (5, 4)), (2, 0, 0.01, (0, 1)), (1, 0, 0, (0, 0))])
+@pytest.mark.parametrize(
+    ("count", "validation", "test", "held_out"),
+    [
+        (2, 0.01, 0, (1, 0)),
+        (2, 0.99, 0, (1, 0)),
+        (100, 0.1, 0, (10, 0)),
+        (100, 0.001, 0, (1, 0)),
+        (7, 0, 0, (0, 0)),
+        (100, 0.1, 0.25, (10, 25)),
+        (3, 0.01, 0.01, (1, 1)),
+        (3, 0.5, 0.4, (1, 1)),
+        (10, 0.5, 0.49, (5, 4)),
+        (2, 0, 0.01, (0, 1)),
+        (1, 0, 0, (0, 0)),
+    ],
+)
 def test_split_by_document(write_dataset, count, validation, test, held_out):
     dataset = write_dataset([[1]] * count)
     split = split_documents(dataset, validation, test, seed=3)
     assert (split.validation.sum(), split.test.sum()) == held_out
-    assert np.array_equal(np.stack(split).sum(axis=0), np.ones(count))      # each document is for one thing
+    assert np.array_equal(np.stack(split).sum(axis=0), np.ones(count))  # each document is for one thing
     assert np.array_equal(np.stack(split), np.stack(split_documents(dataset, validation, test, seed=3)))
 
 
@@ -202,23 +231,47 @@ class TestCache:
         assert len(list((tmp_path / "dataset.cache").iterdir())) == 1
 
     def test_anything_that_changes_the_samples_changes_the_key(self, make, write_dataset, tmp_path):
-        other, moved = write_dataset([[5], [7], [4, 9]], name="other"), write_dataset([[5], [7, 9], [4]], name="moved")
-        variants = [make(), make(seed=2), make(sequence_length=5), make(documents=np.array([True, False, True])),
-                    make(documents=np.array([False, True, True])), make(dataset=other),
-                    make(dataset=moved, documents=np.array([True, False, True]))]
+        other, moved = (
+            write_dataset([[5], [7], [4, 9]], name="other"),
+            write_dataset([[5], [7, 9], [4]], name="moved"),
+        )
+        variants = [
+            make(),
+            make(seed=2),
+            make(sequence_length=5),
+            make(documents=np.array([True, False, True])),
+            make(documents=np.array([False, True, True])),
+            make(dataset=other),
+            make(dataset=moved, documents=np.array([True, False, True])),
+        ]
         for samples in variants:
             samples[0]
-        assert len({samples.key for samples in variants}) == len(list((tmp_path / "cache").iterdir())) == len(variants)
-        assert make(dataset=moved).key == make(documents=np.ones(3, bool)).key == make().key       # the same samples
+        assert (
+            len({samples.key for samples in variants})
+            == len(list((tmp_path / "cache").iterdir()))
+            == len(variants)
+        )
+        # the same samples
+        assert make(dataset=moved).key == make(documents=np.ones(3, bool)).key == make().key
         assert make(shuffle=False).key != make().key
 
     def test_one_pass_in_file_order_needs_none(self, make, tmp_path):
         list(make(shuffle=False))
         assert not (tmp_path / "cache").exists()
 
-    @pytest.mark.parametrize("damage", [lambda raw: raw[:-4], lambda raw: raw + b"\0", lambda raw: b"", lambda raw: raw[:20],
-                                        lambda raw: b"\0" * len(raw), lambda raw: raw[:40] + b"\7" + raw[41:],
-                                        lambda raw: b"\7" + raw[1:], lambda raw: raw[:-1] + b"\7"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda raw: raw[:-4],
+            lambda raw: raw + b"\0",
+            lambda raw: b"",
+            lambda raw: raw[:20],
+            lambda raw: b"\0" * len(raw),
+            lambda raw: raw[:40] + b"\7" + raw[41:],
+            lambda raw: b"\7" + raw[1:],
+            lambda raw: raw[:-1] + b"\7",
+        ],
+    )
     def test_damaged_file_is_rebuilt(self, make, tmp_path, damage, caplog, monkeypatch):
         monkeypatch.setattr("megadyn.data.samples.log.propagate", True)
         want = [sample.tolist() for sample in make()]
@@ -251,13 +304,16 @@ class TestCache:
         dataset = write_dataset([[5], [7], [9, 4]])
         fork = multiprocessing.get_context("fork")
         barrier = fork.Barrier(4)
-        ranks = [fork.Process(target=build_in_a_process, args=(dataset.prefix, tmp_path / "cache", barrier)) for _ in range(4)]
+        ranks = [
+            fork.Process(target=build_in_a_process, args=(dataset.prefix, tmp_path / "cache", barrier))
+            for _ in range(4)
+        ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
             rank.join(60)
         assert [rank.exitcode for rank in ranks] == [0] * 4
-        assert len(list((tmp_path / "cache").iterdir())) == 20          # and nothing temporary
+        assert len(list((tmp_path / "cache").iterdir())) == 20  # and nothing temporary
         shared, alone = make(), make(cache_dir=tmp_path / "alone")
         assert np.array_equal(shared.take(range(20 * len(shared))), alone.take(range(20 * len(alone))))
 
@@ -266,7 +322,9 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("pathlib.Path.replace", replace)
-        with pytest.raises(UserError, match=r"cache: No space left on device; .*data\.cache names another folder"):
+        with pytest.raises(
+            UserError, match=r"cache: No space left on device; .*data\.cache names another folder"
+        ):
             make()[0]
         assert list((tmp_path / "cache").iterdir()) == []
 
@@ -285,14 +343,26 @@ def test_ranks_share_a_step_without_overlap():
 
 
 def test_ten_steps_hold_the_same_samples_for_every_topology(write_dataset):
-    samples = SampleSet(write_dataset([[7], [30], [11, 2], [9]]), sequence_length=4, seed=5)     # 14 an epoch, 12 a step
+    # 14 an epoch, 12 a step
+    samples = SampleSet(write_dataset([[7], [30], [11, 2], [9]]), sequence_length=4, seed=5)
 
     def steps(dp_size, micro_batch):
-        ranks = [[read_batch(samples, ids)[0] for ids in micro_batch_ids(
-            0, 120, global_batch=12, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size)] for rank in range(dp_size)]
+        ranks = [
+            [
+                read_batch(samples, ids)[0]
+                for ids in micro_batch_ids(
+                    0, 120, global_batch=12, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size
+                )
+            ]
+            for rank in range(dp_size)
+        ]
         each = len(ranks[0]) // 10
-        return [np.concatenate([batch for rank in ranks for batch in rank[each * step:each * (step + 1)]]).tolist()
-                for step in range(10)]
+        return [
+            np.concatenate(
+                [batch for rank in ranks for batch in rank[each * step : each * (step + 1)]]
+            ).tolist()
+            for step in range(10)
+        ]
 
     whole = steps(1, 12)
     assert whole == [[samples[12 * step + i][:-1].tolist() for i in range(12)] for step in range(10)]
@@ -302,9 +372,11 @@ def test_ten_steps_hold_the_same_samples_for_every_topology(write_dataset):
 
 def test_labels_are_the_next_tokens(write_dataset):
     samples = SampleSet(write_dataset([[50]]), sequence_length=6, seed=0)
-    (tokens, labels), _ = (read_batch(samples, ids) for ids in micro_batch_ids(0, 4, global_batch=4, micro_batch=2))
+    (tokens, labels), _ = (
+        read_batch(samples, ids) for ids in micro_batch_ids(0, 4, global_batch=4, micro_batch=2)
+    )
     assert tokens.shape == labels.shape == (2, 6)
     assert tokens.dtype == labels.dtype == np.int64
-    assert np.array_equal(labels, tokens + 1)       # the dataset counts up
+    assert np.array_equal(labels, tokens + 1)  # the dataset counts up
     with pytest.raises(ValueError, match="micro-batches of 3"):
         list(micro_batch_ids(0, 4, global_batch=4, micro_batch=3))

@@ -65,7 +65,7 @@ def read_blocks(text: str) -> list[Block]:
         line = lines[at]
         if line.startswith("```"):
             end = lines.index("```", at + 1)
-            found.append(Block(at + 2, line[3:], lines[at + 1:end], paragraph))
+            found.append(Block(at + 2, line[3:], lines[at + 1 : end], paragraph))
             at = end
         elif line.startswith("    ") and not lines[at - 1].strip():
             end = next((i for i in range(at, len(lines)) if not lines[i].startswith("    ")), len(lines))
@@ -81,13 +81,24 @@ def read_commands(name: str, text: str) -> list[Command]:
     """All of one document, in its order."""
     found = []
     for block in read_blocks(text):
-        assert block.language in LANGUAGES, f"{name}:{block.line}: a fenced block is one of {LANGUAGES}, not {block.language!r}"
+        assert block.language in LANGUAGES, (
+            f"{name}:{block.line}: a fenced block is one of {LANGUAGES}, not {block.language!r}"
+        )
         if block.language == "sh":
             lines = re.sub(r"\\\n\s*", " ", "\n".join(block.text)).splitlines()
-            found += [as_command(f"{name}:{block.line + i}", line, block.before) for i, line in enumerate(lines) if line.strip()]
-    running = re.sub(r"^(```.*?^```| {4}[^\n]*)$", lambda match: re.sub(r"[^\n]", "", match[0]), text, flags=re.M | re.S)
+            found += [
+                as_command(f"{name}:{block.line + i}", line, block.before)
+                for i, line in enumerate(lines)
+                if line.strip()
+            ]
+    running = re.sub(
+        r"^(```.*?^```| {4}[^\n]*)$", lambda match: re.sub(r"[^\n]", "", match[0]), text, flags=re.M | re.S
+    )
     for match in re.finditer(r"`([^`\n]+)`", running):
-        line, rest_of_line = running.count("\n", 0, match.start()) + 1, running[match.end():].partition("\n")[0]
+        line, rest_of_line = (
+            running.count("\n", 0, match.start()) + 1,
+            running[match.end() :].partition("\n")[0],
+        )
         command = as_command(f"{name}:{line}", match[1], rest_of_line)
         if len(command.words) > 1 and (command.program in CHECKS or command.program.endswith((".py", ".sh"))):
             found.append(command)
@@ -101,7 +112,8 @@ def as_command(place: str, line: str, around: str) -> Command:
     while words and (match := re.fullmatch(r"([A-Z_]+)=(.*)", words[0])):
         settings[match[1]] = match[2]
         words.pop(0)
-    is_marked = words[:1] == ["pip"] or any(mark in f"{around} {comment}" for mark in MARKS)     # pip needs the network by nature
+    # pip needs the network by nature
+    is_marked = words[:1] == ["pip"] or any(mark in f"{around} {comment}" for mark in MARKS)
     return Command(place, settings, words, is_marked)
 
 
@@ -130,6 +142,7 @@ def parse(module: ModuleType, words: list[str]) -> None:
 
 
 # ---- A check of each program's words. Each raises, or fails, on what the program would not understand.
+
 
 def check_tool(command: Command) -> None:
     program, words = script_of(command.words)
@@ -178,8 +191,12 @@ def check_make(command: Command) -> None:
     """make itself says what it would run, and a variable that the Makefile does not know is a slip."""
     targets = [word for word in command.words[1:] if "=" not in word]
     for word in set(command.words[1:]) - set(targets):
-        assert f"\n{word.partition('=')[0]} ?= " in (ROOT / "Makefile").read_text(), f"{command}: the Makefile has no {word}"
-    done = subprocess.run(["make", "-n", *command.words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert f"\n{word.partition('=')[0]} ?= " in (ROOT / "Makefile").read_text(), (
+            f"{command}: the Makefile has no {word}"
+        )
+    done = subprocess.run(
+        ["make", "-n", *command.words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and targets, done.stderr
 
 
@@ -200,7 +217,9 @@ def check_script(command: Command) -> None:
 
 def check_settings(command: Command, script: str) -> None:
     for name in command.settings:
-        assert re.search(rf"^# .*\b{name}\b", script, re.M), f"{command}: the script's head does not say what {name} is"
+        assert re.search(rf"^# .*\b{name}\b", script, re.M), (
+            f"{command}: the script's head does not say what {name} is"
+        )
 
 
 def check_pip(command: Command) -> None:
@@ -225,7 +244,11 @@ def check_dot(command: Command) -> None:
 
 
 def check_tail(command: Command) -> None:
-    assert command.words[1] == "-n" and int(command.words[2]) > 0 and Path(command.words[3]).name == "metrics.jsonl"
+    assert (
+        command.words[1] == "-n"
+        and int(command.words[2]) > 0
+        and Path(command.words[3]).name == "metrics.jsonl"
+    )
 
 
 def check_own_arguments(command: Command) -> None:
@@ -235,10 +258,20 @@ def check_own_arguments(command: Command) -> None:
 
 
 CHECKS: dict[str, Callable[[Command], None]] = {
-    "make": check_make, "deepspeed": check_deepspeed, "torchrun": check_torchrun, "mpirun": check_mpirun, "pip": check_pip,
-    "megadyn.pretrain": check_alone, "pytest": check_pytest, ".": check_dot, "tail": check_tail,
-    "tools/benchmark.py": check_benchmark, "examples/eval/make_tasks.py": check_own_arguments,
-    "examples/study/study.py": check_tool, "examples/eval/run.sh": check_script, "benchmarks/gpu.sh": check_script,
+    "make": check_make,
+    "deepspeed": check_deepspeed,
+    "torchrun": check_torchrun,
+    "mpirun": check_mpirun,
+    "pip": check_pip,
+    "megadyn.pretrain": check_alone,
+    "pytest": check_pytest,
+    ".": check_dot,
+    "tail": check_tail,
+    "tools/benchmark.py": check_benchmark,
+    "examples/eval/make_tasks.py": check_own_arguments,
+    "examples/study/study.py": check_tool,
+    "examples/eval/run.sh": check_script,
+    "benchmarks/gpu.sh": check_script,
 }
 """By program; tools and run.sh of the examples beside these."""
 

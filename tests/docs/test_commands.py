@@ -20,11 +20,25 @@ from megadyn.kinds import find_kind, keys_of, known_kinds
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from tests.crew import Crew
-from tests.docs.commands import MARKS, Block, Command, as_command, check, load, read_blocks, read_commands, script_of
+from tests.docs.commands import (
+    MARKS,
+    Block,
+    Command,
+    as_command,
+    check,
+    load,
+    read_blocks,
+    read_commands,
+    script_of,
+)
 from tests.tiny import ROOT
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md",
-             *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("README.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "benchmarks/README.md",
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("README.md")),
+]
 TEXTS = {name: (ROOT / name).read_text() for name in DOCUMENTS}
 COMMANDS = [command for name, text in TEXTS.items() for command in read_commands(name, text)]
 
@@ -47,15 +61,20 @@ RUN_BY = {
 }
 """Which test runs the programs of unmarked commands that are not run below: a file, or a function of it."""
 
-WITHOUT_TORCH = [f"tools/{name}.py" for name in ("train_tokenizer", "preprocess_data", "inspect_dataset", "merge_datasets")]
+WITHOUT_TORCH = [
+    f"tools/{name}.py" for name in ("train_tokenizer", "preprocess_data", "inspect_dataset", "merge_datasets")
+]
 """Started as processes of their own, which takes little and lets them fork theirs; others run in this one."""
 
 
 def is_run_here(command: Command) -> bool:
     """What takes a second or two on a tiny run."""
     program = command.program
-    return not command.is_marked and program != "tools/benchmark.py" and (
-        program.startswith("tools/") or program in ("megadyn.pretrain", "deepspeed"))
+    return (
+        not command.is_marked
+        and program != "tools/benchmark.py"
+        and (program.startswith("tools/") or program in ("megadyn.pretrain", "deepspeed"))
+    )
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +82,18 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the repository's root after `make quickstart`, with files of the names that the documents use."""
     folder = tmp_path_factory.mktemp("root")
     run = folder / "runs/quickstart"
-    for path in (run / "corpus/train.jsonl", folder / "corpus/train/a.jsonl", run / "corpus/validation.jsonl",
-                 folder / "corpus/validation/b.jsonl"):
+    for path in (
+        run / "corpus/train.jsonl",
+        folder / "corpus/train/a.jsonl",
+        run / "corpus/validation.jsonl",
+        folder / "corpus/validation/b.jsonl",
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        texts = [source.read_text() for source in sorted((ROOT / "megadyn/data").glob("*.py")) if source.stat().st_size]
+        texts = [
+            source.read_text()
+            for source in sorted((ROOT / "megadyn/data").glob("*.py"))
+            if source.stat().st_size
+        ]
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:6]))
     for name in ("runs/quickstart/data/train", "runs/quickstart/data/validation", "data/a", "data/b"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +105,16 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (ROOT / "examples").iterdir():
         if path.name != "quickstart":
             (folder / "examples" / path.name).symlink_to(path)
-    small = "\n".join([f"extends: {ROOT}/examples/quickstart/config.yaml", "tokenizer: {path: byte}",
-                       "model: {hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, ffn_size: 64}",
-                       "training: {iterations: 2, global_batch_size: 8, micro_batch_size: 1, eval_samples: 2, eval_interval: 0}",
-                       "logging: {interval: 1, tensorboard: false}", "optimizer: {warmup_iterations: 1}"])
+    small = "\n".join(
+        [
+            f"extends: {ROOT}/examples/quickstart/config.yaml",
+            "tokenizer: {path: byte}",
+            "model: {hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, ffn_size: 64}",
+            "training: {iterations: 2, global_batch_size: 8, micro_batch_size: 1, eval_samples: 2, eval_interval: 0}",
+            "logging: {interval: 1, tensorboard: false}",
+            "optimizer: {warmup_iterations: 1}",
+        ]
+    )
     (folder / "examples/quickstart/config.yaml").write_text(small)
     (folder / "CONFIG.yaml").write_text(small + "\noutput_dir: runs/alone\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -98,7 +131,7 @@ def root(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     environment = dict(os.environ)
     yield finished_run
     os.environ.clear()
-    os.environ.update(environment)          # tools and parsers set some
+    os.environ.update(environment)  # tools and parsers set some
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.place} {command.program}")
@@ -117,8 +150,12 @@ def test_each_command_is_run_by_a_test_or_says_what_it_needs() -> None:
         assert f"def {function or 'test_'}" in (ROOT / file).read_text(), RUN_BY[key]
 
 
-@pytest.mark.parametrize("document", sorted({command.document for command in COMMANDS if is_run_here(command)}))
-def test_commands_run_one_after_another(document: str, finished_run: Path, tmp_path: Path, root: Path) -> None:
+@pytest.mark.parametrize(
+    "document", sorted({command.document for command in COMMANDS if is_run_here(command)})
+)
+def test_commands_run_one_after_another(
+    document: str, finished_run: Path, tmp_path: Path, root: Path
+) -> None:
     """In the document's order, as they stand there (but the quickstart's model is tiny), each once; all end with status 0."""
     os.chdir(shutil.copytree(finished_run, tmp_path / "root", symlinks=True))
     done: list[list[str]] = []
@@ -136,8 +173,13 @@ def run(command: Command) -> None:
     elif program == "megadyn.pretrain":
         train(command, words, 1)
     elif program in WITHOUT_TORCH:
-        done = subprocess.run([sys.executable, program, *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
-                              text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, program, *words],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
     else:
         with pytest.MonkeyPatch.context() as patch:
@@ -154,24 +196,49 @@ def train(command: Command, words: list[str], world: int) -> None:
 
 def test_the_quickstart_takes_the_steps_that_are_tested_here(root: Path, tmp_path: Path) -> None:
     """make hands the layout on, and the script's commands, taken down by stand-ins, are understood."""
-    said = subprocess.run(["make", "-n", "quickstart", "PIPELINE=2"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "-n", "quickstart", "PIPELINE=2"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert "TENSOR=2 PIPELINE=2 DATA=1 examples/quickstart/run.sh" in said
     assert "-m venv .venv" in (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")
     for name in ("python", "deepspeed"):
-        (tmp_path / name).write_text(f'#!/bin/bash\nprintf -v line " %q" {name} "$@"; echo "$line" >>"$TAKEN_DOWN"\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/bash\nprintf -v line " %q" {name} "$@"; echo "$line" >>"$TAKEN_DOWN"\n'
+        )
         (tmp_path / name).chmod(0o755)
     taken_down = tmp_path / "commands"
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PIPELINE": "2", "TAKEN_DOWN": str(taken_down)}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PIPELINE": "2",
+        "TAKEN_DOWN": str(taken_down),
+    }
     work = tmp_path / "work"
     work.mkdir()
-    subprocess.run([ROOT / "examples/quickstart/run.sh", "training.iterations=3"], cwd=work, env=environment, capture_output=True,
-                   check=True)
+    subprocess.run(
+        [ROOT / "examples/quickstart/run.sh", "training.iterations=3"],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
     commands = [as_command("run.sh", line, "") for line in taken_down.read_text().splitlines()]
     assert [command.program.rpartition("/")[2] for command in commands] == [
-        "make_corpus.py", "train_tokenizer.py", "preprocess_data.py", "preprocess_data.py", "deepspeed", "convert_checkpoint.py",
-        "evaluate.py", "generate.py", "summarize.py"]
-    assert commands[4].words[-4:] == ["examples/quickstart/config.yaml", "parallel.tensor=2", "parallel.pipeline=2",
-                                      "training.iterations=3"]
+        "make_corpus.py",
+        "train_tokenizer.py",
+        "preprocess_data.py",
+        "preprocess_data.py",
+        "deepspeed",
+        "convert_checkpoint.py",
+        "evaluate.py",
+        "generate.py",
+        "summarize.py",
+    ]
+    assert commands[4].words[-4:] == [
+        "examples/quickstart/config.yaml",
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "training.iterations=3",
+    ]
     for command in commands:
         if not command.program.startswith("examples/quickstart/"):
             check(command)
@@ -184,14 +251,24 @@ def test_the_studys_runs_can_be_loaded(root: Path) -> None:
         assert load_config(path, words).training.iterations == 3
 
 
-@pytest.mark.parametrize(("name", "block"), [(name, block) for name, text in TEXTS.items() for block in read_blocks(text)
-                                             if block.language in ("yaml", "python")], ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        (name, block)
+        for name, text in TEXTS.items()
+        for block in read_blocks(text)
+        if block.language in ("yaml", "python")
+    ],
+    ids=lambda value: str(value)[:20],
+)
 def test_other_blocks_are_what_they_say(name: str, block: Block, root: Path, tmp_path: Path) -> None:
     if block.language == "python":
         compile("\n".join(block.text), name, "exec")
         return
     path = tmp_path / "block.yaml"
-    path.write_text("\n".join([f"extends: {ROOT}/examples/study/config.yaml", "output_dir: unused", *block.text]))
+    path.write_text(
+        "\n".join([f"extends: {ROOT}/examples/study/config.yaml", "output_dir: unused", *block.text])
+    )
     load_config(path, ["data.validation=null"] if "split:" in "".join(block.text) else [])
 
 
@@ -217,25 +294,30 @@ def test_each_file_that_a_document_links_to_exists() -> None:
             path = (ROOT / name).parent / target if target else ROOT / name
             assert path.exists(), f"{name}: {target}"
             headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if anchor else []
-            assert not anchor or anchor in {re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings}, anchor
+            assert not anchor or anchor in {
+                re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings
+            }, anchor
 
 
-@pytest.mark.parametrize("text", [
-    "    python tools/plan_run.py examples/dtf_3b/config.yaml --gpus 8 --memory 80",
-    "    python tools/benchmark.py step --model dense --rounds 1",
-    "    python tools/benchmark.py steps",
-    "    deepspeed --processes 8 --module megadyn.pretrain CONFIG.yaml",
-    "    torchrun --nproc_per_node 8 -m megadyn.pretrain CONFIG.yaml parallel.tensors=2",
-    "    mpirun -n 3 python -m megadyn.pretrain CONFIG.yaml parallel.tensor=2",
-    "    make quickstart TENSORS=2",
-    "    make quick",
-    "    HOSTS=hosts examples/dtf_3b/run.sh",
-    "    examples/dtf_3b/run.sh huge.yaml",
-    "    pip install megadyn[faster]",
-    "See `tools/evaluate.py --checkpoint x --dataset y`.",
-    "    curl https://example.org",
-    "```sh\npython tools/no_such_tool.py\n```",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    python tools/plan_run.py examples/dtf_3b/config.yaml --gpus 8 --memory 80",
+        "    python tools/benchmark.py step --model dense --rounds 1",
+        "    python tools/benchmark.py steps",
+        "    deepspeed --processes 8 --module megadyn.pretrain CONFIG.yaml",
+        "    torchrun --nproc_per_node 8 -m megadyn.pretrain CONFIG.yaml parallel.tensors=2",
+        "    mpirun -n 3 python -m megadyn.pretrain CONFIG.yaml parallel.tensor=2",
+        "    make quickstart TENSORS=2",
+        "    make quick",
+        "    HOSTS=hosts examples/dtf_3b/run.sh",
+        "    examples/dtf_3b/run.sh huge.yaml",
+        "    pip install megadyn[faster]",
+        "See `tools/evaluate.py --checkpoint x --dataset y`.",
+        "    curl https://example.org",
+        "```sh\npython tools/no_such_tool.py\n```",
+    ],
+)
 def test_a_command_that_would_fail_is_found(text: str, root: Path) -> None:
     (command,) = read_commands("x", f"\n{text}\n")
     with pytest.raises((UserError, AssertionError, SystemExit, KeyError, OSError, pytest.fail.Exception)):
@@ -243,8 +325,10 @@ def test_a_command_that_would_fail_is_found(text: str, root: Path) -> None:
 
 
 def test_marks_and_settings_are_read() -> None:
-    text = ("This needs\nGPUs. Not the last:\n\n    A=1 B=\"x y\" make test   # why\n    make x \\\n      y   # needs the "
-            "network\n\nAgain `make z`.\n")
+    text = (
+        'This needs\nGPUs. Not the last:\n\n    A=1 B="x y" make test   # why\n    make x \\\n      y   # needs the '
+        "network\n\nAgain `make z`.\n"
+    )
     first, second, third = read_commands("x", text)
     assert (first.settings, first.words, first.place) == ({"A": "1", "B": "x y"}, ["make", "test"], "x:4")
     assert [first.is_marked, second.is_marked, third.is_marked] == [True, True, False]

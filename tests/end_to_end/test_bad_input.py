@@ -25,6 +25,7 @@ def truncated(suffix: str) -> Break:
         path = Path(f"{prefix}{suffix}")
         path.write_bytes(path.read_bytes()[:-7])
         return [f"data.train={prefix}"]
+
     return break_it
 
 
@@ -53,7 +54,9 @@ def missing_shard(_: Path, scratch: Path) -> list[str]:
     folder = scratch / "hf"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_hf_config(tiny_config().model, "float32")))
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'
+    )
     return [f"checkpoint.init_from={folder}"]
 
 
@@ -85,9 +88,14 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "impossible combination": (["model.num_heads=6", "model.num_kv_heads=2"], "model.hidden_size"),
     "tensor does not divide": (["parallel.tensor=3"], "divisor of model.num_heads"),
     "more ranks than processes": (["parallel.tensor=2"], "number of processes = 1"),
-    "pipeline with ZeRO-2": (["parallel.pipeline=2", f"deepspeed_config={ROOT}/ds_configs/zero2.json"],
-                             "0 or 1 with parallel.pipeline"),
-    "bf16 with ZeRO-0": (["precision=bf16", f"deepspeed_config={ROOT}/ds_configs/zero0.json"], "at least 1 with precision"),
+    "pipeline with ZeRO-2": (
+        ["parallel.pipeline=2", f"deepspeed_config={ROOT}/ds_configs/zero2.json"],
+        "0 or 1 with parallel.pipeline",
+    ),
+    "bf16 with ZeRO-0": (
+        ["precision=bf16", f"deepspeed_config={ROOT}/ds_configs/zero0.json"],
+        "at least 1 with precision",
+    ),
     "no engine settings": (["deepspeed_config=nowhere.json"], "nowhere.json"),
     "batch not divisible": (["training.micro_batch_size=3"], "training.global_batch_size"),
     "longer than the model": (["model.max_position=32"], "training.sequence_length"),
@@ -101,21 +109,42 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "start from nowhere": (["checkpoint.init_from=nowhere"], "nowhere"),
     "start from another architecture": (another_architecture, "model_type 'gpt2'"),
     "start from another kind": (another_kind, "that is a dtf model, this is mod (model.routing.kind)"),
-    "start from a run": (a_run, "is a run of megadyn, not a Hugging Face folder: export it (tools/convert_checkpoint.py to-hf"),
-    "start from a checkpoint": (a_checkpoint, "is a checkpoint of megadyn, not a Hugging Face folder: export it"),
-    "start from two places": (["checkpoint.init_from=a", "checkpoint.resume=b"], "null with checkpoint.fork_from"),
-    "a variable that is not set": (["output_dir=$NOT_SET_AT_ALL/x"], "the environment variable NOT_SET_AT_ALL is not set"),
+    "start from a run": (
+        a_run,
+        "is a run of megadyn, not a Hugging Face folder: export it (tools/convert_checkpoint.py to-hf",
+    ),
+    "start from a checkpoint": (
+        a_checkpoint,
+        "is a checkpoint of megadyn, not a Hugging Face folder: export it",
+    ),
+    "start from two places": (
+        ["checkpoint.init_from=a", "checkpoint.resume=b"],
+        "null with checkpoint.fork_from",
+    ),
+    "a variable that is not set": (
+        ["output_dir=$NOT_SET_AT_ALL/x"],
+        "the environment variable NOT_SET_AT_ALL is not set",
+    ),
     "start from a folder with a missing shard": (missing_shard, "model-00002-of-00002.safetensors"),
     "truncated .bin": (truncated(".bin"), ".bin"),
     "truncated .idx": (truncated(".idx"), ".idx"),
     "another tokenizer's dataset": (another_tokenizer, "other"),
-    "token ids without a row": (ids_without_a_row, "its largest token id is 257, but the model's vocabulary has 257 ids"),
+    "token ids without a row": (
+        ids_without_a_row,
+        "its largest token id is 257, but the model's vocabulary has 257 ids",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_refused_in_one_sentence(case: str, config_file: Path, dataset: Path, tmp_path: Path,
-                                               capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_in_one_sentence(
+    case: str,
+    config_file: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken, said = CASES[case]
     if not isinstance(broken, list):
         copy = tmp_path / "copy" / "bytes"
@@ -140,8 +169,13 @@ def test_missing_and_malformed_files(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_exit_status_reaches_the_shell(config_file: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "megadyn.pretrain", config_file, "model.num_layer=2"], capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "megadyn.pretrain", config_file, "model.num_layer=2"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "did you mean 'num_layers'" in done.stderr

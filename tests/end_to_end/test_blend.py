@@ -16,8 +16,12 @@ def test_a_blended_run_is_resumed_at_another_data_parallel_size(config_file: Pat
         writer.finish()
 
     def blend(weight: int) -> list[str]:
-        return ["data.validation_fraction=null", "data.split=[0.8,0.1,0.1]", "optimizer.schedule=constant",
-                f"data.train=[{{prefix: {dataset}, weight: 3}}, {{prefix: {other}, weight: {weight}}}]"]
+        return [
+            "data.validation_fraction=null",
+            "data.split=[0.8,0.1,0.1]",
+            "optimizer.schedule=constant",
+            f"data.train=[{{prefix: {dataset}, weight: 3}}, {{prefix: {other}, weight: {weight}}}]",
+        ]
 
     straight = config_file.parent / "straight"
     done = launch(ALONE, config_file, *blend(1), f"output_dir={straight}")
@@ -38,5 +42,5 @@ def test_a_blended_run_is_resumed_at_another_data_parallel_size(config_file: Pat
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-5)
     assert all(line["data_time_ms"] >= 0 for line in lines if "lm_loss" in line)
     tests = {line["iteration"]: line["test"] for line in records(config_file) if "test" in line}
-    assert set(tests) == {3, 6}         # at the end of each of the two runs
+    assert set(tests) == {3, 6}  # at the end of each of the two runs
     assert set(tests[6]) == {"topk", "causal"}

@@ -25,7 +25,12 @@ KILLS = int(os.environ.get("MEGADYN_KILLS", 4))
 
 def test_killed_anywhere_the_run_ends_with_the_same_weights(config_file: Path) -> None:
     """SIGKILL to a random rank at random moments, half of them while a checkpoint is written; saved in place and beside."""
-    settings = ("data.validation_fraction=0", "parallel.pipeline=2", "training.iterations=24", f"checkpoint.interval={INTERVAL}")
+    settings = (
+        "data.validation_fraction=0",
+        "parallel.pipeline=2",
+        "training.iterations=24",
+        f"checkpoint.interval={INTERVAL}",
+    )
     straight = Crew(config_file, *settings, f"output_dir={config_file.parent}/straight", world=2)
     assert straight.wait() == [0, 0], straight.output()
     draw = random.Random(KILLS)
@@ -33,16 +38,24 @@ def test_killed_anywhere_the_run_ends_with_the_same_weights(config_file: Path) -
     saving = 0
     for kill in range(KILLS):
         background = kill % 2 == 1
-        crew = Crew(config_file, *settings, f"checkpoint.background={background}", world=2,
-                    sabotage=partial(slow_disk, seconds=0.05))
+        crew = Crew(
+            config_file,
+            *settings,
+            f"checkpoint.background={background}",
+            world=2,
+            sabotage=partial(slow_disk, seconds=0.05),
+        )
         if kill % 4 < 2:
-            wait_until(lambda ranks=crew.ranks: is_saving(out) or not any(rank.is_alive() for rank in ranks), poll_s=0.001)
+            wait_until(
+                lambda ranks=crew.ranks: is_saving(out) or not any(rank.is_alive() for rank in ranks),
+                poll_s=0.001,
+            )
             time.sleep(draw.uniform(0, 0.1))
         else:
             time.sleep(draw.uniform(1, 3))
         saving += is_saving(out)
         crew.signal(draw.randrange(2), signal.SIGKILL)
-        statuses = crew.end_after(5)                          # a rank may have died before it met the other
+        statuses = crew.end_after(5)  # a rank may have died before it met the other
         assert -signal.SIGKILL in statuses or statuses == [0, 0]
         # While one is written in the background, training may be an interval ahead of it.
         newest = max((int(path.name[-8:]) for path in out.glob("checkpoints/iteration-*")), default=0)
@@ -61,43 +74,60 @@ def is_saving(run: Path) -> bool:
     return any(run.glob("checkpoints/.writing-*"))
 
 
-@pytest.mark.parametrize(("what", "victim", "said"), [
-    ("fail", 1, "failed, reading samples of step 3: RuntimeError: the disk is on fire"),
-    ("crash", 0, "died: killed from outside, out of memory, or crashed"),
-    ("stop", 1, "it is stopped (SIGSTOP)"),
-    ("stop", 0, "it is stopped (SIGSTOP)"),
-])
-def test_a_rank_that_dies_or_stops_ends_the_others_by_name(what: str, victim: int, said: str, config_file: Path) -> None:
-    crew = Crew(config_file, *ENDLESS, "parallel.tensor=2", f"training.timeout_s={TIMEOUT}", world=2,
-                sabotage=None if what == "stop" else partial(in_step, victim=victim, step=3, what=what))
+@pytest.mark.parametrize(
+    ("what", "victim", "said"),
+    [
+        ("fail", 1, "failed, reading samples of step 3: RuntimeError: the disk is on fire"),
+        ("crash", 0, "died: killed from outside, out of memory, or crashed"),
+        ("stop", 1, "it is stopped (SIGSTOP)"),
+        ("stop", 0, "it is stopped (SIGSTOP)"),
+    ],
+)
+def test_a_rank_that_dies_or_stops_ends_the_others_by_name(
+    what: str, victim: int, said: str, config_file: Path
+) -> None:
+    crew = Crew(
+        config_file,
+        *ENDLESS,
+        "parallel.tensor=2",
+        f"training.timeout_s={TIMEOUT}",
+        world=2,
+        sabotage=None if what == "stop" else partial(in_step, victim=victim, step=3, what=what),
+    )
     wait_until(lambda: last_step(config_file.parent / "out") >= 2)
     if what == "stop":
         crew.signal(victim, signal.SIGSTOP)
     began = time.monotonic()
     statuses = crew.wait(60)
-    assert time.monotonic() - began < TIMEOUT + 5            # and a slow machine's share
+    assert time.monotonic() - began < TIMEOUT + 5  # and a slow machine's share
     assert 0 not in statuses
-    other, = crew.errors(1 - victim)
+    (other,) = crew.errors(1 - victim)
     assert f"rank {victim} (process {crew.ranks[victim].pid} on " in other
     assert said in other
     assert "Traceback" not in crew.output(1 - victim)
     if what == "fail":
         assert "RuntimeError: the disk is on fire" in crew.output(victim)
-        assert "Traceback" in crew.output(victim)            # a fault of ours shows where
+        assert "Traceback" in crew.output(victim)  # a fault of ours shows where
     if what == "crash":
         assert "Fatal Python error: Aborted" in crew.output(victim)
     if what == "stop":
-        assert statuses[victim] == -signal.SIGKILL           # it could not end by itself
+        assert statuses[victim] == -signal.SIGKILL  # it could not end by itself
         assert "most recent call first" in crew.output(1 - victim)
 
 
 def test_a_rank_that_hangs_shows_its_stack(config_file: Path) -> None:
-    crew = Crew(config_file, *ENDLESS, "parallel.tensor=2", f"training.timeout_s={TIMEOUT}", world=2,
-                sabotage=partial(in_step, victim=1, step=3, what="hang"))
+    crew = Crew(
+        config_file,
+        *ENDLESS,
+        "parallel.tensor=2",
+        f"training.timeout_s={TIMEOUT}",
+        world=2,
+        sabotage=partial(in_step, victim=1, step=3, what="hang"),
+    )
     assert crew.wait(60) == [1, 1]
     assert "made no progress for" in crew.errors(1)[0]
     assert "reading samples of step 3" in crew.errors(1)[0]
-    assert "in read" in crew.output(1)                    # where it sleeps
+    assert "in read" in crew.output(1)  # where it sleeps
     assert "rank 1" in crew.errors(0)[0]
 
 
@@ -112,21 +142,31 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number: signal.Signals, config_
 
 
 def test_one_that_cannot_save_within_the_grace_time_is_ended(config_file: Path) -> None:
-    crew = Crew(config_file, *ENDLESS, "training.grace_s=1", sabotage=partial(in_step, victim=0, step=3, what="hang"))
+    crew = Crew(
+        config_file, *ENDLESS, "training.grace_s=1", sabotage=partial(in_step, victim=0, step=3, what="hang")
+    )
     wait_until(lambda: last_step(config_file.parent / "out") >= 2)
     time.sleep(0.2)
     crew.signal(0, signal.SIGTERM)
     assert crew.wait(30) == [1]
-    assert "not saved and ended within training.grace_s = 1 s of SIGTERM (reading samples of step 3)" in crew.errors()[0]
+    assert (
+        "not saved and ended within training.grace_s = 1 s of SIGTERM (reading samples of step 3)"
+        in crew.errors()[0]
+    )
 
 
 # ---- under the launchers -------------------------------------------------------------------------
+
 
 def ranks_of(launcher: int, config_file: Path) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process(launcher).children(recursive=True):
         try:
-            if str(config_file) in process.cmdline() and "RANK" in process.environ() and "LOCAL_RANK" in process.environ():
+            if (
+                str(config_file) in process.cmdline()
+                and "RANK" in process.environ()
+                and "LOCAL_RANK" in process.environ()
+            ):
                 found[int(process.environ()["RANK"])] = process
         except psutil.NoSuchProcess:
             continue
@@ -135,10 +175,29 @@ def ranks_of(launcher: int, config_file: Path) -> dict[int, psutil.Process]:
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(config_file: Path) -> None:
     out = config_file.parent / "out"
-    torchrun = ["torchrun", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", "-m", "megadyn.pretrain"]
-    settings = ["data.validation_fraction=0", "training.iterations=100", "parallel.tensor=2", "checkpoint.interval=5"]
-    process = subprocess.Popen([*torchrun, str(config_file), *settings], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    torchrun = [
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "megadyn.pretrain",
+    ]
+    settings = [
+        "data.validation_fraction=0",
+        "training.iterations=100",
+        "parallel.tensor=2",
+        "checkpoint.interval=5",
+    ]
+    process = subprocess.Popen(
+        [*torchrun, str(config_file), *settings],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         wait_until(lambda: (out / "checkpoints/latest").exists(), 120)
         ranks_of(process.pid, config_file)[1].kill()
@@ -152,8 +211,13 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config_file: Path) -> None:
 
 
 def test_deepspeed_ends_all_when_one_rank_is_killed(config_file: Path) -> None:
-    process = subprocess.Popen([*DEEPSPEED, str(config_file), *ENDLESS, "parallel.tensor=2"], env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*DEEPSPEED, str(config_file), *ENDLESS, "parallel.tensor=2"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         wait_until(lambda: last_step(config_file.parent / "out") >= 1, 120)
         ranks = ranks_of(process.pid, config_file)

@@ -14,8 +14,12 @@ import psutil
 
 from tests.tiny import ROOT
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 PORT = str(20000 + os.getpid() % 10000)
 """This process's own: tests run beside each other."""
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", PORT, "--module", "megadyn.pretrain"]
@@ -24,8 +28,14 @@ ALONE = [sys.executable, "-m", "megadyn.pretrain"]
 
 
 def launch(command: list[str], config_file: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, str(config_file), *overrides], env=ENVIRONMENT, capture_output=True, text=True, timeout=180,
-                          check=False)
+    return subprocess.run(
+        [*command, str(config_file), *overrides],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
 
 
 def records(config_file: Path) -> list[dict[str, Any]]:
@@ -40,8 +50,19 @@ def test_metrics_hold_the_contract(config_file: Path) -> None:
     assert launch(ALONE, config_file, "logging.tensorboard=true").returncode == 0
     found = records(config_file)
     train = next(record for record in found if "lm_loss" in record)
-    assert set(train) >= {"iteration", "consumed_samples", "consumed_tokens", "lm_loss", "aux_losses", "grad_norm",
-                          "learning_rate", "step_time_ms", "tokens_per_second", "model_tflops", "routing"}
+    assert set(train) >= {
+        "iteration",
+        "consumed_samples",
+        "consumed_tokens",
+        "lm_loss",
+        "aux_losses",
+        "grad_norm",
+        "learning_rate",
+        "step_time_ms",
+        "tokens_per_second",
+        "model_tflops",
+        "routing",
+    }
     assert train["consumed_tokens"] == train["consumed_samples"] * 48
     assert set(train["routing"]) == {"0", "1", "2", "3"}
     assert train["routing"]["1"]["routed_fraction"] == 0.5
@@ -57,20 +78,37 @@ def test_metrics_hold_the_contract(config_file: Path) -> None:
 def test_sigterm_saves_and_exits_0(config_file: Path) -> None:
     hosts = config_file.with_name("hosts")
     hosts.write_text("localhost slots=2\n")
-    command = [str(ROOT / "examples/launch/deepspeed.sh"), str(config_file), "parallel.tensor=2", "training.iterations=100000",
-               "training.eval_interval=0"]
-    process = subprocess.Popen(command, env=ENVIRONMENT | {"HOSTFILE": str(hosts), "NODE_RANK": "0", "MASTER_PORT": PORT},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [
+        str(ROOT / "examples/launch/deepspeed.sh"),
+        str(config_file),
+        "parallel.tensor=2",
+        "training.iterations=100000",
+        "training.eval_interval=0",
+    ]
+    process = subprocess.Popen(
+        command,
+        env=ENVIRONMENT | {"HOSTFILE": str(hosts), "NODE_RANK": "0", "MASTER_PORT": PORT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         metrics = config_file.parent / "out/metrics.jsonl"
         wait_until(lambda: metrics.exists() and '"lm_loss"' in metrics.read_text())
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
-                 if "--local_rank" in " ".join(child.cmdline()) and "launch" not in " ".join(child.cmdline())]
+        ranks = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "--local_rank" in " ".join(child.cmdline()) and "launch" not in " ".join(child.cmdline())
+        ]
         assert len(ranks) == 2
-        ranks[0].send_signal(signal.SIGTERM)           # one is enough: all stop after the same step
+        ranks[0].send_signal(signal.SIGTERM)  # one is enough: all stop after the same step
         output, _ = process.communicate(timeout=60)
     finally:
-        left = [process] if process.poll() is not None else [*psutil.Process(process.pid).children(recursive=True), process]
+        left = (
+            [process]
+            if process.poll() is not None
+            else [*psutil.Process(process.pid).children(recursive=True), process]
+        )
         for one in left:
             one.kill()
     assert process.returncode == 0, output
@@ -90,7 +128,11 @@ def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
     done = launch(ALONE, config_file, "checkpoint.interval=3")
     assert done.returncode == 0, done.stderr
     checkpoints = config_file.parent / "out/checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"iteration-00000003", "iteration-00000006", "latest"}
+    assert {path.name for path in checkpoints.iterdir()} == {
+        "iteration-00000003",
+        "iteration-00000006",
+        "latest",
+    }
 
     done = launch(ALONE, config_file, "model.hidden_size=64")
     assert done.returncode == 2
@@ -108,7 +150,7 @@ def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
     assert done.returncode == 2
     assert "damaged" in done.stderr
 
-    done = launch(ALONE, config_file)        # auto takes the newest good one, and says so
+    done = launch(ALONE, config_file)  # auto takes the newest good one, and says so
     assert done.returncode == 0, done.stderr
     assert "passed over" in done.stdout
     assert "resumed from" in done.stdout

@@ -23,36 +23,67 @@ def without_login(rank: int) -> None:
 
 
 def test_a_run_reports_everything_where_it_was_asked_to(config_file: Path) -> None:
-    crew = Crew(config_file, "parallel.pipeline=2", "logging.interval=2", "logging.csv=true", "logging.wandb=offline",
-                "logging.profile_steps=[3,4]", "logging.profile_ranks=[0,1]", "logging.peak_tflops=1e-3",
-                "optimizer.multipliers.router=3", world=2, sabotage=without_login)
+    crew = Crew(
+        config_file,
+        "parallel.pipeline=2",
+        "logging.interval=2",
+        "logging.csv=true",
+        "logging.wandb=offline",
+        "logging.profile_steps=[3,4]",
+        "logging.profile_ranks=[0,1]",
+        "logging.peak_tflops=1e-3",
+        "optimizer.multipliers.router=3",
+        world=2,
+        sabotage=without_login,
+    )
     assert crew.wait() == [0, 0], crew.output()
     out = config_file.parent / "out"
     steps = [line for line in lines(out) if "lm_loss" in line]
     assert [step["iteration"] for step in steps] == [2, 4, 6]
     for step in steps:
         assert tuple(step["grad_norms"]) == COMPONENTS and tuple(step["step_split_ms"]) == PARTS
-        assert sum(norm**2 for norm in step["grad_norms"].values()) ** 0.5 == pytest.approx(step["grad_norm"], rel=1e-5)
+        assert sum(norm**2 for norm in step["grad_norms"].values()) ** 0.5 == pytest.approx(
+            step["grad_norm"], rel=1e-5
+        )
         assert step["learning_rates"] == pytest.approx(
-            {"base": step["learning_rate"], "prior": step["learning_rate"], "router": 3 * step["learning_rate"]})
+            {
+                "base": step["learning_rate"],
+                "prior": step["learning_rate"],
+                "router": 3 * step["learning_rate"],
+            }
+        )
         assert step["mfu_causal_half"] == pytest.approx(step["model_tflops"] / 1e-3)
         assert step["memory_gib"]["resident_peak"] > 0
     with (out / "metrics.csv").open() as file:
         rows = {(int(row["iteration"]), row["name"]): float(row["value"]) for row in csv.DictReader(file)}
     assert rows[6, "grad_norms/head"] == steps[-1]["grad_norms"]["head"]
     assert {at for at, name in rows if name == "validation/causal"} == {0, 3, 6}
-    assert {path.name for path in (out / "profile").iterdir()} == {"rank0-steps3-4.json.gz", "rank1-steps3-4.json.gz"}
+    assert {path.name for path in (out / "profile").iterdir()} == {
+        "rank0-steps3-4.json.gz",
+        "rank1-steps3-4.json.gz",
+    }
     (start,) = map(json.loads, (out / "environment.jsonl").read_text().splitlines())
     assert start["world"] == {"size": 2, "tensor": 1, "pipeline": 2, "data": 1, "zero": 1}
     assert list(start["hosts"].values()) == [2]
     assert len(list(out.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("logging.wandb=online", "logging.wandb = 'online': must be offline or none, or first run `wandb login`"),
-    ("logging.profile_steps=[7,9]", "logging.profile_steps = [7, 9]: must be steps of the run, which has 6"),
-])
-def test_what_cannot_be_reported_is_refused_in_one_sentence(config_file: Path, override: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "logging.wandb=online",
+            "logging.wandb = 'online': must be offline or none, or first run `wandb login`",
+        ),
+        (
+            "logging.profile_steps=[7,9]",
+            "logging.profile_steps = [7, 9]: must be steps of the run, which has 6",
+        ),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_in_one_sentence(
+    config_file: Path, override: str, said: str
+) -> None:
     crew = Crew(config_file, override, world=2, sabotage=without_login)
     assert crew.wait() == [2, 2]
     for rank in range(2):

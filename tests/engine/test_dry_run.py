@@ -35,7 +35,7 @@ def test_every_rank_of_every_layout_passes(kind: str, tied: bool) -> None:
     """Two key/value heads, whole on four tensor ranks; 61 words, padded."""
     for tensor, pipeline in ((1, 1), (2, 2), (4, 1), (1, 4)):
         if pipeline > 1 and kind == "skip_middle":
-            continue            # which it refuses
+            continue  # which it refuses
         config = tiny_config(kind, tensor=tensor, pipeline=pipeline, tied=tied)
         for rank in range(4):
             assert dry_run(config, Machine(4, 80), rank).fits
@@ -47,7 +47,9 @@ LAYOUTS = [(2, 1), (1, 2)]
 def test_a_rank_holds_what_its_engine_holds(tmp_path: Path) -> None:
     run_on_ranks(_engine_shapes, 2, str(tmp_path))
     for rank in range(2):
-        for (tensor, pipeline), built in zip(LAYOUTS, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
+        for (tensor, pipeline), built in zip(
+            LAYOUTS, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True
+        ):
             config = tiny_config("dtf", tensor=tensor, pipeline=pipeline)
             grid = place_of(rank, tensor, pipeline, 1)
             parts = module.parts_of(config, grid.tp)
@@ -84,14 +86,25 @@ def test_nothing_is_drawn_and_nothing_allocated() -> None:
     assert make("lm_head.weight", (61, 8), normal(1.0)).shape == (31, 8)
 
 
-WHOLE = {"model.embed_tokens.weight": (VOCAB, 8), "a.self_attn.q_proj.weight": (8, 8), "norm.weight": (8,),
-         "lm_head.weight": (VOCAB, 8)}
+WHOLE = {
+    "model.embed_tokens.weight": (VOCAB, 8),
+    "a.self_attn.q_proj.weight": (8, 8),
+    "norm.weight": (8,),
+    "lm_head.weight": (VOCAB, 8),
+}
 
 
-@pytest.mark.parametrize(("stages", "said"), [
-    ([["model.embed_tokens.weight", "norm.weight"], ["lm_head.weight"]], "q_proj.weight stands on stages \\[\\]"),
-    ([list(WHOLE)[:3], list(WHOLE)[2:]], "norm.weight stands on stages \\[0, 1\\]"),
-    ([list(WHOLE)[:2], [*list(WHOLE)[2:], "other"]], "the whole model has no other")])
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            [["model.embed_tokens.weight", "norm.weight"], ["lm_head.weight"]],
+            "q_proj.weight stands on stages \\[\\]",
+        ),
+        ([list(WHOLE)[:3], list(WHOLE)[2:]], "norm.weight stands on stages \\[0, 1\\]"),
+        ([list(WHOLE)[:2], [*list(WHOLE)[2:], "other"]], "the whole model has no other"),
+    ],
+)
 def test_a_tensor_lost_or_doubled_between_stages_is_found(stages: list[list[str]], said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
         check_stages([{name: WHOLE.get(name, (1,)) for name in names} for names in stages], WHOLE)
@@ -102,7 +115,9 @@ def test_a_wrong_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     check_cuts(shapes, WHOLE, Sharding(2, 2), 0, VOCAB)
     with pytest.raises(RuntimeError, match=r"shape of norm.weight: built \[4\], planned \[8\]"):
         check_cuts(shapes | {"norm.weight": (4,)}, WHOLE, Sharding(2, 2), 0, VOCAB)
-    monkeypatch.setattr(Sharding, "cut", lambda self, name, whole, rank: whole.chunk(self.size, self.dim(name))[0])
+    monkeypatch.setattr(
+        Sharding, "cut", lambda self, name, whole, rank: whole.chunk(self.size, self.dim(name))[0]
+    )
     with pytest.raises(RuntimeError, match="its parts do not make the whole"):
         check_cuts(shapes, WHOLE, Sharding(2, 2), 0, VOCAB)
 
@@ -124,14 +139,25 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/plan_run.py", *map(str, words)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-                          text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "tools/plan_run.py", *map(str, words)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_the_tool_prints_layouts_that_fit_80_columns() -> None:
     done = call("examples/dtf_7b/config.yaml", "--gpus", 64, "--gpu-memory", 80, "--json", "--top", 9999)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^ +1 +1 +64 +3\* .*\n(.*\n)*\n\* offloaded: up to \d+\.\d GiB of each node's", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^ +1 +1 +64 +3\* .*\n(.*\n)*\n\* offloaded: up to \d+\.\d GiB of each node's",
+        done.stdout,
+        re.MULTILINE,
+    )
     *lines, last = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     records = json.loads(last)
@@ -142,21 +168,35 @@ def test_the_tool_prints_layouts_that_fit_80_columns() -> None:
 
 
 def test_the_tool_builds_ranks() -> None:
-    done = call("examples/dtf_3b/config.yaml", "parallel.pipeline=4", "--gpus", 1024, "--gpu-memory", 80, "--rank", 0, 1023,
-                "--json")
+    done = call(
+        "examples/dtf_3b/config.yaml",
+        "parallel.pipeline=4",
+        "--gpus",
+        1024,
+        "--gpu-memory",
+        80,
+        "--rank",
+        0,
+        1023,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     first, last = json.loads(done.stdout.splitlines()[-1])
     assert (first["rank"], first["pipeline"], last["pipeline"], last["layers"][1]) == (0, 0, 3, 36)
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (("--gpus", 0, "--gpu-memory", 80), "error: argument --gpus: 0: must be at least 1"),
-    (("--gpus", 8, "--gpu-memory", -1), "error: argument --gpu-memory: -1: must be a number above 0"),
-    (("--gpus", 8, "--gpu-memory", "x"), "error: argument --gpu-memory: invalid"),
-    (("--gpus", 8, "--gpu-memory", 3), "error: --reserve-gib 4 leaves nothing"),
-    (("--gpus", 8, "--gpu-memory", 80, "--rank", 9), "error: --rank 9: must be 0 to 7"),
-    (("model.hidden_sise=1", "--gpus", 8, "--gpu-memory", 80), "error: model.hidden_sise"),
-    (("model.vocab_size=null", "--gpus", 8, "--gpu-memory", 80), "error: model.vocab_size is left out")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpus", 0, "--gpu-memory", 80), "error: argument --gpus: 0: must be at least 1"),
+        (("--gpus", 8, "--gpu-memory", -1), "error: argument --gpu-memory: -1: must be a number above 0"),
+        (("--gpus", 8, "--gpu-memory", "x"), "error: argument --gpu-memory: invalid"),
+        (("--gpus", 8, "--gpu-memory", 3), "error: --reserve-gib 4 leaves nothing"),
+        (("--gpus", 8, "--gpu-memory", 80, "--rank", 9), "error: --rank 9: must be 0 to 7"),
+        (("model.hidden_sise=1", "--gpus", 8, "--gpu-memory", 80), "error: model.hidden_sise"),
+        (("model.vocab_size=null", "--gpus", 8, "--gpu-memory", 80), "error: model.vocab_size is left out"),
+    ],
+)
 def test_the_tool_says_in_one_line_what_is_wrong(words: tuple[object, ...], said: str) -> None:
     done = call("examples/dtf_3b/config.yaml", *words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

@@ -57,7 +57,7 @@ def _watch(folder: Path, zero: int, reduced_in: str) -> dict[str, Any]:
     engine = Engine(config, plan, make_grid(1, 1))
     tokens, share = tiny_tokens(STEPS), plan.global_batch // 2
     rank = engine.grid.dp.rank
-    own = [micro_batches(step[rank * share:(rank + 1) * share], 1) for step in tokens]
+    own = [micro_batches(step[rank * share : (rank + 1) * share], 1) for step in tokens]
     assert len(own[0]) == 2
     for batches in own[:-1]:
         engine.train_step(batches, 1e-3)
@@ -66,7 +66,7 @@ def _watch(folder: Path, zero: int, reduced_in: str) -> dict[str, Any]:
         waits: list[int] = []
         for name in SENDING:
             patch.setattr(dist, name, _noting(getattr(dist, name), types))
-        backend = deepspeed.comm.comm.cdb                  # holds a function of its own
+        backend = deepspeed.comm.comm.cdb  # holds a function of its own
         patch.setattr(backend, "reduce_scatter_function", _noting(backend.reduce_scatter_function, types))
         patch.setattr(get_accelerator(), "synchronize", lambda *_: waits.append(1))
         engine.train_step(own[-1], 1e-3)
@@ -79,11 +79,14 @@ def _noting(real: Any, types: set[str]) -> Any:
         tensors = [x for x in (*args, *named.values()) if isinstance(x, torch.Tensor)]
         types.update(str(x.dtype) for x in tensors if x.numel() > 500)
         return real(*args, **named)
+
     return noting
 
 
 @pytest.mark.parametrize(("zero", "reduced_in"), CASES)
-def test_gradients_are_summed_in_the_type_that_was_asked_for(zero: int, reduced_in: str, sent: dict[str, Any]) -> None:
+def test_gradients_are_summed_in_the_type_that_was_asked_for(
+    zero: int, reduced_in: str, sent: dict[str, Any]
+) -> None:
     want = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[reduced_in]
     assert sent[f"{zero} {reduced_in}"]["types"] == [want]
 

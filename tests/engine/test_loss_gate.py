@@ -14,26 +14,35 @@ from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
 
 
-@pytest.mark.parametrize(("loss", "norm", "applied", "can_scale_down", "want"), [
-    (2.0, 1.0, True, False, None),
-    (math.nan, 1.0, True, False, "a loss of nan"), (math.inf, math.inf, False, True, "a loss of inf"),
-    (9.0, math.inf, False, False, "a loss of 9.0000, above 8.0000"), (2.0, math.inf, False, False, "a gradient norm of inf"),
-    (2.0, math.inf, False, True, None), (9.0, math.inf, False, True, "a loss of 9.0000, above 8.0000")])
+@pytest.mark.parametrize(
+    ("loss", "norm", "applied", "can_scale_down", "want"),
+    [
+        (2.0, 1.0, True, False, None),
+        (math.nan, 1.0, True, False, "a loss of nan"),
+        (math.inf, math.inf, False, True, "a loss of inf"),
+        (9.0, math.inf, False, False, "a loss of 9.0000, above 8.0000"),
+        (2.0, math.inf, False, False, "a gradient norm of inf"),
+        (2.0, math.inf, False, True, None),
+        (9.0, math.inf, False, True, "a loss of 9.0000, above 8.0000"),
+    ],
+)
 def test_what_makes_a_step_bad(loss, norm, applied, can_scale_down, want):
     assert problem_of(loss, norm, 8.0, was_applied=applied, can_scale_down=can_scale_down) == want
 
 
-@pytest.mark.parametrize(("losses", "spoiled"), [
-    ([1.0, 2.0], False), ([1.0, 6.0], True), ([math.nan, 1.0], True), ([6.0, 1.0], True)])
+@pytest.mark.parametrize(
+    ("losses", "spoiled"),
+    [([1.0, 2.0], False), ([1.0, 6.0], True), ([math.nan, 1.0], True), ([6.0, 1.0], True)],
+)
 def test_the_gate_spoils_the_last_gradient_of_a_bad_step_alone(losses, spoiled):
     from megadyn.parallel.grid import Axis
 
     gate = LossGate(2, Axis("dp"))
-    for _ in range(2):                     # a step leaves nothing behind
+    for _ in range(2):  # a step leaves nothing behind
         gate.limit = 3.0
         weight = torch.ones((), requires_grad=True)
         with torch.no_grad():
-            gate(torch.tensor(99.0))       # an evaluation does not count
+            gate(torch.tensor(99.0))  # an evaluation does not count
         grads = []
         for loss in losses:
             out = gate(weight * loss)
@@ -44,6 +53,7 @@ def test_the_gate_spoils_the_last_gradient_of_a_bad_step_alone(losses, spoiled):
 
 
 # ---- under every engine --------------------------------------------------------------------------
+
 
 class Layout(NamedTuple):
     zero: int
@@ -56,9 +66,18 @@ class Layout(NamedTuple):
         return f"zero{self.zero}-p{self.pipeline}t{self.tensor}-{self.precision}-{self.kind}"
 
 
-LAYOUTS = [Layout(0), Layout(1, tensor=2), Layout(2), Layout(3), Layout(0, pipeline=2), Layout(1, precision="bf16"),
-           Layout(3, precision="bf16"), Layout(1, precision="fp16"), Layout(1, pipeline=2, precision="bf16"),
-           Layout(1, pipeline=2, kind="dtrnet-token")]
+LAYOUTS = [
+    Layout(0),
+    Layout(1, tensor=2),
+    Layout(2),
+    Layout(3),
+    Layout(0, pipeline=2),
+    Layout(1, precision="bf16"),
+    Layout(3, precision="bf16"),
+    Layout(1, precision="fp16"),
+    Layout(1, pipeline=2, precision="bf16"),
+    Layout(1, pipeline=2, kind="dtrnet-token"),
+]
 HARMS = {"nan": math.nan, "infinity": math.inf, "spike": 100.0}
 """What a micro-batch's loss is multiplied by, on one data-parallel rank."""
 
@@ -91,33 +110,54 @@ def _run(layout: Layout) -> dict[str, Any]:
     from megadyn.parallel.loss import linear_cross_entropy
     from megadyn.parallel.params import name_of
 
-    config = tiny_config(layout.kind, tensor=layout.tensor, pipeline=layout.pipeline, zero=layout.zero,
-                         precision=layout.precision)
+    config = tiny_config(
+        layout.kind,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        zero=layout.zero,
+        precision=layout.precision,
+    )
     plan = batch_plan(config, dist.get_world_size())
 
     def train(steps: list[str]) -> dict[str, Any]:
         grid = make_grid(layout.tensor, layout.pipeline)
         engine = Engine(config, plan, grid)
-        if layout.precision == "fp16":                     # a passed-over step halves the scale, and so rounds the next otherwise
+        # a passed-over step halves the scale, and so rounds the next otherwise
+        if layout.precision == "fp16":
             engine.engine.optimizer.loss_scaler.__dict__ |= {"cur_scale": 64.0, "scale_factor": 1.0}
         share = plan.global_batch // plan.data_parallel
         good, problems, losses = 0, [], []
         for step in steps:
             samples = tiny_tokens(2)[good][grid.dp.rank * share : (grid.dp.rank + 1) * share]
             harm = HARMS[step] if step in HARMS and grid.dp.rank == grid.dp.size - 1 else 1.0
-            network.linear_cross_entropy = lambda *args, harm=harm, **kwargs: linear_cross_entropy(*args, **kwargs) * harm
+            network.linear_cross_entropy = lambda *args, harm=harm, **kwargs: (
+                linear_cross_entropy(*args, **kwargs) * harm
+            )
             result = engine.train_step(micro_batches(samples, 1), 1e-3, 20.0)
             problems.append(result.problem)
             if step == "good":
                 losses.append(float(result.loss))
                 good += 1
         access = OptimizerAccess(engine)
-        state = {f"{name_of(p)}/{key}": value.double().flatten()[:20].tolist()
-                 for p in engine.parameters() for key, value in access.get(p).items()}
-        trackers = [tracker.state() for of_layers in trackers_of(engine.routed).values() for tracker in of_layers.values()]
+        state = {
+            f"{name_of(p)}/{key}": value.double().flatten()[:20].tolist()
+            for p in engine.parameters()
+            for key, value in access.get(p).items()
+        }
+        trackers = [
+            tracker.state()
+            for of_layers in trackers_of(engine.routed).values()
+            for tracker in of_layers.values()
+        ]
         steps_taken = access.steps
         engine.engine.destroy()
-        return {"problems": problems, "losses": losses, "state": state, "trackers": trackers, "steps": steps_taken}
+        return {
+            "problems": problems,
+            "losses": losses,
+            "state": state,
+            "trackers": trackers,
+            "steps": steps_taken,
+        }
 
     mixed, plain = train(["good", *HARMS, "good"]), train(["good"] * 2)
     gathered: list[Any] = [None, None]
@@ -138,7 +178,9 @@ def _overflow_at_the_lowest_scale(zero: int) -> list[str | None]:
     engine.engine.optimizer.loss_scaler.__dict__ |= {"cur_scale": 2.0, "cur_hysteresis": 1}
     samples, problems = tiny_tokens(1)[0].chunk(2)[dist.get_rank()], []
     for factor in (1e7, 1e7, 1.0):
-        network.linear_cross_entropy = lambda *args, factor=factor, **kwargs: linear_cross_entropy(*args, **kwargs) * factor
+        network.linear_cross_entropy = lambda *args, factor=factor, **kwargs: (
+            linear_cross_entropy(*args, **kwargs) * factor
+        )
         problems.append(engine.train_step(micro_batches(samples, 1), 1e-3).problem)
     network.linear_cross_entropy = linear_cross_entropy
     engine.engine.destroy()
@@ -146,7 +188,9 @@ def _overflow_at_the_lowest_scale(zero: int) -> list[str | None]:
 
 
 @pytest.mark.parametrize("zero", ["1", "3"])
-def test_gradients_that_overflow_at_the_lowest_loss_scale_are_a_bad_step(zero: str, runs: dict[str, Any]) -> None:
+def test_gradients_that_overflow_at_the_lowest_loss_scale_are_a_bad_step(
+    zero: str, runs: dict[str, Any]
+) -> None:
     """At a higher one the scale falls and the step is tried anew; DeepSpeed raises a bare Exception at the lowest."""
     assert runs["lowest"][zero] == [None, "a gradient norm of inf", None]
 

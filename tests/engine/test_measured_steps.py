@@ -22,19 +22,44 @@ from tests.parity.curves import Case, config_of, tokens_of
 from tests.tiny import ROOT, micro_batches
 
 OFFLOADED = ROOT / "ds_configs" / "zero3_offload.json"
-CASES = [Case("dtf", 2, 2, 1), Case("dtrnet-expert", 2, 2, 1, zero=0, tied=True), Case("mod", 2, 1, 2, zero=2),
-         Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"), Case("dtrnet-token", 2, 1, 2, zero=3),
-         Case("dtf", 1, 2, 2, precision="bf16", tied=True)]
-WATCHED = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor",
-           "all_gather_object", "send", "recv", "barrier")
+CASES = [
+    Case("dtf", 2, 2, 1),
+    Case("dtrnet-expert", 2, 2, 1, zero=0, tied=True),
+    Case("mod", 2, 1, 2, zero=2),
+    Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"),
+    Case("dtrnet-token", 2, 1, 2, zero=3),
+    Case("dtf", 1, 2, 2, precision="bf16", tied=True),
+]
+WATCHED = (
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_gather_object",
+    "send",
+    "recv",
+    "barrier",
+)
 
 
-@pytest.mark.parametrize(("name", "component"), [
-    ("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "head"), ("model.norm.weight", "norm"),
-    ("model.layers.3.input_layernorm.weight", "norm"), ("model.layers.3.self_attn.q_norm.weight", "attention"),
-    ("model.layers.3.self_attn.k_proj.bias", "attention"), ("model.layers.3.mlp.up_proj.weight", "mlp"),
-    ("model.layers.0.prior.norm.weight", "prior"), ("model.layers.0.prior.gate_proj.weight", "prior"),
-    ("model.layers.1.router.fc1.weight", "router"), ("model.layers.1.causal_router.fc2.weight", "router")])
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.3.input_layernorm.weight", "norm"),
+        ("model.layers.3.self_attn.q_norm.weight", "attention"),
+        ("model.layers.3.self_attn.k_proj.bias", "attention"),
+        ("model.layers.3.mlp.up_proj.weight", "mlp"),
+        ("model.layers.0.prior.norm.weight", "prior"),
+        ("model.layers.0.prior.gate_proj.weight", "prior"),
+        ("model.layers.1.router.fc1.weight", "router"),
+        ("model.layers.1.causal_router.fc2.weight", "router"),
+    ],
+)
 def test_a_parameters_component_is_read_from_its_name(name, component):
     assert component_of(name) == component
 
@@ -55,7 +80,7 @@ def plain_norms(case: Case) -> dict[str, float]:
 
     config = config_of(case)
     net = Network(LayerContext(config.model, ParamMaker(Sharding(1, 2), config.training.seed)), LossScale())
-    (tokens, labels), = micro_batches(tokens_of(case)[0], 4)
+    ((tokens, labels),) = micro_batches(tokens_of(case)[0], 4)
     net(tokens, labels).backward()
     squares = dict.fromkeys(COMPONENTS, 0.0)
     for param in net.parameters():
@@ -89,7 +114,7 @@ def measured(case: Case) -> dict:
 
     result = step(measure=True)
     found = {"grad_norm": float(result.grad_norm), "first": engine.step_statistics(float(result.grad_norm))}
-    with counting() as found["unmeasured"]:             # not the first step, in which a pipeline also exchanges shapes
+    with counting() as found["unmeasured"]:  # not the first step, in which a pipeline also exchanges shapes
         step()
     began = time.perf_counter()
     with counting() as found["measured"]:
@@ -137,7 +162,7 @@ def found(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norms_of_the_components_are_the_whole_models_and_sum_to_its_norm(found, case):
     norms, whole = found[str(case)]["first"]["grad_norms"], found[str(case)]["grad_norm"]
-    assert whole > 1                                # so that it was clipped
+    assert whole > 1  # so that it was clipped
     assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(whole, rel=1e-5)
     assert norms == pytest.approx(plain_norms(case), rel=1e-4 if case.precision == "fp32" else 0.05, abs=1e-6)
 

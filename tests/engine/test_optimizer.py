@@ -30,11 +30,19 @@ def schedule(name: str, iterations: int = 50, **changes) -> list[float]:
 
 # ---- groups --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "want"), [
-    ("model.layers.0.router.beta_ce", "router"), ("model.layers.3.causal_router.threshold", "router"),
-    ("model.layers.0.prior.gate_proj.weight", "prior"), ("model.layers.0.prior.norm.weight", "prior"),
-    ("model.layers.0.mlp.gate_proj.weight", "base"), ("model.embed_tokens.weight", "base"), ("lm_head.weight", "base"),
-])
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("model.layers.0.router.beta_ce", "router"),
+        ("model.layers.3.causal_router.threshold", "router"),
+        ("model.layers.0.prior.gate_proj.weight", "prior"),
+        ("model.layers.0.prior.norm.weight", "prior"),
+        ("model.layers.0.mlp.gate_proj.weight", "base"),
+        ("model.embed_tokens.weight", "base"),
+        ("lm_head.weight", "base"),
+    ],
+)
 def test_a_parameters_component_is_read_from_its_name(name, want):
     assert component(name) == want
 
@@ -59,7 +67,12 @@ def test_groups_are_cut_by_component_and_by_whether_weights_decay():
     assert seen[f"{layer}.prior.norm.weight"] == ("prior", 0.0)
     assert seen[f"{layer}.prior.down_proj.weight"] == ("prior", 0.1)
     assert {(g["component"], g["weight_decay"]) for g in optimizer.param_groups} == {
-        ("base", 0.0), ("base", 0.1), ("prior", 0.0), ("prior", 0.1), ("router", 0.0)}
+        ("base", 0.0),
+        ("base", 0.1),
+        ("prior", 0.0),
+        ("prior", 0.1),
+        ("router", 0.0),
+    }
     assert len({group_key(p) for p in network.parameters()}) == len(optimizer.param_groups)
 
 
@@ -74,7 +87,10 @@ def test_a_tied_embedding_stands_in_one_group_once():
 
 def test_multipliers_scale_the_rate_of_their_component():
     config = tiny_config()
-    config.optimizer.multipliers, config.optimizer.eps = MultipliersConfig(base=1.0, router=5.0, prior=0.25), 1e-20
+    config.optimizer.multipliers, config.optimizer.eps = (
+        MultipliersConfig(base=1.0, router=5.0, prior=0.25),
+        1e-20,
+    )
     network = make_network(config, dtype=torch.float32)
     optimizer = make_optimizer(network, config.optimizer)
     set_learning_rate(optimizer, 2e-3)
@@ -104,6 +120,7 @@ def test_the_optimizer_takes_its_numbers_from_the_configuration():
 
 # ---- learning rate -------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
 def test_the_warm_up_rises_in_equal_steps_to_the_full_rate(name):
     rates = schedule(name)
@@ -118,11 +135,12 @@ def test_the_last_step_runs_at_the_least_rate(name):
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
-@pytest.mark.parametrize("changes", [
-    {}, {"warmup_iterations": 0}, {"decay_iterations": 17}, {"iterations": 3}, {"iterations": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"warmup_iterations": 0}, {"decay_iterations": 17}, {"iterations": 3}, {"iterations": 1}]
+)
 def test_after_the_warm_up_the_rate_never_rises_nor_leaves_its_bounds(name, changes):
     rates = schedule(name, **changes)
-    after = rates[changes.get("warmup_iterations", 10):]
+    after = rates[changes.get("warmup_iterations", 10) :]
     assert all(b <= a + 1e-18 for a, b in pairwise(after))
     assert all(LEAST - 1e-18 <= rate <= RATE + 1e-18 for rate in after)
     assert all(0 < rate <= RATE for rate in rates)
@@ -130,7 +148,7 @@ def test_after_the_warm_up_the_rate_never_rises_nor_leaves_its_bounds(name, chan
 
 def test_cosine_is_half_way_down_in_the_middle():
     rates = schedule("cosine")
-    assert rates[29] == pytest.approx((RATE + LEAST) / 2)       # 20 of the 40 steps behind the warm-up
+    assert rates[29] == pytest.approx((RATE + LEAST) / 2)  # 20 of the 40 steps behind the warm-up
     assert rates[19] == pytest.approx(LEAST + (RATE - LEAST) * (1 + math.cos(math.pi / 4)) / 2)
 
 
@@ -146,8 +164,10 @@ def test_constant_stays():
 @pytest.mark.parametrize(("decay", "length"), [(None, 5), (12, 12)])
 def test_wsd_is_stable_and_then_falls_in_equal_steps(decay, length):
     rates = schedule("wsd", decay_iterations=decay)
-    assert rates[9:50 - length] == [RATE] * (41 - length)
-    assert [a - b for a, b in pairwise(rates[-length - 1:])] == pytest.approx([(RATE - LEAST) / length] * length)
+    assert rates[9 : 50 - length] == [RATE] * (41 - length)
+    assert [a - b for a, b in pairwise(rates[-length - 1 :])] == pytest.approx(
+        [(RATE - LEAST) / length] * length
+    )
 
 
 def test_a_wsd_decay_longer_than_the_run_starts_behind_the_warm_up():
@@ -156,12 +176,13 @@ def test_a_wsd_decay_longer_than_the_run_starts_behind_the_warm_up():
 
 # ---- clipping ------------------------------------------------------------------------------------
 
+
 def marked_module(scale: float) -> nn.Module:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 3))
     for number, param in enumerate(module.parameters()):
         param.tensor_model_parallel = number % 2 == 0
-        if number < 5:                           # the last stays without a gradient
+        if number < 5:  # the last stays without a gradient
             param.grad = torch.randn_like(param) * scale
     return module
 

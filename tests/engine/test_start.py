@@ -7,7 +7,15 @@ import torch
 
 from tests.crew import METHOD
 
-UNNEEDED = ("torch._inductor.compile_fx", "transformers", "tensorboard", "tokenizers", "sentencepiece", "pyarrow", "matplotlib")
+UNNEEDED = (
+    "torch._inductor.compile_fx",
+    "transformers",
+    "tensorboard",
+    "tokenizers",
+    "sentencepiece",
+    "pyarrow",
+    "matplotlib",
+)
 """torch's compiler; what conversion, curves and data preparation need."""
 
 
@@ -46,5 +54,10 @@ def test_torch_compile_is_passed_over_in_every_form_and_then_back():
 
     compiles = torch.compile
     with without_compiler():
-        assert torch.compile(double) is torch.compile(double, dynamic=True) is torch.compile(mode="default")(double) is double
+        assert (
+            torch.compile(double)
+            is torch.compile(double, dynamic=True)
+            is torch.compile(mode="default")(double)
+            is double
+        )
     assert torch.compile is compiles

@@ -35,9 +35,10 @@ def test_an_inner_part_interrupts_the_outer(clock):
         with clock.part("optimizer"):
             clock.spend(6000)
     assert library.all_reduce is original
-    assert clock.read() == pytest.approx({"data": 0, "forward": 6, "backward": 0, "communication": 530, "optimizer": 6000,
-                                          "other": 1})
-    assert clock.read() == {}                       # once
+    assert clock.read() == pytest.approx(
+        {"data": 0, "forward": 6, "backward": 0, "communication": 530, "optimizer": 6000, "other": 1}
+    )
+    assert clock.read() == {}  # once
 
 
 def test_parts_add_up_to_the_step():
@@ -106,4 +107,11 @@ def test_on_a_stream_only_reading_waits(monkeypatch):
     with clock.measuring(), clock.part("backward"), clock.part("communication"):
         pass
     assert not waited
-    assert clock.read() == {"data": 0, "forward": 0, "backward": 2 + 8, "communication": 4, "optimizer": 0, "other": 1 + 16}
+    assert clock.read() == {
+        "data": 0,
+        "forward": 0,
+        "backward": 2 + 8,
+        "communication": 4,
+        "optimizer": 0,
+        "other": 1 + 16,
+    }

@@ -20,10 +20,20 @@ def test_the_object_of_a_model_that_diverged_is_json(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    result = {"topk": math.nan, "causal": 1e4, "tokens": 24, "bits_per_byte": None,
-              "perplexity": {"topk": math.nan, "causal": math.inf}}
+    result = {
+        "topk": math.nan,
+        "causal": 1e4,
+        "tokens": 24,
+        "bits_per_byte": None,
+        "perplexity": {"topk": math.nan, "causal": math.inf},
+    }
     monkeypatch.setattr(tool, "evaluate", lambda *args, **options: result)
     assert tool.main(["--checkpoint", "run", "--data", "set", "--json"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    assert json.loads(line) == {"topk": None, "causal": 1e4, "tokens": 24, "bits_per_byte": None,
-                                "perplexity": {"topk": None, "causal": None}}
+    assert json.loads(line) == {
+        "topk": None,
+        "causal": 1e4,
+        "tokens": 24,
+        "bits_per_byte": None,
+        "perplexity": {"topk": None, "causal": None},
+    }

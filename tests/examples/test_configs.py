@@ -15,9 +15,15 @@ from tests.tiny import ROOT
 
 EXAMPLES = ROOT / "examples"
 INDEX = (EXAMPLES / "README.md").read_text()
-CONFIGS = sorted(path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.yaml")
-                 if path.parent.name not in ("bases", "tasks"))
-ON_A_CPU = {"quickstart/config.yaml": ["model.vocab_size=4096"], "study/config.yaml": ["model.vocab_size=4096"]}
+CONFIGS = sorted(
+    path.relative_to(EXAMPLES).as_posix()
+    for path in EXAMPLES.rglob("*.yaml")
+    if path.parent.name not in ("bases", "tasks")
+)
+ON_A_CPU = {
+    "quickstart/config.yaml": ["model.vocab_size=4096"],
+    "study/config.yaml": ["model.vocab_size=4096"],
+}
 """With what their tokenizers add."""
 
 
@@ -36,8 +42,15 @@ def table(first_column: str, second_column: str) -> list[list[str]]:
 
 
 MODELS, LAYOUTS = table("configuration", "model"), table("configuration", "GPUs")
-RUNS = [Run(name.strip("`"), int(gpus.partition(" x ")[0].replace(",", "")), int(gpus.split()[2]), overrides.strip("`").split())
-        for name, gpus, overrides, *_ in LAYOUTS]
+RUNS = [
+    Run(
+        name.strip("`"),
+        int(gpus.partition(" x ")[0].replace(",", "")),
+        int(gpus.split()[2]),
+        overrides.strip("`").split(),
+    )
+    for name, gpus, overrides, *_ in LAYOUTS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +63,9 @@ def load(run: Run) -> Config:
 
 
 def plan(config: Config, machine: Machine) -> Layout:
-    return lay_out(config, EngineFile(config.deepspeed_config, engine_settings(config)["zero_optimization"]), machine)
+    return lay_out(
+        config, EngineFile(config.deepspeed_config, engine_settings(config)["zero_optimization"]), machine
+    )
 
 
 def test_the_index_names_each_configuration_and_no_other() -> None:
@@ -68,7 +83,14 @@ def test_the_index_states_each_model_as_it_is() -> None:
         length = config.training.sequence_length
         flops = training_flops(config.model, length)
         share = flops / training_flops(dense_twin(config.model), length)
-        found.append([*row[:2], f"{total_parameters(config.model) / 1e9:.3f}G", f"{flops / length / 1e9:.2f}", f"{share:.1%}"])
+        found.append(
+            [
+                *row[:2],
+                f"{total_parameters(config.model) / 1e9:.3f}G",
+                f"{flops / length / 1e9:.2f}",
+                f"{share:.1%}",
+            ]
+        )
     assert found == MODELS, "the index is to say:\n" + text(found)
 
 
@@ -78,9 +100,18 @@ def test_each_run_fits_its_gpus_and_the_index_states_it_as_the_planner_has_it() 
         layout = plan(load(run), Machine(run.gpus, run.memory_gb))
         assert layout.fits, f"{run} needs {layout.memory.total / GIB:.1f} GiB"
         rate = f"{layout.tokens_per_second / 1e3:,.0f}k" if run.memory_gb == 80 else "-"
-        found.append([*row[:3], f"{layout.tensor} x {layout.pipeline} x {layout.data}", str(layout.zero_stage),
-                      f"{layout.micro_batches} x {layout.micro_batch}", layout.recompute, f"{layout.memory.total / GIB:.1f}",
-                      f"{layout.bubble:.0%}", rate])
+        found.append(
+            [
+                *row[:3],
+                f"{layout.tensor} x {layout.pipeline} x {layout.data}",
+                str(layout.zero_stage),
+                f"{layout.micro_batches} x {layout.micro_batch}",
+                layout.recompute,
+                f"{layout.memory.total / GIB:.1f}",
+                f"{layout.bubble:.0%}",
+                rate,
+            ]
+        )
     assert found == LAYOUTS, "the index is to say:\n" + text(found)
 
 
@@ -114,10 +145,27 @@ def test_twins_differ_in_their_routing_alone() -> None:
             assert twin == dense
 
 
-@pytest.mark.parametrize(("name", "shape"), [
-    ("qwen2.5_0.5b", (896, 24, 14, 2, 4864, 151936)), ("qwen2.5_3b", (2048, 36, 16, 2, 11008, 151936)),
-    ("qwen2.5_7b", (3584, 28, 28, 4, 18944, 152064))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("qwen2.5_0.5b", (896, 24, 14, 2, 4864, 151936)),
+        ("qwen2.5_3b", (2048, 36, 16, 2, 11008, 151936)),
+        ("qwen2.5_7b", (3584, 28, 28, 4, 18944, 152064)),
+    ],
+)
 def test_shapes_are_those_of_qwen(name: str, shape: tuple[int, ...]) -> None:
     model = load_config(EXAMPLES / f"bases/{name}.yaml", ["output_dir=unused"]).model
-    assert (model.hidden_size, model.num_layers, model.num_heads, model.num_kv_heads, model.ffn_size, model.vocab_size) == shape
-    assert (model.qkv_bias, model.tie_embeddings, model.rope_theta, model.norm_eps) == (True, name != "qwen2.5_7b", 1e6, 1e-6)
+    assert (
+        model.hidden_size,
+        model.num_layers,
+        model.num_heads,
+        model.num_kv_heads,
+        model.ffn_size,
+        model.vocab_size,
+    ) == shape
+    assert (model.qkv_bias, model.tie_embeddings, model.rope_theta, model.norm_eps) == (
+        True,
+        name != "qwen2.5_7b",
+        1e6,
+        1e-6,
+    )

@@ -37,17 +37,21 @@ def run(kind: str, folder: Path, names: list[str] | None = None) -> tuple[int, i
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = unittest.TextTestRunner(io.StringIO(), verbosity=0, warnings="ignore").run(suite_of(kind, folder, names))
+        result = unittest.TextTestRunner(io.StringIO(), verbosity=0, warnings="ignore").run(
+            suite_of(kind, folder, names)
+        )
     failures: dict[str, str] = {}
     for test, traceback in result.failures + result.errors:
-        case = getattr(test, "test_case", test)      # a subtest names the test that it belongs to
+        case = getattr(test, "test_case", test)  # a subtest names the test that it belongs to
         failures[case.id().rsplit(".", 1)[-1]] = traceback
     return result.testsRun, len(result.skipped), failures
 
 
 def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kind", help="only this kind")
     parser.add_argument("--test", action="append", help="only this test; may be repeated")
     args = parser.parse_args(argv)
@@ -58,8 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     status = 0
     for kind in [args.kind] if args.kind else list(KINDS):
         ran, skipped, failures = run(kind, folder, args.test)
-        known = {test: reason for test, reason in known_failures(kind).items() if not args.test or test in args.test}
-        print(f"{kind}: {ran} tests, {skipped} do not apply, {len(failures)} fail, {len(known)} of them known", flush=True)
+        known = {
+            test: reason
+            for test, reason in known_failures(kind).items()
+            if not args.test or test in args.test
+        }
+        print(
+            f"{kind}: {ran} tests, {skipped} do not apply, {len(failures)} fail, {len(known)} of them known",
+            flush=True,
+        )
         for test in sorted(failures.keys() - known.keys()):
             print(f"  {test} fails and is not listed:\n{failures[test]}")
             status = 1

@@ -27,7 +27,9 @@ def fetch() -> Path:
     name = folder.parent.name
     archive, unpacked = CACHE / f"{name}.tar.gz", CACHE / f".unpacking-{name}"
     with tarfile.open(archive) as tar:
-        tar.extractall(unpacked, [member for member in tar if member.name.startswith(f"{name}/tests/")], filter="data")
+        tar.extractall(
+            unpacked, [member for member in tar if member.name.startswith(f"{name}/tests/")], filter="data"
+        )
     (unpacked / name).rename(folder.parent)
     unpacked.rmdir()
     archive.unlink()
@@ -36,8 +38,20 @@ def fetch() -> Path:
 
 def download(requirement: str) -> None:
     """The source archive of `requirement` into CACHE."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-binary",
-               "transformers", "--dest", str(CACHE), requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-binary",
+        "transformers",
+        "--dest",
+        str(CACHE),
+        requirement,
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.splitlines() or ["no message"])[-1]

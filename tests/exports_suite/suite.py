@@ -17,7 +17,13 @@ PACKAGE = "transformers_own_tests"
 NOT_SHIPPED = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 """Modules that test_modeling_common imports and the source archive lacks, and the class that it wants of each."""
 
-KINDS = {"dense": "dense", "dtf": "dtf4", "mod": "mod", "dtrnet-token": "dtrnet-token", "dtrnet-expert": "dtrnet-expert"}
+KINDS = {
+    "dense": "dense",
+    "dtf": "dtf4",
+    "mod": "mod",
+    "dtrnet-token": "dtrnet-token",
+    "dtrnet-expert": "dtrnet-expert",
+}
 """Name in the table of known failures: key of LAYOUTS."""
 
 
@@ -50,26 +56,41 @@ class Tester:
 
     def __init__(self, kind: str) -> None:
         self.layer_types, self.routing = LAYOUTS[KINDS[kind]]
-        self.num_hidden_layers = 2      # one dense or decision layer, one routed
+        self.num_hidden_layers = 2  # one dense or decision layer, one routed
 
     def get_config(self) -> MegadynConfig:
         return MegadynConfig(
-            vocab_size=self.vocab_size, hidden_size=self.hidden_size, intermediate_size=48,
-            num_hidden_layers=self.num_hidden_layers, num_attention_heads=self.num_attention_heads, num_key_value_heads=2,
-            max_position_embeddings=128, routed_layer_types=self.layer_types[:self.num_hidden_layers], routing=self.routing,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            routed_layer_types=self.layer_types[: self.num_hidden_layers],
+            routing=self.routing,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MegadynConfig, dict[str, Any]]:
         tokens = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length))
-        mask = torch.ones_like(tokens).tril(0)       # the last tokens of a row are padding, as transformers' own testers have it
+        # the last tokens of a row are padding, as transformers' own testers have it
+        mask = torch.ones_like(tokens).tril(0)
         return self.get_config(), {"input_ids": tokens, "attention_mask": mask}
 
 
 def suite_of(kind: str, folder: Path, names: list[str] | None = None) -> unittest.TestSuite:
     """All tests for one kind, or those named."""
     common = common_tests(folder)
-    case = type(f"Conformance_{kind}", (common.ModelTesterMixin, unittest.TestCase), {
-        "all_model_classes": (MegadynModel, MegadynForCausalLM),
-        "setUp": lambda self: setattr(self, "model_tester", Tester(kind))})
+    case = type(
+        f"Conformance_{kind}",
+        (common.ModelTesterMixin, unittest.TestCase),
+        {
+            "all_model_classes": (MegadynModel, MegadynForCausalLM),
+            "setUp": lambda self: setattr(self, "model_tester", Tester(kind)),
+        },
+    )
     names = names or unittest.TestLoader().getTestCaseNames(case)
     return unittest.TestSuite(case(name) for name in names)

@@ -19,8 +19,11 @@ LOSSES = Path(__file__).with_name("losses.json")
 
 def machine() -> dict[str, str]:
     """What bits of a float32 result depend on, besides the program."""
-    return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine()}
+    return {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+    }
 
 
 def losses(kind: str) -> list[float]:
@@ -38,7 +41,9 @@ def losses(kind: str) -> list[float]:
 def main(kinds: list[str]) -> None:
     known: dict[str, Any] = json.loads(LOSSES.read_text()) if kinds else {"losses": {}}
     if kinds and known["made_on"] != machine():
-        raise SystemExit(f"{LOSSES.name} was made on {known['made_on']}, this is {machine()}: make all kinds anew")
+        raise SystemExit(
+            f"{LOSSES.name} was made on {known['made_on']}, this is {machine()}: make all kinds anew"
+        )
     made = {kind: [loss.hex() for loss in losses(kind)] for kind in kinds or (KINDS | VARIANTS)}
     LOSSES.write_text(json.dumps({"made_on": machine(), "losses": known["losses"] | made}, indent=1) + "\n")
 

@@ -14,12 +14,25 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tests.hf.tiny_models import MAIN_KINDS, ROUTED, random_tokens, set_thresholds, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")     # peft asks by the old name
+# peft asks by the old name
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 TEXT = random_tokens(4, 24, seed=3)
-BLOCK = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-CHOOSING = {"dense": set(), "dtf_decision": {"prior.gate_proj", "prior.up_proj", "prior.down_proj"}, "dtf_dynamic": set(),
-            "mod": {"router"}, "dtrnet": {"router.fc1", "router.fc2"}}
+BLOCK = {
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+}
+CHOOSING = {
+    "dense": set(),
+    "dtf_decision": {"prior.gate_proj", "prior.up_proj", "prior.down_proj"},
+    "dtf_dynamic": set(),
+    "mod": {"router"},
+    "dtrnet": {"router.fc1", "router.fc2"},
+}
 """Linear layers that help to choose tokens, by the type of layer."""
 
 
@@ -37,14 +50,22 @@ def load(folder: Path, **options: object):
 
 def linear_layers(config, chooses: bool = True) -> set[str]:
     """Names of the linear layers that a model has, those that help to choose tokens included or not."""
-    return {f"model.layers.{i}.{name}" for i, kind in enumerate(config.routed_layer_types)
-            for name in BLOCK | (CHOOSING[kind] if chooses else set())}
+    return {
+        f"model.layers.{i}.{name}"
+        for i, kind in enumerate(config.routed_layer_types)
+        for name in BLOCK | (CHOOSING[kind] if chooses else set())
+    }
 
 
 def test_lora_of_the_blocks_alone(folder: Path) -> None:
-    model = get_peft_model(load(folder), LoraConfig(task_type="CAUSAL_LM", target_modules=r".*(self_attn|mlp)\..*_proj"))
-    adapted = {re.sub(r".*(model\.layers.*)\.lora_.*", r"\1", name) for name, parameter in model.named_parameters()
-               if parameter.requires_grad}
+    model = get_peft_model(
+        load(folder), LoraConfig(task_type="CAUSAL_LM", target_modules=r".*(self_attn|mlp)\..*_proj")
+    )
+    adapted = {
+        re.sub(r".*(model\.layers.*)\.lora_.*", r"\1", name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert adapted == linear_layers(model.config, chooses=False)
 
 
@@ -71,10 +92,14 @@ def test_lora_learns_merges_and_reloads(folder: Path, tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
-    assert all(parameter.abs().sum() > 0 for name, parameter in trained.items() if "lora_B" in name)      # zeros at first
-    after = {name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
-             for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    assert_close(after, before, rtol=0, atol=0)      # buffers too: thresholds
+    # zeros at first
+    assert all(parameter.abs().sum() > 0 for name, parameter in trained.items() if "lora_B" in name)
+    after = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    assert_close(after, before, rtol=0, atol=0)  # buffers too: thresholds
 
     model.eval()
     with torch.no_grad():
@@ -95,7 +120,9 @@ def test_lora_learns_merges_and_reloads(folder: Path, tmp_path: Path) -> None:
 def test_int8_blocks_and_exact_routers(folder: Path) -> None:
     whole = load(folder)
     quantised = torch.ao.quantization.quantize_dynamic(whole, {torch.nn.Linear}, dtype=torch.qint8)
-    changed = {name for name, module in quantised.named_modules() if "quantized.dynamic" in type(module).__module__}
+    changed = {
+        name for name, module in quantised.named_modules() if "quantized.dynamic" in type(module).__module__
+    }
     routers = {name for name in linear_layers(whole.config) if ".router" in name}
     assert changed == linear_layers(whole.config) - routers | {"lm_head"}
     wanted, found = (model(TEXT, labels=TEXT, output_routing=True) for model in (whole, quantised))
@@ -112,4 +139,6 @@ def test_quantizers_of_transformers_pass_the_routers_by(folder: Path) -> None:
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name for name in linear if not should_convert_module(name, skipped)} == {
-        "lm_head", *(name for name in linear if ".router" in name)}
+        "lm_head",
+        *(name for name in linear if ".router" in name),
+    }

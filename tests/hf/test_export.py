@@ -42,17 +42,29 @@ def held_out() -> torch.Tensor:
 def random_qwen2(folder: Path) -> None:
     """A random Qwen2, and beside it copies that lack a tensor and have one too many."""
     torch.manual_seed(3)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=24, tie_word_embeddings=False, initializer_range=0.2, use_sliding_window=False)).eval()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=24,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+            use_sliding_window=False,
+        )
+    ).eval()
     for name, param in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(param, std=0.2)       # zeros at first, which would hide a lost bias
+            torch.nn.init.normal_(param, std=0.2)  # zeros at first, which would hide a lost bias
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    for case, changed in (("missing", {k: v for k, v in tensors.items() if k != "model.layers.2.mlp.up_proj.weight"}),
-                          ("unexpected", tensors | {"model.layers.0.extra.weight": torch.ones(2)})):
+    for case, changed in (
+        ("missing", {k: v for k, v in tensors.items() if k != "model.layers.2.mlp.up_proj.weight"}),
+        ("unexpected", tensors | {"model.layers.0.extra.weight": torch.ones(2)}),
+    ):
         (folder.parent / case).mkdir()
         (folder.parent / case / "config.json").write_bytes((folder / "config.json").read_bytes())
         save_file(changed, folder.parent / case / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +144,9 @@ def exported(request: pytest.FixtureRequest, trained: tuple[Path, dict[str, Any]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_engine_agrees_with_the_oracle(exported: tuple[str, Path], mode: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_engine_agrees_with_the_oracle(
+    exported: tuple[str, Path], mode: str, trained: tuple[Path, dict[str, Any]]
+) -> None:
     name, folder = exported
     samples = held_out().numpy()
     want = oracle_loss(folder, samples[:, :-1], samples[:, 1:], mode=mode)
@@ -147,7 +161,9 @@ def test_exported_model_agrees_with_the_oracle(exported: tuple[str, Path], mode:
     tokens = held_out()[:, :-1]
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits
-    np.testing.assert_allclose(logits.double().numpy(), oracle_logits(folder, tokens.numpy(), mode=mode), atol=2e-4)
+    np.testing.assert_allclose(
+        logits.double().numpy(), oracle_logits(folder, tokens.numpy(), mode=mode), atol=2e-4
+    )
 
 
 def test_routing_modes_differ(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -184,7 +200,8 @@ def test_qwen2_read_by_us_gives_its_logits(trained: tuple[Path, dict[str, Any]])
     want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
     for layout in ("2 x 1", "1 x 2"):
         assert losses[f"qwen2 at {layout}"]["topk"] == pytest.approx(want, rel=1e-5)
-    assert losses["upcycled"]["topk"] != pytest.approx(want, rel=1e-3)      # routed: half the tokens skip half the layers
+    # routed: half the tokens skip half the layers
+    assert losses["upcycled"]["topk"] != pytest.approx(want, rel=1e-3)
 
 
 def test_a_run_started_from_our_export_is_that_model(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -209,26 +226,31 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     return folder / "bytes", len(texts), len("".join(texts).encode())
 
 
-def test_evaluation_at_any_topology(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path) -> None:
+def test_evaluation_at_any_topology(
+    trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path
+) -> None:
     """Loss, perplexity and bits per byte of checkpoints of two ranks, by tensor and by pipeline, and of an export."""
     prefix, documents, size = text
     folder = trained[0] / "dtf-tensor" / "iteration-00000006"
     export(folder, tmp_path / "hf")
     stream = torch.from_numpy(IndexedDataset(prefix).tokens[:].astype(np.int64))
-    samples = stream[:len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24).numpy()
+    samples = stream[: len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24).numpy()
     for path in (folder, trained[0] / "dtf-pipeline" / "iteration-00000006", tmp_path / "hf"):
         found = evaluate(path, prefix, modes=MODES, batch_size=2)
         assert found["tokens"] == samples[:, 1:].size > 7 * 24
         for mode in MODES:
             loss = oracle_loss(tmp_path / "hf", samples[:, :-1], samples[:, 1:], mode=mode)
             assert found[mode] == pytest.approx(loss, rel=1e-5)
-            assert found["perplexity"][mode] == pytest.approx(2.718281828459045 ** loss, rel=1e-4)
-            assert found["bits_per_byte"][mode] == pytest.approx(loss / 0.6931471805599453 * (size + documents) / size, rel=1e-5)
+            assert found["perplexity"][mode] == pytest.approx(2.718281828459045**loss, rel=1e-4)
+            assert found["bits_per_byte"][mode] == pytest.approx(
+                loss / 0.6931471805599453 * (size + documents) / size, rel=1e-5
+            )
         assert found["topk"] != pytest.approx(found["causal"], rel=1e-4)
 
 
-def test_export_of_a_masked_run_is_scored_with_the_mask(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],
-                                                        tmp_path: Path) -> None:
+def test_export_of_a_masked_run_is_scored_with_the_mask(
+    trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path
+) -> None:
     """By tools/evaluate.py, and by the exported model itself: as the checkpoint is."""
     checkpoint, folder = trained[0] / MASKED / "iteration-00000006", tmp_path / "hf"
     export(checkpoint, folder)
@@ -237,7 +259,7 @@ def test_export_of_a_masked_run_is_scored_with_the_mask(trained: tuple[Path, dic
     wanted = evaluate(checkpoint, text[0], modes=MODES)
     found = evaluate(folder, text[0], modes=MODES)
     stream = torch.from_numpy(IndexedDataset(text[0]).tokens[:].astype(np.int64))
-    samples = stream[:len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24)
+    samples = stream[: len(stream) - (len(stream) - 1) % 24].unfold(0, 25, 24)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     for mode in MODES:
         assert found[mode] == pytest.approx(wanted[mode], rel=1e-6)
@@ -253,10 +275,18 @@ def test_export_of_a_masked_run_is_scored_with_the_mask(trained: tuple[Path, dic
         evaluate(folder, text[0], modes=MODES)
 
 
-def test_dataset_of_another_tokenizer_is_refused(trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int],
-                                                 tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dataset_of_another_tokenizer_is_refused(
+    trained: tuple[Path, dict[str, Any]],
+    text: tuple[Path, int, int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """By a checkpoint and by its export; where the tokenizer cannot be told, the log says so."""
-    checkpoint, hf, prefix = trained[0] / "dense-tensor" / "iteration-00000006", tmp_path / "hf", tmp_path / "other"
+    checkpoint, hf, prefix = (
+        trained[0] / "dense-tensor" / "iteration-00000006",
+        tmp_path / "hf",
+        tmp_path / "other",
+    )
     export(checkpoint, hf)
     for suffix in ("bin", "idx"):
         shutil.copy(f"{text[0]}.{suffix}", f"{prefix}.{suffix}")
@@ -280,14 +310,29 @@ def tool_named(name: str) -> ModuleType:
 
 
 def test_bits_per_byte_need_a_record_of_the_bytes(
-        trained: tuple[Path, dict[str, Any]], text: tuple[Path, int, int], tmp_path: Path,
-        capsys: pytest.CaptureFixture[str]) -> None:
+    trained: tuple[Path, dict[str, Any]],
+    text: tuple[Path, int, int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tool = tool_named("evaluate")
     for suffix in ("bin", "idx"):
         shutil.copy(f"{text[0]}.{suffix}", tmp_path / f"bare.{suffix}")
     checkpoint = str(trained[0] / "dense-tensor")
     for prefix, known in ((text[0], True), (tmp_path / "bare", False)):
-        tool.main(["--checkpoint", checkpoint, "--data", str(prefix), "--routing", "causal", "--samples", "2", "--json"])
+        tool.main(
+            [
+                "--checkpoint",
+                checkpoint,
+                "--data",
+                str(prefix),
+                "--routing",
+                "causal",
+                "--samples",
+                "2",
+                "--json",
+            ]
+        )
         out = capsys.readouterr().out
         assert ("bits per byte: not known" not in out) == (" bits per byte\n" in out) == known
         assert (json.loads(out.splitlines()[-1])["bits_per_byte"] is not None) == known
@@ -303,32 +348,59 @@ def test_export_has_a_card_and_its_generation_settings(exported: tuple[str, Path
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == 256
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {path.name for path in folder.glob("*.safetensors")}
-    assert sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values()) == (
-        index["metadata"]["total_size"])
+    assert (
+        sum(tensor.nbytes for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
+        == (index["metadata"]["total_size"])
+    )
 
 
 @pytest.mark.parametrize(("layout", "style"), [("dtf-pipeline", "megadyn"), ("dense-tensor", "qwen2")])
-def test_code_of_the_card_runs(trained: tuple[Path, dict[str, Any]], tmp_path: Path, layout: str, style: str,
-                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_of_the_card_runs(
+    trained: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    layout: str,
+    style: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     export(trained[0] / layout / "iteration-00000006", tmp_path / "out", style=style)
     code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
     exec(code, {"FOLDER": str(tmp_path / "out")})
     assert capsys.readouterr().out.startswith("Once")
 
 
-@pytest.mark.parametrize(("size", "fewest"), [("0.04MB", 3), ("39KiB", 3), ("1GB", 1), ("40000", 3), ("0", 0), ("5 pages", 0)])
-def test_size_of_shards(trained: tuple[Path, dict[str, Any]], tmp_path: Path, size: str, fewest: int,
-                        capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("size", "fewest"), [("0.04MB", 3), ("39KiB", 3), ("1GB", 1), ("40000", 3), ("0", 0), ("5 pages", 0)]
+)
+def test_size_of_shards(
+    trained: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    size: str,
+    fewest: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     checkpoint = trained[0] / "dense-tensor"
-    args = ["to-hf", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--max-shard-size", size]
+    args = [
+        "to-hf",
+        "--checkpoint",
+        str(checkpoint),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-shard-size",
+        size,
+    ]
     assert run_tool(lambda: tool_named("convert_checkpoint").main(args)) == (0 if fewest else 2)
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) >= fewest
-    assert fewest < 3 or max(sum(tensor.nbytes for tensor in load_file(path).values()) for path in files) <= 40_000
+    assert (
+        fewest < 3
+        or max(sum(tensor.nbytes for tensor in load_file(path).values()) for path in files) <= 40_000
+    )
     assert (capsys.readouterr().err == "") == bool(fewest)
 
 
-def test_only_an_empty_folder_or_an_earlier_export_is_written_over(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_only_an_empty_folder_or_an_earlier_export_is_written_over(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     checkpoint, output = trained[0] / "dense-tensor" / "iteration-00000006", tmp_path / "out"
     output.mkdir()
     export(checkpoint, output)
@@ -342,8 +414,12 @@ def test_only_an_empty_folder_or_an_earlier_export_is_written_over(trained: tupl
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-BROKEN = {"another architecture": "model_type 'gpt2' in config.json: must be one of megadyn, qwen2, llama, mistral",
-          "a missing shard": "model-00002-of-", "a truncated file": "model-00001-of-", "an empty index": "has no weight_map"}
+BROKEN = {
+    "another architecture": "model_type 'gpt2' in config.json: must be one of megadyn, qwen2, llama, mistral",
+    "a missing shard": "model-00002-of-",
+    "a truncated file": "model-00001-of-",
+    "an empty index": "has no weight_map",
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -49,7 +49,7 @@ def test_continues_a_prompt(tool, folder, capsys, routing):
     assert (result["prompt_tokens"], result["new_tokens"]) == (3, 6)
     if routing == "causal":
         everything, some = result["cached_tokens"][:2]
-        assert everything == 8      # the last new token is not run
+        assert everything == 8  # the last new token is not run
         assert some < 8
     else:
         assert result["cached_tokens"] is None
@@ -63,7 +63,9 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
     (broken / "model.safetensors").write_bytes(b"not a tensor")
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "attention_bias": False}))
+    (other / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": False, "attention_bias": False})
+    )
     odd = shutil.copytree(folder, tmp_path / "odd")
     (odd / "config.json").write_text(json.dumps(config | {"routing": config["routing"] | {"kind": "mop"}}))
     typed = shutil.copytree(folder, tmp_path / "typed")
@@ -76,7 +78,10 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
         (["--model", wordless, "--prompt", "w1"], "cannot be loaded"),
         (["--model", typed, "--prompt", "w1"], "cannot be loaded"),
         (["--model", odd, "--prompt", "w1"], "routing.kind = 'mop'"),
-        (["--model", other, "--prompt", "w1"], "12 unexpected keys in its weights, e.g. model.layers.0.self_attn.k_proj.bias"),
+        (
+            ["--model", other, "--prompt", "w1"],
+            "12 unexpected keys in its weights, e.g. model.layers.0.self_attn.k_proj.bias",
+        ),
         (["--model", folder, "--prompt", ""], "--prompt is empty"),
         (["--model", folder, "--prompt", "w1", "--max-new-tokens", 128], "more than the model's 128"),
         (["--model", folder, "--prompt", "w1", "--max-new-tokens", 0], "must be at least 1"),

@@ -29,7 +29,7 @@ from tests.hf.tiny_models import (
 )
 
 TOKENS = random_tokens(3, 4 * WINDOW, seed=7)
-LENGTHS = (4 * WINDOW, 4 * WINDOW - 9, 2)     # real tokens of each row when padded
+LENGTHS = (4 * WINDOW, 4 * WINDOW - 9, 2)  # real tokens of each row when padded
 CLOSE = {"atol": 1e-4, "rtol": 0}
 
 
@@ -51,8 +51,19 @@ def padding(side: str) -> torch.Tensor:
 def qwen2_like(model: MegadynForCausalLM) -> Qwen2ForCausalLM:
     """A Qwen2 with the weights of a dense model; q, k and v biases that the model lacks are zero."""
     config = model.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "max_position_embeddings")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "max_position_embeddings",
+    )
     other = Qwen2ForCausalLM(Qwen2Config(**{name: getattr(config, name) for name in names})).eval()
     weights = model.state_dict()
     for name, tensor in other.state_dict().items():
@@ -62,8 +73,18 @@ def qwen2_like(model: MegadynForCausalLM) -> Qwen2ForCausalLM:
     return other
 
 
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": False}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4},
-                                     {"num_key_value_heads": 1, "head_dim": 16}, {"attn_implementation": "eager"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": False},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "head_dim": 16},
+        {"attn_implementation": "eager"},
+    ],
+    ids=str,
+)
 def test_dense_equals_qwen2(changes):
     model = tiny_model("dense", **changes)
     other = qwen2_like(model)
@@ -76,8 +97,11 @@ def test_dense_equals_qwen2(changes):
 
 def test_hidden_states_are_qwen2s():
     model = tiny_model("dense")
-    for ours, theirs in zip(model(TOKENS, output_hidden_states=True).hidden_states,
-                            qwen2_like(model)(TOKENS, output_hidden_states=True).hidden_states, strict=True):
+    for ours, theirs in zip(
+        model(TOKENS, output_hidden_states=True).hidden_states,
+        qwen2_like(model)(TOKENS, output_hidden_states=True).hidden_states,
+        strict=True,
+    ):
         assert_close(ours, theirs, **CLOSE)
 
 
@@ -93,7 +117,9 @@ def test_all_tokens_with_unit_gate_is_dense(kind, normalization, mode):
         if layer_type == "dtf_decision":
             layer.router.forward = lambda static, change, average: torch.full_like(static, 99.0)
         elif layer_type == "mod":
-            layer.router.forward = lambda h: torch.full_like(h[..., :1], 1.0 if kind == "mod-identity" else 99.0)
+            layer.router.forward = lambda h: torch.full_like(
+                h[..., :1], 1.0 if kind == "mod-identity" else 99.0
+            )
         elif layer_type == "dtrnet":
             layer.router.fc2.bias.copy_(torch.tensor([999.0, -999.0]))
         if hasattr(layer, "causal_router") and kind != "dtrnet-token":
@@ -105,14 +131,26 @@ def test_all_tokens_with_unit_gate_is_dense(kind, normalization, mode):
 def test_columns_that_each_part_of_a_routed_layer_computes(kind):
     model = tiny_model(kind)
     layer, columns = model.model.layers[3], {}
-    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"):
+    for part in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.up_proj",
+    ):
         layer.get_submodule(part).register_forward_hook(
-            lambda _, inputs, __, part=part: columns.update({part: inputs[0].shape[1]}))
+            lambda _, inputs, __, part=part: columns.update({part: inputs[0].shape[1]})
+        )
     chosen = int(model(TOKENS, output_routing=True).routing[3].sum(1).max())
     assert 2 < chosen < TOKENS.shape[1]
     rest = TOKENS.shape[1] if kind == "dtrnet-token" else chosen
-    assert columns == {"self_attn.q_proj": chosen, "self_attn.k_proj": chosen, "self_attn.v_proj": rest,
-                       "self_attn.o_proj": rest, "mlp.up_proj": rest}
+    assert columns == {
+        "self_attn.q_proj": chosen,
+        "self_attn.k_proj": chosen,
+        "self_attn.v_proj": rest,
+        "self_attn.o_proj": rest,
+        "mlp.up_proj": rest,
+    }
 
 
 # ---- cache ---------------------------------------------------------------------------------------
@@ -121,11 +159,23 @@ def test_columns_that_each_part_of_a_routed_layer_computes(kind):
 STEPS = {"prefill": [12] + [1] * 16, "single": [1] * 28, "chunks": [5, 1, 9, 13]}
 
 
-@pytest.mark.parametrize(("kind", "normalization", "side", "steps"), [
-    *((kind, "pre", side, steps) for kind in MAIN_KINDS for side in ("none", "left", "right") for steps in STEPS),
-    *((kind, "pre", "left", "chunks") for kind in KINDS if kind not in MAIN_KINDS),
-    *((kind, normalization, "left", "chunks") for kind in MAIN_KINDS for normalization in ("lns", "hybridnorm")),
-])
+@pytest.mark.parametrize(
+    ("kind", "normalization", "side", "steps"),
+    [
+        *(
+            (kind, "pre", side, steps)
+            for kind in MAIN_KINDS
+            for side in ("none", "left", "right")
+            for steps in STEPS
+        ),
+        *((kind, "pre", "left", "chunks") for kind in KINDS if kind not in MAIN_KINDS),
+        *(
+            (kind, normalization, "left", "chunks")
+            for kind in MAIN_KINDS
+            for normalization in ("lns", "hybridnorm")
+        ),
+    ],
+)
 def test_cached_decoding_equals_one_forward(kind, normalization, side, steps):
     model = tiny_model(kind, normalization=normalization)
     mask = torch.ones_like(TOKENS) if side == "none" else padding(side)
@@ -145,7 +195,9 @@ def test_skipped_tokens_leave_nothing_in_the_cache(kind):
     mask = padding("left")
     output = model(TOKENS, mask, output_routing=True)
     cache = output.past_key_values
-    layers = zip(model.config.routed_layer_types, cache.layers, output.routing, cache.tokens_per_layer(), strict=True)
+    layers = zip(
+        model.config.routed_layer_types, cache.layers, output.routing, cache.tokens_per_layer(), strict=True
+    )
     for layer_type, layer, processed, held in layers:
         assert held == processed.sum(1).tolist()
         assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
@@ -177,7 +229,9 @@ def test_generate(kind):
     with_cache = model.generate(TOKENS, **greedy, return_dict_in_generate=True)
     assert torch.equal(with_cache.sequences, model.generate(TOKENS, **greedy, use_cache=False))
     assert isinstance(with_cache.past_key_values, MegadynCache)
-    beams = [model.generate(TOKENS, **greedy, num_beams=3, use_cache=use_cache) for use_cache in (True, False)]
+    beams = [
+        model.generate(TOKENS, **greedy, num_beams=3, use_cache=use_cache) for use_cache in (True, False)
+    ]
     assert torch.equal(*beams)
     sampling = greedy | {"do_sample": True, "top_p": 0.9, "temperature": 0.7, "num_return_sequences": 2}
     torch.manual_seed(0)
@@ -190,7 +244,9 @@ def test_generate(kind):
 def test_generate_goes_on_from_a_cache():
     model = tiny_model("dtf4")
     first = model.generate(TOKENS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    then = model.generate(first.sequences, max_new_tokens=4, do_sample=False, past_key_values=first.past_key_values)
+    then = model.generate(
+        first.sequences, max_new_tokens=4, do_sample=False, past_key_values=first.past_key_values
+    )
     assert torch.equal(then, model.generate(TOKENS, max_new_tokens=8, do_sample=False))
 
 
@@ -220,7 +276,9 @@ def test_causal_mode_does_not_see_the_future(kind):
         assert not torch.allclose(after[:, t], before[:, t], atol=1e-2)
 
 
-@pytest.mark.parametrize(("kind", "normalization"), [*((kind, "pre") for kind in KINDS), ("dtrnet-token", "hybridnorm")])
+@pytest.mark.parametrize(
+    ("kind", "normalization"), [*((kind, "pre") for kind in KINDS), ("dtrnet-token", "hybridnorm")]
+)
 @pytest.mark.parametrize("mode", ["causal", "topk"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_rows_are_as_alone(side, mode, kind, normalization):
@@ -228,7 +286,7 @@ def test_padded_rows_are_as_alone(side, mode, kind, normalization):
     mask = padding(side).bool()
     together = model(TOKENS, mask, output_routing=True)
     for row in range(len(TOKENS)):
-        alone = model(TOKENS[row:row + 1, mask[row]], output_routing=True)
+        alone = model(TOKENS[row : row + 1, mask[row]], output_routing=True)
         assert_close(together.logits[row, mask[row]], alone.logits[0], **CLOSE)
         for ours, theirs in zip(together.routing, alone.routing, strict=True):
             assert torch.equal(ours[row, mask[row]], theirs[0])
@@ -280,11 +338,17 @@ def test_topk_ties_go_to_the_first():
 
 def test_topk_refuses_a_cache():
     model = tiny_model("dtf4", routing_mode="topk")
-    for refused in (lambda: model(TOKENS, use_cache=True), lambda: model(TOKENS, past_key_values=MegadynCache(4)),
-                    lambda: model.generate(TOKENS, max_new_tokens=2)):
+    for refused in (
+        lambda: model(TOKENS, use_cache=True),
+        lambda: model(TOKENS, past_key_values=MegadynCache(4)),
+        lambda: model.generate(TOKENS, max_new_tokens=2),
+    ):
         with pytest.raises(ValueError, match="'topk' looks at the whole sequence.*use_cache=False"):
             refused()
-    assert model.generate(TOKENS, max_new_tokens=2, do_sample=False, use_cache=False).shape[1] == TOKENS.shape[1] + 2
+    assert (
+        model.generate(TOKENS, max_new_tokens=2, do_sample=False, use_cache=False).shape[1]
+        == TOKENS.shape[1] + 2
+    )
 
 
 def test_unknown_mode_set_later_is_refused():
@@ -297,11 +361,20 @@ def test_unknown_mode_set_later_is_refused():
 # ---- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")      # its new name is not in all of 5.x
+# its new name is not in all of 5.x
+@pytest.mark.filterwarnings("ignore:.*checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(("kind", "mode"), [
-    ("dtf4", "causal"), ("dtf4", "topk"), ("mod", "causal"), ("mod-predictor", "causal"), ("dtrnet-token", "causal"),
-    ("dtrnet-expert", "topk")])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("dtf4", "causal"),
+        ("dtf4", "topk"),
+        ("mod", "causal"),
+        ("mod-predictor", "causal"),
+        ("dtrnet-token", "causal"),
+        ("dtrnet-expert", "topk"),
+    ],
+)
 def test_gradient_checkpointing_changes_nothing_and_never_chooses_again(kind, mode, reentrant):
     gradients, choices = [], []
     for checkpointing in (False, True):
@@ -345,7 +418,9 @@ def test_router_stays_float32(tmp_path, kind):
     before = {name: tensor.clone() for name, tensor in model.model.layers.state_dict().items()}
     model.save_pretrained(tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(gate is None or gate.dtype == torch.float32 for gate in model(TOKENS, output_routing=True).gates)
+        assert all(
+            gate is None or gate.dtype == torch.float32 for gate in model(TOKENS, output_routing=True).gates
+        )
     for low in (MegadynForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model.bfloat16()):
         assert low.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
         after = low.model.layers.state_dict()
@@ -359,22 +434,65 @@ def test_weight_names_are_qwen2s_and_the_contracts():
     names = set(tiny_model("dtf5").state_dict())
     assert names >= set(qwen2_like(tiny_model("dense", num_hidden_layers=5)).state_dict())
     extra = names - set(tiny_model("dense", num_hidden_layers=5).state_dict())
-    decision = [f"model.layers.{i}.{name}" for i in (0, 2) for name in (
-        "prior.norm.weight", "prior.gate_proj.weight", "prior.up_proj.weight", "prior.down_proj.weight", "router.beta_ce",
-        "router.beta_cu", "router.ce_log_offset", "router.cu_multiplier")]
-    assert extra == {*decision, "model.layers.1.causal_router.threshold", "model.layers.3.causal_router.threshold"}
+    decision = [
+        f"model.layers.{i}.{name}"
+        for i in (0, 2)
+        for name in (
+            "prior.norm.weight",
+            "prior.gate_proj.weight",
+            "prior.up_proj.weight",
+            "prior.down_proj.weight",
+            "router.beta_ce",
+            "router.beta_cu",
+            "router.ce_log_offset",
+            "router.cu_multiplier",
+        )
+    ]
+    assert extra == {
+        *decision,
+        "model.layers.1.causal_router.threshold",
+        "model.layers.3.causal_router.threshold",
+    }
 
 
-@pytest.mark.parametrize(("kind", "layer", "expected"), [
-    ("dtf-predictor", 2, {"causal_router.fc1.weight": (16, 32), "causal_router.fc2.weight": (1, 16)}),
-    ("mod", 1, {"router.weight": (1, 32), "causal_router.threshold": (1,)}),
-    ("mod-predictor", 1, {"router.weight": (1, 32), "causal_router.fc1.weight": (16, 32), "causal_router.fc2.weight": (1, 16)}),
-    ("mod-bce", 1, {"router.weight": (1, 32)}),
-    ("dtrnet-token", 1, {"router.fc1.weight": (16, 32), "router.fc1.bias": (16,), "router.fc2.weight": (2, 16),
-                         "router.fc2.bias": (2,)}),
-    ("dtrnet-expert", 0, {"router.fc1.weight": (16, 32), "router.fc1.bias": (16,), "router.fc2.weight": (2, 16),
-                          "router.fc2.bias": (2,), "causal_router.threshold": (1,)}),
-])
+@pytest.mark.parametrize(
+    ("kind", "layer", "expected"),
+    [
+        ("dtf-predictor", 2, {"causal_router.fc1.weight": (16, 32), "causal_router.fc2.weight": (1, 16)}),
+        ("mod", 1, {"router.weight": (1, 32), "causal_router.threshold": (1,)}),
+        (
+            "mod-predictor",
+            1,
+            {
+                "router.weight": (1, 32),
+                "causal_router.fc1.weight": (16, 32),
+                "causal_router.fc2.weight": (1, 16),
+            },
+        ),
+        ("mod-bce", 1, {"router.weight": (1, 32)}),
+        (
+            "dtrnet-token",
+            1,
+            {
+                "router.fc1.weight": (16, 32),
+                "router.fc1.bias": (16,),
+                "router.fc2.weight": (2, 16),
+                "router.fc2.bias": (2,),
+            },
+        ),
+        (
+            "dtrnet-expert",
+            0,
+            {
+                "router.fc1.weight": (16, 32),
+                "router.fc1.bias": (16,),
+                "router.fc2.weight": (2, 16),
+                "router.fc2.bias": (2,),
+                "causal_router.threshold": (1,),
+            },
+        ),
+    ],
+)
 def test_weights_of_a_routed_layer(kind, layer, expected):
     got = tiny_model(kind).model.layers[layer].state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in got.items() if "router" in name} == expected
@@ -389,7 +507,8 @@ def test_weights_of_hybridnorm():
     assert shapes("lns") == pre
     assert pre.keys() - hybrid.keys() == {"input_layernorm.weight"}
     assert {name: hybrid[name] for name in hybrid.keys() - pre.keys()} == {
-        f"self_attn.{which}_norm.weight": (8,) for which in "qkv"}
+        f"self_attn.{which}_norm.weight": (8,) for which in "qkv"
+    }
 
 
 WITHOUT_MEGADYN = """
@@ -414,8 +533,14 @@ def test_folder_works_without_megadyn(tmp_path, kind, normalization):
     torch.save(TOKENS, elsewhere / "tokens.pt")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", WITHOUT_MEGADYN, str(folder), "tokens.pt"], cwd=elsewhere, env=environment,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEGADYN, str(folder), "tokens.pt"],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     logits, sequences = torch.load(elsewhere / "tokens.pt")
     assert_close(logits, model(TOKENS).logits)
@@ -428,41 +553,73 @@ def test_folder_works_without_megadyn(tmp_path, kind, normalization):
 TOKEN, EXPERT = LAYOUTS["dtrnet-token"][1], LAYOUTS["dtrnet-expert"][1]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"routing": DTF | {"kind": "moe"}}, "routing.kind = 'moe': must be one of dense, dtf, mod, dtrnet"),
-    ({"routing": DTF | {"causal": "bce"}}, "routing.causal .* = 'bce': must be one of threshold, predictor"),
-    ({"routing": DTF | {"capacity": 0}}, "routing.capacity = 0: must be a number in"),
-    ({"routing": DTF | {"ma_window": 0}}, "routing.ma_window = 0"),
-    ({"routing": MOD | {"capacity": "0.5"}}, "routing.capacity = '0.5': must be a number in"),
-    ({"routing": {"kind": "mod"}}, "routing.capacity is missing"),
-    ({"routing": MOD | {"gate": "score"}}, "routing.gate .* = 'score': must be one of sigmoid, identity"),
-    ({"routing": MOD | {"router_type": "surprise"}}, "routing.router_type .* = 'surprise': must be one of linear"),
-    ({"routing": MOD | {"causal": "token_choice"}}, "must be one of threshold, predictor, bce"),
-    ({"routing": MOD}, "routed_layer_types.0. with routing.kind = mod = 'dtf_decision': must be one of dense, mod"),
-    ({"routing": EXPERT | {"capacity": 2}}, "routing.capacity = 2: must be a number in"),
-    ({"routing": EXPERT | {"causal": "predictor"}}, "routing.causal .* = 'predictor': must be one of threshold"),
-    ({"routing": {"kind": "dtrnet", "router_type": "expert_choice"}}, "routing.capacity is missing.*expert_choice"),
-    ({"routing": TOKEN | {"causal": "threshold"}}, "routing.causal .* = 'threshold': must be one of token_choice"),
-    ({"routing": TOKEN | {"router_type": "linear"}}, "'linear': must be one of token_choice, expert_choice"),
-    ({"routing": TOKEN, "routed_layer_types": ["mod"] * 4}, "'mod': must be one of dense, dtrnet"),
-    ({"routing": {"kind": "dtf", "capacity": 0.5}}, "routing.ma_window is missing"),
-    ({"routing": {"kind": "dense"}}, "routed_layer_types.0. with routing.kind = dense = 'dtf_decision'"),
-    ({"routed_layer_types": ["dense"] * 3}, "routed_layer_types has 3 entries, but num_hidden_layers = 4"),
-    ({"routed_layer_types": ["dtf_decision", "dense", "dense", "dense"]}, "routed_layer_types.1. = 'dense'"),
-    ({"routed_layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
-    ({"routed_layer_types": ["mod"] * 4}, "'mod': must be one of"),
-    ({"normalization": "post"}, "normalization = 'post': must be one of pre, lns, hybridnorm"),
-    ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
-    ({"num_key_value_heads": 3}, "must divide"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routing": DTF | {"kind": "moe"}}, "routing.kind = 'moe': must be one of dense, dtf, mod, dtrnet"),
+        (
+            {"routing": DTF | {"causal": "bce"}},
+            "routing.causal .* = 'bce': must be one of threshold, predictor",
+        ),
+        ({"routing": DTF | {"capacity": 0}}, "routing.capacity = 0: must be a number in"),
+        ({"routing": DTF | {"ma_window": 0}}, "routing.ma_window = 0"),
+        ({"routing": MOD | {"capacity": "0.5"}}, "routing.capacity = '0.5': must be a number in"),
+        ({"routing": {"kind": "mod"}}, "routing.capacity is missing"),
+        ({"routing": MOD | {"gate": "score"}}, "routing.gate .* = 'score': must be one of sigmoid, identity"),
+        (
+            {"routing": MOD | {"router_type": "surprise"}},
+            "routing.router_type .* = 'surprise': must be one of linear",
+        ),
+        ({"routing": MOD | {"causal": "token_choice"}}, "must be one of threshold, predictor, bce"),
+        (
+            {"routing": MOD},
+            "routed_layer_types.0. with routing.kind = mod = 'dtf_decision': must be one of dense, mod",
+        ),
+        ({"routing": EXPERT | {"capacity": 2}}, "routing.capacity = 2: must be a number in"),
+        (
+            {"routing": EXPERT | {"causal": "predictor"}},
+            "routing.causal .* = 'predictor': must be one of threshold",
+        ),
+        (
+            {"routing": {"kind": "dtrnet", "router_type": "expert_choice"}},
+            "routing.capacity is missing.*expert_choice",
+        ),
+        (
+            {"routing": TOKEN | {"causal": "threshold"}},
+            "routing.causal .* = 'threshold': must be one of token_choice",
+        ),
+        (
+            {"routing": TOKEN | {"router_type": "linear"}},
+            "'linear': must be one of token_choice, expert_choice",
+        ),
+        ({"routing": TOKEN, "routed_layer_types": ["mod"] * 4}, "'mod': must be one of dense, dtrnet"),
+        ({"routing": {"kind": "dtf", "capacity": 0.5}}, "routing.ma_window is missing"),
+        ({"routing": {"kind": "dense"}}, "routed_layer_types.0. with routing.kind = dense = 'dtf_decision'"),
+        (
+            {"routed_layer_types": ["dense"] * 3},
+            "routed_layer_types has 3 entries, but num_hidden_layers = 4",
+        ),
+        (
+            {"routed_layer_types": ["dtf_decision", "dense", "dense", "dense"]},
+            "routed_layer_types.1. = 'dense'",
+        ),
+        ({"routed_layer_types": ["dense", "dense", "dense", "dtf_decision"]}, "ends in a dtf_decision"),
+        ({"routed_layer_types": ["mod"] * 4}, "'mod': must be one of"),
+        ({"normalization": "post"}, "normalization = 'post': must be one of pre, lns, hybridnorm"),
+        ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"num_key_value_heads": 3}, "must divide"),
+    ],
+)
 def test_configurations_that_cannot_run_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config("dtf4", **changes)
 
 
 def test_defaults_of_routing():
-    for kind, expected in (("mod", {"gate": "sigmoid", "router_type": "linear", "causal": "threshold"}),
-                           ("dtrnet-token", {"router_type": "token_choice", "causal": "token_choice", "layout": "bilayer"}),
-                           ("dtrnet-expert", {"causal": "threshold"})):
+    for kind, expected in (
+        ("mod", {"gate": "sigmoid", "router_type": "linear", "causal": "threshold"}),
+        ("dtrnet-token", {"router_type": "token_choice", "causal": "token_choice", "layout": "bilayer"}),
+        ("dtrnet-expert", {"causal": "threshold"}),
+    ):
         assert tiny_config(kind).routing.items() >= expected.items()

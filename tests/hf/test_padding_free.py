@@ -40,7 +40,9 @@ def samples() -> list[dict[str, list[int]]]:
 
 def batches() -> dict[str, dict]:
     """The same sequences in each form in which transformers and TRL give them, less the labels."""
-    flattened = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(samples(), return_tensors="pt")
+    flattened = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(
+        samples(), return_tensors="pt"
+    )
     lengths = {"cu_seq_lens_q": flattened["cu_seq_lens_q"], "cu_seq_lens_k": flattened["cu_seq_lens_k"]}
     packing = [{"input_ids": TOKENS[0].tolist(), "seq_lengths": list(LENGTHS)}]
     found = {
@@ -51,9 +53,12 @@ def batches() -> dict[str, dict]:
         "trl padding_free": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(samples()),
         "trl packing": DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(packing),
         "trl packing, padded": DataCollatorForLanguageModeling(
-            pad_token_id=0, return_position_ids=True, pad_to_multiple_of=16)(packing),
+            pad_token_id=0, return_position_ids=True, pad_to_multiple_of=16
+        )(packing),
     }
-    return {name: {key: value for key, value in batch.items() if key != "labels"} for name, batch in found.items()}
+    return {
+        name: {key: value for key, value in batch.items() if key != "labels"} for name, batch in found.items()
+    }
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -66,9 +71,16 @@ def test_sequences_are_as_alone(kind, mode):
         if kind not in MAIN_KINDS and name != "everything":
             continue
         together = model(**batch, output_routing=True)
-        assert_close(together.logits[:, :TOKENS.shape[1]], logits, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            together.logits[:, : TOKENS.shape[1]],
+            logits,
+            **CLOSE,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
         for i, processed in enumerate(together.routing):
-            assert torch.equal(processed[:, :TOKENS.shape[1]], torch.cat([output.routing[i] for output in alone], dim=1)), name
+            assert torch.equal(
+                processed[:, : TOKENS.shape[1]], torch.cat([output.routing[i] for output in alone], dim=1)
+            ), name
     assert (model(TOKENS).logits - logits).abs().max() > 0.1, "without borders the sequences see each other"
 
 
@@ -108,7 +120,8 @@ def test_positions_that_go_on_over_padding_are_one_sequence():
     whole = model(TOKENS[:, kept]).logits
     for positions in (mask.cumsum(1) - 1, torch.arange(TOKENS.shape[1])[None]):
         segments = model.model.context_of_call(
-            torch.zeros(1, TOKENS.shape[1], 32), pack(mask.bool()), TOKENS, positions, None, None, False)[0].tokens.segment_BC
+            torch.zeros(1, TOKENS.shape[1], 32), pack(mask.bool()), TOKENS, positions, None, None, False
+        )[0].tokens.segment_BC
         assert segments is None
     assert_close(model(TOKENS, mask, mask.cumsum(1) - 1).logits[:, kept], whole, **CLOSE)
 
@@ -125,10 +138,11 @@ def test_packed_prefill_goes_on_with_its_last_sequence(kind):
     *before, last = PARTS[:4]
     tokens = torch.cat(before, dim=1)
     for steps in ([len(last[0])], [1] * len(last[0])):
-        cache, parts = model(tokens, position_ids=POSITIONS[:, :tokens.shape[1]]).past_key_values, []
+        cache, parts = model(tokens, position_ids=POSITIONS[:, : tokens.shape[1]]).past_key_values, []
         for i, part in enumerate(last.split(steps, dim=1)):
             start = sum(steps[:i])
-            positions = torch.arange(start, start + part.shape[1])[None] if i == 0 else None      # then they follow by themselves
+            # then they follow by themselves
+            positions = torch.arange(start, start + part.shape[1])[None] if i == 0 else None
             parts.append(model(part, position_ids=positions, past_key_values=cache).logits)
         assert_close(torch.cat(parts, dim=1), model(last).logits, **CLOSE)
 
@@ -139,7 +153,11 @@ def test_packed_prefill_goes_on_with_its_last_sequence(kind):
 def exported(kind: str, norm: str) -> MegadynForCausalLM:
     """The export of the engine's `network(kind, norm, EOD)`, in float64."""
     engine, model = network(kind, norm, EOD), engine_config(kind, normalization=norm).model
-    ours = MegadynForCausalLM(MegadynConfig(**to_hf_config(model, "float64"), **document_fields(EOD))).double().eval()
+    ours = (
+        MegadynForCausalLM(MegadynConfig(**to_hf_config(model, "float64"), **document_fields(EOD)))
+        .double()
+        .eval()
+    )
     weights = {name_of(param): param for param in engine.parameters()}
     for index, threshold in thresholds_of(routed_layers(engine)).items():
         weights[f"model.layers.{index}.causal_router.threshold"] = threshold.value.reshape(1)
@@ -158,7 +176,8 @@ def test_documents_are_the_engines(kind, norm):
         ours.config.routing_mode = mode
         wanted = engine(tokens)
         assert_close(ours(tokens).logits, wanted, atol=1e-7, rtol=0)
-        positions = torch.arange(45)[None]       # as `generate` gives them: they do not start again, and mean one sequence
+        # as `generate` gives them: they do not start again, and mean one sequence
+        positions = torch.arange(45)[None]
         assert_close(ours(tokens, position_ids=positions, use_cache=False).logits, wanted, atol=1e-7, rtol=0)
     ours.config.document_mask = False
     assert (ours(tokens).logits - wanted).abs().max() > 1e-3
@@ -170,10 +189,10 @@ def test_documents_in_a_cache(kind, steps):
     model = exported(kind, "pre")
     tokens = torch.cat([packed((13, 1, 9, 20, 2)), packed((3, 30, 1, 1, 10), seed=1)])
     mask = torch.ones_like(tokens)
-    mask[1, :3] = 0                              # the second row loses its first document to padding
+    mask[1, :3] = 0  # the second row loses its first document to padding
     whole, cache, parts = model(tokens, mask, use_cache=False).logits, None, []
     for end, step in zip(itertools.accumulate(steps), steps, strict=True):
-        output = model(tokens[:, end - step:end], mask[:, :end], past_key_values=cache, use_cache=True)
+        output = model(tokens[:, end - step : end], mask[:, :end], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         parts.append(output.logits)
     assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], atol=1e-7, rtol=0)
@@ -187,7 +206,9 @@ def test_generation_behind_documents(kind):
         greedy = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
         sequences = model.generate(tokens, **greedy)
         assert torch.equal(sequences, model.generate(tokens, **greedy, use_cache=False))
-        assert torch.equal(sequences[:, 14:], model.generate(tokens[:, 14:], **greedy)), "earlier documents are not seen"
+        assert torch.equal(sequences[:, 14:], model.generate(tokens[:, 14:], **greedy)), (
+            "earlier documents are not seen"
+        )
 
 
 def test_topk_counts_over_documents_but_within_sequences():
@@ -199,7 +220,11 @@ def test_topk_counts_over_documents_but_within_sequences():
     apart = model(tokens, position_ids=positions, output_routing=True).routing
     for i in routed:
         assert whole[i].sum() == int(0.4 * 40)
-        assert apart[i].split((20, 20), dim=1)[0].sum() == apart[i].split((20, 20), dim=1)[1].sum() == int(0.4 * 20)
+        assert (
+            apart[i].split((20, 20), dim=1)[0].sum()
+            == apart[i].split((20, 20), dim=1)[1].sum()
+            == int(0.4 * 20)
+        )
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -209,18 +234,33 @@ def running(*lengths: int) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("keywords", "error", "message"), [
-    ({"cu_seq_lens_q": running(3, 4)}, ValueError, "cu_seq_lens_q must rise from 0 to 39"),
-    ({"cu_seq_lens_q": running(39), "cu_seq_lens_k": running(4, 35)}, ValueError, "cu_seq_lens_k differs from cu_seq_lens_q"),
-    ({"cu_seq_lens_q": running(30, 9), "max_length_q": 20}, ValueError, "max_length_q = 20: must be at least 30"),
-    ({"max_length_q": 39}, ValueError, "need cu_seq_lens_q"),
-    ({"cu_seq_lens_q": running(30, 9), "seq_idx": torch.zeros(1, 39)}, ValueError, "must describe the same sequences"),
-    ({"block_tables": 1}, TypeError, "unexpected keyword argument 'block_tables'"),
-    ({"token_type_ids": TOKENS}, TypeError, "unexpected keyword argument 'token_type_ids'"),
-    ({"is_causal": False}, ValueError, "is_causal = False: this model has only True"),
-    ({"output_router_logits": True}, ValueError, "output_router_logits = True"),
-    ({"cache_position": torch.arange(5, 44)}, ValueError, "cache_position: must count from 0"),
-])
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"cu_seq_lens_q": running(3, 4)}, ValueError, "cu_seq_lens_q must rise from 0 to 39"),
+        (
+            {"cu_seq_lens_q": running(39), "cu_seq_lens_k": running(4, 35)},
+            ValueError,
+            "cu_seq_lens_k differs from cu_seq_lens_q",
+        ),
+        (
+            {"cu_seq_lens_q": running(30, 9), "max_length_q": 20},
+            ValueError,
+            "max_length_q = 20: must be at least 30",
+        ),
+        ({"max_length_q": 39}, ValueError, "need cu_seq_lens_q"),
+        (
+            {"cu_seq_lens_q": running(30, 9), "seq_idx": torch.zeros(1, 39)},
+            ValueError,
+            "must describe the same sequences",
+        ),
+        ({"block_tables": 1}, TypeError, "unexpected keyword argument 'block_tables'"),
+        ({"token_type_ids": TOKENS}, TypeError, "unexpected keyword argument 'token_type_ids'"),
+        ({"is_causal": False}, ValueError, "is_causal = False: this model has only True"),
+        ({"output_router_logits": True}, ValueError, "output_router_logits = True"),
+        ({"cache_position": torch.arange(5, 44)}, ValueError, "cache_position: must count from 0"),
+    ],
+)
 def test_keywords_that_would_be_ignored_are_refused(keywords, error, message):
     model = tiny_model("dtf4")
     for asked in (model, model.model):
@@ -231,8 +271,15 @@ def test_keywords_that_would_be_ignored_are_refused(keywords, error, message):
 def test_keywords_that_transformers_passes_are_taken():
     model = tiny_model("dtf4")
     wanted = model(TOKENS, labels=TOKENS)
-    output = model(TOKENS, labels=TOKENS, num_items_in_batch=torch.tensor(100), cache_position=torch.arange(39), is_causal=True,
-                   output_router_logits=False, return_dict=True)
+    output = model(
+        TOKENS,
+        labels=TOKENS,
+        num_items_in_batch=torch.tensor(100),
+        cache_position=torch.arange(39),
+        is_causal=True,
+        output_router_logits=False,
+        return_dict=True,
+    )
     assert_close(output.loss, wanted.loss * 38 / 100)
     shifted = model(TOKENS, shift_labels=TOKENS.roll(-1, 1).index_fill(1, torch.tensor([38]), -100))
     assert_close(shifted.loss, wanted.loss)

@@ -82,8 +82,10 @@ def test_transformers_base_class_reads_the_configuration(kind, tmp_path):
 def test_caches_of_transformers_are_refused_in_a_sentence(kind):
     model = tiny_model(kind)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
-        for asked in (lambda: model(TOKENS, past_key_values=cache),                                      # noqa: B023
-                      lambda: model.generate(TOKENS, past_key_values=cache, max_new_tokens=2)):          # noqa: B023
+        for asked in (
+            lambda: model(TOKENS, past_key_values=cache),  # noqa: B023
+            lambda: model.generate(TOKENS, past_key_values=cache, max_new_tokens=2),  # noqa: B023
+        ):
             with pytest.raises(ValueError, match=f"is a {type(cache).__name__}, which.*makes a MegadynCache"):
                 asked()
     for asked in (lambda: model.generate_batch([[1, 2], [3]]), model.init_continuous_batching):
@@ -125,7 +127,11 @@ def test_attentions_are_asked_for_by_the_configuration_too():
 
 @pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_attentions_that_cannot_be_given_are_refused(kind):
-    reason = "needs attn_implementation = 'eager'" if kind == "dense" else "routed layers attend among different tokens"
+    reason = (
+        "needs attn_implementation = 'eager'"
+        if kind == "dense"
+        else "routed layers attend among different tokens"
+    )
     with pytest.raises(ValueError, match=reason):
         tiny_model(kind)(TOKENS, output_attentions=True)
 
@@ -156,19 +162,35 @@ def test_export_names_its_base_model_and_needs_no_trust_for_its_tokenizer(tmp_pa
     ours = MegadynForCausalLM(MegadynConfig(**to_hf_config(model, "float32")))
     folder = tmp_path / "export"
     folder.mkdir()
-    write_hf_folder(folder, model, ours.state_dict().items(), tokenizer="byte", style="megadyn", dtype="float32",
-                    shard_bytes=10**9)
+    write_hf_folder(
+        folder,
+        model,
+        ours.state_dict().items(),
+        tokenizer="byte",
+        style="megadyn",
+        dtype="float32",
+        shard_bytes=10**9,
+    )
     base = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert type(base).__name__ == "MegadynModel"
     assert_close(base(TOKENS).last_hidden_state, ours.eval().model(TOKENS).last_hidden_state)
     base.save_pretrained(tmp_path / "again")
-    assert AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True).config.auto_map.keys() >= {"AutoModel"}
+    assert AutoModel.from_pretrained(tmp_path / "again", trust_remote_code=True).config.auto_map.keys() >= {
+        "AutoModel"
+    }
     assert AutoTokenizer.from_pretrained(folder)("Grüße")["input_ids"] == list("Grüße".encode())
     assert HfFolder(folder).eod is None
 
 
-@pytest.mark.parametrize(("kind", "routers"), [
-    ("dense", set()), ("dtf4", {"router", "causal_router"}), ("mod-bce", {"router"}), ("dtrnet-token", {"router"})])
+@pytest.mark.parametrize(
+    ("kind", "routers"),
+    [
+        ("dense", set()),
+        ("dtf4", {"router", "causal_router"}),
+        ("mod-bce", {"router"}),
+        ("dtrnet-token", {"router"}),
+    ],
+)
 def test_modules_kept_in_float32_exist(kind, routers):
     model = tiny_model(kind)
     for part in (model, model.model):

@@ -20,8 +20,10 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "mod-predictor": (["dense", "mod", "mod"], MOD | {"causal": "predictor"}),
     "mod-bce": (["dense", "mod", "mod"], MOD | {"causal": "bce"}),
     "dtrnet-token": (["dense", "dtrnet"] * 2, {"kind": "dtrnet", "layout": "bilayer"}),
-    "dtrnet-expert": (["dtrnet", "dense", "dtrnet"], {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4,
-                                                      "score": "logit"}),
+    "dtrnet-expert": (
+        ["dtrnet", "dense", "dtrnet"],
+        {"kind": "dtrnet", "router_type": "expert_choice", "capacity": 0.4, "score": "logit"},
+    ),
     "mod-threshold": (["dense", "mod"], MOD | {"choose": "threshold"}),
     "stt": (["stt", "dense", "stt"], DTF | {"kind": "stt", "score": "log"}),
     "fixed": (["dense", "fixed", "fixed"], {"kind": "fixed", "capacity": 0.4, "seed": 3}),
@@ -38,13 +40,21 @@ ROUTED = ("dtf_dynamic", "mod", "dtrnet", "fixed", "stt")
 def tiny_config(kind: str = "dtf4", **changes: object) -> MegadynConfig:
     """`kind` is a key of LAYOUTS."""
     layer_types, routing = LAYOUTS[kind]
-    if kind == "dense":      # may have any number of layers
+    if kind == "dense":  # may have any number of layers
         layer_types = []
     fields: dict = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": len(layer_types) or 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 5000.0,
-        "attention_bias": True, "initializer_range": 0.3,      # large, so that scores differ from token to token
-        "routed_layer_types": layer_types, "routing": routing,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": len(layer_types) or 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rope_theta": 5000.0,
+        "attention_bias": True,
+        "initializer_range": 0.3,  # large, so that scores differ from token to token
+        "routed_layer_types": layer_types,
+        "routing": routing,
     }
     return MegadynConfig(**fields | changes)
 
@@ -57,7 +67,7 @@ def tiny_model(kind: str = "dtf4", routing_mode: str = "causal", **changes: obje
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name or "router" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-            if name.endswith("router.fc2.weight"):      # dtrnet: probabilities away from 0 and 1
+            if name.endswith("router.fc2.weight"):  # dtrnet: probabilities away from 0 and 1
                 parameter.mul_(0.1)
     set_thresholds(model, random_tokens(4, 40))
     model.config.routing_mode = routing_mode
@@ -74,13 +84,19 @@ def set_thresholds(model: MegadynForCausalLM, tokens: Tensor) -> None:
     for i, layer in enumerate(model.model.layers):
         if not hasattr(layer, "causal_router"):
             continue
-        score = model(tokens, output_routing=True, use_cache=False).gates[i].flatten().sort(descending=True).values
+        score = (
+            model(tokens, output_routing=True, use_cache=False)
+            .gates[i]
+            .flatten()
+            .sort(descending=True)
+            .values
+        )
         low, high = int(0.35 * len(score)), int(0.55 * len(score))
-        gap = low + int((score[low - 1:high - 1] - score[low:high]).argmax())
+        gap = low + int((score[low - 1 : high - 1] - score[low:high]).argmax())
         middle = (score[gap - 1] + score[gap]) / 2
-        if model.config.routing.get("score") == "logit":      # gates are p0 still
+        if model.config.routing.get("score") == "logit":  # gates are p0 still
             middle = middle.logit()
         if hasattr(layer.causal_router, "threshold"):
             layer.causal_router.threshold.fill_(middle)
-        elif model.config.routing["causal"] == "token_choice":      # p0 = sigmoid(attend - bypass), and 0.5 at 0
+        elif model.config.routing["causal"] == "token_choice":  # p0 = sigmoid(attend - bypass), and 0.5 at 0
             layer.router.fc2.bias[1] += middle.logit()

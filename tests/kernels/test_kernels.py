@@ -30,7 +30,9 @@ def drawn(*shape, dtype, seed):
 
 
 def places(rows, chosen, seed=5):
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:chosen].sort().values.to(DEVICE)
+    return (
+        torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:chosen].sort().values.to(DEVICE)
+    )
 
 
 def agree(got, want, dtype):
@@ -44,8 +46,10 @@ def run_both(function, exact, leaves, grad_seeds=(11, 12)):
     found = []
     for run, inputs in ((function, [low for low, _ in leaves]), (exact, [high for _, high in leaves])):
         outputs = run(*inputs)
-        grads = [torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(out)
-                 for out, seed in zip(outputs, grad_seeds)]
+        grads = [
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(out)
+            for out, seed in zip(outputs, grad_seeds)
+        ]
         found.append((outputs, torch.autograd.grad(outputs, inputs, grads)))
     return zip(*((*outputs, *grads) for outputs, grads in found), strict=True)
 
@@ -63,13 +67,18 @@ def test_taken_rows_and_their_gradients_are_exact(rows, chosen, width, dtype):
 @pytest.mark.parametrize(("rows", "chosen", "width"), SHAPES)
 def test_rows_are_put_back_times_their_gates(rows, chosen, width, dtype):
     place = places(rows, chosen)
-    x, gate, update = (drawn(rows, width, dtype=dtype, seed=1), drawn(rows, dtype=torch.float32, seed=3),
-                       drawn(chosen, width, dtype=dtype, seed=2))
+    x, gate, update = (
+        drawn(rows, width, dtype=dtype, seed=1),
+        drawn(rows, dtype=torch.float32, seed=3),
+        drawn(chosen, width, dtype=dtype, seed=2),
+    )
 
     def exact(x, gate, update):
         return [x.index_add(0, place, gate[place].unsqueeze(1) * update)]
 
-    found = list(run_both(lambda x, gate, update: [add_rows(x, place, gate, update)], exact, [x, gate, update]))
+    found = list(
+        run_both(lambda x, gate, update: [add_rows(x, place, gate, update)], exact, [x, gate, update])
+    )
     for (got, want), kind in zip(found, (dtype, dtype, torch.float32, dtype), strict=True):
         agree(got, want, kind)
     untouched = torch.ones(rows, dtype=torch.bool, device=DEVICE).index_fill(0, place, False)
@@ -81,11 +90,15 @@ def test_rows_are_put_back_times_their_gates(rows, chosen, width, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (GROUP + 1, 40), (3, 896), (2, 1024), (2, 3584), (0, 8)])
 def test_sum_and_norm_in_one_pass(rows, width, dtype):
-    leaves = [drawn(rows, width, dtype=dtype, seed=1), drawn(rows, width, dtype=dtype, seed=2), drawn(width, dtype=dtype, seed=3)]
+    leaves = [
+        drawn(rows, width, dtype=dtype, seed=1),
+        drawn(rows, width, dtype=dtype, seed=2),
+        drawn(width, dtype=dtype, seed=3),
+    ]
 
     def exact(x, u, w):
         total = x + u
-        stored = total + (total.to(dtype).double() - total).detach()       # what is normed is what is handed on
+        stored = total + (total.to(dtype).double() - total).detach()  # what is normed is what is handed on
         return [stored, stored / (stored.square().mean(dim=-1, keepdim=True) + EPS).sqrt() * w]
 
     for got, want in run_both(lambda x, u, w: add_norm(x, u, w, EPS), exact, leaves):
@@ -94,7 +107,9 @@ def test_sum_and_norm_in_one_pass(rows, width, dtype):
 
 def test_a_norm_whose_sum_nobody_uses_has_its_gradient_and_the_reverse():
     shapes = [(5, 8), (5, 8), (8,)]
-    (x, x64), (u, u64), (w, w64) = (drawn(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes))
+    (x, x64), (u, u64), (w, w64) = (
+        drawn(*shape, dtype=torch.float32, seed=seed) for seed, shape in enumerate(shapes)
+    )
     for part in (0, 1):
         got = torch.autograd.grad(add_norm(x, u, w, EPS)[part].square().sum(), (x, u), retain_graph=True)
         total = x64 + u64
@@ -131,8 +146,12 @@ build(norm._forward, wide, numbers, {"BLOCK": 4096})
 
 def test_every_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
     program = tmp_path / "compile_kernels.py"
     program.write_text(COMPILE)
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,15 +29,30 @@ def test_auto_takes_triton_where_it_can_run(gpu):
     assert not rule._Process.uses_triton
 
 
-@pytest.mark.parametrize(("missing", "why"), [
-    (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "no CUDA device"),
-    (lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5)), "compute capability 8.0"),
-    (lambda patch: patch.setattr(rule.importlib.util, "find_spec", lambda name: None), r"pip install megadyn\[kernels\]"),
-    (lambda patch: patch.setattr(rule, "_launch_triton", lambda: 1 / 0), r"a first Triton kernel failed \(ZeroDivisionError: .*"
-     "it needs a C compiler and Python's headers")])
+@pytest.mark.parametrize(
+    ("missing", "why"),
+    [
+        (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), "no CUDA device"),
+        (
+            lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5)),
+            "compute capability 8.0",
+        ),
+        (
+            lambda patch: patch.setattr(rule.importlib.util, "find_spec", lambda name: None),
+            r"pip install megadyn\[kernels\]",
+        ),
+        (
+            lambda patch: patch.setattr(rule, "_launch_triton", lambda: 1 / 0),
+            r"a first Triton kernel failed \(ZeroDivisionError: .*"
+            "it needs a C compiler and Python's headers",
+        ),
+    ],
+)
 def test_where_triton_cannot_run_auto_says_why_and_asking_for_it_is_an_error(gpu, missing, why):
     missing(gpu)
-    with pytest.raises(ConfigError, match=rf"training.kernels = 'triton': must be torch on this machine: .*{why}"):
+    with pytest.raises(
+        ConfigError, match=rf"training.kernels = 'triton': must be torch on this machine: .*{why}"
+    ):
         rule.use_kernels("triton")
     chosen, reason = rule.use_kernels("auto")
     assert chosen == "torch"
@@ -49,7 +64,9 @@ def test_kernels_take_cuda_tensors_only(gpu):
     assert not rule.fused(torch.zeros(2, 2))
 
 
-@pytest.mark.parametrize(("kind", "norms"), [("dense", "lns"), ("dtf", "pre"), ("mod", "hybridnorm"), ("dtrnet-token", "pre")])
+@pytest.mark.parametrize(
+    ("kind", "norms"), [("dense", "lns"), ("dtf", "pre"), ("mod", "hybridnorm"), ("dtrnet-token", "pre")]
+)
 def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed (requirements.txt)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,8 +75,12 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypa
     for with_kernels in (False, True):
         calls = []
         for module in (norm, select):
-            monkeypatch.setattr(module, "fused", lambda x, calls=calls, on=with_kernels: calls.append(x.shape) or on)
-        network = make_network(tiny_config(kind, normalization=norms, num_layers=2), dtype=torch.float32).to(device)
+            monkeypatch.setattr(
+                module, "fused", lambda x, calls=calls, on=with_kernels: calls.append(x.shape) or on
+            )
+        network = make_network(tiny_config(kind, normalization=norms, num_layers=2), dtype=torch.float32).to(
+            device
+        )
         loss = network(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         assert calls
@@ -68,4 +89,6 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypa
     assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
     for name, want in grads[0].items():
         size = want.abs().max().item()
-        assert_close(grads[1][name], want, rtol=1e-4, atol=1e-4 * size, msg=lambda text, of=name: f"{of}: {text}")
+        assert_close(
+            grads[1][name], want, rtol=1e-4, atol=1e-4 * size, msg=lambda text, of=name: f"{of}: {text}"
+        )

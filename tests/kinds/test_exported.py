@@ -28,7 +28,7 @@ def both(kind: str, norm: str = "pre") -> tuple[Network, MegadynForCausalLM]:
     with torch.no_grad():
         for name, param in network.named_parameters():
             if kind == "skip_middle" and name.endswith("router.weight"):
-                param.mul_(3)                        # so that tokens leave at both layers
+                param.mul_(3)  # so that tokens leave at both layers
     network(TOKENS, TOKENS)
     end_step(network)
     fields = json.loads(json.dumps(to_hf_config(config.model, "float64")))
@@ -52,10 +52,12 @@ def test_export_equals_engine_and_oracle(tmp_path, kind, norm):
         network, model = both(kind, norm)
     want = network(TOKENS)
     shares = [float(layer.monitor.read()["routed_fraction"]) for layer in routed_layers(network)]
-    assert any(0.1 < share < 0.9 for share in shares), "some tokens are to be taken, or the test shows nothing"
+    assert any(0.1 < share < 0.9 for share in shares), (
+        "some tokens are to be taken, or the test shows nothing"
+    )
     found = model(TOKENS, output_routing=True)
     assert_close(found.logits, want, rtol=0, atol=1e-9)
-    if kind != "subskip":                            # whose share is of both halves, and the map attention's
+    if kind != "subskip":  # whose share is of both halves, and the map attention's
         routed = [found.routing[layer.index].double().mean().item() for layer in routed_layers(network)]
         assert routed == pytest.approx(shares)
     model.save_pretrained(tmp_path)
@@ -79,7 +81,7 @@ def test_cached_decoding_of_padded_rows_equals_one_forward(kind, side):
         parts.append(output.logits)
     assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-9)
     for row in range(3):
-        alone = model(TOKENS[row:row + 1, mask[row].bool()], use_cache=False).logits
+        alone = model(TOKENS[row : row + 1, mask[row].bool()], use_cache=False).logits
         assert_close(whole[row, mask[row].bool()], alone[0], rtol=0, atol=1e-9)
 
 
@@ -88,8 +90,13 @@ def test_cached_decoding_of_padded_rows_equals_one_forward(kind, side):
 def test_beams_reorder_every_cache(kind):
     with torch.enable_grad():
         _, model = both(kind)
-    given = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 8, "do_sample": False, "num_beams": 3,
-             "pad_token_id": 0}
+    given = {
+        "attention_mask": torch.ones_like(TOKENS),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "num_beams": 3,
+        "pad_token_id": 0,
+    }
     beams = [model.generate(TOKENS, **given, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*beams)
 

@@ -21,7 +21,9 @@ HIDDEN = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(0), dtyp
 
 
 def layer(first_sample: int = 0, index: int = 1, kind: str = "fixed") -> FixedLayer:
-    return FixedLayer(replace(layer_context(tiny_config(kind)), first_sample=first_sample), index, LossScale())
+    return FixedLayer(
+        replace(layer_context(tiny_config(kind)), first_sample=first_sample), index, LossScale()
+    )
 
 
 def chosen(fixed: FixedLayer, hidden: Tensor) -> Tensor:
@@ -47,7 +49,9 @@ def test_the_hash_is_the_one_written_down_and_uniform():
     counts = torch.histc(found, 20, 0, 1)
     assert ((counts - 2000).abs() < 5 * math.sqrt(2000)).all()
     assert abs(torch.corrcoef(found)[0, 1]) < 0.03, "samples are independent"
-    assert abs(torch.corrcoef(torch.stack([found[0, 1:], found[0, :-1]]))[0, 1]) < 0.03, "and so are neighbours"
+    assert abs(torch.corrcoef(torch.stack([found[0, 1:], found[0, :-1]]))[0, 1]) < 0.03, (
+        "and so are neighbours"
+    )
 
 
 def test_each_step_layer_and_sample_has_a_choice_of_its_own_of_exactly_k_tokens():
@@ -104,6 +108,11 @@ def test_topk_and_causal_rule_take_the_same_positions_of_a_stride():
 
 
 def test_keys_of_a_learned_choice_are_refused():
-    for key, value in (("causal", "threshold"), ("threshold_momentum", 0.9), ("seed", 2**32), ("score", "even")):
+    for key, value in (
+        ("causal", "threshold"),
+        ("threshold_momentum", 0.9),
+        ("seed", 2**32),
+        ("score", "even"),
+    ):
         with pytest.raises(ConfigError):
             make_kind("fixed", **{key: value})

@@ -26,7 +26,9 @@ def layer_and_loop(norm: str, tau: float):
 @pytest.mark.parametrize("norm", ["pre", "lns", "hybridnorm"])
 def test_a_layer_is_its_formula_with_all_gradients(norm):
     layer, naive = layer_and_loop(norm, 0.5)
-    h = torch.randn(2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    h = torch.randn(
+        2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
     rows = []
     for row in h:
         once = row + torch.stack(list(naive.block(row, range(T)).values()))
@@ -38,7 +40,9 @@ def test_a_layer_is_its_formula_with_all_gradients(norm):
     assert_close(found, want)
     grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     params = [h, *layer.parameters()]
-    for mine, reference in zip(torch.autograd.grad(found, params, grad), torch.autograd.grad(want, params, grad), strict=True):
+    for mine, reference in zip(
+        torch.autograd.grad(found, params, grad), torch.autograd.grad(want, params, grad), strict=True
+    ):
         assert_close(mine, reference, rtol=1e-6, atol=1e-9)
 
 
@@ -68,7 +72,7 @@ def test_the_share_taken_comes_to_the_capacity():
     layers = routed_layers(network)
     assert set(thresholds_of(layers)) == {1, 3}, "exports and evaluation find it there"
     for samples in tiny_tokens(150):
-        network(samples[:, :-1])                     # weights stay: only the thresholds move
+        network(samples[:, :-1])  # weights stay: only the thresholds move
         end_step(network)
         if layers[0].threshold.steps == 100:
             for layer in layers:

@@ -29,14 +29,19 @@ def test_the_stack_is_its_formula_with_all_gradients(norm):
     network = make_network(config)
     leaving(network, 0.0)
     layers = network.layers[1:5]
-    h = torch.randn(2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    h = torch.randn(
+        2, T, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
     rows, counts = [], []
     for row in h:
         sums = [torch.zeros(T, dtype=torch.float64)]
         for index, layer in enumerate(layers):
             naive = NaiveLayer(layer, config.model)
             if index < 2:
-                sums.append(sums[-1] + (row @ naive.params["router.weight"][0] + naive.params["router.bias"]).clamp(min=0))
+                sums.append(
+                    sums[-1]
+                    + (row @ naive.params["router.weight"][0] + naive.params["router.bias"]).clamp(min=0)
+                )
             m = sums[index + 1] if index < 2 else sums[4 - index]
             going = [t for t in range(T) if m[t] < 1]
             counts.append(len(going))
@@ -98,7 +103,9 @@ def test_pressure_opens_and_closes_gates():
     layer.pressure.weight = torch.tensor(2.0)
     h = torch.randn(2, T, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gate = 1 - (h @ layer.router.weight[0]).clamp(min=0).clamp(max=1)
-    want, = torch.autograd.grad(2.0 * gate.mean() / 2, layer.router.weight)
-    found, = torch.autograd.grad(layer(Stream(h)).hidden, layer.router.weight, torch.zeros(2, T, 32, dtype=torch.float64))
+    (want,) = torch.autograd.grad(2.0 * gate.mean() / 2, layer.router.weight)
+    (found,) = torch.autograd.grad(
+        layer(Stream(h)).hidden, layer.router.weight, torch.zeros(2, T, 32, dtype=torch.float64)
+    )
     assert want.any()
     assert_close(found, want)

@@ -28,7 +28,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def subjective(**routing: object) -> tuple[SubjectiveLayer, NaiveLayer]:
-    settings = {"capacity": 0.5, "ma_window": 3, "prior_loss_weight": 0.0, "predictor_loss_weight": 0.0} | routing
+    settings = {
+        "capacity": 0.5,
+        "ma_window": 3,
+        "prior_loss_weight": 0.0,
+        "predictor_loss_weight": 0.0,
+    } | routing
     config = with_routing(tiny_config("stt", hidden_size=16, ffn_size=24), **settings)
     layer = disturb(make_layer(config, 3), param_maker(config))
     return layer, NaiveLayer(layer, config.model)
@@ -75,8 +80,13 @@ def test_the_priors_loss_is_the_formula_and_reaches_the_prior_alone():
     delta, _, loss, _ = layer.surprise(Stream(h), None)
     before = torch.cat([torch.zeros_like(h[:, :1]), (h + delta)[:, :-1]], dim=1)
     assert_close(loss, (delta - prior_update(layer.prior, before)).square().mean())
-    reached = [name for (name, _), grad in zip(layer.named_parameters(), torch.autograd.grad(
-        loss, list(layer.parameters()), allow_unused=True)) if grad is not None and grad.any()]
+    reached = [
+        name
+        for (name, _), grad in zip(
+            layer.named_parameters(), torch.autograd.grad(loss, list(layer.parameters()), allow_unused=True)
+        )
+        if grad is not None and grad.any()
+    ]
     assert sorted(reached) == ["prior.down_proj", "prior.gate_proj", "prior.norm", "prior.up_proj"]
 
 
@@ -130,7 +140,10 @@ def test_places_since_a_border():
 
 
 def test_training_saves_nothing_whatever_the_capacity():
-    costs = [layer_costs(with_routing(tiny_config("stt"), capacity=capacity).model, 24)[1] for capacity in (0.1, 1.0)]
+    costs = [
+        layer_costs(with_routing(tiny_config("stt"), capacity=capacity).model, 24)[1]
+        for capacity in (0.1, 1.0)
+    ]
     dense = layer_costs(tiny_config("dense").model, 24)[1]
     assert costs[0] == costs[1] > dense
     assert math.isclose(costs[0], dense + 2 * 24 * (3 * 32 * 2 + 32 * 16 + 16))
@@ -152,7 +165,11 @@ def test_padding_on_either_side_changes_nothing_in_an_export(mode):
     model, tokens = tiny_model("stt", mode), random_tokens(1, 15)
     alone, pad = model(tokens, use_cache=False).logits, random_tokens(1, 6, seed=3)
     ones, zeros = torch.ones_like(tokens), torch.zeros_like(pad)
-    left = model(torch.cat([pad, tokens], 1), attention_mask=torch.cat([zeros, ones], 1), use_cache=False).logits[:, 6:]
-    right = model(torch.cat([tokens, pad], 1), attention_mask=torch.cat([ones, zeros], 1), use_cache=False).logits[:, :15]
+    left = model(
+        torch.cat([pad, tokens], 1), attention_mask=torch.cat([zeros, ones], 1), use_cache=False
+    ).logits[:, 6:]
+    right = model(
+        torch.cat([tokens, pad], 1), attention_mask=torch.cat([ones, zeros], 1), use_cache=False
+    ).logits[:, :15]
     assert_close(left, alone, atol=1e-4, rtol=0)
     assert_close(right, alone, atol=1e-4, rtol=0)

@@ -34,7 +34,9 @@ def leads(layer: SubskipLayer, h: Tensor) -> Tensor:
     params = {name: p for name, p in layer.named_parameters() if name.startswith("router")}
     found = []
     for half in ("attn", "mlp"):
-        w1, b1, w2, b2 = (params[f"router.{half}.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+        w1, b1, w2, b2 = (
+            params[f"router.{half}.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        )
         logits = (h @ w1.T + b1).clamp(min=0) @ w2.T + b2
         found.append(logits[..., 0] - logits[..., 1])
     return torch.stack(found, dim=-1)
@@ -52,7 +54,9 @@ def test_a_layer_is_its_formula_with_all_gradients(norm, training):
     want = []
     for row, g, s in zip(h, gate, soft, strict=True):
         attending, feeding = ([t for t in range(T) if s[t, half] > 0.5] for half in (0, 1))
-        assert 0 < len(attending) < T and 0 < len(feeding) < T, "the routers must choose, or the test shows nothing"
+        assert 0 < len(attending) < T and 0 < len(feeding) < T, (
+            "the routers must choose, or the test shows nothing"
+        )
         want.append(naive.halves(row, attending, feeding, g))
     with torch.set_grad_enabled(training):
         found = layer(Stream(h)).hidden
@@ -64,7 +68,11 @@ def test_a_layer_is_its_formula_with_all_gradients(norm, training):
     mine, reference = (torch.autograd.grad(out, params, grad) for out in (found, torch.stack(want)))
     for x, y in zip(mine, reference, strict=True):
         assert_close(x, y, rtol=1e-6, atol=1e-9)
-    assert all(x.any() for name, x in zip(("h", *dict(layer.named_parameters())), mine, strict=True) if "k_proj.bias" not in name)
+    assert all(
+        x.any()
+        for name, x in zip(("h", *dict(layer.named_parameters())), mine, strict=True)
+        if "k_proj.bias" not in name
+    )
 
 
 def test_noise_is_that_of_the_sample_and_the_step():
@@ -78,7 +86,7 @@ def test_noise_is_that_of_the_sample_and_the_step():
         layer.kept.observe(torch.tensor(0.5))
     assert torch.equal(torch.cat(parts), whole)
     layer.kept.take_step_mean()
-    layer.first_sample = 2                             # another data-parallel rank's
+    layer.first_sample = 2  # another data-parallel rank's
     assert torch.equal(layer.noise(shape[:2]), whole[2:])
     layer.first_sample = 0
     layer.kept.end_step(torch.tensor(0.5), torch.tensor(1.0))
@@ -91,7 +99,7 @@ def test_noise_is_a_difference_of_gumbel_variables():
     layer, _ = layer_and_loop()
     noise = layer.noise(torch.zeros(400, T, 2, dtype=torch.float64))
     for lead in (-1.0, 0.0, 2.0):
-        assert float((lead + noise > 0).double().mean()) == pytest.approx(1 / (1 + torch.e ** -lead), abs=0.02)
+        assert float((lead + noise > 0).double().mean()) == pytest.approx(1 / (1 + torch.e**-lead), abs=0.02)
 
 
 def test_the_temperature_falls_and_survives_a_checkpoint():
@@ -118,7 +126,7 @@ def test_the_loss_pushes_as_the_squared_difference_would():
     soft = ((lead + layer.noise(lead)) / layer.kept.temperature).sigmoid()
     names = ["router.attn.fc1.weight", "router.mlp.fc2.bias"]
     params = [dict(layer.named_parameters())[name] for name in names]
-    want = torch.autograd.grad(0.25 * 3.0 * 2 * (0.8 - 0.5) * soft.mean() / 2, params)        # two routed layers
+    want = torch.autograd.grad(0.25 * 3.0 * 2 * (0.8 - 0.5) * soft.mean() / 2, params)  # two routed layers
     found = torch.autograd.grad(layer(Stream(h)).hidden, params, torch.zeros(2, T, 32, dtype=torch.float64))
     for x, y in zip(found, want, strict=True):
         assert_close(x, y, rtol=1e-5, atol=1e-12)

@@ -40,10 +40,14 @@ def step(chooser: CausalRouter, score: Tensor, micro_batch: int = 16) -> None:
 @pytest.mark.parametrize("capacity", [0.125, 0.5])
 def test_it_settles_where_the_share_of_all_tokens_is_the_capacity(capacity, scale):
     """Of the population, from a start that is far off for scores such as these."""
-    chooser = router(capacity=capacity, threshold_momentum=0.9, threshold_start=1, safe_min=None, safe_max=None)
+    chooser = router(
+        capacity=capacity, threshold_momentum=0.9, threshold_start=1, safe_min=None, safe_max=None
+    )
     for i in range(150):
         step(chooser, scale * scores(i))
-    share = (torch.cat([scale * scores(1000 + i) for i in range(50)]) >= chooser.threshold.value).float().mean()
+    share = (
+        (torch.cat([scale * scores(1000 + i) for i in range(50)]) >= chooser.threshold.value).float().mean()
+    )
     assert share == pytest.approx(capacity, abs=0.04)
 
 
@@ -82,7 +86,11 @@ def test_a_step_is_the_formula():
 def test_guards_keep_the_best_of_each_sequence():
     score = torch.tensor([[4.0, 1.0, 3.0, 2.0], [0.1, 0.2, 0.4, 0.3], [4.0, 0.0, 0.0, 3.0]])
     found = guarded(score >= 1, score, 0.3, 0.75)
-    assert found.tolist() == [[True, False, True, True], [False, False, True, True], [True, False, False, True]]
+    assert found.tolist() == [
+        [True, False, True, True],
+        [False, False, True, True],
+        [True, False, False, True],
+    ]
     assert not guarded(score >= 9, score, 0.0, 1.0).any()
 
 
@@ -92,7 +100,7 @@ def test_evaluation_has_one_rule_without_guards_and_trains_with_them():
         network(TOKENS, LABELS)
         end_step(network)
     for threshold in thresholds_of(routed_layers(network)).values():
-        threshold.average = threshold.average + 100.0                  # nothing reaches it
+        threshold.average = threshold.average + 100.0  # nothing reaches it
     losses = []
     with torch.no_grad():
         for mode in ("topk", "causal"):
@@ -103,13 +111,20 @@ def test_evaluation_has_one_rule_without_guards_and_trains_with_them():
         layer.monitor.read()
     set_routing_mode(routed_layers(network), "topk")
     network(TOKENS, LABELS)
-    assert [layer.monitor.read()["routed_fraction"].item() for layer in routed_layers(network)] == pytest.approx([4 / 24] * 2)
+    assert [
+        layer.monitor.read()["routed_fraction"].item() for layer in routed_layers(network)
+    ] == pytest.approx([4 / 24] * 2)
 
 
 def test_what_makes_no_sense_is_refused():
-    for keys in ({"kind": "mod", "choose": "threshold", "causal": "bce"}, {"kind": "mod", "safe_max": 0.5},
-                 {"kind": "dtrnet", "choose": "threshold"}, {"kind": "dtf", "choose": "threshold", "safe_min": 0.6},
-                 {"kind": "fixed", "choose": "threshold"}, {"kind": "dtf", "choose": "best"}):
+    for keys in (
+        {"kind": "mod", "choose": "threshold", "causal": "bce"},
+        {"kind": "mod", "safe_max": 0.5},
+        {"kind": "dtrnet", "choose": "threshold"},
+        {"kind": "dtf", "choose": "threshold", "safe_min": 0.6},
+        {"kind": "fixed", "choose": "threshold"},
+        {"kind": "dtf", "choose": "best"},
+    ):
         with pytest.raises(ConfigError):
             make_kind(**keys)
     assert make_kind("mod", choose="threshold", capacity=0.25).guards == (0.125, 0.5)

@@ -11,10 +11,17 @@ from megadyn.parallel.grid import Axis, Grid
 
 
 def test_each_start_adds_its_record_until_the_run_begins_anew(tmp_path, monkeypatch):
-    places = [("node0", "NVIDIA H200"), ("node0", "NVIDIA H200"), ("node1", "NVIDIA H200"), ("node1", "NVIDIA H100")]
+    places = [
+        ("node0", "NVIDIA H200"),
+        ("node0", "NVIDIA H200"),
+        ("node1", "NVIDIA H200"),
+        ("node1", "NVIDIA H100"),
+    ]
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    monkeypatch.setattr("torch.distributed.all_gather_object", lambda into, mine: into.__setitem__(slice(None), places))
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda into, mine: into.__setitem__(slice(None), places)
+    )
     grid = Grid(tp=Axis("tp", 0, 2), dp=Axis("dp", 0, 2))
     for iteration in (0, 120):
         record_start(tmp_path, grid, 1, torch.device("cpu"), iteration, 9)
@@ -30,22 +37,45 @@ def test_each_start_adds_its_record_until_the_run_begins_anew(tmp_path, monkeypa
 
 def test_versions_name_what_is_missing():
     found = versions()
-    assert found["python"].startswith("3.") and found["deepspeed"] and found["transformers"] and found["megadyn"]
+    assert (
+        found["python"].startswith("3.") and found["deepspeed"] and found["transformers"] and found["megadyn"]
+    )
     assert "flash-attn" in found
 
 
 def test_of_the_variables_only_those_that_matter_and_no_secret():
-    given = {"CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "4", "HOME": "/root",
-             "WANDB_API_KEY": "x", "HF_TOKEN": "x", "MEGADYN_SECRET": "x", "TORCH_AUTH_TOKEN": "x", "SLURM_JOB_ID": "7",
-             "SLURM_JOB_NODELIST": "a,b", "SLURM_PROCID": "3", "OMPI_COMM_WORLD_RANK": "1"}
-    assert variables(given) == {"CUDA_VISIBLE_DEVICES": "0", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7",
-                                "WORLD_SIZE": "4"}
+    given = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "4",
+        "HOME": "/root",
+        "WANDB_API_KEY": "x",
+        "HF_TOKEN": "x",
+        "MEGADYN_SECRET": "x",
+        "TORCH_AUTH_TOKEN": "x",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "a,b",
+        "SLURM_PROCID": "3",
+        "OMPI_COMM_WORLD_RANK": "1",
+    }
+    assert variables(given) == {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "1",
+        "SLURM_JOB_ID": "7",
+        "WORLD_SIZE": "4",
+    }
 
 
 def test_the_commit_is_that_of_a_package_that_git_tracks(tmp_path):
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words], check=True,
-                              capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
 
     package, installed = tmp_path / "package", tmp_path / "venv" / "package"
     for folder in (package, installed):
@@ -56,7 +86,7 @@ def test_the_commit_is_that_of_a_package_that_git_tracks(tmp_path):
     git("add", "package")
     git("commit", "-qm", "m")
     assert commit_of(package) == git("rev-parse", "HEAD")
-    assert commit_of(installed) is None                     # in a repository that is not its own
+    assert commit_of(installed) is None  # in a repository that is not its own
     (package / "__init__.py").write_text("changed")
     assert commit_of(package) == git("rev-parse", "HEAD") + "-dirty"
     assert commit_of(Path("/nowhere")) is None

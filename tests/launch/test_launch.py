@@ -9,9 +9,19 @@ from megadyn.errors import ConfigError, UserError
 from megadyn.launch import launch
 from megadyn.launch.launch import adopt_mpi_ranks, check_devices, check_precision, local_ranks
 
-SLURM = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "11", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3", "SLURM_NTASKS_PER_NODE": "8"}
-OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "11", "OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
+SLURM = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "11",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "3",
+    "SLURM_NTASKS_PER_NODE": "8",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "11",
+    "OMPI_COMM_WORLD_SIZE": "16",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+}
 MPICH = {"PMI_RANK": "11", "PMI_SIZE": "16", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "8"}
 OURS = {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}
 
@@ -23,8 +33,9 @@ def adopted(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> dict[str,
     return {name: os.environ[name] for name in OURS if name in os.environ}
 
 
-@pytest.mark.parametrize("given", [SLURM, OPEN_MPI, MPICH, SLURM | OPEN_MPI,
-                                   {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"} | OPEN_MPI])
+@pytest.mark.parametrize(
+    "given", [SLURM, OPEN_MPI, MPICH, SLURM | OPEN_MPI, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"} | OPEN_MPI]
+)
 def test_ranks_are_taken_over_from_mpirun_and_srun(given, monkeypatch):
     assert adopted(monkeypatch, given) == OURS
 
@@ -39,24 +50,32 @@ def test_mpichs_ranks_count_before_those_of_the_srun_that_started_its_helpers(mo
 
 def test_a_rank_that_is_set_stays_and_a_command_in_an_allocation_is_alone(monkeypatch):
     assert adopted(monkeypatch, {"RANK": "5"} | SLURM) == {"RANK": "5"}
-    assert adopted(monkeypatch, {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) == {}
+    assert (
+        adopted(monkeypatch, {name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}) == {}
+    )
     assert adopted(monkeypatch, {}) == {}
 
 
-@pytest.mark.parametrize(("given", "number"), [({}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), ({"LOCAL_SIZE": "4"}, 4)])
+@pytest.mark.parametrize(
+    ("given", "number"), [({}, 1), ({"LOCAL_WORLD_SIZE": "8"}, 8), ({"LOCAL_SIZE": "4"}, 4)]
+)
 def test_the_launcher_tells_how_many_processes_share_the_machine(given, number, monkeypatch):
     monkeypatch.setattr(os, "environ", given)
     assert local_ranks() == number
 
 
-@pytest.mark.parametrize(("local_rank", "processes", "devices", "wanted"), [(0, 8, 4, 8), (3, 1, 1, 4), (0, 1, 0, 1)])
+@pytest.mark.parametrize(
+    ("local_rank", "processes", "devices", "wanted"), [(0, 8, 4, 8), (3, 1, 1, 4), (0, 1, 0, 1)]
+)
 def test_more_processes_than_devices_are_refused_by_each(local_rank, processes, devices, wanted):
     """The first: started with 8 a node on 4 GPUs. The second: Slurm showed each process one GPU."""
     with pytest.raises(UserError) as caught:
         check_devices(local_rank, processes, devices)
     said = str(caught.value)
-    assert said.startswith(f"number of processes on this machine = {wanted}: must be at most the number of GPUs that each of "
-                           f"them sees, which is {devices}: start fewer, or ")
+    assert said.startswith(
+        f"number of processes on this machine = {wanted}: must be at most the number of GPUs that each of "
+        f"them sees, which is {devices}: start fewer, or "
+    )
     assert "\n" not in said
     check_devices(local_rank, processes, wanted)
 
@@ -79,7 +98,9 @@ def test_a_process_looks_for_its_device_before_it_meets_the_others(monkeypatch):
 def test_a_precision_that_the_device_does_not_train_in_is_refused(monkeypatch):
     """DeepSpeed says so too, but with a traceback, once the model is built."""
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match=r"precision = 'fp16': must be another one on this device \(cpu\), which has no "):
+    with pytest.raises(
+        ConfigError, match=r"precision = 'fp16': must be another one on this device \(cpu\), which has no "
+    ):
         check_precision("fp16")
     check_precision("bf16")
     check_precision("fp32")

@@ -30,7 +30,9 @@ def write(folder: Path, holder: Holder) -> None:
 
 
 def of_process(pid: int) -> Holder:
-    return replace(RunLock(Path("unused")).me, pid=pid, process_start=process_start(pid) or "gone", token="theirs")
+    return replace(
+        RunLock(Path("unused")).me, pid=pid, process_start=process_start(pid) or "gone", token="theirs"
+    )
 
 
 def test_a_living_holder_is_named_and_stays(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_a_living_holder_is_named_and_stays(tmp_path: Path) -> None:
     first.take()
     with pytest.raises(UserError, match=rf"is in use by another run \(process {os.getpid()} on .*, since 20"):
         second.take()
-    second.release()                                # not its own
+    second.release()  # not its own
     assert json.loads((tmp_path / NAME).read_text())["token"] == first.me.token
     first.release()
     second.take()
@@ -51,7 +53,7 @@ def test_a_holder_that_died_here_is_known_at_once(tmp_path: Path) -> None:
     write(tmp_path, of_process(process.pid))
     with pytest.raises(UserError, match=f"process {process.pid} on"):
         RunLock(tmp_path).take()
-    process.kill()                                  # a zombie until it is waited for: dead all the same
+    process.kill()  # a zombie until it is waited for: dead all the same
     time.sleep(0.1)
     mine = RunLock(tmp_path)
     mine.take()
@@ -122,7 +124,7 @@ def test_a_run_whose_lock_is_in_other_hands_says_so(tmp_path: Path) -> None:
     mine.take()
     mine.renew()
     assert mine.problem is None
-    (tmp_path / NAME).unlink()                      # by hand
+    (tmp_path / NAME).unlink()  # by hand
     mine.renew()
     assert mine.problem is None and (tmp_path / NAME).exists()
     write(tmp_path, ELSEWHERE)

@@ -20,10 +20,14 @@ LENGTHS = (3, 0, 1, 5, 0, 4, 0)
 """Of the segments, some empty; 13 tokens."""
 
 
-def drawn(tokens: int = 13, heads: int = 4, groups: int = 2, size: int = 8, dtype: torch.dtype = F64) -> tuple[Tensor, ...]:
+def drawn(
+    tokens: int = 13, heads: int = 4, groups: int = 2, size: int = 8, dtype: torch.dtype = F64
+) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(1, tokens, n, size, generator=generator, dtype=F64).to(dtype).requires_grad_()
-                 for n in (heads, groups, groups))
+    return tuple(
+        torch.randn(1, tokens, n, size, generator=generator, dtype=F64).to(dtype).requires_grad_()
+        for n in (heads, groups, groups)
+    )
 
 
 def segments(lengths: tuple[int, ...] = LENGTHS) -> Segments:
@@ -38,8 +42,8 @@ def token_by_token(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) ->
             heads = []
             for head in range(q.shape[2]):
                 group = head * k.shape[2] // q.shape[2]
-                score = (k[0, start:t + 1, group] @ q[0, t, head]) / q.shape[3] ** 0.5
-                heads.append(score.softmax(dim=0) @ v[0, start:t + 1, group])
+                score = (k[0, start : t + 1, group] @ q[0, t, head]) / q.shape[3] ** 0.5
+                heads.append(score.softmax(dim=0) @ v[0, start : t + 1, group])
             rows.append(torch.stack(heads))
         start += length
     return torch.stack(rows).unsqueeze(0)
@@ -68,14 +72,17 @@ def test_no_token_attends():
     inputs = drawn(tokens=0)
     output = causal_attention(*inputs, "sdpa", segments_of(torch.zeros(1, 0, dtype=torch.int64), 3, 8))
     assert output.shape == inputs[0].shape
-    assert all(grad.shape == x.shape for grad, x in zip(gradients(output, inputs), inputs, strict=True)), "none is left out"
+    assert all(grad.shape == x.shape for grad, x in zip(gradients(output, inputs), inputs, strict=True)), (
+        "none is left out"
+    )
 
 
 def test_the_varlen_kernel_gets_what_it_asks_for(monkeypatch):
     """torch's kernel runs on CUDA alone; here a loop in its place, with the arguments that it documents."""
+
     def kernel(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
         assert ends_q.dtype == ends_k.dtype == torch.int32
-        assert window_size == (-1, 0)               # causal
+        assert window_size == (-1, 0)  # causal
         assert enable_gqa == (q.shape[1] != k.shape[1])
         lengths = tuple(ends_q.diff().tolist())
         assert torch.equal(ends_q, ends_k)
@@ -85,16 +92,23 @@ def test_the_varlen_kernel_gets_what_it_asks_for(monkeypatch):
     known = create_autospec(torch.nn.attention.varlen.varlen_attn, side_effect=kernel)
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", known)
     inputs = drawn()
-    assert_close(causal_attention(*inputs, "varlen", segments()), causal_attention(*inputs, "sdpa", segments()))
+    assert_close(
+        causal_attention(*inputs, "varlen", segments()), causal_attention(*inputs, "sdpa", segments())
+    )
     assert_close(causal_attention(*inputs, "varlen"), causal_attention(*inputs, "sdpa"))
 
 
 def test_torch_2_11_s_varlen_kernel_gets_its_heads_repeated(monkeypatch):
     """It has no `enable_gqa`."""
-    def kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+
+    def kernel(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
         assert window_size == (-1, 0)
         assert q.shape == k.shape == v.shape
-        return token_by_token(*(x.unsqueeze(0) for x in (q, k, v)), tuple(cu_seq_q.diff().tolist())).squeeze(0)
+        return token_by_token(*(x.unsqueeze(0) for x in (q, k, v)), tuple(cu_seq_q.diff().tolist())).squeeze(
+            0
+        )
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
     inputs = drawn()
@@ -134,12 +148,16 @@ def test_backends_without_a_gpu():
             attention_backend(tiny_config(attention=asked).model, "bf16")
 
 
-@pytest.mark.parametrize(("installed", "precision", "generation", "head_dim", "want"), [
-    (True, "bf16", (9, 0), 64, ("flash", "flash-attn runs")),
-    (False, "bf16", (8, 0), 64, ("varlen", "flash-attn is not installed")),
-    (True, "fp32", (9, 0), 64, ("sdpa", "no flash kernels for fp32")),
-    (True, "fp16", (7, 0), 64, ("sdpa", "flash kernels need a GPU of compute capability 8.0")),
-    (True, "bf16", (9, 0), 36, ("sdpa", "no flash kernels for model.head_dim = 36"))])
+@pytest.mark.parametrize(
+    ("installed", "precision", "generation", "head_dim", "want"),
+    [
+        (True, "bf16", (9, 0), 64, ("flash", "flash-attn runs")),
+        (False, "bf16", (8, 0), 64, ("varlen", "flash-attn is not installed")),
+        (True, "fp32", (9, 0), 64, ("sdpa", "no flash kernels for fp32")),
+        (True, "fp16", (7, 0), 64, ("sdpa", "flash kernels need a GPU of compute capability 8.0")),
+        (True, "bf16", (9, 0), 36, ("sdpa", "no flash kernels for model.head_dim = 36")),
+    ],
+)
 def test_backends_with_a_gpu(monkeypatch, installed, precision, generation, head_dim, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: generation)
@@ -166,7 +184,9 @@ def test_a_backend_whose_first_call_fails_is_told_of_and_passed_over(monkeypatch
     monkeypatch.setattr(attention, "own_device", lambda: torch.device("cpu"))
     model = tiny_config().model
     assert attention_backend(model, "bf16") == (
-        "varlen", "auto: flash attention failed at a first call (ImportError: cannot import a function of flash)")
+        "varlen",
+        "auto: flash attention failed at a first call (ImportError: cannot import a function of flash)",
+    )
     failing.add("varlen")
     assert attention_backend(model, "bf16")[0] == "sdpa"
     asked = tiny_config(attention="flash").model

@@ -19,7 +19,7 @@ def trained(config, compile_run: bool):
     config.training.compile = compile_run
     context = layer_context(config.checked(), dtype=torch.float64)
     network = disturb(Network(context, LossScale()), param_maker(config))
-    (tokens, labels), = ((x[:, :-1], x[:, 1:]) for x in tiny_tokens(1)[0].split(4))
+    ((tokens, labels),) = ((x[:, :-1], x[:, 1:]) for x in tiny_tokens(1)[0].split(4))
     for _ in range(2):
         network.zero_grad()
         loss = network(tokens, labels)
@@ -29,8 +29,10 @@ def trained(config, compile_run: bool):
     return loss.detach(), evaluated, gradients(network)
 
 
-@pytest.mark.parametrize(("kind", "recompute", "graphs"), [
-    ("dtf", "none", 2), ("mod-predictor", "full", 2), ("dense", "selective", 2)])
+@pytest.mark.parametrize(
+    ("kind", "recompute", "graphs"),
+    [("dtf", "none", 2), ("mod-predictor", "full", 2), ("dense", "selective", 2)],
+)
 def test_compiled_layers_equal_plain_ones_and_share_their_graphs(monkeypatch, kind, recompute, graphs):
     """Captured and differentiated as for real, but run by torch's own kernels: building C++ takes a minute. The dense model's
     norms are scaled layer by layer, which takes a second graph, but no third."""
@@ -50,10 +52,14 @@ def test_compiled_layers_equal_plain_ones_and_share_their_graphs(monkeypatch, ki
     assert len(built) == graphs
 
 
-@pytest.mark.parametrize(("kind", "change", "key"), [
-    ("dense", "parallel", "parallel.tensor = .* with training.compile"),
-    ("dense", "data", "data.document_mask = .* with training.compile"),
-    ("dtrnet-token", None, "with dtrnet, each token's own choice")])
+@pytest.mark.parametrize(
+    ("kind", "change", "key"),
+    [
+        ("dense", "parallel", "parallel.tensor = .* with training.compile"),
+        ("dense", "data", "data.document_mask = .* with training.compile"),
+        ("dtrnet-token", None, "with dtrnet, each token's own choice"),
+    ],
+)
 def test_what_has_no_fixed_shapes_is_refused(kind, change, key):
     config = tiny_config(kind)
     config.training.compile = True
@@ -75,5 +81,7 @@ def test_zero_3_is_refused():
 def test_a_machine_without_a_compiler_is_told(monkeypatch):
     compiled.check_compiler()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"training.compile = True: must be false on this machine: .*no-such-compiler"):
+    with pytest.raises(
+        ConfigError, match=r"training.compile = True: must be false on this machine: .*no-such-compiler"
+    ):
         compiled.check_compiler()

@@ -42,7 +42,7 @@ def test_lns_scales_neither_the_last_norm_nor_a_priors(kind):
     assert network.layers[-1].scale == 1.0
     for prior in priors:
         h = random(2, 3, 32)
-        update = torch.zeros_like(h) if kind == "stt" else h            # what it is told: the update, or the sum
+        update = torch.zeros_like(h) if kind == "stt" else h  # what it is told: the update, or the sum
         assert_close(prior(h, update)[1], prior_update(prior, h).square().mean(dim=-1))
 
 
@@ -58,7 +58,10 @@ def test_the_residual_outputs_start_small_except_under_lns():
 
 def test_a_head_norm_norms_each_head_with_one_weight():
     config = tiny_config("dense")
-    norm, x = disturb(HeadNorm("a.q_norm", 6, 1e-6, make=param_maker(config)), param_maker(config)), random(2, 3, 4, 6)
+    norm, x = (
+        disturb(HeadNorm("a.q_norm", 6, 1e-6, make=param_maker(config)), param_maker(config)),
+        random(2, 3, 4, 6),
+    )
     want = torch.empty_like(x)
     for place in torch.cartesian_prod(*map(torch.arange, (2, 3, 4))).tolist():
         head = x[tuple(place)]
@@ -72,8 +75,9 @@ def test_only_hybridnorm_norms_queries_keys_and_values_and_not_the_input(norm):
     for layer in layers_of("dtrnet-token", normalization=norm):
         names = {name for name, _ in layer.named_parameters() if "norm" in name}
         head_norms = {f"self_attn.{kind}_norm.weight" for kind in "qkv"}
-        assert names == {"post_attention_layernorm.weight"} | (head_norms if norm == "hybridnorm" else
-                                                               {"input_layernorm.weight"})
+        assert names == {"post_attention_layernorm.weight"} | (
+            head_norms if norm == "hybridnorm" else {"input_layernorm.weight"}
+        )
         assert isinstance(layer.input_layernorm, RMSNorm) == (norm != "hybridnorm")
 
 
@@ -81,16 +85,23 @@ def test_head_norms_stand_before_the_rotation():
     """A norm behind it would give another key wherever the weight is not the same for both halves of a pair."""
     config = tiny_config("dense", normalization="hybridnorm")
     make = param_maker(config)
-    attention = disturb(Attention("model.layers.0.self_attn", config.model, backend="sdpa", make=make, output_std=0.2), make)
+    attention = disturb(
+        Attention("model.layers.0.self_attn", config.model, backend="sdpa", make=make, output_std=0.2), make
+    )
     x = random(1, 5, 32)
     q, k = attention.rotary(*attention.queries_keys(x), None, 5)
-    plain_q, plain_k = ((x @ proj.weight.T + proj.bias).unflatten(-1, (-1, 8)) for proj in (attention.q_proj, attention.k_proj))
+    plain_q, plain_k = (
+        (x @ proj.weight.T + proj.bias).unflatten(-1, (-1, 8))
+        for proj in (attention.q_proj, attention.k_proj)
+    )
 
     def normed(x, norm):
         return x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * norm.weight
 
     want = attention.rotary(normed(plain_q, attention.q_norm), normed(plain_k, attention.k_norm), None, 5)
     turned_first = attention.rotary(plain_q, plain_k, None, 5)
-    for mine, right, wrong, norm in zip((q, k), want, turned_first, (attention.q_norm, attention.k_norm), strict=True):
+    for mine, right, wrong, norm in zip(
+        (q, k), want, turned_first, (attention.q_norm, attention.k_norm), strict=True
+    ):
         assert_close(mine, right)
         assert not torch.allclose(mine, normed(wrong, norm))

@@ -13,14 +13,16 @@ LENGTH, BATCH = 128, 2
 
 def kept_bytes(kind: str, recompute: str) -> int:
     """Of storages that autograd holds after the forward pass, weights apart."""
-    network = make_network(with_routing(tiny_config(kind, recompute=recompute, ffn_size=128)), dtype=torch.float32)
+    network = make_network(
+        with_routing(tiny_config(kind, recompute=recompute, ffn_size=128)), dtype=torch.float32
+    )
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage      # held, so that no other takes its address
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
         return x
 
     tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
@@ -42,7 +44,8 @@ def test_selective_keeps_less_than_all_and_full_keeps_least(kind):
 def flops(recompute: str) -> int:
     network = make_network(tiny_config("dense", recompute=recompute), dtype=torch.float32)
     tokens = torch.randint(VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter:      # knows nothing of fused attention on a CPU: projections alone
+    # knows nothing of fused attention on a CPU: projections alone
+    with FlopCounterMode(display=False) as counter:
         network(tokens[:, :-1], tokens[:, 1:]).backward()
     return counter.get_total_flops()
 

@@ -57,8 +57,14 @@ def units(tp: Axis, name: str, split: bool) -> float:
     config.parallel.sequence = split
     ctx = layer_context(config, tp)
     layer = make_layer(config, config.model.layer_types.index(name), tp=tp)
-    hidden = own_part(torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), ctx.make.seq).clone().requires_grad_()
-    score = torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
+    hidden = (
+        own_part(torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64), ctx.make.seq)
+        .clone()
+        .requires_grad_()
+    )
+    score = (
+        torch.rand(hidden.shape[:2], dtype=torch.float64).requires_grad_() if name == "dtf_dynamic" else None
+    )
     sent = [0.0]
     originals = {name: getattr(dist, name) for name in MOVED}
 
@@ -66,6 +72,7 @@ def units(tp: Axis, name: str, split: bool) -> float:
         def collective(first: Tensor, *args: Any, **kwargs: Any) -> Any:
             sent[0] += MOVED[name](first, tp.size)
             return originals[name](first, *args, **kwargs)
+
         return collective
 
     for name in MOVED:

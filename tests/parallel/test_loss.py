@@ -42,7 +42,8 @@ def test_gradcheck(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 15)
     hidden, weight, labels = draw(rows=14)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, vocab_size=11, tp=ALONE), (hidden, weight))
+        lambda h, w: linear_cross_entropy(h, w, labels, vocab_size=11, tp=ALONE), (hidden, weight)
+    )
 
 
 def test_without_gradients_the_loss_is_the_same():
@@ -73,7 +74,10 @@ def test_half_precision_sums_in_float32(monkeypatch, dtype, block_rows):
     torch.testing.assert_close(out, reference(hidden, weight, labels))
     out.backward()
     assert hidden.grad.dtype == weight.grad.dtype == dtype
-    exact_hidden, exact_weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact_hidden, exact_weight = (
+        hidden.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+    )
     reference(exact_hidden, exact_weight, labels).backward()
     torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=0.03, atol=2e-3)
     torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=0.03, atol=4e-3)
@@ -84,7 +88,9 @@ def test_a_loss_that_is_no_number_spoils_every_gradient(monkeypatch, block_rows)
     """`engine/loss_gate.py` counts on it."""
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
     hidden, weight, labels = draw()
-    linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).backward(torch.tensor(torch.nan, dtype=torch.float64))
+    linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE).backward(
+        torch.tensor(torch.nan, dtype=torch.float64)
+    )
     assert hidden.grad.isnan().all()
     assert weight.grad.isnan().all()
 
@@ -104,7 +110,9 @@ def test_the_head_needs_a_small_part_of_its_logits_memory(monkeypatch):
     assert tokens * vocab * 2 > 1e9 / 256, "all logits would not show"
 
 
-@pytest.mark.parametrize("label", [-1, 11, 13, 14, 10**6], ids=["negative", "padding", "last of padding", "behind", "far behind"])
+@pytest.mark.parametrize(
+    "label", [-1, 11, 13, 14, 10**6], ids=["negative", "padding", "last of padding", "behind", "far behind"]
+)
 @pytest.mark.parametrize("block_rows", [4, 1000])
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(monkeypatch, label, block_rows):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)

@@ -11,7 +11,7 @@ from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from tests.ranks import run_on_ranks
 
-VOCAB = 11      # padded to 12 rows under tensor 2
+VOCAB = 11  # padded to 12 rows under tensor 2
 OUTSIDE = (-1, 11, 12, 10**6)
 
 
@@ -29,12 +29,14 @@ def check_outside_ids(size: int) -> None:
 
     def loss_of(tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = embed(tokens)
-        return hidden, linear_cross_entropy(enter_tp(hidden, tp, Axis("seq")), head, labels, vocab_size=VOCAB, tp=tp)
+        return hidden, linear_cross_entropy(
+            enter_tp(hidden, tp, Axis("seq")), head, labels, vocab_size=VOCAB, tp=tp
+        )
 
     good = torch.arange(VOCAB).reshape(1, -1)
     hidden, loss = loss_of(good, good)
     assert hidden.isfinite().all() and loss.isfinite()
-    assert (hidden != 0).any(dim=-1).all()          # every id has a row on some rank
+    assert (hidden != 0).any(dim=-1).all()  # every id has a row on some rank
     for bad_id in OUTSIDE:
         bad = good.clone()
         bad[0, 3] = bad_id

@@ -13,14 +13,25 @@ from tests.tiny import VOCAB, tiny_config
 
 LAYER = "model.layers.3"
 SHAPES = {
-    "model.embed_tokens.weight": (VOCAB, 8), "lm_head.weight": (VOCAB, 8), "model.norm.weight": (8,),
-    f"{LAYER}.self_attn.q_proj.weight": (16, 8), f"{LAYER}.self_attn.q_proj.bias": (16,),
-    f"{LAYER}.self_attn.k_proj.weight": (8, 8), f"{LAYER}.self_attn.k_proj.bias": (8,),
-    f"{LAYER}.self_attn.v_proj.weight": (8, 8), f"{LAYER}.self_attn.v_proj.bias": (8,),
+    "model.embed_tokens.weight": (VOCAB, 8),
+    "lm_head.weight": (VOCAB, 8),
+    "model.norm.weight": (8,),
+    f"{LAYER}.self_attn.q_proj.weight": (16, 8),
+    f"{LAYER}.self_attn.q_proj.bias": (16,),
+    f"{LAYER}.self_attn.k_proj.weight": (8, 8),
+    f"{LAYER}.self_attn.k_proj.bias": (8,),
+    f"{LAYER}.self_attn.v_proj.weight": (8, 8),
+    f"{LAYER}.self_attn.v_proj.bias": (8,),
     f"{LAYER}.self_attn.o_proj.weight": (8, 16),
-    f"{LAYER}.mlp.gate_proj.weight": (12, 8), f"{LAYER}.mlp.up_proj.weight": (12, 8), f"{LAYER}.mlp.down_proj.weight": (8, 12),
-    f"{LAYER}.input_layernorm.weight": (8,), f"{LAYER}.prior.gate_proj.weight": (12, 8), f"{LAYER}.prior.up_proj.weight": (12, 8),
-    f"{LAYER}.prior.down_proj.weight": (8, 12), f"{LAYER}.prior.norm.weight": (8,), f"{LAYER}.router.beta_ce": (1,),
+    f"{LAYER}.mlp.gate_proj.weight": (12, 8),
+    f"{LAYER}.mlp.up_proj.weight": (12, 8),
+    f"{LAYER}.mlp.down_proj.weight": (8, 12),
+    f"{LAYER}.input_layernorm.weight": (8,),
+    f"{LAYER}.prior.gate_proj.weight": (12, 8),
+    f"{LAYER}.prior.up_proj.weight": (12, 8),
+    f"{LAYER}.prior.down_proj.weight": (8, 12),
+    f"{LAYER}.prior.norm.weight": (8,),
+    f"{LAYER}.router.beta_ce": (1,),
 }
 ROWS = {"embed_tokens", "lm_head", "q_proj", "mlp.gate_proj", "mlp.up_proj"}
 KV = {"k_proj", "v_proj"}
@@ -78,14 +89,20 @@ def test_a_parameter_that_does_not_divide_is_never_padded_in_silence():
 
 def network_of_rank(tensor: int, rank: int, **kwargs) -> Network:
     """As built by one of `tensor` ranks; building takes no collective."""
-    return Network(layer_context(tiny_config(tensor=tensor, **kwargs), Axis("tp", rank, tensor), torch.float32), LossScale())
+    return Network(
+        layer_context(tiny_config(tensor=tensor, **kwargs), Axis("tp", rank, tensor), torch.float32),
+        LossScale(),
+    )
 
 
 @pytest.mark.parametrize("tensor", [2, 4])
 @pytest.mark.parametrize("tied", [False, True])
 def test_initial_weights_do_not_depend_on_the_tensor_size(tensor, tied):
     whole = {p.global_name: p for p in network_of_rank(1, 0, tied=tied).parameters()}
-    ranks = [{p.global_name: p for p in network_of_rank(tensor, rank, tied=tied).parameters()} for rank in range(tensor)]
+    ranks = [
+        {p.global_name: p for p in network_of_rank(tensor, rank, tied=tied).parameters()}
+        for rank in range(tensor)
+    ]
     sharding = Sharding(tensor, 2)
     for name, param in whole.items():
         assert torch.equal(sharding.uncut(name, [rank[name] for rank in ranks], VOCAB), param), name
@@ -99,7 +116,7 @@ def test_initial_weights_depend_on_the_name_and_the_seed_alone():
         return ParamMaker(Sharding(1, 1), seed)(name, (4, 6), normal(0.5)).detach()
 
     first = draw("a.weight", 1)
-    torch.manual_seed(99)                                  # the global generator is of no account
+    torch.manual_seed(99)  # the global generator is of no account
     assert torch.equal(draw("a.weight", 1), first)
     assert not torch.equal(draw("b.weight", 1), first)
     assert not torch.equal(draw("a.weight", 2), first)

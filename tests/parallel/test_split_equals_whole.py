@@ -18,7 +18,12 @@ from megadyn.model.norm import HeadNorm
 from megadyn.network import routed_layers
 from megadyn.parallel import loss
 from megadyn.parallel.grid import Axis, Grid, make_grid
-from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear, VocabParallelEmbedding
+from megadyn.parallel.linear import (
+    ColumnParallelLinear,
+    KeyValueLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.mappings import (
     copy_to_tp,
@@ -85,6 +90,7 @@ def of_ranks(tp: Axis, *shape: int) -> list[Tensor]:
 
 # ---- collectives ---------------------------------------------------------------------------------
 
+
 def check_mappings(tp: Axis) -> None:
     x, grads = of_ranks(tp, 3, 4), of_ranks(tp, 3, 4)
     mine = x[tp.rank].clone().requires_grad_()
@@ -108,9 +114,9 @@ def check_mappings(tp: Axis) -> None:
     assert torch.equal(joined, torch.cat(x, dim=-1))
     wide = random(3, 4 * tp.size, seed=5)
     joined.backward(wide)
-    assert torch.equal(mine.grad, wide[:, 4 * tp.rank: 4 * tp.rank + 4])
+    assert torch.equal(mine.grad, wide[:, 4 * tp.rank : 4 * tp.rank + 4])
 
-    parts = of_ranks(tp, 2, 3, 4)                         # of a sequence
+    parts = of_ranks(tp, 2, 3, 4)  # of a sequence
     mine = parts[tp.rank].clone().requires_grad_()
     entered, grads = enter_tp(mine, tp, tp), of_ranks(tp, 2, 3 * tp.size, 4)
     assert torch.equal(entered, torch.cat(parts, dim=1))
@@ -123,7 +129,7 @@ def check_mappings(tp: Axis) -> None:
     assert torch.equal(mine.grad, torch.cat(parts, dim=1))
     assert torch.equal(whole_sequence(own_part(grads[0], tp), tp), grads[0])
 
-    turned = x[tp.rank].T                                # not contiguous
+    turned = x[tp.rank].T  # not contiguous
     assert_close(sum_over(turned, tp), sum(x).T)
     assert_close(max_over(turned, tp), torch.stack(x).amax(dim=0).T)
     assert_close(gather_from_tp(turned, tp), torch.cat([part.T for part in x], dim=-1))
@@ -134,21 +140,31 @@ def check_grids() -> None:
     """On four ranks: tensor fastest, then data, then pipeline."""
     me = dist.get_rank()
     half, parity = me // 2, me % 2
-    for tensor, pipeline, place in ((2, 2, (parity, 0, half)), (2, 1, (parity, half, 0)), (1, 2, (0, parity, half)),
-                                    (1, 1, (0, me, 0)), (1, 4, (0, 0, me))):
+    for tensor, pipeline, place in (
+        (2, 2, (parity, 0, half)),
+        (2, 1, (parity, half, 0)),
+        (1, 2, (0, parity, half)),
+        (1, 1, (0, me, 0)),
+        (1, 4, (0, 0, me)),
+    ):
         grid: Grid = make_grid(tensor, pipeline)
         assert (grid.tp.rank, grid.dp.rank, grid.pp.rank) == place
         assert (grid.tp.size, grid.pp.size, grid.dp.size) == (tensor, pipeline, 4 // (tensor * pipeline))
         assert (grid.is_first_stage, grid.is_last_stage) == (grid.pp.rank == 0, grid.pp.rank == pipeline - 1)
         for axis, stride in ((grid.tp, 1), (grid.dp, tensor), (grid.pp, 4 // pipeline)):
             line = [me + (i - axis.rank) * stride for i in range(axis.size)]
-            assert sum_over(torch.tensor(2**me), axis) == sum(2**rank for rank in line), f"{axis.name} of {tensor}, {pipeline}"
+            assert sum_over(torch.tensor(2**me), axis) == sum(2**rank for rank in line), (
+                f"{axis.name} of {tensor}, {pipeline}"
+            )
             assert (axis.group is None) == (axis.size == 1)
 
 
 # ---- layers --------------------------------------------------------------------------------------
 
-def pair(tp: Axis, build: Callable[[ParamMaker], nn.Module], kv_heads: int = 2) -> tuple[nn.Module, nn.Module]:
+
+def pair(
+    tp: Axis, build: Callable[[ParamMaker], nn.Module], kv_heads: int = 2
+) -> tuple[nn.Module, nn.Module]:
     """A module whole and cut, from the same random weights."""
     whole, split = (ParamMaker(Sharding(axis.size, kv_heads), 3, axis, dtype=F64) for axis in (ALONE, tp))
     return disturb(build(whole), whole), disturb(build(split), split)
@@ -172,8 +188,12 @@ def twice(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_column(tp: Axis) -> None:
-    whole, split = pair(tp, lambda make: ColumnParallelLinear("model.layers.0.self_attn.q_proj", 6, 8, make=make,
-                                                               init=normal(1), bias=True))
+    whole, split = pair(
+        tp,
+        lambda make: ColumnParallelLinear(
+            "model.layers.0.self_attn.q_proj", 6, 8, make=make, init=normal(1), bias=True
+        ),
+    )
     (x, x_split), grad = twice(random(2, 3, 6)), random(2, 3, 8, seed=1)
     y, y_split = whole(x), split(copy_to_tp(x_split, tp))
     y.backward(grad)
@@ -184,7 +204,9 @@ def check_column(tp: Axis) -> None:
 
 
 def check_row(tp: Axis) -> None:
-    whole, split = pair(tp, lambda make: RowParallelLinear("model.layers.0.self_attn.o_proj", 8, 6, make=make, init=normal(1)))
+    whole, split = pair(
+        tp, lambda make: RowParallelLinear("model.layers.0.self_attn.o_proj", 8, 6, make=make, init=normal(1))
+    )
     (x, x_whole), grad = twice(random(2, 3, 8)), random(2, 3, 6, seed=1)
     y, y_split = whole(x_whole), split(part(x, tp))
     y.backward(grad)
@@ -196,10 +218,15 @@ def check_row(tp: Axis) -> None:
 
 def check_key_value(tp: Axis, kv_heads: int) -> None:
     """Each rank's heads are those that its share of 4 query heads attends with."""
-    whole, split = pair(tp, lambda make: KeyValueLinear("model.layers.0.self_attn.k_proj", 6, kv_heads, 3, make=make,
-                                                        init=normal(1), bias=True), kv_heads)
-    (x, x_split), grads = twice(random(2, 5, 6)), random(2, 5, 4, 3, seed=1)       # a gradient for each query head
-    of_query = torch.arange(4) * kv_heads // 4                                     # the kv head of each query head
+    whole, split = pair(
+        tp,
+        lambda make: KeyValueLinear(
+            "model.layers.0.self_attn.k_proj", 6, kv_heads, 3, make=make, init=normal(1), bias=True
+        ),
+        kv_heads,
+    )
+    (x, x_split), grads = twice(random(2, 5, 6)), random(2, 5, 4, 3, seed=1)  # a gradient for each query head
+    of_query = torch.arange(4) * kv_heads // 4  # the kv head of each query head
     y = whole(x).unflatten(-1, (kv_heads, 3))[:, :, of_query]
     y_split = split(copy_to_tp(x_split, tp)).unflatten(-1, (-1, 3))
     y_split = y_split.repeat_interleave(4 // tp.size // y_split.shape[2], dim=2)
@@ -213,8 +240,11 @@ def check_key_value(tp: Axis, kv_heads: int) -> None:
 
 def check_attention(tp: Axis, kv_heads: int, norm: str) -> None:
     model = tiny_config("dense", num_kv_heads=kv_heads, normalization=norm).model
-    whole, split = pair(tp, lambda make: Attention("model.layers.0.self_attn", model, backend="sdpa", make=make, output_std=0.2),
-                        kv_heads)
+    whole, split = pair(
+        tp,
+        lambda make: Attention("model.layers.0.self_attn", model, backend="sdpa", make=make, output_std=0.2),
+        kv_heads,
+    )
     positions = torch.tensor([[0, 2, 3, 7, 19], [1, 4, 5, 6, 8]])
     for given in (None, positions):
         whole.zero_grad()
@@ -253,8 +283,11 @@ def check_mlp(tp: Axis) -> None:
 
 
 def check_embedding(tp: Axis) -> None:
-    whole, split = pair(tp, lambda make: VocabParallelEmbedding("model.embed_tokens", 61, 6, make=make, init=normal(1)))
-    tokens = torch.cat([torch.arange(61), torch.tensor([0, 60, 60, 15, 16, 31])]).view(1, -1)      # all of them, some twice
+    whole, split = pair(
+        tp, lambda make: VocabParallelEmbedding("model.embed_tokens", 61, 6, make=make, init=normal(1))
+    )
+    # all of them, some twice
+    tokens = torch.cat([torch.arange(61), torch.tensor([0, 60, 60, 15, 16, 31])]).view(1, -1)
     grad = random(1, tokens.shape[1], 6, seed=1)
     y, y_split = whole(tokens), split(tokens)
     y.backward(grad)
@@ -265,13 +298,14 @@ def check_embedding(tp: Axis) -> None:
 
 # ---- loss ----------------------------------------------------------------------------------------
 
+
 def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
     """`vocab` = 5 leaves a rank of four with padding alone. Padding rows hold large weights here, and must not matter."""
     sharding, name = Sharding(tp.size, 2), "lm_head.weight"
     (hidden, hidden_split), weight = twice(random(3, 4, 6)), random(vocab, 6, seed=1).requires_grad_()
     mine = sharding.cut(name, weight.detach(), tp.rank).clone()
     rows = mine.shape[0]
-    mine[max(0, vocab - tp.rank * rows):] = 50.0
+    mine[max(0, vocab - tp.rank * rows) :] = 50.0
     mine.requires_grad_()
     labels = torch.randint(0, vocab, (3, 4), generator=torch.Generator().manual_seed(2))
     labels[0, 0], labels[1, 1] = 0, vocab - 1
@@ -290,12 +324,25 @@ def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
 
 # ---- the whole network ---------------------------------------------------------------------------
 
+
 def check_network(tp: Axis, kind: str, sequence: bool = False, **options) -> None:
     """DTRNet with jitter and with choices filled up; every auxiliary loss heavy enough to show."""
     config = tiny_config(kind, tensor=tp.size, **options)
-    config = with_routing(config, **known(
-        config, capacity=0.4, prior_loss_weight=0.7, jitter=0.2, predictor_loss_weight=0.5, bce_loss_weight=0.3,
-        z_loss_weight=0.2, aux_loss_lambda=0.4, entropy_bonus=0.3, safe_min_attn_ratio=0.4))
+    config = with_routing(
+        config,
+        **known(
+            config,
+            capacity=0.4,
+            prior_loss_weight=0.7,
+            jitter=0.2,
+            predictor_loss_weight=0.5,
+            bce_loss_weight=0.3,
+            z_loss_weight=0.2,
+            aux_loss_lambda=0.4,
+            entropy_bonus=0.3,
+            safe_min_attn_ratio=0.4,
+        ),
+    )
     whole = make_network(config)
     config.parallel.sequence = sequence
     split = make_network(config, tp)
@@ -310,7 +357,7 @@ def check_network(tp: Axis, kind: str, sequence: bool = False, **options) -> Non
     assert all(g.any() for g in gradients(whole).values()), "a gradient that is zero can tell nothing"
     statistics = [[layer.monitor.read() for layer in routed_layers(network)] for network in (whole, split)]
     for reference, mine in zip(*statistics, strict=True):
-        if sequence:                                     # some are means over a part of the sequence
+        if sequence:  # some are means over a part of the sequence
             mine = {name: sum_over(value, tp) / tp.size for name, value in mine.items()}
         assert_close(mine, reference)
     with torch.no_grad():

@@ -28,7 +28,7 @@ def bits(x: Tensor) -> Tensor:
 def test_hidden_and_gate_come_back_bit_for_bit(dtype):
     torch.manual_seed(0)
     hidden, gate = torch.randn(2, 5, 8).to(dtype), torch.rand(2, 5, dtype=gate_dtype(dtype))
-    gate[0, 0] = 1 / 3                    # full of bits that a half precision would round away
+    gate[0, 0] = 1 / 3  # full of bits that a half precision would round away
     packed = pack(hidden, gate)
     assert packed.dtype == dtype
     assert packed.shape == (2, 5, 8 + gate.dtype.itemsize // dtype.itemsize)
@@ -53,7 +53,7 @@ def test_gradients_come_back_bit_for_bit(dtype):
     hidden = torch.randn(2, 5, 8).to(dtype).requires_grad_()
     gate = torch.rand(2, 5, dtype=gate_dtype(dtype)).requires_grad_()
     sent = pack(hidden, gate)
-    received = sent.detach().requires_grad_()        # as on the next pipeline stage
+    received = sent.detach().requires_grad_()  # as on the next pipeline stage
     grad_hidden, grad_gate = torch.randn(2, 5, 8).to(dtype), torch.randn(2, 5, dtype=gate.dtype)
     torch.autograd.backward(unpack(received), (grad_hidden, grad_gate))
     assert received.grad.dtype == dtype
@@ -64,7 +64,10 @@ def test_gradients_come_back_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_the_part_that_the_next_stage_does_not_use_gets_a_zero_gradient(used):
-    hidden, gate = torch.randn(1, 3, 4, dtype=torch.bfloat16).requires_grad_(), torch.rand(1, 3).requires_grad_()
+    hidden, gate = (
+        torch.randn(1, 3, 4, dtype=torch.bfloat16).requires_grad_(),
+        torch.rand(1, 3).requires_grad_(),
+    )
     part = unpack(pack(hidden, gate))[used]
     grad = torch.randn_like(part)
     part.backward(grad)
@@ -94,7 +97,7 @@ def test_document_ids_come_along_and_have_no_gradient(dtype, with_gate):
     assert not got_ids.requires_grad
     assert torch.equal(bits(got_hidden), bits(hidden.detach()))
     grads = [torch.randn(2, 5, 8).to(dtype), torch.randn(2, 5, dtype=gate_dtype(dtype))]
-    torch.autograd.backward((got_hidden, got_gate) if with_gate else (got_hidden,), grads[:1 + with_gate])
+    torch.autograd.backward((got_hidden, got_gate) if with_gate else (got_hidden,), grads[: 1 + with_gate])
     sent.backward(received.grad)
     assert torch.equal(bits(hidden.grad), bits(grads[0]))
     assert gate is None or torch.equal(bits(gate.grad), bits(grads[1]))

@@ -41,14 +41,25 @@ class Case(NamedTuple):
     @property
     def is_evaluated(self) -> bool:
         """Evaluation depends neither on ZeRO nor on recomputation: one case of each layout shows it."""
-        return self.zero == 1 and not (self.recompute != "none" or self.tied or self.documents) and self.norm == "pre"
+        return (
+            self.zero == 1
+            and not (self.recompute != "none" or self.tied or self.documents)
+            and self.norm == "pre"
+        )
 
     def __str__(self) -> str:
-        marks = {self.recompute: self.recompute != "none", "tied": self.tied, self.precision: self.precision != "fp32",
-                 self.norm: self.norm != "pre",
-                 "documents": self.documents, "sequence": self.sequence}
+        marks = {
+            self.recompute: self.recompute != "none",
+            "tied": self.tied,
+            self.precision: self.precision != "fp32",
+            self.norm: self.norm != "pre",
+            "documents": self.documents,
+            "sequence": self.sequence,
+        }
         extras = [word for word, on in marks.items() if on]
-        return "-".join([self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras])
+        return "-".join(
+            [self.kind, f"t{self.tensor}p{self.pipeline}d{self.data}", f"zero{self.zero}", *extras]
+        )
 
 
 KINDS = ("dense", "dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
@@ -78,13 +89,23 @@ Curve = dict[str, list[float]]
 
 
 def config_of(case: Case) -> Any:
-    config = tiny_config(case.kind, tensor=case.tensor, pipeline=case.pipeline, zero=case.zero, recompute=case.recompute,
-                       precision=case.precision, tied=case.tied, micro_batch=case.micro_batch, normalization=case.norm)
+    config = tiny_config(
+        case.kind,
+        tensor=case.tensor,
+        pipeline=case.pipeline,
+        zero=case.zero,
+        recompute=case.recompute,
+        precision=case.precision,
+        tied=case.tied,
+        micro_batch=case.micro_batch,
+        normalization=case.norm,
+    )
     if case.zero == 3:
         config.deepspeed_config = str(EVERYTHING_CUT)
     config.parallel.sequence = case.sequence
     if hasattr(config.model.routing, "jitter"):
-        config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0      # noise too depends on no layout
+        # noise too depends on no layout
+        config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0
     return config
 
 
@@ -145,17 +166,22 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
     net = Network(LayerContext(config.model, make, eod=EOD if case.documents else None), LossScale())
     decayed = [p for p in net.parameters() if p.ndim >= 2]
     kept = [p for p in net.parameters() if p.ndim < 2]
-    adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
-                             betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.eps)
+    adam = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+    )
     curve: Curve = {"loss": [], "grad_norm": []}
     for step, samples in enumerate(tokens_of(case) if drawn is None else drawn):
         for group in adam.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, STEPS)
-        (tokens, labels), = micro_batches(samples, 4)
+        ((tokens, labels),) = micro_batches(samples, 4)
         loss = net(tokens, labels)
         loss.backward()
         curve["loss"].append(loss.item())
-        curve["grad_norm"].append(torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item())
+        curve["grad_norm"].append(
+            torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item()
+        )
         adam.step()
         adam.zero_grad()
         end_step(net)

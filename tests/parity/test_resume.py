@@ -15,24 +15,35 @@ from tests.tiny import micro_batches, tiny_tokens
 STEPS, SAVED = 6, 2
 """Saved within the warm-up of the learning rate and of DTRNet's loss."""
 
-SAME = [Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2), Case("dtf", 1, 2, 1, tied=True),
-        Case("dtf", 1, 1, 2, zero=0), Case("dtf", 1, 1, 2, zero=2), Case("dtf", 1, 1, 2, zero=3),
-        Case("dtf", 2, 1, 1, precision="bf16"), Case("dtf", 1, 2, 1, precision="bf16"),
-        Case("dtf", 1, 1, 2, zero=3, precision="bf16")]
+SAME = [
+    Case("dtf", 2, 1, 1),
+    Case("dtf", 1, 2, 1),
+    Case("dtf", 1, 1, 2),
+    Case("dtf", 1, 2, 1, tied=True),
+    Case("dtf", 1, 1, 2, zero=0),
+    Case("dtf", 1, 1, 2, zero=2),
+    Case("dtf", 1, 1, 2, zero=3),
+    Case("dtf", 2, 1, 1, precision="bf16"),
+    Case("dtf", 1, 2, 1, precision="bf16"),
+    Case("dtf", 1, 1, 2, zero=3, precision="bf16"),
+]
 # Every kind and causal rule; every normalisation.
 SAME += [Case(kind, 1, 2, 1) for kind in KINDS if kind != "dtf"]
 SAME += [Case("dtf", 1, 1, 2, norm="lns"), Case("dtf", 2, 1, 1, norm="hybridnorm")]
 SAME += [Case("dtrnet-target", 1, 1, 2), Case("dtrnet-target", 1, 2, 1)]
 """Saved and resumed alike."""
 
-OTHER = [(Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)), (Case("mod", 1, 2, 1), Case("mod", 2, 1, 1, zero=0)),
-         (Case("dtrnet-token", 1, 2, 1), Case("dtrnet-token", 1, 1, 2, zero=2)),
-         (Case("dtrnet-expert", 1, 2, 1), Case("dtrnet-expert", 2, 1, 1)),
-         (Case("dense", 1, 2, 1), Case("dense", 1, 1, 2, zero=3)),
-         (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
-         (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)),
-         (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True)),
-         (Case("dtrnet-target", 1, 2, 1), Case("dtrnet-target", 2, 1, 1))]
+OTHER = [
+    (Case("dtf", 2, 1, 1), Case("dtf", 1, 2, 1)),
+    (Case("mod", 1, 2, 1), Case("mod", 2, 1, 1, zero=0)),
+    (Case("dtrnet-token", 1, 2, 1), Case("dtrnet-token", 1, 1, 2, zero=2)),
+    (Case("dtrnet-expert", 1, 2, 1), Case("dtrnet-expert", 2, 1, 1)),
+    (Case("dense", 1, 2, 1), Case("dense", 1, 1, 2, zero=3)),
+    (Case("dtf", 1, 2, 1), Case("dtf", 1, 1, 2, zero=3)),
+    (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)),
+    (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True)),
+    (Case("dtrnet-target", 1, 2, 1), Case("dtrnet-target", 2, 1, 1)),
+]
 """Saved as the first, resumed as the second: any cut, any ZeRO stage."""
 
 
@@ -59,9 +70,13 @@ def _run_all(folder: str) -> None:
         found[f"{case} straight"] = train(case, range(STEPS))
         half = train(case, range(SAVED), save_to=Path(folder) / str(case))
         rest = train(case, range(SAVED, STEPS), load_from=Path(folder) / str(case))
-        found[f"{case} resumed"] = Trained(half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.trackers)
+        found[f"{case} resumed"] = Trained(
+            half.losses + rest.losses, half.norms + rest.norms, rest.weights, rest.trackers
+        )
     for saved, resumed in OTHER:
-        found[f"{saved} to {resumed}"] = train(resumed, range(SAVED, STEPS), load_from=Path(folder) / str(saved))
+        found[f"{saved} to {resumed}"] = train(
+            resumed, range(SAVED, STEPS), load_from=Path(folder) / str(saved)
+        )
     if dist.get_rank() == 0:
         (Path(folder) / "runs.json").write_text(json.dumps(found))
 
@@ -77,8 +92,9 @@ def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path
 
     config = config_of(case)
     if hasattr(config.model.routing, "jitter"):
-        config.model.routing.jitter = 0.0                # its noise follows from the seed, which
-    config.training.seed += load_from is not None        # gives other starting weights, so that loading must replace them all
+        config.model.routing.jitter = 0.0  # its noise follows from the seed, which
+    # gives other starting weights, so that loading must replace them all
+    config.training.seed += load_from is not None
     plan = batch_plan(config, dist.get_world_size())
     engine = Engine(config, plan, make_grid(case.tensor, case.pipeline))
     config.training.seed = config_of(case).training.seed
@@ -97,8 +113,12 @@ def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path
     if save_to is not None:
         save_load.save(engine, save_to, iteration=steps.stop, consumed_samples=4 * steps.stop)
     access = save_load.OptimizerAccess(engine)
-    weights = {name_of(p): access.get(p)["weight"].double().flatten()[:50].tolist() for p in engine.parameters()}
-    trackers = [tracker for of_layers in trackers_of(engine.routed).values() for tracker in of_layers.values()]
+    weights = {
+        name_of(p): access.get(p)["weight"].double().flatten()[:50].tolist() for p in engine.parameters()
+    }
+    trackers = [
+        tracker for of_layers in trackers_of(engine.routed).values() for tracker in of_layers.values()
+    ]
     engine.engine.destroy()
     return Trained(losses, norms, weights, [tracker.state() for tracker in trackers])
 
@@ -106,7 +126,7 @@ def train(case: Case, steps: range, save_to: Path | None = None, load_from: Path
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_resumed_is_straight_bit_for_bit(case: Case, runs: dict[str, Any]) -> None:
     straight, resumed = runs[f"{case} straight"], runs[f"{case} resumed"]
-    assert resumed == straight      # losses, gradient norms, weights, thresholds and loads of rank 0
+    assert resumed == straight  # losses, gradient norms, weights, thresholds and loads of rank 0
 
 
 @pytest.mark.parametrize(("saved", "resumed"), OTHER, ids=str)

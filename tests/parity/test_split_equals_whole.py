@@ -6,35 +6,69 @@ import pytest
 
 from tests.parity.curves import Case, Curve, curves, plain_curve
 
-LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 3, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1))
+LAYOUTS = (
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (1, 3, 1),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (4, 1, 1),
+    (1, 4, 1),
+)
 ONE_OF_EACH = ("dtf", "mod", "dtrnet-token")
 
 # DTF under every layout, dense where a cut is another one; both under each ZeRO stage. The conformance suite has every kind and
 # rule under the layouts of two processes, with sequence parallelism, documents and recomputation.
 CASES = [Case("dtf", *layout) for layout in LAYOUTS]
 CASES += [Case("dense", *layout) for layout in LAYOUTS if layout[0] * layout[1] * layout[2] <= 2]
-CASES += [Case(kind, *layout, zero=zero) for kind in ("dense", "dtf") for layout, zero in (
-    ((2, 1, 1), 0), ((1, 2, 1), 0), ((1, 1, 2), 0), ((1, 1, 2), 2), ((1, 1, 2), 3))]
-CASES += [Case("dtf", *layout, zero=zero) for layout, zero in (((1, 2, 2), 0), ((2, 1, 2), 2), ((2, 1, 2), 3))]
-CASES += [Case(kind, *layout, zero=zero, recompute="full") for kind in ONE_OF_EACH for layout, zero in (
-    ((1, 1, 2), 3), ((2, 2, 1), 1))]
+CASES += [
+    Case(kind, *layout, zero=zero)
+    for kind in ("dense", "dtf")
+    for layout, zero in (((2, 1, 1), 0), ((1, 2, 1), 0), ((1, 1, 2), 0), ((1, 1, 2), 2), ((1, 1, 2), 3))
+]
+CASES += [
+    Case("dtf", *layout, zero=zero) for layout, zero in (((1, 2, 2), 0), ((2, 1, 2), 2), ((2, 1, 2), 3))
+]
+CASES += [
+    Case(kind, *layout, zero=zero, recompute="full")
+    for kind in ONE_OF_EACH
+    for layout, zero in (((1, 1, 2), 3), ((2, 2, 1), 1))
+]
 CASES += [Case("dtf", *layout, recompute="full") for layout in LAYOUTS[:4]]
-CASES += [Case("dtf", *layout, zero=zero, tied=True) for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))]
-CASES += [Case(kind) for kind in ("mod", "mod-predictor", "mod-bce", "dtf-predictor", "dtrnet-token", "dtrnet-expert")]
+CASES += [
+    Case("dtf", *layout, zero=zero, tied=True)
+    for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))
+]
+CASES += [
+    Case(kind)
+    for kind in ("mod", "mod-predictor", "mod-bce", "dtf-predictor", "dtrnet-token", "dtrnet-expert")
+]
 CASES += [Case(kind, *layout) for kind in ("mod-bce", "dtf-predictor") for layout in ((2, 1, 1), (1, 2, 1))]
 # Every normalisation: lns through a pipeline cut, for it knows the layer's global number, hybridnorm through a tensor cut, for
 # its weights serve the heads of all ranks.
-CASES += [Case(kind, *layout, norm=norm) for kind in ("dense", *ONE_OF_EACH)
-          for norm, layout in (("lns", (1, 2, 1)), ("hybridnorm", (2, 1, 1)))]
+CASES += [
+    Case(kind, *layout, norm=norm)
+    for kind in ("dense", *ONE_OF_EACH)
+    for norm, layout in (("lns", (1, 2, 1)), ("hybridnorm", (2, 1, 1)))
+]
 # Documents: their ids cross the pipeline cut, between a Decision and its Dynamic layer too.
 CASES += [Case("dtf", 1, 4, 1, documents=True), Case("mod", 1, 2, 1, documents=True, recompute="selective")]
 # Sequence parallelism with a pipeline cut between Decision and Dynamic layer, documents and recomputation; ZeRO.
-CASES += [Case("dtrnet-token", 2, 2, 1, sequence=True, documents=True, recompute="full"),
-          Case("mod", 2, 2, 1, sequence=True, recompute="selective"), Case("dtf", 2, 1, 2, zero=3, sequence=True),
-          Case("dtf", 2, 2, 1, sequence=True, tied=True)]
+CASES += [
+    Case("dtrnet-token", 2, 2, 1, sequence=True, documents=True, recompute="full"),
+    Case("mod", 2, 2, 1, sequence=True, recompute="selective"),
+    Case("dtf", 2, 1, 2, zero=3, sequence=True),
+    Case("dtf", 2, 2, 1, sequence=True, tied=True),
+]
 
-HALF = [Case(kind, *layout, zero=zero, precision="bf16") for kind in ("dense", *ONE_OF_EACH)
-        for layout, zero in (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1))]
+HALF = [
+    Case(kind, *layout, zero=zero, precision="bf16")
+    for kind in ("dense", *ONE_OF_EACH)
+    for layout, zero in (((1, 1, 1), 1), ((2, 1, 1), 1), ((1, 2, 1), 1))
+]
 HALF += [Case(kind, 1, 1, 2, zero=zero, precision="bf16") for kind in ("dense", "dtf") for zero in (1, 2, 3)]
 HALF += [Case("dtf", *layout, precision="bf16") for layout in ((2, 2, 1), (2, 1, 2), (1, 2, 2))]
 HALF += [Case("dtf", *layout, precision="fp16") for layout in LAYOUTS[:4]]
@@ -51,8 +85,11 @@ def compared_with(case: Case) -> list[Case]:
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
     """Curves of the cases that the selected tests need: one launch for each number of processes."""
-    asked = {item.callspec.params["case"] for item in request.session.items
-             if item.module is request.module and hasattr(item, "callspec")}
+    asked = {
+        item.callspec.params["case"]
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    }
     needed = asked | {other for case in asked for other in compared_with(case)}
     found: dict[str, Curve] = {}
     for world in (1, 2, 3, 4):
@@ -82,7 +119,7 @@ def test_fp32_curve_is_that_of_one_process(case: Case, trained: dict[str, Curve]
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_evaluated], ids=str)
 def test_validation_losses_are_those_of_one_process(case: Case, trained: dict[str, Curve]) -> None:
     """The running threshold too is the same under every layout: the causal loss shows it."""
-    other, = compared_with(case)                 # of as many data ranks: each evaluates the last step's samples of its own
+    (other,) = compared_with(case)  # of as many data ranks: each evaluates the last step's samples of its own
     assert farthest(trained[str(case)]["validation"], trained[str(other)]["validation"]) < 1e-5
 
 
@@ -91,7 +128,9 @@ def test_half_precision_curve_is_near(case: Case, trained: dict[str, Curve]) -> 
     """A rounding can flip a routed token, which a gradient norm shows: one step may stand out there, the rest not."""
     curve, whole = trained[str(case)], trained[str(compared_with(case)[0])]
     assert farthest(curve["loss"], whole["loss"]) < 1e-2
-    off = sorted(abs(got - want) / want for got, want in zip(curve["grad_norm"], whole["grad_norm"], strict=True))
+    off = sorted(
+        abs(got - want) / want for got, want in zip(curve["grad_norm"], whole["grad_norm"], strict=True)
+    )
     assert off[-1] < (1e-2 if case.kind == "dense" else 5e-2)
     assert off[len(off) // 2] < 1e-2
 

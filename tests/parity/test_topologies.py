@@ -15,9 +15,16 @@ SAVED, STEPS = 2, 4
 HOME = (2, 2, 1)
 """tensor, pipeline, data."""
 
-ELSEWHERE = [Case("dtf", 1, 1, 1), Case("mod", 1, 4, 1), Case("dtrnet-token", 4, 1, 1, tied=True), Case("dtrnet-expert", 1, 1, 4),
-             Case("dense", 2, 1, 2), Case("dtf", 1, 1, 4, zero=0), Case("mod", 2, 1, 2, zero=2),
-             Case("dtrnet-token", 1, 1, 4, zero=3)]
+ELSEWHERE = [
+    Case("dtf", 1, 1, 1),
+    Case("mod", 1, 4, 1),
+    Case("dtrnet-token", 4, 1, 1, tied=True),
+    Case("dtrnet-expert", 1, 1, 4),
+    Case("dense", 2, 1, 2),
+    Case("dtf", 1, 1, 4, zero=0),
+    Case("mod", 2, 1, 2, zero=2),
+    Case("dtrnet-token", 1, 1, 4, zero=3),
+]
 """Each kind, also with tied embeddings; the vocabulary of 61 is padded wherever it is cut. Saved under ZeRO 1."""
 
 
@@ -31,8 +38,12 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("topologies")
     found: dict[str, list[float]] = {}
     alone = [case for case in ELSEWHERE if case.world == 1]
-    for world, cases, what in ((4, ELSEWHERE, "home"), (1, alone, "away"), (4, [c for c in ELSEWHERE if c.world == 4], "away"),
-                               (4, ELSEWHERE, "back")):
+    for world, cases, what in (
+        (4, ELSEWHERE, "home"),
+        (1, alone, "away"),
+        (4, [c for c in ELSEWHERE if c.world == 4], "away"),
+        (4, ELSEWHERE, "back"),
+    ):
         run_on_ranks(_run, world, cases, what, str(folder))
         found |= json.loads((folder / f"{what}.json").read_text())
     return found
@@ -52,7 +63,9 @@ def _run(cases: list[Case], what: str, folder: str) -> None:
             found[f"{case} away"] = train(case, range(SAVED, STEPS), load_from=home / str(case)).losses
             train(case, range(SAVED), save_to=there / str(case))
         if what == "back":
-            found[f"{case} back"] = train(at_home(case), range(SAVED, STEPS), load_from=there / str(case)).losses
+            found[f"{case} back"] = train(
+                at_home(case), range(SAVED, STEPS), load_from=there / str(case)
+            ).losses
     if dist.get_rank() == 0:
         (Path(folder) / f"{what}.json").write_text(json.dumps(found))
 

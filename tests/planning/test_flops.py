@@ -24,9 +24,15 @@ def uncounted_attention(config: Config, tokens: int) -> float:
 
 def counted(config: Config, length: int, training: bool = False) -> int:
     network = make_network(config, dtype=torch.float32)
-    tokens, labels = (part.contiguous() for part in tiny_tokens(1, BATCH, length)[0].unfold(1, length, 1).unbind(1))
+    tokens, labels = (
+        part.contiguous() for part in tiny_tokens(1, BATCH, length)[0].unfold(1, length, 1).unbind(1)
+    )
     # torch's own counter knows nothing of the fused attention for CPUs, and would count it as free.
-    with torch.set_grad_enabled(training), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        torch.set_grad_enabled(training),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         if training:
             network(tokens, labels).backward()
         else:
@@ -53,8 +59,10 @@ def fix_share(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
 def unseen_scores(config: Config, length: int) -> float:
     """Of all layers, on one sequence."""
     kept = max(1, int(config.model.routing.share * length))
-    return sum(uncounted_attention(config, length if layer in ("dense", "dtf_decision", "stt") else kept)
-               for layer in config.model.layer_types)
+    return sum(
+        uncounted_attention(config, length if layer in ("dense", "dtf_decision", "stt") else kept)
+        for layer in config.model.layer_types
+    )
 
 
 FREE = ("mod-threshold", "nested", "subskip", "skip_middle")
@@ -63,8 +71,15 @@ them at the shares that it finds."""
 ROUTED = [(kind, capacity) for kind in KINDS if kind not in ("dense", *FREE) for capacity in (0.125, 0.5)]
 
 
-@pytest.mark.parametrize(("kind", "capacity", "norm"), [("dense", 1.0, "pre"), *((*x, "pre") for x in ROUTED),
-                                                       ("mod", 0.25, "hybridnorm"), ("dtrnet-token", 0.25, "hybridnorm")])
+@pytest.mark.parametrize(
+    ("kind", "capacity", "norm"),
+    [
+        ("dense", 1.0, "pre"),
+        *((*x, "pre") for x in ROUTED),
+        ("mod", 0.25, "hybridnorm"),
+        ("dtrnet-token", 0.25, "hybridnorm"),
+    ],
+)
 @pytest.mark.parametrize("length", [24, 150])
 def test_a_forward_pass_costs_what_is_planned(monkeypatch, kind, capacity, norm, length):
     config = tiny_config(kind, normalization=norm)
@@ -87,16 +102,22 @@ def test_forward_and_backward_cost_what_is_planned(monkeypatch, kind, capacity):
 @pytest.mark.parametrize("router_type", ["token_choice", "expert_choice"])
 def test_a_dtrnet_layer_saves_queries_keys_and_scores_alone(router_type):
     """By hand: width 8, two heads of 4, one key/value head, a router of inner width 4."""
-    model = with_routing(tiny_config("dtrnet-token", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
-                         capacity=0.3, router_type=router_type, layout="D4").model
+    model = with_routing(
+        tiny_config("dtrnet-token", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
+        capacity=0.3,
+        router_type=router_type,
+        layout="D4",
+    ).model
     q, k, v, o, mlp, router = 8 * 8, 8 * 4, 8 * 4, 8 * 8, 3 * 8 * 12, 8 * 4 + 4 * 2
     attending, scores = 3, 2 * 3 * 3 * 8 / 2
     assert layer_costs(model, 10) == [2 * (10 * (v + o + mlp + router) + attending * (q + k) + scores)] * 4
 
 
 def test_a_mod_layer_is_counted_by_hand():
-    model = with_routing(tiny_config("mod-predictor", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
-                         capacity=0.3).model
+    model = with_routing(
+        tiny_config("mod-predictor", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False),
+        capacity=0.3,
+    ).model
     block, router, predictor = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 12, 8, 8 * 4 + 4
     assert layer_costs(model, 10)[1] == 2 * (3 * block + 2 * 3 * 3 * 8 / 2 + 10 * (router + predictor))
 
@@ -110,13 +131,18 @@ def test_a_skipping_layer_costs_less_than_its_capacity_for_attention_is_quadrati
 
 def test_a_training_step_costs_three_forward_passes():
     model = tiny_config("dtf").model
-    assert training_flops(model, 24) == pytest.approx(3 * (sum(layer_costs(model, 24)) + head_flops(model, 24)))
+    assert training_flops(model, 24) == pytest.approx(
+        3 * (sum(layer_costs(model, 24)) + head_flops(model, 24))
+    )
 
 
 def test_a_dense_layer_is_counted_by_hand():
-    model = tiny_config("dense", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False).model
+    model = tiny_config(
+        "dense", hidden_size=8, num_heads=2, num_kv_heads=1, ffn_size=12, qkv_bias=False
+    ).model
     tokens, q, k, v, o, mlp = 10, 8 * 8, 8 * 4, 8 * 4, 8 * 8, 3 * 8 * 12
-    attention = 2 * 10 * 10 * 8 / 2            # scores and values: two products of [T, T] with 8 columns, half of them seen
+    # scores and values: two products of [T, T] with 8 columns, half of them seen
+    attention = 2 * 10 * 10 * 8 / 2
     assert block_flops(model, tokens) == 2 * tokens * (q + k + v + o + mlp) + 2 * attention
 
 
@@ -125,7 +151,10 @@ def test_what_tensor_ranks_share_and_what_each_does_add_up(kind):
     config = tiny_config(kind)
     flops = layer_flops(config.model, 24)
     assert [layer.cut + layer.whole for layer in flops] == layer_costs(config.model, 24)
-    routers = [layer in ("dtf_decision", "mod", "dtrnet", "stt", "nested", "subskip")
-               or (layer == "dtf_dynamic" and kind == "dtf-predictor") or (kind == "skip_middle" and index < 2)
-               for index, layer in enumerate(config.model.layer_types)]
+    routers = [
+        layer in ("dtf_decision", "mod", "dtrnet", "stt", "nested", "subskip")
+        or (layer == "dtf_dynamic" and kind == "dtf-predictor")
+        or (kind == "skip_middle" and index < 2)
+        for index, layer in enumerate(config.model.layer_types)
+    ]
     assert [layer.whole > 0 for layer in flops] == routers

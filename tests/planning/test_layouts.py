@@ -36,9 +36,19 @@ def test_the_examples_fit_on_gpus_of_80_gib(example: Any, name: str, gpus: int) 
         assert layout.fits == (layout.memory.total <= 76 * 2**30)
         assert 0 <= layout.bubble < 1
     assert refused
-    own = [it for it in fitting if (it.tensor, it.pipeline, it.zero_stage, it.micro_batch, it.recompute) ==
-           (config.parallel.tensor, config.parallel.pipeline, 1, config.training.micro_batch_size, config.training.recompute)]
-    assert len(own) == 1                   # the example runs as it stands
+    own = [
+        it
+        for it in fitting
+        if (it.tensor, it.pipeline, it.zero_stage, it.micro_batch, it.recompute)
+        == (
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            1,
+            config.training.micro_batch_size,
+            config.training.recompute,
+        )
+    ]
+    assert len(own) == 1  # the example runs as it stands
 
 
 def test_what_cannot_run_is_refused_with_the_sentence_of_a_run(example: Any) -> None:
@@ -57,36 +67,54 @@ def test_offloading_takes_the_optimizer_out_of_the_gpu_and_into_the_node(example
     """Figures by hand: of P parameters on 2 ranks each keeps P / 2, whose Adam has 12 bytes, gradients 4 (summed in fp32) and 4
     (flat, for Adam), weights 2."""
     found, _ = layouts(example("dense_3b", "training.global_batch_size=2"), Machine(2, 80))
-    plain, offloaded = ({(it.micro_batch, it.recompute): it for it in found if it.zero_stage == 3 and it.tensor == 1
-                         and bool(it.host) == has_host}[1, "none"] for has_host in (False, True))
+    plain, offloaded = (
+        {
+            (it.micro_batch, it.recompute): it
+            for it in found
+            if it.zero_stage == 3 and it.tensor == 1 and bool(it.host) == has_host
+        }[1, "none"]
+        for has_host in (False, True)
+    )
     count = total_parameters(example("dense_3b").model)
     assert plain.memory[:3] == pytest.approx((2 * count / 2, 4 * count / 2, 12 * count / 2))
     assert offloaded.memory[:3] == (0, 0, 0)
     assert offloaded.memory.activations == plain.memory.activations
-    assert offloaded.host == pytest.approx(2 * (12 + 4 + 4 + 2) * count / 2)           # both ranks stand on one node
+    assert offloaded.host == pytest.approx(2 * (12 + 4 + 4 + 2) * count / 2)  # both ranks stand on one node
     # Over the link: gradients out in bf16's fp32 and again flat, weights in, and for each of two passes; the step itself.
     link_s, step_s = (4 + 4 + 2 + 2 * 2) / 2 * count / 20e9, 2 * (28 + 2) / 2 * count / 100e9
     assert offloaded.step_s - plain.step_s == pytest.approx(link_s + step_s)
     assert offloaded.record()["host_gib"] == offloaded.host / 2**30 > 60 > plain.record()["host_gib"] == 0
 
 
-@pytest.mark.parametrize("zero", [
-    {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {"stage": 3, "offload_optimizer": {"device": "nvme"}},
-    {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, {"stage": 3, "offload_param": True}])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+        {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        {"stage": 3, "offload_param": True},
+    ],
+)
 def test_other_offloading_is_refused(zero: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = tiny_config("dense")
     config.deepspeed_config = str(path)
     _, refused = layouts(config, Machine(2, 80))
-    assert {it.reason for it in refused} >= {f"{path}: offload_{'param' if 'offload_param' in zero else 'optimizer'} "
-                                             "is planned only with ZeRO-3, device cpu and ratio 1"}
+    assert {it.reason for it in refused} >= {
+        f"{path}: offload_{'param' if 'offload_param' in zero else 'optimizer'} "
+        "is planned only with ZeRO-3, device cpu and ratio 1"
+    }
 
 
-@pytest.mark.parametrize(("zero", "key"), [
-    ({"stage": 3, "stage3_max_live_parameters": "x"}, "stage3_max_live_parameters"),
-    ({"stage": 2, "reduce_bucket_size": "auto"}, "reduce_bucket_size"),
-    ({"stage": 2, "reduce_bucket_size": -1}, "reduce_bucket_size")])
+@pytest.mark.parametrize(
+    ("zero", "key"),
+    [
+        ({"stage": 3, "stage3_max_live_parameters": "x"}, "stage3_max_live_parameters"),
+        ({"stage": 2, "reduce_bucket_size": "auto"}, "reduce_bucket_size"),
+        ({"stage": 2, "reduce_bucket_size": -1}, "reduce_bucket_size"),
+    ],
+)
 def test_sizes_that_are_no_numbers_are_refused(zero: dict[str, Any], key: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
@@ -106,12 +134,19 @@ def test_no_vocabulary_is_no_plan() -> None:
 def test_settings_of_the_run_come_before_those_beside_them() -> None:
     config = tiny_config("dense", zero=2)
     assert [(file.zero["stage"], "offload_param" in file.zero) for file in engine_files(config)] == [
-        (0, False), (1, False), (2, False), (3, False), (3, True)]
+        (0, False),
+        (1, False),
+        (2, False),
+        (3, False),
+        (3, True),
+    ]
     config.training.micro_batch_size, config.training.global_batch_size = 3, 24
     assert micro_batch_sizes(config, batch_plan(config, 2)) == [1, 2, 3, 4]
 
 
-def one(machine: Machine, *, zero: int = 1, gpus: int = 4, kind: str = "dtf", micro: int = 1, **parallel: int) -> Layout:
+def one(
+    machine: Machine, *, zero: int = 1, gpus: int = 4, kind: str = "dtf", micro: int = 1, **parallel: int
+) -> Layout:
     config: Config = tiny_config(kind, zero=zero, hidden_size=64, **parallel)
     config.training.global_batch_size, config.training.micro_batch_size = 64, micro
     settings = {file.zero["stage"]: file for file in engine_files(config)}[zero]
@@ -146,7 +181,7 @@ def test_bytes_over_data_ranks_follow_the_zero_stage() -> None:
 
 def test_bytes_over_tensor_ranks_follow_the_tokens_that_are_processed() -> None:
     """Four layers, two sums each way; a Dynamic layer's of half the tokens; the embedding's and the head's."""
-    whole = 64 * 24 * 64 * 4 * 2 * (1 / 2)                      # all tokens of a step, out of one of two ranks
+    whole = 64 * 24 * 64 * 4 * 2 * (1 / 2)  # all tokens of a step, out of one of two ranks
     assert one(FREE, kind="dense", tensor=2, gpus=2).tensor_bytes == pytest.approx(whole * (4 * 4 + 2))
     assert one(FREE, kind="dtf", tensor=2, gpus=2).tensor_bytes == pytest.approx(whole * (2 * 4 + 2 * 2 + 2))
 
@@ -162,9 +197,12 @@ def test_sequence_parallelism_sends_chosen_tokens_once_more_and_less_between_sta
     assert [it.tensor_bytes for it in laid_out("dense")] == pytest.approx([whole * 18] * 2)
     dtf = [whole * (2 * 4 + 2 * 2 + 2), whole * (2 * 4 + 2 * 3 + 2)]
     assert [it.tensor_bytes for it in laid_out("dtf")] == pytest.approx(dtf)
-    assert [it.pipeline_bytes for it in laid_out("dense", 2)] == [4 * 24 * (4 * 64 + 8), 4 * 24 * (4 * 32 + 8)]
+    assert [it.pipeline_bytes for it in laid_out("dense", 2)] == [
+        4 * 24 * (4 * 64 + 8),
+        4 * 24 * (4 * 32 + 8),
+    ]
     plain, split = laid_out("mod")
-    assert split.step_s < plain.step_s                              # routers work on their part
+    assert split.step_s < plain.step_s  # routers work on their part
     assert split.memory.activations < plain.memory.activations
 
 

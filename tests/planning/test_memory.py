@@ -58,16 +58,28 @@ def _settled() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.parametrize(("kind", "heavy", "precision", "recompute", "extra"), [
-    *((kind, "activations", "bf16", recompute, {}) for kind in ("dense", "dtf", "mod", "dtrnet-token")
-      for recompute in RECOMPUTE),
-    *((kind, "weights", "bf16", "none", {}) for kind in ("dense", "dtf", "mod", "dtrnet-token")),
-    ("dense", "activations", "fp32", "none", {}), ("mod-predictor", "activations", "fp32", "selective", {}),
-    ("dtf", "activations", "fp32", "full", {}), ("dtrnet-token", "activations", "fp32", "full", {}),
-    ("dtf-predictor", "activations", "bf16", "none", {}), ("dtf", "activations", "bf16", "none", {"documents": True}),
-    ("dtrnet-token", "activations", "bf16", "none", {"router_type": "expert_choice"}),
-    ("dtf", "activations", "bf16", "full", {"normalization": "hybridnorm"})])
-def test_a_step_of_the_whole_model(kind: str, heavy: str, precision: str, recompute: str, extra: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "heavy", "precision", "recompute", "extra"),
+    [
+        *(
+            (kind, "activations", "bf16", recompute, {})
+            for kind in ("dense", "dtf", "mod", "dtrnet-token")
+            for recompute in RECOMPUTE
+        ),
+        *((kind, "weights", "bf16", "none", {}) for kind in ("dense", "dtf", "mod", "dtrnet-token")),
+        ("dense", "activations", "fp32", "none", {}),
+        ("mod-predictor", "activations", "fp32", "selective", {}),
+        ("dtf", "activations", "fp32", "full", {}),
+        ("dtrnet-token", "activations", "fp32", "full", {}),
+        ("dtf-predictor", "activations", "bf16", "none", {}),
+        ("dtf", "activations", "bf16", "none", {"documents": True}),
+        ("dtrnet-token", "activations", "bf16", "none", {"router_type": "expert_choice"}),
+        ("dtf", "activations", "bf16", "full", {"normalization": "hybridnorm"}),
+    ],
+)
+def test_a_step_of_the_whole_model(
+    kind: str, heavy: str, precision: str, recompute: str, extra: dict[str, Any]
+) -> None:
     """Weights, gradients, and activations of a forward and backward pass, without DeepSpeed."""
     shape = {key: value for key, value in extra.items() if key == "normalization"}
     config = sized_config(kind, heavy, precision=precision, recompute=recompute, **shape)
@@ -78,7 +90,10 @@ def test_a_step_of_the_whole_model(kind: str, heavy: str, precision: str, recomp
     with LiveBytes() as before:
         pass
     make = ParamMaker(Sharding(1, 2), dtype=PRECISIONS[precision])
-    network = Network(LayerContext(model, make, eod=EOD if config.data.document_mask else None, recompute=recompute), LossScale())
+    network = Network(
+        LayerContext(model, make, eod=EOD if config.data.document_mask else None, recompute=recompute),
+        LossScale(),
+    )
     (first,), (second,) = (micro_batches(step, batch) for step in tokens)
     network(*first).backward()
     with LiveBytes() as step:
@@ -102,13 +117,21 @@ class Case(NamedTuple):
     offload: bool = False
 
 
-CASES = [Case("dtf", "activations", tensor=2), Case("mod", "activations", tensor=2, recompute="full"),
-         Case("dtf", "activations", pipeline=2), Case("dense", "activations", pipeline=2, recompute="full"),
-         *(Case(kind, "activations", tensor=2, sequence=True) for kind in ("dtf", "mod", "dtrnet-token")),
-         Case("dense", "weights", zero=3, offload=True),
-         Case("mod", "weights", pipeline=2), Case("dense", "words", pipeline=2), Case("dense", "activations", zero=3),
-         *(Case("dense", "weights", precision, zero) for precision, zero in
-           (("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1)))]
+CASES = [
+    Case("dtf", "activations", tensor=2),
+    Case("mod", "activations", tensor=2, recompute="full"),
+    Case("dtf", "activations", pipeline=2),
+    Case("dense", "activations", pipeline=2, recompute="full"),
+    *(Case(kind, "activations", tensor=2, sequence=True) for kind in ("dtf", "mod", "dtrnet-token")),
+    Case("dense", "weights", zero=3, offload=True),
+    Case("mod", "weights", pipeline=2),
+    Case("dense", "words", pipeline=2),
+    Case("dense", "activations", zero=3),
+    *(
+        Case("dense", "weights", precision, zero)
+        for precision, zero in (("fp32", 0), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1))
+    ),
+]
 
 
 def test_a_step_under_deepspeed(tmp_path: Path) -> None:
@@ -116,7 +139,10 @@ def test_a_step_under_deepspeed(tmp_path: Path) -> None:
     run_on_ranks(_measure, 2, CASES, str(tmp_path))
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        ratios = {str((rank, *case)): planned / measured for case, (measured, planned) in zip(CASES, found, strict=True)}
+        ratios = {
+            str((rank, *case)): planned / measured
+            for case, (measured, planned) in zip(CASES, found, strict=True)
+        }
         assert not {case: ratio for case, ratio in ratios.items() if not 0.9 < ratio < 1.1}
 
 
@@ -127,7 +153,7 @@ def _measure(cases: list[Case], folder: str) -> None:
     from megadyn.launch import launch
 
     launch.join()
-    gc.freeze()                        # what imports left behind need not be searched again before every case
+    gc.freeze()  # what imports left behind need not be searched again before every case
     found = [_measure_one(case, Path(folder)) for case in cases]
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(found))
 
@@ -139,8 +165,14 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
     from megadyn.engine.engine import Engine
     from megadyn.parallel.grid import make_grid
 
-    config = sized_config(case.kind, case.heavy, precision=case.precision, recompute=case.recompute, tensor=case.tensor,
-                          pipeline=case.pipeline)
+    config = sized_config(
+        case.kind,
+        case.heavy,
+        precision=case.precision,
+        recompute=case.recompute,
+        tensor=case.tensor,
+        pipeline=case.pipeline,
+    )
     (batch, length), micro = TOKENS[case.heavy], 4 if case.pipeline > 1 else 2
     config.training.global_batch_size = batch * micro * (2 // (case.tensor * case.pipeline))
     # Buckets as large as by default would hide all else.
@@ -159,24 +191,44 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
     with LiveBytes() as before:
         pass
     engine = Engine(config, plan, grid)
-    engine.set_loss_scaler_state({"cur_scale": 1.0})                    # fp16's first scale overflows, and no step is taken
-    engine.train_step(micro_batches(tokens[0], batch), 1e-4)            # makes the optimizer's states
+    engine.set_loss_scaler_state({"cur_scale": 1.0})  # fp16's first scale overflows, and no step is taken
+    engine.train_step(micro_batches(tokens[0], batch), 1e-4)  # makes the optimizer's states
     with LiveBytes() as step:
         engine.train_step(micro_batches(tokens[1], batch), 1e-4)
     engine.engine.destroy()
-    planned = rank_memory(on_a_cpu(config), stage_cuts(config), grid.pp.rank, precision=case.precision, zero=zero,
-                          data=plan.data_parallel, micro_batches=micro)
+    planned = rank_memory(
+        on_a_cpu(config),
+        stage_cuts(config),
+        grid.pp.rank,
+        precision=case.precision,
+        zero=zero,
+        data=plan.data_parallel,
+        micro_batches=micro,
+    )
     # On a CPU the host's memory is the device's, and both count.
-    host = host_memory(on_a_cpu(config), stage_cuts(config), grid.pp.rank, precision=case.precision, zero=zero,
-                       data=plan.data_parallel)
+    host = host_memory(
+        on_a_cpu(config),
+        stage_cuts(config),
+        grid.pp.rank,
+        precision=case.precision,
+        zero=zero,
+        data=plan.data_parallel,
+    )
     return step.peak - before.now, planned.total + host
 
 
 def plan(**changes: Any) -> float:
     config = tiny_config("dtf", num_layers=8)
     settings = {"batch": 2, "length": 100, "tensor": 1, "bytes": 2, "recompute": "none"} | changes
-    return rank_memory(Workload(config.model, **settings), [0, 8], 0, precision="bf16", zero={"stage": 1}, data=2,
-                       micro_batches=2).activations
+    return rank_memory(
+        Workload(config.model, **settings),
+        [0, 8],
+        0,
+        precision="bf16",
+        zero={"stage": 1},
+        data=2,
+        micro_batches=2,
+    ).activations
 
 
 def test_activations_shrink_by_recomputation_fused_kernels_and_tensor_ranks() -> None:
@@ -186,11 +238,19 @@ def test_activations_shrink_by_recomputation_fused_kernels_and_tensor_ranks() ->
     assert plan(batch=4) > 1.5 * plan()
 
 
-@pytest.mark.parametrize(("normalization", "by_hand"), [
-    # Bytes a token of 2 layers of d = 32, f = 96 (48 on a rank), q = 16 and k = 8 there, 2 heads, in bf16 with fused kernels:
-    # norms' inputs and scales and the layer's input are of half the tokens; what linears read is not, for it was gathered.
-    ("pre", 2 * (32 * 2 / 2 + (4 + 4 + 64) / 2 + 2 * 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48)),
-    ("hybridnorm", 2 * (64 + (4 + 64) / 2 + (4 + 32) + 2 * (4 + 16) + 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48))])
+@pytest.mark.parametrize(
+    ("normalization", "by_hand"),
+    [
+        # Bytes a token of 2 layers of d = 32, f = 96 (48 on a rank), q = 16 and k = 8 there, 2 heads, in bf16 with fused kernels:
+        # norms' inputs and scales and the layer's input are of half the tokens; what linears read is not, for it was gathered.
+        ("pre", 2 * (32 * 2 / 2 + (4 + 4 + 64) / 2 + 2 * 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48)),
+        (
+            "hybridnorm",
+            2
+            * (64 + (4 + 64) / 2 + (4 + 32) + 2 * (4 + 16) + 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48),
+        ),
+    ],
+)
 def test_sequence_parallelism_divides_norms_and_residuals(normalization: str, by_hand: float) -> None:
     config = tiny_config("dense", num_layers=2, ffn_size=96, normalization=normalization)
     found = layers_kept(Workload(config.model, 3, 100, 2, 2, "none", sequence=True))
@@ -200,6 +260,10 @@ def test_sequence_parallelism_divides_norms_and_residuals(normalization: str, by
 def test_an_earlier_stage_holds_more_micro_batches() -> None:
     config = tiny_config("dense", num_layers=8)
     work = Workload(config.model, 4, 200, 1, 2, "none")
-    held = [rank_memory(work, [0, 2, 4, 6, 8], stage, precision="bf16", zero={"stage": 1}, data=1, micro_batches=8).activations
-            for stage in range(3)]
+    held = [
+        rank_memory(
+            work, [0, 2, 4, 6, 8], stage, precision="bf16", zero={"stage": 1}, data=1, micro_batches=8
+        ).activations
+        for stage in range(3)
+    ]
     assert held[0] > held[1] > held[2]

@@ -17,7 +17,9 @@ from tests.tiny import KINDS, tiny_config
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [{}, {"normalization": "hybridnorm"}, {"qkv_bias": False, "tied": True, "head_dim": 6}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"normalization": "hybridnorm"}, {"qkv_bias": False, "tied": True, "head_dim": 6}]
+)
 def test_the_whole_model_is_counted(kind: str, shape: dict[str, Any]) -> None:
     config = tiny_config(kind, **shape)
     network = make_network(config, dtype=torch.float32)
@@ -32,8 +34,10 @@ def test_a_tensor_ranks_parts_are_counted(kind: str, tensor: int) -> None:
     config = tiny_config(kind)
     model, cuts = config.model, [0, 1, 4]
     make = ParamMaker(Sharding(tensor, 2), 1, Axis("tp", 1, tensor), device="meta")
-    built = [sum(p.numel() for p in part.build(*part.arguments).parameters())
-             for part in layer_list(LayerContext(model, make), LossScale())]
+    built = [
+        sum(p.numel() for p in part.build(*part.arguments).parameters())
+        for part in layer_list(LayerContext(model, make), LossScale())
+    ]
     assert layer_parameters(model, tensor) == built[1:-2]
     assert stage_parameters(model, tensor, cuts) == [sum(built[:2]), sum(built[2:])]
 

@@ -20,7 +20,9 @@ def test_each_slot_is_deepspeeds(stages: int, micro_batches: int) -> None:
         schedule = TrainSchedule(micro_batches, stages, stage)
         theirs, seen = [], {True: 0, False: 0}
         for commands in schedule.steps():
-            passes = [isinstance(c, ForwardPass) for c in commands if isinstance(c, (ForwardPass, BackwardPass))]
+            passes = [
+                isinstance(c, ForwardPass) for c in commands if isinstance(c, (ForwardPass, BackwardPass))
+            ]
             theirs.append(Slot(seen[passes[0]], passes[0]) if passes else None)
             for is_forward in passes:
                 seen[is_forward] += 1
@@ -71,7 +73,9 @@ CASES: list[tuple[list[float], int]] = [([0.03, 0.03, 0.03], 4), ([0.06, 0.02, 0
 
 def test_a_measured_run_takes_as_long(tmp_path: Path) -> None:
     run_on_ranks(_measure, 3, CASES, str(tmp_path / "measured.json"))
-    for (forward, micro_batches), measured in zip(CASES, json.loads((tmp_path / "measured.json").read_text()), strict=True):
+    for (forward, micro_batches), measured in zip(
+        CASES, json.loads((tmp_path / "measured.json").read_text()), strict=True
+    ):
         planned = simulate(forward, [2 * f for f in forward], micro_batches).step
         # Above it by what a loaded machine takes to run a tiny stage and to wake from a sleep.
         assert planned <= measured <= 1.35 * planned, (forward, planned, measured)

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a case a line)
 """Formats are told by content and by suffixes in any case; what is not known is refused by name."""
 
 import gzip
@@ -41,8 +40,25 @@ def zipped() -> bytes:
     return sink.getvalue()
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.ndjson", "x.NDJSON", "x.json", "x.jsonlines", "x.jl", "x", "part-00000",
-                                  "x.jsonl.1", "0123abcd.data", "x.JSONL.GZ", "x.gz", "blob"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.jsonl",
+        "x.JSONL",
+        "x.ndjson",
+        "x.NDJSON",
+        "x.json",
+        "x.jsonlines",
+        "x.jl",
+        "x",
+        "part-00000",
+        "x.jsonl.1",
+        "0123abcd.data",
+        "x.JSONL.GZ",
+        "x.gz",
+        "blob",
+    ],
+)
 def test_json_lines_by_every_name(tmp_path, name):
     content = gzip.compress(LINE) if name.lower().endswith(".gz") or name == "blob" else LINE
     (tmp_path / name).write_bytes(content)
@@ -55,29 +71,50 @@ def test_parquet_by_every_name(tmp_path, name):
     assert list(Corpus([tmp_path])) == ["one"]
 
 
-@pytest.mark.parametrize("name", ["x.txt", "X.TXT", "x", "x.py", "Makefile", "x.log", "x.html", "x.unheard-of"])
+@pytest.mark.parametrize(
+    "name", ["x.txt", "X.TXT", "x", "x.py", "Makefile", "x.log", "x.html", "x.unheard-of"]
+)
 def test_text_by_every_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"some {text}\n")
     assert list(Corpus([tmp_path])) == ["some {text}\n"]
 
 
-@pytest.mark.parametrize(("name", "content", "reason"), [
-    ("x.csv", b"a,b\n1,2\n", "a table of comma-separated values: not supported"),
-    ("X.TSV", b"a\tb\n1\t2\n", "a table of tab-separated values: not supported"),
-    ("x.csv.gz", gzip.compress(b"a,b\n"), "a table of comma-separated values: not supported"),
-    ("x.tar", tar(), "a tar archive: not supported"), ("x", tar(), "a tar archive: not supported"),
-    ("x.tar.gz", gzip.compress(tar()), "a tar archive: not supported"), ("x.tgz", gzip.compress(tar()), "a tar archive: not supported"),
-    ("x.zip", zipped(), "a zip archive: not supported"), ("x.docx", zipped(), "a zip archive: not supported"),
-    ("x.pdf", b"%PDF-1.4\n\x00\x01\x02\x03\x00\x00", "PDF: not supported"), ("x.png", b"\x89PNG\r\n\x1a\n", "an image: not supported"),
-    ("x.bin", bytes(range(256)) * 4, "of no known format (known are UTF-8 text, JSON lines, Parquet and Arrow"),
-    ("x.Z", b"\x1f\x9d\x90a", "a file of compress (.Z): not supported"),
-    ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS, whose content was not"),
-    ("x.txt.gz", b"plain", "its name says gzip, but its content is none"),
-    ("x.parquet.zst", pyarrow.compress(parquet(), "zstd", asbytes=True), "Parquet compressed as a whole: decompress the file first"),
-    ("x.json", b'[\n{"text": "one"}\n]', "one JSON array, not an object a line"),
-    ("x.json", b'[{"text": "one"}]', "a JSON array in a line"),
-    ("x.json", b'{\n  "text": "one"\n}\n', "a JSON object over several lines, not one a line"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.csv", b"a,b\n1,2\n", "a table of comma-separated values: not supported"),
+        ("X.TSV", b"a\tb\n1\t2\n", "a table of tab-separated values: not supported"),
+        ("x.csv.gz", gzip.compress(b"a,b\n"), "a table of comma-separated values: not supported"),
+        ("x.tar", tar(), "a tar archive: not supported"),
+        ("x", tar(), "a tar archive: not supported"),
+        ("x.tar.gz", gzip.compress(tar()), "a tar archive: not supported"),
+        ("x.tgz", gzip.compress(tar()), "a tar archive: not supported"),
+        ("x.zip", zipped(), "a zip archive: not supported"),
+        ("x.docx", zipped(), "a zip archive: not supported"),
+        ("x.pdf", b"%PDF-1.4\n\x00\x01\x02\x03\x00\x00", "PDF: not supported"),
+        ("x.png", b"\x89PNG\r\n\x1a\n", "an image: not supported"),
+        (
+            "x.bin",
+            bytes(range(256)) * 4,
+            "of no known format (known are UTF-8 text, JSON lines, Parquet and Arrow",
+        ),
+        ("x.Z", b"\x1f\x9d\x90a", "a file of compress (.Z): not supported"),
+        (
+            "x.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+            "a pointer of Git LFS, whose content was not",
+        ),
+        ("x.txt.gz", b"plain", "its name says gzip, but its content is none"),
+        (
+            "x.parquet.zst",
+            pyarrow.compress(parquet(), "zstd", asbytes=True),
+            "Parquet compressed as a whole: decompress the file first",
+        ),
+        ("x.json", b'[\n{"text": "one"}\n]', "one JSON array, not an object a line"),
+        ("x.json", b'[{"text": "one"}]', "a JSON array in a line"),
+        ("x.json", b'{\n  "text": "one"\n}\n', "a JSON object over several lines, not one a line"),
+    ],
+)
 def test_what_is_not_read_is_refused_by_name_before_anything_is(tmp_path, name, content, reason):
     (tmp_path / "a.txt").write_text("before")
     (tmp_path / name).write_bytes(content)
@@ -103,13 +140,26 @@ def test_a_forced_format_stands(tmp_path):
 
 def test_hidden_files_and_metadata_are_left_out_of_folders_and_counted(tmp_path, logged):
     repository = tmp_path / "repository"
-    for name in (".cache/huggingface/x.metadata", ".git/config", ".gitattributes", "README.md", "data/README.md", "data/a.txt",
-                 "data/.hidden.txt", "data/_SUCCESS", "data/_code.py", "dataset_infos.json"):
+    for name in (
+        ".cache/huggingface/x.metadata",
+        ".git/config",
+        ".gitattributes",
+        "README.md",
+        "data/README.md",
+        "data/a.txt",
+        "data/.hidden.txt",
+        "data/_SUCCESS",
+        "data/_code.py",
+        "dataset_infos.json",
+    ):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text(name)
     assert list(Corpus([repository])) == ["data/README.md", "data/_code.py", "data/a.txt"]
     assert logged.messages == ["left out of the folders: 4 hidden, 3 metadata"]
-    assert list(Corpus([repository / "README.md", repository / "data" / ".hidden.txt"])) == ["README.md", "data/.hidden.txt"]
+    assert list(Corpus([repository / "README.md", repository / "data" / ".hidden.txt"])) == [
+        "README.md",
+        "data/.hidden.txt",
+    ]
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "README.md").write_text("of a program")
     assert list(Corpus([tmp_path / "code"])) == ["of a program"]
@@ -135,7 +185,9 @@ def save_to_disk(folder: Path, texts: list[str], **state: object) -> None:
         with pyarrow.ipc.new_stream(str(folder / name), table.schema) as out:
             out.write_table(part)
     (folder / "dataset_info.json").write_text("{}")
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]} | state))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in names]} | state)
+    )
 
 
 def test_saved_datasets_are_read(tmp_path):

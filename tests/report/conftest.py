@@ -24,8 +24,17 @@ GATES = {"gate_routed": 0.8, "gate_routed_std": 0.05, "gate_unrouted": 0.6, "gat
 
 def layer_record(step: int, layer: int) -> dict[str, float]:
     if layer % 2 == 0:
-        return {"S_CE": 0.5 + step / 1000, "S_CU": 0.4, "D_st": 10.0 ** -layer, "D_ch": 0.1, "beta_ce": -0.3, "beta_cu": -0.6,
-                "ce_log_offset": 0.02, "cu_multiplier": 1.1, "prior_loss": 0.01}
+        return {
+            "S_CE": 0.5 + step / 1000,
+            "S_CU": 0.4,
+            "D_st": 10.0**-layer,
+            "D_ch": 0.1,
+            "beta_ce": -0.3,
+            "beta_cu": -0.6,
+            "ce_log_offset": 0.02,
+            "cu_multiplier": 1.1,
+            "prior_loss": 0.01,
+        }
     return {"threshold": 0.7, "routed_fraction": 0.5, "causal_agreement": 0.8 + layer / 100, **GATES}
 
 
@@ -33,10 +42,22 @@ def records(steps: int = 6, per_step: int = 96) -> list[dict[str, Any]]:
     """Of a DTF run of four layers that reported each step."""
     found: list[dict[str, Any]] = [{"iteration": 0, "validation": {"topk": 5.5, "causal": 5.6}}]
     for step in range(1, steps + 1):
-        found.append({"iteration": step, "consumed_samples": 4 * step, "consumed_tokens": per_step * step,
-                      "lm_loss": 5.5 - step / 10, "aux_losses": {"prior": 0.01 * step}, "grad_norm": None if step == 2 else 1.0,
-                      "learning_rate": 1e-3 / step, "step_time_ms": 10.0, "data_time_ms": 0.1, "tokens_per_second": 9600.0,
-                      "model_tflops": 0.5, "routing": {str(layer): layer_record(step, layer) for layer in range(4)}})
+        found.append(
+            {
+                "iteration": step,
+                "consumed_samples": 4 * step,
+                "consumed_tokens": per_step * step,
+                "lm_loss": 5.5 - step / 10,
+                "aux_losses": {"prior": 0.01 * step},
+                "grad_norm": None if step == 2 else 1.0,
+                "learning_rate": 1e-3 / step,
+                "step_time_ms": 10.0,
+                "data_time_ms": 0.1,
+                "tokens_per_second": 9600.0,
+                "model_tflops": 0.5,
+                "routing": {str(layer): layer_record(step, layer) for layer in range(4)},
+            }
+        )
     return [*found, {"iteration": steps, "validation": {"topk": 4.9, "causal": 5.0}}]
 
 
@@ -44,22 +65,53 @@ def full_records(**options: Any) -> list[dict[str, Any]]:
     """The same of a run that also reports speed by part and device."""
     found = records(**options)
     for record in found[1:-1]:
-        split = {"data": 0.1, "forward": 3.0, "backward": 5.0, "communication": 1.0, "optimizer": 0.8, "other": 0.1}
-        record |= {"tokens_per_second_per_gpu": 2400.0, "dense_equivalent_tflops": 72.0, "mfu_causal_half": 0.41,
-                   "mfu_whole_square": 0.45, "step_split_ms": split,
-                   "memory_gib": {"allocated_peak": 61.0, "reserved_peak": 70.0},
-                   "grad_norms": {"embedding": 0.5, "attention": 0.4, "mlp": 0.3, "norm": 0.2, "router": 0.1, "prior": 0.05,
-                                  "head": 0.6},
-                   "learning_rates": {"base": 1e-3, "router": 1e-2}}
+        split = {
+            "data": 0.1,
+            "forward": 3.0,
+            "backward": 5.0,
+            "communication": 1.0,
+            "optimizer": 0.8,
+            "other": 0.1,
+        }
+        record |= {
+            "tokens_per_second_per_gpu": 2400.0,
+            "dense_equivalent_tflops": 72.0,
+            "mfu_causal_half": 0.41,
+            "mfu_whole_square": 0.45,
+            "step_split_ms": split,
+            "memory_gib": {"allocated_peak": 61.0, "reserved_peak": 70.0},
+            "grad_norms": {
+                "embedding": 0.5,
+                "attention": 0.4,
+                "mlp": 0.3,
+                "norm": 0.2,
+                "router": 0.1,
+                "prior": 0.05,
+                "head": 0.6,
+            },
+            "learning_rates": {"base": 1e-3, "router": 1e-2},
+        }
     return found
 
 
 def start(iteration: int = 0, **changes: Any) -> dict[str, Any]:
     """A line of environment.jsonl."""
-    return {"started": "2026-01-02T03:04:05Z", "iteration": iteration, "versions": {"python": "3.11.7", "torch": "2.13.0+cu130",
-            "megadyn commit": "0123abc", "flash-attn": None}, "command": ["x"], "platform": "Linux",
-            "world": {"size": 4, "tensor": 2}, "hosts": {"node<0>": 4}, "devices": {"NVIDIA H200": 4},
-            "variables": {"NCCL_DEBUG": "INFO"}} | changes
+    return {
+        "started": "2026-01-02T03:04:05Z",
+        "iteration": iteration,
+        "versions": {
+            "python": "3.11.7",
+            "torch": "2.13.0+cu130",
+            "megadyn commit": "0123abc",
+            "flash-attn": None,
+        },
+        "command": ["x"],
+        "platform": "Linux",
+        "world": {"size": 4, "tensor": 2},
+        "hosts": {"node<0>": 4},
+        "devices": {"NVIDIA H200": 4},
+        "variables": {"NCCL_DEBUG": "INFO"},
+    } | changes
 
 
 def write_starts(folder: Path, *starts: dict[str, Any]) -> None:
@@ -96,13 +148,21 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         save_file({param.global_name: param.detach().clone() for param in network.parameters()}, weights)
         tokens = torch.from_numpy(np.frombuffer(TEXT.encode(), np.uint8).astype(np.int64)[:48]).view(2, 24)
         network(tokens, tokens)
-        end_step(network)       # thresholds that part these tokens
+        end_step(network)  # thresholds that part these tokens
         averages = thresholds_of(routed_layers(network))
-        write_manifest(temporary, {
-            "format": FORMAT, "iteration": 6, "consumed_samples": 24, "model": asdict(config.model),
-            "topology": {"tensor": 1, "pipeline": 1, "data": 1, "zero": 1},
-            "thresholds": {str(index): average.state() for index, average in averages.items()},
-            "files": {weights.name: file_digest(weights)}})       # not config.yaml, which tests change
+        # not config.yaml, which tests change
+        write_manifest(
+            temporary,
+            {
+                "format": FORMAT,
+                "iteration": 6,
+                "consumed_samples": 24,
+                "model": asdict(config.model),
+                "topology": {"tensor": 1, "pipeline": 1, "data": 1, "zero": 1},
+                "thresholds": {str(index): average.state() for index, average in averages.items()},
+                "files": {weights.name: file_digest(weights)},
+            },
+        )
         publish(temporary, folder / "checkpoints" / folder_name(6))
         return folder
 

@@ -6,13 +6,20 @@ import pytest
 from megadyn.report.axes import Axis, bin_means, brief, spans_decades, thin
 
 
-@pytest.mark.parametrize(("low", "high", "log", "shown"), [
-    (0, 120, False, ["0", "50", "100"]), (4.2, 8.4, False, ["5", "6", "7", "8"]),
-    (0.744, 0.765, False, ["0.745", "0.750", "0.755", "0.760", "0.765"]), (0, 1.3e12, False, ["0", "0.5T", "1.0T"]),
-    (0, 60_000, False, ["0", "20k", "40k", "60k"]), (0, 3e-5, False, ["0", "1e-05", "2e-05", "3e-05"]),
-    (-5e6, 0, False, ["-5M", "-4M", "-3M", "-2M", "-1M", "0"]),
-    (1e-4, 1.0, True, ["0.0001", "0.001", "0.01", "0.1", "1"]), (-2, 1, False, ["-2", "-1", "0", "1"]),
-])
+@pytest.mark.parametrize(
+    ("low", "high", "log", "shown"),
+    [
+        (0, 120, False, ["0", "50", "100"]),
+        (4.2, 8.4, False, ["5", "6", "7", "8"]),
+        (0.744, 0.765, False, ["0.745", "0.750", "0.755", "0.760", "0.765"]),
+        (0, 1.3e12, False, ["0", "0.5T", "1.0T"]),
+        (0, 60_000, False, ["0", "20k", "40k", "60k"]),
+        (0, 3e-5, False, ["0", "1e-05", "2e-05", "3e-05"]),
+        (-5e6, 0, False, ["-5M", "-4M", "-3M", "-2M", "-1M", "0"]),
+        (1e-4, 1.0, True, ["0.0001", "0.001", "0.01", "0.1", "1"]),
+        (-2, 1, False, ["-2", "-1", "0", "1"]),
+    ],
+)
 def test_ticks_are_round_and_inside(low, high, log, shown):
     axis = Axis(low, high, log=log)
     assert [text for _, text in axis.ticks()] == shown
@@ -41,8 +48,19 @@ def test_a_logarithm_leaves_out_what_it_cannot_show():
     assert np.isnan(Axis(0.1, 10, log=True).place(np.array([0.0, -1.0]))).all()
 
 
-@pytest.mark.parametrize(("value", "shown"), [(0.49751, "0.498"), (3457.2, "3,457"), (45_678, "45.7k"), (2e-5, "2e-05"),
-                                              (1_234_567, "1.23M"), (2e15, "2.00e+15"), (-0.3071, "-0.307"), (0, "0")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.49751, "0.498"),
+        (3457.2, "3,457"),
+        (45_678, "45.7k"),
+        (2e-5, "2e-05"),
+        (1_234_567, "1.23M"),
+        (2e15, "2.00e+15"),
+        (-0.3071, "-0.307"),
+        (0, "0"),
+    ],
+)
 def test_brief_numbers(value, shown):
     assert brief(value) == shown
 

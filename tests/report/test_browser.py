@@ -13,8 +13,18 @@ from megadyn.report.report import write_report
 from tests.report.conftest import full_records, start, write_metrics, write_starts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--virtual-time-budget=3000", "--dump-dom")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=3000",
+    "--dump-dom",
+)
 
 PROBE = """<body><iframe id="page" width="{width}" height="900" srcdoc="{page}"></iframe><p id="found"></p><script>
 page.onload = () => {{
@@ -59,13 +69,18 @@ def test_the_page_fits_and_answers_the_pointer(browser, make_run, tmp_path, widt
     write_report([first, second], page, tokens=24)
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.format(width=width, page=escape(page.read_text())))
-    done = subprocess.run([browser, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--window-size=1280,1000", probe.as_uri()],
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [browser, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--window-size=1280,1000", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     found = json.loads(unescape(re.search(r'<p id="found">(.*?)</p>', done.stdout, re.S)[1]))
     assert found["failed"] == []
     assert "training, " in found["loss"] and "4.9 at 6" in found["loss"]
     assert re.fullmatch(r"layer 1, iteration 6: 0\.5", found["share"])
     assert "routed layers" in found["token"]
     assert found["overflow"] == 0
-    assert found["smallest"] > 9        # pixels
+    assert found["smallest"] > 9  # pixels
     assert Path(page).stat().st_size < 2_000_000

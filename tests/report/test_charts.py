@@ -59,15 +59,21 @@ def test_nothing_to_draw_is_no_chart():
 
 
 def test_a_band_is_twice_the_spread():
-    chart = line_chart("Gate", [Curve("a", X, np.full(4, 5.0), spread=np.full(4, 2.0))], x_name="iteration", y_range=(0, 10))
+    chart = line_chart(
+        "Gate", [Curve("a", X, np.full(4, 5.0), spread=np.full(4, 2.0))], x_name="iteration", y_range=(0, 10)
+    )
     heights = {float(pair.split(",")[1]) for pair in re.search(r'points="([^"]*)"', chart)[1].split()}
-    assert max(heights) - min(heights) == pytest.approx(0.4 * (charts.HEIGHT - charts.TOP - charts.BOTTOM), abs=0.2)
+    assert max(heights) - min(heights) == pytest.approx(
+        0.4 * (charts.HEIGHT - charts.TOP - charts.BOTTOM), abs=0.2
+    )
 
 
 def test_names_are_escaped():
     name = '</output><script>"&'
-    for chart in (line_chart(name, [Curve(name, X, X)], x_name=name),
-                  heat_map(name, [1], X, X[None], x_name=name, low=0, high=30)):
+    for chart in (
+        line_chart(name, [Curve(name, X, X)], x_name=name),
+        heat_map(name, [1], X, X[None], x_name=name, low=0, high=30),
+    ):
         assert parse(chart).find("figcaption").text.startswith(name)
         assert "<script" not in chart
     assert unescape(name) == name
@@ -76,8 +82,10 @@ def test_names_are_escaped():
 def test_a_heat_map_shades_by_value_and_shows_the_last():
     z = np.array([[0.0, 0.0, 1.0, 1.0], [0.5, np.nan, 0.5, 0.25]])
     chart = heat_map("Share", [3, 17], X, z, x_name="iteration", low=0, high=1)
-    shades = {int(shade): cells.count("z") for shade, cells in re.findall(r'<path class="h(\d)" d="([^"]*)"', chart)}
-    assert shades == {0: 1, 8: 1, 4: 2, 2: 1}       # neighbours of one shade are one cell; a missing value is none
+    shades = {
+        int(shade): cells.count("z") for shade, cells in re.findall(r'<path class="h(\d)" d="([^"]*)"', chart)
+    }
+    assert shades == {0: 1, 8: 1, 4: 2, 2: 1}  # neighbours of one shade are one cell; a missing value is none
     found = hover(chart)
     assert found["rows"] == [3, 17] and found["z"] == [[0, 0, 1, 1], [0.5, None, 0.5, 0.25]]
     texts = [element.text for element in parse(chart).iter("text")]
@@ -93,6 +101,8 @@ def test_a_heat_map_of_one_value_and_one_record_is_drawn():
 def test_many_layers_and_steps_stay_small():
     steps, layers = 5_000, 36
     z = np.random.default_rng(0).random((layers, steps))
-    chart = heat_map("Share", list(range(layers)), np.arange(steps) * 10.0, z, x_name="iteration", low=0, high=1)
+    chart = heat_map(
+        "Share", list(range(layers)), np.arange(steps) * 10.0, z, x_name="iteration", low=0, high=1
+    )
     assert len(chart) < 150_000
     assert len(hover(chart)["columns"]) == charts.HEAT_COLUMNS

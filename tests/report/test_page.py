@@ -57,19 +57,37 @@ def captions(html: str) -> list[str]:
 def test_everything_of_a_run_is_on_its_page(make_run, tmp_path):
     html = made([make_run()], tmp_path / "a.html")
     shown = captions(html)
-    for wanted in ("Loss (nats per token)", "Auxiliary loss: prior, unweighted", "Learning rate", "Throughput (tokens/s)",
-                   "Model TFLOP/s of one device", "Share of tokens routed", "Causal agreement: share of tokens on which the "
-                   "causal rule and top-k agree", "S_CE: expected change, mean over tokens", "Layer 1", "Layer 3"):
+    for wanted in (
+        "Loss (nats per token)",
+        "Auxiliary loss: prior, unweighted",
+        "Learning rate",
+        "Throughput (tokens/s)",
+        "Model TFLOP/s of one device",
+        "Share of tokens routed",
+        "Causal agreement: share of tokens on which the causal rule and top-k agree",
+        "S_CE: expected change, mean over tokens",
+        "Layer 1",
+        "Layer 3",
+    ):
         assert wanted in shown
     outline = Outline(html)
-    assert {"Loss", "Routing by layer", "A validation text, token by token", "Configuration", "Environment",
-            "Checkpoints"} <= set(outline.text["h2"])
+    assert {
+        "Loss",
+        "Routing by layer",
+        "A validation text, token by token",
+        "Configuration",
+        "Environment",
+        "Checkpoints",
+    } <= set(outline.text["h2"])
     assert "validation, causal" in outline.text["span"]
     assert {"4.9000", "5.0000"} <= set(outline.text["b"])
     tokens = [attributes["title"] for tag, attributes in outline.tags if tag == "b" and "title" in attributes]
     assert len(tokens) == 24 and all("of 2 routed layers" in title for title in tokens)
-    shades = {attributes["title"].split(" in ")[-1][0]: attributes["style"] for tag, attributes in outline.tags
-              if tag == "b" and "title" in attributes}
+    shades = {
+        attributes["title"].split(" in ")[-1][0]: attributes["style"]
+        for tag, attributes in outline.tags
+        if tag == "b" and "title" in attributes
+    }
     assert {count: {"0": "--k:0", "1": "--k:0.6", "2": "--k:1"}[count] for count in shades} == shades
     assert len(shades) > 1
     assert "whole: every file has its sha256" in html and "not recorded by the run" in html
@@ -81,13 +99,19 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
     write_metrics(run, full_records())
     write_starts(run, start(), start(4, hosts={"node<1>": 4}))
     html = made([run], tmp_path / "a.html", tokens=0)
-    assert {"Where the time of the reported step goes (ms, mean of ranks)", "MFU: share of the device's peak",
-            "Tokens/s of one device", "TFLOP/s of one device that a dense model needs to be as fast",
-            "Memory of the fullest rank (GiB)",
-            "Gradient norm by component", "Learning rate by parameter group"} <= set(captions(html))
+    assert {
+        "Where the time of the reported step goes (ms, mean of ranks)",
+        "MFU: share of the device's peak",
+        "Tokens/s of one device",
+        "TFLOP/s of one device that a dense model needs to be as fast",
+        "Memory of the fullest rank (GiB)",
+        "Gradient norm by component",
+        "Learning rate by parameter group",
+    } <= set(captions(html))
     outline = Outline(html)
-    assert {"forward", "communication", "other", "allocated peak", "head",
-            "causal attention at half"} <= set(outline.text["span"])
+    assert {"forward", "communication", "other", "allocated peak", "head", "causal attention at half"} <= set(
+        outline.text["span"]
+    )
     assert {"41.0%", "45.0%", "2,400"} <= set(outline.text["b"])
     assert "ot recorded" not in html.replace("not recorded by both", "")
     cells = outline.text["td"]
@@ -98,12 +122,19 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
 
 def test_what_an_earlier_run_lacks_is_not_recorded(make_run, tmp_path):
     html = made([make_run()], tmp_path / "a.html", tokens=0)
-    assert ("Not recorded by this run: tokens/s of one device, MFU, dense-equivalent TFLOP/s, where a step&#x27;s time goes, "
-            "memory, gradient norm by component, learning rate by parameter group.") in html
+    assert (
+        "Not recorded by this run: tokens/s of one device, MFU, dense-equivalent TFLOP/s, where a step&#x27;s time goes, "
+        "memory, gradient norm by component, learning rate by parameter group."
+    ) in html
     assert "not recorded by the run" in html
     on_cpu = make_run("mod", "cpu")
-    write_metrics(on_cpu, [record | {"mfu_causal_half": None, "mfu_whole_square": None} if "lm_loss" in record else record
-                           for record in full_records()])
+    write_metrics(
+        on_cpu,
+        [
+            record | {"mfu_causal_half": None, "mfu_whole_square": None} if "lm_loss" in record else record
+            for record in full_records()
+        ],
+    )
     (on_cpu / "environment.jsonl").write_text('{"iteration": 3, "versions": {}}\n{"iterat')
     html = made([on_cpu], tmp_path / "b.html", tokens=0)
     assert "Not recorded by this run" not in html
@@ -123,9 +154,11 @@ def test_two_runs_compare_speed_and_environment(make_run, tmp_path):
         assert f"Where the time of the reported step goes (ms, mean of ranks), {run}" in captions(html)
     assert captions(html).count("MFU: share of the device's peak") == 1
     assert "causal attention at half, two" in Outline(html).text["span"]
-    table = html[html.rindex('class="differences"'):]
+    table = html[html.rindex('class="differences"') :]
     assert re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)[:2] == [
-        ("devices.NVIDIA H200", "4", "-"), ("devices.NVIDIA H100", "-", "4")]
+        ("devices.NVIDIA H200", "4", "-"),
+        ("devices.NVIDIA H100", "-", "4"),
+    ]
     (second / "environment.jsonl").unlink()
     assert "not recorded by both runs" in made([first, second], tmp_path / "a.html", tokens=0)
 
@@ -149,22 +182,31 @@ def test_no_text_of_a_run_becomes_markup(make_run, tmp_path):
     lines[1]["aux_losses"] = {hostile: 1.0}
     lines[1]["routing"]["1"][hostile] = 1.0
     write_metrics(run, [*lines, {"iteration": 6, hostile: {"a": hostile}}])
-    subject = Subject(read_runs([run])[0], read_checkpoints(run),
-                      TextMap([hostile, "", "\x00\r\n"], [1], np.array([[True, False, True]]), 1.0), hostile)
+    subject = Subject(
+        read_runs([run])[0],
+        read_checkpoints(run),
+        TextMap([hostile, "", "\x00\r\n"], [1], np.array([[True, False, True]]), 1.0),
+        hostile,
+    )
     outline = Outline(page([subject]))
     assert [tag for tag, _ in outline.tags].count("script") == 1
     assert "".join(outline.text["title"]) == "<b>run"
     assert hostile in "".join(outline.text["pre"])
     write_metrics(run, lines)
-    assert [tag for tag, _ in Outline(made([run, make_run("mod")], tmp_path / "b.html")).tags].count("script") == 1
+    assert [tag for tag, _ in Outline(made([run, make_run("mod")], tmp_path / "b.html")).tags].count(
+        "script"
+    ) == 1
 
 
 @pytest.mark.parametrize("value", [None, "x", 0.5])
 def test_a_run_whose_numbers_are_all_missing_or_constant_has_a_page(make_run, tmp_path, value):
     """fp16's overflows leave nulls; a page of them has fewer charts."""
+
     def emptied(found):
-        return {key: emptied(inner) if isinstance(inner, dict) else inner if key == "iteration" else value
-                for key, inner in found.items()}
+        return {
+            key: emptied(inner) if isinstance(inner, dict) else inner if key == "iteration" else value
+            for key, inner in found.items()
+        }
 
     run = make_run()
     write_metrics(run, [emptied(record) for record in records()])
@@ -184,18 +226,24 @@ def test_two_runs_share_their_charts_and_show_their_differences(make_run, tmp_pa
     outline = Outline(html)
     assert captions(html).count("Learning rate") == 1
     assert {"training, one", "training, two", "validation, causal, two"} <= set(outline.text["span"])
-    table = html[html.index('class="differences"'):]
+    table = html[html.index('class="differences"') :]
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", table)
     assert ("model.routing.kind", "&quot;dtf&quot;", "&quot;mod&quot;") in rows
     assert "model.num_layers" not in [key for key, _, _ in rows]
-    assert "Share of tokens routed (one)" in captions(html) and "Share of tokens routed (two)" in captions(html)
+    assert "Share of tokens routed (one)" in captions(html) and "Share of tokens routed (two)" in captions(
+        html
+    )
     assert [name for name in outline.text["h2"] if "token by token" in name] == [
-        "A validation text, token by token: one", "A validation text, token by token: two"]
+        "A validation text, token by token: one",
+        "A validation text, token by token: two",
+    ]
 
 
 def test_runs_of_unequal_steps_are_compared_by_tokens(make_run, tmp_path):
     first, second = make_run("dtf", "one"), make_run("dtf", "two")
-    assert '"name":"iteration","x":[0.0,6.0]' in made([first, second], tmp_path / "a.html", tokens=0).replace("&quot;", '"')
+    assert '"name":"iteration","x":[0.0,6.0]' in made([first, second], tmp_path / "a.html", tokens=0).replace(
+        "&quot;", '"'
+    )
     write_metrics(second, records(per_step=48))
     html = made([first, second], tmp_path / "a.html", tokens=0).replace("&quot;", '"')
     assert '"name":"tokens","x":[0.0,576.0]' in html
@@ -204,7 +252,10 @@ def test_runs_of_unequal_steps_are_compared_by_tokens(make_run, tmp_path):
 
 def test_what_is_missing_is_said(make_run, tmp_path):
     dense = make_run("dense", "dense")
-    lines = [{key: value for key, value in record.items() if key != "routing"} | {"aux_losses": {}} for record in records()[1:-1]]
+    lines = [
+        {key: value for key, value in record.items() if key != "routing"} | {"aux_losses": {}}
+        for record in records()[1:-1]
+    ]
     write_metrics(dense, lines)
     html = made([dense], tmp_path / "a.html")
     assert "as in a dense model" in html and "the model is dense" in html
@@ -212,10 +263,17 @@ def test_what_is_missing_is_said(make_run, tmp_path):
         path.rmdir() if path.is_dir() else path.unlink()
     (dense / "config.yaml").unlink()
     html = made([dense], tmp_path / "a.html")
-    assert "The run folder holds none." in html and "holds no whole checkpoint" in html and "config.yaml cannot be read" in html
+    assert (
+        "The run folder holds none." in html
+        and "holds no whole checkpoint" in html
+        and "config.yaml cannot be read" in html
+    )
     write_metrics(dense, records()[:1])
     assert "No training step was logged yet." in made([dense], tmp_path / "a.html")
-    for options, said in (({"tokens": 0}, "as asked (--tokens 0)"), ({"look_at_checkpoints": False}, "(--no-checkpoints)")):
+    for options, said in (
+        ({"tokens": 0}, "as asked (--tokens 0)"),
+        ({"look_at_checkpoints": False}, "(--no-checkpoints)"),
+    ):
         assert said in made([make_run("mod", said)], tmp_path / "a.html", **options)
 
 
@@ -239,25 +297,47 @@ def test_a_checkpoint_that_the_run_went_back_from_is_not_run(make_run, tmp_path)
 def test_events_are_listed(make_run, tmp_path):
     run = make_run()
     write_metrics(run, [*records(), {"iteration": 4, "bad_step": {"problem": "loss is nan"}}])
-    assert "bad_step: {&quot;problem&quot;: &quot;loss is nan&quot;}" in made([run], tmp_path / "a.html", tokens=0)
+    assert "bad_step: {&quot;problem&quot;: &quot;loss is nan&quot;}" in made(
+        [run], tmp_path / "a.html", tokens=0
+    )
 
 
 def test_what_training_warned_of_stands_at_the_top_once_for_each_layer_and_problem(make_run, tmp_path):
     run = make_run()
-    warned = [{"iteration": at, "router_warning": {"layer": layer, "problem": "closed_gate", "since": at, "value": 0.01,
-                                                   "sentence": f"layer {layer}: its <gate> is closed, since iteration {at}"}}
-              for at, layer in ((3, 1), (4, 3), (5, 1))]
+    warned = [
+        {
+            "iteration": at,
+            "router_warning": {
+                "layer": layer,
+                "problem": "closed_gate",
+                "since": at,
+                "value": 0.01,
+                "sentence": f"layer {layer}: its <gate> is closed, since iteration {at}",
+            },
+        }
+        for at, layer in ((3, 1), (4, 3), (5, 1))
+    ]
     write_metrics(run, [*records(), *warned, {"iteration": 5, "router_warning": "odd"}])
     top = made([run], tmp_path / "a.html", tokens=0).partition("<h2>")[0]
     notes = re.findall(r'<p class="note">(Warned in training: .*?)</p>', top)
-    assert notes == [f"Warned in training: layer {layer}: its &lt;gate&gt; is closed, since iteration {at}."
-                     for layer, at in ((1, 5), (3, 4))]
+    assert notes == [
+        f"Warned in training: layer {layer}: its &lt;gate&gt; is closed, since iteration {at}."
+        for layer, at in ((1, 5), (3, 4))
+    ]
 
 
-@pytest.mark.parametrize(("piece", "shown"), [
-    (" a", "<i>·</i><wbr>a"), ("\n", "<i>↵</i>\n"), ("\t", "<i>→</i>\t"), ("", "<i>▫</i>"),
-    ("\x00\x1b\x7f", "<i>␀</i><i>␛</i><i>␡</i>"),
-    ("<&", "&lt;&amp;"), ("é日", "é日")])
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [
+        (" a", "<i>·</i><wbr>a"),
+        ("\n", "<i>↵</i>\n"),
+        ("\t", "<i>→</i>\t"),
+        ("", "<i>▫</i>"),
+        ("\x00\x1b\x7f", "<i>␀</i><i>␛</i><i>␡</i>"),
+        ("<&", "&lt;&amp;"),
+        ("é日", "é日"),
+    ],
+)
 def test_whitespace_and_control_characters_are_seen(piece, shown):
     assert visible(piece) == shown
 
@@ -269,4 +349,10 @@ def test_the_key_has_all_counts_or_nine():
 
 
 def test_sizes():
-    assert [size(count) for count in (0, 999, 57_113_576, 84e9, 2.5e13)] == ["0 B", "999 B", "57.1 MB", "84 GB", "25 TB"]
+    assert [size(count) for count in (0, 999, 57_113_576, 84e9, 2.5e13)] == [
+        "0 B",
+        "999 B",
+        "57.1 MB",
+        "84 GB",
+        "25 TB",
+    ]

@@ -32,7 +32,9 @@ def test_a_page_and_its_summary(tool, make_run, tmp_path, capsys):
     first, second, output = make_run("dtf", "one"), make_run("dense", "two"), tmp_path / "a.html"
     with (second / "metrics.jsonl").open("a") as file:
         file.write('{"iter')
-    status, out, _ = run(tool, capsys, first, "--compare", second, "--output", output, "--tokens", 20, "--json")
+    status, out, _ = run(
+        tool, capsys, first, "--compare", second, "--output", output, "--tokens", 20, "--json"
+    )
     assert status == 0
     result = json.loads(out.splitlines()[-1])
     assert result["bytes"] == output.stat().st_size
@@ -41,7 +43,9 @@ def test_a_page_and_its_summary(tool, make_run, tmp_path, capsys):
     assert (one["checkpoints"], one["damaged_checkpoints"], one["notes"]) == (1, 0, [])
     assert two["text_tokens"] == 0 and "dense" in two["no_text"]
     assert "half-written" in two["notes"][0] and two["notes"][0] in out
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file() and path.name.startswith((".", "a"))) == ["a.html"]
+    assert sorted(
+        path.name for path in tmp_path.iterdir() if path.is_file() and path.name.startswith((".", "a"))
+    ) == ["a.html"]
 
 
 def test_bad_input_is_one_sentence(tool, make_run, tmp_path, capsys):
@@ -88,10 +92,18 @@ def test_a_failed_write_leaves_the_earlier_page(tool, make_run, tmp_path, capsys
 
 def test_metrics_alone_need_no_torch(make_run, tmp_path):
     """So a report of metrics, and each refusal, comes at once."""
-    code = ("import sys, runpy; sys.argv = sys.argv[1:]\n"
-            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "except SystemExit as end: assert end.code == 0, end.code\n"
-            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code, TOOL, make_run(), "--output", tmp_path / "a.html", "--tokens", "0"],
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False)
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, TOOL, make_run(), "--output", tmp_path / "a.html", "--tokens", "0"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -26,8 +26,18 @@ def test_curves_are_the_records(make_run):
     assert run.config["model.routing.kind"] == "dtf"
 
 
-@pytest.mark.parametrize("cut", ['{"iteration": 7, "lm_lo', '{"iteration": 7}}', "\0\0\0\0", '{"lm_loss": 1}', "[1]",
-                                 '{"iteration": 7, "lm_loss": 3, "routing": {"1": 2}}', '{"iteration": 7, "aux_losses": 3}'])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        '{"iteration": 7, "lm_lo',
+        '{"iteration": 7}}',
+        "\0\0\0\0",
+        '{"lm_loss": 1}',
+        "[1]",
+        '{"iteration": 7, "lm_loss": 3, "routing": {"1": 2}}',
+        '{"iteration": 7, "aux_losses": 3}',
+    ],
+)
 def test_a_half_written_last_line_is_left_out_and_named(make_run, cut):
     folder = make_run()
     with (folder / "metrics.jsonl").open("a") as file:
@@ -44,8 +54,9 @@ def test_broken_lines_before_the_end_are_counted(make_run):
     (folder / "metrics.jsonl").write_text("\n".join([*lines[:3], "x", *lines[3:], "y", "z"]))
     run = read_run(folder, "a")
     assert len(run.training) == 6
-    assert [("half-written" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes] \
-        == [(True, False), (False, True)]
+    assert [
+        ("half-written" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes
+    ] == [(True, False), (False, True)]
 
 
 def test_of_a_repeated_iteration_the_later_record_counts(make_run):
@@ -77,9 +88,13 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run):
     blank, broken = make_run("dense", "blank"), make_run("dense", "broken")
     (blank / "metrics.jsonl").write_text("")
     (broken / "metrics.jsonl").write_text('{"iter')
-    for folder, said in ((tmp_path / "none", "no such folder"), (tmp_path / "file", "not a folder"),
-                         (tmp_path / "empty", "holds no metrics.jsonl"), (blank, "no whole record in it yet"),
-                         (broken, "only broken lines")):
+    for folder, said in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "file", "not a folder"),
+        (tmp_path / "empty", "holds no metrics.jsonl"),
+        (blank, "no whole record in it yet"),
+        (broken, "only broken lines"),
+    ):
         with pytest.raises(UserError, match=said):
             read_runs([folder])
 
@@ -97,7 +112,10 @@ def test_a_missing_or_malformed_configuration_is_a_note(make_run):
 def test_differences_are_by_key():
     first = {"a.b": 1, "a.c": [1, 2], "only": None}
     assert differences(first, {"a.b": 1.5, "a.c": [1, 2], "new": "x"}) == [
-        ("a.b", "1", "1.5"), ("only", "null", "-"), ("new", "-", '"x"')]
+        ("a.b", "1", "1.5"),
+        ("only", "null", "-"),
+        ("new", "-", '"x"'),
+    ]
     assert differences(first, dict(first)) == []
 
 

@@ -30,20 +30,24 @@ def test_the_map_is_what_the_layers_did(kind):
     network = make_network(config)
     ids = torch.randint(0, VOCAB, (1, 24), generator=torch.Generator().manual_seed(3))
     network(ids, ids)
-    end_step(network)           # thresholds that part these tokens
+    end_step(network)  # thresholds that part these tokens
     for layer in routed_layers(network):
         layer.monitor.read()
     layers, processed, _ = processed_tokens(network, ids, ids)
-    assert layers == [i for i, name in enumerate(config.model.layer_types) if name not in ("dense", "dtf_decision")]
+    assert layers == [
+        i for i, name in enumerate(config.model.layer_types) if name not in ("dense", "dtf_decision")
+    ]
     assert processed.shape == (len(layers), 24)
     assert processed.any() and not processed.all()
     records = {layer.index: layer.monitor.read() for layer in routed_layers(network)}
-    if kind == "subskip":       # processed by one half or both
+    if kind == "subskip":  # processed by one half or both
         for layer, share in zip(layers, processed.mean(axis=1), strict=True):
             halves = [float(records[layer][name]) for name in ("attention_fraction", "mlp_fraction")]
             assert max(halves) - 1e-6 <= share <= sum(halves) + 1e-6
     else:
-        assert processed.mean(axis=1).tolist() == pytest.approx([float(records[layer]["routed_fraction"]) for layer in layers])
+        assert processed.mean(axis=1).tolist() == pytest.approx(
+            [float(records[layer]["routed_fraction"]) for layer in layers]
+        )
     other = ids.clone()
     other[:, 12:] = (other[:, 12:] + 5) % VOCAB
     again = make_network(config)
@@ -51,14 +55,14 @@ def test_the_map_is_what_the_layers_did(kind):
         threshold.set_state(thresholds_of(routed_layers(network))[index].state(), torch.device("cpu"))
     changed = processed_tokens(again, other, other)[1]
     assert np.array_equal(changed[:, :12], processed[:, :12])
-    assert np.array_equal(changed, processed) == kind.startswith("fixed")       # which looks at positions alone
+    assert np.array_equal(changed, processed) == kind.startswith("fixed")  # which looks at positions alone
 
 
 @pytest.mark.parametrize("kind", ["dtf", "mod", "dtrnet-token"])
 def test_a_checkpoint_is_run_on_the_first_validation_sample(kind, make_run):
     run = make_run(kind)
     whole, short = map_text(run, checkpoint_of(run), 999), map_text(run, checkpoint_of(run), 10)
-    assert len(whole.pieces) == 24                      # the run's sequence length
+    assert len(whole.pieces) == 24  # the run's sequence length
     raw = TEXT.encode()[:24]
     assert "".join(whole.pieces) == raw.decode(errors="replace")
     assert np.array_equal(short.processed, whole.processed[:, :10])
@@ -69,15 +73,21 @@ def test_a_checkpoint_is_run_on_the_first_validation_sample(kind, make_run):
 def test_pieces_put_together_are_the_text(tmp_path):
     text = TEXT[:60]
     with (tmp_path / "pieces.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([TEXT.replace("\0", ""), "a b c"]), model_writer=file,
-                                                 vocab_size=290, model_type="bpe", byte_fallback=True, minloglevel=2)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([TEXT.replace("\0", ""), "a b c"]),
+            model_writer=file,
+            vocab_size=290,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
     for tokenizer in (ByteTokenizer(), SentencePieceTokenizer(tmp_path / "pieces.model")):
         ids = tokenizer.encode_batch([text])[0].tolist()
         found = pieces(tokenizer, ids)
         assert len(found) == len(ids)
         assert "".join(found) == tokenizer.decode(ids)
         assert "é" in found, "a character of two tokens is one piece"
-    half = pieces(ByteTokenizer(), "é".encode()[:1] + b"a" + "é".encode()[:1])      # bytes that are no character
+    half = pieces(ByteTokenizer(), "é".encode()[:1] + b"a" + "é".encode()[:1])  # bytes that are no character
     assert "".join(half) == "\ufffda\ufffd"
 
 
@@ -107,9 +117,11 @@ def test_what_is_missing_is_said_in_a_sentence(make_run, tmp_path):
     run = make_run("mod")
     path = checkpoint_of(run) / "config.yaml"
     text = path.read_text()
-    for before, after, said in (("path: byte", "path: gone", "gone: no such file"),
-                                (f"validation: {tmp_path}/text", "validation: null", "no validation set"),
-                                (f"validation: {tmp_path}/text", "validation: gone/text", "relative paths count from")):
+    for before, after, said in (
+        ("path: byte", "path: gone", "gone: no such file"),
+        (f"validation: {tmp_path}/text", "validation: null", "no validation set"),
+        (f"validation: {tmp_path}/text", "validation: gone/text", "relative paths count from"),
+    ):
         assert before in text
         path.write_text(text.replace(before, after))
         with pytest.raises(UserError, match=said):

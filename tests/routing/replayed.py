@@ -21,9 +21,10 @@ from tests.tiny import VOCAB, tiny_config
 
 STEPS = 20
 KEYS: dict[str, dict[str, Any]] = {
-    "dtf": {}, "mod": {},
-    "dtrnet-token": {"safe_min_attn_ratio": 0.5},     # filled up to half of a sample: of equal scores
-    "nested": {},                                     # its threshold starts in the midst of the scores
+    "dtf": {},
+    "mod": {},
+    "dtrnet-token": {"safe_min_attn_ratio": 0.5},  # filled up to half of a sample: of equal scores
+    "nested": {},  # its threshold starts in the midst of the scores
 }
 """What is trained, of tests/tiny.py, and what is set beyond it."""
 
@@ -46,7 +47,11 @@ class Layout(NamedTuple):
 
 ONE = Layout()
 TENSOR = Layout(tensor=2)
-LAYOUTS = (Layout(tensor=2, sequence=True, recompute="full"), Layout(pipeline=2, micro_batch=1), Layout(data=2, micro_batch=1))
+LAYOUTS = (
+    Layout(tensor=2, sequence=True, recompute="full"),
+    Layout(pipeline=2, micro_batch=1),
+    Layout(data=2, micro_batch=1),
+)
 DISTURBED = 3
 """Step in which a recording is changed."""
 Curve = dict[str, list[float]]
@@ -59,16 +64,31 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return tokens.expand(4, 24).contiguous(), labels
 
 
-def train(kind: str, layout: Layout, steps: int = STEPS, *, record: Path | None = None, replay: Path | None = None,
-          **routing: Any) -> Curve:
+def train(
+    kind: str,
+    layout: Layout,
+    steps: int = STEPS,
+    *,
+    record: Path | None = None,
+    replay: Path | None = None,
+    **routing: Any,
+) -> Curve:
     from megadyn.config import batch_plan
     from megadyn.engine.engine import Engine
     from megadyn.network import choosing_layers
     from megadyn.parallel.grid import make_grid
     from megadyn.routing.replay import Replay
 
-    config = with_routing(tiny_config(kind, tensor=layout.tensor, pipeline=layout.pipeline, micro_batch=layout.micro_batch,
-                                      recompute=layout.recompute), **KEYS[kind] | routing)
+    config = with_routing(
+        tiny_config(
+            kind,
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            micro_batch=layout.micro_batch,
+            recompute=layout.recompute,
+        ),
+        **KEYS[kind] | routing,
+    )
     config.parallel.sequence = layout.sequence
     config.training.routing_record = record and str(record)
     config.training.routing_replay = replay and str(replay)
@@ -78,7 +98,10 @@ def train(kind: str, layout: Layout, steps: int = STEPS, *, record: Path | None 
     share = 4 // layout.data
     found: Curve = {"loss": [], "grad_norm": []}
     for step in range(steps):
-        mine = [x[grid.dp.rank * share:(grid.dp.rank + 1) * share].split(layout.micro_batch) for x in batch(step)]
+        mine = [
+            x[grid.dp.rank * share : (grid.dp.rank + 1) * share].split(layout.micro_batch)
+            for x in batch(step)
+        ]
         with choices.step(step + 1, 4 * step):
             result = engine.train_step(zip(*mine, strict=True), 1e-3)
         found["loss"].append(float(result.loss))
@@ -148,8 +171,13 @@ def _replay_all(to: str) -> None:
     folder, found = Path(to), {}
     for kind in KEYS:
         for layout in LAYOUTS:
-            found[f"{kind} {layout}"] = train(kind, layout, record=folder / kind / str(layout), replay=folder / kind / "one",
-                                              **start_of(kind, folder))
+            found[f"{kind} {layout}"] = train(
+                kind,
+                layout,
+                record=folder / kind / str(layout),
+                replay=folder / kind / "one",
+                **start_of(kind, folder),
+            )
         found[f"{kind} alone"] = train(kind, TENSOR, record=folder / kind / "alone", **start_of(kind, folder))
     if dist.get_rank() == 0:
         (folder / "two.json").write_text(json.dumps(found))

@@ -41,8 +41,11 @@ def test_an_attached_loss_is_sent_once_however_often_its_activation_is_used():
 
 # ---- DTF: the prior alone ------------------------------------------------------------------------
 
+
 def grads(weight: float, loss_scale: float = 1.0, recompute: str = "none") -> dict[str, torch.Tensor]:
-    network = make_network(with_routing(tiny_config(recompute=recompute), prior_loss_weight=weight), loss_scale=loss_scale)
+    network = make_network(
+        with_routing(tiny_config(recompute=recompute), prior_loss_weight=weight), loss_scale=loss_scale
+    )
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:]).backward()
     return gradients(network)
@@ -66,7 +69,8 @@ def test_the_prior_loss_is_weighted_averaged_over_layers_and_scaled_as_the_engin
     for layer in network.layers:
         if isinstance(layer, DecisionLayer):
             layer.register_forward_hook(
-                lambda layer, inputs, output: states.update({layer.index: (inputs[0].hidden, output.hidden)}))
+                lambda layer, inputs, output: states.update({layer.index: (inputs[0].hidden, output.hidden)})
+            )
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:])
     assert len(states) == 2
@@ -78,13 +82,21 @@ def test_the_prior_loss_is_weighted_averaged_over_layers_and_scaled_as_the_engin
             assert_close(layer.monitor.read()["prior_loss"].double(), loss.detach(), rtol=1e-6, atol=0)
             params = list(layer.prior.parameters())
             for param, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
-                assert_close(found[param.global_name] - without[param.global_name], 0.7 / 2 * loss_scale * grad)
+                assert_close(
+                    found[param.global_name] - without[param.global_name], 0.7 / 2 * loss_scale * grad
+                )
 
 
 # ---- MoD, DTRNet and predictors: against the losses written down anew ----------------------------
 
-WEIGHTS = {"prior_loss_weight": 0.0, "predictor_loss_weight": 0.6, "bce_loss_weight": 0.3, "z_loss_weight": 0.2,
-           "aux_loss_lambda": 0.4, "entropy_bonus": 0.3}
+WEIGHTS = {
+    "prior_loss_weight": 0.0,
+    "predictor_loss_weight": 0.6,
+    "bce_loss_weight": 0.3,
+    "z_loss_weight": 0.2,
+    "aux_loss_lambda": 0.4,
+    "entropy_bonus": 0.3,
+}
 SHARES = {"dtrnet-token": {1: 0.3, 3: 0.7}, "dtrnet-expert": {1: 0.3, 2: 0.6, 3: 0.1}}
 """The share of each layer in the attention loss."""
 
@@ -98,7 +110,10 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, given: T
         odds = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
         entropy = -(odds * odds.log()).sum(dim=-1).mean()
         layers = config.model.layer_types.count("dtrnet")
-        return 0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean() - 0.3 / layers * entropy
+        return (
+            0.4 * (1 / 3 if routing.aux_loss_warmup else 1) * share * odds[..., 0].mean()
+            - 0.3 / layers * entropy
+        )
     score = given if routing.kind == "dtf" else h @ p["router.weight"][0]
     count = int(routing.capacity * h.shape[1])
     y = torch.zeros_like(score).scatter(1, score.topk(count, dim=1).indices, 1.0)
@@ -111,12 +126,16 @@ def written_anew(config: Config, layer: Layer, h: Tensor, share: float, given: T
         loss = 0.3 * cross_entropy(score) + 0.2 * score.square().mean()
     if routing.causal == "predictor":
         inner = h.detach() @ p["causal_router.fc1.weight"].T
-        loss = loss + 0.6 * cross_entropy(((inner * inner.sigmoid()) @ p["causal_router.fc2.weight"].T)[..., 0])
-    return loss / 2                                                             # the mean over two such layers
+        loss = loss + 0.6 * cross_entropy(
+            ((inner * inner.sigmoid()) @ p["causal_router.fc2.weight"].T)[..., 0]
+        )
+    return loss / 2  # the mean over two such layers
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kind", ["dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert"])
+@pytest.mark.parametrize(
+    "kind", ["dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert"]
+)
 def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
     """Of every parameter: what a loss should not reach shows as much as what it should."""
     config = tiny_config(kind, recompute=recompute)
@@ -129,7 +148,9 @@ def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
             load.share = torch.tensor(shares[index])
 
     def add(layer: Layer, inputs: tuple[Stream], output: Stream) -> None:
-        losses.append(written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].score))
+        losses.append(
+            written_anew(config, layer, inputs[0].hidden, shares.get(layer.index, 0.0), inputs[0].score)
+        )
 
     for layer in routed_layers(explicit):
         if not isinstance(layer, DecisionLayer):
@@ -142,14 +163,18 @@ def test_gradients_are_those_of_the_whole_sum_of_losses(kind, recompute):
     want = torch.autograd.grad(0.7 * (loss + sum(losses)), params, materialize_grads=True)
     found, reached = gradients(attached), set()
     for param, grad, plain in zip(params, want, without, strict=True):
-        assert_close(found[param.global_name], grad, msg=lambda text, param=param: f"{param.global_name}: {text}")
+        assert_close(
+            found[param.global_name], grad, msg=lambda text, param=param: f"{param.global_name}: {text}"
+        )
         if not torch.equal(grad, plain):
             reached.add(param.global_name)
     if kind == "dtf-predictor":
         assert reached == {name for name in found if ".causal_router." in name}
     else:
         assert {name for name in found if ".router." in name or ".causal_router." in name} <= reached
-        assert {name for name in found if "embed_tokens" in name} <= reached, "it goes back through the hidden states"
+        assert {name for name in found if "embed_tokens" in name} <= reached, (
+            "it goes back through the hidden states"
+        )
         assert not {"lm_head.weight", "model.norm.weight"} & reached
         assert not {name for name in found if name.startswith("model.layers.3.mlp")} & reached
 
@@ -171,11 +196,15 @@ def test_the_predictors_loss_changes_no_bit_of_anything_elses_gradient(kind):
             assert torch.equal(large[name], without[name]), name
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dense", "nested") and not kind.startswith("fixed")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind not in ("dense", "nested") and not kind.startswith("fixed")]
+)
 def test_no_auxiliary_loss_is_sent_in_evaluation(kind, monkeypatch):
     sent = []
     for owner in (dtrnet, routed_layer):
-        monkeypatch.setattr(owner, "attach_loss", lambda out, loss, scale: sent.append(loss) or attach_loss(out, loss, scale))
+        monkeypatch.setattr(
+            owner, "attach_loss", lambda out, loss, scale: sent.append(loss) or attach_loss(out, loss, scale)
+        )
     network = make_network(tiny_config(kind))
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:])

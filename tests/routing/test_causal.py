@@ -64,7 +64,7 @@ def test_a_steps_observations_are_forgotten_when_taken():
 
 def test_half_precision_scores_are_averaged_in_float64_and_without_gradient():
     threshold = RunningThreshold(0.99)
-    for value in (1.0, 2**-10):                  # their sum has more digits than bf16
+    for value in (1.0, 2**-10):  # their sum has more digits than bf16
         threshold.observe(torch.tensor(value, dtype=torch.bfloat16, requires_grad=True))
     mean = threshold.take_step_mean()
     assert mean == (1 + 2**-10) / 2

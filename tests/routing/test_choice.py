@@ -21,7 +21,9 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def make_router(kind: str, mode: str = "topk", threshold: float | None = None, **routing: object) -> CausalRouter:
+def make_router(
+    kind: str, mode: str = "topk", threshold: float | None = None, **routing: object
+) -> CausalRouter:
     config = with_routing(tiny_config(kind), capacity=0.4, **routing)
     router = CausalRouter("model.layers.1.causal_router", layer_context(config))
     router.mode = mode
@@ -35,8 +37,14 @@ def predictor(router: CausalRouter, h: Tensor) -> Tensor:
     return (hidden / (1 + torch.exp(-hidden))) @ router.fc2.weight[0]
 
 
-RULES = {"dtf": "threshold", "dtf-predictor": "predictor", "mod": "threshold", "mod-predictor": "predictor", "mod-bce": "bce",
-         "dtrnet-expert": "threshold"}
+RULES = {
+    "dtf": "threshold",
+    "dtf-predictor": "predictor",
+    "mod": "threshold",
+    "mod-predictor": "predictor",
+    "mod-bce": "bce",
+    "dtrnet-expert": "threshold",
+}
 
 
 @pytest.mark.parametrize("mode", ["topk", "causal"])
@@ -48,7 +56,13 @@ def test_what_is_chosen_and_reported(kind, mode):
     for b in range(B):
         top[b, best(score[b].tolist(), 4)] = True
     rule = RULES[kind]
-    causal = score >= 0.3 if rule == "threshold" else score > 0 if rule == "bce" else predictor(router, h).sigmoid() >= 0.5
+    causal = (
+        score >= 0.3
+        if rule == "threshold"
+        else score > 0
+        if rule == "bce"
+        else predictor(router, h).sigmoid() >= 0.5
+    )
     assert not torch.equal(causal, top)
     assert 0.1 < causal.double().mean() < 0.9
     found = router(score, h)
@@ -57,11 +71,21 @@ def test_what_is_chosen_and_reported(kind, mode):
     assert torch.equal(found.in_top, top), "whatever the mode"
     fraction = want.double().mean(dim=1).tolist()
     reported = {name: float(value) for name, value in numbers(found.statistics).items()}
-    special = {"threshold": {"threshold": 0.3}, "predictor": {"predictor_loss": reported.get("predictor_loss")}, "bce": {}}
-    assert reported == pytest.approx({
-        "routed_fraction": sum(fraction) / B, "routed_fraction_min": min(fraction), "routed_fraction_max": max(fraction),
-        "causal_fraction": causal.double().mean().item(),
-        "causal_agreement": (top == causal).double().mean().item()} | special[rule])
+    special = {
+        "threshold": {"threshold": 0.3},
+        "predictor": {"predictor_loss": reported.get("predictor_loss")},
+        "bce": {},
+    }
+    assert reported == pytest.approx(
+        {
+            "routed_fraction": sum(fraction) / B,
+            "routed_fraction_min": min(fraction),
+            "routed_fraction_max": max(fraction),
+            "causal_fraction": causal.double().mean().item(),
+            "causal_agreement": (top == causal).double().mean().item(),
+        }
+        | special[rule]
+    )
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -77,8 +101,12 @@ def test_bce_routes_strictly_above_zero_and_the_predictor_at_zero(score, monkeyp
     router = make_router("mod-bce", "causal")
     assert not as_mask(router(torch.full((1, 4), score), torch.zeros(1, 4, D)).selection, SHAPE).any()
     assert as_mask(router(torch.full((1, 4), 1e-30), torch.zeros(1, 4, D)).selection, SHAPE).all()
-    monkeypatch.setattr(CausalRouter, "predict", lambda self, hidden: torch.full((1, 4), score, dtype=torch.float64))
-    chosen = as_mask(make_router("mod-predictor", "causal")(torch.zeros(1, 4), torch.zeros(1, 4, D)).selection, SHAPE)
+    monkeypatch.setattr(
+        CausalRouter, "predict", lambda self, hidden: torch.full((1, 4), score, dtype=torch.float64)
+    )
+    chosen = as_mask(
+        make_router("mod-predictor", "causal")(torch.zeros(1, 4), torch.zeros(1, 4, D)).selection, SHAPE
+    )
     assert chosen.all() == chosen.any() == (score == 0)
 
 
@@ -93,8 +121,11 @@ def test_the_predictors_loss_is_the_formula_and_reaches_the_predictor_alone(kind
     assert_close(found.loss, 0.7 * want)
     assert_close(found.statistics["predictor_loss"], want.detach())
     params = list(router.parameters())
-    for mine, reference in zip(torch.autograd.grad(found.loss, params, retain_graph=True),
-                               torch.autograd.grad(0.7 * want, params), strict=True):
+    for mine, reference in zip(
+        torch.autograd.grad(found.loss, params, retain_graph=True),
+        torch.autograd.grad(0.7 * want, params),
+        strict=True,
+    ):
         assert_close(mine, reference)
     found.loss.backward()
     assert score.grad is None

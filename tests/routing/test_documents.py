@@ -21,8 +21,12 @@ EOD = 0
 def packed(lengths: tuple[int, ...], seed: int = 0) -> Tensor:
     """One sample [1, T] of documents of these lengths, each closed by EOD."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.cat([torch.randint(1, VOCAB, (n - 1,), generator=generator), torch.tensor([EOD])])
-                      for n in lengths]).unsqueeze(0)
+    return torch.cat(
+        [
+            torch.cat([torch.randint(1, VOCAB, (n - 1,), generator=generator), torch.tensor([EOD])])
+            for n in lengths
+        ]
+    ).unsqueeze(0)
 
 
 def network(kind: str, norm: str, eod: int | None) -> Network:
@@ -31,7 +35,8 @@ def network(kind: str, norm: str, eod: int | None) -> Network:
     set_routing_mode(routed_layers(net), "causal")
     for layer in routed_layers(net):
         router = layer.causal_router
-        if router is not None and router.threshold is not None:      # near the middle of the scores: some route, some do not
+        # near the middle of the scores: some route, some do not
+        if router is not None and router.threshold is not None:
             middle = {"dtf": 1.4, "mod": 0.0, "dtrnet": 0.0}[model.routing.kind]
             router.threshold.average, router.threshold.steps = torch.tensor(middle * 0.01), 1
     return net
@@ -40,7 +45,7 @@ def network(kind: str, norm: str, eod: int | None) -> Network:
 @pytest.mark.parametrize("norm", ["pre", "lns", "hybridnorm"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_equal_themselves_alone(kind: str, norm: str) -> None:
-    lengths = (13, 1, 9, 20, 2)             # one longer than the moving average's window of 7, one a lone end token
+    lengths = (13, 1, 9, 20, 2)  # one longer than the moving average's window of 7, one a lone end token
     tokens = packed(lengths)
     with torch.no_grad():
         together = network(kind, norm, EOD)(tokens)
@@ -49,7 +54,7 @@ def test_packed_documents_equal_themselves_alone(kind: str, norm: str) -> None:
         apart = torch.cat([alone(tokens[:, a:b]) for a, b in itertools.pairwise(ends)], dim=1)
         across = alone(tokens)
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-9)
-    assert (across - apart).abs().max() > 1e-3          # without the mask, documents do see each other
+    assert (across - apart).abs().max() > 1e-3  # without the mask, documents do see each other
 
 
 def test_routing_in_these_comparisons_is_mixed() -> None:
@@ -69,7 +74,7 @@ def test_ids_and_positions() -> None:
     assert longest == 7
     assert documents.positions.tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
     assert ends.tolist() == [0, 2, 5, 6, 7, 14]
-    again = from_ids(ids)                       # as behind a pipeline cut
+    again = from_ids(ids)  # as behind a pipeline cut
     assert torch.equal(again.segments.ids, ids)
     assert torch.equal(again.positions, documents.positions)
 
@@ -80,7 +85,7 @@ def test_moving_average_starts_anew_in_each_document() -> None:
     got = moving_average(values, 4, documents)[0].tolist()
     want = []
     for length, start in ((5, 0), (12, 5), (3, 17)):
-        row = values[0, start:start + length].tolist()
+        row = values[0, start : start + length].tolist()
         for t in range(length):
             window = [row[max(0, t - k)] if t - k >= 0 else row[0] for k in range(4)]
             want.append(sum(window) / 4)

@@ -19,7 +19,9 @@ from tests.tiny import tiny_config, tiny_tokens
 def router(**routing: float) -> SurpriseRouter:
     config = with_routing(tiny_config(), **routing)
     assert isinstance(config.model.routing, Dtf)
-    return SurpriseRouter("model.layers.0.router", layer_context(config, dtype=torch.float32), config.model.routing)
+    return SurpriseRouter(
+        "model.layers.0.router", layer_context(config, dtype=torch.float32), config.model.routing
+    )
 
 
 def surprises(mean: float, tokens: int = 512) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def test_the_gate_is_accurate_from_the_smallest_score_to_the_largest():
     score = torch.tensor([0.0, 1e-30, 1e-12, 1e-3, 1.0, 30.0, 1e4], requires_grad=True)
     gate = gate_of(score)
     assert_close(gate.double(), -torch.expm1(-score.detach().double()), rtol=1e-6, atol=0)
-    grad, = torch.autograd.grad(gate.sum(), score)
+    (grad,) = torch.autograd.grad(gate.sum(), score)
     assert_close(grad, (-score.detach()).exp(), rtol=1e-6, atol=0)
 
 
@@ -57,7 +59,13 @@ def test_scores_and_gradients_are_finite_wherever_the_scalars_go():
             static, change = (x.requires_grad_() for x in surprises(5.0))
             score, watched = layer(static, change)
             gate_of(score).sum().backward()
-            found = [score, static.grad, change.grad, *watched.values(), *(p.grad for p in layer.parameters())]
+            found = [
+                score,
+                static.grad,
+                change.grad,
+                *watched.values(),
+                *(p.grad for p in layer.parameters()),
+            ]
             assert all(x.isfinite().all() for x in found), (log_offset, beta)
 
 

@@ -43,7 +43,9 @@ def make_router(build: Callable[..., torch.nn.Module], dtype: torch.dtype = F64)
 def test_the_linear_router_is_one_row_without_bias():
     router, h = make_router(LinearRouter), random(2, 5, 8)
     assert [tuple(p.shape) for p in router.parameters()] == [(1, 8)]
-    assert_close(router(h), torch.stack([torch.stack([router.weight[0] @ token for token in row]) for row in h]))
+    assert_close(
+        router(h), torch.stack([torch.stack([router.weight[0] @ token for token in row]) for row in h])
+    )
 
 
 def test_the_attention_router_is_two_layers_with_biases():
@@ -56,7 +58,9 @@ def test_the_attention_router_is_two_layers_with_biases():
 @ROUTERS
 def test_gradcheck_of_the_routers(build):
     router, h = make_router(build), random(2, 3, 8).requires_grad_()
-    names, values = zip(*((name, p.detach().clone().requires_grad_()) for name, p in router.named_parameters()))
+    names, values = zip(
+        *((name, p.detach().clone().requires_grad_()) for name, p in router.named_parameters())
+    )
     assert gradcheck(lambda h, *values: functional_call(router, dict(zip(names, values)), (h,)), (h, *values))
 
 
@@ -70,7 +74,7 @@ def test_the_attention_router_starts_without_preference():
 def test_logits_of_a_bf16_model_are_float32(build):
     router, h = make_router(build, torch.bfloat16), random(2, 5, 8).bfloat16()
     logits = router(h)
-    want = router.double()(h.double())           # of the same, rounded weights: only arithmetic differs
+    want = router.double()(h.double())  # of the same, rounded weights: only arithmetic differs
     assert logits.dtype == torch.float32
     assert_close(logits, want.float(), rtol=1e-5, atol=1e-6)
 
@@ -78,7 +82,9 @@ def test_logits_of_a_bf16_model_are_float32(build):
 def test_choices_of_a_bf16_network_are_made_in_float32(monkeypatch):
     seen = []
     choice = DtrLayer.choice
-    monkeypatch.setattr(DtrLayer, "choice", lambda self, lead, hidden: seen.append(lead) or choice(self, lead, hidden))
+    monkeypatch.setattr(
+        DtrLayer, "choice", lambda self, lead, hidden: seen.append(lead) or choice(self, lead, hidden)
+    )
     network = make_network(tiny_config("dtrnet-expert"), dtype=torch.bfloat16)
     tokens = tiny_tokens(1)[0]
     network(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -90,6 +96,7 @@ def test_choices_of_a_bf16_network_are_made_in_float32(monkeypatch):
 
 
 # ---- the safe minimum ----------------------------------------------------------------------------
+
 
 def make_layer(kind: str = "dtrnet-token", loss_scale: float = 1.0, **routing: object) -> DtrLayer:
     config = with_routing(tiny_config(kind), **routing)
@@ -124,7 +131,9 @@ def test_the_safe_minimum_fills_up_with_exactly_the_best_and_in_training_only(le
 
 
 def test_a_token_of_even_odds_passes():
-    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choice(torch.tensor([[0.0, 1e-9, -1e-9]]), torch.zeros(1, 3, 32))
+    _, mask, _ = make_layer(safe_min_attn_ratio=0.0).choice(
+        torch.tensor([[0.0, 1e-9, -1e-9]]), torch.zeros(1, 3, 32)
+    )
     assert mask.tolist() == [[False, True, False]]
 
 
@@ -142,7 +151,9 @@ def test_tokens_of_saturated_probabilities_are_ranked_by_their_logits(shift):
     chosen = []
     layer.choice = lambda lead, hidden: chosen.append(type(layer).choice(layer, lead, hidden)) or chosen[-1]
     layer(Stream(h))
-    assert [row.nonzero().flatten().tolist() for row in chosen[0][1]] == [best(row.tolist(), 8) for row in lead]
+    assert [row.nonzero().flatten().tolist() for row in chosen[0][1]] == [
+        best(row.tolist(), 8) for row in lead
+    ]
 
 
 def test_tokens_filled_up_attend_with_their_own_p0():
@@ -156,16 +167,24 @@ def test_tokens_filled_up_attend_with_their_own_p0():
     with torch.no_grad():
         evaluated = layer(Stream(h)).hidden
     changed = (trained != evaluated).any(dim=-1)
-    assert [row.nonzero().flatten().tolist() for row in changed] == [best(row.tolist(), 2) for row in p[..., 0]]
+    assert [row.nonzero().flatten().tolist() for row in changed] == [
+        best(row.tolist(), 2) for row in p[..., 0]
+    ]
 
 
 @pytest.mark.parametrize(("layout", "least"), [("zero_attn", 0.05), ("zero_attn", 0.2), ("bilayer", 0.2)])
 def test_a_strong_attention_loss_does_not_push_attention_below_the_safe_minimum(layout, least):
     """It would: without the minimum the same training leaves no token that attends."""
+
     def train(least: float) -> list[tuple[float, float]]:
         """Of each step, the lowest fraction of any sequence and layer, and how many were filled up."""
-        config = with_routing(tiny_config("dtrnet-token"), layout=layout, aux_loss_lambda=5.0, aux_loss_warmup=0,
-                              safe_min_attn_ratio=least)
+        config = with_routing(
+            tiny_config("dtrnet-token"),
+            layout=layout,
+            aux_loss_lambda=5.0,
+            aux_loss_warmup=0,
+            safe_min_attn_ratio=least,
+        )
         network, tokens = make_network(config, dtype=torch.float32), tiny_tokens(1)[0]
         layers = [layer for layer in network.layers if isinstance(layer, DtrLayer)]
         assert len(layers) == (4 if layout == "zero_attn" else 2)
@@ -178,8 +197,12 @@ def test_a_strong_attention_loss_does_not_push_attention_below_the_safe_minimum(
             end_step(network)
             records = [layer.monitor.read() for layer in layers]
             losses.append(loss.item())
-            seen.append((min(record["routed_fraction_min"].item() for record in records),
-                         sum(record["refills"].item() for record in records if least)))
+            seen.append(
+                (
+                    min(record["routed_fraction_min"].item() for record in records),
+                    sum(record["refills"].item() for record in records if least),
+                )
+            )
         assert losses[-1] < losses[0] - 1
         return seen
 
@@ -191,11 +214,12 @@ def test_a_strong_attention_loss_does_not_push_attention_below_the_safe_minimum(
 
 # ---- jitter --------------------------------------------------------------------------------------
 
+
 def test_jitter_multiplies_each_logit_by_noise_within_its_bounds():
     layer, h = make_layer(jitter=0.25), random(8, 50, 32)
     logits = layer.router(h)
     p = layer.probabilities(h)
-    ratio = torch.log(p[..., 0] / p[..., 1])                       # n0 l0 - n1 l1
+    ratio = torch.log(p[..., 0] / p[..., 1])  # n0 l0 - n1 l1
     low, high = bounds(logits, 0.25)
     assert ((ratio >= low - 1e-9) & (ratio <= high + 1e-9)).all()
     place = (ratio - low) / (high - low)
@@ -218,14 +242,16 @@ def test_jitter_repeats_with_seed_and_step_and_is_new_in_each_micro_batch_and_la
         assert isinstance(layer, DtrLayer)
         start = layer.probabilities(h)
         assert torch.equal(layer.probabilities(h), start)
-        torch.rand(3)                                               # the global generator has no part in it
+        torch.rand(3)  # the global generator has no part in it
         assert torch.equal(other.probabilities(h), start)
         layer(Stream(h))
         assert not torch.allclose(layer.probabilities(h), start)
         other.load.micro_batches = 1
         assert torch.equal(layer.probabilities(h), other.probabilities(h))
     layers[1].router = layers[0].router
-    assert not torch.allclose(layers[0].probabilities(h), layers[1].probabilities(h)), "two layers have the same noise"
+    assert not torch.allclose(layers[0].probabilities(h), layers[1].probabilities(h)), (
+        "two layers have the same noise"
+    )
 
 
 def test_jitter_is_of_the_sample_and_the_step_whatever_the_split():
@@ -252,7 +278,9 @@ def test_jitter_is_of_the_sample_and_the_step_whatever_the_split():
 
 def test_jitter_differs_between_seeds():
     h, config = random(2, 10, 32), with_routing(tiny_config("dtrnet-token"), jitter=0.25)
-    contexts = [dataclasses.replace(layer_context(config), make=param_maker(config, seed=seed)) for seed in (1, 2)]
+    contexts = [
+        dataclasses.replace(layer_context(config), make=param_maker(config, seed=seed)) for seed in (1, 2)
+    ]
     first, second = (DtrLayer(context, 1, LossScale()) for context in contexts)
     second.router = first.router
     assert not torch.allclose(first.probabilities(h), second.probabilities(h))
@@ -268,6 +296,7 @@ def test_there_is_no_jitter_in_evaluation():
 
 # ---- statistics ----------------------------------------------------------------------------------
 
+
 def test_a_dtrnet_layers_statistics_equal_their_definitions():
     layer, h = make_layer(safe_min_attn_ratio=0.4), random(4, 10, 32, seed=2)
     layer.load.share = torch.tensor(0.3)
@@ -280,12 +309,25 @@ def test_a_dtrnet_layers_statistics_equal_their_definitions():
     fractions = mask.double().mean(dim=1).tolist()
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     f = sum(fractions) / 4
-    assert found == pytest.approx({
-        "routed_fraction": f, "routed_fraction_min": min(fractions), "routed_fraction_max": max(fractions), "f": f,
-        "p0": p.mean().item(), "attention_loss": 0.3 * p.mean().item(), "refills": short / 4, "lambda": 0.1,
-        "lead": lead.mean().item(), "lead_std": lead.std(correction=0).item(),
-        "gate_routed": p[mask].mean().item(), "gate_routed_std": p[mask].std(correction=0).item(),
-        "gate_unrouted": p[~mask].mean().item(), "gate_unrouted_std": p[~mask].std(correction=0).item()}, rel=1e-5)
+    assert found == pytest.approx(
+        {
+            "routed_fraction": f,
+            "routed_fraction_min": min(fractions),
+            "routed_fraction_max": max(fractions),
+            "f": f,
+            "p0": p.mean().item(),
+            "attention_loss": 0.3 * p.mean().item(),
+            "refills": short / 4,
+            "lambda": 0.1,
+            "lead": lead.mean().item(),
+            "lead_std": lead.std(correction=0).item(),
+            "gate_routed": p[mask].mean().item(),
+            "gate_routed_std": p[mask].std(correction=0).item(),
+            "gate_unrouted": p[~mask].mean().item(),
+            "gate_unrouted_std": p[~mask].std(correction=0).item(),
+        },
+        rel=1e-5,
+    )
     assert layer.load.take_step_mean().item() == pytest.approx(f)
     with torch.no_grad():
         layer(Stream(h))
@@ -297,16 +339,31 @@ def test_a_dtrnet_layers_statistics_equal_their_definitions():
 @pytest.mark.parametrize("gate", ["sigmoid", "identity"])
 def test_a_mod_layers_statistics_equal_their_definitions(gate):
     config = with_routing(tiny_config("mod-bce"), capacity=0.4, gate=gate)
-    layer, h = disturb(ModLayer(layer_context(config), 1, LossScale()), param_maker(config)), random(3, 10, 32)
+    layer, h = (
+        disturb(ModLayer(layer_context(config), 1, LossScale()), param_maker(config)),
+        random(3, 10, 32),
+    )
     r = (h @ layer.router.weight[0]).detach()
     top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, r.topk(4, dim=1).indices, True)
     g = r.sigmoid() if gate == "sigmoid" else r
     layer(Stream(h))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     bce = -torch.where(top, r.sigmoid().log(), (-r).sigmoid().log()).mean().item()
-    assert found == pytest.approx({
-        "routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4, "bce_loss": bce,
-        "z_loss": (r * r).mean().item(), "logit": r.mean().item(), "logit_std": r.std(correction=0).item(),
-        "causal_agreement": (top == (r > 0)).double().mean().item(), "causal_fraction": (r > 0).double().mean().item(),
-        "gate_routed": g[top].mean().item(), "gate_routed_std": g[top].std(correction=0).item(),
-        "gate_unrouted": g[~top].mean().item(), "gate_unrouted_std": g[~top].std(correction=0).item()}, rel=1e-5)
+    assert found == pytest.approx(
+        {
+            "routed_fraction": 0.4,
+            "routed_fraction_min": 0.4,
+            "routed_fraction_max": 0.4,
+            "bce_loss": bce,
+            "z_loss": (r * r).mean().item(),
+            "logit": r.mean().item(),
+            "logit_std": r.std(correction=0).item(),
+            "causal_agreement": (top == (r > 0)).double().mean().item(),
+            "causal_fraction": (r > 0).double().mean().item(),
+            "gate_routed": g[top].mean().item(),
+            "gate_routed_std": g[top].std(correction=0).item(),
+            "gate_unrouted": g[~top].mean().item(),
+            "gate_unrouted_std": g[~top].std(correction=0).item(),
+        },
+        rel=1e-5,
+    )

@@ -8,7 +8,13 @@ from tests.hf.tiny_models import random_tokens, tiny_model
 from tests.networks import known, make_network, with_routing
 from tests.tiny import KINDS, tiny_config, tiny_tokens
 
-LOSSES = {"aux_loss_lambda": 0.4, "entropy_bonus": 0.3, "jitter": 0.2, "bce_loss_weight": 0.3, "z_loss_weight": 0.2}
+LOSSES = {
+    "aux_loss_lambda": 0.4,
+    "entropy_bonus": 0.3,
+    "jitter": 0.2,
+    "bce_loss_weight": 0.3,
+    "z_loss_weight": 0.2,
+}
 
 
 @pytest.mark.parametrize("factor", [1e4, -1e4, 0.0])

@@ -27,7 +27,9 @@ TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]
 ROUTED = [kind for kind in KINDS if kind != "dense"]
 OWN_CHOICE = ("nested", "subskip", "skip_middle")
 """Kinds in which each token chooses, by a rule without a capacity: their own tests and the conformance suite open their gates."""
-BY_TOPK = [kind for kind in ROUTED if tiny_config(kind).model.routing.has_topk and not kind.startswith("fixed")]
+BY_TOPK = [
+    kind for kind in ROUTED if tiny_config(kind).model.routing.has_topk and not kind.startswith("fixed")
+]
 NORMS = ["pre", "lns", "hybridnorm"]
 
 
@@ -50,24 +52,34 @@ def assert_it_chooses(network: Network) -> None:
 
 # ---- 1: with everything routed at full weight the stack is dense ---------------------------------
 
+
 def open_all_gates(patch: pytest.MonkeyPatch, kind: str) -> None:
     """Every gate (1 - exp(-r)), and p0, is exactly one from now on, and every causal rule takes every token."""
-    logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0                 # sigmoid(60) is 1 in float64
-    patch.setattr(SurpriseRouter, "forward", lambda self, static, change, documents: (torch.full_like(static, 60.0), {}))
+    logit = 1.0 if KINDS[kind].get("gate") == "identity" else 60.0  # sigmoid(60) is 1 in float64
+    patch.setattr(
+        SurpriseRouter, "forward", lambda self, static, change, documents: (torch.full_like(static, 60.0), {})
+    )
     patch.setattr(LinearRouter, "forward", lambda self, hidden: torch.full_like(hidden[..., 0], logit))
-    patch.setattr(TwoLayerRouter, "forward", lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(
-        *hidden.shape[:2], 2))
+    patch.setattr(
+        TwoLayerRouter,
+        "forward",
+        lambda self, hidden: torch.tensor([60.0, -60.0]).to(hidden).expand(*hidden.shape[:2], 2),
+    )
     patch.setattr(CausalRouter, "predict", lambda self, hidden: torch.ones_like(hidden[..., 0]))
 
 
 @pytest.mark.parametrize("mode", ["topk", "causal"])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("kind", "num_layers"), [*((kind, 4) for kind in ROUTED if kind not in OWN_CHOICE), ("dtf", 5)])
+@pytest.mark.parametrize(
+    ("kind", "num_layers"), [*((kind, 4) for kind in ROUTED if kind not in OWN_CHOICE), ("dtf", 5)]
+)
 def test_full_capacity_and_gates_of_one_equal_the_dense_stack(monkeypatch, kind, num_layers, norm, mode):
     """In causal mode the capacity stays below one where the rule can take all tokens all the same."""
     dense = make_network(tiny_config("dense", num_layers=num_layers, normalization=norm))
     config = tiny_config(kind, num_layers=num_layers, normalization=norm)
-    routed = make_network(with_routing(config, capacity=1.0) if mode == "topk" or kind.startswith("fixed") else config)
+    routed = make_network(
+        with_routing(config, capacity=1.0) if mode == "topk" or kind.startswith("fixed") else config
+    )
     set_routing_mode(routed_layers(routed), mode)
     with torch.no_grad():
         assert kind.startswith("fixed") or not torch.allclose(routed(TOKENS), dense(TOKENS), atol=1e-3)
@@ -84,10 +96,11 @@ def test_full_capacity_and_gates_of_one_equal_the_dense_stack(monkeypatch, kind,
 
 # ---- 2: sequences of a batch do not see each other -----------------------------------------------
 
+
 def assert_rows_stand_alone(network: Network) -> None:
     together = network(TOKENS)
     for row in range(len(TOKENS)):
-        assert_close(together[row: row + 1], network(TOKENS[row: row + 1]))
+        assert_close(together[row : row + 1], network(TOKENS[row : row + 1]))
     assert_close(network(TOKENS.flip(0)), together.flip(0))
     changed = TOKENS.clone()
     changed[1:] = changed[1:].flip(1)
@@ -95,8 +108,15 @@ def assert_rows_stand_alone(network: Network) -> None:
     assert not torch.allclose(network(changed)[1], together[1])
 
 
-@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED if kind != "skip_middle"), ("mod", "hybridnorm"),
-                                            ("dtrnet-token", "hybridnorm"), ("dtrnet-expert", "lns")])
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        *((kind, "pre") for kind in ROUTED if kind != "skip_middle"),
+        ("mod", "hybridnorm"),
+        ("dtrnet-token", "hybridnorm"),
+        ("dtrnet-expert", "lns"),
+    ],
+)
 @pytest.mark.parametrize("mode", ["topk", "causal"])
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch(mode, kind, norm):
     network = ready(tiny_config(kind, normalization=norm))
@@ -115,6 +135,7 @@ def test_nor_does_it_where_short_choices_are_filled_up_in_training():
 
 
 # ---- 3: the causal rule does not look at the future ----------------------------------------------
+
 
 def reach_of_the_future(network: Network, mode: str) -> float:
     """How much the logits of earlier tokens change when later tokens change, at most."""
@@ -145,7 +166,9 @@ def test_the_causal_rule_does_not_look_at_the_future_and_topk_does(kind, norm):
 @pytest.mark.parametrize("mode", ["topk", "causal"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_token_choice_looks_at_the_future_in_no_mode(norm, mode, training):
-    network = make_network(with_routing(tiny_config("dtrnet-token", normalization=norm), safe_min_attn_ratio=0.0))
+    network = make_network(
+        with_routing(tiny_config("dtrnet-token", normalization=norm), safe_min_attn_ratio=0.0)
+    )
     with torch.set_grad_enabled(training):
         assert reach_of_the_future(network, mode) < 1e-10
     assert_it_chooses(network)
@@ -158,6 +181,7 @@ def test_a_dense_stack_does_not_look_at_the_future(norm):
 
 
 # ---- 5 and 6: recomputation ----------------------------------------------------------------------
+
 
 class Calls:
     """Counts the calls of functions that are patched through it."""
@@ -177,9 +201,21 @@ class Calls:
         self.monkeypatch.setattr(owner, name, counted)
 
 
-WORK = ((DecisionLayer, "decide"), (SkippingLayer, "update"), (DtrLayer, "attend_or_pass"), (SubjectiveLayer, "surprise"))
-DECISIONS = ((CausalRouter, "forward"), (CausalRouter, "predict"), (DtrLayer, "choice"), (LinearRouter, "forward"),
-             (TwoLayerRouter, "forward"), (choice, "choose_top"), (dtrnet, "choose_top"))
+WORK = (
+    (DecisionLayer, "decide"),
+    (SkippingLayer, "update"),
+    (DtrLayer, "attend_or_pass"),
+    (SubjectiveLayer, "surprise"),
+)
+DECISIONS = (
+    (CausalRouter, "forward"),
+    (CausalRouter, "predict"),
+    (DtrLayer, "choice"),
+    (LinearRouter, "forward"),
+    (TwoLayerRouter, "forward"),
+    (choice, "choose_top"),
+    (dtrnet, "choose_top"),
+)
 
 
 COUNTED = ("dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-token", "dtrnet-expert")
@@ -187,8 +223,15 @@ COUNTED = ("dtf", "dtf-predictor", "mod", "mod-predictor", "mod-bce", "dtrnet-to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in COUNTED), ("dtf", "hybridnorm"), ("dtrnet-token", "lns"),
-                                            ("dtrnet-expert", "hybridnorm")])
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        *((kind, "pre") for kind in COUNTED),
+        ("dtf", "hybridnorm"),
+        ("dtrnet-token", "lns"),
+        ("dtrnet-expert", "hybridnorm"),
+    ],
+)
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind, norm, dtype, recompute):
     """Two micro-batches of one step, with and without; DTRNet with jitter and with choices filled up."""
@@ -209,23 +252,31 @@ def test_recomputation_reuses_the_decisions_and_changes_no_bit(monkeypatch, kind
         end_step(network)
         assert [tracker.steps for tracker in trackers] == [1] * len(trackers)
         recorded = [layer.monitor._found for layer in layers]
-        counts = [int(found["D_st" if "D_st" in found else "routed_fraction"].parts[-1]) for found in recorded]
+        counts = [
+            int(found["D_st" if "D_st" in found else "routed_fraction"].parts[-1]) for found in recorded
+        ]
         assert counts == [2] * len(layers), "once per micro-batch, also where it is recomputed"
-        return (gradients(network), [layer.monitor.read() for layer in layers], [tracker.state() for tracker in trackers],
-                dict(calls.count))
+        return (
+            gradients(network),
+            [layer.monitor.read() for layer in layers],
+            [tracker.state() for tracker in trackers],
+            dict(calls.count),
+        )
 
     grads, statistics, trackers, count = step("none")
     again_grads, again_statistics, again_trackers, again_count = step(recompute)
     calls_of_work = {f"{owner.__name__}.{name}" for owner, name in WORK}
     times = 2 if recompute == "full" else 1
     assert again_count == {name: times * n if name in calls_of_work else n for name, n in count.items()}
-    per_layer = {name: n / 2 for name, n in count.items() if n}                     # of one micro-batch
+    per_layer = {name: n / 2 for name, n in count.items() if n}  # of one micro-batch
     assert per_layer == expected_calls(kind)
     for name, grad in grads.items():
         assert torch.equal(again_grads[name], grad), name
     assert again_statistics == statistics
     assert again_trackers == trackers
-    assert (kind in ("dtf", "mod", "dtrnet-token", "dtrnet-expert")) == bool(trackers), "trackers of this kind"
+    assert (kind in ("dtf", "mod", "dtrnet-token", "dtrnet-expert")) == bool(trackers), (
+        "trackers of this kind"
+    )
 
 
 def expected_calls(kind: str) -> dict[str, int]:
@@ -233,19 +284,27 @@ def expected_calls(kind: str) -> dict[str, int]:
     layers = 3 if kind == "dtrnet-expert" else 2
     family, _, variant = kind.partition("-")
     if family == "dtrnet":
-        chosen = ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
+        chosen = (
+            ["CausalRouter.forward", "choice.choose_top"] if variant == "expert" else ["layers.choose_top"]
+        )
         names = ["DtrLayer.attend_or_pass", "DtrLayer.choice", "TwoLayerRouter.forward", *chosen]
     else:
-        names = ["SubjectiveLayer.surprise" if family == "stt" else "SkippingLayer.update", "CausalRouter.forward",
-                 "choice.choose_top"]
+        names = [
+            "SubjectiveLayer.surprise" if family == "stt" else "SkippingLayer.update",
+            "CausalRouter.forward",
+            "choice.choose_top",
+        ]
         names += {"dtf": ["DecisionLayer.decide"], "mod": ["LinearRouter.forward"]}.get(family, [])
         names += ["CausalRouter.predict"] if variant == "predictor" or family == "stt" else []
     return dict.fromkeys(names, layers)
 
 
 @pytest.mark.parametrize("kind", ["dtf", "dtf-predictor"])
-def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(monkeypatch, kind):
+def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change_the_choice(
+    monkeypatch, kind
+):
     """The second time a score is computed its order is reversed: tokens and gradients must stay those of the first."""
+
     def grads(recompute: str, disturbed: bool) -> dict[str, Tensor]:
         network = make_network(tiny_config(kind, recompute=recompute))
         seen: set[int] = set()
@@ -268,6 +327,7 @@ def test_a_score_that_comes_out_differently_in_the_recomputation_does_not_change
 
 
 # ---- 7: gradients agree with finite differences --------------------------------------------------
+
 
 class Objective:
     """The network's loss with all that is attached to it on the way, as a number that finite differences can be taken of.
@@ -292,7 +352,9 @@ class Objective:
         return attach_loss(activation, loss, scale)
 
     def average(self, x: Tensor, window: int, documents: Any) -> Tensor:
-        self.averages.append(moving_average(x, window, documents) if self.first is None else self.first[1][len(self.averages)])
+        self.averages.append(
+            moving_average(x, window, documents) if self.first is None else self.first[1][len(self.averages)]
+        )
         return self.averages[-1]
 
     def watched(self, choose: Callable[..., Any]) -> Callable[..., Any]:
@@ -300,12 +362,13 @@ class Objective:
             found = choose(*args)
             self.choices.append(found[0].places)
             return found
+
         return wrapper
 
     def __call__(self) -> Tensor:
         self.attached, self.choices, self.averages = [], [], []
         for load in loads_of(routed_layers(self.network)).values():
-            load.micro_batches = 0                                                  # the jitter's seed
+            load.micro_batches = 0  # the jitter's seed
         loss = self.network(TOKENS[:2], LABELS[:2])
         if self.first is None:
             self.first = self.choices, self.averages
@@ -316,8 +379,14 @@ class Objective:
         return self().item() + sum(self.attached)
 
 
-AUXILIARY = {"bce_loss_weight": 0.3, "z_loss_weight": 0.2, "aux_loss_lambda": 0.4, "jitter": 0.2, "entropy_bonus": 0.3,
-             "safe_min_attn_ratio": 0.5}
+AUXILIARY = {
+    "bce_loss_weight": 0.3,
+    "z_loss_weight": 0.2,
+    "aux_loss_lambda": 0.4,
+    "jitter": 0.2,
+    "entropy_bonus": 0.3,
+    "safe_min_attn_ratio": 0.5,
+}
 
 
 def check_by_differences(monkeypatch: pytest.MonkeyPatch, config: Config, only: set[str]) -> set[str]:
@@ -349,24 +418,41 @@ def check_by_differences(monkeypatch: pytest.MonkeyPatch, config: Config, only: 
 
 
 ROUTER_PARAMETERS = {
-    "dtf": {*(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")),
-            *(f"prior.{name}.weight" for name in ("norm", "gate_proj", "up_proj", "down_proj"))},
+    "dtf": {
+        *(f"router.{name}" for name in ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")),
+        *(f"prior.{name}.weight" for name in ("norm", "gate_proj", "up_proj", "down_proj")),
+    },
     "mod": {"router.weight"},
     "dtrnet": {f"router.{fc}.{part}" for fc in ("fc1", "fc2") for part in ("weight", "bias")},
 }
 
 
-@pytest.mark.parametrize(("kind", "norm"), [*((kind, "pre") for kind in ROUTED if kind.partition("-")[0] in ROUTER_PARAMETERS),
-                                            ("dtf", "hybridnorm"), ("mod", "lns"),
-                                            ("dtrnet-token", "hybridnorm")])
-def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(monkeypatch, kind, norm):
+@pytest.mark.parametrize(
+    ("kind", "norm"),
+    [
+        *((kind, "pre") for kind in ROUTED if kind.partition("-")[0] in ROUTER_PARAMETERS),
+        ("dtf", "hybridnorm"),
+        ("mod", "lns"),
+        ("dtrnet-token", "hybridnorm"),
+    ],
+)
+def test_router_and_prior_gradients_of_the_whole_network_agree_with_finite_differences(
+    monkeypatch, kind, norm
+):
     """Without the losses whose targets are held constant: the prior's and the predictor's."""
     config = tiny_config(kind, normalization=norm)
-    config = with_routing(config, **known(config, prior_loss_weight=0.0, predictor_loss_weight=0.0, capacity=0.4, **AUXILIARY))
-    assert check_by_differences(monkeypatch, config, {"router", "prior"}) == ROUTER_PARAMETERS[config.model.routing.kind]
+    config = with_routing(
+        config, **known(config, prior_loss_weight=0.0, predictor_loss_weight=0.0, capacity=0.4, **AUXILIARY)
+    )
+    assert (
+        check_by_differences(monkeypatch, config, {"router", "prior"})
+        == ROUTER_PARAMETERS[config.model.routing.kind]
+    )
 
 
 @pytest.mark.parametrize("kind", ["dtf-predictor", "mod-predictor"])
 def test_predictor_gradients_agree_with_finite_differences(monkeypatch, kind):
     config = with_routing(tiny_config(kind), predictor_loss_weight=0.6, capacity=0.4)
-    assert check_by_differences(monkeypatch, config, {"causal_router"}) == {f"causal_router.{fc}.weight" for fc in ("fc1", "fc2")}
+    assert check_by_differences(monkeypatch, config, {"causal_router"}) == {
+        f"causal_router.{fc}.weight" for fc in ("fc1", "fc2")
+    }

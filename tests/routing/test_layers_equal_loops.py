@@ -17,8 +17,13 @@ from tests.tiny import KINDS, tiny_config
 
 NORMS = ["pre", "lns", "hybridnorm"]
 T = 9
-NO_LOSSES = {"prior_loss_weight": 0.0, "predictor_loss_weight": 0.0, "bce_loss_weight": 0.0, "z_loss_weight": 0.0,
-             "aux_loss_lambda": 0.0}
+NO_LOSSES = {
+    "prior_loss_weight": 0.0,
+    "predictor_loss_weight": 0.0,
+    "bce_loss_weight": 0.0,
+    "z_loss_weight": 0.0,
+    "aux_loss_lambda": 0.0,
+}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -33,15 +38,19 @@ def make_layer(kind: str, norm: str, **routing: object) -> tuple[Layer, NaiveLay
     return disturb(layer, param_maker(config)), NaiveLayer(layer, config.model)
 
 
-def assert_same_with_gradients(layer: nn.Module, inputs: list[Tensor], found: Tensor, want: Tensor, untouched: set[str]) -> None:
+def assert_same_with_gradients(
+    layer: nn.Module, inputs: list[Tensor], found: Tensor, want: Tensor, untouched: set[str]
+) -> None:
     """`untouched`: names of parameters that the outputs do not depend on."""
     assert_close(found, want)
     grad = random(*found.shape, seed=9)
-    names, params = zip(*((name, p) for name, p in layer.named_parameters() if name.split(".")[0] not in untouched))
+    names, params = zip(
+        *((name, p) for name, p in layer.named_parameters() if name.split(".")[0] not in untouched)
+    )
     mine = torch.autograd.grad(found, [*inputs, *params], grad)
     reference = torch.autograd.grad(want, [*inputs, *params], grad)
     for name, x, y in zip((*map(str, range(len(inputs))), *names), mine, reference, strict=True):
-        if not name.endswith("k_proj.bias"):            # softmax does not see it
+        if not name.endswith("k_proj.bias"):  # softmax does not see it
             assert y.abs().max() > 1e-6, f"{name} shows nothing"
         assert_close(x, y, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -76,7 +85,11 @@ def test_a_mod_layer(kind, norm, mode):
     logit = h @ naive.params["router.weight"][0]
     gate = logit if KINDS[kind].get("gate") == "identity" else 1 / (1 + torch.exp(-logit))
     rule = {"mod": logit >= -0.1, "mod-bce": logit > 0, "mod-predictor": predicted(naive, h) >= 0}[kind]
-    chosen = [row.nonzero().flatten().tolist() for row in rule] if mode == "causal" else [best(r.tolist(), 4) for r in logit]
+    chosen = (
+        [row.nonzero().flatten().tolist() for row in rule]
+        if mode == "causal"
+        else [best(r.tolist(), 4) for r in logit]
+    )
     assert all(0 < len(row) < T for row in chosen), "the rule must choose, or the test shows nothing"
     want = torch.stack([naive.skipping(row, c, g) for row, c, g in zip(h, chosen, gate)])
     assert_same_with_gradients(layer, [h], layer(Stream(h)).hidden, want, {"causal_router"})
@@ -91,7 +104,9 @@ def predicted(naive: NaiveLayer, h: Tensor) -> Tensor:
 
 def probabilities(naive: NaiveLayer, h: Tensor) -> Tensor:
     """softmax(W2 SiLU(W1 h + b1) + b2)."""
-    w1, b1, w2, b2 = (naive.params[f"router.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
+    w1, b1, w2, b2 = (
+        naive.params[f"router.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    )
     logits = F.silu(h @ w1.T + b1) @ w2.T + b2
     return logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
 
@@ -109,7 +124,10 @@ def test_a_dtrnet_layer(kind, norm, mode):
     else:
         layer.causal_router.mode = mode
         layer.causal_router.threshold = RunningThreshold(0.0, math.log(0.45 / 0.55), steps=1)
-        chosen = [best(row.tolist(), 4) if mode == "topk" else (row >= 0.45).nonzero().flatten().tolist() for row in attend]
+        chosen = [
+            best(row.tolist(), 4) if mode == "topk" else (row >= 0.45).nonzero().flatten().tolist()
+            for row in attend
+        ]
     assert all(0 < len(row) < T for row in chosen), "the rule must choose, or the test shows nothing"
     want = torch.stack([naive.dtrnet(row, c, q) for row, c, q in zip(h, chosen, p)])
     assert_same_with_gradients(layer, [h], layer(Stream(h)).hidden, want, set())
@@ -122,7 +140,8 @@ def test_a_dtrnet_layer_in_which_no_token_of_a_sequence_attends(norm):
     h = random(2, T, 16, seed=1)
     bias = naive.params["router.fc2.bias"]
     with torch.no_grad():
-        bias[1] += torch.logit(probabilities(naive, h)[..., 0].amax(dim=1).min()) + 1e-4     # one sequence just below 0.5
+        # one sequence just below 0.5
+        bias[1] += torch.logit(probabilities(naive, h)[..., 0].amax(dim=1).min()) + 1e-4
         for more in (0.0, 10.0):
             bias[1] += more
             p = probabilities(naive, h)

@@ -27,8 +27,10 @@ def test_the_first_step_has_equal_shares():
 
 def test_later_steps_weigh_by_the_fractions_of_the_step_before():
     loads = [AttentionLoad(3, 0.5, 0) for _ in range(3)]
-    end(loads, [[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]])                   # means 0.2, 0.6, 0.1
-    assert total(loads, [0.9, 0.2, 0.4]) == pytest.approx(0.5 * (0.2 * 0.9 + 0.6 * 0.2 + 0.1 * 0.4) / 0.9, rel=1e-6)
+    end(loads, [[0.1, 0.3], [0.5, 0.7], [0.0, 0.2]])  # means 0.2, 0.6, 0.1
+    assert total(loads, [0.9, 0.2, 0.4]) == pytest.approx(
+        0.5 * (0.2 * 0.9 + 0.6 * 0.2 + 0.1 * 0.4) / 0.9, rel=1e-6
+    )
     end(loads, [[0.0], [0.0], [1.0]])
     assert total(loads, [0.9, 0.2, 0.4]) == pytest.approx(0.5 * 0.4, rel=1e-6)
 
@@ -47,7 +49,7 @@ def test_the_weight_rises_over_the_warm_up():
     load, found = AttentionLoad(1, 0.8, 4), []
     for _ in range(6):
         found.append(load.loss(torch.tensor(0.5)).item())
-        end([load], [[0.3, 0.3]])                                      # steps are counted, not micro-batches
+        end([load], [[0.3, 0.3]])  # steps are counted, not micro-batches
     assert found == pytest.approx([0.8 * 0.5 * rise for rise in (0.25, 0.5, 0.75, 1, 1, 1)])
 
 
@@ -72,5 +74,7 @@ def test_a_restored_load_goes_on_where_it_stood():
     load.observe(torch.tensor(0.1))
     load.end_step(load.take_step_mean(), torch.tensor(0.8))
     again.set_state(load.state(), torch.device("cpu"))
-    assert again.loss(torch.tensor(0.7)) == load.loss(torch.tensor(0.7)) == pytest.approx(0.8 * 0.2 * 0.25 * 0.7)
+    assert (
+        again.loss(torch.tensor(0.7)) == load.loss(torch.tensor(0.7)) == pytest.approx(0.8 * 0.2 * 0.25 * 0.7)
+    )
     assert again.steps == 1

@@ -39,23 +39,32 @@ def older_routing(**fields: object) -> dict:
 
 def test_a_checkpoints_running_average_is_converted_once() -> None:
     share = 1 - 0.99**7
-    manifest = {"model": {"routing": older_routing(kind="dtrnet", router_type="expert_choice")},
-                "thresholds": {"1": {"average": 0.8 * share, "steps": 7}, "3": {"average": 0.0, "steps": 0}}}
+    manifest = {
+        "model": {"routing": older_routing(kind="dtrnet", router_type="expert_choice")},
+        "thresholds": {"1": {"average": 0.8 * share, "steps": 7}, "3": {"average": 0.0, "steps": 0}},
+    }
     newer = newer_manifest(manifest)
     assert newer["thresholds"]["1"]["average"] / share == pytest.approx(math.log(4))
     assert newer["thresholds"]["3"] == {"average": 0.0, "steps": 0}
     assert {key: newer["model"]["routing"][key] for key in NEW_KEYS} == {
-        key: getattr(make_kind("dtrnet"), key) for key in NEW_KEYS}, "or resuming would see another model"
+        key: getattr(make_kind("dtrnet"), key) for key in NEW_KEYS
+    }, "or resuming would see another model"
     assert newer_manifest(newer)["thresholds"] == newer["thresholds"]
 
 
 def test_thresholds_of_mod_stay() -> None:
-    manifest = {"model": {"routing": older_routing(kind="mod")}, "thresholds": {"1": {"average": 0.3, "steps": 7}}}
+    manifest = {
+        "model": {"routing": older_routing(kind="mod")},
+        "thresholds": {"1": {"average": 0.3, "steps": 7}},
+    }
     assert newer_manifest(manifest)["thresholds"] == manifest["thresholds"]
 
 
 def test_an_export_says_what_its_thresholds_are_of() -> None:
-    expert, token = (to_hf_config(tiny_config(f"dtrnet-{kind}").model, "float32")["routing"] for kind in ("expert", "token"))
+    expert, token = (
+        to_hf_config(tiny_config(f"dtrnet-{kind}").model, "float32")["routing"]
+        for kind in ("expert", "token")
+    )
     assert (expert["score"], expert["causal"]) == ("logit", "threshold")
     assert "score" not in token
 
@@ -77,9 +86,14 @@ def test_an_older_export_runs_and_is_read_as_it_was(tmp_path: Path) -> None:
     older_export(tmp_path)
     tokens = random_tokens(2, 12)
     with torch.no_grad():
-        want, kept = (type(tiny_model()).from_pretrained(folder)(tokens).logits for folder in (tmp_path, tmp_path / "older"))
+        want, kept = (
+            type(tiny_model()).from_pretrained(folder)(tokens).logits
+            for folder in (tmp_path, tmp_path / "older")
+        )
     torch.testing.assert_close(kept, want)
     for folder in (tmp_path, tmp_path / "older"):
         np.testing.assert_allclose(oracle_logits(folder, tokens.numpy()), want, atol=1e-4)
     name = "model.layers.0.causal_router.threshold"
-    torch.testing.assert_close(HfFolder(tmp_path / "older").whole(name), HfFolder(tmp_path).whole(name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        HfFolder(tmp_path / "older").whole(name), HfFolder(tmp_path).whole(name), rtol=1e-4, atol=1e-5
+    )

@@ -41,7 +41,7 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
     """Two steps with fewer key/value heads (2) than ranks (4), so that whole weights take summed gradients."""
     config = tiny_config(kind, tensor=4, recompute=recompute, normalization=NORMS.get(kind, "pre"))
     config = with_routing(config, **known(config, capacity=0.4, jitter=0.2, safe_min_attn_ratio=0.4))
-    config.optimizer.learning_rate = 0.03          # far above what bf16 rounds away
+    config.optimizer.learning_rate = 0.03  # far above what bf16 rounds away
     network = make_network(config, tp, dtype)
     optimizer = make_optimizer(network, config.optimizer)
     optimizer.register_step_pre_hook(GradientClipper(network, 0.1, Grid(tp=tp)))
@@ -53,6 +53,7 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
             found = choose(score, hidden)
             chosen.append(found[0].places)
             return found
+
         return watched
 
     for module in network.modules():
@@ -70,7 +71,7 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
             assert_same_bits(f"{kind}: threshold of layer {index}, step {step}", threshold.value.view(1), tp)
         for index, load in loads_of(layers).items():
             assert_same_bits(f"{kind}: share of layer {index}, step {step}", load.share.view(1), tp)
-    watched_twice = 2 if kind == "dtrnet-expert" else 1        # by the layer and by its causal router
+    watched_twice = 2 if kind == "dtrnet-expert" else 1  # by the layer and by its causal router
     choosing = [layer for layer in layers if isinstance(layer, DtrLayer) or layer.causal_router is not None]
     assert len(scores) == 2 * watched_twice * len(choosing)
     for score, positions in zip(scores, chosen, strict=True):
@@ -80,7 +81,11 @@ def train(tp: Axis, kind: str, dtype: torch.dtype, recompute: str) -> None:
         assert_same_bits(f"{kind}: a choice", positions, tp)
     whole = [p for p in network.parameters() if not p.tensor_model_parallel]
     names = {p.global_name.split(".")[-2] for p in whole}
-    assert {"k_proj", "v_proj", *(("q_norm", "k_norm", "v_norm") if NORMS.get(kind) == "hybridnorm" else ())} <= names
+    assert {
+        "k_proj",
+        "v_proj",
+        *(("q_norm", "k_norm", "v_norm") if NORMS.get(kind) == "hybridnorm" else ()),
+    } <= names
     for param in whole:
         assert not torch.equal(param, start[param.global_name]), f"{param.global_name} of {kind} did not move"
         assert_same_bits(f"{kind}: {param.global_name}", param, tp)

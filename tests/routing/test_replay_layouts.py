@@ -29,6 +29,7 @@ def two(folder: Path, one: dict[str, Curve]) -> dict[str, Curve]:
 
 def farthest(found: Curve, wanted: Curve) -> float:
     """Largest relative difference of a loss or a gradient norm."""
+
     def apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
         return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
@@ -42,18 +43,21 @@ def moved(folder: Path, kind: str, run: str) -> Flips:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("kind", KEYS)
-def test_a_replay_holds_every_layout_to_one_process(kind: str, layout: Layout, folder: Path, one: dict[str, Curve],
-                                                    two: dict[str, Curve]) -> None:
+def test_a_replay_holds_every_layout_to_one_process(
+    kind: str, layout: Layout, folder: Path, one: dict[str, Curve], two: dict[str, Curve]
+) -> None:
     assert farthest(two[f"{kind} {layout}"], one[kind]) < 1e-5
     found = moved(folder, kind, str(layout))
-    if kind != "nested" or layout.tensor > 1:        # its ties are of the first step, which others compute bit for bit
+    # its ties are of the first step, which others compute bit for bit
+    if kind != "nested" or layout.tensor > 1:
         assert found.changed, "no layer would have chosen otherwise: the comparison shows nothing"
     assert found.farthest < ROUNDING
 
 
 @pytest.mark.parametrize("kind", KEYS)
 def test_without_a_replay_tokens_within_rounding_of_their_cut_change_places_and_curves_part(
-        kind: str, folder: Path, one: dict[str, Curve], two: dict[str, Curve]) -> None:
+    kind: str, folder: Path, one: dict[str, Curve], two: dict[str, Curve]
+) -> None:
     assert farthest(two[f"{kind} alone"], one[kind]) > 1e-3
     found = moved(folder, kind, "alone")
     assert 0 < found.first.changed <= found.changed

@@ -33,6 +33,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 # ---- the moving average --------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("window", [1, 2, 7, 12, 100])
 def test_the_moving_average_equals_a_loop(window):
     x = random(3, 12)
@@ -44,6 +45,7 @@ def test_the_moving_average_equals_a_loop(window):
 
 
 # ---- the router ----------------------------------------------------------------------------------
+
 
 def surprise_router(config: Config) -> SurpriseRouter:
     routing = config.model.routing
@@ -100,9 +102,11 @@ def test_gradcheck_of_the_whole_router(monkeypatch):
 def test_the_moving_average_is_over_the_static_surprise_without_gradient(monkeypatch):
     router, (static, change) = make_router(window=5), surprises()
     seen = []
-    monkeypatch.setattr(surprise, "moving_average", lambda x, *args: seen.append((x, args)) or moving_average(x, *args))
+    monkeypatch.setattr(
+        surprise, "moving_average", lambda x, *args: seen.append((x, args)) or moving_average(x, *args)
+    )
     router(static, change)
-    (x, (window, documents)), = seen
+    ((x, (window, documents)),) = seen
     assert window == 5
     assert documents is None
     assert torch.equal(x, static)
@@ -133,6 +137,7 @@ def test_the_report_does_not_change_with_the_parameters_it_was_read_from():
 
 # ---- the prior -----------------------------------------------------------------------------------
 
+
 def make_prior() -> Prior:
     config = tiny_config()
     return disturb(Prior("model.layers.0.prior", 6, 4, 1e-6, make=param_maker(config)), param_maker(config))
@@ -145,8 +150,11 @@ def test_surprises_loss_and_their_gradients_equal_two_passes_of_the_prior(with_s
     weights = list(prior.parameters())
     found = prior(h, post)
     held = (h + prior_update(prior, h)).detach() if not with_surprise else h + prior_update(prior, h)
-    want = ((post - h).square().mean(dim=-1), (post - held).square().mean(dim=-1),
-            (h.detach() + prior_update(prior, h.detach()) - post.detach()).square().mean())
+    want = (
+        (post - h).square().mean(dim=-1),
+        (post - held).square().mean(dim=-1),
+        (h.detach() + prior_update(prior, h.detach()) - post.detach()).square().mean(),
+    )
     assert_close(found, want)
     grads = (random(2, 3, seed=2), random(2, 3, seed=3) * with_surprise, torch.tensor(0.7, dtype=F64))
     got, wanted = (torch.autograd.grad(outputs, [h, post, *weights], grads) for outputs in (found, want))
@@ -158,9 +166,14 @@ def test_surprises_loss_and_their_gradients_equal_two_passes_of_the_prior(with_s
 def test_gradcheck_of_the_surprises():
     prior, h, post = make_prior(), random(2, 3, 6).requires_grad_(), random(2, 3, 6, seed=1).requires_grad_()
     names = [name for name, _ in prior.named_parameters()]
-    values = [(p.detach() * 20 if p.ndim == 2 else p.detach()).clone().requires_grad_() for p in prior.parameters()]
+    values = [
+        (p.detach() * 20 if p.ndim == 2 else p.detach()).clone().requires_grad_() for p in prior.parameters()
+    ]
     assert len(names) == 4
-    assert gradcheck(lambda h, post, *values: functional_call(prior, dict(zip(names, values)), (h, post))[:2], (h, post, *values))
+    assert gradcheck(
+        lambda h, post, *values: functional_call(prior, dict(zip(names, values)), (h, post))[:2],
+        (h, post, *values),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -173,7 +186,9 @@ def test_half_precision_gradients_of_the_surprises_are_near_float64s(dtype):
         inputs = [x.to(dtype).to(kind).requires_grad_() for x in (h, post)]
         outputs = prior(*inputs)
         assert {out.dtype for out in outputs} == {torch.promote_types(kind, torch.float32)}
-        found = torch.autograd.grad(outputs, [*inputs, *prior.parameters()], [g.to(out.dtype) for g, out in zip(grads, outputs)])
+        found = torch.autograd.grad(
+            outputs, [*inputs, *prior.parameters()], [g.to(out.dtype) for g, out in zip(grads, outputs)]
+        )
         assert {x.dtype for x in found} == {kind}
         results.append([*outputs, *found])
     for exact, rounded in zip(*results, strict=True):
@@ -181,6 +196,7 @@ def test_half_precision_gradients_of_the_surprises_are_near_float64s(dtype):
 
 
 # ---- the layers ----------------------------------------------------------------------------------
+
 
 def make_layer(build: type[nn.Module], loss_scale: float = 1.0, **routing: object) -> nn.Module:
     config = with_routing(tiny_config(), **routing)
@@ -226,7 +242,7 @@ def test_a_dynamic_layer_runs_its_block_among_the_chosen_of_each_sequence_alone(
     assert passed_on is documents is None
     for b in range(3):
         chosen = sorted(sorted(range(10), key=lambda t: -score[b, t].item())[:4])
-        delta = layer.delta(h[b: b + 1, chosen], torch.tensor([chosen]), 10)[0]
+        delta = layer.delta(h[b : b + 1, chosen], torch.tensor([chosen]), 10)[0]
         for t in range(10):
             if t in chosen:
                 assert_close(out[b, t], h[b, t] + gate[b, t] * delta[chosen.index(t)])
@@ -252,8 +268,11 @@ def test_a_score_at_the_threshold_routes():
     assert layer.causal_router(score, torch.zeros(1, 4, 32)).selection.places.tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("chosen", [[(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)], [(0, 0), (0, 2), (1, 1)]],
-                         ids=["topk", "ragged"])
+@pytest.mark.parametrize(
+    "chosen",
+    [[(0, 0), (0, 2), (0, 3), (1, 1), (1, 2), (1, 4)], [(0, 0), (0, 2), (1, 1)]],
+    ids=["topk", "ragged"],
+)
 def test_gradcheck_of_the_path_through_the_gate(chosen):
     layer = make_layer(DynamicLayer)
     h, gate = random(2, 5, 32).requires_grad_(), torch.rand(2, 5, dtype=F64).requires_grad_()
@@ -279,6 +298,7 @@ def test_a_dynamic_layer_observes_its_kth_highest_score_in_training_only():
 
 # ---- statistics ----------------------------------------------------------------------------------
 
+
 def test_a_monitor_shows_means_since_its_last_reading():
     monitor = Monitor()
     assert monitor.read() == {}
@@ -292,36 +312,58 @@ def test_a_monitor_shows_means_since_its_last_reading():
 
 
 def test_routing_statistics_equal_their_definitions():
-    layer, h, gate = make_layer(DynamicLayer, capacity=0.4), random(3, 10, 32), random(3, 10, seed=2).sigmoid()
+    layer, h, gate = (
+        make_layer(DynamicLayer, capacity=0.4),
+        random(3, 10, 32),
+        random(3, 10, seed=2).sigmoid(),
+    )
     score = -(1 - gate).log()
     with_threshold(layer, 0.8)
     layer(Stream(h, score))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     top = torch.zeros(3, 10, dtype=torch.bool).scatter(1, gate.topk(4, dim=1).indices, True)
-    always = {"gate_routed": gate[top].mean(), "gate_routed_std": gate[top].std(correction=0), "threshold": 0.8,
-              "gate_unrouted": gate[~top].mean(), "gate_unrouted_std": gate[~top].std(correction=0),
-              "causal_fraction": (score >= 0.8).double().mean(),
-              "causal_agreement": (top == (score >= 0.8)).double().mean()}
+    always = {
+        "gate_routed": gate[top].mean(),
+        "gate_routed_std": gate[top].std(correction=0),
+        "threshold": 0.8,
+        "gate_unrouted": gate[~top].mean(),
+        "gate_unrouted_std": gate[~top].std(correction=0),
+        "causal_fraction": (score >= 0.8).double().mean(),
+        "causal_agreement": (top == (score >= 0.8)).double().mean(),
+    }
     always = {name: float(value) for name, value in always.items()}
-    assert found == pytest.approx({"routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4,
-                                   **always}, rel=1e-5)
+    assert found == pytest.approx(
+        {"routed_fraction": 0.4, "routed_fraction_min": 0.4, "routed_fraction_max": 0.4, **always}, rel=1e-5
+    )
     causal_at(layer, 0.8)
     layer(Stream(h, score))
     found = {name: value.item() for name, value in layer.monitor.read().items()}
     fractions = (score >= 0.8).double().mean(dim=1).tolist()
     assert min(fractions) < max(fractions)
-    assert found == pytest.approx({"routed_fraction": sum(fractions) / 3, "routed_fraction_min": min(fractions),
-                                   "routed_fraction_max": max(fractions), **always}, rel=1e-5)
+    assert found == pytest.approx(
+        {
+            "routed_fraction": sum(fractions) / 3,
+            "routed_fraction_min": min(fractions),
+            "routed_fraction_max": max(fractions),
+            **always,
+        },
+        rel=1e-5,
+    )
 
 
 # ---- precision -----------------------------------------------------------------------------------
+
 
 def test_surprise_gate_and_threshold_are_float32_in_a_bf16_model(monkeypatch):
     network = make_network(tiny_config(), dtype=torch.bfloat16)
     surprise, gates = [], []
     forward, choose = SurpriseRouter.forward, CausalRouter.forward
-    monkeypatch.setattr(SurpriseRouter, "forward", lambda self, *x: surprise.extend(x[:2]) or forward(self, *x))
-    monkeypatch.setattr(CausalRouter, "forward", lambda self, gate, hidden: gates.append(gate) or choose(self, gate, hidden))
+    monkeypatch.setattr(
+        SurpriseRouter, "forward", lambda self, *x: surprise.extend(x[:2]) or forward(self, *x)
+    )
+    monkeypatch.setattr(
+        CausalRouter, "forward", lambda self, gate, hidden: gates.append(gate) or choose(self, gate, hidden)
+    )
     tokens = tiny_tokens(1)[0]
     loss = network(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
@@ -343,7 +385,9 @@ def test_surprise_gate_and_threshold_are_float32_in_a_bf16_model(monkeypatch):
 
 def test_the_static_surprise_of_a_bf16_layer_is_taken_in_float32():
     config = tiny_config()
-    layer = disturb(DecisionLayer(layer_context(config, dtype=torch.bfloat16), 0, LossScale()), param_maker(config))
+    layer = disturb(
+        DecisionLayer(layer_context(config, dtype=torch.bfloat16), 0, LossScale()), param_maker(config)
+    )
     h = random(2, 9, 32).bfloat16()
     post = layer.dense(h)
     seen = []
@@ -351,4 +395,6 @@ def test_the_static_surprise_of_a_bf16_layer_is_taken_in_float32():
     layer(Stream(h))
     update = prior_update(layer.prior, h)
     assert_close(seen[0], (post.float() - h.float()).square().mean(dim=-1), rtol=1e-6, atol=0)
-    assert_close(seen[1], (post.float() - (h.float() + update.float())).square().mean(dim=-1), rtol=0.02, atol=0)
+    assert_close(
+        seen[1], (post.float() - (h.float() + update.float())).square().mean(dim=-1), rtol=0.02, atol=0
+    )

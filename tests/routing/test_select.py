@@ -20,8 +20,10 @@ from megadyn.routing.select import (
 )
 
 
-@pytest.mark.parametrize(("capacity", "length", "count"), [
-    (0.5, 24, 12), (0.5, 7, 3), (0.125, 100, 12), (1.0, 9, 9), (0.1, 5, 1), (1e-6, 5, 1), (0.999, 10, 9)])
+@pytest.mark.parametrize(
+    ("capacity", "length", "count"),
+    [(0.5, 24, 12), (0.5, 7, 3), (0.125, 100, 12), (1.0, 9, 9), (0.1, 5, 1), (1e-6, 5, 1), (0.999, 10, 9)],
+)
 def test_the_capacity_is_rounded_down_and_at_least_one(capacity, length, count):
     assert capacity_count(capacity, length) == count
 
@@ -32,10 +34,12 @@ def naive_top(row: list[float], count: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 3, 10])
 def test_the_highest_are_chosen_from_each_sequence_of_equal_ones_the_first(count):
-    score = torch.randint(0, 4, (50, 10), generator=torch.Generator().manual_seed(0)).float()      # full of ties
+    score = torch.randint(0, 4, (50, 10), generator=torch.Generator().manual_seed(0)).float()  # full of ties
     places, sequences = choose_top(score, count)
     assert sequences is None
-    assert places.tolist() == [[10 * b + t for t in naive_top(row, count)] for b, row in enumerate(score.tolist())]
+    assert places.tolist() == [
+        [10 * b + t for t in naive_top(row, count)] for b, row in enumerate(score.tolist())
+    ]
 
 
 def test_exactly_as_many_as_asked_are_chosen_where_all_scores_are_equal():
@@ -142,8 +146,10 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: take(x[..., 0], places), (x,))
     assert torch.autograd.gradcheck(lambda x, rows: put_back(x, places, rows), (x, rows))
     assert torch.autograd.gradcheck(lambda x, rows: replace(x, places, rows), (x, rows))
-    assert torch.autograd.gradcheck(lambda x, gate, rows: put_back_gated(x, places, gate, rows),
-                                    (x, x.detach()[..., 1].clone().requires_grad_(), rows))
+    assert torch.autograd.gradcheck(
+        lambda x, gate, rows: put_back_gated(x, places, gate, rows),
+        (x, x.detach()[..., 1].clone().requires_grad_(), rows),
+    )
 
 
 @SHAPES
@@ -157,7 +163,9 @@ def test_what_is_taken_out_sends_its_gradient_with_that_of_the_rest(shape):
     assert torch.autograd.gradcheck(lambda x: take_out(x, places[:1, :0]), (x,))
     heads = x.detach().unflatten(-1, (2, 2)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: take_out(x, places), (heads,))
-    (found,) = torch.autograd.grad(take_out(x, places)[0].sum() + take_out(x, places)[1].transpose(0, 1).sum(), x)
+    (found,) = torch.autograd.grad(
+        take_out(x, places)[0].sum() + take_out(x, places)[1].transpose(0, 1).sum(), x
+    )
     assert torch.equal(found, 1 + as_mask(Selection(places), x.shape[:2]).double().unsqueeze(-1).expand_as(x))
 
 

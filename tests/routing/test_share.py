@@ -8,7 +8,17 @@ import torch
 from megadyn.errors import ConfigError
 from megadyn.kinds import make_kind
 from megadyn.kinds.dtrnet.load import AttentionLoad
-from megadyn.kinds.dtrnet.share import FAR, INTEGRAL, LARGEST, PROPORTIONAL, PULL, SOFT, ShareController, excess, preference
+from megadyn.kinds.dtrnet.share import (
+    FAR,
+    INTEGRAL,
+    LARGEST,
+    PROPORTIONAL,
+    PULL,
+    SOFT,
+    ShareController,
+    excess,
+    preference,
+)
 from megadyn.routing.choice import TwoLayerRouter
 from megadyn.telemetry.router_health import planned_share
 from tests.networks import disturb, layer_context, param_maker, with_routing
@@ -39,9 +49,11 @@ def test_lambda_stays_within_its_bounds_and_finite(share: float, sign: int) -> N
 
 def test_the_preference_has_a_gradient_where_p0_has_none() -> None:
     lead = torch.tensor([[-200.0, -1.0, 0.0, 3.0, 200.0]], requires_grad=True)
-    slope, = torch.autograd.grad(preference(lead), lead)
+    (slope,) = torch.autograd.grad(preference(lead), lead)
     torch.testing.assert_close(slope, SOFT / (SOFT + lead.detach().abs()).square() / 5)
-    saturated, = torch.autograd.grad(torch.stack((lead, torch.zeros_like(lead)), dim=-1).softmax(dim=-1)[..., 0].sum(), lead)
+    (saturated,) = torch.autograd.grad(
+        torch.stack((lead, torch.zeros_like(lead)), dim=-1).softmax(dim=-1)[..., 0].sum(), lead
+    )
     assert saturated[0, [0, -1]].tolist() == [0, 0], "or the preference would not be needed"
 
 
@@ -57,7 +69,8 @@ def test_a_load_with_a_controller_has_a_lambda_of_its_own_and_equal_parts() -> N
         load.end_step(torch.tensor(share), torch.tensor(0.5), 0.02)
     gain = PROPORTIONAL + INTEGRAL * 0.02
     assert [load.loss(torch.tensor(0.6)).item() for load in loads] == pytest.approx(
-        [(0.05 + error * gain) / 2 * 0.6 for error in (1.0, -0.5)], rel=1e-5)
+        [(0.05 + error * gain) / 2 * 0.6 for error in (1.0, -0.5)], rel=1e-5
+    )
 
 
 def test_a_restored_controller_goes_on_bit_for_bit() -> None:
@@ -75,7 +88,9 @@ def test_a_state_of_a_run_without_a_target_leaves_the_start() -> None:
     assert load.value.item() == pytest.approx(0.01)
 
 
-def last_shares(shift: float, push: float, target: float = 0.2, rate: float = 0.02, steps: int = 400) -> list[float]:
+def last_shares(
+    shift: float, push: float, target: float = 0.2, rate: float = 0.02, steps: int = 400
+) -> list[float]:
     """Shares in the last quarter of a training of one router alone, which begins with logit differences near `shift`; the
     language-model loss is stood in for by `push` mean p0. The tokens are new in each step."""
     config = tiny_config("dtrnet-token", init_std=0.02)
@@ -96,7 +111,7 @@ def last_shares(shift: float, push: float, target: float = 0.2, rate: float = 0.
         load.end_step(share, share, rate)
         shares.append(share.item())
     assert abs(load.value.item()) <= 0.1
-    return shares[-steps // 4:]
+    return shares[-steps // 4 :]
 
 
 @pytest.mark.parametrize("push", [-5e-3, 5e-3])
@@ -109,14 +124,22 @@ def test_the_share_reaches_its_target_from_where_p0_is_saturated(shift: float, p
     assert max(shares) < 0.6
 
 
-@pytest.mark.parametrize(("fields", "key", "want"), [
-    ({"kind": "mod"}, "target_share", "left out: routing kind mod has no such key"),
-    ({"router_type": "expert_choice"}, "target_share", "left out without token choice"),
-    ({"target_share": 0.0}, "target_share", "in \\[0.001, 1\\]"),
-    ({"target_share": 1.5}, "target_share", "in \\[0.001, 1\\]"),
-    ({"target_share": 0.1, "safe_min_attn_ratio": 0.2}, "target_share", "at least model.routing.safe_min_attn_ratio = 0.2"),
-    ({"aux_loss_warmup": 10}, "aux_loss_warmup", "0 with model.routing.target_share"),
-    ({"aux_loss_lambda": 0.5}, "aux_loss_lambda", "at most model.routing.aux_loss_lambda_limit = 0.1")])
+@pytest.mark.parametrize(
+    ("fields", "key", "want"),
+    [
+        ({"kind": "mod"}, "target_share", "left out: routing kind mod has no such key"),
+        ({"router_type": "expert_choice"}, "target_share", "left out without token choice"),
+        ({"target_share": 0.0}, "target_share", "in \\[0.001, 1\\]"),
+        ({"target_share": 1.5}, "target_share", "in \\[0.001, 1\\]"),
+        (
+            {"target_share": 0.1, "safe_min_attn_ratio": 0.2},
+            "target_share",
+            "at least model.routing.safe_min_attn_ratio = 0.2",
+        ),
+        ({"aux_loss_warmup": 10}, "aux_loss_warmup", "0 with model.routing.target_share"),
+        ({"aux_loss_lambda": 0.5}, "aux_loss_lambda", "at most model.routing.aux_loss_lambda_limit = 0.1"),
+    ],
+)
 def test_what_cannot_be_held_is_refused(fields: dict, key: str, want: str) -> None:
     with pytest.raises(ConfigError, match=f"model.routing.{key} = .*{want}"):
         make_kind(**{"kind": "dtrnet", "target_share": 0.3} | fields)

@@ -23,7 +23,7 @@ def step(kind: str, recompute: str = "none", **model: object) -> None:
     gate(network(tokens[:, :-1], tokens[:, 1:])).backward()
     assert all(param.grad.device.type == "meta" for param in network.parameters())
     end_step(network)
-    network(tokens[:, :-1], tokens[:, 1:]).backward()            # with what the first step left behind
+    network(tokens[:, :-1], tokens[:, 1:]).backward()  # with what the first step left behind
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not tiny_config(kind).model.routing.varies])

@@ -13,15 +13,34 @@ from tests.tiny import tiny_config
 
 pyte = pytest.importorskip("pyte")
 
-SPLIT = {"data": 1.0, "forward": 30.0, "backward": 50.0, "communication": 15.0, "optimizer": 4.0, "other": 0.001}
+SPLIT = {
+    "data": 1.0,
+    "forward": 30.0,
+    "backward": 50.0,
+    "communication": 15.0,
+    "optimizer": 4.0,
+    "other": 0.001,
+}
 
 
 def record(iteration: int, layers: int = 4, **changes) -> dict:
-    return {"iteration": iteration, "lm_loss": 5.0 - iteration / 10, "aux_losses": {"prior": 0.012}, "grad_norm": 1.25,
-            "learning_rate": 3e-4, "learning_rates": {"base": 3e-4, "router": 3e-3}, "tokens_per_second": 45678.9,
-            "tokens_per_second_per_gpu": 5709.9, "dense_equivalent_tflops": 350.0, "model_tflops": 312.4,
-            "mfu_causal_half": 0.412, "mfu_whole_square": 0.451, "step_split_ms": SPLIT, "memory_gib": {"allocated_peak": 61.25},
-            "routing": {str(layer): {"routed_fraction": 0.5} for layer in range(1, layers, 2)}} | changes
+    return {
+        "iteration": iteration,
+        "lm_loss": 5.0 - iteration / 10,
+        "aux_losses": {"prior": 0.012},
+        "grad_norm": 1.25,
+        "learning_rate": 3e-4,
+        "learning_rates": {"base": 3e-4, "router": 3e-3},
+        "tokens_per_second": 45678.9,
+        "tokens_per_second_per_gpu": 5709.9,
+        "dense_equivalent_tflops": 350.0,
+        "model_tflops": 312.4,
+        "mfu_causal_half": 0.412,
+        "mfu_whole_square": 0.451,
+        "step_split_ms": SPLIT,
+        "memory_gib": {"allocated_peak": 61.25},
+        "routing": {str(layer): {"routed_fraction": 0.5} for layer in range(1, layers, 2)},
+    } | changes
 
 
 def terminal_screen(monkeypatch: pytest.MonkeyPatch) -> "pyte.HistoryScreen":
@@ -32,7 +51,7 @@ def terminal_screen(monkeypatch: pytest.MonkeyPatch) -> "pyte.HistoryScreen":
 
     class Output(io.StringIO):
         def write(self, text: str) -> int:
-            terminal.feed(text.replace("\n", "\r\n"))       # as the terminal's driver does
+            terminal.feed(text.replace("\n", "\r\n"))  # as the terminal's driver does
             return len(text)
 
         def isatty(self) -> bool:
@@ -58,7 +77,7 @@ def test_lines_scroll_by_above_the_view(monkeypatch):
     start_logging()
     config = tiny_config(iterations=40)
     view = open_live_view(config)
-    log.info("attention: sdpa [bold](auto)[/bold] :smile:")         # no markup
+    log.info("attention: sdpa [bold](auto)[/bold] :smile:")  # no markup
     for iteration in range(1, 41):
         view.step(iteration)
         view.train(record(iteration), 60.0)
@@ -76,7 +95,10 @@ def test_lines_scroll_by_above_the_view(monkeypatch):
         "45.7k tokens/s, 5,710 a device, for which a dense model needs 350 TFLOP/s",
         "312 TFLOP/s a device  MFU 41.2% (causal half), 45.1% (whole square)",
         "a step's 100 ms: data 1% forward 30% backward 50% communication 15% optimizer 4%",
-        "memory, GiB: allocated peak 61.2", "tokens routed, by layer: 1:50%  3:50%", "after it"]
+        "memory, GiB: allocated peak 61.2",
+        "tokens routed, by layer: 1:50%  3:50%",
+        "after it",
+    ]
     assert not screen.cursor.hidden
 
 
@@ -134,9 +156,16 @@ def test_what_is_not_there_is_not_shown():
     assert "learning rate 3.00e-04" in text
 
 
-@pytest.mark.parametrize(("setting", "is_terminal", "kind", "is_live"), [
-    ("auto", True, "xterm", True), ("auto", True, "dumb", False), ("auto", False, "xterm", False),
-    ("always", False, "xterm", True), ("never", True, "xterm", False)])
+@pytest.mark.parametrize(
+    ("setting", "is_terminal", "kind", "is_live"),
+    [
+        ("auto", True, "xterm", True),
+        ("auto", True, "dumb", False),
+        ("auto", False, "xterm", False),
+        ("always", False, "xterm", True),
+        ("never", True, "xterm", False),
+    ],
+)
 def test_the_view_is_for_terminals_or_as_asked(monkeypatch, setting, is_terminal, kind, is_live):
     class Output(io.StringIO):
         def isatty(self) -> bool:
@@ -165,7 +194,7 @@ def test_steps_between_reports_renew_it_a_few_times_a_second(monkeypatch):
         view.step(iteration)
         drawn += output.tell() > before
     view.close()
-    assert 30 <= drawn <= 45        # of 10 seconds
+    assert 30 <= drawn <= 45  # of 10 seconds
 
 
 def test_a_curve_goes_from_its_lowest_to_its_highest():

@@ -27,7 +27,7 @@ def config(**fields) -> LoggingConfig:
 def test_the_steps_of_the_window_are_traced_once(tmp_path):
     profile = Profile(config(), tmp_path, 2, 0)
     run(profile, range(1, 6))
-    run(profile, range(2, 6))               # after a rollback
+    run(profile, range(2, 6))  # after a rollback
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "rank2-steps2-3.json.gz"
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -24,7 +24,13 @@ from tests.crew import Crew
 from tests.networks import with_routing
 from tests.tiny import ROOT, tiny_config
 
-HEALTHY = {"routed_fraction": 0.5, "gate_routed": 0.8, "gate_routed_std": 0.1, "gate_unrouted": 0.3, "causal_agreement": 0.9}
+HEALTHY = {
+    "routed_fraction": 0.5,
+    "gate_routed": 0.8,
+    "gate_routed_std": 0.1,
+    "gate_unrouted": 0.3,
+    "causal_agreement": 0.9,
+}
 SETTLED = 100
 
 
@@ -35,29 +41,48 @@ def shown_by(health: RouterHealth, reports: int = PERSISTENCE, **changes: float)
     return [finding.problem for finding in found]
 
 
-@pytest.mark.parametrize(("kind", "changes", "problem"), [
-    ("dtf", {}, None),
-    ("dtf", {"gate_routed": 0.0, "gate_unrouted": 0.0}, "dead_gate"),
-    ("dtf", {"gate_routed": 0.99 * CLOSED_GATE, "gate_unrouted": 0.02}, "closed_gate"),
-    ("dtf", {"gate_routed": 1.01 * CLOSED_GATE, "gate_unrouted": 0.02}, None),
-    ("dtf", {"gate_routed": 1.0, "gate_unrouted": 0.995}, "saturated_gate"),
-    ("dtf", {"gate_routed": 1.0, "gate_unrouted": 0.95}, None),
-    ("dtf", {"gate_routed": 0.51, "gate_unrouted": 0.50}, "unseparated_scores"),
-    ("dtf", {"gate_routed": 0.53, "gate_unrouted": 0.50}, None),
-    ("dtf", {"causal_agreement": 0.5 + 0.49 * LEAST_KAPPA}, "chance_choice"),
-    ("dtf", {"causal_agreement": 0.5 + 0.51 * LEAST_KAPPA}, None),
-    ("dtf", {"causal_agreement": 0.2}, "chance_choice"),
-    ("dtf", {"gate_routed": float("nan"), "gate_unrouted": float("nan"), "routed_fraction": float("nan")}, None),
-    ("mod-predictor", {"gate_routed": 0.5, "gate_routed_std": 0.1, "gate_unrouted": -0.5, "routed_fraction": 0.3}, None),
-    ("mod-predictor", {"gate_routed": 0.01, "gate_routed_std": 0.01, "gate_unrouted": -0.5, "routed_fraction": 0.3},
-     "closed_gate"),
-    ("mod-predictor", {"gate_routed": 2.0, "gate_unrouted": 1.97, "routed_fraction": 0.3}, "unseparated_scores"),
-    ("dtrnet-token", {"routed_fraction": 0.1}, None),
-    ("dtrnet-token", {"routed_fraction": 0.099 / SHARE_FACTOR}, "strayed_share"),
-    ("dtrnet-token", {"routed_fraction": 0.101 * SHARE_FACTOR}, "strayed_share"),
-    ("dtrnet-token", {"routed_fraction": 0.0, "gate_routed": 0.0}, "strayed_share"),        # no token: its gate says nothing
-    ("dtrnet-expert", {"gate_routed": 0.0, "gate_unrouted": 0.0, "routed_fraction": 0.4}, "dead_gate"),
-])
+@pytest.mark.parametrize(
+    ("kind", "changes", "problem"),
+    [
+        ("dtf", {}, None),
+        ("dtf", {"gate_routed": 0.0, "gate_unrouted": 0.0}, "dead_gate"),
+        ("dtf", {"gate_routed": 0.99 * CLOSED_GATE, "gate_unrouted": 0.02}, "closed_gate"),
+        ("dtf", {"gate_routed": 1.01 * CLOSED_GATE, "gate_unrouted": 0.02}, None),
+        ("dtf", {"gate_routed": 1.0, "gate_unrouted": 0.995}, "saturated_gate"),
+        ("dtf", {"gate_routed": 1.0, "gate_unrouted": 0.95}, None),
+        ("dtf", {"gate_routed": 0.51, "gate_unrouted": 0.50}, "unseparated_scores"),
+        ("dtf", {"gate_routed": 0.53, "gate_unrouted": 0.50}, None),
+        ("dtf", {"causal_agreement": 0.5 + 0.49 * LEAST_KAPPA}, "chance_choice"),
+        ("dtf", {"causal_agreement": 0.5 + 0.51 * LEAST_KAPPA}, None),
+        ("dtf", {"causal_agreement": 0.2}, "chance_choice"),
+        (
+            "dtf",
+            {"gate_routed": float("nan"), "gate_unrouted": float("nan"), "routed_fraction": float("nan")},
+            None,
+        ),
+        (
+            "mod-predictor",
+            {"gate_routed": 0.5, "gate_routed_std": 0.1, "gate_unrouted": -0.5, "routed_fraction": 0.3},
+            None,
+        ),
+        (
+            "mod-predictor",
+            {"gate_routed": 0.01, "gate_routed_std": 0.01, "gate_unrouted": -0.5, "routed_fraction": 0.3},
+            "closed_gate",
+        ),
+        (
+            "mod-predictor",
+            {"gate_routed": 2.0, "gate_unrouted": 1.97, "routed_fraction": 0.3},
+            "unseparated_scores",
+        ),
+        ("dtrnet-token", {"routed_fraction": 0.1}, None),
+        ("dtrnet-token", {"routed_fraction": 0.099 / SHARE_FACTOR}, "strayed_share"),
+        ("dtrnet-token", {"routed_fraction": 0.101 * SHARE_FACTOR}, "strayed_share"),
+        # no token: its gate says nothing
+        ("dtrnet-token", {"routed_fraction": 0.0, "gate_routed": 0.0}, "strayed_share"),
+        ("dtrnet-expert", {"gate_routed": 0.0, "gate_unrouted": 0.0, "routed_fraction": 0.4}, "dead_gate"),
+    ],
+)
 def test_each_problem_is_told_by_its_own_name_and_at_its_bound(kind, changes, problem):
     """Capacity is 0.5 for dtf, 0.3 for mod, 0.1 for token choice; sequences have 24 tokens."""
     health = RouterHealth(tiny_config(kind))
@@ -76,20 +101,21 @@ def test_chance_follows_from_the_capacity():
     assert chance_agreement(0.5) == 0.5
     assert chance_agreement(0.1) == pytest.approx(0.82)
     health = RouterHealth(with_routing(tiny_config("mod"), capacity=0.125))
-    few = {"routed_fraction": 0.125, "causal_agreement": 0.8}           # much, for a choice of one half
+    few = {"routed_fraction": 0.125, "causal_agreement": 0.8}  # much, for a choice of one half
     assert shown_by(health, **few) == ["chance_choice"]
 
 
 def test_a_problem_is_told_once_and_only_where_it_stays():
     health = RouterHealth(tiny_config("dtf"))
     assert shown_by(health, PERSISTENCE - 1, gate_routed=0.05, gate_unrouted=0.01) == []
-    assert shown_by(health, 1) == []                                    # well again: the count begins anew
+    assert shown_by(health, 1) == []  # well again: the count begins anew
     assert shown_by(health, PERSISTENCE - 1, gate_routed=0.05, gate_unrouted=0.01) == []
     assert shown_by(health, 1, gate_routed=0.05, gate_unrouted=0.01) == ["closed_gate"]
     assert shown_by(health, 20, gate_routed=0.04, gate_unrouted=0.01) == []
     assert [re.sub(r"\d{3}", "N", line) for line in health.summary()] == [
         f"layer 1: its gate is closed (mean 0.N over chosen tokens, under {CLOSED_GATE}): it is computed and hardly used, "
-        "since iteration N"]
+        "since iteration N"
+    ]
     assert "mean 0.040" in health.summary()[0]
     shown_by(health, 1)
     assert health.summary()[0].endswith("(no longer at the last report)")
@@ -97,7 +123,7 @@ def test_a_problem_is_told_once_and_only_where_it_stays():
 
 def test_nothing_is_told_before_averages_have_settled_nor_of_reports_before_a_rollback():
     config = tiny_config("dtf")
-    assert settled_at(config) == SETTLED                                # 1 / (1 - threshold_momentum)
+    assert settled_at(config) == SETTLED  # 1 / (1 - threshold_momentum)
     assert settled_at(with_routing(tiny_config("dtrnet-token"), aux_loss_warmup=700)) == 700
     health = RouterHealth(config)
     for iteration in range(1, SETTLED + 1):
@@ -113,18 +139,36 @@ def test_warnings_go_into_the_log_and_the_metrics(tmp_path, monkeypatch, caplog)
     config.logging.tensorboard = False
     telemetry = Telemetry(config, 1, tmp_path, 0)
     for step in range(110, 110 + 10 * PERSISTENCE, 10):
-        telemetry.train(step, consumed_samples=step, lm_loss=2.0, grad_norm=1.0, learning_rate=1e-3,
-                        routing={1: HEALTHY | {"causal_agreement": 0.55}})
+        telemetry.train(
+            step,
+            consumed_samples=step,
+            lm_loss=2.0,
+            grad_norm=1.0,
+            learning_rate=1e-3,
+            routing={1: HEALTHY | {"causal_agreement": 0.55}},
+        )
     telemetry.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    warned, = (record for record in records if "router_warning" in record)
+    (warned,) = (record for record in records if "router_warning" in record)
     sentence = "layer 1: its causal rule agrees with top-k on 55% of tokens, where chance gives 50%, since iteration 110"
-    assert warned == {"iteration": 150, "router_warning": {"layer": 1, "problem": "chance_choice", "since": 110, "value": 0.55,
-                                                           "sentence": sentence}}
-    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [sentence, f"at the end: {sentence}"]
+    assert warned == {
+        "iteration": 150,
+        "router_warning": {
+            "layer": 1,
+            "problem": "chance_choice",
+            "since": 110,
+            "value": 0.55,
+            "sentence": sentence,
+        },
+    }
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        sentence,
+        f"at the end: {sentence}",
+    ]
 
 
 # ---- through real runs ---------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def saved_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -164,7 +208,9 @@ output_dir: {tmp_path}/out
     assert crew.wait() == [0], crew.output()
     records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     found = [record["router_warning"] for record in records if "router_warning" in record]
-    assert name in {warning["problem"] for warning in found}, [record.get("routing") for record in records][-1]
+    assert name in {warning["problem"] for warning in found}, [record.get("routing") for record in records][
+        -1
+    ]
     for warning in found:
         assert warning["problem"] in CHECKS
         assert crew.output().count(f"{warning['sentence']}\n") >= 1

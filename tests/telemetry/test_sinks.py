@@ -23,12 +23,22 @@ from tests.tiny import tiny_config
 
 
 def record(iteration: int) -> dict:
-    return {"iteration": iteration, "lm_loss": iteration / 3, "mfu_causal_half": None, "routing": {"1": {"threshold": 0.5}}}
+    return {
+        "iteration": iteration,
+        "lm_loss": iteration / 3,
+        "mfu_causal_half": None,
+        "routing": {"1": {"threshold": 0.5}},
+    }
 
 
 def test_flat_scalars_are_named_by_their_path_without_the_iteration():
-    nested = {"iteration": 7, "lm_loss": 1.5, "routing": {"0": {"D_st": 2.0}, "1": {"threshold": 0.5}}, "aux_losses": {},
-              "mfu_causal_half": None}
+    nested = {
+        "iteration": 7,
+        "lm_loss": 1.5,
+        "routing": {"0": {"D_st": 2.0}, "1": {"threshold": 0.5}},
+        "aux_losses": {},
+        "mfu_causal_half": None,
+    }
     assert flat_scalars(nested) == [("lm_loss", 1.5), ("routing/0/D_st", 2.0), ("routing/1/threshold", 0.5)]
 
 
@@ -42,12 +52,19 @@ def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("kind", "name", "whole", "cut"), [
-    (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', '{"iteration": 2, "lm_lo'),
-    (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "\n"), (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "[2]\n"),
-    (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm_loss,2."),      # a number that was longer
-    (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm\n"),
-    (CsvRows, "metrics.csv", "iteration,name,value\n", "\0" * 200_000 + "\n")])              # what a lost disk leaves
+# what a lost disk leaves
+@pytest.mark.parametrize(
+    ("kind", "name", "whole", "cut"),
+    [
+        (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', '{"iteration": 2, "lm_lo'),
+        (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "\n"),
+        (JsonLines, "metrics.jsonl", '{"iteration": 1}\n', "[2]\n"),
+        # a number that was longer
+        (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm_loss,2."),
+        (CsvRows, "metrics.csv", "iteration,name,value\n1,lm_loss,2.5\n", "2,lm\n"),
+        (CsvRows, "metrics.csv", "iteration,name,value\n", "\0" * 200_000 + "\n"),
+    ],
+)
 def test_a_half_written_line_is_dropped_with_a_warning(tmp_path, caplog, monkeypatch, kind, name, whole, cut):
     monkeypatch.setattr(log, "propagate", True)
     path = tmp_path / name
@@ -71,8 +88,13 @@ def test_csv_rows_are_a_table_of_what_has_a_number(tmp_path):
     resumed.write({"iteration": 3, "validation": {"topk": 1.5}})
     resumed.close()
     assert path.read_text().splitlines() == [
-        "iteration,name,value", f"1,lm_loss,{1 / 3}", "1,routing/1/threshold,0.5", "2,lm_loss,nan", "2,routing/1/threshold,0.5",
-        "3,validation/topk,1.5"]
+        "iteration,name,value",
+        f"1,lm_loss,{1 / 3}",
+        "1,routing/1/threshold,0.5",
+        "2,lm_loss,nan",
+        "2,routing/1/threshold,0.5",
+        "3,validation/topk,1.5",
+    ]
 
 
 def test_each_sink_is_there_when_it_is_asked_for(tmp_path):
@@ -90,7 +112,9 @@ def test_tensorboard_shows_what_was_written_and_hides_what_is_done_again(tmp_pat
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def shown() -> list[tuple[int, float]]:
-        return [(event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("lm_loss")]
+        return [
+            (event.step, event.value) for event in EventAccumulator(str(tmp_path)).Reload().Scalars("lm_loss")
+        ]
 
     board = TensorBoard(tmp_path, 0)
     for iteration in (3, 6, 9):
@@ -124,7 +148,7 @@ def test_weights_and_biases_offline_holds_the_records(tmp_path, monkeypatch):
     config = tiny_config()
     config.logging.wandb, config.logging.tensorboard = "offline", False
     refuse_wandb(config.logging)
-    refuse_wandb_login(config.logging)              # offline needs no account
+    refuse_wandb_login(config.logging)  # offline needs no account
     folder = tmp_path / "a run"
     folder.mkdir()
     sink = WeightsAndBiases(config, folder, 0)
@@ -132,7 +156,13 @@ def test_weights_and_biases_offline_holds_the_records(tmp_path, monkeypatch):
     sink.close()
     (log_file,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = log_file.read_bytes()
-    for said in (b"lm_loss", b"1.23456789", b"routing/1/threshold", b"a run", (folder / "wandb-id").read_bytes().strip()):
+    for said in (
+        b"lm_loss",
+        b"1.23456789",
+        b"routing/1/threshold",
+        b"a run",
+        (folder / "wandb-id").read_bytes().strip(),
+    ):
         assert said in content
 
 
@@ -148,7 +178,9 @@ def test_weights_and_biases_without_a_login_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match=r"logging.wandb = 'online': must be offline or none, or first run `wandb login`.*"):
+    with pytest.raises(
+        ConfigError, match=r"logging.wandb = 'online': must be offline or none, or first run `wandb login`.*"
+    ):
         refuse_wandb_login(LoggingConfig(wandb="online"))
     refuse_wandb_login(LoggingConfig())
 

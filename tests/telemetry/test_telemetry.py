@@ -17,19 +17,29 @@ from tests.tiny import tiny_config
 
 ROUTING = {
     3: {"routed_fraction": 0.5, "threshold": 0.7},
-    0: {"prior_loss": 0.1, "D_st": 2.0}, 2: {"prior_loss": 0.3, "D_st": 4.0},
+    0: {"prior_loss": 0.1, "D_st": 2.0},
+    2: {"prior_loss": 0.3, "D_st": 4.0},
     1: {"routed_fraction": 0.25, "threshold": 0.6},
 }
 
 
 def test_auxiliary_losses_are_means_over_the_layers_that_have_them():
     assert auxiliary_losses(ROUTING) == pytest.approx({"prior": 0.2})
-    assert auxiliary_losses(ROUTING | {4: {"prior_loss": 0.5, "z_loss": 7.0}}) == pytest.approx({"prior": 0.3, "z": 7.0})
+    assert auxiliary_losses(ROUTING | {4: {"prior_loss": 0.5, "z_loss": 7.0}}) == pytest.approx(
+        {"prior": 0.3, "z": 7.0}
+    )
     assert auxiliary_losses({}) == {}
 
 
 def report(telemetry: Telemetry, iteration: int) -> None:
-    telemetry.train(iteration, consumed_samples=4 * iteration, lm_loss=2.5, grad_norm=1.0, learning_rate=1e-3, routing=ROUTING)
+    telemetry.train(
+        iteration,
+        consumed_samples=4 * iteration,
+        lm_loss=2.5,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        routing=ROUTING,
+    )
 
 
 def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeypatch):
@@ -42,7 +52,7 @@ def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeyp
     for step in range(1, 6):
         first.step(step, 0.125)
     report(first, 5)
-    first.step(6, 7)                        # of a step before the clock begins anew
+    first.step(6, 7)  # of a step before the clock begins anew
     first.evaluation(5, "validation", {"topk": 2.0, "causal": 2.25})
     report(first, 10)
     first.close()
@@ -55,13 +65,13 @@ def test_a_resumed_run_continues_the_metrics_of_its_first_part(tmp_path, monkeyp
     train, validation, last = records
     assert validation == {"iteration": 5, "validation": {"topk": 2.0, "causal": 2.25}}
     assert train["consumed_tokens"] == 20 * 24
-    assert train["step_time_ms"] == pytest.approx(2000)               # 10 s for 5 steps
+    assert train["step_time_ms"] == pytest.approx(2000)  # 10 s for 5 steps
     assert (train["data_time_ms"], last["data_time_ms"]) == (125, 0)
     assert train["tokens_per_second"] == pytest.approx(4 * 24 / 2)
-    flops = training_flops(config.model, 24) * 4 / 2                  # of a step, on each of two ranks
+    flops = training_flops(config.model, 24) * 4 / 2  # of a step, on each of two ranks
     assert train["model_tflops"] == pytest.approx(flops / 2 / 1e12)
     assert list(train["routing"]) == ["0", "1", "2", "3"]
-    assert last["step_time_ms"] == pytest.approx(2000)                # the steps before the resumption are not counted
+    assert last["step_time_ms"] == pytest.approx(2000)  # the steps before the resumption are not counted
 
 
 def dead_service() -> PatientSink:
@@ -78,7 +88,9 @@ def test_a_service_that_died_stops_neither_the_run_nor_the_other_sinks(tmp_path,
     telemetry.sinks.insert(0, dead_service())
     report(telemetry, 5)
     report(telemetry, 10)
-    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 10]
+    assert [
+        json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [5, 10]
     telemetry.close()
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 3
@@ -112,7 +124,9 @@ def test_a_terminal_that_is_gone_stops_no_run(tmp_path, monkeypatch, caplog, kin
     telemetry.close()
     assert "the live view ends: gone" in caplog.text and "10/20  loss 2.5000" in caplog.text
     assert sys.stdout is output
-    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 10]
+    assert [
+        json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [5, 10]
 
 
 def test_a_rollback_takes_every_sink_back(tmp_path):
@@ -124,8 +138,13 @@ def test_a_rollback_takes_every_sink_back(tmp_path):
     telemetry.go_back(5, telemetry.iterations)
     telemetry.event(5, "bad_step", {"iteration": 12})
     telemetry.close()
-    assert [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [5, 5]
-    assert {row.split(",")[0] for row in (tmp_path / "metrics.csv").read_text().splitlines()} == {"iteration", "5"}
+    assert [
+        json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [5, 5]
+    assert {row.split(",")[0] for row in (tmp_path / "metrics.csv").read_text().splitlines()} == {
+        "iteration",
+        "5",
+    }
 
 
 def test_other_ranks_can_be_told_all_that_rank_0_is():

@@ -51,9 +51,11 @@ def test_of_tokens_that_choose_for_themselves_those_count_that_attended():
     few, more = ({layer: {"routed_fraction": share} for layer in (1, 3)} for share in (0.25, 0.75))
     gained = block_flops(config.model, 24, 18) - block_flops(config.model, 24, 6)
     per_second = 3 * 2 * gained * 4 / STEP_S / WORLD / 1e12
-    assert rates(config, more)["model_tflops"] - rates(config, few)["model_tflops"] == pytest.approx(per_second)
+    assert rates(config, more)["model_tflops"] - rates(config, few)["model_tflops"] == pytest.approx(
+        per_second
+    )
     planned = {layer: {"routed_fraction": 0.5} for layer in (1, 3)}
-    assert rates(tiny_config("mod"), planned) == rates(tiny_config("mod"))       # a fixed capacity is what it is
+    assert rates(tiny_config("mod"), planned) == rates(tiny_config("mod"))  # a fixed capacity is what it is
 
 
 def test_without_a_peak_the_log_line_has_no_mfu():

@@ -38,13 +38,21 @@ def test_a_kept_proof_does_not_cover_the_corpus(tokenizer_folder, monkeypatch):
     reference = load_tokenizer(tokenizer_folder)
     with_engine(reference, "auto", lambda: ["a"])
     encode = GigatokenTokenizer.encode_batch
-    monkeypatch.setattr(GigatokenTokenizer, "encode_batch", lambda self, texts: [
-        ids[::-1] if "surprise" in text else ids for text, ids in zip(texts, encode(self, texts), strict=True)])
+    monkeypatch.setattr(
+        GigatokenTokenizer,
+        "encode_batch",
+        lambda self, texts: [
+            ids[::-1] if "surprise" in text else ids
+            for text, ids in zip(texts, encode(self, texts), strict=True)
+        ],
+    )
     assert with_engine(reference, "auto", lambda: ["a surprise"])[1] is itself
 
 
 def test_no_end_of_document_token_is_told_before_the_proof(tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("megadyn.prepare.preprocess.with_engine", lambda *_: pytest.fail("the engine came first"))
+    monkeypatch.setattr(
+        "megadyn.prepare.preprocess.with_engine", lambda *_: pytest.fail("the engine came first")
+    )
     corpus = Corpus([corpus_file(tmp_path / "c.jsonl", ["a"])])
     with pytest.raises(UserError, match="no end-of-document token"):
         preprocess(corpus, with_added(tokenizer_folder, tmp_path / "none"), tmp_path / "out", append_eod=True)

@@ -59,7 +59,10 @@ def test_one_dataset_is_cut_as_it_always_was(make):
     data = opened(train=prefix)
     split = split_documents(IndexedDataset(prefix), 0.01, 0, seed=1234)
     assert isinstance(data.train, SampleSet)
-    assert data.train.key == SampleSet(IndexedDataset(prefix), sequence_length=LENGTH, seed=1234, documents=split.train).key
+    assert (
+        data.train.key
+        == SampleSet(IndexedDataset(prefix), sequence_length=LENGTH, seed=1234, documents=split.train).key
+    )
     assert len(data.train) == (99 * 50 - 1) // LENGTH
     assert data.validation is not None and len(data.validation) == (50 - 1) // LENGTH
     assert data.test is None and data.eod is None
@@ -68,14 +71,16 @@ def test_one_dataset_is_cut_as_it_always_was(make):
 @pytest.mark.parametrize(("unit", "scale"), [("weight", 0.1), ("tokens", 10**9)])
 def test_a_blend_holds_its_shares(make, unit, scale):
     prefixes = [make("a", 50), make("b", 60), make("c", 70)]
-    entries = [{"prefix": prefix, unit: share * scale} for prefix, share in zip(prefixes, (5, 3, 2), strict=True)]
+    entries = [
+        {"prefix": prefix, unit: share * scale} for prefix, share in zip(prefixes, (5, 3, 2), strict=True)
+    ]
     data = opened(train=entries)
     assert isinstance(data.train, Blend)
     for count in (10, 100, 500):
         seen = letters(data.train, count)
         assert [seen.count(letter) for letter in "abc"] == [count * share // 10 for share in (5, 3, 2)]
     assert data.validation is not None
-    assert set(letters(data.validation, 4)) <= set("abc")       # held out of each
+    assert set(letters(data.validation, 4)) <= set("abc")  # held out of each
 
 
 def test_without_shares_each_counts_as_it_is_large(make):
@@ -95,10 +100,14 @@ def test_datasets_of_one_size_are_not_shuffled_alike(make):
 def test_split_and_separate_sets(make):
     train, other = make("a", 100), make("b", 20)
     data = opened(train=train, split=[0.5, 0.3, 0.2])
-    assert [len(part) for part in data[:3]] == [(50 * 50 - 1) // LENGTH, (30 * 50 - 1) // LENGTH, (20 * 50 - 1) // LENGTH]
+    assert [len(part) for part in data[:3]] == [
+        (50 * 50 - 1) // LENGTH,
+        (30 * 50 - 1) // LENGTH,
+        (20 * 50 - 1) // LENGTH,
+    ]
 
     data = opened(train=train, validation=other, test=[other, train])
-    assert len(data.train) == (100 * 50 - 1) // LENGTH          # nothing is held out of it
+    assert len(data.train) == (100 * 50 - 1) // LENGTH  # nothing is held out of it
     assert letters(data.validation, 3) == "bbb"
     assert letters(data.test, 12).count("a") == 10
 
@@ -120,7 +129,7 @@ def test_plain_reads_give_the_same_samples(make):
 
 
 def test_epochs_give_the_iterations(make):
-    prefix = make("a", 100)         # 208 samples, 4 a step
+    prefix = make("a", 100)  # 208 samples, 4 a step
     config = configured({"iterations": None, "epochs": 1}, train=prefix, split=[1, 0, 0], repeat=False)
     open_data(config)
     assert (config.training.iterations, config.training.epochs) == (52, None)
@@ -135,31 +144,48 @@ def test_a_run_that_repeats_is_refused_where_it_may_not(make):
     opened({"iterations": 53}, train=prefix, split=[1, 0, 0])
     with pytest.raises(ConfigError) as caught:
         opened({"iterations": 53}, train=prefix, split=[1, 0, 0], repeat=False)
-    assert str(caught.value) == (f"data.repeat = False: must be true, or training.iterations at most 52: dataset {prefix} has "
-                                 "no new sample left after 208 of the run's 212")
+    assert str(caught.value) == (
+        f"data.repeat = False: must be true, or training.iterations at most 52: dataset {prefix} has "
+        "no new sample left after 208 of the run's 212"
+    )
 
 
 def test_the_dataset_of_a_blend_that_runs_out_first_is_named(make):
     large, small = make("a", 100), make("b", 20)
     train = [{"prefix": large, "weight": 3}, {"prefix": small, "weight": 1}]
     opened({"iterations": 41}, train=train, split=[1, 0, 0], repeat=False)
-    with pytest.raises(ConfigError, match=rf"at most 41: dataset {small} has no new sample left after 166 of the run's 168$"):
+    with pytest.raises(
+        ConfigError, match=rf"at most 41: dataset {small} has no new sample left after 166 of the run's 168$"
+    ):
         opened({"iterations": 42}, train=train, split=[1, 0, 0], repeat=False)
     data = opened({"iterations": 42}, train=train, split=[1, 0, 0])
-    assert letters(data.train, 168).count("b") == 42            # 41 and the first of its second epoch
+    assert letters(data.train, 168).count("b") == 42  # 41 and the first of its second epoch
 
 
-@pytest.mark.parametrize(("data", "sentence"), [
-    ({"train": ["a", "nowhere"]}, r"dataset nowhere: no file nowhere\.idx"),
-    ({"train": "a", "test": "nowhere"}, r"dataset nowhere: no file nowhere\.idx"),
-    ({"train": ["a", "one"]}, "dataset one has 1 document, too few for a split into 2; name separate sets"),
-    ({"train": ["a", "short"], "split": [1, 0, 0]}, "dataset short: the 20 tokens of 2 documents are too few"),
-    ({"train": "a", "validation": "short"}, "dataset short: the 20 tokens of 2 documents are too few"),
-    ({"train": ["a", "foreign"], "split": [1, 0, 0]}, "more than the uint8 of dataset foreign can hold"),
-])
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"train": ["a", "nowhere"]}, r"dataset nowhere: no file nowhere\.idx"),
+        ({"train": "a", "test": "nowhere"}, r"dataset nowhere: no file nowhere\.idx"),
+        (
+            {"train": ["a", "one"]},
+            "dataset one has 1 document, too few for a split into 2; name separate sets",
+        ),
+        (
+            {"train": ["a", "short"], "split": [1, 0, 0]},
+            "dataset short: the 20 tokens of 2 documents are too few",
+        ),
+        ({"train": "a", "validation": "short"}, "dataset short: the 20 tokens of 2 documents are too few"),
+        ({"train": ["a", "foreign"], "split": [1, 0, 0]}, "more than the uint8 of dataset foreign can hold"),
+    ],
+)
 def test_bad_datasets_are_named(make, tmp_path, monkeypatch, data, sentence):
     make("a", 10)
-    for name, dtype, lengths in [("one", "<u2", [50]), ("short", "<u2", [10, 10]), ("foreign", "u1", [50, 50])]:
+    for name, dtype, lengths in [
+        ("one", "<u2", [50]),
+        ("short", "<u2", [10, 10]),
+        ("foreign", "u1", [50, 50]),
+    ]:
         with IndexedWriter(tmp_path / name, dtype) as writer:
             writer.add(np.zeros(sum(lengths), np.int64), lengths, [1] * len(lengths))
             writer.finish()
@@ -172,7 +198,12 @@ def test_an_evaluation_takes_whole_rounds(make):
     config = configured(train=make("a", 100), split=[0.9, 0.1, 0])
     data, plan = open_data(config), batch_plan(config, 2)
     assert data.validation is not None and len(data.validation) == 20
-    assert [evaluation_size("validation", data.validation, wanted, plan) for wanted in (2, 3, 20, 64)] == [2, 2, 20, 20]
+    assert [evaluation_size("validation", data.validation, wanted, plan) for wanted in (2, 3, 20, 64)] == [
+        2,
+        2,
+        20,
+        20,
+    ]
     with pytest.raises(ConfigError, match=r"^training\.eval_samples = 1: must be at least 2"):
         evaluation_size("validation", data.validation, 1, plan)
     with pytest.raises(ConfigError, match="of which the test set must have as many; it has 20"):
@@ -210,7 +241,7 @@ def test_documents_end_with_the_token_that_was_written(tmp_path):
     usual, bang = made_of_bytes(tmp_path / "usual"), made_of_bytes(tmp_path / "bang", eod="!")
     config = configured(train=bang, document_mask=True)
     assert open_data(config).eod == ord("!")
-    assert config.tokenizer.eod == "!"              # so that the run's checkpoints know it
+    assert config.tokenizer.eod == "!"  # so that the run's checkpoints know it
     assert opened(train=usual, document_mask=True).eod == 256
     for data in ({"train": [usual, bang]}, {"train": bang, "validation": usual}):
         with pytest.raises(UserError, match="ends its documents with token id"):
@@ -231,5 +262,7 @@ def test_ids_without_a_row_are_refused_in_every_set(make, tmp_path, name, mmap):
         writer.add(np.array([1] * 99 + [300]), [100], [1])
         writer.finish()
     sets = {"train": make("a", 10)} | {name: str(tmp_path / "foreign")}
-    with pytest.raises(UserError, match=r"foreign: its largest token id is 300, but the model's vocabulary has 300 ids"):
+    with pytest.raises(
+        UserError, match=r"foreign: its largest token id is 300, but the model's vocabulary has 300 ids"
+    ):
         opened(**sets, split=[1, 0, 0], mmap=mmap, cache=str(tmp_path / "cache"))

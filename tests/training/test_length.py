@@ -36,21 +36,27 @@ def make(tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-@pytest.mark.parametrize(("length", "start", "batch", "iterations"), [
-    ({"tokens": 192 * LENGTH}, Position(12, 96), 16, 18),           # 96 of 192 samples are left, 16 a step
-    ({"samples": 192}, Position(12, 96), 16, 18),
-    ({"samples": 192}, Position(12, 96), 20, 17),                   # rounded up: 4.8 steps
-    ({"epochs": 1}, Position(12, 96), 16, 19),                      # 112 of 208 are left
-    ({"epochs": 1}, Position(12, 96), 20, 17),                      # rounded down: 5.6 steps
-    ({"iterations": 24}, Position(12, 96), 16, 24),
-    ({"samples": 192}, Position(24, 192), 8, 24),                   # complete
-    ({"samples": 192}, Position(10, 96), 8, 22),                    # a rollback has undone two steps
-])
+@pytest.mark.parametrize(
+    ("length", "start", "batch", "iterations"),
+    [
+        ({"tokens": 192 * LENGTH}, Position(12, 96), 16, 18),  # 96 of 192 samples are left, 16 a step
+        ({"samples": 192}, Position(12, 96), 16, 18),
+        ({"samples": 192}, Position(12, 96), 20, 17),  # rounded up: 4.8 steps
+        ({"epochs": 1}, Position(12, 96), 16, 19),  # 112 of 208 are left
+        ({"epochs": 1}, Position(12, 96), 20, 17),  # rounded down: 5.6 steps
+        ({"iterations": 24}, Position(12, 96), 16, 24),
+        ({"samples": 192}, Position(24, 192), 8, 24),  # complete
+        ({"samples": 192}, Position(10, 96), 8, 22),  # a rollback has undone two steps
+    ],
+)
 def test_what_was_consumed_counts_whatever_the_batch_was(make, length, start, batch, iterations):
     config = make(**length, global_batch_size=batch)
     open_data(config, start)
     assert config.training.iterations == iterations
-    assert config.training.samples_at_end(*start) == 96 + (iterations - start.iteration) * batch or start.iteration == 24
+    assert (
+        config.training.samples_at_end(*start) == 96 + (iterations - start.iteration) * batch
+        or start.iteration == 24
+    )
 
 
 def test_an_uninterrupted_run_is_as_long_as_it_was(make):
@@ -81,7 +87,9 @@ def test_the_learning_rate_goes_on_where_the_batch_changes(make):
     course = Course(8)
     open_data(changed, Position(12, 96))
     course.go_on(Position(12, 96), 16)
-    course = Course.from_manifest({"iteration": 12, "consumed_samples": 96, "course": json.loads(json.dumps(course.state()))})
+    course = Course.from_manifest(
+        {"iteration": 12, "consumed_samples": 96, "course": json.loads(json.dumps(course.state()))}
+    )
     rates = []
     for i in range(12, 18):
         place = schedule_of(changed, course, Position(i, 96 + 16 * (i - 12)))
@@ -107,21 +115,36 @@ def test_the_course_knows_changes_and_rollbacks():
     assert course.state() == [[0, 0, 8]]
     course.go_on(Position(12, 96), 16)
     assert [course.consumed_at(i) for i in (0, 11, 12, 14)] == [0, 88, 96, 128]
-    course.go_on(Position(10, 128), 16)                 # back from 14; the change has been undone
+    course.go_on(Position(10, 128), 16)  # back from 14; the change has been undone
     assert [course.consumed_at(i) for i in (9, 10, 11)] == [72, 128, 144]
     old = Course.from_manifest({"iteration": 10, "consumed_samples": 80})
     assert old.consumed_at(5) == 40
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"warmup_iterations": 21}, "optimizer.warmup_iterations = 21 is longer than the run of 20 iterations: the learning rate "
-                                "only rises, to 0.000952 instead of 0.001, and never decays"),
-    ({"warmup_iterations": 20}, "is the whole run: the learning rate reaches 0.001 in the last step and never decays"),
-    ({"warmup_iterations": 20, "schedule": "constant"}, None),
-    ({"schedule": "wsd", "decay_iterations": 16}, "optimizer.decay_iterations = 16 does not fit behind a warm-up of 5 into 20 "
-                                                  "iterations: the decay takes 15"),
-    ({"schedule": "wsd", "decay_iterations": 15}, None), ({"schedule": "wsd"}, None),
-    ({"schedule": "wsd", "warmup_iterations": 19}, "optimizer.decay_iterations = 2 does not fit"), ({}, None)])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"warmup_iterations": 21},
+            "optimizer.warmup_iterations = 21 is longer than the run of 20 iterations: the learning rate "
+            "only rises, to 0.000952 instead of 0.001, and never decays",
+        ),
+        (
+            {"warmup_iterations": 20},
+            "is the whole run: the learning rate reaches 0.001 in the last step and never decays",
+        ),
+        ({"warmup_iterations": 20, "schedule": "constant"}, None),
+        (
+            {"schedule": "wsd", "decay_iterations": 16},
+            "optimizer.decay_iterations = 16 does not fit behind a warm-up of 5 into 20 "
+            "iterations: the decay takes 15",
+        ),
+        ({"schedule": "wsd", "decay_iterations": 15}, None),
+        ({"schedule": "wsd"}, None),
+        ({"schedule": "wsd", "warmup_iterations": 19}, "optimizer.decay_iterations = 2 does not fit"),
+        ({}, None),
+    ],
+)
 def test_a_schedule_that_does_not_fit_is_told(changes, said):
     optimizer = tiny_config().optimizer
     optimizer.warmup_iterations = 5

@@ -67,7 +67,7 @@ def test_steps_are_slices_of_one_stream():
 def test_it_reads_ahead_of_use_but_not_without_bound():
     samples = Counting()
     with Loader(samples, pairs(1000), CPU) as loader:
-        loader._ready[-1].result()          # the last that it reads unasked
+        loader._ready[-1].result()  # the last that it reads unasked
         assert len(samples.taken) == AHEAD
         next(loader)
         loader._ready[-1].result()
@@ -96,7 +96,7 @@ def test_leaving_it_in_the_middle_ends_the_thread_and_reads_no_more():
     with pytest.raises(ZeroDivisionError):
         fail()
     assert not readers()
-    assert len(samples.taken) == 1          # the one that it was reading
+    assert len(samples.taken) == 1  # the one that it was reading
 
 
 def test_without_samples_it_starts_no_thread():

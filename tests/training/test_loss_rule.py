@@ -13,8 +13,8 @@ def test_a_spike_is_measured_against_the_median_of_a_full_window():
         rule.note(step, loss)
         assert rule.limit == math.inf
     rule.note(3, 2.0)
-    assert rule.limit == 4.0               # twice the median of 1, 5, 2
-    rule.note(4, 3.0)                         # 5, 2, 3
+    assert rule.limit == 4.0  # twice the median of 1, 5, 2
+    rule.note(4, 3.0)  # 5, 2, 3
     assert rule.limit == 6.0
     assert LossRule(TrainingConfig(spike_window=1)).limit == math.inf
 

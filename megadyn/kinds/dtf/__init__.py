@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from megadyn.costs.memory import Kept, Workload, backward_bytes, dense_kept, inner_kept, skipping_kept, whole_block
+from megadyn.costs.memory import (
+    Kept,
+    Workload,
+    backward_bytes,
+    dense_kept,
+    inner_kept,
+    skipping_kept,
+    whole_block,
+)
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
@@ -19,8 +27,10 @@ class Dtf(Surprising):
     name = "dtf"
     benchmark = "dtf:0.5"
     title = "Dynamic Transformer (DTF)"
-    sentence = ("Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
-                "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged.")
+    sentence = (
+        "Layers come in pairs: a Decision layer processes every token and scores how surprising its own effect was; the "
+        "Dynamic layer after it processes only the most surprising tokens, the others pass it unchanged."
+    )
     sources = ('thesis "Dynamic Transformers"',)
     tags = ("dynamic-transformer",)
     legend = SURPRISE_LEGEND
@@ -30,8 +40,11 @@ class Dtf(Surprising):
 
     def check_shape(self, shape: Shape) -> None:
         if shape.num_layers < 2:
-            raise ConfigError("model.num_layers", shape.num_layers,
-                              f"at least 2 with model.routing.kind = {self.kind} (pairs of layers)")
+            raise ConfigError(
+                "model.num_layers",
+                shape.num_layers,
+                f"at least 2 with model.routing.kind = {self.kind} (pairs of layers)",
+            )
 
     def layer_types(self, num_layers: int) -> list[str]:
         """Odd layers decide, even ones skip; a last odd one is dense."""
@@ -42,7 +55,9 @@ class Dtf(Surprising):
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
         if layer == DYNAMIC:
-            return flops_of_layer(shape, self.taken(length, share), detached=self.predictor_flops(shape, length))
+            return flops_of_layer(
+                shape, self.taken(length, share), detached=self.predictor_flops(shape, length)
+            )
         prior = 2 * length * shape.hidden_size * self.prior_size(shape) * 3 if layer == DECISION else 0.0
         return flops_of_layer(shape, length, whole=prior)
 
@@ -54,16 +69,22 @@ class Dtf(Surprising):
     def kept(self, layer: str, work: Workload) -> Kept:
         if layer == DYNAMIC:
             reads = self.predictor_kept(work)
-            return skipping_kept(work, self.share, input=reads, outside=reads + 24 * work.tokens,
-                                 varies=self.varies)
+            return skipping_kept(
+                work, self.share, input=reads, outside=reads + 24 * work.tokens, varies=self.varies
+            )
         if layer == DENSE:
             return dense_kept(work)
         d, b, n, m = work.model.hidden_size, work.bytes, work.tokens, work.part
         # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
         prior = m * b * (2 * d + 2 * self.prior_size(work.model))
-        compared = m * d * (8 + b + (b if b < 4 else 0))             # gradients of both, in float32, and of the stream
-        return Kept(m * b * d, whole_block(work) + prior, inner_kept(work, n, n), 0,
-                    max(compared, n * backward_bytes(work) - prior))
+        compared = m * d * (8 + b + (b if b < 4 else 0))  # gradients of both, in float32, and of the stream
+        return Kept(
+            m * b * d,
+            whole_block(work) + prior,
+            inner_kept(work, n, n),
+            0,
+            max(compared, n * backward_bytes(work) - prior),
+        )
 
     def summed(self, layer: str, work: Workload) -> float:
         return self.summed_if_skipping(work) if layer == DYNAMIC else 1.0

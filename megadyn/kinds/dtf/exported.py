@@ -38,7 +38,9 @@ def convert_older(model: Any) -> None:
             continue
         value = layer.log_offset().detach()
         if not value.isfinite().all():
-            raise ValueError(f"router.ce_offset = {layer.ce_offset.item():.3g} has no logarithm: this export gives NaN")
+            raise ValueError(
+                f"router.ce_offset = {layer.ce_offset.item():.3g} has no logarithm: this export gives NaN"
+            )
         layer.ce_log_offset = nn.Parameter(value.to(layer.ce_offset.dtype), layer.ce_offset.requires_grad)
         del layer.ce_offset
     model.config.routing["score"] = "log"
@@ -80,7 +82,7 @@ class DynamicLayer(RoutedLayer):
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
-        self.routing = config.routing      # whose `score` changes where an older export is converted
+        self.routing = config.routing  # whose `score` changes where an older export is converted
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         score_BT = cast(Tensor, stream.score_BC)
@@ -95,14 +97,23 @@ def check_pairs(layer_types: list[str]) -> None:
     for i, layer_type in enumerate(layer_types):
         follows_decision = i > 0 and layer_types[i - 1] == "dtf_decision"
         if (layer_type == "dtf_dynamic") != follows_decision:
-            raise ValueError(f"routed_layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, "
-                             "and only it")
+            raise ValueError(
+                f"routed_layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, "
+                "and only it"
+            )
     if layer_types[-1] == "dtf_decision":
         raise ValueError("routed_layer_types ends in a dtf_decision without its dtf_dynamic")
 
 
 EXPORTED = ExportedKind(
     {"dtf_decision": DecisionLayer, "dtf_dynamic": DynamicLayer},
-    {"surprise": Router(("capacity", "ma_window", "prior_size"),
-                        {"gate": ("score",), "score": ("gate", "log"), "causal": ("threshold", "predictor")})},
-    check_pairs, convert_older, convert_older_state)
+    {
+        "surprise": Router(
+            ("capacity", "ma_window", "prior_size"),
+            {"gate": ("score",), "score": ("gate", "log"), "causal": ("threshold", "predictor")},
+        )
+    },
+    check_pairs,
+    convert_older,
+    convert_older_state,
+)

@@ -27,7 +27,9 @@ class DecisionLayer(RoutedLayer):
         super().__init__(ctx, index, loss_scale)
         model, routing = ctx.model, ctx.model.routing
         assert isinstance(routing, Dtf)
-        self.prior = Prior(f"{self.name}.prior", model.hidden_size, routing.prior_size(model), model.norm_eps, make=ctx.make)
+        self.prior = Prior(
+            f"{self.name}.prior", model.hidden_size, routing.prior_size(model), model.norm_eps, make=ctx.make
+        )
         self.router = SurpriseRouter(f"{self.name}.router", ctx, routing)
         self.loss_weight = routing.prior_loss_weight
 
@@ -35,7 +37,9 @@ class DecisionLayer(RoutedLayer):
         post = self.dense(stream.hidden, stream.documents).detach()
         return [Step("prior and surprise", self.prior, (stream.hidden, post))]
 
-    def decide(self, hidden: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def decide(
+        self, hidden: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """h [B, T/seq, D] -> post [B, T/seq, D], r [B, T/seq], the prior's loss, statistics."""
         post = self.dense(hidden, documents)
         static, change, prior_loss = self.prior(hidden, post)

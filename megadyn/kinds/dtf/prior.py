@@ -29,7 +29,10 @@ class Prior(nn.Module):
         D_st = mean (post - h)^2 and D_ch = mean (post - prior)^2, prior = h + PriorFFN(RMSNorm(h)). The loss is the mean of
         D_ch, but its gradient reaches the prior's weights alone.
         """
-        weights = (copy_to_tp(weight, self.seq) for weight in (self.norm, self.gate_proj, self.up_proj, self.down_proj))
+        weights = (
+            copy_to_tp(weight, self.seq)
+            for weight in (self.norm, self.gate_proj, self.up_proj, self.down_proj)
+        )
         return _Surprise.apply(hidden, post, self.eps, *weights)
 
 
@@ -44,16 +47,26 @@ class _Surprise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, post: Tensor, eps: float, norm: Tensor, gate_proj: Tensor, up_proj: Tensor,
-                down_proj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, size = hidden.flatten(0, -2), hidden.shape[-1]                           # [N, D]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        post: Tensor,
+        eps: float,
+        norm: Tensor,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, size = hidden.flatten(0, -2), hidden.shape[-1]  # [N, D]
         normed = F.rms_norm(x, norm.shape, norm, eps)
-        gate, up = normed @ gate_proj.T, normed @ up_proj.T                         # [N, W]
+        gate, up = normed @ gate_proj.T, normed @ up_proj.T  # [N, W]
         update = upcast(post).flatten(0, -2) - x
         error = update - (F.silu(gate) * up) @ down_proj.T
         static, change = (torch.linalg.vector_norm(v, dim=-1).square() / size for v in (update, error))
         ctx.eps = eps
-        ctx.save_for_backward(x, update.to(x.dtype), error.to(x.dtype), gate, up, norm, gate_proj, up_proj, down_proj)
+        ctx.save_for_backward(
+            x, update.to(x.dtype), error.to(x.dtype), gate, up, norm, gate_proj, up_proj, down_proj
+        )
         shape = hidden.shape[:-1]
         return static.view(shape), change.view(shape), change.mean()
 
@@ -61,7 +74,7 @@ class _Surprise(torch.autograd.Function):
     def backward(ctx: Any, d_static: Tensor, d_change: Tensor, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, update, error, gate, up, norm, gate_proj, up_proj, down_proj = ctx.saved_tensors
         shape, dtype, size = (*d_static.shape, x.shape[-1]), x.dtype, x.shape[-1]
-        of_static, of_change = (2 / size * d.reshape(-1, 1) for d in (d_static, d_change))      # [N, 1]
+        of_static, of_change = (2 / size * d.reshape(-1, 1) for d in (d_static, d_change))  # [N, 1]
         of_both = of_change + 2 / size * d_loss / len(x)
 
         # Backwards through the prior, as if -error were the gradient of its output: here all is narrow, [N, W].
@@ -70,18 +83,26 @@ class _Surprise(torch.autograd.Function):
         silu = gate * share
         d_inner = -upcast(error @ down_proj)
         d_gate, d_up = d_inner * up * (share + silu * (1 - share)), d_inner * silu
-        inward = torch.cat([d_gate, d_up], dim=1)                                   # [N, 2 W]
-        both_proj = torch.cat([gate_proj, up_proj])                                 # [2 W, D]
+        inward = torch.cat([d_gate, d_up], dim=1)  # [N, 2 W]
+        both_proj = torch.cat([gate_proj, up_proj])  # [2 W, D]
 
         # The norm's factors go into the narrow tensors too: its output is x * scale * norm.
         scale = (torch.linalg.vector_norm(upcast(x), dim=1, keepdim=True).square() / size + ctx.eps).rsqrt()
-        by_x = (of_both * scale * inward).to(dtype).T @ x                           # [2 W, D]
+        by_x = (of_both * scale * inward).to(dtype).T @ x  # [2 W, D]
         d_gate_proj, d_up_proj = (by_x * norm).split(len(gate_proj))
         d_norm = (upcast(by_x) * both_proj).sum(dim=0).to(dtype)
-        d_down_proj = -(error.T @ (of_both * silu * up).to(dtype))                  # [D, W]
+        d_down_proj = -(error.T @ (of_both * silu * up).to(dtype))  # [D, W]
 
         d_post = (of_static * update).addcmul_(error, of_change)
         along = (d_gate * gate + d_up * up).sum(dim=1, keepdim=True) * scale.square() / size
         d_hidden = upcast((of_change * scale * inward).to(dtype) @ (both_proj * norm))
         d_hidden.sub_(d_post).addcmul_(x, -of_change * along)
-        return (d_hidden.to(dtype).view(shape), d_post.to(dtype).view(shape), None, d_norm, d_gate_proj, d_up_proj, d_down_proj)
+        return (
+            d_hidden.to(dtype).view(shape),
+            d_post.to(dtype).view(shape),
+            None,
+            d_norm,
+            d_gate_proj,
+            d_up_proj,
+            d_down_proj,
+        )

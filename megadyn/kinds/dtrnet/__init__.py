@@ -41,23 +41,37 @@ class Dtrnet(Laid, TopK):
     name = "dtrnet"
     benchmark = "dtrnet:0.1"
     title = "DTRNet"
-    sentence = ("In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
-                "every token keeps its feed-forward (arXiv 2509.00925).")
+    sentence = (
+        "In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
+        "every token keeps its feed-forward (arXiv 2509.00925)."
+    )
     sources = ("arXiv 2509.00925",)
     tags = ("dtrnet",)
     verb = "attended"
-    legend = {"p0": "p0: probability to attend, mean over tokens", "f": "f: share of tokens that attended",
-              "lead": "lead: logit difference, mean over tokens", "lambda": "lambda: weight of the attention loss",
-              "refills": "refills: share of sequences that the safe minimum filled up"}
+    legend = {
+        "p0": "p0: probability to attend, mean over tokens",
+        "f": "f: share of tokens that attended",
+        "lead": "lead: logit difference, mean over tokens",
+        "lambda": "lambda: weight of the attention loss",
+        "refills": "refills: share of sequences that the safe minimum filled up",
+    }
     layers = {"dtrnet": "DtrLayer"}
     totals = ("loads",)
     fixed = Laid.fixed | {"router_type": TRAINED_SO}
     rules = ("threshold",)
     scores = ("probability", "logit")
     recorded = (*TopK.recorded, "router_type")
-    variants = {"target": {"target_share": 0.3}, "expert": {"router_type": "expert_choice", "capacity": 0.4},
-                "jitter": {"jitter": 0.1, "entropy_bonus": 0.1},
-                "threshold": {"router_type": "expert_choice", "capacity": 0.4, "choose": "threshold", "threshold_start": 1}}
+    variants = {
+        "target": {"target_share": 0.3},
+        "expert": {"router_type": "expert_choice", "capacity": 0.4},
+        "jitter": {"jitter": 0.1, "entropy_bonus": 0.1},
+        "threshold": {
+            "router_type": "expert_choice",
+            "capacity": 0.4,
+            "choose": "threshold",
+            "threshold_start": 1,
+        },
+    }
     default_capacity = 0.1
 
     def check(self) -> None:
@@ -69,23 +83,40 @@ class Dtrnet(Laid, TopK):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "in [0, 1]")
         if self.token_choice and self.by_threshold:
-            raise ConfigError("model.routing.choose", self.choose, "left out with token choice: a token goes by no threshold")
+            raise ConfigError(
+                "model.routing.choose",
+                self.choose,
+                "left out with token choice: a token goes by no threshold",
+            )
         if self.target_share is not None:
             self._check_target_share(self.target_share)
 
     def _check_target_share(self, target: float) -> None:
         if not self.token_choice:
-            raise ConfigError("model.routing.target_share", target, "left out without token choice: elsewhere "
-                              "model.routing.capacity sets the share")
+            raise ConfigError(
+                "model.routing.target_share",
+                target,
+                "left out without token choice: elsewhere model.routing.capacity sets the share",
+            )
         if not max(self.safe_min_attn_ratio, 1e-3) <= target <= 1:
-            raise ConfigError("model.routing.target_share", target, "in [0.001, 1] and at least "
-                              f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training holds")
+            raise ConfigError(
+                "model.routing.target_share",
+                target,
+                "in [0.001, 1] and at least "
+                f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training holds",
+            )
         if self.aux_loss_warmup:
-            raise ConfigError("model.routing.aux_loss_warmup", self.aux_loss_warmup,
-                              "0 with model.routing.target_share, which moves the weight from the first step")
+            raise ConfigError(
+                "model.routing.aux_loss_warmup",
+                self.aux_loss_warmup,
+                "0 with model.routing.target_share, which moves the weight from the first step",
+            )
         if self.aux_loss_lambda > self.aux_loss_lambda_limit:
-            raise ConfigError("model.routing.aux_loss_lambda", self.aux_loss_lambda,
-                              f"at most model.routing.aux_loss_lambda_limit = {self.aux_loss_lambda_limit}")
+            raise ConfigError(
+                "model.routing.aux_loss_lambda",
+                self.aux_loss_lambda,
+                f"at most model.routing.aux_loss_lambda_limit = {self.aux_loss_lambda_limit}",
+            )
 
     @property
     def share(self) -> float:
@@ -126,23 +157,31 @@ class Dtrnet(Laid, TopK):
     def explain(self, measured: Mapping[str, float]) -> str:
         if not self.token_choice:
             return super().explain(measured)
-        seen = f" At the end of training {measured['routed_fraction']:.1%} attended." if "routed_fraction" in measured else ""
+        seen = (
+            f" At the end of training {measured['routed_fraction']:.1%} attended."
+            if "routed_fraction" in measured
+            else ""
+        )
         return f"{self.sentence}\n\nEach token chooses for itself, in training and in use alike.{seen}"
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
-        return super().to_export(shape) | ({"causal": "token_choice"} if self.token_choice else {"score": "logit"})
+        return super().to_export(shape) | (
+            {"causal": "token_choice"} if self.token_choice else {"score": "logit"}
+        )
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
         given = dict(routing)
-        if given.get("causal") == "token_choice":       # the training rule itself: no rule stands in for it
+        if given.get("causal") == "token_choice":  # the training rule itself: no rule stands in for it
             del given["causal"]
         return super().from_export(given, layer_types)
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
         if layer == DENSE:
             return flops_of_layer(shape, length)
-        return flops_of_layer(shape, length, self.taken(length, share), whole=router_flops(shape, length, outputs=2))
+        return flops_of_layer(
+            shape, length, self.taken(length, share), whole=router_flops(shape, length, outputs=2)
+        )
 
     def parameters(self, layer: str, shape: Shape) -> int:
         d = shape.hidden_size
@@ -154,7 +193,9 @@ class Dtrnet(Laid, TopK):
             return dense_kept(work)
         (d, q, k, f), b, n, m = work.widths, work.bytes, work.tokens, work.part
         c = work.chosen(self.share)
-        attending = c * (b * (d + 2 * q + 2 * k) + work.turned + work.segments * (work.documents or self.varies))
+        attending = c * (
+            b * (d + 2 * q + 2 * k) + work.turned + work.segments * (work.documents or self.varies)
+        )
         bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
         router = router_kept(work, 2 * (d // 2)) + 24 * n
         return Kept(m * b * d, attending + bypass, inner_kept(work, n, c), router, n * backward_bytes(work))

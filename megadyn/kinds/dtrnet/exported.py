@@ -50,17 +50,38 @@ class DTRNetLayer(RoutedLayer):
         routing = Routing(self.choose(score_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
         gate_BT = torch.where(routing.processed_BC, attend_BT, bypass_BT)
         chosen = pack(routing.processed_BC, segment_BT=context.tokens.segment_BC)
-        h_BTD = self.run(self.process_all, stream.hidden_BCD, gate_BT, context.cos_BCK, context.sin_BCK, chosen, cache=cache)
+        h_BTD = self.run(
+            self.process_all,
+            stream.hidden_BCD,
+            gate_BT,
+            context.cos_BCK,
+            context.sin_BCK,
+            chosen,
+            cache=cache,
+        )
         return Stream(h_BTD), routing
 
-    def process_all(self, h_BTD: Tensor, gate_BT: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, chosen: Packed,
-                    cache: LayerCache | None) -> Tensor:
+    def process_all(
+        self,
+        h_BTD: Tensor,
+        gate_BT: Tensor,
+        cos_BTK: Tensor,
+        sin_BTK: Tensor,
+        chosen: Packed,
+        cache: LayerCache | None,
+    ) -> Tensor:
         x_BTD, attention = self.input_layernorm(h_BTD), self.self_attn
         v_BTGK = attention.values(x_BTD)
         mixed_BTHK = v_BTGK.repeat_interleave(attention.num_key_value_groups, dim=2)
         if any(chosen.counts):
-            attended_BCHK, _ = attention.mix(take(x_BTD, chosen), take(v_BTGK, chosen), take(cos_BTK, chosen),
-                                             take(sin_BTK, chosen), chosen, cache)
+            attended_BCHK, _ = attention.mix(
+                take(x_BTD, chosen),
+                take(v_BTGK, chosen),
+                take(cos_BTK, chosen),
+                take(sin_BTK, chosen),
+                chosen,
+                cache,
+            )
             mixed_BTHK = put_back(mixed_BTHK, chosen, attended_BCHK)
         update_BTD = gate_BT.unsqueeze(-1) * attention.o_proj(mixed_BTHK.flatten(2))
         return self.add_mlp(h_BTD + update_BTD.type_as(h_BTD))
@@ -68,5 +89,8 @@ class DTRNetLayer(RoutedLayer):
 
 EXPORTED = ExportedKind(
     {"dtrnet": DTRNetLayer},
-    {"token_choice": Router((), {"causal": ("token_choice",)}),
-     "expert_choice": Router(("capacity",), {"causal": ("threshold",), "score": ("probability", "logit")})})
+    {
+        "token_choice": Router((), {"causal": ("token_choice",)}),
+        "expert_choice": Router(("capacity",), {"causal": ("threshold",), "score": ("probability", "logit")}),
+    },
+)

@@ -38,9 +38,12 @@ class DtrLayer(RoutedLayer):
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
         controller = None
         if routing.target_share is not None:
-            controller = ShareController(routing.target_share, routing.aux_loss_lambda, routing.aux_loss_lambda_limit)
-        self.load = AttentionLoad(self.like_this, routing.aux_loss_lambda, routing.aux_loss_warmup,
-                                  controller)
+            controller = ShareController(
+                routing.target_share, routing.aux_loss_lambda, routing.aux_loss_lambda_limit
+            )
+        self.load = AttentionLoad(
+            self.like_this, routing.aux_loss_lambda, routing.aux_loss_warmup, controller
+        )
         self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
 
     def trackers(self) -> dict[str, StepTracker]:
@@ -94,8 +97,10 @@ class DtrLayer(RoutedLayer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         lead = self.lead(stream.hidden)
-        return [Step("router", self.logits, (stream.hidden,)),
-                Step("choose", lambda x: self.choice(lead, x)[1], (stream.hidden,))]
+        return [
+            Step("router", self.logits, (stream.hidden,)),
+            Step("choose", lambda x: self.choice(lead, x)[1], (stream.hidden,)),
+        ]
 
     def mixing_step(self, stream: Stream, selection: Selection) -> Step:
         return Step("attention or bypass", lambda normed: self.mix(stream, normed, selection), ())
@@ -108,10 +113,10 @@ class DtrLayer(RoutedLayer):
         logits = self.router(stream.hidden)
         lead = (logits[..., 0] - logits[..., 1]).flatten().sort(descending=True).values
         count = capacity_count(share, len(lead))
-        near = lead[count - count // 100 - 1:count + count // 100 + 1]
+        near = lead[count - count // 100 - 1 : count + count // 100 + 1]
         widest = int((near[:-1] - near[1:]).argmax())
         assert self.router.fc2.bias is not None
-        self.router.fc2.bias[1] += near[widest:widest + 2].mean().to(self.router.fc2.bias.dtype)
+        self.router.fc2.bias[1] += near[widest : widest + 2].mean().to(self.router.fc2.bias.dtype)
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
         """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens as a selection and as a mask [B, T]."""
@@ -126,10 +131,13 @@ class DtrLayer(RoutedLayer):
         positions, segments = origins(stream, selection, length)
         x = enter_tp(normed, attention.tp, attention.seq)
         x, attending = take_out(x, places)
-        q, k = attention.queries_keys(attending)                                   # of attending tokens only
-        v, chosen_v = take_out(attention.values(x), places)                        # [B, T, G/tp, K] and [b, c, G/tp, K]
-        attended = recomputed(attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute)
-        passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)   # repeat_kv, [B, T, H/tp * K]
+        q, k = attention.queries_keys(attending)  # of attending tokens only
+        v, chosen_v = take_out(attention.values(x), places)  # [B, T, G/tp, K] and [b, c, G/tp, K]
+        attended = recomputed(
+            attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute
+        )
+        # repeat_kv, [B, T, H/tp * K]
+        passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)
         return attention.o_proj(replace(passed, places, attended))
 
     def statistics(self, lead: Tensor, mask: Tensor) -> dict[str, Tensor | Statistic]:
@@ -137,8 +145,13 @@ class DtrLayer(RoutedLayer):
         attend = lead.sigmoid()
         mean = attend.mean()
         found: dict[str, Tensor | Statistic] = {
-            "p0": mean, "f": mask.float().mean(), "lead": lead.mean(), "lead_std": deviation_where(lead),
-            "lambda": self.load.value.to(mean), "attention_loss": self.load.part.to(mean) * self.load.pushed(lead)}
+            "p0": mean,
+            "f": mask.float().mean(),
+            "lead": lead.mean(),
+            "lead_std": deviation_where(lead),
+            "lambda": self.load.value.to(mean),
+            "attention_loss": self.load.part.to(mean) * self.load.pushed(lead),
+        }
         return gate_statistics(attend, mask) | found
 
     def forward(self, stream: Stream) -> Stream:

@@ -24,8 +24,10 @@ class Fixed(Laid, Capped):
 
     name = "fixed"
     title = "Control with a fixed choice of tokens"
-    sentence = ("A routed layer processes tokens chosen by position alone, at random or evenly spread; the others pass it "
-                "unchanged. It learns no choice: a control for kinds that do.")
+    sentence = (
+        "A routed layer processes tokens chosen by position alone, at random or evenly spread; the others pass it "
+        "unchanged. It learns no choice: a control for kinds that do."
+    )
     tags = ("routing-control",)
     layers = {"fixed": "FixedLayer"}
     rules = ("sign",)
@@ -41,9 +43,11 @@ class Fixed(Laid, Capped):
     def explain(self, measured: Mapping[str, float]) -> str:
         if self.score == "stride":
             return f"{self.sentence}\n\nIn training and in use alike these are {self.share:.1%} of the positions, evenly spread."
-        return (f"{self.sentence}\n\n**In training** a routed layer takes exactly {self.share:.1%} of a sequence's tokens, drawn "
-                "anew for each sample and step. **In use** (`config.routing_mode = \"causal\"`) a hash of the layer and the "
-                f"position takes each with probability {self.share:g}, always the same.")
+        return (
+            f"{self.sentence}\n\n**In training** a routed layer takes exactly {self.share:.1%} of a sequence's tokens, drawn "
+            'anew for each sample and step. **In use** (`config.routing_mode = "causal"`) a hash of the layer and the '
+            f"position takes each with probability {self.share:g}, always the same."
+        )
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
         return super().to_export(shape) | {"router_type": "fixed", "causal": self.rule}

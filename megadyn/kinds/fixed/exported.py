@@ -41,4 +41,5 @@ class FixedLayer(RoutedLayer):
 
 EXPORTED = ExportedKind(
     {"fixed": FixedLayer},
-    {"fixed": Router(("capacity", "seed"), {"score": ("random", "stride"), "causal": ("sign",)})})
+    {"fixed": Router(("capacity", "seed"), {"score": ("random", "stride"), "causal": ("sign",)})},
+)

@@ -35,7 +35,7 @@ def random_score(capacity: float, *parts: int | Tensor) -> Tensor:
 
 def stride_score(capacity: float, positions: Tensor) -> Tensor:
     """Above 0 at exactly floor(capacity T) of the positions 0 .. T - 1, whatever T; elsewhere the lower, the longer ago."""
-    after = (positions + 1).double() * capacity              # as capacity_count multiplies, so that the counts agree
+    after = (positions + 1).double() * capacity  # as capacity_count multiplies, so that the counts agree
     chosen = after.floor() > (positions.double() * capacity).floor()
     return (chosen.double() - (after - after.floor())).float()
 

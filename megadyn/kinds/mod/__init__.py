@@ -24,19 +24,26 @@ class Mod(Laid, TopK):
     name = "mod"
     benchmark = "mod:0.125"
     title = "Mixture-of-Depths"
-    sentence = ("A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
-                "2404.02258).")
+    sentence = (
+        "A routed layer processes the tokens that a learned linear score selects; the others pass it unchanged (arXiv "
+        "2404.02258)."
+    )
     sources = ("arXiv 2404.02258",)
     tags = ("mixture-of-depths",)
     legend = {
-        "logit": "logit: mean of the router's scores", "logit_std": "logit_std: their standard deviation",
-        "bce_loss": "bce_loss: cross-entropy of the scores against top-k's choice", "z_loss": "z_loss: mean squared score"}
+        "logit": "logit: mean of the router's scores",
+        "logit_std": "logit_std: their standard deviation",
+        "bce_loss": "bce_loss: cross-entropy of the scores against top-k's choice",
+        "z_loss": "z_loss: mean squared score",
+    }
     layers = {"mod": "ModLayer"}
     fixed = Laid.fixed | {"gate": TRAINED_SO}
     rules = ("threshold", "predictor", "bce")
     recorded = (*TopK.recorded, "gate")
-    variants = {"identity": {"gate": "identity", "capacity": 0.3},
-                "threshold": {"capacity": 0.3, "choose": "threshold", "threshold_start": 1}}
+    variants = {
+        "identity": {"gate": "identity", "capacity": 0.3},
+        "threshold": {"capacity": 0.3, "choose": "threshold", "threshold_start": 1},
+    }
     default_capacity = 0.125
 
     def check(self) -> None:
@@ -55,8 +62,12 @@ class Mod(Laid, TopK):
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
         if layer == DENSE:
             return flops_of_layer(shape, length)
-        return flops_of_layer(shape, self.taken(length, share), whole=2 * length * shape.hidden_size,
-                              detached=self.predictor_flops(shape, length))
+        return flops_of_layer(
+            shape,
+            self.taken(length, share),
+            whole=2 * length * shape.hidden_size,
+            detached=self.predictor_flops(shape, length),
+        )
 
     def parameters(self, layer: str, shape: Shape) -> int:
         return 0 if layer == DENSE else shape.hidden_size + self.predictor_parameters(shape)
@@ -66,9 +77,14 @@ class Mod(Laid, TopK):
             return dense_kept(work)
         d, b = work.model.hidden_size, work.bytes
         reads = self.predictor_kept(work)
-        widened = work.part * 4 * d * (b < 4)          # scores are made from a float32 copy of the input
-        return skipping_kept(work, self.share, input=max(reads, work.part * b * d * (b == 4)),
-                             outside=widened + reads + 32 * work.tokens, varies=self.varies)
+        widened = work.part * 4 * d * (b < 4)  # scores are made from a float32 copy of the input
+        return skipping_kept(
+            work,
+            self.share,
+            input=max(reads, work.part * b * d * (b == 4)),
+            outside=widened + reads + 32 * work.tokens,
+            varies=self.varies,
+        )
 
     def summed(self, layer: str, work: Workload) -> float:
         return 1.0 if layer == DENSE else self.summed_if_skipping(work)

@@ -1,7 +1,5 @@
 """Mixture-of-Depths in an exported model: layers that process the tokens a linear score selects."""
 
-
-
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
 from megadyn.hf.layers_megadyn import Context, LayerCache, RoutedLayer, Routing, Stream, WideLinear
 
@@ -22,4 +20,9 @@ class MixtureOfDepthsLayer(RoutedLayer):
 
 EXPORTED = ExportedKind(
     {"mod": MixtureOfDepthsLayer},
-    {"linear": Router(("capacity",), {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")})})
+    {
+        "linear": Router(
+            ("capacity",), {"gate": ("sigmoid", "identity"), "causal": ("threshold", "predictor", "bce")}
+        )
+    },
+)

@@ -31,17 +31,24 @@ class ModLayer(SkippingLayer):
         choice = self.causal_router(score, hidden)
         bce = F.binary_cross_entropy_with_logits(logit, own_part(choice.in_top, self.seq).to(logit.dtype))
         z = logit.square().mean()
-        self.monitor.record(choice.statistics | gate_statistics(self.gate(score), choice.in_top) | {
-            "bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": deviation_where(score)})
+        self.monitor.record(
+            choice.statistics
+            | gate_statistics(self.gate(score), choice.in_top)
+            | {"bce_loss": bce, "z_loss": z, "logit": score.mean(), "logit_std": deviation_where(score)}
+        )
         return self.process(stream, self.gate(logit), choice, self.bce_weight * bce + self.z_weight * z)
 
     def choose(self, stream: Stream) -> Selection:
-        return self.causal_router(whole_sequence(self.router(stream.hidden).detach(), self.seq), stream.hidden).selection
+        return self.causal_router(
+            whole_sequence(self.router(stream.hidden).detach(), self.seq), stream.hidden
+        ).selection
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         score = whole_sequence(self.router(stream.hidden).detach(), self.seq)
-        return [Step("router", self.router, (stream.hidden,)),
-                Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
+        return [
+            Step("router", self.router, (stream.hidden,)),
+            Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,)),
+        ]
 
     def gate(self, logit: Tensor) -> Tensor:
         """g(r), of any shape: `model.routing.gate`."""

@@ -24,8 +24,10 @@ class Nested(Laid, OwnChoice):
 
     name = "nested"
     title = "Dynamic Nested Depth"
-    sentence = ("A routed layer processes every token; those whose score, made from the result, reaches a threshold pass the "
-                "same layer once more, among themselves (arXiv 2510.11001).")
+    sentence = (
+        "A routed layer processes every token; those whose score, made from the result, reaches a threshold pass the "
+        "same layer once more, among themselves (arXiv 2510.11001)."
+    )
     sources = ("arXiv 2510.11001",)
     tags = ("dynamic-nested-depth",)
     verb = "passed the layer twice"
@@ -41,9 +43,15 @@ class Nested(Laid, OwnChoice):
         return True
 
     def explain(self, measured: Mapping[str, float]) -> str:
-        seen = f" At the end of training {measured['routed_fraction']:.1%} did." if "routed_fraction" in measured else ""
-        return (f"{self.sentence}\n\nThe rule is the same in training and in use. In training the threshold moved so that "
-                f"{self.capacity:.1%} of the tokens pass twice.{seen}")
+        seen = (
+            f" At the end of training {measured['routed_fraction']:.1%} did."
+            if "routed_fraction" in measured
+            else ""
+        )
+        return (
+            f"{self.sentence}\n\nThe rule is the same in training and in use. In training the threshold moved so that "
+            f"{self.capacity:.1%} of the tokens pass twice.{seen}"
+        )
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
         return super().to_export(shape) | {"router_type": "linear", "causal": "threshold"}
@@ -53,7 +61,9 @@ class Nested(Laid, OwnChoice):
         if layer == DENSE:
             return first
         again = flops_of_layer(shape, self.taken(length, share))
-        return LayerFlops(first.cut + again.cut, 2 * length * shape.hidden_size, first.attention + again.attention)
+        return LayerFlops(
+            first.cut + again.cut, 2 * length * shape.hidden_size, first.attention + again.attention
+        )
 
     def parameters(self, layer: str, shape: Shape) -> int:
         return 0 if layer == DENSE else shape.hidden_size
@@ -64,17 +74,23 @@ class Nested(Laid, OwnChoice):
         if layer == DENSE:
             return first
         again = skipping_kept(work, self.capacity)
-        split = work.chosen(self.capacity) * work.segments * (not work.documents)    # any number of tokens is in segments
+        # any number of tokens is in segments
+        split = work.chosen(self.capacity) * work.segments * (not work.documents)
         repeated = again.inside + split
         row = work.part * work.model.hidden_size
-        between = 4 * row                              # the first pass's result, which the router reads in float32
+        between = 4 * row  # the first pass's result, which the router reads in float32
         if work.recompute == "full":
-            between += work.bytes * row * (work.bytes < 4)                         # the second pass starts from it again
+            between += work.bytes * row * (work.bytes < 4)  # the second pass starts from it again
             inside = max(first.inside, repeated)
         else:
             inside = first.inside + repeated
-        return Kept(first.input, inside, first.inner + again.inner + split, between + 24 * work.tokens,
-                    max(first.working, again.working))
+        return Kept(
+            first.input,
+            inside,
+            first.inner + again.inner + split,
+            between + 24 * work.tokens,
+            max(first.working, again.working),
+        )
 
     def summed(self, layer: str, work: Workload) -> float:
         """Once more for the tokens that pass twice; under sequence parallelism these are also handed out and gathered."""

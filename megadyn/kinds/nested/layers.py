@@ -19,7 +19,7 @@ class FollowingThreshold(RunningThreshold):
     a step, with the share taken of the whole global batch."""
 
     def __init__(self, start: float, rate: float, share: float):
-        super().__init__(momentum=0.0, average=start)        # without momentum the average is the value itself
+        super().__init__(momentum=0.0, average=start)  # without momentum the average is the value itself
         self.rate, self.share = rate, share
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
@@ -43,14 +43,19 @@ class NestedLayer(RoutedLayer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         post = self.dense(stream.hidden, stream.documents).detach()
-        return [Step("router", self.router, (post,)), Step("choose", lambda x: self.reach(self.score(x)[1]), (post,))]
+        return [
+            Step("router", self.router, (post,)),
+            Step("choose", lambda x: self.reach(self.score(x)[1]), (post,)),
+        ]
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
         """By the threshold."""
-        score = self.score(self.dense(stream.hidden, stream.documents))[1].flatten().sort(descending=True).values
+        score = (
+            self.score(self.dense(stream.hidden, stream.documents))[1].flatten().sort(descending=True).values
+        )
         count = capacity_count(share, len(score))
-        self.threshold.average = score[count - 1:count + 1].double().mean()
+        self.threshold.average = score[count - 1 : count + 1].double().mean()
 
     def score(self, post: Tensor) -> tuple[Tensor, Tensor]:
         """h' [B, T/seq, D] -> p [B, T/seq], and without gradient of the whole sequence [B, T]."""
@@ -65,7 +70,11 @@ class NestedLayer(RoutedLayer):
         post = self.run(self.dense, stream.hidden, stream.documents)
         gate, score = self.score(post)
         mask = self.decisions.settle(self.reach(score), score, self.threshold.value)
-        self.monitor.record(share_statistics(mask) | gate_statistics(score, mask) | {"threshold": self.threshold.value.to(score)})
+        self.monitor.record(
+            share_statistics(mask)
+            | gate_statistics(score, mask)
+            | {"threshold": self.threshold.value.to(score)}
+        )
         if torch.is_grad_enabled():
             self.threshold.observe(mask.float().mean())
         out = self.run(self.repeat, Stream(post, documents=stream.documents), gate, choose_where(mask))
@@ -78,7 +87,11 @@ class NestedLayer(RoutedLayer):
         if self.seq.size == 1:
             positions, segments = origins(stream, selection, length)
             hidden, taken = take_out(hidden, selection.places)
-            return put_back_gated(hidden, selection.places, gate, self.delta(taken, positions, length, segments))
+            return put_back_gated(
+                hidden, selection.places, gate, self.delta(taken, positions, length, segments)
+            )
         shared = shared_out(selection, self.seq)
         positions, segments = origins(stream, shared.selection, length)
-        return shared.put_back(hidden, gate, self.delta(shared.take(hidden, self.seq), positions, length, segments), self.seq)
+        return shared.put_back(
+            hidden, gate, self.delta(shared.take(hidden, self.seq), positions, length, segments), self.seq
+        )

@@ -25,8 +25,10 @@ class SkipMiddle(OwnChoice):
 
     name = "skip_middle"
     title = "Skip-middle transformer"
-    sentence = ("Gates that add up over the first half of the layers decide for each token how far towards the middle it goes; "
-                "from there it skips to the mirror image, in the second half, of the layer at which it left (arXiv 2506.21103).")
+    sentence = (
+        "Gates that add up over the first half of the layers decide for each token how far towards the middle it goes; "
+        "from there it skips to the mirror image, in the second half, of the layer at which it left (arXiv 2506.21103)."
+    )
     sources = ("arXiv 2506.21103",)
     tags = ("skip-middle",)
     legend = {"pressure": "pressure: weight of the gates' mean in the loss"}
@@ -39,14 +41,21 @@ class SkipMiddle(OwnChoice):
 
     def check_shape(self, shape: Shape) -> None:
         if shape.num_layers % 2:
-            raise ConfigError("model.num_layers", shape.num_layers,
-                              f"even with model.routing.kind = {self.kind}: each layer has a mirror image")
+            raise ConfigError(
+                "model.num_layers",
+                shape.num_layers,
+                f"even with model.routing.kind = {self.kind}: each layer has a mirror image",
+            )
 
     def check_run(self, *, pipeline: int, compile: bool, documents: bool) -> None:
         super().check_run(pipeline=pipeline, compile=compile, documents=documents)
         if pipeline > 1:
-            raise ConfigError("parallel.pipeline", pipeline, f"1 with model.routing.kind = {self.kind}: a layer needs the gate "
-                              "of its mirror image, and one tensor alone crosses from stage to stage")
+            raise ConfigError(
+                "parallel.pipeline",
+                pipeline,
+                f"1 with model.routing.kind = {self.kind}: a layer needs the gate "
+                "of its mirror image, and one tensor alone crosses from stage to stage",
+            )
 
     def layer_types(self, num_layers: int) -> list[str]:
         half = num_layers // 2
@@ -55,7 +64,9 @@ class SkipMiddle(OwnChoice):
     def explain(self, measured: Mapping[str, float]) -> str:
         seen = ""
         if "routed_fraction" in measured:
-            seen = f" At the end of training a layer processed {measured['routed_fraction']:.1%} of the tokens."
+            seen = (
+                f" At the end of training a layer processed {measured['routed_fraction']:.1%} of the tokens."
+            )
         return f"{self.sentence}\n\nThe rule is the same in training and in use.{seen}"
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
@@ -72,16 +83,23 @@ class SkipMiddle(OwnChoice):
         """At the share `model.routing.capacity` in each layer, but for what only one of them needs at a time: the outermost take
         about all tokens."""
         d, b = work.model.hidden_size, work.bytes
-        reads = layer == OUT                           # the router, a float32 copy of the layer's input
+        reads = layer == OUT  # the router, a float32 copy of the layer's input
 
         def at(share: float) -> Kept:
-            kept = skipping_kept(work, share, input=work.part * b * d * (reads and b == 4),
-                                 outside=work.part * 4 * d * (reads and b < 4) + 40 * work.tokens)
-            split = work.chosen(share) * work.segments * (not work.documents)        # any number of tokens is in segments
+            kept = skipping_kept(
+                work,
+                share,
+                input=work.part * b * d * (reads and b == 4),
+                outside=work.part * 4 * d * (reads and b < 4) + 40 * work.tokens,
+            )
+            # any number of tokens is in segments
+            split = work.chosen(share) * work.segments * (not work.documents)
             return kept._replace(inside=kept.inside + split, inner=kept.inner + split)
 
         mean, outermost = at(self.capacity), at(1.0)
-        return mean._replace(working=outermost.working, inside=(outermost if work.recompute == "full" else mean).inside)
+        return mean._replace(
+            working=outermost.working, inside=(outermost if work.recompute == "full" else mean).inside
+        )
 
     def summed(self, layer: str, work: Workload) -> float:
         return self.capacity * (1.5 if work.sequence else 1.0)

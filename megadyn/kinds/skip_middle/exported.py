@@ -4,19 +4,29 @@ import torch
 from torch import Tensor
 
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import Context, DenseLayer, LayerCache, RoutedLayer, Routing, Stream, WideLinear
+from megadyn.hf.layers_megadyn import (
+    Context,
+    DenseLayer,
+    LayerCache,
+    RoutedLayer,
+    Routing,
+    Stream,
+    WideLinear,
+)
 
 
 class MirroredLayer(RoutedLayer):
     """Only tokens whose gate is open. `Stream.score_BC` [B, C, layers] holds what adds up over the layers of the first half."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
-        DenseLayer.__init__(self, config, number)      # the gate itself is the causal rule
+        DenseLayer.__init__(self, config, number)  # the gate itself is the causal rule
 
     def choose(self, score_BT: Tensor, h_BTD: Tensor, context: Context) -> Tensor:
         return (score_BT > 0) & context.tokens.valid_BC
 
-    def gated(self, stream: Stream, m_BC: Tensor, context: Context, cache: LayerCache | None) -> tuple[Tensor, Routing]:
+    def gated(
+        self, stream: Stream, m_BC: Tensor, context: Context, cache: LayerCache | None
+    ) -> tuple[Tensor, Routing]:
         gate_BC = 1 - m_BC.clamp(max=1)
         out, routing = self.route(stream.hidden_BCD, gate_BC, gate_BC, context, cache)
         return out.hidden_BCD, routing
@@ -49,8 +59,13 @@ class ReturningLayer(MirroredLayer):
 def check_types(layer_types: list[str]) -> None:
     half = len(layer_types) // 2
     if layer_types != ["skip_middle_out"] * half + ["skip_middle_back"] * half:
-        raise ValueError(f"routed_layer_types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them")
+        raise ValueError(
+            f"routed_layer_types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them"
+        )
 
 
-EXPORTED = ExportedKind({"skip_middle_out": LeavingLayer, "skip_middle_back": ReturningLayer}, {"accumulated": Router()},
-                        check_types)
+EXPORTED = ExportedKind(
+    {"skip_middle_out": LeavingLayer, "skip_middle_back": ReturningLayer},
+    {"accumulated": Router()},
+    check_types,
+)

@@ -61,7 +61,9 @@ class MirroredLayer(GatedLayer):
         mask = self.decisions.settle(score > 0, score, 0.0)
         # By the mask, not by m: at its edge g is continuous, but its gradient is not.
         gate = (1 - m).masked_fill(~own_part(mask, self.seq), 0)
-        self.monitor.record(share_statistics(mask) | gate_statistics(score.masked_fill(~mask, 0), mask) | statistics)
+        self.monitor.record(
+            share_statistics(mask) | gate_statistics(score.masked_fill(~mask, 0), mask) | statistics
+        )
         return self.run(self.update, stream._replace(score=None), gate, choose_where(mask)), gate, mask
 
 
@@ -89,14 +91,17 @@ class LeavingLayer(MirroredLayer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         m = whole_sequence(self.accumulate(stream).detach(), self.seq)
-        return [Step("router", self.router, (stream.hidden,)), Step("choose", lambda x: m < 1, (stream.hidden,))]
+        return [
+            Step("router", self.router, (stream.hidden,)),
+            Step("choose", lambda x: m < 1, (stream.hidden,)),
+        ]
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
         """Of the tokens that have not left before: by the bias."""
         m = self.accumulate(stream).flatten().sort().values
         count = capacity_count(share, len(m))
-        self.router.bias.add_(1 - m[count - 1:count + 1].mean())
+        self.router.bias.add_(1 - m[count - 1 : count + 1].mean())
 
     def forward(self, stream: Stream) -> Stream:
         m = self.accumulate(stream)
@@ -105,7 +110,9 @@ class LeavingLayer(MirroredLayer):
             out = self.attach(out, self.pressure.weight.to(gate) * gate.mean())
             self.pressure.observe(mask.float().mean())
         m = m.unsqueeze(-1)
-        return Stream(out, m if stream.score is None else torch.cat([stream.score, m], dim=-1), stream.documents)
+        return Stream(
+            out, m if stream.score is None else torch.cat([stream.score, m], dim=-1), stream.documents
+        )
 
 
 class ReturningLayer(MirroredLayer):

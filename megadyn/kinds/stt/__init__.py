@@ -18,21 +18,29 @@ class Stt(Laid, Surprising):
 
     name = "stt"
     title = "Subjective Timescale Transformer (STT)"
-    sentence = ("A routed layer updates only the tokens whose change surprises a network that predicts it from the token "
-                "before; the others pass it unchanged (arXiv 2511.21408). Training computes every token's change to know that, "
-                "so it saves nothing there; in use a small network decides before the layer runs.")
+    sentence = (
+        "A routed layer updates only the tokens whose change surprises a network that predicts it from the token "
+        "before; the others pass it unchanged (arXiv 2511.21408). Training computes every token's change to know that, "
+        "so it saves nothing there; in use a small network decides before the layer runs."
+    )
     sources = ("arXiv 2511.21408",)
     tags = ("subjective-timescale-transformer",)
     verb = "was updated"
-    legend = SURPRISE_LEGEND | {"prior_loss": "prior_loss: what the prediction from the token before misses, mean square"}
+    legend = SURPRISE_LEGEND | {
+        "prior_loss": "prior_loss: what the prediction from the token before misses, mean square"
+    }
     layers = {"stt": "SubjectiveLayer"}
     fixed = Laid.fixed | Surprising.fixed
     rules = ("predictor",)
 
     def check(self) -> None:
         if self.by_threshold:
-            raise ConfigError("model.routing.choose", self.choose, f"topk with model.routing.kind = {self.kind}: in use a "
-                              "score is known only once the layer has run")
+            raise ConfigError(
+                "model.routing.choose",
+                self.choose,
+                f"topk with model.routing.kind = {self.kind}: in use a "
+                "score is known only once the layer has run",
+            )
         super().check()
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
@@ -48,18 +56,31 @@ class Stt(Laid, Surprising):
     def parameters(self, layer: str, shape: Shape) -> int:
         if layer == DENSE:
             return 0
-        return shape.hidden_size + 3 * shape.hidden_size * self.prior_size(shape) + 4 + self.predictor_parameters(shape)
+        return (
+            shape.hidden_size
+            + 3 * shape.hidden_size * self.prior_size(shape)
+            + 4
+            + self.predictor_parameters(shape)
+        )
 
     def kept(self, layer: str, work: Workload) -> Kept:
         """Under sequence parallelism each tensor rank compares all tokens, and runs its heads and widths on them."""
         if layer == DENSE:
             return dense_kept(work)
         d, b, n = work.model.hidden_size, work.bytes, work.tokens
-        block = block_kept(work, n, has_own_input=work.parts > 1) + n * (work.turned + work.segments) * work.documents
+        block = (
+            block_kept(work, n, has_own_input=work.parts > 1)
+            + n * (work.turned + work.segments) * work.documents
+        )
         prior = n * (work.norm(d) + b * d * (b < 4) + 4 * d + 4 * b * self.prior_size(work.model))
         chosen = work.chosen(self.share) * b * d
-        return Kept(work.part * b * d, block + prior, inner_kept(work, n, n), chosen + self.predictor_kept(work) + 40 * n,
-                    n * backward_bytes(work))
+        return Kept(
+            work.part * b * d,
+            block + prior,
+            inner_kept(work, n, n),
+            chosen + self.predictor_kept(work) + 40 * n,
+            n * backward_bytes(work),
+        )
 
     def summed(self, layer: str, work: Workload) -> float:
         return 1.5 if layer != DENSE and work.sequence else 1.0

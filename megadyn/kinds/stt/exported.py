@@ -33,7 +33,7 @@ class SubjectiveLayer(RoutedLayer):
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         h_BTD, mask_BT = stream.hidden_BCD, context.tokens.valid_BC
-        if not context.topk:      # the predictor needs no score
+        if not context.topk:  # the predictor needs no score
             mask_BT = self.causal_router(h_BTD[..., 0], h_BTD) & mask_BT
         seen = pack(mask_BT, segment_BT=context.tokens.segment_BC)
         none_BT, score_BT = torch.zeros_like(mask_BT), torch.zeros_like(wide(h_BTD[..., 0]))
@@ -42,13 +42,19 @@ class SubjectiveLayer(RoutedLayer):
         h_BCD, cos_BCK, sin_BCK = (take(x, seen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))
         continues_B = none_BT[:, 0] if cache is None else cache.continues(seen)
         post_BCD, _ = self.run(self.process, h_BCD, cos_BCK, sin_BCK, seen, cache=cache)
-        score_BC = self.surprise(h_BCD, post_BCD, context._replace(tokens=seen, continues_B=continues_B), cache)
+        score_BC = self.surprise(
+            h_BCD, post_BCD, context._replace(tokens=seen, continues_B=continues_B), cache
+        )
         chosen_BC = seen.valid_BC
         if context.topk:
-            chosen_BC = best_of_each_row(score_BC.detach(), seen, cast(float, self.capacity), context.sequence_BC)
+            chosen_BC = best_of_each_row(
+                score_BC.detach(), seen, cast(float, self.capacity), context.sequence_BC
+            )
         h_BCD = h_BCD + (gate_of(score_BC) * chosen_BC).unsqueeze(-1) * (post_BCD - h_BCD)
-        return (Stream(put_back(h_BTD, seen, h_BCD.type_as(h_BTD))),
-                Routing(put_back(none_BT, seen, chosen_BC), put_back(score_BT, seen, score_BC.detach())))
+        return (
+            Stream(put_back(h_BTD, seen, h_BCD.type_as(h_BTD))),
+            Routing(put_back(none_BT, seen, chosen_BC), put_back(score_BT, seen, score_BC.detach())),
+        )
 
     def surprise(self, h_BCD: Tensor, post_BCD: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
         """The score r of tokens that follow each other: each is held against a prediction from the one before."""
@@ -56,20 +62,27 @@ class SubjectiveLayer(RoutedLayer):
         last_BD = torch.zeros_like(made_BCD[:, 0])
         if cache is not None and cache.last_BD is not None:
             last_BD = cache.last_BD
-        line_BCD = torch.cat((last_BD[:, None], made_BCD), dim=1)      # one column earlier than the tokens
+        line_BCD = torch.cat((last_BD[:, None], made_BCD), dim=1)  # one column earlier than the tokens
         begins_BC = torch.zeros_like(seen.valid_BC) if seen.segment_BC is None else changes(seen.segment_BC)
         begins_BC[:, 0] = ~context.continues_B
         before_BCD = line_BCD[:, :-1].masked_fill(begins_BC.unsqueeze(-1), 0)
         if cache is not None:
-            count_B = torch.tensor(seen.counts, device=h_BCD.device)      # of 0 leaves what was there
+            count_B = torch.tensor(seen.counts, device=h_BCD.device)  # of 0 leaves what was there
             cache.last_BD = line_BCD[torch.arange(len(count_B), device=h_BCD.device), count_B]
         update_BCD = wide(post_BCD) - wide(h_BCD)
         static_BC = update_BCD.square().mean(-1)
         change_BC = (update_BCD - wide(self.prior(before_BCD))).square().mean(-1)
-        return self.router(static_BC, change_BC, moving_average(static_BC.detach(), self.window, context, cache))
+        return self.router(
+            static_BC, change_BC, moving_average(static_BC.detach(), self.window, context, cache)
+        )
 
 
 EXPORTED = ExportedKind(
     {"stt": SubjectiveLayer},
-    {"surprise": Router(("capacity", "ma_window", "prior_size"),
-                        {"gate": ("score",), "score": ("log",), "causal": ("predictor",)})})
+    {
+        "surprise": Router(
+            ("capacity", "ma_window", "prior_size"),
+            {"gate": ("score",), "score": ("log",), "causal": ("predictor",)},
+        )
+    },
+)

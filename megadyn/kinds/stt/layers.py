@@ -56,8 +56,13 @@ class SubjectiveLayer(RoutedLayer):
         model, routing = ctx.model, ctx.model.routing
         assert isinstance(routing, Stt)
         whole = replace(ctx, make=replace(ctx.make, seq=Axis("seq")))
-        self.prior = TransitionNetwork(f"{self.name}.prior", model.hidden_size, routing.prior_size(model), model.norm_eps,
-                                       make=whole.make)
+        self.prior = TransitionNetwork(
+            f"{self.name}.prior",
+            model.hidden_size,
+            routing.prior_size(model),
+            model.norm_eps,
+            make=whole.make,
+        )
         self.router = SurpriseRouter(f"{self.name}.router", whole, routing)
         self.causal_router = CausalRouter(f"{self.name}.causal_router", ctx)
         self.loss_weight = routing.prior_loss_weight
@@ -68,11 +73,15 @@ class SubjectiveLayer(RoutedLayer):
         delta, score, loss, statistics = self.run(self.surprise, stream, None)
         choice = self.causal_router(score, stream.hidden)
         gate, places = gate_of(score), choice.selection.places
-        self.monitor.record(choice.statistics | gate_statistics(gate, choice.in_top) | statistics | {"prior_loss": loss})
+        self.monitor.record(
+            choice.statistics | gate_statistics(gate, choice.in_top) | statistics | {"prior_loss": loss}
+        )
         hidden = self.updated(stream.hidden, places, gate, take(delta, places))
         hidden = self.attach(hidden, choice.loss)
         # Each part of the sequence holds the whole loss, and sends it.
-        return Stream(self.attach(hidden, loss, weight=self.loss_weight * self.seq.size), documents=stream.documents)
+        return Stream(
+            self.attach(hidden, loss, weight=self.loss_weight * self.seq.size), documents=stream.documents
+        )
 
     def causally(self, stream: Stream) -> Stream:
         """Where the predictor decides; the block runs on its tokens alone."""
@@ -82,7 +91,11 @@ class SubjectiveLayer(RoutedLayer):
         if not selection.places.numel():
             return Stream(stream.hidden, documents=stream.documents)
         delta, score, _, _ = self.run(self.surprise, stream, selection)
-        gate = score.new_zeros(mask.numel()).index_copy(0, selection.places.flatten(), gate_of(score).flatten()).view(mask.shape)
+        gate = (
+            score.new_zeros(mask.numel())
+            .index_copy(0, selection.places.flatten(), gate_of(score).flatten())
+            .view(mask.shape)
+        )
         return Stream(self.updated(stream.hidden, selection.places, gate, delta), documents=stream.documents)
 
     def predicted(self, stream: Stream) -> Tensor:
@@ -91,9 +104,13 @@ class SubjectiveLayer(RoutedLayer):
 
     def updated(self, hidden: Tensor, places: Tensor, gate: Tensor, delta: Tensor) -> Tensor:
         """hidden [B, T/seq, D] with gate [B, T] times delta [b, c, D] added at places [b, c]."""
-        return put_back_shared(hidden, places, own_part(copy_to_tp(gate, self.seq), self.seq), delta, self.seq)
+        return put_back_shared(
+            hidden, places, own_part(copy_to_tp(gate, self.seq), self.seq), delta, self.seq
+        )
 
-    def surprise(self, stream: Stream, selection: Selection | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def surprise(
+        self, stream: Stream, selection: Selection | None
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Of the selected tokens [b, c] (None: of all, [B, T]), which see each other alone: the update [b, c, D], the score r
         [b, c], the prior's loss, statistics."""
         hidden, length = stream.hidden, self.length(stream.hidden)
@@ -124,8 +141,10 @@ class SubjectiveLayer(RoutedLayer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         delta, score, _, _ = self.surprise(stream, None)
-        return [Step("prior and surprise", self.prior, (stream.hidden, delta.detach())),
-                Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,))]
+        return [
+            Step("prior and surprise", self.prior, (stream.hidden, delta.detach())),
+            Step("choose", lambda x: self.causal_router(score, x).in_top, (stream.hidden,)),
+        ]
 
 
 def since_border(ids: Tensor) -> Tensor:

@@ -26,14 +26,19 @@ class Subskip(Laid, OwnChoice):
 
     name = "subskip"
     title = "SkipGPT"
-    sentence = ("In a routed layer two small routers decide for each token whether it goes through attention and whether it goes "
-                "through the feed-forward; what it does not go through leaves it unchanged (arXiv 2506.04179).")
+    sentence = (
+        "In a routed layer two small routers decide for each token whether it goes through attention and whether it goes "
+        "through the feed-forward; what it does not go through leaves it unchanged (arXiv 2506.04179)."
+    )
     sources = ("arXiv 2506.04179",)
     tags = ("skipgpt",)
     verb = "was processed, counted by the work of attention and feed-forward"
-    legend = {"attention_fraction": "attention_fraction: share of tokens that attended",
-              "mlp_fraction": "mlp_fraction: share of tokens that went through the feed-forward",
-              "kept": "kept: mean of the two", "temperature": "temperature of the Gumbel-softmax"}
+    legend = {
+        "attention_fraction": "attention_fraction: share of tokens that attended",
+        "mlp_fraction": "mlp_fraction: share of tokens that went through the feed-forward",
+        "kept": "kept: mean of the two",
+        "temperature": "temperature of the Gumbel-softmax",
+    }
     layers = {"subskip": "SubskipLayer"}
     totals = ("kept",)
     straight_through = True
@@ -47,10 +52,14 @@ class Subskip(Laid, OwnChoice):
     def explain(self, measured: Mapping[str, float]) -> str:
         seen = ""
         if {"attention_fraction", "mlp_fraction"} <= measured.keys():
-            seen = (f" At the end of training {measured['attention_fraction']:.1%} of the tokens attended, and "
-                    f"{measured['mlp_fraction']:.1%} went through the feed-forward.")
-        return (f"{self.sentence}\n\nIn training the routers' choices are drawn at random, the likelier one more often; in use "
-                f"the likelier one is taken.{seen}")
+            seen = (
+                f" At the end of training {measured['attention_fraction']:.1%} of the tokens attended, and "
+                f"{measured['mlp_fraction']:.1%} went through the feed-forward."
+            )
+        return (
+            f"{self.sentence}\n\nIn training the routers' choices are drawn at random, the likelier one more often; in use "
+            f"the likelier one is taken.{seen}"
+        )
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
         return super().to_export(shape) | {"router_type": "two_halves"}
@@ -73,9 +82,9 @@ class Subskip(Laid, OwnChoice):
             return dense_kept(work)
         d, b, m, c = work.model.hidden_size, work.bytes, work.part, work.chosen(self.capacity)
         block = skipping_kept(work, self.capacity)
-        split = c * work.segments * (not work.documents)                   # any number of tokens is in segments
+        split = c * work.segments * (not work.documents)  # any number of tokens is in segments
         routers = 2 * router_kept(work, d // 4) + 64 * work.tokens
-        inside = block.inside + c * b * d + split                          # attention's own update is kept
+        inside = block.inside + c * b * d + split  # attention's own update is kept
         return Kept(m * b * d, inside, block.inner + split, routers, block.working)
 
     def summed(self, layer: str, work: Workload) -> float:

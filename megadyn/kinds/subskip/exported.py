@@ -42,13 +42,24 @@ class SubskipLayer(DenseLayer):
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         h_BTD, valid_BT = stream.hidden_BCD, context.tokens.valid_BC
         attention_BT, mlp_BT = (router(h_BTD).detach() for router in self.router.values())
-        attending, feeding = (pack((lead_BT > 0) & valid_BT, segment_BT=context.tokens.segment_BC)
-                              for lead_BT in (attention_BT, mlp_BT))
-        h_BTD = self.run(self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache)
+        attending, feeding = (
+            pack((lead_BT > 0) & valid_BT, segment_BT=context.tokens.segment_BC)
+            for lead_BT in (attention_BT, mlp_BT)
+        )
+        h_BTD = self.run(
+            self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache
+        )
         return Stream(h_BTD), Routing((attention_BT > 0) & valid_BT, attention_BT.sigmoid())
 
-    def halves(self, h_BTD: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, attending: Packed, feeding: Packed,
-               cache: LayerCache | None) -> Tensor:
+    def halves(
+        self,
+        h_BTD: Tensor,
+        cos_BTK: Tensor,
+        sin_BTK: Tensor,
+        attending: Packed,
+        feeding: Packed,
+        cache: LayerCache | None,
+    ) -> Tensor:
         if any(attending.counts):
             h_BCD, cos_BCK, sin_BCK = (take(x, attending) for x in (h_BTD, cos_BTK, sin_BTK))
             update_BCD, _ = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)

@@ -57,9 +57,15 @@ class SubskipLayer(RoutedLayer):
         super().__init__(ctx, index, loss_scale)
         model, routing = ctx.model, ctx.model.routing
         assert isinstance(routing, Subskip)
-        self.router = nn.ModuleDict({half: TwoLayerRouter(f"{self.name}.router.{half}", ctx, model.hidden_size // 4, 2, F.relu)
-                                     for half in ("attn", "mlp")})
-        self.kept = KeptShare(self.like_this, routing.capacity, routing.temperature_end, routing.temperature_steps)
+        self.router = nn.ModuleDict(
+            {
+                half: TwoLayerRouter(f"{self.name}.router.{half}", ctx, model.hidden_size // 4, 2, F.relu)
+                for half in ("attn", "mlp")
+            }
+        )
+        self.kept = KeptShare(
+            self.like_this, routing.capacity, routing.temperature_end, routing.temperature_steps
+        )
         self.loss_weight = routing.keep_loss_weight
         self.model = model
         self.seed_for, self.first_sample = ctx.make.seed_for, ctx.first_sample
@@ -75,7 +81,9 @@ class SubskipLayer(RoutedLayer):
     def noise(self, leads: Tensor) -> Tensor:
         """The difference of two Gumbel variables, which is logistic, for each lead [B, T/seq, 2]."""
         first = self.first_sample + self.kept.micro_batches * len(leads)
-        uniform = uniform_by_sample(leads, self.seq, self.seed_for, f"{self.name}.gumbel/{self.kept.steps}", first)
+        uniform = uniform_by_sample(
+            leads, self.seq, self.seed_for, f"{self.name}.gumbel/{self.kept.steps}", first
+        )
         return uniform.clamp(1e-7, 1 - 1e-7).logit()
 
     def decide(self, leads: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,14 +98,17 @@ class SubskipLayer(RoutedLayer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         leads = self.leads(stream.hidden).detach()
-        return [Step("routers", self.leads, (stream.hidden,)), Step("choose", lambda x: self.decide(leads)[0], (stream.hidden,))]
+        return [
+            Step("routers", self.leads, (stream.hidden,)),
+            Step("choose", lambda x: self.decide(leads)[0], (stream.hidden,)),
+        ]
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
         """Of each half."""
         leads = self.leads(stream.hidden).flatten(0, 1).sort(dim=0, descending=True).values
         count = capacity_count(share, len(leads))
-        for half, middle in zip(("attn", "mlp"), leads[count - 1:count + 1].mean(dim=0), strict=True):
+        for half, middle in zip(("attn", "mlp"), leads[count - 1 : count + 1].mean(dim=0), strict=True):
             bias = self.get_parameter(f"router.{half}.fc2.bias")
             bias[1] += middle.to(bias.dtype)
 
@@ -106,7 +117,7 @@ class SubskipLayer(RoutedLayer):
         length = attention.shape[1]
         attended, fed = (mask.double().mean(dim=1, keepdim=True) for mask in (attention, mlp))
         square, of_mlp = attention_flops(self.model, length), mlp_flops(self.model, length)
-        linear = block_flops(self.model, length) - square                  # c tokens cost linear c/T + square (c/T)^2
+        linear = block_flops(self.model, length) - square  # c tokens cost linear c/T + square (c/T)^2
         spent = square * attended.square() + (linear - of_mlp) * attended + of_mlp * fed
         return ((linear**2 + 4 * square * spent).sqrt() - linear) / (2 * square)
 
@@ -115,13 +126,20 @@ class SubskipLayer(RoutedLayer):
         kept, gates = self.decide(leads)
         attention, mlp = kept.unbind(-1)
         share = kept.float().mean()
-        self.monitor.record(share_statistics(self.work(attention, mlp)) | gate_statistics(
-            whole_sequence(leads[..., 0].detach(), self.seq).sigmoid(), attention) | {
-                "attention_fraction": attention.float().mean(), "mlp_fraction": mlp.float().mean(), "kept": share,
-                "temperature": torch.full_like(share, self.kept.temperature)})
+        self.monitor.record(
+            share_statistics(self.work(attention, mlp))
+            | gate_statistics(whole_sequence(leads[..., 0].detach(), self.seq).sigmoid(), attention)
+            | {
+                "attention_fraction": attention.float().mean(),
+                "mlp_fraction": mlp.float().mean(),
+                "kept": share,
+                "temperature": torch.full_like(share, self.kept.temperature),
+            }
+        )
         out = self.run(self.halves, stream, gates, choose_where(attention), choose_where(mlp))
         if torch.is_grad_enabled():
-            soft = own_part(kept, self.seq).to(gates.dtype) + (gates - 1)        # the hard choice, with the soft one's gradient
+            # the hard choice, with the soft one's gradient
+            soft = own_part(kept, self.seq).to(gates.dtype) + (gates - 1)
             out = self.attach(out, self.kept.loss(soft.mean()), weight=self.loss_weight)
             self.kept.observe(share)
         return Stream(out, documents=stream.documents)
@@ -137,5 +155,5 @@ class SubskipLayer(RoutedLayer):
         normed = self.post_attention_layernorm(taken)
         update = self.mlp(normed)
         if self.hybrid:
-            update = normed - taken + update             # Z + MLP(Z) in place of u
+            update = normed - taken + update  # Z + MLP(Z) in place of u
         return put_back_shared(hidden, feeding.places, gates[..., 1], update, self.seq)
