@@ -104,6 +104,6 @@ def device_peak(
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(8))
     return (
-        2 * size** 3 / best,
+        2 * size**3 / best,
         f"{2 * size**3 / best / 1e12:.3g} TFLOP/s, a {size} x {size} matrix product here",
     )
