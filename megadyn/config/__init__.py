@@ -4,6 +4,7 @@ from megadyn.config.data import DataConfig, Source
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
 from megadyn.config.run import (
+    REDUCED_IN,
     BatchPlan,
     Config,
     ParallelConfig,
@@ -12,6 +13,7 @@ from megadyn.config.run import (
     check_together,
     engine_settings,
     load_config,
+    reduction_type,
     resolved_config,
     save_config,
 )
@@ -27,6 +29,7 @@ from megadyn.config.training import (
 __all__ = [
     "KERNELS",
     "RECOMPUTE",
+    "REDUCED_IN",
     "BatchPlan",
     "CheckpointConfig",
     "Config",
@@ -43,6 +46,7 @@ __all__ = [
     "check_together",
     "engine_settings",
     "load_config",
+    "reduction_type",
     "resolved_config",
     "save_config",
 ]

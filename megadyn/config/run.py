@@ -73,7 +73,7 @@ class Config:
 
         Not done on construction: OmegaConf builds every section from its defaults first.
         """
-        one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+        one_of("precision", self.precision, PRECISIONS)
         self.output_dir = expanded(self.output_dir, "output_dir")
         self.deepspeed_config = expanded(self.deepspeed_config, "deepspeed_config")
         self.tokenizer.path = expanded(self.tokenizer.path, "tokenizer.path")
@@ -300,9 +300,15 @@ DECIDED_HERE = {
     "zero_force_ds_cpu_optimizer": "the optimizer section",
 }
 """DeepSpeed's keys that may not stand in the JSON, and what they follow from."""
+PRECISIONS = ("fp32", "bf16", "fp16")
 REDUCED_IN = "communication_data_type"
-"""DeepSpeed's key for the type in which gradients are summed over data-parallel ranks: `fp32` unless the JSON has another, or the
-run is in fp16. Its own default is the type of the weights, in which a sum of fp32 gradients would lose 16 of their 24 bits."""
+"""DeepSpeed's key for the type in which gradients are summed over data-parallel ranks."""
+
+
+def reduction_type(settings: dict[str, Any], precision: str) -> str:
+    """The type in which gradients are summed over data-parallel ranks: as the engine settings say, else fp32, or fp16 in a run in
+    fp16. DeepSpeed's own default is the type of the weights, in which a sum of fp32 gradients would lose 16 of their 24 bits."""
+    return settings.get(REDUCED_IN, "fp16" if precision == "fp16" else "fp32")
 
 
 def engine_settings(config: Config) -> dict[str, Any]:
@@ -337,9 +343,8 @@ def engine_settings(config: Config) -> dict[str, Any]:
             stage,
             "at most 2 with training.compile: weights are gathered inside a layer; use ds_configs/zero2.json",
         )
-    reduced_in = settings.setdefault(REDUCED_IN, "fp16" if config.precision == "fp16" else "fp32")
-    if reduced_in not in {"fp32", config.precision}:
-        raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"fp32 or {config.precision}, as precision is")
+    if (reduced_in := reduction_type(settings, config.precision)) not in PRECISIONS:
+        raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"one of {', '.join(PRECISIONS)}")
     if config.precision != "fp32" and stage == 0:
         raise ConfigError(
             f"{path}: zero_optimization.stage",

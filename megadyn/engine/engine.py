@@ -19,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from megadyn.config import BatchPlan, Config, engine_settings
+from megadyn.config import REDUCED_IN, BatchPlan, Config, engine_settings, reduction_type
 from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
 from megadyn.engine.optimizer import (
@@ -187,7 +187,7 @@ class Engine:
             # module, after the last stage's head, which is its loss function, has got its own.
             decided["bf16"] = {"enabled": True, "immediate_grad_update": True}
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
-        return self.settings | decided
+        return self.settings | decided | {REDUCED_IN: reduction_type(self.settings, precision)}
 
     def train_step(
         self,

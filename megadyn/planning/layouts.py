@@ -9,7 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megadyn.config import RECOMPUTE, BatchPlan, Config, batch_plan, check_together, engine_settings
+from megadyn.config import (
+    RECOMPUTE,
+    BatchPlan,
+    Config,
+    batch_plan,
+    check_together,
+    engine_settings,
+    reduction_type,
+)
 from megadyn.costs.memory import Workload
 from megadyn.errors import UserError
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
@@ -166,6 +174,8 @@ class EngineFile(NamedTuple):
     path: str
     zero: dict[str, Any]
     """Its `zero_optimization`."""
+    reduced_in: str = "fp32"
+    """The type in which gradients are summed over data-parallel ranks."""
 
 
 def engine_files(config: Config) -> list[EngineFile]:
@@ -181,9 +191,13 @@ def engine_files(config: Config) -> list[EngineFile]:
                 precision="fp32",
                 deepspeed_config=str(path),
             )
-            zero = engine_settings(alone)["zero_optimization"]
+            found = engine_settings(alone)
+            zero = found["zero_optimization"]
             offloads = any(is_offloaded(zero, what) for what in ("optimizer", "param"))
-            files.setdefault((zero["stage"], offloads), EngineFile(str(path), zero))
+            files.setdefault(
+                (zero["stage"], offloads),
+                EngineFile(str(path), zero, reduction_type(found, config.precision)),
+            )
     return [files[kind] for kind in sorted(files)]
 
 
@@ -247,7 +261,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     crossing = work.batch * work.length * (work.bytes * config.model.hidden_size / work.parts + 8)
     send = machine.seconds(crossing, machine.gpus)
     passes = simulate(forward, backward, plan.micro_batches, send)
-    reduced = data_bytes(work, cuts, settings.zero["stage"], plan)
+    reduced = data_bytes(work, cuts, settings.zero["stage"], plan, NUMBER_BYTES[settings.reduced_in])
     reducing = machine.seconds(reduced, tensor * plan.data_parallel)
     step = max(passes.step, reducing) if settings.zero.get("overlap_comm") else passes.step + reducing
     step += offloading_s(work, cuts, config.precision, settings.zero, plan, machine)
@@ -312,20 +326,22 @@ def shares_summed(work: Workload) -> list[float]:
     return [model.routing.summed(layer, work) for layer in model.layer_types]
 
 
-def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: BatchPlan) -> float:
+def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: BatchPlan, summed: int) -> float:
     """Sent by a rank of the largest stage over its data-parallel group in a step, as DeepSpeed's optimizers do it.
 
-    ZeRO 0 and 1 sum gradients once a step, in the type of the weights; from 1 on the new weights are gathered.
-    ZeRO 2 sums them for every micro-batch. ZeRO 3 gathers weights for both passes of it, and scatters the sums.
+    ZeRO 0 and 1 sum gradients, of `summed` bytes a number, once a step; from 1 on the new weights are gathered. ZeRO 2 sums
+    gradients for every micro-batch. ZeRO 3 gathers weights for both passes of it, and scatters the sums.
     """
-    sent = (
-        max(stage_parameters(work.model, work.tensor, cuts))
-        * work.bytes
-        * (plan.data_parallel - 1)
-        / plan.data_parallel
-    )
-    times = {0: 2, 1: 2 + 1, 2: 2 * plan.micro_batches + 1, 3: 3 * plan.micro_batches}
-    return sent * times[zero_stage]
+    count = max(stage_parameters(work.model, work.tensor, cuts))
+    sent = count * (plan.data_parallel - 1) / plan.data_parallel
+    gathered = work.bytes
+    numbers = {
+        0: 2 * summed,
+        1: 2 * summed + gathered,
+        2: 2 * summed * plan.micro_batches + gathered,
+        3: (2 * gathered + summed) * plan.micro_batches,
+    }
+    return sent * numbers[zero_stage]
 
 
 def offloading_s(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megadyn.config import engine_settings
+from megadyn.config import engine_settings, reduction_type
 from megadyn.errors import ConfigError
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_config, tiny_tokens
@@ -102,9 +102,10 @@ def test_groups_wait_as_long_as_the_run_allows(sent: dict[str, Any]) -> None:
 
 def test_the_type_is_fp32_unless_another_is_asked_for(tmp_path: Path) -> None:
     config = tiny_config("dtf", precision="bf16")
-    assert engine_settings(config)["communication_data_type"] == "fp32"
+    assert reduction_type(engine_settings(config), "bf16") == "fp32"
+    assert reduction_type(engine_settings(config), "fp16") == "fp16"
     path = tmp_path / "settings.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "communication_data_type": "fp16"}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "communication_data_type": "half"}))
     config.deepspeed_config = str(path)
-    with pytest.raises(ConfigError, match="must be fp32 or bf16, as precision is"):
+    with pytest.raises(ConfigError, match="must be one of fp32, bf16, fp16"):
         engine_settings(config)
