@@ -1,6 +1,6 @@
 """The model as one ordered list of layers; a pipeline stage is a stretch of the list.
 
-Embed, the layers of `ModelConfig.layer_types`, FinalNorm, Head
+These are Embed, the layers of `ModelConfig.layer_types`, FinalNorm and Head.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,15 @@
 """Measure how fast and how large parts of megadyn are; prints a table, and with --json one object.
 
-python tools/benchmark.py data [options]        # text to a dataset; `data --help` says more
-python tools/benchmark.py samples [options]     # opening, cutting, blending and reading datasets
-python tools/benchmark.py step [options]        # a training step of every kind of model, against dense and transformers
-python tools/benchmark.py layer [options]       # where the time of each kind of layer goes
-python tools/benchmark.py checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
-python tools/benchmark.py scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
-python tools/benchmark.py soak [options]        # thousands of tiny steps of every kind of routing: does it last?
-python tools/benchmark.py flips [options]       # what a layout computes under recorded routing choices, and under its own
+    python tools/benchmark.py data [options]        # text to a dataset; `data --help` says more
+    python tools/benchmark.py samples [options]     # opening, cutting, blending and reading datasets
+    python tools/benchmark.py step [options]        # a training step of every kind of model, against dense and transformers
+    python tools/benchmark.py layer [options]       # where the time of each kind of layer goes
+    python tools/benchmark.py checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
+    python tools/benchmark.py scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
+    python tools/benchmark.py soak [options]        # thousands of tiny steps of every kind of routing: does it last?
+    python tools/benchmark.py flips [options]       # what a layout computes under recorded routing choices, and under its own
+
+Each has a `--help` of its own, and `--json`.
 """
 
 import argparse
