@@ -347,7 +347,7 @@ class Engine:
             mean = sum_over(torch.cat([x.reshape(-1) for x in own]), self.grid.dp) / self.grid.dp.size
             # Each tensor rank summed over a data-parallel group of its own, which may round otherwise: they must choose alike.
             parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
-            means = {tracker: part.view_as(x) for tracker, part, x in zip(trackers, parts, own)}
+            means = {tracker: part.view_as(x).to(x.dtype) for tracker, part, x in zip(trackers, parts, own)}
         totals: dict[str, Tensor] = {}
         for name in self.config.model.routing.totals:  # on every stage, also one without a routed layer
             here = [means[tracker] for tracker in by_name.get(name, {}).values()]

@@ -14,6 +14,8 @@ class RunningThreshold(StepTracker):
     be routed.
     """
 
+    dtype = torch.float64  # the mean of equal numbers is then that number, however many there are
+
     def __init__(self, momentum: float, average: float = 0.0, steps: int = 0):
         super().__init__()
         self.momentum = momentum

@@ -14,6 +14,9 @@ class StepTracker(ABC):
     averaged before they count, so nothing depends on how a step is split.
     """
 
+    dtype = torch.float32
+    """Of the means, and of what they are taken into."""
+
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self.micro_batches = 0
@@ -34,8 +37,7 @@ class StepTracker(ABC):
 
     def observe(self, value: Tensor) -> None:
         """A scalar or a vector of one micro-batch; a mean over its samples."""
-        # so that the mean of equal numbers is that number, however many there are
-        value = value.detach().double()
+        value = value.detach().to(self.dtype)
         self._sum = value if self._sum is None else self._sum + value
         self.micro_batches += 1
 

@@ -18,7 +18,7 @@ from tests.end_to_end.test_pretrain import DEEPSPEED, ENVIRONMENT
 from tests.sabotage import in_step, slow_disk
 
 ENDLESS = ("training.iterations=100000", "training.eval_interval=0", "data.validation_fraction=0")
-TIMEOUT = 10.0
+TIMEOUT = 20.0
 INTERVAL = 3
 KILLS = int(os.environ.get("MEGADYN_KILLS", 4))
 
