@@ -6,7 +6,8 @@ Trains three times, from the same weights on the same samples: on one process, w
 layout, which chooses for itself; and under the layout with the recorded choices, noting what it would have chosen. Prints how far
 losses and gradient norms lie apart, how many tokens changed places, and how far these lay from their cut, in units of the root
 mean square of the layer's scores in that step. Needs the data that the configuration names (`make quickstart` makes the
-default's). Exit status 1 if curves part by more than 1e-5 under the recorded choices.
+default's). Exit status 1 if, under the recorded choices, a loss or gradient norm of the first `--hold` steps is off by more than
+1e-5. Longer, only a gentle rate keeps curves together: training at a high one multiplies any rounding, whatever the model.
 """
 
 import argparse
@@ -45,6 +46,8 @@ class Comparison:
     loss: float
     """Largest relative difference of a step's loss."""
     grad_norm: float
+    together: int
+    """Steps before one of the two differs by more than `PROMISED`."""
     compared: int
     """Choices."""
     changed: int
@@ -57,10 +60,6 @@ class Comparison:
     farthest: float
     """The largest of all steps."""
     seconds: float
-
-    @property
-    def keeps_promise(self) -> bool:
-        return self.loss <= PROMISED and self.grad_norm <= PROMISED
 
 
 def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: str) -> tuple[Curves, float]:
@@ -93,9 +92,9 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
     return curves_of(folder / "metrics.jsonl"), time.perf_counter() - began
 
 
-def apart(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """Largest relative difference."""
-    return max(abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True))
+def apart(found: Sequence[float], wanted: Sequence[float]) -> list[float]:
+    """Relative difference in each step."""
+    return [abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True)]
 
 
 def compare(
@@ -103,11 +102,17 @@ def compare(
 ) -> Comparison:
     moved = flips(whole / CHOICES, folder / CHOICES)
     first = moved.first
+    losses, norms = apart(found.loss, wanted.loss), apart(found.grad_norm, wanted.grad_norm)
+    together = next(
+        (step for step, pair in enumerate(zip(losses, norms, strict=True)) if max(pair) > PROMISED),
+        len(losses),
+    )
     return Comparison(
         name,
-        len(found.loss),
-        apart(found.loss, wanted.loss),
-        apart(found.grad_norm, wanted.grad_norm),
+        len(losses),
+        max(losses),
+        max(norms),
+        together,
         moved.compared,
         moved.changed,
         int(first.steps[0]) if first.changed else None,
@@ -135,7 +140,7 @@ def measure(args: argparse.Namespace) -> list[Comparison]:
 
 def as_table(found: Sequence[Comparison]) -> str:
     rows = [
-        "| choices | loss apart by | gradient norm by | tokens that changed places | at most from the cut | the first |",
+        "| choices | within 1e-5 for | loss apart by | gradient norm by | tokens that changed places, in all | the first |",
         "|---|---|---|---|---|---|",
     ]
     for line in found:
@@ -143,8 +148,8 @@ def as_table(found: Sequence[Comparison]) -> str:
         if line.first_step is not None:
             first = f"step {line.first_step}: {line.first_changed}, at most {line.first_farthest:.1e} from the cut"
         rows.append(
-            f"| {line.run} | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of {line.compared:,} | "
-            f"{line.farthest:.1e} | {first} |"
+            f"| {line.run} | {line.together} steps | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of "
+            f"{line.compared:,}, at most {line.farthest:.1e} from the cut | {first} |"
         )
     return "\n".join(rows)
 
@@ -161,6 +166,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="(default: %(default)s)",
     )
     parser.add_argument("--steps", type=positive, default=200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--hold",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="steps in which curves must stay within 1e-5 (default: %(default)s)",
+    )
     parser.add_argument(
         "--layout", type=layout_of, default=Layout(2, 1, 1), metavar="TxPxD", help="(default: %(default)s)"
     )
@@ -187,5 +199,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(as_table(found))
     if args.json:
         print(json.dumps([asdict(line) for line in found]))
-    if not found[-1].keeps_promise:
+    if found[-1].together < min(args.hold, args.steps):
         raise SystemExit(1)
