@@ -16,6 +16,7 @@ class Source:
     """One dataset of a blend."""
 
     prefix: str
+    """Of its `.bin` and `.idx` files."""
     share: float | None = None
     """Its weight among the others, of any sum; None for all: each by the samples that it has."""
 

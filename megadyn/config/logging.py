@@ -11,11 +11,13 @@ class LoggingConfig:
     interval: int = 10
     """Steps between log lines and metrics."""
     tensorboard: bool = True
+    """Metrics also as TensorBoard events, in OUTPUT_DIR/tensorboard."""
     csv: bool = False
     """The same numbers in metrics.csv: a row is an iteration, a name and a value."""
     wandb: str = "none"
     """Weights & Biases: `none`, `online`, or `offline` (into OUTPUT_DIR/wandb, for `wandb sync` later)."""
     wandb_project: str = "megadyn"
+    """Project that Weights & Biases files the run under."""
     wandb_entity: str | None = None
     """User or team; the account's own when left out."""
     live: str = "auto"

@@ -13,11 +13,15 @@ class ModelConfig:
     """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
 
     hidden_size: int = 512
+    """Width of the residual stream."""
     num_layers: int = 8
+    """Transformer layers, routed ones included."""
     num_heads: int = 8
+    """Query heads in each layer."""
     num_kv_heads: int | None = None
     """Key/value heads (grouped-query attention); all heads when left out."""
     head_dim: int | None = None
+    """Width of a head; `hidden_size / num_heads` when left out."""
     ffn_size: int | None = None
     """Inner width of the SwiGLU; 8/3 of the hidden size, rounded up to 64, when left out."""
     vocab_size: int | None = None
@@ -25,10 +29,15 @@ class ModelConfig:
     max_position: int | None = None
     """Longest sequence the model is meant for; `training.sequence_length` when left out."""
     rope_theta: float = 10000.0
+    """Base of the rotary positions' wavelengths."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     qkv_bias: bool = False
+    """Whether queries, keys and values have a bias, as in Qwen2.5."""
     tie_embeddings: bool = False
+    """Whether the output head shares the embedding's weight."""
     init_std: float = 0.02
+    """Standard deviation of the normal distribution that weights are drawn from."""
     normalization: str = "pre"
     """`pre`; `lns` (pre-norms scaled by 1/sqrt(layer), arXiv 2502.05795); `hybridnorm` (norms on q, k, v and after attention,
     arXiv 2503.04598)."""

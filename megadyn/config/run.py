@@ -39,7 +39,9 @@ class TokenizerConfig:
 @dataclass
 class ParallelConfig:
     tensor: int = 1
+    """Ranks that share out each layer's heads and widths (arXiv 1909.08053)."""
     pipeline: int = 1
+    """Stages that share out the layers. What is left of the processes is data-parallel."""
     sequence: bool = False
     """Sequence parallelism: tensor ranks share out the sequence wherever they share neither heads nor widths."""
 
@@ -55,18 +57,27 @@ class ParallelConfig:
 @dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the transformer, and which of its layers skip tokens."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Datasets to train and evaluate on."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer of these datasets."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the processes share out the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and the learning-rate schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length of the run, batch sizes, evaluation and fault handling."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save, and where to start from."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What the run reports, and where."""
     precision: str = "bf16"
     """`fp32`, or `bf16` / `fp16` with fp32 master weights."""
     deepspeed_config: str = "ds_configs/zero1.json"
     """JSON with DeepSpeed's engine settings; batch sizes, precision and optimizer come from here instead."""
     output_dir: str = "???"
+    """Folder for checkpoints, metrics and everything else that the run writes. Required."""
 
     def checked(self) -> "Config":
         """Itself, with what was left out filled in. Raises ConfigError for what cannot be.

@@ -15,8 +15,11 @@ class MultipliersConfig:
     """Learning-rate multipliers of the parameter groups."""
 
     base: float = 1.0
+    """Of all parameters that are neither a router's nor a prior's."""
     router: float = 1.0
+    """Of routers and causal predictors."""
     prior: float = 1.0
+    """Of DTF's and STT's priors."""
 
     def check(self) -> None:
         for name in ("base", "router", "prior"):
@@ -26,21 +29,28 @@ class MultipliersConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 3e-4
+    """Largest learning rate of AdamW, reached at the end of the warm-up."""
     min_learning_rate: float = 3e-5
+    """Learning rate at the end of the run, for every schedule but `constant`."""
     schedule: str = "cosine"
     """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
     warmup_iterations: int = 100
+    """Steps over which the learning rate rises linearly from 0."""
     decay_iterations: int | None = None
     """wsd: steps of the closing decay; a tenth of the run when left out. A decay that does not fit behind the warm-up is
     shortened, with a warning."""
     beta1: float = 0.9
+    """AdamW: momentum of the gradient's average."""
     beta2: float = 0.95
+    """AdamW: momentum of the squared gradient's average."""
     eps: float = 1e-8
+    """AdamW: added to the denominator."""
     weight_decay: float = 0.1
     """Applied to matrices only: not to norms, biases, embeddings-of-one-row or router scalars."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
+    """Learning rate of each parameter group, relative to `learning_rate`."""
 
     def check(self) -> None:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
@@ -86,6 +96,7 @@ KERNELS = ("auto", "triton", "torch")
 @dataclass
 class TrainingConfig:
     iterations: int | None = None
+    """Length of the run in steps, those of earlier starts included."""
     tokens: int | None = None
     """Length of the run in tokens (3000000000, 3e9, 3B), instead of `iterations`; rounded up to whole steps. Like `samples`
     and `epochs` it counts what was consumed: it stays the same when a resumed run has another `global_batch_size`."""
@@ -98,7 +109,9 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples that one rank runs at once."""
     sequence_length: int = 1024
+    """Tokens in a sample."""
     seed: int = 1234
+    """Of the starting weights, the order of samples and all random choices."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_samples: int = 64

@@ -149,7 +149,8 @@ def settings_of(name: str) -> dict[str, dict[str, Any]]:
 def other_kinds_key(kind: str, key: str) -> str:
     """Why `model.routing.KEY` is refused: which kinds have it, or what it might be meant for."""
     owners = [name for name in known_kinds() if key in keys_of(find_kind(name))]
-    has = f" ({', '.join(owners)} {'has' if len(owners) == 1 else 'have'})" if owners else ""
+    verb = "has" if len(owners) == 1 else "have"
+    has = f" ({', '.join(owners)} {verb})" if owners else ""
     every = {known for name in known_kinds() for known in keys_of(find_kind(name))}
     return f"routing kind {kind} has no such key{has}{'' if owners else did_you_mean(key, sorted(every))}"
 

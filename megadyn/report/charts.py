@@ -134,7 +134,7 @@ def path(x: Values, y: Values) -> str:
     words, pen_down = [], False
     for a, b in zip(x, y):
         if np.isfinite(b):
-            words.append(f"{'L' if pen_down else 'M'}{a:.1f} {b:.1f}" + ("" if pen_down else "h0"))
+            words.append(f"L{a:.1f} {b:.1f}" if pen_down else f"M{a:.1f} {b:.1f}h0")
         pen_down = bool(np.isfinite(b))
     return "".join(words)
 

@@ -1,6 +1,7 @@
 """What transformers' own programs ask of a model: caches, attention functions, auto classes, a configuration that they read."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -83,8 +84,8 @@ def test_caches_of_transformers_are_refused_in_a_sentence(kind):
     model = tiny_model(kind)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
         for asked in (
-            lambda: model(TOKENS, past_key_values=cache),  # noqa: B023
-            lambda: model.generate(TOKENS, past_key_values=cache, max_new_tokens=2),  # noqa: B023
+            partial(model, TOKENS, past_key_values=cache),
+            partial(model.generate, TOKENS, past_key_values=cache, max_new_tokens=2),
         ):
             with pytest.raises(ValueError, match=f"is a {type(cache).__name__}, which.*makes a MegadynCache"):
                 asked()

@@ -94,7 +94,9 @@ class Nested(Laid, OwnChoice):
 
     def summed(self, layer: str, work: Workload) -> float:
         """Once more for the tokens that pass twice; under sequence parallelism these are also handed out and gathered."""
-        return 1.0 if layer == DENSE else 1.0 + self.capacity * (1.5 if work.sequence else 1.0)
+        if layer == DENSE:
+            return 1.0
+        return 1.0 + self.capacity * (1.5 if work.sequence else 1.0)
 
 
 KIND = Nested

@@ -89,7 +89,9 @@ class Subskip(Laid, OwnChoice):
 
     def summed(self, layer: str, work: Workload) -> float:
         """Under sequence parallelism the chosen are summed once more in each half, when they come together from the parts."""
-        return 1.0 if layer == DENSE else self.capacity * (2.0 if work.sequence else 1.0)
+        if layer == DENSE:
+            return 1.0
+        return self.capacity * (2.0 if work.sequence else 1.0)
 
 
 KIND = Subskip
