@@ -30,19 +30,24 @@ ALONE = """
 import sys
 class Uninstalled:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "megadyn" or name == {package!r}:
+        if name.split(".")[0] in {packages!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Uninstalled())
-import json, torch
+import json, torch, traceback
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({folder!r}, trust_remote_code=True).eval()
 tokens = torch.tensor({tokens!r})
-with torch.no_grad():
-    logits = model(tokens).logits
-    made = model.generate(tokens[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
-print(json.dumps({{"logits": logits.tolist(), "made": made.tolist(), "class": type(model).__name__}}))
+for folder in {folders!r}:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            logits = model(tokens).logits
+            made = model.generate(tokens[:, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)
+        found = {{"logits": logits.tolist(), "made": made.tolist(), "class": type(model).__name__}}
+    except Exception:
+        found = {{"failed": traceback.format_exc()}}
+    print(json.dumps(found))
 """
-"""Loads an export as someone would who has neither megadyn nor the kind's package."""
+"""Loads exports as someone would who has neither megadyn nor the kinds' packages."""
 
 
 def write_export(case: Case, folder: Path) -> tuple[Network, Any]:
@@ -102,17 +107,34 @@ def decoded(model: Any, tokens: Tensor, first: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def the_export_runs_alone(case: Case, folder: Path) -> None:
-    """With megadyn and the kind's package uninstalled it loads, scores and generates; read back here, it is the same model."""
-    network, config = write_export(case, folder)
+def run_alone(folders: dict[Case, Path]) -> dict[Case, dict[str, Any]]:
+    """What each case's export gives in a process of its own, with megadyn and the kinds' packages uninstalled: one process for
+    all, as to start one takes seconds."""
     tokens, _ = tokens_like(2)
-    package = find_kind(case.kind).__module__.partition(".")[0]
-    program = ALONE.format(package=package, folder=str(folder), tokens=tokens.tolist())
+    packages = {"megadyn", *(find_kind(case.kind).__module__.partition(".")[0] for case in folders)}
+    program = ALONE.format(
+        packages=sorted(packages),
+        folders=[str(folder) for folder in folders.values()],
+        tokens=tokens.tolist(),
+    )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=next(iter(folders.values())),
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(folders, answers, strict=True))
+
+
+def the_export_runs_alone(case: Case, folder: Path, found: dict[str, Any]) -> None:
+    """Its export into `folder`, of which `found` is what `run_alone` gave, loads, scores and generates without megadyn; read
+    back here, it is the same model."""
+    assert "failed" not in found, found["failed"][-3000:]
+    network, config = network_of(case)
+    network, (tokens, _) = network.float(), tokens_like(2)
     assert found["class"] == "MegadynForCausalLM"
     assert_close(torch.tensor(found["logits"]), logits_of(network, tokens, "causal"), rtol=0, atol=1e-4)
     assert torch.tensor(found["made"]).shape == (2, 16)

@@ -12,7 +12,7 @@ from tests.parity.curves import KINDS, SEED, Case, config_of
 from tests.ranks import run_on_ranks
 from tests.tiny import micro_batches, tiny_tokens
 
-STEPS, SAVED = 6, 2
+STEPS, SAVED = 4, 2
 """Saved within the warm-up of the learning rate and of DTRNet's loss."""
 
 SAME = [
