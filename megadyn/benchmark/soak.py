@@ -170,6 +170,8 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
         is_exact=case.routing.has_topk,
         follows=case.routing.uses_threshold,
         is_signed=case.routing.has_signed_gate,
+        is_chance=case.routing.gate_is_chance,
+        in_mean=case.routing.held_in_mean,
     )
 
 

@@ -71,6 +71,10 @@ class Soaked:
     """Its causal rule is a running threshold."""
     is_signed: bool = False
     """Its gate may be any number."""
+    is_chance: bool = False
+    """Its gate is the probability of being chosen, and multiplies nothing."""
+    in_mean: bool = False
+    """`share` is that of all routed layers together."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Soaked":
@@ -131,8 +135,11 @@ def scalars(soaked: Soaked, length: int) -> Iterator[Verdict]:
 
 
 def shares(soaked: Soaked, length: int) -> Iterator[Verdict]:
-    for layer, values in soaked.by_layer("routed_fraction").items():
-        share, wanted = late(values), soaked.share
+    found = {f"layer {layer}": late(values) for layer, values in soaked.by_layer("routed_fraction").items()}
+    if soaked.in_mean and found:
+        found = {"all layers": statistics.fmean(found.values())}
+    for what, share in found.items():
+        wanted = soaked.share
         if wanted is None:
             level = SEEN
         elif not soaked.is_exact:
@@ -140,7 +147,7 @@ def shares(soaked: Soaked, length: int) -> Iterator[Verdict]:
         else:
             level = OK if abs(share - max(1, int(wanted * length)) / length) < 1e-5 else FAIL
         yield Verdict(
-            level, f"layer {layer}: share {share:.3f}" + ("" if wanted is None else f", planned {wanted:g}")
+            level, f"{what}: share {share:.3f}" + ("" if wanted is None else f", planned {wanted:g}")
         )
 
 
@@ -148,8 +155,10 @@ def gates(soaked: Soaked, length: int) -> Iterator[Verdict]:
     others = soaked.by_layer("gate_unrouted")
     for layer, values in soaked.by_layer("gate_routed").items():
         chosen, rest = late(values), late(others[layer])
-        text = f"layer {layer}: gate of chosen tokens {chosen:.3g}, of others {rest:.3g}"
-        if abs(chosen) < CLOSED or (chosen > OPEN and rest > OPEN and not soaked.is_signed):
+        what = "chance to be chosen" if soaked.is_chance else "gate"
+        text = f"layer {layer}: {what} of chosen tokens {chosen:.3g}, of others {rest:.3g}"
+        dead = abs(chosen) < CLOSED and not soaked.is_chance
+        if dead or (chosen > OPEN and rest > OPEN and not soaked.is_signed):
             yield Verdict(FAIL, text)
         elif abs(chosen) < CLOSING or abs(chosen - rest) < APART:
             yield Verdict(WARN, text)

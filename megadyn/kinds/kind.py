@@ -73,6 +73,10 @@ class Kind:
     """Settings that the conformance suite tries beside the defaults and the causal rules: a name -> keys."""
     straight_through: ClassVar[bool] = False
     """Its routers' gradients are not those of the loss, on purpose."""
+    held_in_mean: ClassVar[bool] = False
+    """`share` is that of all routed layers together; one layer may take more than another."""
+    gate_is_chance: ClassVar[bool] = False
+    """The gate in its statistics is the probability that a token is chosen, and multiplies nothing."""
     benchmark: ClassVar[str] = ""
     """How benchmarks run it unless told otherwise, `NAME:CAPACITY`; by its name alone if empty."""
     equals_dense: ClassVar[bool] = True

@@ -30,6 +30,10 @@ what the rule could know are lost in generation."""
 SHARE_FACTOR = 1.5
 """Between the share of tokens that a layer takes and the planned one, either way: so far are costs off from the plan's."""
 
+MEAN_SHARE = "mean_share"
+"""Added to the statistics of kinds whose layers are held to their mean share: that mean in the first layer, NaN in the others, so
+that it is told once."""
+
 Statistics = dict[str, float]
 
 
@@ -78,7 +82,7 @@ Told = tuple[float, str] | None
 
 def dead_gate(found: Statistics, routing: Kind, planned: float) -> Told:
     size = gate_size(found, routing)
-    if found["routed_fraction"] == 0 or not size < DEAD_GATE:
+    if routing.gate_is_chance or found["routed_fraction"] == 0 or not size < DEAD_GATE:
         return None
     return (
         size,
@@ -88,7 +92,7 @@ def dead_gate(found: Statistics, routing: Kind, planned: float) -> Told:
 
 def closed_gate(found: Statistics, routing: Kind, planned: float) -> Told:
     size = gate_size(found, routing)
-    if found["routed_fraction"] == 0 or not DEAD_GATE <= size < CLOSED_GATE:
+    if routing.gate_is_chance or found["routed_fraction"] == 0 or not DEAD_GATE <= size < CLOSED_GATE:
         return None
     return (
         size,
@@ -126,10 +130,11 @@ def chance_choice(found: Statistics, routing: Kind, planned: float) -> Told:
 
 
 def strayed_share(found: Statistics, routing: Kind, planned: float) -> Told:
-    share = found["routed_fraction"]
+    share = found.get(MEAN_SHARE, found["routed_fraction"])
     if not math.isfinite(share) or planned / SHARE_FACTOR <= share <= planned * SHARE_FACTOR:
         return None
-    return share, f"it takes {share:.1%} of tokens, where {planned:.1%} were planned"
+    takes = "all routed layers together take" if MEAN_SHARE in found else "it takes"
+    return share, f"{takes} {share:.1%} of tokens, where {planned:.1%} were planned"
 
 
 CHECKS: dict[str, Callable[[Statistics, Kind, float], Told]] = {
@@ -156,6 +161,16 @@ def settled_at(config: Config) -> int:
     return max(config.optimizer.warmup_iterations, config.model.routing.settling_steps)
 
 
+def with_mean_share(statistics: dict[int, Statistics]) -> dict[int, Statistics]:
+    """The statistics by layer, with MEAN_SHARE."""
+    shares = [found["routed_fraction"] for found in statistics.values()]
+    means = [math.fsum(shares) / len(shares), *[math.nan] * (len(shares) - 1)] if shares else []
+    return {
+        layer: found | {MEAN_SHARE: mean}
+        for (layer, found), mean in zip(statistics.items(), means, strict=True)
+    }
+
+
 class RouterHealth:
     """What all reports of this start of a run showed. Rank 0 only."""
 
@@ -175,9 +190,14 @@ class RouterHealth:
         if iteration <= self.settled:
             return []
         new = []
-        for layer, found in sorted(statistics.items()):
-            if any(name not in found for name in NEEDED):
-                continue
+        chosen = {
+            layer: found
+            for layer, found in sorted(statistics.items())
+            if all(name in found for name in NEEDED)
+        }
+        if self.routing.held_in_mean:
+            chosen = with_mean_share(chosen)
+        for layer, found in chosen.items():
             for problem, check in CHECKS.items():
                 key, told = (layer, problem), check(found, self.routing, self.planned)
                 if told is None:

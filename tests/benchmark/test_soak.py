@@ -103,6 +103,16 @@ def test_a_sound_run_breaks_nothing() -> None:
             WARN,
             "layer 1: gate of chosen tokens 0.05, of others 0.02",
         ),
+        (
+            replace(soaked(gate_routed=[0.5, 1e-5]), is_chance=True),
+            WARN,
+            "layer 1: chance to be chosen of chosen tokens 1e-05, of others 0.3",
+        ),
+        (
+            replace(soaked(share=0.9), in_mean=True, is_exact=False),
+            FAIL,
+            "all layers: share 0.500, planned 0.9",
+        ),
         (soaked(gate_routed=[0.5, 0.31]), WARN, "layer 1: gate of chosen tokens 0.31, of others 0.3"),
         (soaked(causal_fraction=[0.5, 0.2]), FAIL, "layer 1: 0.200 of tokens routed causally, planned 0.5"),
         (
@@ -116,6 +126,13 @@ def test_a_sound_run_breaks_nothing() -> None:
 )
 def test_each_bound_can_be_broken(case: Soaked, level: str, text: str) -> None:
     assert levels(case).get(text) == level
+
+
+def test_layers_held_to_their_mean_share_may_differ() -> None:
+    case = replace(soaked(), in_mean=True, is_exact=False)
+    case.curves.layers["3"] = LAYER | {"routed_fraction": [0.5, 0.1]}
+    case.curves.layers["5"] = LAYER | {"routed_fraction": [0.5, 0.9]}
+    assert levels(case) == {}
 
 
 def test_the_table_counts_what_is_broken_and_the_page_says_what_is_seen(tmp_path: Path) -> None:

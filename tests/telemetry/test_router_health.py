@@ -91,6 +91,17 @@ def test_each_problem_is_told_by_its_own_name_and_at_its_bound(kind, changes, pr
     assert shown_by(health, **changes) == ([problem] if problem else [])
 
 
+def test_the_mean_share_is_told_once_of_layers_that_are_held_to_it():
+    health = RouterHealth(tiny_config("subskip"))
+    for layers, told in ((("0.9", "0.1"), []), (("0.1", "0.2"), ["strayed_share"])):
+        statistics = {
+            layer: HEALTHY | {"causal_agreement": 1.0, "routed_fraction": float(share)}
+            for layer, share in enumerate(layers)
+        }
+        found = [health.look(SETTLED + 10 * (1 + report), statistics) for report in range(PERSISTENCE)]
+        assert [finding.problem for finding in sum(found, [])] == told
+
+
 def test_when_all_tokens_attend_with_certainty_the_share_and_the_gate_are_told():
     health = RouterHealth(tiny_config("dtrnet-token"))
     found = shown_by(health, routed_fraction=1.0, gate_routed=1.0, gate_unrouted=0.0)

@@ -34,6 +34,7 @@ class SkipMiddle(OwnChoice):
     legend = {"pressure": "pressure: weight of the gates' mean in the loss"}
     layers = {OUT: "LeavingLayer", BACK: "ReturningLayer"}
     totals = ("pressure",)
+    held_in_mean = True
 
     def check(self) -> None:
         super().check()

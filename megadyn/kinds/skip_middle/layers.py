@@ -17,7 +17,7 @@ from megadyn.routing.tracker import StepTracker
 
 
 class LeavingRouter(nn.Module):
-    """ReLU(w . h + b) in at least float32, [B, T/seq, D] -> [B, T/seq]."""
+    """x = w . h + b in at least float32, [B, T/seq, D] -> [B, T/seq]; m grows by ReLU(x)."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
@@ -27,7 +27,7 @@ class LeavingRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, bias = (upcast(copy_to_tp(param, self.seq)) for param in (self.weight, self.bias))
-        return F.linear(upcast(hidden), weight, bias).squeeze(-1).relu()
+        return F.linear(upcast(hidden), weight, bias).squeeze(-1)
 
 
 class Pressure(StepTracker):
@@ -67,6 +67,16 @@ class MirroredLayer(GatedLayer):
         return self.run(self.update, stream._replace(score=None), gate, choose_where(mask)), gate, mask
 
 
+def movable(gate: Tensor, m: Tensor, x: Tensor, pressure: Tensor) -> Tensor:
+    """The gate [B, T/seq], with a gradient also where it is flat, if the pressure pushes back from there: for tokens that have
+    left (m >= 1) under a pressure below 0, and for x < 0, where m does not grow, under one above 0. Without these a layer that
+    all tokens have left stays empty whatever the pressure becomes."""
+    none = torch.zeros_like(m)
+    lost = torch.where((pressure < 0) & (m >= 1), -m, none)
+    lost = lost + torch.where((pressure > 0) & (m < 1) & (x < 0), -x, none)
+    return gate + lost - lost.detach()
+
+
 class LeavingLayer(MirroredLayer):
     """Of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.score` holds m of this half's layers,
     [B, T/seq, layers]."""
@@ -81,9 +91,9 @@ class LeavingLayer(MirroredLayer):
     def trackers(self) -> dict[str, StepTracker]:
         return {"pressure": self.pressure}
 
-    def accumulate(self, stream: Stream) -> Tensor:
-        """m [B, T/seq]."""
-        step = self.router(stream.hidden)
+    def accumulate(self, stream: Stream, x: Tensor | None = None) -> Tensor:
+        """m [B, T/seq]; x is the router's output where it is known."""
+        step = (self.router(stream.hidden) if x is None else x).relu()
         return step if stream.score is None else stream.score[..., -1] + step
 
     def choose(self, stream: Stream) -> Selection:
@@ -104,10 +114,12 @@ class LeavingLayer(MirroredLayer):
         self.router.bias.add_(1 - m[count - 1 : count + 1].mean())
 
     def forward(self, stream: Stream) -> Stream:
-        m = self.accumulate(stream)
-        out, gate, mask = self.gated(stream, m, pressure=self.pressure.weight.to(m))
+        x = self.router(stream.hidden)
+        m = self.accumulate(stream, x)
+        pressure = self.pressure.weight.to(m)
+        out, gate, mask = self.gated(stream, m, pressure=pressure)
         if torch.is_grad_enabled():
-            out = self.attach(out, self.pressure.weight.to(gate) * gate.mean())
+            out = self.attach(out, pressure * movable(gate, m, x, pressure).mean())
             self.pressure.observe(mask.float().mean())
         m = m.unsqueeze(-1)
         return Stream(

@@ -42,6 +42,8 @@ class Subskip(Laid, OwnChoice):
     layers = {"subskip": "SubskipLayer"}
     totals = ("kept",)
     straight_through = True
+    held_in_mean = True
+    gate_is_chance = True
 
     def check(self) -> None:
         super().check()
