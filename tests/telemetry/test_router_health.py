@@ -98,8 +98,10 @@ def test_the_mean_share_is_told_once_of_layers_that_are_held_to_it():
             layer: HEALTHY | {"causal_agreement": 1.0, "routed_fraction": float(share)}
             for layer, share in enumerate(layers)
         }
-        found = [health.look(SETTLED + 10 * (1 + report), statistics) for report in range(PERSISTENCE)]
-        assert [finding.problem for finding in sum(found, [])] == told
+        found = []
+        for report in range(PERSISTENCE):
+            found += health.look(SETTLED + 10 * (1 + report), statistics)
+        assert [finding.problem for finding in found] == told
 
 
 def test_when_all_tokens_attend_with_certainty_the_share_and_the_gate_are_told():
