@@ -160,7 +160,7 @@ class MegadynConfig(PretrainedConfig):
     head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 1024
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     """Filled in from `rope_theta` (else 10000) if left out."""
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
@@ -177,7 +177,7 @@ class MegadynConfig(PretrainedConfig):
     """May be left out if all layers are dense."""
     document_mask: bool = False
     eod_token_id: int | None = None
-    routing: dict = field(default_factory=lambda: {"kind": "dense"})
+    routing: dict[str, Any] = field(default_factory=lambda: {"kind": "dense"})
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

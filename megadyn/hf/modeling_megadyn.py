@@ -425,7 +425,7 @@ class MegadynModel(MegadynPreTrainedModel):
                 segment_BC = segment_BC + before.segment_B[:, None]
             tokens = tokens._replace(segment_BC=segment_BC)
             sequence_BC = borders.sequence_BC.cumsum(1)
-        theta = cast(dict, self.config.rope_parameters)["rope_theta"]
+        theta = cast(dict[str, Any], self.config.rope_parameters)["rope_theta"]
         cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
         context = Context(
             tokens,

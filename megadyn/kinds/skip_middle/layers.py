@@ -17,7 +17,7 @@ from megadyn.routing.tracker import StepTracker
 
 
 class LeavingRouter(nn.Module):
-    """x = w . h + b in at least float32, [B, T/seq, D] -> [B, T/seq]; m grows by ReLU(x)."""
+    """ReLU(w . h + b) in at least float32, [B, T/seq, D] -> [B, T/seq]."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
@@ -27,7 +27,7 @@ class LeavingRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight, bias = (upcast(copy_to_tp(param, self.seq)) for param in (self.weight, self.bias))
-        return F.linear(upcast(hidden), weight, bias).squeeze(-1)
+        return F.linear(upcast(hidden), weight, bias).squeeze(-1).relu()
 
 
 class Pressure(StepTracker):
@@ -67,13 +67,10 @@ class MirroredLayer(GatedLayer):
         return self.run(self.update, stream._replace(score=None), gate, choose_where(mask)), gate, mask
 
 
-def movable(gate: Tensor, m: Tensor, x: Tensor, pressure: Tensor) -> Tensor:
-    """The gate [B, T/seq], with a gradient also where it is flat, if the pressure pushes back from there: for tokens that have
-    left (m >= 1) under a pressure below 0, and for x < 0, where m does not grow, under one above 0. Without these a layer that
-    all tokens have left stays empty whatever the pressure becomes."""
-    none = torch.zeros_like(m)
-    lost = torch.where((pressure < 0) & (m >= 1), -m, none)
-    lost = lost + torch.where((pressure > 0) & (m < 1) & (x < 0), -x, none)
+def can_return(gate: Tensor, m: Tensor, pressure: Tensor) -> Tensor:
+    """The gate [B, T/seq]; under a pressure below 0 it has the gradient of 1 - m also for tokens that have left (m >= 1), where
+    it is flat. Without it a layer that all tokens have left stays empty whatever the pressure becomes."""
+    lost = torch.where((pressure < 0) & (m >= 1), -m, torch.zeros_like(m))
     return gate + lost - lost.detach()
 
 
@@ -91,9 +88,9 @@ class LeavingLayer(MirroredLayer):
     def trackers(self) -> dict[str, StepTracker]:
         return {"pressure": self.pressure}
 
-    def accumulate(self, stream: Stream, x: Tensor | None = None) -> Tensor:
-        """m [B, T/seq]; x is the router's output where it is known."""
-        step = (self.router(stream.hidden) if x is None else x).relu()
+    def accumulate(self, stream: Stream) -> Tensor:
+        """m [B, T/seq]."""
+        step = self.router(stream.hidden)
         return step if stream.score is None else stream.score[..., -1] + step
 
     def choose(self, stream: Stream) -> Selection:
@@ -114,12 +111,11 @@ class LeavingLayer(MirroredLayer):
         self.router.bias.add_(1 - m[count - 1 : count + 1].mean())
 
     def forward(self, stream: Stream) -> Stream:
-        x = self.router(stream.hidden)
-        m = self.accumulate(stream, x)
+        m = self.accumulate(stream)
         pressure = self.pressure.weight.to(m)
         out, gate, mask = self.gated(stream, m, pressure=pressure)
         if torch.is_grad_enabled():
-            out = self.attach(out, pressure * movable(gate, m, x, pressure).mean())
+            out = self.attach(out, pressure * can_return(gate, m, pressure).mean())
             self.pressure.observe(mask.float().mean())
         m = m.unsqueeze(-1)
         return Stream(
