@@ -1,6 +1,7 @@
 """A soak as a page: a picture of what each router did, and a sentence of what is seen."""
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +112,32 @@ def draw(found: dict[str, Soaked], path: Path) -> None:
 
 
 def draw_losses(panel: Any, rule: str, found: dict[str, Soaked]) -> None:
-    """Of the rule, and of the dense models in grey."""
+    """The rule's loss minus that of the dense model, step by step, as the batches are the same; in grey that of half depth."""
     for name, soaked in found.items():
-        if soaked.rule in (rule, "dense", "dense-half"):
-            is_own, style = soaked.rule == rule, LINES[name.partition("/")[2]]
-            panel.plot(
-                soaked.curves.iterations,
-                soaked.curves.loss,
-                style,
-                color="tab:blue" if is_own else "0.7",
-                lw=1,
-                label=name if is_own else None,
-                zorder=2 if is_own else 1,
-            )
-    lowest = min((min(soaked.curves.loss, default=math.inf) for soaked in found.values()), default=0.0)
-    if math.isfinite(lowest):
-        panel.set_ylim(lowest - 0.1, lowest + 1.5)
-    panel.set_title(f"{rule}: loss (grey: dense)", fontsize=8)
+        precision = name.partition("/")[2]
+        dense = found.get(f"dense/{precision}")
+        if soaked.rule not in (rule, "dense-half") or dense is None:
+            continue
+        steps = [*zip(soaked.curves.iterations, soaked.curves.loss, dense.curves.loss)]
+        above = smoothed([loss - of_dense for _, loss, of_dense in steps])
+        is_own = soaked.rule == rule
+        panel.plot(
+            [iteration for iteration, _, _ in steps],
+            above,
+            LINES[precision],
+            color="tab:blue" if is_own else "0.7",
+            lw=1,
+            label=name if is_own else None,
+            zorder=2 if is_own else 1,
+        )
+    panel.set_title(f"{rule}: loss above dense (grey: half depth)", fontsize=8)
     finish(panel)
+
+
+def smoothed(values: list[float], width: int = 5) -> list[float]:
+    """The mean of each value and its neighbours, `width` of them but at the ends."""
+    half = width // 2
+    return [statistics.fmean(values[max(0, at - half) : at + half + 1]) for at in range(len(values))]
 
 
 def draw_panel(panel: Any, title: str, names: tuple[str, ...], cases: list[Soaked]) -> None:
@@ -147,6 +156,9 @@ def draw_panel(panel: Any, title: str, names: tuple[str, ...], cases: list[Soake
                     lw=1,
                     label=name if precision == "fp32" or len(cases) == 1 else None,
                 )
+    if not panel.lines:
+        panel.set_axis_off()  # this rule has no such statistic
+        return
     panel.set_title(title, fontsize=8)
     finish(panel)
 
