@@ -302,7 +302,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_arguments(parser)
     parser.add_argument(
-        "--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)"
+        "--deepspeed-config", default="zero1", metavar="NAME|FILE", help="(default: %(default)s)"
     )
     add_json_argument(parser)
     return parser.parse_args(argv)
