@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import cache, partialmethod
@@ -223,11 +224,12 @@ def check_settings(command: Command, script: str) -> None:
 
 
 def check_pip(command: Command) -> None:
-    """An extra of ours is one that setup.py has."""
+    """An extra of ours is one that pyproject.toml has."""
     _, install, package = command.words
     assert install == "install"
     if match := re.fullmatch(r"megadyn\[(\w+)\]", package):
-        assert f'"{match[1]}": [' in (ROOT / "setup.py").read_text()
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert match[1] in project["optional-dependencies"]
 
 
 def check_pytest(command: Command) -> None:
