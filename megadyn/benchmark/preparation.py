@@ -51,7 +51,7 @@ FAST_BATCH = 2**22
 FORMS = ("jsonl", "parquet", "jsonl.gz", "jsonl.zst")
 SHARDS, ROW_GROUP = 16, 1000
 READY_SECONDS = 600
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+TOOL = ("-m", "megadyn", "preprocess")
 
 
 class Run(NamedTuple):
@@ -77,7 +77,7 @@ def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) 
     train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
     source = corpus if form == "jsonl" else write_shards(corpus, folder / "shards", form)
     ways: dict[str, Callable[[], Run]] = {
-        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(
+        "megadyn preprocess, start to finish": lambda: start_to_finish(
             source, tokenizer, folder / "dataset", workers
         ),
         "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
@@ -163,7 +163,7 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
     before, began = cpu_of_children(), time.perf_counter()
     command = [
         sys.executable,
-        str(TOOL),
+        *TOOL,
         "--input",
         str(corpus),
         "--tokenizer",
@@ -184,7 +184,7 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
         output, error = process.communicate()
     seconds = time.perf_counter() - began
     if process.returncode:
-        raise UserError(f"{TOOL.name} failed: {error}")
+        raise UserError(f"megadyn preprocess failed: {error}")
     record = json.loads(output.splitlines()[-1])
     return Run(record["text_bytes"], seconds, cpu_of_children() - before, watch.peak_mb())
 

@@ -21,6 +21,8 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from megadyn.commands import COMMANDS, train
+from megadyn.commands.benchmark import BENCHMARKS
 from megadyn.errors import Parser
 from megadyn.kinds import known_kinds
 from tests.tiny import ROOT
@@ -134,12 +136,15 @@ def load(script: str) -> ModuleType:
     return module
 
 
-def parse(module: ModuleType, words: list[str]) -> None:
+def parse(module: ModuleType, words: list[str], by: str = "parse_args") -> None:
     """By the module's own parser, from its argument or the command line; options in full. Raises what that raises."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parser, "__init__", partialmethod(ArgumentParser.__init__, allow_abbrev=False))
         patch.setattr("sys.argv", ["program", *words])
-        module.parse_args(*[words for _ in signature(module.parse_args).parameters])
+        made = getattr(module, by)
+        found = made(*[words for _ in signature(made).parameters])
+        if by == "make_parser":
+            found.parse_args(words)
 
 
 # ---- A check of each program's words. Each raises, or fails, on what the program would not understand.
@@ -150,9 +155,23 @@ def check_tool(command: Command) -> None:
     parse(load(program), words)
 
 
+def check_megadyn(command: Command) -> None:
+    """A sub-command's words by its own parser; `train` as the launch scripts ask."""
+    name, *words = script_of(command.words)[1]
+    if name == "train":
+        args = train.parse_args(words)
+        check_pretrain([str(args.config), *args.overrides], args.processes)
+    elif name == "benchmark":
+        parse(importlib.import_module(BENCHMARKS[words[0]]), words[1:])
+    else:
+        assert name in COMMANDS
+        module = importlib.import_module(f"megadyn.commands.{name}")
+        parse(module, words, "parse_args" if hasattr(module, "parse_args") else "make_parser")
+
+
 def check_benchmark(command: Command) -> None:
     _, (what, *options) = script_of(command.words)
-    parse(importlib.import_module(load("tools/benchmark.py").BENCHMARKS[what]), options)
+    parse(importlib.import_module(BENCHMARKS[what]), options)
 
 
 def check_pretrain(words: list[str], processes: int | None = None) -> None:
@@ -266,6 +285,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "mpirun": check_mpirun,
     "pip": check_pip,
     "megadyn.pretrain": check_alone,
+    "megadyn": check_megadyn,
     "pytest": check_pytest,
     ".": check_dot,
     "tail": check_tail,
