@@ -1,9 +1,9 @@
-"""Says whether a run can start: its configuration, its layout on as many processes, the hosts of a hostfile.
+"""Say whether a run can start: its configuration, its layout on a number of processes, the hosts of a hostfile.
 
     megadyn check examples/dtf_3b/config.yaml --hostfile hosts --ssh
     megadyn check examples/dtf_3b/config.yaml --processes 64
 
-The scripts in examples/launch/ ask it first, so that a mistake is one line and not one a rank.
+The scripts in examples/launch/ ask it first, so that a mistake is one line, not one per rank.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     )
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
-    number.add_argument("--hostfile", type=user_path, metavar="FILE", help="a host a line as `name slots=8`")
+    number.add_argument("--hostfile", type=user_path, metavar="FILE", help="one host per line: `name slots=8`")
     parser.add_argument(
         "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
     )

@@ -6,8 +6,8 @@
 The checkpoint may be of any number of ranks. Loss is the mean over predicted tokens in nats, perplexity its exponential.
 Bits per byte are loss / ln 2, times tokens per byte of text: those of the whole dataset, as PREFIX.json counts them.
 With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and `bits_per_byte` by routing
-(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`; a figure that is
-no finite number is null.
+(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`; NaN and
+infinity become null.
 """
 
 import argparse

@@ -103,7 +103,14 @@ def read_commands(name: str, text: str) -> list[Command]:
             running[match.end() :].partition("\n")[0],
         )
         command = as_command(f"{name}:{line}", match[1], rest_of_line)
-        if len(command.words) > 1 and (command.program in CHECKS or command.program.endswith((".py", ".sh"))):
+        is_name = (
+            command.program == "megadyn" and len(command.words) == 2
+        )  # `megadyn train`: the command, not a call
+        if (
+            len(command.words) > 1
+            and not is_name
+            and (command.program in CHECKS or command.program.endswith((".py", ".sh")))
+        ):
             found.append(command)
     return found
 
