@@ -9,16 +9,18 @@ from megadyn.errors import Parser
 from megadyn.paths import user_path
 
 
-def command_parser(name: str, doc: str | None, prog: str | None = None) -> Parser:
+def command_parser(name: str, doc: str | None) -> Parser:
     """The parser of `megadyn NAME`, or of the script in `tools/` that was started: its help names what the user typed.
 
     Args:
+        name: the sub-command, with a word behind it that chooses among what it does.
         doc: paragraphs of text, and one of examples, commands all, which the help ends with.
     """
     script = Path(sys.argv[0])
-    started = f"megadyn {name}"
+    prog = started = f"megadyn {name}"
     if script.parent.name == "tools" and script.suffix == ".py":
-        started, prog = f"python tools/{script.name}", prog or script.name
+        prog = " ".join([script.name, *name.split()[1:]])  # with what `benchmark` measures
+        started = f"python tools/{prog}"
     paragraphs = (doc or "").strip().split("\n\n")
     examples = [
         text
@@ -29,7 +31,7 @@ def command_parser(name: str, doc: str | None, prog: str | None = None) -> Parse
         line.strip().replace(f"megadyn {name}", started) for text in examples for line in text.splitlines()
     ]
     return Parser(
-        prog=prog or started,
+        prog=prog,
         description="\n\n".join(text for text in paragraphs if text not in examples),
         epilog="\n    ".join(["examples:" if len(commands) > 1 else "example:", *commands]),
         formatter_class=HelpText,

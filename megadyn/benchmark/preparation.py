@@ -1,6 +1,6 @@
 """How fast text becomes a dataset, start to finish, beside what its tokenizer alone can do.
 
-    python tools/benchmark.py data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
+    megadyn benchmark data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
 
 The corpus is JSONL of the source code and documentation on this machine; what there is too little of comes again with
 its lines in another order. With another `--form` the tool reads the same documents from shards in that one. All runs
@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megadyn.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.data.indexed import files_of
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.files import os_errors_named
 from megadyn.paths import user_path
 from megadyn.prepare.compression import SUFFIXES as CODECS
@@ -343,9 +343,7 @@ def as_table(figures: Sequence[Figure], megabytes: int, form: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark data", __doc__)
     parser.add_argument(
         "--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)"
     )

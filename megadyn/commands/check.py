@@ -25,7 +25,9 @@ def make_parser() -> Parser:
     )
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
-    number.add_argument("--hostfile", type=user_path, metavar="FILE", help="one host per line: `name slots=8`")
+    number.add_argument(
+        "--hostfile", type=user_path, metavar="FILE", help="one host per line: `name slots=8`"
+    )
     parser.add_argument(
         "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
     )

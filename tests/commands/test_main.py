@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from megadyn import __version__
 from megadyn.commands import COMMANDS, main
+from megadyn.commands.benchmark import BENCHMARKS
 from megadyn.config import load_config, resolved_config
 from tests.tiny import ROOT
 
@@ -139,3 +140,10 @@ def test_train_refuses_once_what_no_rank_could_run(capsys, monkeypatch, tmp_path
 def test_every_module_of_the_package_is_a_command():
     folder = Path(import_module("megadyn.commands").__file__).parent
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(COMMANDS)
+
+
+def test_each_benchmark_shows_how_it_is_started():
+    for name, module in BENCHMARKS.items():
+        text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        assert f'command_parser("benchmark {name}", __doc__)' in text
+        assert f"    megadyn benchmark {name}" in text.split('"""')[1]

@@ -80,6 +80,7 @@ def test_the_wheel_holds_the_package_and_what_it_reads(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("megadyn/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megadyn").rglob("*.py")}
+    modules |= {f"megadyn/{path.relative_to(ROOT)}" for path in (ROOT / "examples/quickstart").glob("*.py")}
     assert modules <= held and wheel.name.startswith(f"megadyn-{__version__}-")
     others = {name for name in held if not name.endswith(".py")}
     expected = {"megadyn/py.typed", "megadyn/report/page.css", "megadyn/report/page.js"}
