@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from megadyn import __version__
+import megadyn
 from megadyn.errors import UserError, did_you_mean, run_tool
 
 COMMANDS = {
@@ -59,7 +59,7 @@ def dispatch(words: Sequence[str]) -> int:
         print(overview())
         return 0
     if name == "--version":
-        print(f"megadyn {__version__}")
+        print(f"megadyn {megadyn.__version__}")
         return 0
     if name not in COMMANDS:
         raise UserError(
