@@ -21,10 +21,10 @@ ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 install: $(VENV)/installed
 
 # torch goes first and alone: asked for by another package, pip might take another build of it.
-$(VENV)/installed: requirements.txt setup.py
+$(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet -r requirements.txt -r requirements-dev.txt
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -2,9 +2,47 @@
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
+from megadyn.errors import Parser
 from megadyn.paths import user_path
+
+
+def command_parser(name: str, doc: str | None) -> Parser:
+    """The parser of `megadyn NAME`, or of the script in `tools/` that was started: its help names what the user typed.
+
+    Args:
+        name: the sub-command, with a word behind it that chooses among what it does.
+        doc: paragraphs of text, and one of examples, commands all, which the help ends with.
+    """
+    script = Path(sys.argv[0])
+    prog = started = f"megadyn {name}"
+    if script.parent.name == "tools" and script.suffix == ".py":
+        prog = " ".join([script.name, *name.split()[1:]])  # with what `benchmark` measures
+        started = f"python tools/{prog}"
+    paragraphs = (doc or "").strip().split("\n\n")
+    examples = [
+        text
+        for text in paragraphs
+        if all(re.match(r"\s*(megadyn|mpirun) ", line) for line in text.splitlines())
+    ]
+    commands = [
+        line.strip().replace(f"megadyn {name}", started) for text in examples for line in text.splitlines()
+    ]
+    return Parser(
+        prog=prog,
+        description="\n\n".join(text for text in paragraphs if text not in examples),
+        epilog="\n    ".join(["examples:" if len(commands) > 1 else "example:", *commands]),
+        formatter_class=HelpText,
+    )
+
+
+class HelpText(argparse.RawDescriptionHelpFormatter):
+    """Texts as they are written; names of options and what they mean on one line where both fit."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

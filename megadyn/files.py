@@ -34,6 +34,15 @@ def os_errors_named(subject: Path | str) -> Iterator[None]:
 
 def readable(path: Path) -> None:
     """Gives a file the mode of any new one, where a library (safetensors) made it for the owner alone."""
+    path.chmod(0o666 & ~_umask())
+
+
+def executable(path: Path) -> None:
+    """Gives a file the mode of a new program."""
+    path.chmod(0o777 & ~_umask())
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    return mask

@@ -317,11 +317,11 @@ def say(error: Exception) -> None:
     print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
 
 
-def main_of_a_rank() -> NoReturn:
+def main_of_a_rank(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` for a process of its own. One that failed waits for nothing: not for collectives that will never end."""
     faulthandler.enable()  # a segmentation fault shows where
     try:
-        status = main()
+        status = main(argv)
     except Exception:
         traceback.print_exc()
         status = 1

@@ -15,6 +15,8 @@ from megadyn.kinds import BUILT_IN, DENSE, find_kind
 
 PACKAGE = Path(__file__).parents[1] / "megadyn"
 ROOMS = (
+    "__main__",
+    "commands",
     "benchmark",
     "pretrain",
     "report",

@@ -1,75 +1,9 @@
-"""Says whether a run can start: its configuration, its layout on as many processes, the hosts of a hostfile.
+"""`megadyn check` as a script."""
 
-    python tools/check_launch.py examples/dtf_3b/config.yaml --hostfile hosts --ssh
-    python tools/check_launch.py examples/dtf_3b/config.yaml --processes 64
+from megadyn.commands.check import main, parse_args
+from megadyn.errors import run_tool
 
-The scripts in examples/launch/ ask it first, so that a mistake is one line and not one a rank.
-"""
-
-import argparse
-import json
-from collections.abc import Sequence
-
-from megadyn.arguments import positive
-from megadyn.config import batch_plan, engine_settings, load_config
-from megadyn.errors import Parser, UserError, run_tool
-from megadyn.launch.hosts import check_ssh, read_hostfile
-from megadyn.paths import user_path
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
-    )
-    number = parser.add_mutually_exclusive_group()
-    number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
-    number.add_argument("--hostfile", type=user_path, metavar="FILE", help="a host a line as `name slots=8`")
-    parser.add_argument(
-        "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the layout as one JSON object in the last line"
-    )
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    zero_stage = engine_settings(config)["zero_optimization"]["stage"]
-    hosts = read_hostfile(args.hostfile) if args.hostfile else []
-    processes = args.processes or sum(host.slots for host in hosts) or None
-    plan = batch_plan(config, processes) if processes else None
-    if args.ssh:
-        if not hosts:
-            raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
-        check_ssh(hosts)
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"
-    if plan:
-        on = f" of {len(hosts)} host{'s'[: len(hosts) - 1]}" if hosts else ""
-        text += (
-            f" x data {plan.data_parallel} on {processes:,} processes{on}, "
-            f"{plan.micro_batches} micro-batches of {plan.micro_batch} each"
-        )
-    print(text)
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "processes": processes,
-                    "hosts": [host.name for host in hosts],
-                    "tensor": tensor,
-                    "pipeline": pipeline,
-                    "data": plan.data_parallel if plan else None,
-                    "zero_stage": zero_stage,
-                }
-            )
-        )
-    return 0
-
+__all__ = ["main", "parse_args"]
 
 if __name__ == "__main__":
     raise SystemExit(run_tool(main))

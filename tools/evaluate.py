@@ -1,72 +1,9 @@
-"""Loss, perplexity and bits per byte of a run's checkpoint, or of an exported model, on an indexed dataset.
+"""`megadyn evaluate` as a script."""
 
-    python tools/evaluate.py --checkpoint runs/quickstart --data runs/quickstart/data/validation
-    python tools/evaluate.py --checkpoint runs/quickstart/hf --data runs/quickstart/data/validation --routing causal
+from megadyn.commands.evaluate import main, parse_args
+from megadyn.errors import run_tool
 
-The checkpoint may be of any number of ranks. Loss is the mean over predicted tokens in nats, perplexity its exponential.
-Bits per byte are loss / ln 2, times tokens per byte of text: those of the whole dataset, as PREFIX.json counts them.
-With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and `bits_per_byte` by routing
-(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`; a figure that is
-no finite number is null.
-"""
-
-import argparse
-import json
-from collections.abc import Sequence
-
-from megadyn.arguments import add_json_argument, positive
-from megadyn.errors import Parser, run_tool
-from megadyn.evaluation.losses import evaluate
-from megadyn.paths import user_path
-from megadyn.telemetry.sinks import finite
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--checkpoint",
-        type=user_path,
-        required=True,
-        help="a checkpoint, a run's folder, or a Hugging Face folder",
-    )
-    parser.add_argument("--data", type=user_path, required=True, metavar="PREFIX")
-    parser.add_argument("--routing", choices=("topk", "causal", "both"), default="both")
-    parser.add_argument("--samples", type=positive, help="use only the first so many samples (default: all)")
-    parser.add_argument("--sequence-length", type=positive, help="default: the run's, or the model's longest")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    add_json_argument(parser)
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    modes = ("topk", "causal") if args.routing == "both" else (args.routing,)
-    result = evaluate(
-        args.checkpoint,
-        args.data,
-        modes=modes,
-        samples=args.samples,
-        batch_size=args.batch_size,
-        sequence_length=args.sequence_length,
-    )
-    bits = result["bits_per_byte"]
-    for mode in modes:
-        per_byte = f", {bits[mode]:.4f} bits per byte" if bits else ""
-        print(f"{mode:>7}: loss {result[mode]:.4f}, perplexity {result['perplexity'][mode]:,.2f}{per_byte}")
-    if not bits:
-        print(
-            f"bits per byte: not known, because nothing says how many bytes of text dataset {args.data} was made of"
-        )
-    if "causal_agreement" in result:
-        print(
-            f"routed {result['routed_fraction']:.1%} of tokens ({modes[-1]}); "
-            f"the causal rule agrees with top-k on {result['causal_agreement']:.1%}"
-        )
-    print(f"{result['tokens']:,} tokens")
-    if args.json:
-        print(json.dumps(finite(result), allow_nan=False))
-    return 0
-
+__all__ = ["main", "parse_args"]
 
 if __name__ == "__main__":
     raise SystemExit(run_tool(main))

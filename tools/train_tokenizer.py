@@ -1,51 +1,9 @@
-"""Train a byte-level BPE tokenizer on text.
+"""`megadyn tokenizer` as a script."""
 
-    python tools/train_tokenizer.py --input corpus/ more.jsonl --vocab-size 16000 --output tokenizer/
+from megadyn.commands.tokenizer import main, parse_args
+from megadyn.errors import run_tool
 
-Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or not at all.
-"""
-
-import argparse
-import json
-
-from megadyn.arguments import add_output_arguments
-from megadyn.errors import Parser, run_tool
-from megadyn.paths import user_path
-from megadyn.prepare.arguments import add_corpus_arguments, corpus_of
-from megadyn.prepare.train_tokenizer import train_tokenizer
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_corpus_arguments(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
-    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
-    add_output_arguments(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    corpus = corpus_of(args)
-    tokenizer = train_tokenizer(corpus, args.vocab_size, args.output, overwrite=args.overwrite)
-    print(f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]} -> {args.output}")
-    if tokenizer.vocab_size < args.vocab_size:
-        print(f"fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs to merge")
-    if corpus.skipped:
-        print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "output": str(args.output),
-                    "vocab_size": tokenizer.vocab_size,
-                    "eod": tokenizer.eod,
-                    "fingerprint": tokenizer.fingerprint,
-                    "skipped": corpus.skipped,
-                }
-            )
-        )
-
+__all__ = ["main", "parse_args"]
 
 if __name__ == "__main__":
     raise SystemExit(run_tool(main))

@@ -9,12 +9,11 @@
 # DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
 # Over ssh the deepspeed command hands on variables of Python and NCCL alone; others stand in ~/.deepspeed_env, NAME=value a line.
 set -euo pipefail
-root=$(dirname "$0")/../..
 options=(--master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then
     by_ssh=(--ssh)
     if [[ -n ${NODE_RANK:-} ]]; then by_ssh=(); fi
-    python "$root/tools/check_launch.py" "$@" --hostfile "$HOSTFILE" "${by_ssh[@]}"
+    python -m megadyn check "$@" --hostfile "$HOSTFILE" "${by_ssh[@]}"
     first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")
     options+=(--hostfile "$HOSTFILE" --no_ssh_check --master_addr "${MASTER_ADDR:-$first}")
     if [[ -n ${NODE_RANK:-} ]]; then
@@ -23,7 +22,7 @@ if [[ -n ${HOSTFILE:-} ]]; then
         options+=(--force_multi)        # a single other host would otherwise be taken for this one
     fi
 else
-    python "$root/tools/check_launch.py" "$@" ${GPUS:+--processes "$GPUS"}
+    python -m megadyn check "$@" ${GPUS:+--processes "$GPUS"}
     options+=(${GPUS:+--num_accelerators "$GPUS"})
 fi
 # shellcheck disable=SC2086     # DEEPSPEED_ARGS are words

@@ -8,13 +8,12 @@
 # MASTER_PORT  (default: 29500)
 # MPIRUN_ARGS  further options of mpirun, such as "--mca btl_tcp_if_include eth0"
 set -euo pipefail
-root=$(dirname "$0")/../..
 if [[ -n ${HOSTFILE:-} ]]; then
-    python "$root/tools/check_launch.py" "$@" --hostfile "$HOSTFILE"
+    python -m megadyn check "$@" --hostfile "$HOSTFILE"
     first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")
     options=(--hostfile "$HOSTFILE")                            # a process for each slot
 elif [[ -n ${GPUS:-} ]]; then
-    python "$root/tools/check_launch.py" "$@" --processes "$GPUS"
+    python -m megadyn check "$@" --processes "$GPUS"
     first=127.0.0.1
     options=(-n "$GPUS" --host "localhost:$GPUS")
 else

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the example in whose folder it stands (as a link):
+# Trains the example in whose folder it stands:
 #   examples/dtf_3b/run.sh [VARIANT.yaml] [key=value ...]
 # VARIANT.yaml  another configuration of the folder (default: config.yaml)
 # LAUNCHER      deepspeed (default), torchrun, mpi or slurm: the script beside the original of this one, with its settings

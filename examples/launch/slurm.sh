@@ -16,7 +16,7 @@
 set -euo pipefail
 nodes=${NODES:-1} gpus=${GPUS:-8}
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    python "$(dirname "$0")/../../tools/check_launch.py" "$@" --processes $((nodes * gpus))
+    python -m megadyn check "$@" --processes $((nodes * gpus))
     exec sbatch --nodes "$nodes" --ntasks-per-node "$gpus" --gpus-per-node "$gpus" --cpus-per-task "${CPUS:-8}" "$0" "$@"
 fi
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -8,7 +8,6 @@
 # RUN_ID        the same on all machines, another for each job that meets at the same port (default: megadyn)
 # MAX_RESTARTS  how often ranks start again, from the last checkpoint, when one has failed (default: 0)
 set -euo pipefail
-root=$(dirname "$0")/../..
 nodes=${NNODES:-1}
 meeting=(--standalone)
 if [[ $nodes != 1 ]]; then
@@ -18,6 +17,6 @@ if [[ $nodes != 1 ]]; then
     fi
     meeting=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id "${RUN_ID:-megadyn}")
 fi
-python "$root/tools/check_launch.py" "$@" ${GPUS:+--processes $((nodes * GPUS))}
+python -m megadyn check "$@" ${GPUS:+--processes $((nodes * GPUS))}
 exec torchrun --nnodes "$nodes" --nproc_per_node "${GPUS:-auto}" --max_restarts "${MAX_RESTARTS:-0}" "${meeting[@]}" \
     -m megadyn.pretrain "$@"

@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training waits for it, how fast it is written, verified and restored.
 
-    python tools/benchmark.py checkpoint [--model dtf:0.5] [--hidden 512] [--layers 8] [--folder DIR] ...
+    megadyn benchmark checkpoint [--model dtf:0.5] [--hidden 512] [--layers 8] [--folder DIR] ...
 
 One process trains as `megadyn.pretrain` does, under the engine settings of `--deepspeed-config`, and saves a checkpoint each
 way, in turns: while training waits (`checkpoint.background: false`), and beside training. The stall is how long training waited;
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from megadyn.arguments import add_json_argument
+from megadyn.arguments import add_json_argument, command_parser
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
 from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
 from megadyn.engine.engine import Engine
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.launch import launch
 from megadyn.parallel.grid import Grid
 from megadyn.paths import user_path
@@ -212,11 +212,7 @@ def as_table(figures: Figures) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark checkpoint", __doc__)
     parser.add_argument(
         "--model", default=DEFAULT_MODELS[1], metavar="KIND[:CAPACITY]", help="(default: %(default)s)"
     )
@@ -225,7 +221,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_arguments(parser)
     parser.add_argument(
-        "--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)"
+        "--deepspeed-config", default="zero1", metavar="NAME|FILE", help="(default: %(default)s)"
     )
     parser.add_argument(
         "--folder",

@@ -1,6 +1,6 @@
 """How far a layout's training parts from that of one process, with choices of its own and with recorded ones.
 
-    python tools/benchmark.py flips [--config examples/quickstart/config.yaml] [--steps 200] [--layout 2x1x1] [key=value ...]
+    megadyn benchmark flips [--config examples/quickstart/config.yaml] [--steps 200] [--layout 2x1x1] [key=value ...]
 
 Trains three times, from the same weights on the same samples: on one process, whose routing choices are recorded; under the
 layout, which chooses for itself; and under the layout with the recorded choices, noting what it would have chosen. Prints how far
@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
 
-from megadyn.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.benchmark.scaling import Layout, layout_of
 from megadyn.benchmark.soak import curves_of, last_error, run_job
 from megadyn.benchmark.soak_bounds import Curves
 from megadyn.config import load_config
-from megadyn.errors import Parser, RunError
+from megadyn.errors import RunError
 from megadyn.files import refuse_existing
 from megadyn.paths import user_path
 from megadyn.routing.recording import flips
@@ -155,9 +155,7 @@ def as_table(found: Sequence[Comparison]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py flips", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark flips", __doc__)
     parser.add_argument(
         "--config",
         type=user_path,

@@ -1,6 +1,6 @@
 """Where the time of a layer goes: each kind of layer and its parts, forward and backward.
 
-    python tools/benchmark.py layer [--models dense dtf:0.5 mod:0.125 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
+    megadyn benchmark layer [--models dense dtf:0.5 mod:0.125 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
 
 One process and one device, a CPU or a GPU. Layers stand in networks of two layers and get what reaches them there, so that they
 choose as many tokens as they are set to. The parts take turns; medians count. What lies between the parts and the whole layer
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.arguments import add_json_argument
+from megadyn.arguments import add_json_argument, command_parser
 from megadyn.benchmark.clock import Laps, add_device_arguments, device_of, machine
 from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.benchmark.parts import WHOLE, TimedPart, choice_of, loss_part, parts_of
 from megadyn.benchmark.step import CHECKED_TOKENS, FP32_TOLERANCE, as_written, shown_error
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.kinds import DENSE, known_kinds
 from megadyn.model.block import Layer, Stream
@@ -262,9 +262,7 @@ def shown(number: float | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py layer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark layer", __doc__)
     parser.add_argument(
         "--models",
         nargs="+",

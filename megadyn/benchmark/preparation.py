@@ -1,6 +1,6 @@
 """How fast text becomes a dataset, start to finish, beside what its tokenizer alone can do.
 
-    python tools/benchmark.py data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
+    megadyn benchmark data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
 
 The corpus is JSONL of the source code and documentation on this machine; what there is too little of comes again with
 its lines in another order. With another `--form` the tool reads the same documents from shards in that one. All runs
@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megadyn.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.data.indexed import files_of
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.files import os_errors_named
 from megadyn.paths import user_path
 from megadyn.prepare.compression import SUFFIXES as CODECS
@@ -51,7 +51,7 @@ FAST_BATCH = 2**22
 FORMS = ("jsonl", "parquet", "jsonl.gz", "jsonl.zst")
 SHARDS, ROW_GROUP = 16, 1000
 READY_SECONDS = 600
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+TOOL = ("-m", "megadyn", "preprocess")
 
 
 class Run(NamedTuple):
@@ -77,7 +77,7 @@ def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) 
     train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
     source = corpus if form == "jsonl" else write_shards(corpus, folder / "shards", form)
     ways: dict[str, Callable[[], Run]] = {
-        "tools/preprocess_data.py, start to finish": lambda: start_to_finish(
+        "megadyn preprocess, start to finish": lambda: start_to_finish(
             source, tokenizer, folder / "dataset", workers
         ),
         "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
@@ -163,7 +163,7 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
     before, began = cpu_of_children(), time.perf_counter()
     command = [
         sys.executable,
-        str(TOOL),
+        *TOOL,
         "--input",
         str(corpus),
         "--tokenizer",
@@ -184,7 +184,7 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
         output, error = process.communicate()
     seconds = time.perf_counter() - began
     if process.returncode:
-        raise UserError(f"{TOOL.name} failed: {error}")
+        raise UserError(f"megadyn preprocess failed: {error}")
     record = json.loads(output.splitlines()[-1])
     return Run(record["text_bytes"], seconds, cpu_of_children() - before, watch.peak_mb())
 
@@ -343,9 +343,7 @@ def as_table(figures: Sequence[Figure], megabytes: int, form: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark data", __doc__)
     parser.add_argument(
         "--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)"
     )

@@ -1,6 +1,6 @@
 """How fast an indexed dataset is opened, cut into samples, blended and read, and in how much memory.
 
-    python tools/benchmark.py samples [--documents 10000000] [--folder DIR] [--json]
+    megadyn benchmark samples [--documents 10000000] [--folder DIR] [--json]
 
 Each figure is the best of several runs, each in a process of its own and on one thread; where other work shares the
 machine, the figure by CPU time is the one to compare. The memory is a whole process's at its largest, mapped files included.
@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megadyn.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.data.blend import BLOCK, Schedule
 from megadyn.data.indexed import HEADER, MAGIC, VERSION, IndexedDataset, IndexedWriter
 from megadyn.data.inspection import verify
 from megadyn.data.samples import SampleSet, sample_places
-from megadyn.errors import Parser, UserError, run_tool
+from megadyn.errors import UserError, run_tool
 from megadyn.files import os_errors_named
 from megadyn.paths import user_path
 from megadyn.prepare.merge import merge_datasets
@@ -250,11 +250,7 @@ def shown(value: float) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="megadyn.benchmark.samples",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("benchmark samples", __doc__)
     parser.add_argument(
         "--documents",
         type=positive,

@@ -1,6 +1,6 @@
 """A training step on 1, 2 and 4 processes, spread over tensor, pipeline and data, against the same step on one.
 
-    python tools/benchmark.py scaling [--layouts 1x1x1 2x1x1 1x2x1 1x1x2 ...] [--model dense] [--global-batch 8] ...
+    megadyn benchmark scaling [--layouts 1x1x1 2x1x1 1x2x1 1x1x2 ...] [--model dense] [--global-batch 8] ...
 
 A layout is tensor x pipeline x data. Every layout has its processes on this machine, alive from the start, and they take turns,
 step by step, on the same samples of one global batch (strong scaling); medians count. All must show the losses of the first. On
@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megadyn.arguments import add_json_argument
+from megadyn.arguments import add_json_argument, command_parser
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, wait
 from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
 from megadyn.config import Config, ParallelConfig, TrainingConfig, batch_plan, engine_settings
 from megadyn.data.batches import micro_batch_ids
 from megadyn.engine.engine import Engine
-from megadyn.errors import Parser, RunError, UserError
+from megadyn.errors import RunError, UserError
 from megadyn.launch import launch
 from megadyn.parallel.grid import make_grid
 
@@ -277,9 +277,7 @@ def layout_of(text: str) -> Layout:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark scaling", __doc__)
     parser.add_argument(
         "--layouts",
         nargs="+",
@@ -302,7 +300,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_arguments(parser)
     parser.add_argument(
-        "--deepspeed-config", default="ds_configs/zero1.json", metavar="FILE", help="(default: %(default)s)"
+        "--deepspeed-config", default="zero1", metavar="NAME|FILE", help="(default: %(default)s)"
     )
     add_json_argument(parser)
     return parser.parse_args(argv)

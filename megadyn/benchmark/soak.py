@@ -1,6 +1,6 @@
 """Thousands of tiny steps of every kind of routing and every causal rule, at a high learning rate: does it last?
 
-    python tools/benchmark.py soak [--steps 5000] [--cases dtf mod-bce/bf16 ...] [--output runs/soak] [--page benchmarks/soak]
+    megadyn benchmark soak [--steps 5000] [--cases dtf mod-bce/bf16 ...] [--output runs/soak] [--page benchmarks/soak]
 
 Each case is a run of the main job on this machine's Python standard library, read as bytes: at a constant rate of 2e-3 with
 ten times that for routers, in fp32 on one process, and in bf16 on two tensor ranks. `--cases` takes cases, or parts of their
@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.arguments import add_json_argument, positive
+from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.benchmark.soak_bounds import FAIL, OK, SEEN, Curves, Soaked, verdicts
 from megadyn.data.indexed import IndexedWriter
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of
 
 LENGTH, BATCH, LAYERS = 32, 8, 4
@@ -297,9 +297,7 @@ def table(found: dict[str, Soaked]) -> tuple[str, int]:
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark soak", __doc__)
     parser.add_argument("--steps", type=positive, default=5000, metavar="N")
     parser.add_argument(
         "--cases",

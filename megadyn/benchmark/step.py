@@ -1,6 +1,6 @@
 """Seconds of a training step (forward, backward, AdamW) of each kind of model, against dense and against transformers' Qwen2.
 
-    python tools/benchmark.py step [--models dense dtf:0.5 mod:0.125 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
+    megadyn benchmark step [--models dense dtf:0.5 mod:0.125 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
 
 One process and one device, a CPU or a GPU. The models take turns, step by step, on the same tokens, so that whatever else
 slows the machine slows all alike; medians count. `qwen2` has the weights of the dense model. DTRNet's routers are set so that as
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megadyn.arguments import above_zero, add_json_argument
+from megadyn.arguments import above_zero, add_json_argument, command_parser
 from megadyn.benchmark.clock import add_device_arguments, device_of, device_peak, machine, timed
 from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, Model, add_shape_arguments, build, shape_line
 from megadyn.config import RECOMPUTE
-from megadyn.errors import Parser, UserError
+from megadyn.errors import UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.model.block import Layer
 from megadyn.parallel.precision import PRECISIONS
@@ -208,9 +208,7 @@ def shown_error(error: float | None) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("benchmark step", __doc__)
     parser.add_argument(
         "--models",
         nargs="+",

@@ -1,7 +1,8 @@
 """The configuration of a run: typed sections, read from YAML and `key=value`, refused early.
 
 `load_config` runs on one CPU before any process group exists. Every check names the key, what it
-holds and what it must be. Relative paths are relative to the working directory, but for those of `extends`.
+holds and what it must be. Relative paths are relative to the working directory, but for those of `extends`, which are
+relative to their file; `deepspeed_config` may be either.
 """
 
 import json
@@ -16,6 +17,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from megadyn.checks import at_least, one_of
 from megadyn.config.data import DataConfig
+from megadyn.config.engine_file import found_beside, read_engine_file
 from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.kinds import settle_kind
 from megadyn.config.logging import LoggingConfig
@@ -74,8 +76,10 @@ class Config:
     """What the run reports, and where."""
     precision: str = "bf16"
     """`fp32`, or `bf16` / `fp16` with fp32 master weights."""
-    deepspeed_config: str = "ds_configs/zero1.json"
-    """JSON with DeepSpeed's engine settings; batch sizes, precision and optimizer come from here instead."""
+    deepspeed_config: str = "zero1"
+    """DeepSpeed's engine settings: `zero0`, `zero1`, `zero2`, `zero3` or `zero3_offload`, which come with megadyn, or the path
+    of a JSON file, relative to the working directory or to the file that names it. Batch sizes, precision and optimizer
+    come from this configuration instead."""
     output_dir: str = "???"
     """Folder for checkpoints, metrics and everything else that the run writes. Required."""
 
@@ -178,6 +182,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: missing or malformed file, unknown key, wrong type, impossible value or combination.
     """
     files = config_layers(Path(path))
+    for file, content in files:
+        found_beside(content, file)
     for word in overrides:
         if not re.match(r"[\w-]+(\.[\w-]+)*=", word):
             raise UserError(f"{word!r} on the command line: must be of the form key=value")
@@ -326,9 +332,7 @@ def engine_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON as the user wrote it: engine settings only, checked against the rest of `config`."""
     path = config.deepspeed_config
     try:
-        settings = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError("deepspeed_config", path, f"a readable file ({error.strerror or error})") from None
+        settings = json.loads(read_engine_file(path))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
@@ -346,13 +350,13 @@ def engine_settings(config: Config) -> dict[str, Any]:
             f"{path}: zero_optimization.stage",
             stage,
             "0 or 1 with parallel.pipeline > 1 (gradients and weights of a pipeline stage stay whole); "
-            "use ds_configs/zero1.json, or parallel.pipeline=1",
+            "use deepspeed_config=zero1, or parallel.pipeline=1",
         )
     if config.training.compile and stage == 3:
         raise ConfigError(
             f"{path}: zero_optimization.stage",
             stage,
-            "at most 2 with training.compile: weights are gathered inside a layer; use ds_configs/zero2.json",
+            "at most 2 with training.compile: weights are gathered inside a layer; use deepspeed_config=zero2",
         )
     if (reduced_in := reduction_type(settings, config.precision)) not in PRECISIONS:
         raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"one of {', '.join(PRECISIONS)}")
@@ -361,6 +365,6 @@ def engine_settings(config: Config) -> dict[str, Any]:
             f"{path}: zero_optimization.stage",
             stage,
             f"at least 1 with precision = {config.precision} (fp32 master weights need a ZeRO optimizer); "
-            "use ds_configs/zero1.json",
+            "use deepspeed_config=zero1",
         )
     return settings

@@ -18,6 +18,7 @@ from megadyn.config import (
     engine_settings,
     reduction_type,
 )
+from megadyn.config.engine_file import shipped_names
 from megadyn.costs.memory import Workload
 from megadyn.errors import UserError
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
@@ -179,25 +180,29 @@ class EngineFile(NamedTuple):
 
 
 def engine_files(config: Config) -> list[EngineFile]:
-    """The configuration's own engine settings, and beside them zero0.json ... zero3.json and zero3_offload.json for other ZeRO
-    stages, with and without offloading."""
+    """The configuration's own engine settings, and for other ZeRO stages, with and without offloading, those of the same names as
+    megadyn's: the files beside its own, or else megadyn's."""
     files: dict[tuple[int, bool], EngineFile] = {}
-    own = Path(config.deepspeed_config)
-    for path in (own, *(own.parent / f"zero{kind}.json" for kind in (0, 1, 2, 3, "3_offload"))):
-        if path == own or path.exists():
-            alone = replace(
-                config,
-                parallel=replace(config.parallel, pipeline=1),
-                precision="fp32",
-                deepspeed_config=str(path),
-            )
-            found = engine_settings(alone)
-            zero = found["zero_optimization"]
-            offloads = any(is_offloaded(zero, what) for what in ("optimizer", "param"))
-            files.setdefault(
-                (zero["stage"], offloads),
-                EngineFile(str(path), zero, reduction_type(found, config.precision)),
-            )
+    own = config.deepspeed_config
+    beside = (
+        [Path(own).with_name(f"{name}.json") for name in shipped_names()]
+        if own not in shipped_names()
+        else []
+    )
+    for path in (own, *(str(path) for path in beside if path.exists()), *shipped_names()):
+        alone = replace(
+            config,
+            parallel=replace(config.parallel, pipeline=1),
+            precision="fp32",
+            deepspeed_config=path,
+        )
+        found = engine_settings(alone)
+        zero = found["zero_optimization"]
+        offloads = any(is_offloaded(zero, what) for what in ("optimizer", "param"))
+        files.setdefault(
+            (zero["stage"], offloads),
+            EngineFile(path, zero, reduction_type(found, config.precision)),
+        )
     return [files[kind] for kind in sorted(files)]
 
 

@@ -18,6 +18,7 @@ from megadyn.config import (
 from megadyn.config.run import DECIDED_HERE
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import expand_layout, make_kind
+from tests.tiny import ROOT
 
 RUN = """
 data: {train: corpus}
@@ -796,9 +797,54 @@ def test_engine_settings_are_what_the_file_holds(tmp_path):
 
 def test_a_missing_engine_file_is_refused_by_name(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"^deepspeed_config = 'no/such\.json': must be a readable file \(No such file"
+        ConfigError,
+        match=r"^deepspeed_config = 'no/such\.json': must be one of zero0, zero1, zero2, zero3, zero3_offload, "
+        r"or a readable file \(No such file or directory\)$",
     ):
         engine_settings(load(tmp_path, "deepspeed_config=no/such.json"))
+
+
+def test_engine_settings_that_come_with_megadyn_go_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = sorted((ROOT / "ds_configs").glob("*.json"))
+    assert len(shipped) == 5
+    for path in shipped:
+        config = load(tmp_path, f"deepspeed_config={path.stem}")
+        assert config.deepspeed_config == path.stem
+        assert engine_settings(
+            load(tmp_path, f"deepspeed_config={path.stem}", "precision=fp32")
+        ) == json.loads(path.read_text())
+    assert engine_settings(load(tmp_path)) == json.loads((ROOT / "ds_configs/zero1.json").read_text())
+
+
+def test_a_path_to_engine_settings_that_come_with_megadyn_is_refused_with_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"; zero3 without folder and suffix is the one that comes with megadyn\)$"
+    ):
+        engine_settings(load(tmp_path, "deepspeed_config=ds_configs/zero3.json"))
+
+
+def test_engine_settings_are_found_beside_the_file_that_names_them_and_first_where_they_always_were(
+    tmp_path, monkeypatch
+):
+    elsewhere, beside = tmp_path / "elsewhere", tmp_path / "project/base"
+    for folder in (elsewhere, beside):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    (beside / "own.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (beside / "base.yaml").write_text("deepspeed_config: own.json\n")
+    config = load(tmp_path / "project", text=RUN + "extends: base/base.yaml\n")
+    assert config.deepspeed_config == str(beside / "own.json")
+    assert engine_settings(config)["zero_optimization"]["stage"] == 2
+    with pytest.raises(
+        ConfigError, match=r"'own\.json'"
+    ):  # on the command line only the working directory counts
+        engine_settings(load(tmp_path / "project", "deepspeed_config=own.json"))
+    (elsewhere / "own.json").write_text('{"zero_optimization": {"stage": 3}}')
+    config = load(tmp_path / "project", text=RUN + "extends: base/base.yaml\n")
+    assert config.deepspeed_config == "own.json"
+    assert engine_settings(config)["zero_optimization"]["stage"] == 3
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "zero_optimization: 1"])
@@ -836,7 +882,8 @@ def test_a_zero_section_that_is_no_section_is_refused(tmp_path, zero):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_pipeline_stages_refuse_a_zero_stage_that_cuts_gradients(tmp_path, stage):
     with pytest.raises(
-        ConfigError, match=rf"stage = {stage}: must be 0 or 1 with parallel\.pipeline > 1 .*zero1\.json"
+        ConfigError,
+        match=rf"stage = {stage}: must be 0 or 1 with parallel\.pipeline > 1 .*deepspeed_config=zero1",
     ):
         engine_settings(
             with_settings(tmp_path, {"zero_optimization": {"stage": stage}}, "parallel.pipeline=2")
@@ -847,7 +894,8 @@ def test_pipeline_stages_refuse_a_zero_stage_that_cuts_gradients(tmp_path, stage
 @pytest.mark.parametrize("settings", [{}, {"zero_optimization": {"stage": 0}}])
 def test_half_precision_refuses_zero_0_which_has_no_master_weights(tmp_path, precision, settings):
     with pytest.raises(
-        ConfigError, match=rf"stage = 0: must be at least 1 with precision = {precision} .*zero1\.json"
+        ConfigError,
+        match=rf"stage = 0: must be at least 1 with precision = {precision} .*deepspeed_config=zero1",
     ):
         engine_settings(with_settings(tmp_path, settings, f"precision={precision}"))
 

@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import tomllib
 from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import cache, partialmethod
@@ -20,6 +21,8 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from megadyn.commands import COMMANDS, train
+from megadyn.commands.benchmark import BENCHMARKS
 from megadyn.errors import Parser
 from megadyn.kinds import known_kinds
 from tests.tiny import ROOT
@@ -100,7 +103,14 @@ def read_commands(name: str, text: str) -> list[Command]:
             running[match.end() :].partition("\n")[0],
         )
         command = as_command(f"{name}:{line}", match[1], rest_of_line)
-        if len(command.words) > 1 and (command.program in CHECKS or command.program.endswith((".py", ".sh"))):
+        is_name = (
+            command.program == "megadyn" and len(command.words) == 2
+        )  # `megadyn train`: the command, not a call
+        if (
+            len(command.words) > 1
+            and not is_name
+            and (command.program in CHECKS or command.program.endswith((".py", ".sh")))
+        ):
             found.append(command)
     return found
 
@@ -133,12 +143,15 @@ def load(script: str) -> ModuleType:
     return module
 
 
-def parse(module: ModuleType, words: list[str]) -> None:
+def parse(module: ModuleType, words: list[str], by: str = "parse_args") -> None:
     """By the module's own parser, from its argument or the command line; options in full. Raises what that raises."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parser, "__init__", partialmethod(ArgumentParser.__init__, allow_abbrev=False))
         patch.setattr("sys.argv", ["program", *words])
-        module.parse_args(*[words for _ in signature(module.parse_args).parameters])
+        made = getattr(module, by)
+        found = made(*[words for _ in signature(made).parameters])
+        if by == "make_parser":
+            found.parse_args(words)
 
 
 # ---- A check of each program's words. Each raises, or fails, on what the program would not understand.
@@ -149,9 +162,23 @@ def check_tool(command: Command) -> None:
     parse(load(program), words)
 
 
+def check_megadyn(command: Command) -> None:
+    """A sub-command's words by its own parser; `train` as the launch scripts ask."""
+    name, *words = script_of(command.words)[1]
+    if name == "train":
+        args = train.parse_args(words)
+        check_pretrain([str(args.config), *args.overrides], args.processes)
+    elif name == "benchmark":
+        parse(importlib.import_module(BENCHMARKS[words[0]]), words[1:])
+    else:
+        assert name in COMMANDS
+        module = importlib.import_module(f"megadyn.commands.{name}")
+        parse(module, words, "parse_args" if hasattr(module, "parse_args") else "make_parser")
+
+
 def check_benchmark(command: Command) -> None:
     _, (what, *options) = script_of(command.words)
-    parse(importlib.import_module(load("tools/benchmark.py").BENCHMARKS[what]), options)
+    parse(importlib.import_module(BENCHMARKS[what]), options)
 
 
 def check_pretrain(words: list[str], processes: int | None = None) -> None:
@@ -223,11 +250,12 @@ def check_settings(command: Command, script: str) -> None:
 
 
 def check_pip(command: Command) -> None:
-    """An extra of ours is one that setup.py has."""
+    """An extra of ours is one that pyproject.toml has."""
     _, install, package = command.words
     assert install == "install"
     if match := re.fullmatch(r"megadyn\[(\w+)\]", package):
-        assert f'"{match[1]}": [' in (ROOT / "setup.py").read_text()
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert match[1] in project["optional-dependencies"]
 
 
 def check_pytest(command: Command) -> None:
@@ -264,6 +292,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "mpirun": check_mpirun,
     "pip": check_pip,
     "megadyn.pretrain": check_alone,
+    "megadyn": check_megadyn,
     "pytest": check_pytest,
     ".": check_dot,
     "tail": check_tail,

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 
+from megadyn.commands import main as megadyn
+from megadyn.commands.train import parse_args as parse_train
 from megadyn.config import Config, load_config
 from megadyn.errors import UserError
 from megadyn.kinds import find_kind, keys_of, known_kinds
@@ -59,22 +61,34 @@ RUN_BY = {
     "tools/benchmark.py soak": "tests/benchmark/test_soak.py",
     "tools/benchmark.py flips": "tests/benchmark/test_flips.py",
 }
+RUN_BY |= {
+    key.replace("tools/benchmark.py", "megadyn benchmark"): test
+    for key, test in RUN_BY.items()
+    if key.startswith("tools/benchmark.py")
+} | {"megadyn completion": "tests/commands/test_completion.py"}
 """Which test runs the programs of unmarked commands that are not run below: a file, or a function of it."""
 
 WITHOUT_TORCH = [
     f"tools/{name}.py" for name in ("train_tokenizer", "preprocess_data", "inspect_dataset", "merge_datasets")
-]
+] + [f"megadyn {name}" for name in ("tokenizer", "preprocess", "inspect", "merge")]
 """Started as processes of their own, which takes little and lets them fork theirs; others run in this one."""
 
 
 def is_run_here(command: Command) -> bool:
     """What takes a second or two on a tiny run."""
-    program = command.program
+    program = key_of(command)
     return (
         not command.is_marked
-        and program != "tools/benchmark.py"
-        and (program.startswith("tools/") or program in ("megadyn.pretrain", "deepspeed"))
+        and not program.startswith(("tools/benchmark.py", "megadyn benchmark", "megadyn completion"))
+        and program.startswith(("tools/", "megadyn ", "megadyn.pretrain", "deepspeed"))
     )
+
+
+def key_of(command: Command) -> str:
+    """Its program; with the sub-command of `megadyn`, and with what a benchmark measures."""
+    program, words = script_of(command.words)
+    parts = {"tools/benchmark.py": 1, "megadyn": 2 if words[:1] == ["benchmark"] else 1}.get(program, 0)
+    return " ".join([program, *words[:parts]])
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +157,7 @@ def test_each_command_is_run_by_a_test_or_says_what_it_needs() -> None:
     for command in COMMANDS:
         if command.is_marked or is_run_here(command):
             continue
-        program, words = script_of(command.words)
-        key = f"{program} {words[0]}" if program == "tools/benchmark.py" else program
+        key = key_of(command)
         assert key in RUN_BY, f"{command}: no test runs it (RUN_BY), and the text has none of {MARKS}"
         file, _, function = RUN_BY[key].partition("::")
         assert f"def {function or 'test_'}" in (ROOT / file).read_text(), RUN_BY[key]
@@ -172,15 +185,21 @@ def run(command: Command) -> None:
         train(command, args.user_args, args.num_gpus)
     elif program == "megadyn.pretrain":
         train(command, words, 1)
-    elif program in WITHOUT_TORCH:
+    elif key_of(command) == "megadyn train":
+        args = parse_train(words[1:])
+        train(command, [str(args.config), *args.overrides], args.processes or 1)
+    elif key_of(command) in WITHOUT_TORCH:
+        start = ["-m", program] if program == "megadyn" else [program]
         done = subprocess.run(
-            [sys.executable, program, *words],
+            [sys.executable, *start, *words],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
+    elif program == "megadyn":
+        assert megadyn(words) == 0, command
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [program, *words])
@@ -222,25 +241,28 @@ def test_the_quickstart_takes_the_steps_that_are_tested_here(root: Path, tmp_pat
         check=True,
     )
     commands = [as_command("run.sh", line, "") for line in taken_down.read_text().splitlines()]
-    assert [command.program.rpartition("/")[2] for command in commands] == [
+    assert [
+        " ".join([Path(command.program).name, *script_of(command.words)[1][: command.program == "megadyn"]])
+        for command in commands
+    ] == [
         "make_corpus.py",
-        "train_tokenizer.py",
-        "preprocess_data.py",
-        "preprocess_data.py",
+        "megadyn tokenizer",
+        "megadyn preprocess",
+        "megadyn preprocess",
         "deepspeed",
-        "convert_checkpoint.py",
-        "evaluate.py",
-        "generate.py",
+        "megadyn export",
+        "megadyn evaluate",
+        "megadyn generate",
         "summarize.py",
     ]
     assert commands[4].words[-4:] == [
-        "examples/quickstart/config.yaml",
+        str(ROOT / "examples/quickstart/config.yaml"),
         "parallel.tensor=2",
         "parallel.pipeline=2",
         "training.iterations=3",
     ]
     for command in commands:
-        if not command.program.startswith("examples/quickstart/"):
+        if not command.program.startswith(str(ROOT / "examples/quickstart/")):
             check(command)
 
 
@@ -312,6 +334,11 @@ def test_each_file_that_a_document_links_to_exists() -> None:
         "    make quick",
         "    HOSTS=hosts examples/dtf_3b/run.sh",
         "    examples/dtf_3b/run.sh huge.yaml",
+        "    megadyn train CONFIG.yaml --processes 3 parallel.tensor=2",
+        "    megadyn evaluate --checkpoint x",
+        "    megadyn trian CONFIG.yaml",
+        "    megadyn benchmark steps",
+        "    megadyn new quickstart --folder x",
         "    pip install megadyn[faster]",
         "See `tools/evaluate.py --checkpoint x --dataset y`.",
         "    curl https://example.org",
@@ -332,4 +359,6 @@ def test_marks_and_settings_are_read() -> None:
     first, second, third = read_commands("x", text)
     assert (first.settings, first.words, first.place) == ({"A": "1", "B": "x y"}, ["make", "test"], "x:4")
     assert [first.is_marked, second.is_marked, third.is_marked] == [True, True, False]
+    (called,) = read_commands("x", "\n`megadyn train` trains, `megadyn new mod` copies.\n")
+    assert called.words == ["megadyn", "new", "mod"]
     assert (second.words, third.words) == (["make", "x", "y"], ["make", "z"])

@@ -1,13 +1,12 @@
-"""The figures of `tools/evaluate.py`, also of a model that diverged."""
+"""The figures of `megadyn evaluate`, also of a model that diverged."""
 
-import importlib.util
 import json
 import math
 
 import pytest
 
+from megadyn.commands import evaluate as tool
 from megadyn.evaluation.losses import perplexity
-from tests.tiny import ROOT
 
 
 def test_perplexity_is_no_number_where_the_loss_is_none():
@@ -17,9 +16,6 @@ def test_perplexity_is_no_number_where_the_loss_is_none():
 
 
 def test_the_object_of_a_model_that_diverged_is_json(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("evaluate_tool", ROOT / "tools/evaluate.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     result = {
         "topk": math.nan,
         "causal": 1e4,

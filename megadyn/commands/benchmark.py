@@ -1,0 +1,48 @@
+"""Measure how fast and how large parts of megadyn are; prints a table, and with --json one object.
+
+    megadyn benchmark data [options]        # text to a dataset; `data --help` says more
+    megadyn benchmark samples [options]     # opening, cutting, blending and reading datasets
+    megadyn benchmark step [options]        # a training step of every kind of model, against dense and transformers
+    megadyn benchmark layer [options]       # where the time of each kind of layer goes
+    megadyn benchmark checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
+    megadyn benchmark scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
+    megadyn benchmark soak [options]        # thousands of tiny steps of every kind of routing: does it last?
+    megadyn benchmark flips [options]       # what a layout computes under recorded routing choices, and under its own
+
+Each has a `--help` of its own, and `--json`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from megadyn.arguments import command_parser
+from megadyn.errors import Parser
+
+BENCHMARKS = {
+    "data": "megadyn.benchmark.preparation",
+    "samples": "megadyn.benchmark.samples",
+    "step": "megadyn.benchmark.step",
+    "layer": "megadyn.benchmark.layer",
+    "checkpoint": "megadyn.benchmark.checkpoint",
+    "scaling": "megadyn.benchmark.scaling",
+    "soak": "megadyn.benchmark.soak",
+    "flips": "megadyn.benchmark.flips",
+}
+"""Module of each, whose `main` takes the options."""
+
+
+def make_parser() -> Parser:
+    parser = command_parser("benchmark", __doc__)
+    parser.add_argument(
+        "what", choices=tuple(BENCHMARKS), help="which one; `megadyn benchmark WHAT --help` says more"
+    )
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of that benchmark")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser().parse_args(words[:1])
+    import_module(BENCHMARKS[args.what]).main(words[1:])

@@ -1,0 +1,77 @@
+"""Say whether a run can start: its configuration, its layout on a number of processes, the hosts of a hostfile.
+
+    megadyn check examples/dtf_3b/config.yaml --hostfile hosts --ssh
+    megadyn check examples/dtf_3b/config.yaml --processes 64
+
+The scripts in examples/launch/ ask it first, so that a mistake is one line, not one per rank.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from megadyn.arguments import command_parser, positive
+from megadyn.config import batch_plan, engine_settings, load_config
+from megadyn.errors import Parser, UserError
+from megadyn.launch.hosts import check_ssh, read_hostfile
+from megadyn.paths import user_path
+
+
+def make_parser() -> Parser:
+    parser = command_parser("check", __doc__)
+    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
+    )
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
+    number.add_argument(
+        "--hostfile", type=user_path, metavar="FILE", help="one host per line: `name slots=8`"
+    )
+    parser.add_argument(
+        "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the layout as one JSON object in the last line"
+    )
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    zero_stage = engine_settings(config)["zero_optimization"]["stage"]
+    hosts = read_hostfile(args.hostfile) if args.hostfile else []
+    processes = args.processes or sum(host.slots for host in hosts) or None
+    plan = batch_plan(config, processes) if processes else None
+    if args.ssh:
+        if not hosts:
+            raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
+        check_ssh(hosts)
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"
+    if plan:
+        on = f" of {len(hosts)} host{'s'[: len(hosts) - 1]}" if hosts else ""
+        text += (
+            f" x data {plan.data_parallel} on {processes:,} processes{on}, "
+            f"{plan.micro_batches} micro-batches of {plan.micro_batch} each"
+        )
+    print(text)
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "processes": processes,
+                    "hosts": [host.name for host in hosts],
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "data": plan.data_parallel if plan else None,
+                    "zero_stage": zero_stage,
+                }
+            )
+        )
+    return 0

@@ -1,0 +1,74 @@
+"""Merge a run's checkpoint into a Hugging Face folder.
+
+The checkpoint is a checkpoint's folder, or a run's output folder for its newest. The export holds sharded safetensors,
+config.json, the tokenizer and the stand-alone modelling files; it loads with megadyn uninstalled.
+
+    megadyn export --checkpoint runs/quickstart --output hf
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from megadyn.arguments import add_output_arguments, byte_count, command_parser
+from megadyn.checkpoint.export import SHARD_BYTES, export
+from megadyn.checkpoint.layout import resolve
+from megadyn.errors import Parser
+from megadyn.parallel.precision import PRECISIONS
+from megadyn.paths import expanded, user_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=user_path, required=True, metavar="DIR")
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--as",
+        dest="style",
+        choices=("megadyn", "qwen2"),
+        default="megadyn",
+        help="qwen2: a dense model as plain Qwen2ForCausalLM",
+    )
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the weights (default: the run's)")
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_count,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="of a weight file, such as 2GB (default: 5GB); a tensor is never cut",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=expanded,
+        help="the run's tokenizer, where its configured path does not lead to it from here",
+    )
+    add_output_arguments(parser)
+
+
+def make_parser() -> Parser:
+    parser = command_parser("export", __doc__)
+    add_arguments(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    checkpoint = resolve(args.checkpoint)
+    result = export(
+        checkpoint,
+        args.output,
+        style=args.style,
+        precision=args.precision,
+        shard_bytes=args.max_shard_size,
+        tokenizer=args.tokenizer,
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{checkpoint} -> {args.output}: {result['parameters']:,} parameters in {result['precision']}, "
+        f"{result['shards']} file(s)"
+    )
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(make_parser().parse_args(argv))

@@ -1,0 +1,52 @@
+"""Train a byte-level BPE tokenizer on text.
+
+    megadyn tokenizer --input corpus/ more.jsonl --vocab-size 16000 --output tokenizer/
+
+Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or not at all.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from megadyn.arguments import add_output_arguments, command_parser
+from megadyn.errors import Parser
+from megadyn.paths import user_path
+from megadyn.prepare.arguments import add_corpus_arguments, corpus_of
+from megadyn.prepare.train_tokenizer import train_tokenizer
+
+
+def make_parser() -> Parser:
+    parser = command_parser("tokenizer", __doc__)
+    add_corpus_arguments(parser)
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
+    add_output_arguments(parser)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    corpus = corpus_of(args)
+    tokenizer = train_tokenizer(corpus, args.vocab_size, args.output, overwrite=args.overwrite)
+    print(f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]} -> {args.output}")
+    if tokenizer.vocab_size < args.vocab_size:
+        print(f"fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs to merge")
+    if corpus.skipped:
+        print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "output": str(args.output),
+                    "vocab_size": tokenizer.vocab_size,
+                    "eod": tokenizer.eod,
+                    "fingerprint": tokenizer.fingerprint,
+                    "skipped": corpus.skipped,
+                }
+            )
+        )

@@ -1,0 +1,61 @@
+"""Train as a configuration says, or go on from the run's newest good checkpoint.
+
+Alone it is one process. With --processes it starts that many on this machine, one per GPU, or per core where there are no
+GPUs. It may also be started by deepspeed, torchrun, mpirun or srun, as `python -m megadyn.pretrain` is; several machines
+need one of these.
+
+    megadyn train config.yaml training.iterations=20
+    megadyn train config.yaml --processes 8 parallel.tensor=2 parallel.pipeline=2
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megadyn.arguments import command_parser, positive
+from megadyn.config import batch_plan, engine_settings, load_config
+from megadyn.errors import Parser, UserError
+from megadyn.paths import user_path
+
+MAIN_JOB = "megadyn.pretrain"
+
+
+def make_parser() -> Parser:
+    parser = command_parser("train", __doc__)
+    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="`megadyn config keys` lists the keys"
+    )
+    parser.add_argument("--processes", type=positive, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher passes it
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return make_parser().parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.processes is not None:
+        start_processes(args.processes, str(args.config), args.overrides)
+    from megadyn.pretrain import main_of_a_rank  # seconds of imports, which help and mistakes do without
+
+    main_of_a_rank([str(args.config), *args.overrides])
+
+
+def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
+    """Becomes torchrun with the main job. Raises UserError for what no rank could run, so that this is said once."""
+    if "RANK" in os.environ:
+        raise UserError(
+            "--processes: leave it out where a launcher (deepspeed, torchrun, ...) starts the processes"
+        )
+    config = load_config(path, overrides)
+    engine_settings(config)
+    batch_plan(config, number)
+    if number > 1:  # as torchrun would, which prints a warning that it does
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", MAIN_JOB, path, *overrides])
