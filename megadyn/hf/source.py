@@ -22,7 +22,7 @@ def open_source(path: Path, model: ModelConfig) -> HfFolder:
     if (path / "manifest.json").exists() or (is_run and not (path / "config.json").exists()):
         raise UserError(
             f"{path} is a {'run' if is_run else 'checkpoint'} of megadyn, not a Hugging Face folder: export it "
-            f"(tools/convert_checkpoint.py to-hf --checkpoint {path} --output HF) and name the export; to go on with "
+            f"(megadyn export --checkpoint {path} --output HF) and name the export; to go on with "
             "the optimizer's state too, give the path as checkpoint.fork_from instead"
         )
     folder = HfFolder(path)

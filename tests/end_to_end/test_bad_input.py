@@ -111,7 +111,7 @@ CASES: dict[str, tuple[list[str] | Break, str]] = {
     "start from another kind": (another_kind, "that is a dtf model, this is mod (model.routing.kind)"),
     "start from a run": (
         a_run,
-        "is a run of megadyn, not a Hugging Face folder: export it (tools/convert_checkpoint.py to-hf",
+        "is a run of megadyn, not a Hugging Face folder: export it (megadyn export",
     ),
     "start from a checkpoint": (
         a_checkpoint,
