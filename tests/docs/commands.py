@@ -1,6 +1,7 @@
 """Every command that the documents show, read out of their Markdown, and each checked by the parsers of what it starts.
 
-An indented block holds commands. A fenced one names its language: `sh` is commands too, `yaml`, `python` and `text` are not.
+An indented block holds commands. A fenced one names its language: `sh` is commands too, `yaml`, `python`, `text` and
+`{eval-rst}` (what the site takes from docstrings) are not.
 In running text a code span of several words is a command if it begins with a program.
 """
 
@@ -26,7 +27,7 @@ from tests.tiny import ROOT
 
 MARKS = ("needs GPUs", "needs several machines", "needs the network")
 """Words in the paragraph before a block, or in a command's comment, that say why no test runs it."""
-LANGUAGES = ("sh", "yaml", "python", "text")
+LANGUAGES = ("sh", "yaml", "python", "text", "{eval-rst}")
 
 
 class Command(NamedTuple):
@@ -223,11 +224,13 @@ def check_settings(command: Command, script: str) -> None:
 
 
 def check_pip(command: Command) -> None:
-    """An extra of ours is one that setup.py has."""
-    _, install, package = command.words
-    assert install == "install"
-    if match := re.fullmatch(r"megadyn\[(\w+)\]", package):
-        assert f'"{match[1]}": [' in (ROOT / "setup.py").read_text()
+    """No index has megadyn, so it is installed from the clone; an extra is one that the packaging declares."""
+    _, install, *options, package = command.words
+    assert install == "install" and set(options) <= {"--editable"}
+    assert not package.startswith("megadyn"), f"{command}: no index has this package"
+    if match := re.fullmatch(r"\.\[(\w+)\]", package):
+        declared = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+        assert re.search(rf'^ *"?{match[1]}"?(:| =) \[', declared, re.M), f"{command}: no extra {match[1]}"
 
 
 def check_pytest(command: Command) -> None:
