@@ -81,14 +81,14 @@ def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> Non
     found, changed = checkpoints.resume()
     if found and state.is_complete:
         checkpoints.refuse_condemned(found)
-        log.info("nothing to do: the run stands at iteration %d of %d", state.iteration, state.total)
+        log.info("nothing to do: the run is at iteration %d of %d", state.iteration, state.total)
         return
     with output_folder(config, engine, state) as (telemetry, profile):
         checkpoints.telemetry = telemetry
         if changed:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog).train()
-        watchdog.progress("ending")  # not of a run that failed: what it was at is to be told
+        watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
 
 
 @contextmanager
@@ -164,7 +164,7 @@ class Job:
             self.end()
         if stopping:
             log.info(
-                "stopped by %s after iteration %d; start again to go on",
+                "stopped by %s after iteration %d; start again to continue",
                 self.signals.reason(),
                 state.iteration,
             )

@@ -163,12 +163,20 @@ def check_compilable(config: Config) -> None:
         raise ConfigError(
             "parallel.tensor",
             config.parallel.tensor,
-            "1 with training.compile: tensor ranks talk inside a layer",
+            "1 with training.compile: tensor ranks communicate inside a layer",
         )
     if config.data.document_mask:
         raise ConfigError(
-            "data.document_mask", True, "false with training.compile: documents come in any number"
+            "data.document_mask", True, "false with training.compile: the number of documents varies"
         )
+
+
+REQUIRED = {
+    "output_dir": "a folder for everything that the run writes",
+    "data.train": "the prefix of an indexed dataset, or a list of them",
+    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, or byte",
+}
+"""Keys without a default, and what they hold."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -198,7 +206,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}: is missing in {path}, and has no default") from None
+        key = str(error.full_key)
+        raise UserError(f"{key} is missing in {path}: give {REQUIRED.get(key, 'it')}") from None
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None

@@ -133,7 +133,7 @@ class TrainingConfig:
     """Folder of recorded choices that routed layers take in place of their own, in training alone and under any layout; scores,
     gates, losses and statistics are computed as ever. For comparing layouts, and for studies."""
     on_bad_step: str = "stop"
-    """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
+    """What follows a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; it never reaches the weights.
     `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
     the samples after the bad step."""
     spike_factor: float = 0.0

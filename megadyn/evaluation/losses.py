@@ -81,7 +81,7 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
         return
     if saved.fingerprint is None:
         log.warning(
-            "nothing says which tokenizer the model was trained with: not compared with that of %s",
+            "the model does not record its tokenizer: not compared with that of %s",
             dataset.prefix,
         )
     elif saved.fingerprint != record.fingerprint:

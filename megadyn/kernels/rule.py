@@ -62,7 +62,7 @@ def _launch_triton() -> None:
 
 def _triton_lacks() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install megadyn[kernels])"
+        return "Triton is not installed (pip install triton)"
     problem = problem_of(_launch_triton)
     return problem and f"a first Triton kernel failed ({problem}); it needs a C compiler and Python's headers"
 

@@ -46,7 +46,7 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
     """Why the backend fails at attention of three tokens in two segments, with two heads in a group, forward and backward: a
     package may be installed and lack the functions (flash-attn 4 does), or the kernels for this GPU."""
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install megadyn[flash])"
+        return "flash-attn is not installed (pip install flash-attn)"
 
     def trial() -> None:
         device, dtype = own_device(), torch.float16 if precision == "fp16" else torch.bfloat16

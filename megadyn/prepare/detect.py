@@ -127,7 +127,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
         head = disk.read(HEAD_BYTES)
     codec = codec_of(head[:LONGEST_HEAD], outer)
     if outer and not codec and head:
-        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is none")
+        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is not")
     if codec:
         head = decompressed_head(file, codec)
     found, problem = (form, None) if form in ("text", "jsonl") else form_of(suffix, head)
@@ -181,7 +181,7 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
     ):
         return "jsonl", None
     if suffix not in SOURCES and is_binary(head):
-        return "text", f"of no known format ({KNOWN})"
+        return "text", f"unknown format ({KNOWN})"
     return "text", None
 
 
@@ -222,9 +222,9 @@ def not_by_line(head: bytes) -> str | None:
     lines = head.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
     first = lines[0].strip() if lines else b""
     if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"}]")):
-        return "one JSON array, not an object a line: convert it (jq -c '.[]')"
+        return "one JSON array, not one object per line: convert it (jq -c '.[]')"
     if first.startswith(b"[{"):
-        return "a JSON array in a line, not an object: convert it (jq -c '.[]')"
+        return "a JSON array per line, not an object: convert it (jq -c '.[]')"
     if first == b"{":
-        return "a JSON object over several lines, not one a line: convert it (jq -c .)"
+        return "a JSON object over several lines, not one per line: convert it (jq -c .)"
     return None

@@ -33,7 +33,7 @@ class Corpus:
     `text_key`. Compressed files are decompressed. `auto` tells formats by content and name (see `detect`), and refuses
     what it does not know.
 
-    A document that cannot be read (no UTF-8, no JSON, no such key, no text) raises `UserError` with its file and
+    A document that cannot be read (not UTF-8, invalid JSON, no such key, not text) raises `UserError` with its file and
     line number; with `on_error="skip"` it is counted in `skipped` instead, and so is, as one, what is lost of a
     damaged file. A missing path always raises, at once.
     The folders are listed once, at the start: files that come later, such as the output itself, are not read.
@@ -100,5 +100,5 @@ class Corpus:
                         self.skipped += 1
                         self.first_skipped = self.first_skipped or str(found)
                     else:
-                        raise UserError(f"{found} (--on-error skip leaves such documents out)")
+                        raise UserError(f"{found} (to skip such documents: --on-error skip)")
             self.consumed = before + span.size

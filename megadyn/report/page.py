@@ -248,7 +248,7 @@ def text_section(subject: Subject, several: bool) -> str:
     heading = f"<h2>A validation text, token by token{of(subject.run, several)}</h2>"
     found = subject.text
     if isinstance(found, str):
-        return f"{heading}<p>There is none here: {escape(found)}.</p>"
+        return f"{heading}<p>Not available: {escape(found)}.</p>"
     counts, total = found.processed.sum(axis=0), len(found.layers)
     did = Kind.verb if subject.run.routing is None else subject.run.routing.verb
     spans = []
@@ -315,7 +315,7 @@ def config_section(runs: Sequence[Run]) -> str:
         parts.append(difference_table(rows, first.name, second.name) if rows else "<p>The two are equal.</p>")
     for run in runs:
         if run.config_text is None:
-            parts.append(f"<p>There is none{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
+            parts.append(f"<p>Not available{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
         else:
             parts.append(
                 f"<details><summary>config.yaml, as resolved{of(run, len(runs) > 1)}</summary>"

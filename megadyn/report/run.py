@@ -153,7 +153,9 @@ def read_run(folder: Path, name: str) -> Run:
         text = path.read_bytes().decode(errors="replace")
     _take_records(run, text)
     if not (run.training or run.evaluations):
-        raise UserError(f"{path}: no whole record in it" + (", only broken lines" if run.notes else " yet"))
+        raise UserError(
+            f"{path}: it holds no complete record" + (", only broken lines" if run.notes else " yet")
+        )
     _take_config(run)
     _take_starts(run)
     planned = planned_iterations(run)

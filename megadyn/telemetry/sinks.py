@@ -210,7 +210,7 @@ def refuse_wandb(asked: LoggingConfig) -> None:
     """Raises ConfigError where W&B is asked for and not installed. Imports nothing."""
     if asked.wandb != "none" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            "logging.wandb", asked.wandb, "none: the wandb package is missing (pip install megadyn[wandb])"
+            "logging.wandb", asked.wandb, "none: the wandb package is missing (pip install wandb)"
         )
 
 

@@ -39,7 +39,7 @@ def test_auto_takes_triton_where_it_can_run(gpu):
         ),
         (
             lambda patch: patch.setattr(rule.importlib.util, "find_spec", lambda name: None),
-            r"pip install megadyn\[kernels\]",
+            r"pip install triton",
         ),
         (
             lambda patch: patch.setattr(rule, "_launch_triton", lambda: 1 / 0),

@@ -188,6 +188,6 @@ def test_weights_and_biases_without_a_login_is_refused(tmp_path, monkeypatch):
 def test_weights_and_biases_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install megadyn\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"pip install wandb"):
         refuse_wandb(LoggingConfig(wandb="offline"))
     refuse_wandb(LoggingConfig())
