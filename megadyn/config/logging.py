@@ -9,7 +9,7 @@ from megadyn.errors import ConfigError
 @dataclass
 class LoggingConfig:
     interval: int = 10
-    """Steps between log lines and metrics."""
+    """Steps between log lines and metrics. A reported step costs two small all-reduces more."""
     tensorboard: bool = True
     """Metrics also as TensorBoard events, in OUTPUT_DIR/tensorboard."""
     csv: bool = False

@@ -39,11 +39,14 @@ class TokenizerConfig:
 @dataclass
 class ParallelConfig:
     tensor: int = 1
-    """Ranks that share out each layer's heads and widths (arXiv 1909.08053)."""
+    """Ranks that split each layer's heads and widths (arXiv 1909.08053). Raise it when a layer does not fit on one device, and
+    keep these ranks within one node: they communicate in every layer."""
     pipeline: int = 1
-    """Stages that share out the layers. What is left of the processes is data-parallel."""
+    """Stages that split the layers. The remaining processes are data-parallel. Raise it when the model does not fit otherwise,
+    with many micro-batches per step, because stages wait for each other at the start and end of a step."""
     sequence: bool = False
-    """Sequence parallelism: tensor ranks share out the sequence wherever they share neither heads nor widths."""
+    """Sequence parallelism: tensor ranks also split the sequence wherever they split neither heads nor widths. Saves memory with
+    `tensor` above 1."""
 
     def check(self) -> None:
         at_least("parallel.tensor", self.tensor, 1)
@@ -73,7 +76,8 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What the run reports, and where."""
     precision: str = "bf16"
-    """`fp32`, or `bf16` / `fp16` with fp32 master weights."""
+    """`fp32`, or `bf16` / `fp16` with fp32 master weights. Use bf16 on GPUs that have it, and fp32 on a CPU or to
+    compare layouts."""
     deepspeed_config: str = "ds_configs/zero1.json"
     """JSON with DeepSpeed's engine settings; batch sizes, precision and optimizer come from here instead."""
     output_dir: str = "???"

@@ -60,10 +60,10 @@ def files_of(prefix: Path) -> dict[str, Path]:
 
 
 class IndexedDataset:
-    """A dataset on disk, read through memory maps or, where a file system is bad at those, by plain reads.
+    """A dataset on disk, read through memory maps, or by plain reads on file systems where maps are slow.
 
-    Opening checks all that the index says against itself and the file sizes, so that no later read can leave the
-    file; `UserError` names the file and the mismatch. Token values are not read (see `inspection.verify`).
+    Opening checks the index against itself and the file sizes, so that no later read can leave the file. `UserError`
+    names the file and the mismatch. Token values are not read (see `inspection.verify`).
     """
 
     def __init__(self, prefix: str | Path, *, mmap: bool = True) -> None:
