@@ -73,7 +73,7 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
 
 
 def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> None:
-    """From where the run stands to its end. Where nothing is left to do, nothing in the output folder is touched."""
+    """Trains from the current iteration to the end. If nothing is left to do, nothing in the output folder is touched."""
     signals = Signals(watchdog.asked_to_stop)
     watchdog.request_stop = signals.request
     state = RunState(config, data.train)
@@ -270,7 +270,7 @@ class Job:
         )
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
-        """Loss on held-out samples under each routing; a dense model has one, which stands for both."""
+        """Loss on held-out samples under each routing; a dense model has one, reported for both."""
         if samples is None:
             return
         plan = self.engine.plan

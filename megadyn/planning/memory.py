@@ -146,7 +146,7 @@ def fullest(
 
 
 def elements(zero: dict[str, Any], key: str, default: int) -> int:
-    """Raises ConfigError for what is no number of them."""
+    """Raises ConfigError for what is not a number of elements."""
     value = zero.get(key, default)
     if not isinstance(value, int | float) or value < 0:
         raise ConfigError(f"zero_optimization.{key}", value, "a number of elements")

@@ -133,7 +133,7 @@ def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
     try:
         column.view(pyarrow.large_string()).validate(full=True)
         sound = True
-    except pyarrow.ArrowInvalid:  # a row is no UTF-8; find which
+    except pyarrow.ArrowInvalid:  # a row is not UTF-8; find which
         sound = False
     _, ends, raw = column.buffers()
     if not ends:  # a column of no rows may come without

@@ -186,7 +186,7 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
 
 
 def not_text(head: bytes) -> str | None:
-    """What a file is that is no text, if its first bytes tell."""
+    """What a file is that is not text, if its first bytes tell."""
     for magic, name in NOT_READ.items():
         if head.startswith(magic) and (magic not in MAYBE_TEXT or is_binary(head)):
             return name
@@ -201,7 +201,7 @@ def is_binary(head: bytes) -> bool:
 
 
 def encoding_of(head: bytes, form: str) -> str | None:
-    """Of a text that is no UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
+    """The encoding of a text that is not UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
     for bom, name in BOMS.items():
         if head.startswith(bom):
             return name
@@ -218,7 +218,7 @@ def is_json_object(line: bytes) -> bool:
 
 
 def not_by_line(head: bytes) -> str | None:
-    """Why a JSON file does not hold one object a line, if its beginning tells."""
+    """Why a JSON file does not hold one object per line, if its beginning tells."""
     lines = head.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
     first = lines[0].strip() if lines else b""
     if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"}]")):

@@ -97,7 +97,7 @@ class Content:
 
 
 class Transcoded(io.RawIOBase):
-    """A text of another encoding as UTF-8. Where it is none, it ends for good, with the reason in `damage`."""
+    """A text of another encoding, as UTF-8. At invalid bytes it ends for good, with the reason in `damage`."""
 
     def __init__(self, source: IO[bytes], encoding: str) -> None:
         self.damage: Damage | None = None
@@ -166,7 +166,7 @@ def text_file(span: Span, _: str) -> Iterator[Found]:
 
 
 def json_lines(span: Span, text_key: str) -> Iterator[Found]:
-    """One document a line, under `text_key`; a blank line is none. A line belongs to the span that holds its first byte."""
+    """One document per line, under `text_key`; blank lines are skipped. A line belongs to the span that holds its first byte."""
     number, is_behind_damage = 0, False
     with content_of(span.file, "jsonl") as content:
         lines, whole = content.stream, not content.is_plain  # a compressed file is never cut

@@ -137,7 +137,7 @@ def number(record: Record, *path: str) -> float:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Raises UserError for a folder that is none, or that holds no metrics."""
+    """Raises UserError for what is not a folder, or holds no metrics."""
     absolute = [folder.resolve() for folder in folders]
     return [read_run(folder, name) for folder, name in zip(absolute, short_names(absolute), strict=True)]
 
