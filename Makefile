@@ -1,6 +1,7 @@
 # make quickstart   raw text to a trained, exported model, in minutes on 2 cores; TENSOR=, PIPELINE=, DATA= set the layout
 # make test         the test suite; WORKERS= sets how many files are tested at once
-# make check        lint, format, types and tests, as CI runs them
+# make check        lint, format, types, documents and tests, as CI runs them
+# make docs         the documentation site, into build/docs; warnings are errors
 # make format       formats the code, which make check asks for
 # make conformance  transformers' own model tests on every kind of exported model; fetches them from PyPI
 # make soak         thousands of steps of every kind of routing; takes long, and is no part of the others
@@ -13,10 +14,10 @@ DATA ?= 1
 WORKERS ?= 2
 
 VENV := .venv
-CODE := megadyn tools examples tests setup.py
+CODE := megadyn tools examples tests docs setup.py
 ON_CPU := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: quickstart test check soak format lint types conformance install clean
+.PHONY: quickstart test check soak docs format lint types conformance install clean
 
 install: $(VENV)/installed
 
@@ -37,6 +38,9 @@ test: install
 soak: install
 	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak
 
+docs: install
+	DS_ACCELERATOR=cpu $(ON_CPU) python -m sphinx -W --keep-going -q -b html docs build/docs
+
 format: install
 	$(VENV)/bin/ruff format $(CODE)
 
@@ -47,7 +51,7 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
-check: lint types test
+check: lint types docs test
 
 conformance: install
 	$(ON_CPU) python -m tests.exports_suite.run

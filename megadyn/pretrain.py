@@ -73,7 +73,7 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
 
 
 def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> None:
-    """From where the run stands to its end. Where nothing is left to do, nothing in the output folder is touched."""
+    """Trains from the current iteration to the end. If nothing is left to do, nothing in the output folder is touched."""
     signals = Signals(watchdog.asked_to_stop)
     watchdog.request_stop = signals.request
     state = RunState(config, data.train)
@@ -81,14 +81,14 @@ def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> Non
     found, changed = checkpoints.resume()
     if found and state.is_complete:
         checkpoints.refuse_condemned(found)
-        log.info("nothing to do: the run stands at iteration %d of %d", state.iteration, state.total)
+        log.info("nothing to do: the run is at iteration %d of %d", state.iteration, state.total)
         return
     with output_folder(config, engine, state) as (telemetry, profile):
         checkpoints.telemetry = telemetry
         if changed:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog).train()
-        watchdog.progress("ending")  # not of a run that failed: what it was at is to be told
+        watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
 
 
 @contextmanager
@@ -164,7 +164,7 @@ class Job:
             self.end()
         if stopping:
             log.info(
-                "stopped by %s after iteration %d; start again to go on",
+                "stopped by %s after iteration %d; start again to continue",
                 self.signals.reason(),
                 state.iteration,
             )
@@ -270,7 +270,7 @@ class Job:
         )
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
-        """Loss on held-out samples under each routing; a dense model has one, which stands for both."""
+        """Loss on held-out samples under each routing; a dense model has one, reported for both."""
         if samples is None:
             return
         plan = self.engine.plan

@@ -163,7 +163,7 @@ def _data(config: Config) -> str:
         try:
             record = read_record(files_of(prefix)["json"])
         except UserError as error:
-            log.warning("the model card says nothing of dataset %s: %s", prefix, error)
+            log.warning("the model card says nothing about dataset %s: %s", prefix, error)
             record = None
         size = f"{record.documents:,} | {record.tokens:,}" if record else "? | ?"
         rows.append(f"| {escaped(prefix.name)} | {share} | {size} |")
@@ -190,8 +190,8 @@ def _losses(history: dict[str, Any], has_topk: bool) -> str:
 
 
 def _loss(value: float | None) -> str:
-    """metrics.jsonl has null for what is no number."""
-    return "no number" if value is None else f"{value:.4f}"
+    """metrics.jsonl has null for NaN and infinity."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _use(style: str) -> str:

@@ -96,7 +96,7 @@ def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
         raise UserError(f"{output} exists; pass --overwrite to replace it")
     if checkpoint.resolve().is_relative_to(output.resolve()) or not (output / "config.json").is_file():
         raise UserError(
-            f"{output} is no earlier export (it has no config.json, or holds the checkpoint): not replaced"
+            f"{output} is not an earlier export (it has no config.json, or holds the checkpoint): not replaced"
         )
 
 

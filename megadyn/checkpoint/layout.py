@@ -244,7 +244,7 @@ def resolve(path: Path) -> Path:
             best = good_first(found)[0]
             for folder in found[: found.index(best)]:
                 log.warning(
-                    "%s passed over: %s; name its folder to have it all the same", folder, reservation(folder)
+                    "%s passed over: %s; name its folder to use it anyway", folder, reservation(folder)
                 )
             return best
     raise UserError(f"{path}: no checkpoint found there" if path.exists() else f"{path}: no such folder")

@@ -38,7 +38,7 @@ class ShardedTensors:
                 try:
                     handle = safe_open(folder / file_name, framework="pt")
                 except (OSError, SafetensorError) as error:
-                    raise UserError(f"{folder / file_name}: no safetensors file: {error}") from None
+                    raise UserError(f"{folder / file_name}: not a safetensors file: {error}") from None
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     self._parts.setdefault(name, {})[rank] = handle
 

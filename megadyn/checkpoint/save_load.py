@@ -148,7 +148,7 @@ def snapshot(
         more: goes into the manifest as it is.
 
     Raises:
-        PoisonedWeights: on every rank, when something to be saved is no finite number.
+        PoisonedWeights: on every rank, when something to be saved is NaN or infinite.
     """
     shards, bad = _shards(engine)
     stages = [state for state in all_gather(_routing_state(engine)) if state]
@@ -246,7 +246,7 @@ def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str
     if data_key is not None and manifest["data_key"] != data_key:
         raise UserError(
             f"{folder} was trained on other data or in another order (data.train, data.split): its "
-            "position means nothing here; checkpoint.allow_other_data=true goes on all the same"
+            "position means nothing here; checkpoint.allow_other_data=true resumes anyway"
         )
     weights = ShardedTensors(folder, "weights")
     known = weights.names()
@@ -307,7 +307,7 @@ def init_from(engine: Trained, path: Path) -> None:
         raise UserError(f"{path} has no tensor {missing[0]} ({len(missing)} are missing)")
     if unexpected := sorted(given - wanted):
         raise UserError(
-            f"{path} has a tensor that the model has not: {unexpected[0]} ({len(unexpected)} of them)"
+            f"{path} has a tensor that the model lacks: {unexpected[0]} ({len(unexpected)} of them)"
         )
     set_parameters(engine, folder)
     for index, threshold in thresholds_of(engine.routed).items():
@@ -352,12 +352,12 @@ def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
             for newer in (path for path in listed if path.name > folder.name and doubts[str(path)]):
                 log.warning("checkpoint passed over: %s: %s", newer, doubts[str(newer)])
             if doubt:
-                log.warning("%s: %s, and there is no better one", folder, doubt)
+                log.warning("%s: %s, but there is no better one", folder, doubt)
             return folder
         log.warning("checkpoint passed over: %s", problem)
     if listed:
         raise UserError(
-            f"{root}: none of {len(listed)} checkpoints is whole; begin anew in another output_dir, for example "
+            f"{root}: none of {len(listed)} checkpoints is intact; start again in another output_dir, for example "
             "from a copy elsewhere, with checkpoint.fork_from=PATH"
         )
     return None

@@ -43,7 +43,7 @@ class DataConfig:
     cache: str | None = None
     """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
     mmap: bool = True
-    """Datasets are memory-mapped; false takes plain reads, for file systems where maps are slow or not to be had."""
+    """Datasets are memory-mapped; false takes plain reads, for file systems where maps are slow or missing."""
 
     def check(self) -> None:
         for name in ("train", "validation", "test"):
@@ -88,7 +88,7 @@ class DataConfig:
         for i, (source, unit) in enumerate(found):
             if unit != found[0][1]:
                 raise ConfigError(
-                    f"{key}[{i}]", entries[i], f"given as the first, with {found[0][1] or 'a prefix alone'}"
+                    f"{key}[{i}]", entries[i], f"given like the first, with {found[0][1] or 'a prefix alone'}"
                 )
             if source.prefix in {other.prefix for other, _ in found[:i]}:
                 raise ConfigError(

@@ -19,7 +19,7 @@ def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, 
         chain: the files that led here, each extending the next.
 
     Raises:
-        UserError: a file that is missing, empty or no YAML, or that extends itself, be it through others.
+        UserError: a file that is missing, empty or invalid YAML, or that extends itself, directly or through others.
     """
     came_from = f" (extended by {chain[-1]})" if chain else ""
     if path.resolve() in [earlier.resolve() for earlier in chain]:

@@ -9,7 +9,7 @@ from megadyn.errors import ConfigError
 @dataclass
 class LoggingConfig:
     interval: int = 10
-    """Steps between log lines and metrics."""
+    """Steps between log lines and metrics. A reported step costs two small all-reduces more."""
     tensorboard: bool = True
     """Metrics also as TensorBoard events, in OUTPUT_DIR/tensorboard."""
     csv: bool = False
@@ -21,8 +21,8 @@ class LoggingConfig:
     wandb_entity: str | None = None
     """User or team; the account's own when left out."""
     live: str = "auto"
-    """A view that renews itself instead of a log line each report: `auto`, where standard output is a terminal; `always`;
-    `never`. Whatever other ranks print there stands in its way until it is next renewed."""
+    """A view that refreshes itself, instead of one log line per report: `auto`, where standard output is a terminal; `always`;
+    `never`. What other ranks print there disturbs it until the next refresh."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, by which MFU divides; known for common ones (`planning/devices.py`) in 16-bit precision. Where
     neither says it there is no MFU."""

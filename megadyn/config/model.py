@@ -29,13 +29,13 @@ class ModelConfig:
     max_position: int | None = None
     """Longest sequence the model is meant for; `training.sequence_length` when left out."""
     rope_theta: float = 10000.0
-    """Base of the rotary positions' wavelengths."""
+    """Base of the rotary positions' wavelengths. Larger for longer sequences; Qwen2.5 has 1e6."""
     norm_eps: float = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm. Change it only to match a model that you start from."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias, as in Qwen2.5."""
     tie_embeddings: bool = False
-    """Whether the output head shares the embedding's weight."""
+    """Whether the output head shares the embedding's weight. Saves parameters in small models with large vocabularies."""
     init_std: float = 0.02
     """Standard deviation of the normal distribution that weights are drawn from."""
     normalization: str = "pre"

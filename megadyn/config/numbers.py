@@ -15,7 +15,7 @@ def count(key: str, given: Any) -> int:
     """A whole number from `given`: a number such as 3e9, or a word such as `300B`, `2M` or `1.5T`.
 
     Raises:
-        ConfigError: what is no number, or not a whole one. Whether it is large enough is for the caller to check.
+        ConfigError: not a number, or not a whole one. Whether it is large enough is for the caller to check.
     """
     number = _number(given)
     if number is None or number != int(number):

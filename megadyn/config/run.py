@@ -41,11 +41,14 @@ class TokenizerConfig:
 @dataclass
 class ParallelConfig:
     tensor: int = 1
-    """Ranks that share out each layer's heads and widths (arXiv 1909.08053)."""
+    """Ranks that split each layer's heads and widths (arXiv 1909.08053). Raise it when a layer does not fit on one device, and
+    keep these ranks within one node: they communicate in every layer."""
     pipeline: int = 1
-    """Stages that share out the layers. What is left of the processes is data-parallel."""
+    """Stages that split the layers. The remaining processes are data-parallel. Raise it when the model does not fit otherwise,
+    with many micro-batches per step, because stages wait for each other at the start and end of a step."""
     sequence: bool = False
-    """Sequence parallelism: tensor ranks share out the sequence wherever they share neither heads nor widths."""
+    """Sequence parallelism: tensor ranks also split the sequence wherever they split neither heads nor widths. Saves memory with
+    `tensor` above 1."""
 
     def check(self) -> None:
         at_least("parallel.tensor", self.tensor, 1)
@@ -75,7 +78,8 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What the run reports, and where."""
     precision: str = "bf16"
-    """`fp32`, or `bf16` / `fp16` with fp32 master weights."""
+    """`fp32`, or `bf16` / `fp16` with fp32 master weights. Use bf16 on GPUs that have it, and fp32 on a CPU or to
+    compare layouts."""
     deepspeed_config: str = "zero1"
     """DeepSpeed's engine settings: `zero0`, `zero1`, `zero2`, `zero3` or `zero3_offload`, which come with megadyn, or the path
     of a JSON file, relative to the working directory or to the file that names it. Batch sizes, precision and optimizer
@@ -167,12 +171,20 @@ def check_compilable(config: Config) -> None:
         raise ConfigError(
             "parallel.tensor",
             config.parallel.tensor,
-            "1 with training.compile: tensor ranks talk inside a layer",
+            "1 with training.compile: tensor ranks communicate inside a layer",
         )
     if config.data.document_mask:
         raise ConfigError(
-            "data.document_mask", True, "false with training.compile: documents come in any number"
+            "data.document_mask", True, "false with training.compile: the number of documents varies"
         )
+
+
+REQUIRED = {
+    "output_dir": "a folder for everything that the run writes",
+    "data.train": "the prefix of an indexed dataset, or a list of them",
+    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, or byte",
+}
+"""Keys without a default, and what they hold."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -204,7 +216,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ConfigKeyError as error:
         raise _unknown_key(str(error.full_key)) from None
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}: is missing in {path}, and has no default") from None
+        key = str(error.full_key)
+        raise UserError(f"{key} is missing in {path}: give {REQUIRED.get(key, 'it')}") from None
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None

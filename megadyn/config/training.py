@@ -29,26 +29,27 @@ class MultipliersConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 3e-4
-    """Largest learning rate of AdamW, reached at the end of the warm-up."""
+    """Largest learning rate of AdamW, reached at the end of the warm-up. Smaller for larger models, and when losses spike."""
     min_learning_rate: float = 3e-5
     """Learning rate at the end of the run, for every schedule but `constant`."""
     schedule: str = "cosine"
     """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
     warmup_iterations: int = 100
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly from 0. Longer if the first steps are unstable."""
     decay_iterations: int | None = None
     """wsd: steps of the closing decay; a tenth of the run when left out. A decay that does not fit behind the warm-up is
     shortened, with a warning."""
     beta1: float = 0.9
-    """AdamW: momentum of the gradient's average."""
+    """AdamW: momentum of the gradient's average, per step."""
     beta2: float = 0.95
-    """AdamW: momentum of the squared gradient's average."""
+    """AdamW: momentum of the squared gradient's average, per step. 0.95 forgets outliers sooner than the usual 0.999."""
     eps: float = 1e-8
-    """AdamW: added to the denominator."""
+    """AdamW: added to the denominator. Rarely changed."""
     weight_decay: float = 0.1
-    """Applied to matrices only: not to norms, biases, embeddings-of-one-row or router scalars."""
+    """AdamW's decoupled weight decay; a step shrinks each weight by this times the learning rate. Applied to parameters of two
+    dimensions (embeddings too), not to norms, biases or router scalars."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Largest global gradient norm; gradients above it are scaled down. 0 turns clipping off."""
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     """Learning rate of each parameter group, relative to `learning_rate`."""
 
@@ -105,17 +106,18 @@ class TrainingConfig:
     epochs: float | None = None
     """The same in passes over the training data (a blend's: until its first dataset runs out); rounded down to whole steps."""
     global_batch_size: int = 32
-    """Samples in a step, over all data-parallel ranks and micro-batches."""
+    """Samples in a step, over all data-parallel ranks and micro-batches. It changes the result; for memory see
+    `micro_batch_size`."""
     micro_batch_size: int = 1
-    """Samples that one rank runs at once."""
+    """Samples that one rank runs at once. Larger is faster until memory is full; results change by rounding alone."""
     sequence_length: int = 1024
-    """Tokens in a sample."""
+    """Tokens in a sample. Memory grows linearly with it, attention's time quadratically."""
     seed: int = 1234
-    """Of the starting weights, the order of samples and all random choices."""
+    """Of the starting weights, the order of samples and all random choices. Change it to measure the spread between runs."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_samples: int = 64
-    """Validation samples in an evaluation; fewer if the set is smaller."""
+    """Validation samples in an evaluation; fewer if the set is smaller. More give a steadier loss and take longer."""
     recompute: str = "none"
     """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
     attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
@@ -133,11 +135,12 @@ class TrainingConfig:
     """Folder of recorded choices that routed layers take in place of their own, in training alone and under any layout; scores,
     gates, losses and statistics are computed as ever. For comparing layouts, and for studies."""
     on_bad_step: str = "stop"
-    """What follows a step whose loss or gradient norm is no number, or whose loss is a spike; it never reaches the weights.
+    """What follows a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; it never reaches the weights.
     `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
     the samples after the bad step."""
     spike_factor: float = 0.0
-    """A loss above this multiple of the running median is a spike; 0 for no such rule."""
+    """A loss above this multiple of the running median is a spike and handled by `on_bad_step`; 0 turns the rule off. 2
+    means twice the median."""
     spike_window: int = 64
     """Good steps whose median counts; before there are so many, no loss is a spike."""
     max_bad_steps: int = 10
@@ -255,13 +258,13 @@ class TrainingConfig:
 @dataclass
 class CheckpointConfig:
     interval: int = 0
-    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM)."""
+    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM). What a fault costs is at most so many steps."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
     """Checkpoints of iterations that are multiples of this stay for good, beside the newest; 0 for none."""
     background: bool = False
-    """Training waits only for a copy in host memory (12 bytes a parameter, shared out over the ranks) and goes on while it is
+    """Training waits only for a copy in host memory (12 bytes per parameter, shared by the ranks) and continues while it is
     written. A run that dies meanwhile resumes from the checkpoint before."""
     on_error: str = "stop"
     """What follows a checkpoint that could not be written: `stop`, or `continue` with the earlier ones. The last one of a run

@@ -28,7 +28,7 @@ def micro_batch_ids(
     for step in range(consumed, end, global_batch):
         ids = sample_ids(step, global_batch, dp_rank, dp_size)
         if len(ids) % micro_batch:
-            raise ValueError(f"{len(ids)} samples a rank cannot be cut into micro-batches of {micro_batch}")
+            raise ValueError(f"{len(ids)} samples per rank cannot be cut into micro-batches of {micro_batch}")
         for first in range(0, len(ids), micro_batch):
             yield ids[first : first + micro_batch]
 

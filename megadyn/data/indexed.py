@@ -60,10 +60,10 @@ def files_of(prefix: Path) -> dict[str, Path]:
 
 
 class IndexedDataset:
-    """A dataset on disk, read through memory maps or, where a file system is bad at those, by plain reads.
+    """A dataset on disk, read through memory maps, or by plain reads on file systems where maps are slow.
 
-    Opening checks all that the index says against itself and the file sizes, so that no later read can leave the
-    file; `UserError` names the file and the mismatch. Token values are not read (see `inspection.verify`).
+    Opening checks the index against itself and the file sizes, so that no later read can leave the file. `UserError`
+    names the file and the mismatch. Token values are not read (see `inspection.verify`).
     """
 
     def __init__(self, prefix: str | Path, *, mmap: bool = True) -> None:
@@ -156,13 +156,13 @@ def read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
     with path.open("rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise UserError(f"{path}: no index of a dataset (it does not begin with {MAGIC!r})")
+        raise UserError(f"{path}: not the index of a dataset (it does not begin with {MAGIC!r})")
     _, version, code, sequences, boundaries = HEADER.unpack(head)
     if version != VERSION:
         raise UserError(f"{path}: version {version} of the index format; only {VERSION} is known")
     if code not in DTYPE_OF_CODE:
         raise UserError(
-            f"{path}: dtype code {code} is no integer type for tokens (those are "
+            f"{path}: dtype code {code} is not an integer type for tokens (known: "
             f"{', '.join(map(str, DTYPE_OF_CODE))})"
         )
     want = HEADER.size + 12 * sequences + 8 * boundaries

@@ -51,7 +51,7 @@ def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> Id
             temporary.unlink(missing_ok=True)
     except OSError as error:  # read-only data can be evaluated on
         log.info(
-            "the range of token ids of %s is not kept for the next start (%s: %s)",
+            "the range of token ids of %s cannot be cached (%s: %s)",
             dataset.prefix,
             folder,
             error.strerror,
@@ -73,7 +73,7 @@ def _read(entry: Path) -> IdRange | None:
         and all(isinstance(value, int) for value in content.values())
     ):
         return IdRange(**content)
-    log.warning("%s is damaged and is built anew", entry)
+    log.warning("%s is damaged and will be rebuilt", entry)
     return None
 
 

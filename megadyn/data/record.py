@@ -42,11 +42,11 @@ def read_record(path: Path) -> Record | None:
     try:
         record = Record(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: no record of a dataset ({error})") from error
+        raise UserError(f"{path}: not the record of a dataset ({error})") from error
     for name, kind in get_type_hints(Record).items():
         value = getattr(record, name)
         if not (is_strings(value) if name == "source" else isinstance(value, kind)):
-            raise UserError(f"{path}: no record of a dataset ({name} is {value!r})")
+            raise UserError(f"{path}: not the record of a dataset ({name} is {value!r})")
     return record
 
 

@@ -154,7 +154,7 @@ class SampleSet:
             if hashlib.sha256(raw[DIGEST_BYTES:].data).digest() == raw[:DIGEST_BYTES].tobytes():
                 parts = np.split(np.frombuffer(raw, self._type, offset=DIGEST_BYTES), ends[:-1])
                 return Epoch(*(part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)))
-        log.warning("%s is damaged and is built anew", path)
+        log.warning("%s is damaged and will be rebuilt", path)
         return None
 
     def _build(self, number: int) -> Epoch:

@@ -199,7 +199,7 @@ class Engine:
     ) -> StepResult:
         """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
 
-        A step whose loss or gradient is no number, or whose loss is above `loss_limit`, is passed over. Of one to `measure`,
+        A step whose loss or gradient is NaN or infinite, or whose loss is above `loss_limit`, is skipped. Of one to `measure`,
         `step_statistics` tells more.
         """
         if not measure:

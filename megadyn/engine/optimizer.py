@@ -23,8 +23,8 @@ def group_key(param: nn.Parameter) -> GroupKey:
 def even_out_groups(module: nn.Module, pp: Axis) -> None:
     """Gives each pipeline stage a member of every parameter group that another stage has.
 
-    DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce a group: stages with different
-    numbers of groups would wait for each other for ever. The stand-in is a zero that no gradient reaches.
+    DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce per group: stages with different
+    numbers of groups would wait for each other forever. The stand-in is a zero that no gradient reaches.
     """
     if pp.size == 1:
         return
@@ -137,7 +137,7 @@ class GradientClipper:
     """True global-norm clipping for ZeRO-0, where DeepSpeed would use each rank's own norm.
 
     Runs before every optimizer step. Cut parameters count on every tensor rank, whole ones on the first;
-    a tied embedding counts on its first stage only. A norm that is no number makes the optimizer pass the step over.
+    a tied embedding counts on its first stage only. A NaN or infinite norm makes the optimizer skip the step.
     """
 
     def __init__(self, module: nn.Module, max_norm: float, grid: Grid):

@@ -81,7 +81,7 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
         return
     if saved.fingerprint is None:
         log.warning(
-            "nothing says which tokenizer the model was trained with: not compared with that of %s",
+            "the model does not record its tokenizer: not compared with that of %s",
             dataset.prefix,
         )
     elif saved.fingerprint != record.fingerprint:
@@ -97,7 +97,7 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where a float cannot hold it, no number for a loss that is none."""
+    """exp(loss): infinity where a float cannot hold it, NaN for a NaN loss."""
     return math.inf if loss > 700 else math.exp(loss)
 
 

@@ -1,7 +1,7 @@
 """The exported model: a Qwen2-style transformer whose routed layers process only some of the tokens.
 
 Stand-alone: shipped beside the weights with `configuration_megadyn.py`, imports nothing of megadyn. The mathematics
-is megadyn's design/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Mixture-of-Depths
+is in megadyn's docs/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Mixture-of-Depths
 (arXiv 2404.02258), DTRNet (2509.00925), LayerNorm Scaling (2502.05795), HybridNorm (2503.04598), Qwen2.
 
 One idea carries the file: tokens are PACKED. At the entrance each row's real tokens are pushed to the left, which

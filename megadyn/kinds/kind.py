@@ -95,7 +95,9 @@ class Kind:
         data.document_mask."""
         if compile and self.varies:
             raise ConfigError(
-                "training.compile", True, f"false with {self.describe()}: any number of tokens is taken"
+                "training.compile",
+                True,
+                f"false with {self.describe()}: the number of tokens that a layer takes varies",
             )
 
     def layer_types(self, num_layers: int) -> list[str]:

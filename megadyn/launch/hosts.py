@@ -47,7 +47,7 @@ def read_hostfile(path: Path) -> list[Host]:
             )
         hosts[name] = Host(name, int(found[2]))
     if not hosts:
-        raise UserError(f"{path}: names no host; write one a line as `name slots=8`")
+        raise UserError(f"{path}: names no host; write one per line, as `name slots=8`")
     if "localhost" in hosts and len(hosts) > 1:
         raise UserError(
             f"{path}: localhost is another machine on each of {len(hosts)} hosts; give the name that the others know"

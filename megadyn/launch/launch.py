@@ -161,7 +161,7 @@ def _share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
         log.info(
-            "threads: %d a rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
+            "threads: %d per rank (%d cores, %d local ranks; OMP_NUM_THREADS overrides)",
             torch.get_num_threads(),
             os.cpu_count(),
             local_ranks(),

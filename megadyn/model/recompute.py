@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Any], *inputs: Any, when: bool) -> Any:
-    """function(*inputs); `when` it is true, of all that lies between only the inputs are kept for the backward pass."""
+    """function(*inputs). If `when`, keep only the inputs and recompute the rest in backward."""
     if not (when and torch.is_grad_enabled()):
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

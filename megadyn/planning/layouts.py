@@ -48,7 +48,7 @@ class Machine:
     """Achieved by one GPU in matrix products."""
     node_gpus: int = 8
     node_gbytes: float = 300.0
-    """Achieved between GPUs of a node: 10^9 bytes a second into and out of each."""
+    """Achieved between GPUs of a node: 10^9 bytes per second into and out of each."""
     network_gbytes: float = 40.0
     """The same between nodes."""
     link_gbytes: float = 20.0
@@ -360,7 +360,7 @@ def offloading_s(
     """Seconds of a step for what is offloaded, none of it hidden: gradients are summed up in the host's memory, where the
     optimizer steps; weights come from there for every pass."""
     share = state_bytes(precision, zero["stage"], plan.data_parallel)
-    moved = stepped = 0.0  # bytes a parameter of the stage: over a GPU's link, in its node's memory
+    moved = stepped = 0.0  # bytes per parameter of the stage: over a GPU's link, in its node's memory
     if is_offloaded(zero, "optimizer"):
         # Out for every micro-batch, in again before all but the first; once more out in fp32; and the new weights in.
         moved += share.gradients * (2 * plan.micro_batches - 1) + 4 / plan.data_parallel + share.weights

@@ -92,7 +92,7 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
 
 
 class Share(NamedTuple):
-    """Bytes a parameter of a rank, by what they hold; `/ data` where a rank holds its part only."""
+    """Bytes per parameter of a rank, by what they hold; `/ data` where a rank holds its part only."""
 
     weights: float
     gradients: float
@@ -146,7 +146,7 @@ def fullest(
 
 
 def elements(zero: dict[str, Any], key: str, default: int) -> int:
-    """Raises ConfigError for what is no number of them."""
+    """Raises ConfigError for what is not a number of elements."""
     value = zero.get(key, default)
     if not isinstance(value, int | float) or value < 0:
         raise ConfigError(f"zero_optimization.{key}", value, "a number of elements")
@@ -170,7 +170,7 @@ def refuse_offloading(zero: dict[str, Any], path: str) -> None:
 
 
 def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, float]:
-    """What stays on the device of a parameter's share, and bytes a parameter that go into the host's memory.
+    """What stays on the device of a parameter's share, and bytes per parameter that go into the host's memory.
 
     With the optimizer its gradients go too, as the micro-batches sum them up and once more in fp32, as Adam reads them.
     """

@@ -19,7 +19,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="auto",
-        help="auto: by content and name; a file of no known format is refused (default)",
+        help="auto: by content and name; a file of an unknown format is refused (default)",
     )
     parser.add_argument(
         "--text-key",

@@ -47,7 +47,7 @@ def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
     except DocumentError as error:
         yield DocumentError(f"{span.file}: {error}"), span.size
     except pyarrow.ArrowException as error:
-        yield DocumentError(f"{span.file}: no Parquet that can be read ({one_line(error)})"), span.size
+        yield DocumentError(f"{span.file}: cannot be read as Parquet ({one_line(error)})"), span.size
     except OSError as error:
         yield damage(span.file, error), span.size
 
@@ -117,7 +117,7 @@ def check_column(schema: Any, name: str) -> None:
         types.is_null,
     )
     if not any(is_it(kind) for is_it in known):
-        raise DocumentError(f"column {name!r} holds {kind}, no text")
+        raise DocumentError(f"column {name!r} holds {kind}, not text")
 
 
 def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
@@ -133,7 +133,7 @@ def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
     try:
         column.view(pyarrow.large_string()).validate(full=True)
         sound = True
-    except pyarrow.ArrowInvalid:  # a row is no UTF-8; find which
+    except pyarrow.ArrowInvalid:  # a row is not UTF-8; find which
         sound = False
     _, ends, raw = column.buffers()
     if not ends:  # a column of no rows may come without
@@ -142,7 +142,7 @@ def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
     known = column.is_valid().to_pylist() if column.null_count else repeat(True)
     data = memoryview(raw) if raw else b""
     for first, end, is_known in zip(offsets, offsets[1:], known, strict=False):
-        yield checked(bytes(data[first:end]), sound) if is_known else DocumentError("null, no text")
+        yield checked(bytes(data[first:end]), sound) if is_known else DocumentError("null, not text")
 
 
 def checked(text: bytes, sound: bool) -> bytes | DocumentError:
@@ -151,4 +151,4 @@ def checked(text: bytes, sound: bool) -> bytes | DocumentError:
             text.decode()
         return text
     except UnicodeDecodeError as error:
-        return DocumentError(f"no UTF-8 text (byte {error.start}: {error.reason})")
+        return DocumentError(f"not UTF-8 (byte {error.start}: {error.reason})")

@@ -145,7 +145,7 @@ def members(disk: IO[bytes], codec: str) -> Iterator[bytes | Damage]:
             yield Damage(reason, is_lost=True)
         else:
             following = next_member(disk, at + 1, codec)
-            yield Damage(f"what stands at byte {at} is no {codec}", is_lost=following is not None)
+            yield Damage(f"the content at byte {at} is not {codec}", is_lost=following is not None)
         if following is None:
             return
         at = following

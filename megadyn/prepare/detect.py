@@ -127,7 +127,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
         head = disk.read(HEAD_BYTES)
     codec = codec_of(head[:LONGEST_HEAD], outer)
     if outer and not codec and head:
-        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is none")
+        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is not")
     if codec:
         head = decompressed_head(file, codec)
     found, problem = (form, None) if form in ("text", "jsonl") else form_of(suffix, head)
@@ -181,12 +181,12 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
     ):
         return "jsonl", None
     if suffix not in SOURCES and is_binary(head):
-        return "text", f"of no known format ({KNOWN})"
+        return "text", f"unknown format ({KNOWN})"
     return "text", None
 
 
 def not_text(head: bytes) -> str | None:
-    """What a file is that is no text, if its first bytes tell."""
+    """What a file is that is not text, if its first bytes tell."""
     for magic, name in NOT_READ.items():
         if head.startswith(magic) and (magic not in MAYBE_TEXT or is_binary(head)):
             return name
@@ -201,7 +201,7 @@ def is_binary(head: bytes) -> bool:
 
 
 def encoding_of(head: bytes, form: str) -> str | None:
-    """Of a text that is no UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
+    """The encoding of a text that is not UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
     for bom, name in BOMS.items():
         if head.startswith(bom):
             return name
@@ -218,13 +218,13 @@ def is_json_object(line: bytes) -> bool:
 
 
 def not_by_line(head: bytes) -> str | None:
-    """Why a JSON file does not hold one object a line, if its beginning tells."""
+    """Why a JSON file does not hold one object per line, if its beginning tells."""
     lines = head.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
     first = lines[0].strip() if lines else b""
     if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"}]")):
-        return "one JSON array, not an object a line: convert it (jq -c '.[]')"
+        return "one JSON array, not one object per line: convert it (jq -c '.[]')"
     if first.startswith(b"[{"):
-        return "a JSON array in a line, not an object: convert it (jq -c '.[]')"
+        return "a JSON array per line, not an object: convert it (jq -c '.[]')"
     if first == b"{":
-        return "a JSON object over several lines, not one a line: convert it (jq -c .)"
+        return "a JSON object over several lines, not one per line: convert it (jq -c .)"
     return None

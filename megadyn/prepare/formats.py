@@ -97,7 +97,7 @@ class Content:
 
 
 class Transcoded(io.RawIOBase):
-    """A text of another encoding as UTF-8. Where it is none, it ends for good, with the reason in `damage`."""
+    """A text of another encoding, as UTF-8. At invalid bytes it ends for good, with the reason in `damage`."""
 
     def __init__(self, source: IO[bytes], encoding: str) -> None:
         self.damage: Damage | None = None
@@ -150,23 +150,23 @@ def text_file(span: Span, _: str) -> Iterator[Found]:
         if len(raw) > LONGEST_DOCUMENT:
             raise DocumentError(f"a text of over {LONGEST_DOCUMENT:,} bytes")
         if problem := not_text(raw[:HEAD_BYTES]):
-            raise DocumentError(f"no text but {problem}")
+            raise DocumentError(f"not text but {problem}")
         if not raw.isascii():
             raw.decode("utf-8")
         yield raw, span.size
         if damage:
             yield (
-                DocumentError(f"{span.file}: damaged behind its text ({one_line(damage.reason)})"),
+                DocumentError(f"{span.file}: damaged after its text ({one_line(damage.reason)})"),
                 span.size,
             )
     except UnicodeDecodeError as error:
-        yield DocumentError(f"{span.file}: no UTF-8 text (byte {error.start}: {error.reason})"), span.size
+        yield DocumentError(f"{span.file}: not UTF-8 (byte {error.start}: {error.reason})"), span.size
     except DocumentError as error:
         yield DocumentError(f"{span.file}: {error}"), span.size
 
 
 def json_lines(span: Span, text_key: str) -> Iterator[Found]:
-    """One document a line, under `text_key`; a blank line is none. A line belongs to the span that holds its first byte."""
+    """One document per line, under `text_key`; blank lines are skipped. A line belongs to the span that holds its first byte."""
     number, is_behind_damage = 0, False
     with content_of(span.file, "jsonl") as content:
         lines, whole = content.stream, not content.is_plain  # a compressed file is never cut
@@ -258,29 +258,29 @@ def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any
     try:
         entries = [json.loads(line)]
     except RecursionError:
-        raise DocumentError("JSON of too many levels") from None
+        raise DocumentError("JSON nested too deeply") from None
     except ValueError:
         try:
             entries = [json.loads(piece) for piece in pieces] if len(pieces) > 1 else []
         except (ValueError, RecursionError):
             entries = []
     if not entries:
-        raise DocumentError(f"no JSON ({error.msg} at column {error.colno})") from error
+        raise DocumentError(f"invalid JSON ({error.msg} at column {error.colno})") from error
     yield from entries
 
 
 def text_of(entry: Any, text_key: str) -> bytes:
     if not isinstance(entry, dict):
-        raise DocumentError(f"no JSON object but {type(entry).__name__}")
+        raise DocumentError(f"not a JSON object but {type(entry).__name__}")
     if text_key not in entry:
         raise DocumentError(f"no key {text_key!r} (its keys: {ascii_names(entry)})")
     if not isinstance(text := entry[text_key], str):
-        raise DocumentError(f"{text_key!r} holds {type(text).__name__}, no text")
+        raise DocumentError(f"{text_key!r} holds {type(text).__name__}, not text")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise DocumentError(
-            f"{text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), no text"
+            f"{text_key!r} holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is not text"
         ) from error
 
 

@@ -41,7 +41,7 @@ def check_alike(first: IndexedDataset, other: IndexedDataset) -> None:
         if first.record is not other.record:
             known, unknown = (first, other) if first.record else (other, first)
             raise UserError(
-                f"nothing says which tokenizer made dataset {unknown.prefix}; "
+                f"there is no record of which tokenizer made dataset {unknown.prefix}; "
                 f"remove {known.prefix}.json to merge it with {known.prefix} unchecked"
             )
         return

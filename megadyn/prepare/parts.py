@@ -170,7 +170,7 @@ class Parts:
     def damaged_joined(self, sound: Iterable[str]) -> UserError:
         """Forgets all parts in joined.bin but the first, `sound` ones."""
         self._rewrite_joined_list(sound)
-        return UserError(f"{self.joined_tokens}: damaged; the same command goes on from what is sound of it")
+        return UserError(f"{self.joined_tokens}: damaged; the same command continues from its intact part")
 
     def _rewrite_joined_list(self, names: Iterable[str]) -> None:
         temporary = temporary_beside(self._joined_list)

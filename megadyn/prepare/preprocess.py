@@ -56,14 +56,13 @@ def preprocess(
     """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
 
     `append_eod` ends each document that has tokens with the tokenizer's end-of-document token, or with `eod`, a token of
-    its vocabulary. `max_documents` takes
-    the first so many, `shuffle_seed` puts them in an order drawn from it. With more than one worker the tokenizer
-    runs in as many processes on each rank, and with more than one rank on rank 0 always in processes of its own. All
-    ranks call this alike and get the record.
+    its vocabulary. `max_documents` takes only the first documents; `shuffle_seed` writes them in an order drawn from it.
+    With more than one worker the tokenizer runs in that many processes on each rank; with more than one rank, rank 0
+    always tokenizes in processes of its own. All ranks call this alike and get the record.
 
-    `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
-    without `overwrite`, or another run is writing it; then nothing is under PREFIX, but what is encoded stays in
-    PREFIX.parts, and the next run of the same input and options goes on from it.
+    Raises `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
+    without `overwrite`, or another run is writing it. Then nothing is written under PREFIX, but what is encoded stays in
+    PREFIX.parts, and the next run with the same input and options continues from it.
     """
     # processes are the parallelism; forked, they would miss its threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

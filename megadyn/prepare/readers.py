@@ -27,16 +27,17 @@ FORMATS = ("auto", "text", "jsonl", "parquet", "arrow")
 class Corpus:
     """The documents of `paths`, in order; iterating streams them, one document in memory at a time.
 
-    A folder stands for all files below it, sorted by name, but for hidden ones and metadata (see `folders`); a pattern
-    (`*`, `?`, `[a-z]`, `**`) for all that it matches. A text file is one document, kept to the byte; a JSONL file has one
-    a line, under `text_key`, and its blank lines are no documents; a Parquet or Arrow file has one a row, in the column
-    `text_key`. Compressed files are decompressed. `auto` tells formats by content and name (see `detect`), and refuses
-    what it does not know.
+    A folder means all files below it, sorted by name, except hidden ones and metadata (see `folders`); a pattern
+    (`*`, `?`, `[a-z]`, `**`) means all that it matches. A text file is one document, byte for byte. A JSON-lines file has
+    one document per line, under `text_key`; blank lines are skipped. A Parquet or Arrow file has one per row, in the column
+    `text_key`. Compressed files are decompressed. `auto` detects formats by content and name (see `detect`), and refuses
+    unknown ones.
 
-    A document that cannot be read (no UTF-8, no JSON, no such key, no text) raises `UserError` with its file and
-    line number; with `on_error="skip"` it is counted in `skipped` instead, and so is, as one, what is lost of a
-    damaged file. A missing path always raises, at once.
-    The folders are listed once, at the start: files that come later, such as the output itself, are not read.
+    A document that cannot be read (not UTF-8, invalid JSON, no such key, not text) raises `UserError` with its file and
+    line number. With `on_error="skip"` it is counted in `skipped` instead; what is lost of a damaged file counts as one.
+    A missing path always raises, at once.
+
+    Folders are listed once, at the start: files that come later, such as the output itself, are not read.
     """
 
     paths: Sequence[Path]
@@ -100,5 +101,5 @@ class Corpus:
                         self.skipped += 1
                         self.first_skipped = self.first_skipped or str(found)
                     else:
-                        raise UserError(f"{found} (--on-error skip leaves such documents out)")
+                        raise UserError(f"{found} (to skip such documents: --on-error skip)")
             self.consumed = before + span.size

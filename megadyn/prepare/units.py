@@ -24,7 +24,7 @@ def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Uni
     sized = [(file, file.stat().st_size, kind_of(file, form)) for file in files]
     for file, _, kind in sized:
         if refuse and kind.problem:
-            raise UserError(f"{file}: {kind.problem} (--on-error skip leaves such files out)")
+            raise UserError(f"{file}: {kind.problem} (to skip such files: --on-error skip)")
     packs = [PACKED if kind.form == "parquet" or not kind.is_plain else 1 for _, _, kind in sized]
     least = unit_bytes(sum(size * pack for (_, size, _), pack in zip(sized, packs, strict=True)))
     units, unit, held = [], [], 0

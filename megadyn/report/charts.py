@@ -159,7 +159,7 @@ def heat_map(
     high: float,
     log: bool = False,
 ) -> str:
-    """z [layers, N] over x [N], a row a layer, shaded from `low` to `high`; the last value stands behind each row. Of many
+    """z [layers, N] over x [N], one row per layer, shaded from `low` to `high`; the last value stands behind each row. Of many
     records a column is the mean of a stretch."""
     if not np.isfinite(z).any():
         return ""

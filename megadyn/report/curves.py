@@ -1,4 +1,4 @@
-"""Sections of everything that is one number a step: losses, and speed and its kin; the runs over each other."""
+"""Sections of everything that is one number per step: losses, and speed and its kin; the runs over each other."""
 
 from collections.abc import Sequence
 from html import escape

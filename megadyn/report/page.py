@@ -131,8 +131,8 @@ def facts(run: Run) -> list[str]:
             )
     for name, key in (
         ("tokens/s, median", "tokens_per_second"),
-        ("tokens/s a device, median", "tokens_per_second_per_gpu"),
-        ("model TFLOP/s a device, median", "model_tflops"),
+        ("tokens/s per device, median", "tokens_per_second_per_gpu"),
+        ("model TFLOP/s per device, median", "model_tflops"),
         ("MFU, causal half, median", "mfu_causal_half"),
         ("MFU, whole square, median", "mfu_whole_square"),
     ):
@@ -155,7 +155,7 @@ def last(values: Values) -> float:
 
 
 def layers(runs: Sequence[Run]) -> str:
-    """Everything that is one number a layer and step."""
+    """Everything that is one number per layer and step."""
     names = list(dict.fromkeys(name for run in runs for name in run.layer_statistics()))
     if not names:
         return (
@@ -171,7 +171,7 @@ def layers(runs: Sequence[Run]) -> str:
     gates = "".join(gate_charts(run, len(runs) > 1) for run in runs)
     others = [name for name in names if name not in known and not name.startswith(GATES)]
     parts = [
-        '<h2>Routing by layer</h2><p class="dim">A row a layer, darker for more in the light scheme and lighter in the '
+        '<h2>Routing by layer</h2><p class="dim">One row per layer, darker for more in the light scheme and lighter in the '
         "dark one. The number behind a row is its last value.</p>",
         f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>',
         gates,
@@ -248,7 +248,7 @@ def text_section(subject: Subject, several: bool) -> str:
     heading = f"<h2>A validation text, token by token{of(subject.run, several)}</h2>"
     found = subject.text
     if isinstance(found, str):
-        return f"{heading}<p>There is none here: {escape(found)}.</p>"
+        return f"{heading}<p>Not available: {escape(found)}.</p>"
     counts, total = found.processed.sum(axis=0), len(found.layers)
     did = Kind.verb if subject.run.routing is None else subject.run.routing.verb
     spans = []
@@ -315,7 +315,7 @@ def config_section(runs: Sequence[Run]) -> str:
         parts.append(difference_table(rows, first.name, second.name) if rows else "<p>The two are equal.</p>")
     for run in runs:
         if run.config_text is None:
-            parts.append(f"<p>There is none{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
+            parts.append(f"<p>Not available{of(run, len(runs) > 1)}: config.yaml cannot be read.</p>")
         else:
             parts.append(
                 f"<details><summary>config.yaml, as resolved{of(run, len(runs) > 1)}</summary>"
@@ -334,7 +334,7 @@ def environment(subject: Subject, several: bool) -> str:
 def checkpoint_section(subject: Subject, several: bool) -> str:
     heading = f"<h2>Checkpoints{of(subject.run, several)}</h2>"
     if subject.checkpoints is None:
-        return f"{heading}<p>They were not looked at, as asked (--no-checkpoints).</p>"
+        return f"{heading}<p>They were not read, as asked (--no-checkpoints).</p>"
     if not subject.checkpoints:
         return f"{heading}<p>The run folder holds none.</p>"
     rows = "".join(

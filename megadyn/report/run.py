@@ -137,7 +137,7 @@ def number(record: Record, *path: str) -> float:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Raises UserError for a folder that is none, or that holds no metrics."""
+    """Raises UserError for what is not a folder, or holds no metrics."""
     absolute = [folder.resolve() for folder in folders]
     return [read_run(folder, name) for folder, name in zip(absolute, short_names(absolute), strict=True)]
 
@@ -153,7 +153,9 @@ def read_run(folder: Path, name: str) -> Run:
         text = path.read_bytes().decode(errors="replace")
     _take_records(run, text)
     if not (run.training or run.evaluations):
-        raise UserError(f"{path}: no whole record in it" + (", only broken lines" if run.notes else " yet"))
+        raise UserError(
+            f"{path}: it holds no complete record" + (", only broken lines" if run.notes else " yet")
+        )
     _take_config(run)
     _take_starts(run)
     planned = planned_iterations(run)

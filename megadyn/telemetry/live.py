@@ -136,7 +136,7 @@ def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
             f"for which a dense model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"
         ),
         Text(
-            f"{record['model_tflops']:.3g} TFLOP/s a device"
+            f"{record['model_tflops']:.3g} TFLOP/s per device"
             + (
                 f"  MFU {mfu:.1%} (causal half), {record['mfu_whole_square']:.1%} (whole square)"
                 if mfu is not None

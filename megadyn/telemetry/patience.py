@@ -53,12 +53,12 @@ class PatientSink:
         except OSError as error:
             if not self.is_failing:
                 log.warning(
-                    "%s cannot be written: %s; the run goes on, and records wait in memory",
+                    "%s cannot be written: %s; the run continues, and records wait in memory",
                     self.sink.name,
                     error,
                 )
             self.is_failing = True
         else:
             if self.is_failing:
-                log.info("%s is written again", self.sink.name)
+                log.info("%s can be written again", self.sink.name)
             self.is_failing = False

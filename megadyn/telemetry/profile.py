@@ -23,7 +23,7 @@ class Profile:
         self.is_due = config.profile_steps is not None and rank in config.profile_ranks
         if self.is_due and start_iteration >= self.last:
             log.warning(
-                "nothing is traced: the run goes on from iteration %d, behind logging.profile_steps = [%d, %d]",
+                "nothing is traced: the run continues from iteration %d, after logging.profile_steps = [%d, %d]",
                 start_iteration,
                 self.first,
                 self.last,

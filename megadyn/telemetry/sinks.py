@@ -55,8 +55,8 @@ def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
 
 
 class Lines:
-    """A file of lines that belong to an iteration each. It is opened for each record, so that there is no open file which a
-    failure leaves in some other state than the disk."""
+    """A file in which each line belongs to an iteration. It is opened for each record, so that after a failure no open file
+    differs from the disk."""
 
     header = ""
     """First line of the file."""
@@ -233,7 +233,7 @@ def refuse_wandb_login(asked: LoggingConfig) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for what JSON has no number for: fp16's gradient norm in a step that overflowed."""
+    """`value` with null for NaN and infinity, which JSON lacks: fp16's gradient norm in a step that overflowed."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

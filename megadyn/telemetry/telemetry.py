@@ -68,7 +68,7 @@ class Telemetry(Silent):
         self.throughput = Throughput(config, world_size, device_name)
         if device_name is not None and self.throughput.peak is None:
             log.info(
-                "MFU is not reported: no peak is known of %s in %s; logging.peak_tflops gives it",
+                "MFU is not reported: the peak of %s in %s is unknown; set logging.peak_tflops",
                 device_name,
                 config.precision,
             )

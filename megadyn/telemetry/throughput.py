@@ -35,7 +35,7 @@ class Throughput:
         flops, square = (
             training_flops(self.model, self.length, shares, whole_square=whole) for whole in (False, True)
         )
-        per_device = self.samples / step_s / self.world_size  # samples a second
+        per_device = self.samples / step_s / self.world_size  # samples per second
         tokens = self.samples * self.length / step_s
         return {
             "tokens_per_second": tokens,

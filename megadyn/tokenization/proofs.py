@@ -80,6 +80,4 @@ class KeptProof:
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
-            log.info(
-                "engine: the proof is not kept for the next start (%s: %s)", self.path.parent, error.strerror
-            )
+            log.info("engine: the proof cannot be cached (%s: %s)", self.path.parent, error.strerror)

@@ -165,7 +165,7 @@ class ByteTokenizer(Tokenizer):
         if id == 256:
             return USUAL_EODS[0]
         if not 0 <= id < 128:
-            raise UserError(f"tokenizer {self.name}: id {id} is no character")
+            raise UserError(f"tokenizer {self.name}: id {id} is not a character")
         return chr(id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,7 +184,7 @@ class HfTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
         except Exception as error:  # the library raises bare `Exception`
-            raise UserError(f"{path}: no tokenizer ({error})") from error
+            raise UserError(f"{path}: cannot load the tokenizer: {error}") from error
         # some files ask for it, and would cut every document short in silence
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -239,7 +239,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: no SentencePiece model ({error})") from error
+            raise UserError(f"{path}: cannot load the SentencePiece model: {error}") from error
         self._raw = raw
         self.name = path.stem
         self.vocab_size = self._model.vocab_size()
@@ -279,7 +279,7 @@ class SentencePieceTokenizer(Tokenizer):
         except ValueError as error:
             raise UserError(f"gigatoken does not support tokenizer {self.name} ({error})") from error
         if any(step["type"] == "Precompiled" for step in content["normalizer"]["normalizers"]):
-            raise UserError(f"gigatoken normalizes some characters otherwise than tokenizer {self.name}")
+            raise UserError(f"gigatoken and tokenizer {self.name} normalize some characters differently")
         # SentencePiece spells out control symbols such as </s> where they stand in a text.
         control = set(self._control_symbols())
         content["added_tokens"] = [
@@ -362,9 +362,9 @@ def tokenizer_settings(folder: Path, name: str = "tokenizer_config.json") -> dic
     try:
         settings = json.loads(read_bytes(path)) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"{path}: no JSON object ({error})") from error
+        raise UserError(f"{path}: invalid JSON ({error})") from error
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: no JSON object")
+        raise UserError(f"{path}: not a JSON object")
     return settings
 
 

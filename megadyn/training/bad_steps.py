@@ -40,14 +40,14 @@ class BadSteps:
         state, action = self.state, self.config.on_bad_step
         kept = f"the step was not taken, and nothing was saved since iteration {max(0, state.saved_at)}"
         if action == "stop":
-            raise TrainingDiverged(f"{said}; {kept} (training.on_bad_step: skip or rollback goes on)")
+            raise TrainingDiverged(f"{said}; {kept} (training.on_bad_step: skip or rollback continues)")
         if excess := state.loss_rule.excess():
             raise TrainingDiverged(f"{said}, and it makes {excess}; {kept}")
         done = "skipped"
         if action == "rollback":
             if not self.checkpoints.go_back():
                 raise TrainingDiverged(f"{said}, and there is no good checkpoint to go back to; {kept}")
-            done = f"back to iteration {state.iteration}, on with the samples after it"
+            done = f"back to iteration {state.iteration}, continuing with the samples after it"
         log.warning("%s; %s (%d bad steps so far)", said, done, state.loss_rule.bad_steps)
 
     def _samples(self) -> str:

@@ -99,7 +99,9 @@ class Checkpoints:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
             log.warning(
-                "%s; the run goes on, its newest checkpoint is of iteration %d", error, max(0, state.saved_at)
+                "%s; the run continues, its newest checkpoint is of iteration %d",
+                error,
+                max(0, state.saved_at),
             )
             self.telemetry.event(state.iteration, "checkpoint", {"error": str(error)})
             return

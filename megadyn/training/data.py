@@ -64,7 +64,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if start is not None:
         settle_length(config, train, start)
         log.info(
-            "data: %s, %s samples before any comes again; the run takes %s",
+            "data: %s, %s samples before any repeats; the run takes %s",
             dataset_names(sources),
             f"{len(train):,}",
             f"{config.training.samples_at_end(*start):,}",
@@ -142,12 +142,12 @@ def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -
         raise ConfigError(
             "training.eval_samples",
             wanted,
-            f"at least {per_round} (one micro-batch a data-parallel rank), of which the {name} set "
-            f"must have as many; it has {len(samples)}",
+            f"at least {per_round} (one micro-batch per data-parallel rank), and the {name} set "
+            f"must have that many; it has {len(samples)}",
         )
     if size < wanted:
         log.info(
-            "evaluations on the %s set use %d samples: of %d wanted, %d there are, in rounds of %d",
+            "evaluations on the %s set use %d samples (%d wanted, %d available, in rounds of %d)",
             name,
             size,
             wanted,

@@ -61,7 +61,7 @@ def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:
     card = card_of(
         tiny_config("mod"), {"validation": {"iteration": 5, "validation": {"topk": None, "causal": 3.0}}}
     )
-    assert "| validation | topk | no number | 5 |\n| validation | causal | 3.0000 | 5 |" in card
+    assert "| validation | topk | not finite | 5 |\n| validation | causal | 3.0000 | 5 |" in card
 
 
 def test_work_follows_what_was_routed() -> None:

@@ -132,16 +132,20 @@ POSITIVE = "a number above 0 (leave out a dataset that is not to be used)"
             for bad in (0, -1, "much", None, True, float("inf"), float("nan"))
         ),
         ({"train": [{"prefix": "a", "tokens": 0}]}, "data.train[0].tokens", POSITIVE),
-        ({"train": [{"prefix": "a", "weight": 1}, "b"]}, "data.train[1]", "given as the first, with weight"),
+        (
+            {"train": [{"prefix": "a", "weight": 1}, "b"]},
+            "data.train[1]",
+            "given like the first, with weight",
+        ),
         (
             {"train": ["a", {"prefix": "b", "tokens": 1}]},
             "data.train[1]",
-            "given as the first, with a prefix alone",
+            "given like the first, with a prefix alone",
         ),
         (
             {"train": [{"prefix": "a", "weight": 1}, {"prefix": "b", "tokens": 1}]},
             "data.train[1]",
-            "given as the first, with weight",
+            "given like the first, with weight",
         ),
         ({"train": ["a", "b", "a"]}, "data.train[2].prefix", "named once, with the sum of its shares"),
         ({"test": ["a", "a"]}, "data.test[1].prefix", "named once"),

@@ -148,8 +148,8 @@ def test_a_value_of_the_wrong_type_is_refused(tmp_path, override, named):
 )
 def test_a_mandatory_key_that_is_missing_is_named(tmp_path, left_out, named):
     message = refusal(tmp_path, text=RUN.replace(left_out, ""))
-    assert message.startswith(f"{named}: ")
-    assert "missing" in message
+    assert message.startswith(f"{named} is missing in {tmp_path}")
+    assert ": give " in message
 
 
 # ---- the file and the command line ---------------------------------------------------------------

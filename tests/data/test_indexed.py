@@ -245,9 +245,9 @@ def test_offsets_are_checked_over_the_borders_of_chunks(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("at", "what", "sentence"),
     [
-        (0, b"PAR1", "no index of a dataset"),
+        (0, b"PAR1", "not the index of a dataset"),
         (9, struct.pack("<Q", 2), "version 2"),
-        (17, b"\x07", "dtype code 7 is no integer type"),
+        (17, b"\x07", "dtype code 7 is not an integer type"),
         (17, b"\x63", "dtype code 99"),
         (18, struct.pack("<Q", 2**60), "was it cut short"),
         (34, struct.pack("<i", -2), "sequence 0 has a negative length"),
@@ -392,11 +392,11 @@ def test_record_must_belong_to_the_dataset(tmp_path):
     assert IndexedDataset(prefix).record == record()
     for content, sentence in [
         (record(tokens=4).to_json(), "belongs to another dataset"),
-        (b"{", "no record of a dataset"),
-        (b"[1]", "no record"),
-        (b'{"tokens": 3}', "no record"),
+        (b"{", "not the record of a dataset"),
+        (b"[1]", "not the record"),
+        (b'{"tokens": 3}', "not the record"),
         *(
-            (record(**{name: wrong}).to_json(), rf"no record of a dataset \({name} is ")
+            (record(**{name: wrong}).to_json(), rf"not the record of a dataset \({name} is ")
             for name, wrong in (
                 ("fingerprint", None),
                 ("vocab_size", "x"),

@@ -50,7 +50,7 @@ def test_tokens_are_read_once_and_again_when_the_file_changed(tmp_path, monkeypa
     monkeypatch.undo()
     entry.write_text('{"largest": ')
     assert id_range(dataset, tmp_path / "cache").largest == 9
-    assert any("is damaged and is built anew" in message for message in logged.messages)
+    assert any("is damaged and will be rebuilt" in message for message in logged.messages)
     np.array([7, 5000, 9], "<i4").tofile(tmp_path / "x.bin")
     os.utime(tmp_path / "x.bin", ns=(1, 1))
     assert id_range(IndexedDataset(tmp_path / "x"), tmp_path / "cache").largest == 5000
@@ -60,4 +60,4 @@ def test_where_nothing_can_be_kept_every_start_reads(tmp_path, logged):
     dataset = written(tmp_path / "x", [7, 8, 9])
     (tmp_path / "cache").write_text("a file, no folder")
     assert id_range(dataset, tmp_path / "cache").largest == 9
-    assert "is not kept for the next start" in logged.messages[-1]
+    assert "cannot be cached" in logged.messages[-1]

@@ -280,7 +280,7 @@ class TestCache:
         path.write_bytes(damage(sound))
         assert [sample.tolist() for sample in make()] == want
         assert path.read_bytes() == sound
-        assert f"{path} is damaged and is built anew" in caplog.text
+        assert f"{path} is damaged and will be rebuilt" in caplog.text
 
     def test_any_flipped_bit_is_noticed(self, make, tmp_path):
         want = [sample.tolist() for sample in make()]

@@ -1,6 +1,7 @@
 """Every command that the documents show, read out of their Markdown, and each checked by the parsers of what it starts.
 
-An indented block holds commands. A fenced one names its language: `sh` is commands too, `yaml`, `python` and `text` are not.
+An indented block holds commands. A fenced one names its language: `sh` is commands too, `yaml`, `python`, `text` and
+`{eval-rst}` (what the site takes from docstrings) are not.
 In running text a code span of several words is a command if it begins with a program.
 """
 
@@ -29,7 +30,7 @@ from tests.tiny import ROOT
 
 MARKS = ("needs GPUs", "needs several machines", "needs the network")
 """Words in the paragraph before a block, or in a command's comment, that say why no test runs it."""
-LANGUAGES = ("sh", "yaml", "python", "text")
+LANGUAGES = ("sh", "yaml", "python", "text", "{eval-rst}")
 
 
 class Command(NamedTuple):
@@ -250,12 +251,13 @@ def check_settings(command: Command, script: str) -> None:
 
 
 def check_pip(command: Command) -> None:
-    """An extra of ours is one that pyproject.toml has."""
-    _, install, package = command.words
-    assert install == "install"
-    if match := re.fullmatch(r"megadyn\[(\w+)\]", package):
+    """No index has megadyn, so it is installed from the clone; an extra is one that pyproject.toml has."""
+    _, install, *options, package = command.words
+    assert install == "install" and set(options) <= {"--editable"}
+    assert not package.startswith("megadyn"), f"{command}: no index has this package"
+    if match := re.fullmatch(r"\.\[(\w+)\]", package):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        assert match[1] in project["optional-dependencies"]
+        assert match[1] in project["optional-dependencies"], f"{command}: no extra {match[1]}"
 
 
 def check_pytest(command: Command) -> None:

@@ -65,7 +65,7 @@ def test_a_full_disk_on_one_rank_stops_the_run_or_not_as_configured(
     done = train(config_file, *settings, "checkpoint.on_error=continue", world=2, sabotage=fails_first)
     assert done.returncode == 0, done.output
     assert stopped in done.output
-    assert "the run goes on, its newest checkpoint is of iteration 2" in done.output
+    assert "the run continues, its newest checkpoint is of iteration 2" in done.output
     assert {path.name for path in checkpoints.iterdir()} == {
         "iteration-00000002",
         "iteration-00000006",
@@ -123,7 +123,7 @@ def test_no_whole_checkpoint_is_no_reason_to_begin_anew(config_file: Path) -> No
     shard.write_bytes(shard.read_bytes() + b"x")
     done = train(config_file)
     assert done.returncode == 2
-    assert "none of 1 checkpoints is whole" in done.output
+    assert "none of 1 checkpoints is intact" in done.output
     assert (config_file.parent / "out/metrics.jsonl").read_text() == metrics
 
 
@@ -144,7 +144,7 @@ def test_export_replaces_nothing_but_an_export(config_file: Path, tmp_path: Path
     shard = next(checkpoint.glob("weights-*"))
     assert shard.stat().st_mode & 0o777 == 0o666 & ~umask()
     for output in (run, checkpoint, config_file.parent):
-        with pytest.raises(UserError, match="no earlier export"):
+        with pytest.raises(UserError, match="not an earlier export"):
             export(checkpoint, output, overwrite=True)
     output = tmp_path / "export"
     export(checkpoint, output)

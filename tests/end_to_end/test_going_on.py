@@ -64,7 +64,7 @@ def test_a_run_counts_what_it_consumed_and_then_leaves_all_as_it_is(config_file:
         config_file, *length, "training.global_batch_size=16", "model.routing.threshold_momentum=0.5"
     )
     assert third.statuses == [0]
-    assert "nothing to do: the run stands at iteration 9 of 9" in third.output()
+    assert "nothing to do: the run is at iteration 9 of 9" in third.output()
     assert contents(out) == before
 
 

@@ -226,7 +226,7 @@ def test_settings_become_the_launchers_options(
     ("script", "settings", "words", "said"),
     [
         ("deepspeed.sh", {"HOSTFILE": "nowhere"}, [], "nowhere: No such file or directory"),
-        ("deepspeed.sh", {"HOSTFILE": "EMPTY"}, [], "names no host; write one a line as `name slots=8`"),
+        ("deepspeed.sh", {"HOSTFILE": "EMPTY"}, [], "names no host; write one per line, as `name slots=8`"),
         ("deepspeed.sh", {"HOSTFILE": "UNKNOWN"}, [], "host 'no-such-host.invalid' is unknown here"),
         ("mpi.sh", {"HOSTFILE": "MALFORMED"}, [], "line 1: 'localhost' must be of the form `name slots=8`"),
         ("mpi.sh", {}, [], "neither HOSTFILE nor GPUS is set"),

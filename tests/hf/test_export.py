@@ -298,7 +298,7 @@ def test_dataset_of_another_tokenizer_is_refused(
     assert not caplog.messages
     (hf / "tokenizer_config.json").unlink()
     evaluate(hf, prefix, modes=["topk"])
-    assert "nothing says which tokenizer" in caplog.text
+    assert "the model does not record its tokenizer" in caplog.text
 
 
 def tool_named(name: str) -> ModuleType:
@@ -408,7 +408,7 @@ def test_only_an_empty_folder_or_an_earlier_export_is_written_over(
         export(checkpoint, output)
     (output / "config.json").unlink()
     before = sorted(path.name for path in output.iterdir())
-    with pytest.raises(UserError, match="no earlier export"):
+    with pytest.raises(UserError, match="not an earlier export"):
         export(checkpoint, output, overwrite=True)
     assert sorted(path.name for path in output.iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -443,6 +443,6 @@ def test_broken_folder_is_one_sentence(exported: tuple[str, Path], tmp_path: Pat
 def test_missing_or_unexpected_tensor_is_named(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, losses = trained
     assert "has no tensor model.layers.2.mlp.up_proj.weight" in losses["missing"]
-    assert "has a tensor that the model has not: model.layers.0.extra.weight" in losses["unexpected"]
+    assert "has a tensor that the model lacks: model.layers.0.extra.weight" in losses["unexpected"]
     with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
         load_network(open_saved(folder / "missing"), torch.device("cpu"))

@@ -24,8 +24,8 @@ def test_hosts_are_read_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "names no host; write one a line as `name slots=8`"),
-        ("# nothing\n\n", "names no host; write one a line as `name slots=8`"),
+        ("", "names no host; write one per line, as `name slots=8`"),
+        ("# nothing\n\n", "names no host; write one per line, as `name slots=8`"),
         (
             "127.0.0.1\n",
             ", line 1: '127.0.0.1' must be of the form `name slots=8`, with as many slots as GPUs",

@@ -246,13 +246,13 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
             "garbage behind",
             first + second + third + b"garbage",
             3000,
-            f"what stands at byte {len(first + second + third)} is no",
+            f"the content at byte {len(first + second + third)} is not",
         ),
         (
             "garbage between",
             first + b"garbage" + second + third,
             3000,
-            f"what stands at byte {len(first)} is no",
+            f"the content at byte {len(first)} is not",
         ),
     ]:
         path = tmp_path / f"x.jsonl.{suffix}"
@@ -271,7 +271,7 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
     (tmp_path / f"x.txt.{suffix}").write_bytes(first + b"garbage")
     corpus = Corpus([tmp_path / f"x.txt.{suffix}"], on_error="skip")
     assert [len(text) for text in corpus] == [len(b"".join(LINES.splitlines(keepends=True)[:1000]))]
-    assert "damaged behind its text" in corpus.first_skipped
+    assert "damaged after its text" in corpus.first_skipped
 
 
 def test_why_a_frame_is_not_read_is_told(tmp_path):

@@ -313,7 +313,7 @@ def test_only_the_damaged_row_group_is_lost(tmp_path):
 def test_why_a_parquet_file_is_not_read_is_told(tmp_path):
     path = tmp_path / "x.parquet"
     for column, reason in [
-        ([1], "column 'text' holds int64, no text"),
+        ([1], "column 'text' holds int64, not text"),
         ([["x"]], "column 'text' holds list<"),
         ([{"x": "y"}], "column 'text' holds struct<"),
     ]:

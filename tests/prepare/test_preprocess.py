@@ -80,7 +80,7 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path, tokenizer_folder,
     for other, sentence in [
         ("ended", "differ in --append-eod"),
         ("bpe", "different tokenizers"),
-        ("foreign", "nothing says which tokenizer made dataset .*foreign"),
+        ("foreign", "there is no record of which tokenizer made dataset .*foreign"),
         ("wide", "uint16 and int32"),
         ("missing", "no file"),
     ]:
@@ -96,7 +96,7 @@ def test_merge_refuses_what_does_not_belong_together(tmp_path, tokenizer_folder,
 def test_bad_line_ends_the_job_and_leaves_no_dataset(tmp_path, workers, small_units):
     path = corpus_file(tmp_path / "a.jsonl", random_texts(50))
     path.write_text(path.read_text() + "broken\n" + json.dumps({"text": "a"}) + "\nbroken again\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:51: no JSON"):
+    with pytest.raises(UserError, match=r"a\.jsonl:51: invalid JSON"):
         preprocess(Corpus([path]), "byte", tmp_path / "out" / "x", workers=workers)
     assert [left.name for left in (tmp_path / "out").iterdir()] == ["x.parts"]  # what was finished before
 
@@ -117,7 +117,7 @@ def test_a_part_with_documents_left_out_is_none_where_none_may_be(tmp_path):
             if on_error == "skip":
                 assert encoder.part(0) == encoder.part(0)
             else:
-                with pytest.raises(UserError, match="no JSON"):
+                with pytest.raises(UserError, match="invalid JSON"):
                     encoder.part(0)
 
 
@@ -141,7 +141,7 @@ def test_no_room_for_the_dataset_ends_the_workers_and_keeps_their_parts(tmp_path
 
 def test_bad_line_in_a_small_corpus_leaves_nothing(tmp_path):
     (tmp_path / "a.jsonl").write_text("broken\n")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="invalid JSON"):
         preprocess(Corpus([tmp_path / "a.jsonl"]), "byte", tmp_path / "out" / "x")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -204,7 +204,7 @@ def test_max_documents_takes_the_first_and_forgets_what_comes_after(tmp_path, sm
     fails = Corpus([tmp_path / "a.jsonl"])
     # the first bad line comes later
     preprocess(fails, "byte", tmp_path / "before", max_documents=10, workers=2)
-    with pytest.raises(UserError, match="jsonl:11: no JSON"):
+    with pytest.raises(UserError, match="jsonl:11: invalid JSON"):
         preprocess(fails, "byte", tmp_path / "behind", max_documents=11, workers=2)
 
 

@@ -140,7 +140,7 @@ def test_a_failing_rank_fails_the_job_with_its_error(tmp_path, corpus):
         2, "--input", tmp_path / "bad.jsonl", "--tokenizer", "byte", "--output-prefix", tmp_path / "x"
     )
     assert done.returncode == 2
-    assert f"error: {tmp_path}/bad.jsonl:2: no JSON" in done.stderr
+    assert f"error: {tmp_path}/bad.jsonl:2: invalid JSON" in done.stderr
     assert not [*tmp_path.glob("x.[bij]*"), *tmp_path.glob(".x*")]
 
     crash = (

@@ -108,7 +108,7 @@ def test_damage_to_what_is_joined_is_found(tmp_path, small_units, fails_later, h
     fails_later(units_of(path) - sound)
     if how == "changed":
         with pytest.raises(
-            UserError, match=r"joined\.bin: damaged; the same command goes on from what is sound of it"
+            UserError, match=r"joined\.bin: damaged; the same command continues from its intact part"
         ):
             preprocess(Corpus([path]), "byte", tmp_path / "x")
         assert (folder / "joined.txt").read_text().split() == names[:6]
@@ -210,7 +210,7 @@ def test_a_second_run_on_one_prefix_is_refused(tmp_path):
 def test_output_of_an_earlier_run_is_no_input(tmp_path, small_units):
     path = corpus_file(tmp_path / "a.jsonl", random_texts(30))
     (tmp_path / "b.jsonl").write_text("broken")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="invalid JSON"):
         preprocess(Corpus([tmp_path]), "byte", tmp_path / "x")
     (tmp_path / "b.jsonl").unlink()
     record = preprocess(Corpus([tmp_path]), "byte", tmp_path / "x")

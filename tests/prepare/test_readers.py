@@ -53,13 +53,13 @@ def test_text_key_and_forced_format(tmp_path):
 
 
 BAD_LINES = {
-    b"{oops": "no JSON",
-    b'{"text": "cut': "no JSON",
-    b'{"text": "a"} {"text": "b"}': "no JSON",
+    b"{oops": "invalid JSON",
+    b'{"text": "cut': "invalid JSON",
+    b'{"text": "a"} {"text": "b"}': "invalid JSON",
     b'{"text": NaN}': "'text' holds float",
     b'{"text": "\xff"}': "UTF-8",
     b'{"text": "\\ud800"}': "surrogate",
-    b'["text"]': "no JSON object but list",
+    b'["text"]': "not a JSON object but list",
     b'{"body": "a"}': "no key 'text' (its keys: body)",
     b'{"text": 5}': "'text' holds int",
     b'{"text": null}': "'text' holds NoneType",
@@ -89,7 +89,7 @@ def test_skipped_documents_are_those_of_the_last_pass(tmp_path):
 def test_undecodable_text_file(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"b\.txt: no UTF-8 text \(byte 3"):
+    with pytest.raises(UserError, match=r"b\.txt: not UTF-8 \(byte 3"):
         list(Corpus([tmp_path]))
     corpus = Corpus([tmp_path], on_error="skip")
     assert list(corpus) == ["fine"]
@@ -149,7 +149,7 @@ def test_damaged_compressed_file_is_an_error_or_a_counted_skip(tmp_path, suffix,
     assert len(kept) > 10_000 if form == "jsonl" else not kept
 
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
-    with pytest.raises(UserError, match=r"b\.txt\.gz: its name says gzip, but its content is none"):
+    with pytest.raises(UserError, match=r"b\.txt\.gz: its name says gzip, but its content is not"):
         list(Corpus([tmp_path / "b.txt.gz"]))
 
 
@@ -180,7 +180,7 @@ def test_parquet_without_rows(tmp_path):
 def test_bad_parquet_rows_are_named(tmp_path, monkeypatch):
     raw = pyarrow.array([b"a", b"caf\xe9", None, b"d", None, b"f"]).view(pyarrow.string())
     path = table(tmp_path / "a.parquet", row_group_size=4, text=raw)
-    with pytest.raises(UserError, match=r"a\.parquet: row 2: no UTF-8 text \(byte 3"):
+    with pytest.raises(UserError, match=r"a\.parquet: row 2: not UTF-8 \(byte 3"):
         list(Corpus([path]))
     corpus = Corpus([path], on_error="skip")
     assert list(corpus) == ["a", "d", "f"]
@@ -188,7 +188,7 @@ def test_bad_parquet_rows_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("megadyn.prepare.units.UNIT_BYTES", 1)
     fails = Corpus([table(tmp_path / "b.parquet", row_group_size=2, text=["a", "b", "c", None])])
     assert len(fails.units()) == 2
-    with pytest.raises(UserError, match=r"b\.parquet: row 4: null, no text"):
+    with pytest.raises(UserError, match=r"b\.parquet: row 4: null, not text"):
         list(fails.read(fails.units()[-1]))
 
 
@@ -201,10 +201,10 @@ def test_unreadable_parquet_files_are_named(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-30])
     for name, reason in [
         ("column", "no column 'text' (its columns: body)"),
-        ("numbers", "column 'text' holds int64, no text"),
-        ("none", "no Parquet"),
-        ("empty", "no Parquet"),
-        ("cut", "no Parquet"),
+        ("numbers", "column 'text' holds int64, not text"),
+        ("none", "cannot be read as Parquet"),
+        ("empty", "cannot be read as Parquet"),
+        ("cut", "cannot be read as Parquet"),
     ]:
         path = tmp_path / f"{name}.parquet"
         with pytest.raises(UserError, match=re.escape(f"{path}: {reason}")):
@@ -238,7 +238,7 @@ def test_a_bad_line_far_into_the_file_has_its_own_number(tmp_path, monkeypatch):
     )
     unit = next(unit for unit in Corpus([path]).units() if unit[0].end > 50 * 24)
     assert unit[0].first > 0
-    with pytest.raises(UserError, match=r"lines\.jsonl:101: no JSON"):
+    with pytest.raises(UserError, match=r"lines\.jsonl:101: invalid JSON"):
         list(Corpus([path]).read(unit))
 
 

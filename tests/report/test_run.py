@@ -92,7 +92,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run):
         (tmp_path / "none", "no such folder"),
         (tmp_path / "file", "not a folder"),
         (tmp_path / "empty", "holds no metrics.jsonl"),
-        (blank, "no whole record in it yet"),
+        (blank, "it holds no complete record yet"),
         (broken, "only broken lines"),
     ):
         with pytest.raises(UserError, match=said):

@@ -40,8 +40,8 @@ def test_what_waits_is_written_in_order_when_there_is_room_again(
     sink.close()
     assert written(sink.sink.path) == [(1, 2.5), (2, 2.5), (3, 2.5), (4, 2.5)]
     assert said.messages == [
-        "metrics.jsonl cannot be written: [Errno 27] File too large; the run goes on, and records wait in memory",
-        "metrics.jsonl is written again",
+        "metrics.jsonl cannot be written: [Errno 27] File too large; the run continues, and records wait in memory",
+        "metrics.jsonl can be written again",
     ]
 
 

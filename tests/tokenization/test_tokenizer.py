@@ -208,8 +208,8 @@ def test_missing_and_broken_tokenizers(tmp_path):
     for name, sentence in [
         ("nowhere", "nowhere: no such file or folder"),
         ("empty", "holds no tokenizer.json"),
-        ("broken", "tokenizer.json: no tokenizer"),
-        ("bad.model", "bad.model: no SentencePiece model"),
+        ("broken", "tokenizer.json: cannot load the tokenizer: "),
+        ("bad.model", "bad.model: cannot load the SentencePiece model: "),
         ("notes.txt", "neither a folder"),
     ]:
         with pytest.raises(UserError, match=sentence):

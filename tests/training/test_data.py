@@ -206,7 +206,7 @@ def test_an_evaluation_takes_whole_rounds(make):
     ]
     with pytest.raises(ConfigError, match=r"^training\.eval_samples = 1: must be at least 2"):
         evaluation_size("validation", data.validation, 1, plan)
-    with pytest.raises(ConfigError, match="of which the test set must have as many; it has 20"):
+    with pytest.raises(ConfigError, match="and the test set must have that many; it has 20"):
         evaluation_size("test", data.validation, 1, plan)
 
 
