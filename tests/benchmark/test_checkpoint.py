@@ -11,8 +11,8 @@ import pytest
 
 from megadyn.benchmark import checkpoint
 from megadyn.errors import UserError, run_tool
-from tests.crew import METHOD
-from tests.tiny import ROOT
+from tests.helpers.crew import METHOD
+from tests.helpers.tiny import ROOT
 
 SMALL = [
     f"--{name}={value}"

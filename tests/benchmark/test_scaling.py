@@ -7,7 +7,7 @@ import pytest
 from megadyn.benchmark import scaling
 from megadyn.benchmark.scaling import Layout, check_losses, figures_of, measure, parse_args
 from megadyn.errors import RunError, UserError
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 SMALL = [
     f"--{name}={value}"

@@ -7,8 +7,8 @@ import pytest
 
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
-from tests.crew import Crew
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from megadyn.config import Config
 from megadyn.errors import UserError
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.tiny import KINDS, tiny_config
 
 HISTORY = {
     "lm_loss": {

@@ -9,7 +9,7 @@ import torch
 from megadyn.checkpoint.merge import routing_state, thresholds
 from megadyn.checkpoint.save_load import check_same_run
 from megadyn.errors import UserError
-from tests.tiny import AS_SAVED, tiny_config
+from tests.helpers.tiny import AS_SAVED, tiny_config
 
 STATE = {"1": {"average": 0.25, "steps": 3}, "3": {"average": -1.5, "steps": 3}}
 LOADS = {"1": {"share": 0.3, "steps": 3}}

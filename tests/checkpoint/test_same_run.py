@@ -12,7 +12,7 @@ from megadyn.checkpoint.save_load import threshold_state
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
 from megadyn.routing.causal import RunningThreshold
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 
 def manifest_of(config: Config) -> dict[str, Any]:

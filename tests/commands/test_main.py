@@ -14,7 +14,7 @@ from megadyn import __version__
 from megadyn.commands import COMMANDS, main
 from megadyn.commands.benchmark import BENCHMARKS
 from megadyn.config import load_config, resolved_config
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 SCREEN = 50
 """Lines."""

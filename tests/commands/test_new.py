@@ -10,7 +10,7 @@ import pytest
 from megadyn.commands import main
 from megadyn.commands.new import examples
 from megadyn.config import load_config, resolved_config
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from megadyn.config import Config, load_config
 from megadyn.config.kinds import FLAT
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import BUILT_IN, find_kind, keys_of, known_kinds, make_kind, module_of
-from tests.tiny import AS_SAVED
+from tests.helpers.tiny import AS_SAVED
 
 RUN = {
     "data": {"train": "corpus"},

@@ -18,7 +18,7 @@ from megadyn.config import (
 from megadyn.config.run import DECIDED_HERE
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import expand_layout, make_kind
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 RUN = """
 data: {train: corpus}

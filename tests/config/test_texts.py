@@ -14,7 +14,7 @@ from megadyn.config import Config, Source
 from megadyn.config.describe import REQUIRED, keys, schema, section_of, texts
 from megadyn.errors import UserError
 from megadyn.kinds import find_kind, keys_of, known_kinds
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 KEYS = keys()
 VALIDATOR = Draft202012Validator(schema())

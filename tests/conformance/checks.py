@@ -39,9 +39,9 @@ from megadyn.planning.parameters import total_parameters
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.decisions import Choices, Tape
 from megadyn.routing.layer import LossScale
-from tests.live_bytes import LiveBytes
-from tests.networks import disturb, end_step
-from tests.tiny import ROOT
+from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.networks import disturb, end_step
+from tests.helpers.tiny import ROOT
 
 VOCAB, LENGTH, EOD = 61, 24, 6
 

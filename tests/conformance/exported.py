@@ -23,8 +23,8 @@ from megadyn.network import Network, routed_layers, thresholds_of
 from megadyn.parallel.params import name_of
 from megadyn.report.report import write_report
 from tests.conformance.checks import Case, config_of, logits_of, modes_of, network_of, tokens_like
-from tests.crew import Crew, lines
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew, lines
+from tests.helpers.tiny import ROOT
 
 ALONE = """
 import sys

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megadyn.errors import ConfigError
 from tests.conformance.checks import EOD, Case, config_of
-from tests.ranks import run_on_ranks
-from tests.tiny import ROOT, micro_batches, tiny_tokens
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import ROOT, micro_batches, tiny_tokens
 
 STEPS, SAVED = 3, 1
 EVERYTHING_CUT = ROOT / "tests/parity/zero3_everything_cut.json"

@@ -14,7 +14,7 @@ from megadyn.prepare.merge import merge_datasets
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from megadyn.tokenization.tokenizer import load_tokenizer
-from tests.corpora import corpus_file
+from tests.helpers.corpora import corpus_file
 from tests.tokenization.test_tokenizer import rewritten
 
 

@@ -26,7 +26,7 @@ from megadyn.commands import COMMANDS, train
 from megadyn.commands.benchmark import BENCHMARKS
 from megadyn.errors import Parser
 from megadyn.kinds import known_kinds
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 MARKS = ("needs GPUs", "needs several machines", "needs the network")
 """Words in the paragraph before a block, or in a command's comment, that say why no test runs it."""

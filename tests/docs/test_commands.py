@@ -21,7 +21,6 @@ from megadyn.errors import UserError
 from megadyn.kinds import find_kind, keys_of, known_kinds
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
-from tests.crew import Crew
 from tests.docs.commands import (
     MARKS,
     Block,
@@ -33,7 +32,8 @@ from tests.docs.commands import (
     read_commands,
     script_of,
 )
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
 
 DOCUMENTS = [
     "README.md",

@@ -1,6 +1,6 @@
 """The README stays short enough to be read."""
 
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 MOST_WORDS = 1300
 

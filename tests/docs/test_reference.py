@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from megadyn.config.describe import keys
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 
 @pytest.fixture(scope="module")

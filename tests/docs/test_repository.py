@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import megadyn
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 

@@ -7,7 +7,7 @@ import pytest
 
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 
 @pytest.fixture(scope="session")

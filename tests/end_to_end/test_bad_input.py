@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megadyn.hf.config_map import to_hf_config
 from megadyn.pretrain import main
-from tests.tiny import ROOT, tiny_config
+from tests.helpers.tiny import ROOT, tiny_config
 
 Break = Callable[[Path, Path], list[str]]
 """Breaks something, given the dataset's prefix (a copy) and a scratch folder; returns overrides."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.crew import Crew, lines
-from tests.sabotage import spoiled_losses
+from tests.helpers.crew import Crew, lines
+from tests.helpers.sabotage import spoiled_losses
 
 
 def run(config_file: Path, *overrides: str, factors: dict[int, float], world: int = 1) -> Crew:

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.crew import Crew, last_step, lines, resumed_at, wait_until
 from tests.end_to_end.test_faults import tensors
 from tests.end_to_end.test_pretrain import DEEPSPEED, ENVIRONMENT
-from tests.sabotage import in_step, slow_disk
+from tests.helpers.crew import Crew, last_step, lines, resumed_at, wait_until
+from tests.helpers.sabotage import in_step, slow_disk
 
 ENDLESS = ("training.iterations=100000", "training.eval_interval=0", "data.validation_fraction=0")
 TIMEOUT = 20.0

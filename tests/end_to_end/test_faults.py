@@ -14,9 +14,9 @@ from megadyn.errors import UserError
 from megadyn.launch import launch
 from megadyn.pretrain import main
 from megadyn.telemetry.sinks import finite
-from tests.crew import Crew, lines
-from tests.sabotage import full_disk, slow_disk, small_files
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew, lines
+from tests.helpers.sabotage import full_disk, slow_disk, small_files
+from tests.helpers.tiny import ROOT
 
 
 class Done(NamedTuple):

@@ -11,10 +11,10 @@ import psutil
 import pytest
 import yaml
 
-from tests.crew import Crew, last_step, lines, resumed_at, wait_until
 from tests.end_to_end.test_deaths import ENDLESS, ranks_of
 from tests.end_to_end.test_pretrain import DEEPSPEED, ENVIRONMENT
-from tests.sabotage import spoiled_losses
+from tests.helpers.crew import Crew, last_step, lines, resumed_at, wait_until
+from tests.helpers.sabotage import spoiled_losses
 
 QUIET = "data.validation_fraction=0"
 

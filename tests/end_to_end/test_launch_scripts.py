@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.crew import Crew
 from tests.end_to_end.test_pretrain import ENVIRONMENT, losses
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
 
 SCRIPTS = sorted((ROOT / "examples").rglob("*.sh"))
 LAUNCH = ROOT / "examples/launch"

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(ROOT),

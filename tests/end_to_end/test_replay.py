@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megadyn.routing.recording import Recording, flips
-from tests.crew import Crew, lines
+from tests.helpers.crew import Crew, lines
 
 
 def losses(run: Path) -> dict[int, tuple[float, float]]:

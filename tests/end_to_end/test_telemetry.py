@@ -8,7 +8,7 @@ import pytest
 
 from megadyn.engine.gradient_norms import COMPONENTS
 from megadyn.engine.step_clock import PARTS
-from tests.crew import Crew, lines
+from tests.helpers.crew import Crew, lines
 
 
 def without_login(rank: int) -> None:

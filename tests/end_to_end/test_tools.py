@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.crew import Crew
-from tests.tiny import ROOT
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 

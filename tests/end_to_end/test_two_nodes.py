@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crew import last_step, wait_until
 from tests.end_to_end.test_pretrain import ENVIRONMENT
+from tests.helpers.crew import last_step, wait_until
 
 TIMEOUT = 20.0
 SETTINGS = ["data.validation_fraction=0", "parallel.tensor=2", "checkpoint.interval=2"]

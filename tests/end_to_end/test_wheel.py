@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megadyn import __version__
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "megadyn", "ds_configs", "examples")
 CONFIG = """

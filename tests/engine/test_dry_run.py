@@ -18,8 +18,8 @@ from megadyn.errors import UserError
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import Machine
-from tests.ranks import run_on_ranks
-from tests.tiny import KINDS, ROOT, VOCAB, tiny_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import KINDS, ROOT, VOCAB, tiny_config
 
 
 def test_ranks_stand_where_deepspeed_puts_them() -> None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from megadyn.config import engine_settings, reduction_type
 from megadyn.errors import ConfigError
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
 STEPS = 5
 """DeepSpeed's timers begin after a few."""

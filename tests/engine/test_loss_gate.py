@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megadyn.engine.loss_gate import LossGate, problem_of
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from megadyn.engine.engine import memory_gib
 from megadyn.engine.gradient_norms import COMPONENTS, component_of, unclipped
 from megadyn.engine.replaced import replaced
 from megadyn.engine.step_clock import PARTS
-from tests.crew import Crew
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT, micro_batches
 from tests.parity.curves import Case, config_of, tokens_of
-from tests.tiny import ROOT, micro_batches
 
 OFFLOADED = ROOT / "ds_configs" / "zero3_offload.json"
 CASES = [

@@ -17,8 +17,8 @@ from megadyn.engine.optimizer import (
     set_learning_rate,
 )
 from megadyn.parallel.grid import Grid
-from tests.networks import make_network
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import make_network
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 RATE, LEAST = 1e-3, 1e-4
 

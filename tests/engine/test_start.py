@@ -5,7 +5,7 @@ from importlib import import_module
 
 import torch
 
-from tests.crew import METHOD
+from tests.helpers.crew import METHOD
 
 UNNEEDED = (
     "torch._inductor.compile_fx",
@@ -26,7 +26,7 @@ def first_step(output: str) -> None:
     from megadyn.engine.engine import Engine
     from megadyn.launch import launch
     from megadyn.parallel.grid import Grid
-    from tests.tiny import micro_batches, tiny_config, tiny_tokens
+    from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
     config = tiny_config("dtf")
     launch.join()

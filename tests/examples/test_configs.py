@@ -11,7 +11,7 @@ from megadyn.engine.dry_run import dry_run
 from megadyn.planning.flops import dense_twin, training_flops
 from megadyn.planning.layouts import GIB, EngineFile, Layout, Machine, lay_out
 from megadyn.planning.parameters import total_parameters
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 EXAMPLES = ROOT / "examples"
 INDEX = (EXAMPLES / "README.md").read_text()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.exports_suite.run import known_failures
 from tests.exports_suite.source import own_tests
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 KINDS = ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert")
 TESTS = [

@@ -1,4 +1,4 @@
-"""Writes `losses.json`: `python -m tests.golden.make [KIND...]` (all kinds of tests/tiny.py, or these alone, the others kept).
+"""Writes `losses.json`: `python -m tests.golden.make [KIND...]` (all kinds of tests/helpers/tiny.py, or these alone, the others kept).
 
 Run it only where a change of the mathematics is meant, on the tree that has the change, and say so in the commit.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.tiny import KINDS, VARIANTS, tiny_tokens
 from tests.parity.curves import STEPS, Case, plain_curve
-from tests.tiny import KINDS, VARIANTS, tiny_tokens
 
 LOSSES = Path(__file__).with_name("losses.json")
 

@@ -10,7 +10,7 @@ import pytest
 
 from megadyn.kinds import known_kinds
 from tests.golden.make import LOSSES, losses, machine
-from tests.tiny import KINDS, VARIANTS
+from tests.helpers.tiny import KINDS, VARIANTS
 
 GOLDEN = json.loads(LOSSES.read_text())
 

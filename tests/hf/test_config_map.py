@@ -6,7 +6,7 @@ import pytest
 
 from megadyn.errors import UserError
 from megadyn.hf.config_map import from_hf_config, to_hf_config
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.tiny import KINDS, tiny_config
 
 
 @pytest.mark.parametrize("kind", KINDS)

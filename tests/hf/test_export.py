@@ -23,9 +23,9 @@ from megadyn.evaluation.losses import evaluate
 from megadyn.evaluation.saved import load_network, open_saved
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
-from tests.oracle import oracle_logits, oracle_loss
-from tests.ranks import run_on_ranks
-from tests.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
+from tests.helpers.oracle import oracle_logits, oracle_loss
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
 
 VOCAB = 259
 """Odd, so that two tensor ranks pad it, and above the byte tokenizer's ids."""

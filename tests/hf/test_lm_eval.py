@@ -20,9 +20,9 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
 from megadyn.hf.tokenizer_files import write_tokenizer
+from tests.helpers.oracle import oracle_logits
+from tests.helpers.tiny import ROOT
 from tests.hf.tiny_models import random_tokens, set_thresholds, tiny_model
-from tests.oracle import oracle_logits
-from tests.tiny import ROOT
 
 # lm_eval's own
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("ResourceWarning", "UserWarning")]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.oracle import oracle_logits, oracle_loss
 from tests.hf.tiny_models import (
     KINDS,
     MAIN_KINDS,
@@ -14,7 +15,6 @@ from tests.hf.tiny_models import (
     set_thresholds,
     tiny_model,
 )
-from tests.oracle import oracle_logits, oracle_loss
 
 TOKENS = random_tokens(2, 3 * WINDOW + 4, seed=5)
 

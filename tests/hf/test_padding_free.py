@@ -14,11 +14,11 @@ from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM, pack
 from megadyn.network import routed_layers, set_routing_mode, thresholds_of
 from megadyn.parallel.params import name_of
+from tests.helpers.tiny import KINDS as ENGINE_KINDS
+from tests.helpers.tiny import tiny_config as engine_config
 from tests.hf.test_modeling import qwen2_like
 from tests.hf.tiny_models import KINDS, MAIN_KINDS, ROUTED, WINDOW, random_tokens, tiny_model
 from tests.routing.test_documents import EOD, network, packed
-from tests.tiny import KINDS as ENGINE_KINDS
-from tests.tiny import tiny_config as engine_config
 
 LENGTHS = (WINDOW + 6, 1, 9, 2 * WINDOW, 2)
 TOKENS = random_tokens(1, sum(LENGTHS), seed=7)

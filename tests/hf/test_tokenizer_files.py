@@ -15,8 +15,8 @@ from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_qwen2, write_json, w
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from megadyn.tokenization.gigatoken import probe_texts
 from megadyn.tokenization.tokenizer import load_tokenizer
-from tests.corpora import random_texts
-from tests.tiny import tiny_config
+from tests.helpers.corpora import random_texts
+from tests.helpers.tiny import tiny_config
 
 SOURCES = ("byte", "bpe", "sentencepiece-bpe", "sentencepiece-unigram")
 PACKAGE = Path(__file__).parents[2] / "megadyn" / "hf"

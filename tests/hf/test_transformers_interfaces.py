@@ -23,9 +23,9 @@ from megadyn.hf.convert import write_hf_folder
 from megadyn.hf.layers_megadyn import FixedLinear, ThresholdRule
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.reader import HfFolder
+from tests.helpers.tiny import tiny_config as engine_config
 from tests.hf.test_modeling import padding, qwen2_like
 from tests.hf.tiny_models import KINDS, LAYOUTS, MAIN_KINDS, random_tokens, tiny_config, tiny_model
-from tests.tiny import tiny_config as engine_config
 
 TOKENS = random_tokens(3, 28, seed=7)
 

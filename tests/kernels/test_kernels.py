@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
 

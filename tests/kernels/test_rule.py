@@ -8,8 +8,8 @@ from megadyn.errors import ConfigError
 from megadyn.kernels import rule
 from megadyn.model import norm
 from megadyn.routing import select
-from tests.networks import gradients, make_network
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import gradients, make_network
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 
 @pytest.fixture

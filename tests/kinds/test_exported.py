@@ -12,9 +12,9 @@ from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of
 from megadyn.parallel.params import name_of
-from tests.networks import end_step, make_network
-from tests.oracle import oracle_logits
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, make_network
+from tests.helpers.oracle import oracle_logits
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 KINDS = ["nested", "subskip", "skip_middle", "stt"]
 NORMS = ["pre", "lns", "hybridnorm"]

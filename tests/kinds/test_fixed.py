@@ -14,8 +14,8 @@ from megadyn.kinds.fixed.layers import FixedLayer, hashed, stride_score
 from megadyn.model.block import Stream
 from megadyn.routing.layer import LossScale
 from megadyn.routing.select import as_mask
-from tests.networks import layer_context
-from tests.tiny import tiny_config
+from tests.helpers.networks import layer_context
+from tests.helpers.tiny import tiny_config
 
 HIDDEN = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -9,9 +9,9 @@ from megadyn.model.block import Stream
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis
 from megadyn.routing.select import choose_where, shared_out
-from tests.naive import NaiveLayer
-from tests.networks import disturb, end_step, make_layer, make_network, param_maker
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.naive import NaiveLayer
+from tests.helpers.networks import disturb, end_step, make_layer, make_network, param_maker
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 T = 9
 

@@ -8,9 +8,9 @@ from megadyn.errors import ConfigError
 from megadyn.kinds.skip_middle.layers import Pressure
 from megadyn.model.block import Stream
 from megadyn.network import Network, routed_layers
-from tests.naive import NaiveLayer
-from tests.networks import make_network
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.naive import NaiveLayer
+from tests.helpers.networks import make_network
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 T = 9
 

@@ -15,10 +15,10 @@ from megadyn.kinds.stt.layers import SubjectiveLayer, since_border
 from megadyn.model.block import Stream
 from megadyn.model.documents import from_ids
 from megadyn.planning.flops import layer_costs
+from tests.helpers.naive import NaiveLayer, best, prior_update
+from tests.helpers.networks import disturb, make_layer, param_maker, with_routing
+from tests.helpers.tiny import tiny_config
 from tests.hf.tiny_models import random_tokens, tiny_model
-from tests.naive import NaiveLayer, best, prior_update
-from tests.networks import disturb, make_layer, param_maker, with_routing
-from tests.tiny import tiny_config
 
 T = 9
 

@@ -12,9 +12,9 @@ from megadyn.model.block import Stream
 from megadyn.network import layer_list
 from megadyn.planning.flops import layer_flops
 from megadyn.routing.layer import LossScale
-from tests.naive import NaiveLayer
-from tests.networks import disturb, layer_context, make_layer, param_maker, with_routing
-from tests.tiny import tiny_config
+from tests.helpers.naive import NaiveLayer
+from tests.helpers.networks import disturb, layer_context, make_layer, param_maker, with_routing
+from tests.helpers.tiny import tiny_config
 
 T = 9
 

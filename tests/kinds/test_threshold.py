@@ -11,8 +11,8 @@ from megadyn.network import routed_layers, set_routing_mode, thresholds_of
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.quantile import QuantileThreshold, guarded
 from megadyn.routing.select import as_mask
-from tests.networks import end_step, layer_context, make_network, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, layer_context, make_network, with_routing
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
 TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]

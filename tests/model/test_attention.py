@@ -13,7 +13,7 @@ from megadyn.errors import ConfigError
 from megadyn.model import attention
 from megadyn.model.attention import attention_backend, causal_attention
 from megadyn.model.documents import Segments, segments_of
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 F64 = torch.float64
 LENGTHS = (3, 0, 1, 5, 0, 4, 0)

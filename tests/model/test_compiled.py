@@ -10,8 +10,8 @@ from megadyn.errors import ConfigError
 from megadyn.model import compiled
 from megadyn.network import Network
 from megadyn.routing.layer import LossScale
-from tests.networks import disturb, gradients, layer_context, param_maker
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import disturb, gradients, layer_context, param_maker
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 
 def trained(config, compile_run: bool):

@@ -8,9 +8,9 @@ from megadyn.model.attention import Attention
 from megadyn.model.norm import HeadNorm, RMSNorm
 from megadyn.network import Network
 from megadyn.routing.layer import LossScale
-from tests.naive import prior_update
-from tests.networks import disturb, layer_context, make_network, param_maker
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.naive import prior_update
+from tests.helpers.networks import disturb, layer_context, make_network, param_maker
+from tests.helpers.tiny import KINDS, tiny_config
 
 F64 = torch.float64
 

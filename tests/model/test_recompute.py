@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megadyn.planning.flops import training_flops
-from tests.networks import make_network, with_routing
-from tests.tiny import KINDS, VOCAB, tiny_config
+from tests.helpers.networks import make_network, with_routing
+from tests.helpers.tiny import KINDS, VOCAB, tiny_config
 
 LENGTH, BATCH = 128, 2
 

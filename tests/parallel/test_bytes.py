@@ -12,9 +12,9 @@ from torch import Tensor
 from megadyn.model.block import Stream
 from megadyn.parallel.grid import Axis, make_grid
 from megadyn.parallel.mappings import own_part
-from tests.networks import known, layer_context, make_layer, with_routing
-from tests.ranks import run_on_ranks
-from tests.tiny import tiny_config
+from tests.helpers.networks import known, layer_context, make_layer, with_routing
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import tiny_config
 
 BATCH, LENGTH, WIDTH, CAPACITY = 2, 512, 64, 0.25
 MOVED: dict[str, Callable[[Any, int], float]] = {

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from megadyn.parallel import loss
 from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.precision import upcast
-from tests.live_bytes import LiveBytes
-from tests.networks import ALONE
+from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.networks import ALONE
 
 
 def draw(dtype: torch.dtype = torch.float64, vocab: int = 11, rows: int = 11):

@@ -9,7 +9,7 @@ from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 VOCAB = 11  # padded to 12 rows under tensor 2
 OUTSIDE = (-1, 11, 12, 10**6)

@@ -8,8 +8,8 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.layer import LossScale
-from tests.networks import layer_context
-from tests.tiny import VOCAB, tiny_config
+from tests.helpers.networks import layer_context
+from tests.helpers.tiny import VOCAB, tiny_config
 
 LAYER = "model.layers.3"
 SHAPES = {

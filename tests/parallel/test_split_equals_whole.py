@@ -38,9 +38,9 @@ from megadyn.parallel.mappings import (
 )
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
-from tests.networks import ALONE, disturb, gradients, known, make_network, with_routing
-from tests.ranks import run_on_ranks
-from tests.tiny import KINDS, tiny_config, tiny_tokens
+from tests.helpers.networks import ALONE, disturb, gradients, known, make_network, with_routing
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 
 F64 = torch.float64
 

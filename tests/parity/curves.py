@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from tests.networks import end_step
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.helpers.networks import end_step
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
 STEPS = 10
 EVERYTHING_CUT = Path(__file__).with_name("zero3_everything_cut.json")

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import micro_batches, tiny_tokens
 from tests.parity.curves import KINDS, SEED, Case, config_of
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_tokens
 
 STEPS, SAVED = 4, 2
 """Saved within the warm-up of the learning rate and of DTRNet's loss."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.helpers.ranks import run_on_ranks
 from tests.parity.curves import Case
 from tests.parity.test_resume import train
-from tests.ranks import run_on_ranks
 
 SAVED, STEPS = 2, 4
 HOME = (2, 2, 1)

@@ -10,8 +10,8 @@ from megadyn.config import Config
 from megadyn.costs.operations import block_flops
 from megadyn.planning.flops import head_flops, layer_costs, layer_flops, training_flops
 from megadyn.routing.choice import TwoLayerRouter
-from tests.networks import known, make_network, with_routing
-from tests.tiny import KINDS, tiny_config, tiny_tokens
+from tests.helpers.networks import known, make_network, with_routing
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 
 BATCH = 3
 

@@ -12,7 +12,7 @@ from megadyn.errors import UserError
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import Layout, Machine, engine_files, lay_out, layouts, micro_batch_sizes
 from megadyn.planning.parameters import total_parameters
-from tests.tiny import ROOT, tiny_config
+from tests.helpers.tiny import ROOT, tiny_config
 
 
 @pytest.fixture

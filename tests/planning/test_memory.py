@@ -20,10 +20,10 @@ from megadyn.planning.layouts import stage_cuts, workload
 from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.layer import LossScale
-from tests.live_bytes import LiveBytes
-from tests.networks import known, with_routing
-from tests.ranks import run_on_ranks
-from tests.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.networks import known, with_routing
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
 SHAPES: dict[str, dict[str, Any]] = {
     "activations": {"hidden_size": 64, "num_layers": 6, "ffn_size": 192, "vocab_size": 500},

@@ -12,8 +12,8 @@ from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.parameters import layer_parameters, stage_parameters, total_parameters
 from megadyn.routing.layer import LossScale
-from tests.networks import make_network
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.networks import make_network
+from tests.helpers.tiny import KINDS, tiny_config
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 
 from megadyn.planning.schedule import Slot, in_flight, simulate, slot_of
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5])
@@ -105,7 +105,7 @@ def _measure(cases: list[tuple[list[float], int]], output: str) -> None:
     from megadyn.kinds.dense.layers import DenseLayer
     from megadyn.launch import launch
     from megadyn.parallel.grid import make_grid
-    from tests.tiny import micro_batches, tiny_config, tiny_tokens
+    from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
     launch.join()
     seconds = [0.0]

@@ -15,7 +15,7 @@ from megadyn.prepare.preprocess import Encoder, batches_of, preprocess
 from megadyn.prepare.progress import Progress
 from megadyn.prepare.readers import Corpus
 from megadyn.tokenization.tokenizer import load_tokenizer
-from tests.corpora import contents, corpus_file, random_texts
+from tests.helpers.corpora import contents, corpus_file, random_texts
 
 byte = partial(load_tokenizer, "byte")
 

@@ -16,7 +16,7 @@ from megadyn.errors import UserError
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from megadyn.prepare.workers import in_order
-from tests.corpora import random_texts
+from tests.helpers.corpora import random_texts
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 SMALL_UNITS = f"""

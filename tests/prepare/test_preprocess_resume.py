@@ -14,7 +14,7 @@ from megadyn.prepare.parts import Parts
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from megadyn.tokenization.tokenizer import ByteTokenizer, Encoded, load_tokenizer
-from tests.corpora import contents, corpus_file, random_texts
+from tests.helpers.corpora import contents, corpus_file, random_texts
 
 byte = partial(load_tokenizer, "byte")
 

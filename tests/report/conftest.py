@@ -15,8 +15,8 @@ from megadyn.checkpoint.layout import FORMAT, file_digest, folder_name, publish,
 from megadyn.config import save_config
 from megadyn.data.indexed import IndexedWriter
 from megadyn.network import routed_layers, thresholds_of
-from tests.networks import end_step, make_network
-from tests.tiny import tiny_config
+from tests.helpers.networks import end_step, make_network
+from tests.helpers.tiny import tiny_config
 
 TEXT = 'def main():\n\tprint("<b>héllo & wörld 🙂</b>")  # 日本\x00\n' * 3
 GATES = {"gate_routed": 0.8, "gate_routed_std": 0.05, "gate_unrouted": 0.6, "gate_unrouted_std": 0.1}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from megadyn.errors import run_tool
-from tests.tiny import ROOT
+from tests.helpers.tiny import ROOT
 
 TOOL = ROOT / "tools" / "routing_report.py"
 

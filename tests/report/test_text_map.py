@@ -12,9 +12,9 @@ from megadyn.errors import UserError
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.report.text_map import launch_folder, map_text, pieces, processed_tokens
 from megadyn.tokenization.tokenizer import ByteTokenizer, SentencePieceTokenizer
-from tests.networks import end_step, make_network
+from tests.helpers.networks import end_step, make_network
+from tests.helpers.tiny import KINDS, VOCAB, tiny_config
 from tests.report.conftest import TEXT
-from tests.tiny import KINDS, VOCAB, tiny_config
 
 ROUTED = [kind for kind in KINDS if kind != "dense"]
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadyn.routing.recording import Recording
-from tests.networks import with_routing
-from tests.ranks import run_on_ranks
-from tests.tiny import VOCAB, tiny_config
+from tests.helpers.networks import with_routing
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import VOCAB, tiny_config
 
 STEPS = 20
 KEYS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "dtrnet-token": {"safe_min_attn_ratio": 0.5},  # filled up to half of a sample: of equal scores
     "nested": {},  # its threshold starts in the midst of the scores
 }
-"""What is trained, of tests/tiny.py, and what is set beyond it."""
+"""What is trained, of tests/helpers/tiny.py, and what is set beyond it."""
 
 
 class Layout(NamedTuple):

@@ -12,9 +12,9 @@ from megadyn.model.block import Layer, Stream
 from megadyn.network import routed_layers
 from megadyn.routing import layer as routed_layer
 from megadyn.routing.layer import attach_loss
-from tests.naive import prior_update
-from tests.networks import gradients, known, loads_of, make_network, with_routing
-from tests.tiny import KINDS, tiny_config, tiny_tokens
+from tests.helpers.naive import prior_update
+from tests.helpers.networks import gradients, known, loads_of, make_network, with_routing
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 0.1, 1 / 3, 65536 / 7])

@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.select import as_mask
-from tests.naive import best
-from tests.networks import layer_context, numbers, with_routing
-from tests.tiny import tiny_config
+from tests.helpers.naive import best
+from tests.helpers.networks import layer_context, numbers, with_routing
+from tests.helpers.tiny import tiny_config
 
 B, T, D = 3, 10, 32
 SHAPE = torch.Size([1, 4])

@@ -13,7 +13,7 @@ from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.layer import LossScale
 from megadyn.routing.surprise import moving_average
-from tests.tiny import KINDS, VOCAB, tiny_config
+from tests.helpers.tiny import KINDS, VOCAB, tiny_config
 
 EOD = 0
 

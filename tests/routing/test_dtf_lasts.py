@@ -12,8 +12,8 @@ from megadyn.network import Network
 from megadyn.routing.layer import LossScale
 from megadyn.routing.select import choose_top
 from megadyn.routing.surprise import SurpriseRouter, gate_of
-from tests.networks import end_step, layer_context, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, layer_context, with_routing
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 
 def router(**routing: float) -> SurpriseRouter:

@@ -18,9 +18,17 @@ from megadyn.model.block import Stream
 from megadyn.routing.choice import LinearRouter, TwoLayerRouter
 from megadyn.routing.layer import LossScale
 from megadyn.routing.select import as_mask
-from tests.naive import best
-from tests.networks import disturb, end_step, layer_context, make_network, numbers, param_maker, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.naive import best
+from tests.helpers.networks import (
+    disturb,
+    end_step,
+    layer_context,
+    make_network,
+    numbers,
+    param_maker,
+    with_routing,
+)
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from megadyn.network import routed_layers
+from tests.helpers.networks import known, make_network, with_routing
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 from tests.hf.tiny_models import random_tokens, tiny_model
-from tests.networks import known, make_network, with_routing
-from tests.tiny import KINDS, tiny_config, tiny_tokens
 
 LOSSES = {
     "aux_loss_lambda": 0.4,

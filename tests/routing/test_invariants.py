@@ -19,8 +19,8 @@ from megadyn.routing import layer as routed_layer
 from megadyn.routing.choice import CausalRouter, LinearRouter, TwoLayerRouter
 from megadyn.routing.layer import SkippingLayer, attach_loss
 from megadyn.routing.surprise import SurpriseRouter, moving_average
-from tests.networks import end_step, gradients, known, loads_of, make_network, with_routing
-from tests.tiny import KINDS, tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, gradients, known, loads_of, make_network, with_routing
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 
 SAMPLES = tiny_tokens(1)[0]
 TOKENS, LABELS = SAMPLES[:, :-1], SAMPLES[:, 1:]

@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 from megadyn.model.block import Layer, Stream
 from megadyn.routing.causal import RunningThreshold
-from tests.naive import NaiveLayer, best
-from tests.networks import disturb, known, param_maker, with_routing
-from tests.networks import make_layer as layer_of
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.naive import NaiveLayer, best
+from tests.helpers.networks import disturb, known, param_maker, with_routing
+from tests.helpers.networks import make_layer as layer_of
+from tests.helpers.tiny import KINDS, tiny_config
 
 NORMS = ["pre", "lns", "hybridnorm"]
 T = 9

@@ -12,9 +12,9 @@ from megadyn.hf.config_map import to_hf_config
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import make_kind
 from megadyn.kinds.older import lead_threshold, newer_manifest
+from tests.helpers.oracle import oracle_logits
+from tests.helpers.tiny import tiny_config
 from tests.hf.tiny_models import random_tokens, tiny_model
-from tests.oracle import oracle_logits
-from tests.tiny import tiny_config
 
 NEW_KEYS = ("target_share", "aux_loss_lambda_limit")
 

@@ -9,9 +9,9 @@ from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis, Grid, make_grid
 from megadyn.routing.choice import CausalRouter
-from tests.networks import end_step, known, loads_of, make_network, with_routing
-from tests.ranks import run_on_ranks
-from tests.tiny import KINDS, tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, known, loads_of, make_network, with_routing
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny import KINDS, tiny_config, tiny_tokens
 
 NORMS = {"mod-predictor": "hybridnorm", "mod-bce": "lns", "dtrnet-expert": "hybridnorm"}
 """Where it is not `pre`."""

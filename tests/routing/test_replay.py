@@ -17,8 +17,8 @@ from megadyn.routing.decisions import Decisions, Tape, cut_of
 from megadyn.routing.recording import Recorded, Recording, flips
 from megadyn.routing.replay import Replay, refuse_replay
 from megadyn.routing.select import choose_top
-from tests.networks import end_step, make_network
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.networks import end_step, make_network
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 STEPS = 2
 

@@ -19,9 +19,9 @@ from megadyn.routing.layer import LossScale
 from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
 from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average
-from tests.naive import prior_update
-from tests.networks import disturb, layer_context, make_network, param_maker, with_routing
-from tests.tiny import tiny_config, tiny_tokens
+from tests.helpers.naive import prior_update
+from tests.helpers.networks import disturb, layer_context, make_network, param_maker, with_routing
+from tests.helpers.tiny import tiny_config, tiny_tokens
 
 F64 = torch.float64
 NAMES = ("beta_ce", "beta_cu", "ce_log_offset", "cu_multiplier")

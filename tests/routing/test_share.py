@@ -21,8 +21,8 @@ from megadyn.kinds.dtrnet.share import (
 )
 from megadyn.routing.choice import TwoLayerRouter
 from megadyn.telemetry.router_health import planned_share
-from tests.networks import disturb, layer_context, param_maker, with_routing
-from tests.tiny import tiny_config
+from tests.helpers.networks import disturb, layer_context, param_maker, with_routing
+from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from megadyn.engine.loss_gate import LossGate
 from megadyn.network import Network
 from megadyn.parallel.grid import Axis
 from megadyn.routing.layer import LossScale
-from tests.networks import end_step, layer_context
-from tests.tiny import KINDS, tiny_config
+from tests.helpers.networks import end_step, layer_context
+from tests.helpers.tiny import KINDS, tiny_config
 
 
 def step(kind: str, recompute: str = "none", **model: object) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megadyn.log import log, start_logging
 from megadyn.telemetry.live import LiveView, curve, open_live_view, report_lines
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 pyte = pytest.importorskip("pyte")
 

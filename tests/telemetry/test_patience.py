@@ -9,7 +9,7 @@ from megadyn.log import log
 from megadyn.telemetry import patience
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.sinks import CsvRows, JsonLines
-from tests.sabotage import no_room_beyond
+from tests.helpers.sabotage import no_room_beyond
 
 
 @pytest.fixture

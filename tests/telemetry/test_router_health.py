@@ -20,9 +20,9 @@ from megadyn.telemetry.router_health import (
     settled_at,
 )
 from megadyn.telemetry.telemetry import Telemetry
-from tests.crew import Crew
-from tests.networks import with_routing
-from tests.tiny import ROOT, tiny_config
+from tests.helpers.crew import Crew
+from tests.helpers.networks import with_routing
+from tests.helpers.tiny import ROOT, tiny_config
 
 HEALTHY = {
     "routed_fraction": 0.5,

@@ -18,8 +18,8 @@ from megadyn.telemetry.sinks import (
     refuse_wandb,
     refuse_wandb_login,
 )
-from tests.sabotage import no_room_beyond
-from tests.tiny import tiny_config
+from tests.helpers.sabotage import no_room_beyond
+from tests.helpers.tiny import tiny_config
 
 
 def record(iteration: int) -> dict:

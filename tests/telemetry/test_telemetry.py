@@ -13,7 +13,7 @@ from megadyn.planning.flops import training_flops
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.sinks import WeightsAndBiases
 from megadyn.telemetry.telemetry import Silent, Telemetry, auxiliary_losses
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 ROUTING = {
     3: {"routed_fraction": 0.5, "threshold": 0.7},

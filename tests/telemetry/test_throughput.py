@@ -6,7 +6,7 @@ from megadyn.costs.operations import block_flops
 from megadyn.planning.flops import dense_twin, layer_flops, training_flops
 from megadyn.telemetry.lines import train_line
 from megadyn.telemetry.throughput import Throughput
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 STEP_S, WORLD = 0.5, 4
 TOKENS = 4 * 24

@@ -1,6 +1,6 @@
-"""The fixtures of `tests/datasets.py`."""
+"""The fixtures of `tests/helpers/datasets.py`."""
 
-from tests.datasets import (
+from tests.helpers.datasets import (
     logged,
     own_proofs,
     run_tool_script,

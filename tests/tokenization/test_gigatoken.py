@@ -20,7 +20,7 @@ from megadyn.tokenization.gigatoken import (
     with_engine,
 )
 from megadyn.tokenization.tokenizer import Tokenizer, load_tokenizer
-from tests.corpora import WORDS, random_texts
+from tests.helpers.corpora import WORDS, random_texts
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 QWEN = {

@@ -9,7 +9,7 @@ from megadyn.tokenization import gigatoken
 from megadyn.tokenization.gigatoken import GigatokenTokenizer, itself, with_engine
 from megadyn.tokenization.proofs import KeptProof, folder
 from megadyn.tokenization.tokenizer import load_tokenizer
-from tests.corpora import corpus_file
+from tests.helpers.corpora import corpus_file
 from tests.tokenization.test_tokenizer import with_added
 
 

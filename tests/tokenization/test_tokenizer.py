@@ -9,7 +9,7 @@ import pytest
 from megadyn.errors import UserError
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from megadyn.tokenization.tokenizer import load_tokenizer
-from tests.corpora import random_texts
+from tests.helpers.corpora import random_texts
 
 AWKWARD = ["", " ", "a , b . don ' t n't", "\r\n\t\0", "é 日本 🙂", "\ufeffx", "x" * 1000]
 
@@ -62,7 +62,7 @@ def test_fingerprint_tells_tokenizers_apart(tokenizer_folder, tmp_path):
 
 def test_training_twice_gives_the_same_bytes(tokenizer_folder, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from tests.corpora import random_texts; "
+        "import sys; from pathlib import Path; from tests.helpers.corpora import random_texts; "
         "from megadyn.prepare.train_tokenizer import train_tokenizer; "
         "train_tokenizer(random_texts(100), 300, Path(sys.argv[1]))"
     )

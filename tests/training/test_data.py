@@ -17,7 +17,7 @@ from megadyn.model.documents import documents_of
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from megadyn.training.data import Data, evaluation_size, open_data
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 LENGTH = 24
 

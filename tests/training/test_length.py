@@ -13,7 +13,7 @@ from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import ConfigError
 from megadyn.training.data import open_data
 from megadyn.training.length import Course, Position, schedule_of
-from tests.tiny import tiny_config
+from tests.helpers.tiny import tiny_config
 
 LENGTH = 24
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from tests.crew import METHOD
+from tests.helpers.crew import METHOD
 
 WAIT = timedelta(seconds=120)
 
@@ -45,7 +45,9 @@ def _rank_main(rank: int, world_size: int, port: int, check: Any, args: tuple[An
         "DS_ACCELERATOR": "cpu",
         "LOCAL_SIZE": str(world_size),
     }
-    importlib.import_module("tests.crew_imports")  # the fork server may be another's, with other modules
+    importlib.import_module(
+        "tests.helpers.crew_imports"
+    )  # the fork server may be another's, with other modules
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=WAIT)
     check(*args)

@@ -11,9 +11,9 @@ import pytest
 from megadyn.data.indexed import IndexedDataset, IndexedWriter
 from megadyn.log import log
 from megadyn.prepare.train_tokenizer import train_tokenizer
-from tests.corpora import random_texts
+from tests.helpers.corpora import random_texts
 
-TOOLS = Path(__file__).parents[1] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="session")

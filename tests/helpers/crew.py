@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 METHOD = multiprocessing.get_context("forkserver")
-METHOD.set_forkserver_preload(["tests.crew_imports"])
+METHOD.set_forkserver_preload(["tests.helpers.crew_imports"])
 
 
 class Crew:

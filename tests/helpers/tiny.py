@@ -17,7 +17,7 @@ from megadyn.config import (
 )
 from megadyn.kinds import make_kind
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VOCAB = 61
 
 
