@@ -1,4 +1,4 @@
-"""Writes `losses.json`: `python -m tests.golden.make [KIND...]` (all kinds of tests/helpers/tiny.py, or these alone, the others kept).
+"""Writes `losses.json`: `python -m tests.golden.make [KIND...]` (all kinds of `tests.helpers.tiny`, or these; others are kept).
 
 Run it only where a change of the mathematics is meant, on the tree that has the change, and say so in the commit.
 """
