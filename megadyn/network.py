@@ -18,9 +18,8 @@ from megadyn.parallel.linear import VocabParallelEmbedding
 from megadyn.parallel.loss import linear_cross_entropy
 from megadyn.parallel.mappings import enter_tp, gather_from_tp
 from megadyn.parallel.params import ParamMaker, normal
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.layer import LossScale, RoutedLayer
-from megadyn.routing.tracker import StepTracker
+from megadyn.routing.tracker import RunningThreshold, StepTracker
 
 
 class Embed(VocabParallelEmbedding):

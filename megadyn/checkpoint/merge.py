@@ -11,7 +11,7 @@ from megadyn.checkpoint.layout import read_manifest
 from megadyn.errors import UserError
 from megadyn.kinds.older import log_offset, moment, newer_name, older_name
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.tracker import RunningThreshold
 
 
 class TensorSource(Protocol):

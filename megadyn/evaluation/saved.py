@@ -17,8 +17,8 @@ from megadyn.network import Network, routed_layers, thresholds_of
 from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.precision import PRECISIONS
 from megadyn.parallel.sharding import Sharding
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.layer import LossScale
+from megadyn.routing.tracker import RunningThreshold
 from megadyn.tokenization.tokenizer import load_tokenizer, tokenizer_settings
 
 

@@ -13,11 +13,11 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
 from megadyn.parallel.precision import upcast
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.decisions import Decisions
 from megadyn.routing.monitor import Statistic, deviation_where, least, mean_where, most
 from megadyn.routing.quantile import QuantileThreshold, guarded
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where
+from megadyn.routing.tracker import RunningThreshold
 
 
 class Choice(NamedTuple):

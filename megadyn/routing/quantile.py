@@ -27,8 +27,8 @@ import math
 import torch
 from torch import Tensor
 
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.select import Selection
+from megadyn.routing.tracker import RunningThreshold
 
 GAIN = 4.0
 

@@ -11,7 +11,7 @@ from megadyn.checkpoint.same_run import MUST_EQUAL, SAME_TRAINING, changes, chan
 from megadyn.checkpoint.save_load import threshold_state
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
-from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.tracker import RunningThreshold
 from tests.helpers.tiny import tiny_config
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.tracker import RunningThreshold
 
 
 def after_steps(momentum: float, scores: torch.Tensor, micro_batch: int) -> RunningThreshold:

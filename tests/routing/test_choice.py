@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.select import as_mask
+from megadyn.routing.tracker import RunningThreshold
 from tests.helpers.naive import best
 from tests.helpers.networks import layer_context, numbers, with_routing
 from tests.helpers.tiny import tiny_config

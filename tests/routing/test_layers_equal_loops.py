@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from megadyn.model.block import Layer, Stream
-from megadyn.routing.causal import RunningThreshold
+from megadyn.routing.tracker import RunningThreshold
 from tests.helpers.naive import NaiveLayer, best
 from tests.helpers.networks import disturb, known, param_maker, with_routing
 from tests.helpers.networks import make_layer as layer_of

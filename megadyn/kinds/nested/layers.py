@@ -7,11 +7,10 @@ from megadyn.costs.shape import capacity_count
 from megadyn.kinds.nested import Nested
 from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import whole_sequence
-from megadyn.routing.causal import RunningThreshold
 from megadyn.routing.choice import LinearRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, Step
 from megadyn.routing.select import Selection, choose_where, origins, put_back_gated, shared_out, take_out
-from megadyn.routing.tracker import StepTracker
+from megadyn.routing.tracker import RunningThreshold, StepTracker
 
 
 class FollowingThreshold(RunningThreshold):
