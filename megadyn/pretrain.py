@@ -65,6 +65,7 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
         ) as watchdog,
     ):
         refuse_login(config)
+        log.info("building the model and DeepSpeed's engine")
         engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
         watchdog.progress("setting up")
         train(config, engine, data, watchdog)

@@ -19,6 +19,7 @@ from megadyn.errors import Parser, UserError
 from megadyn.paths import user_path
 
 MAIN_JOB = "megadyn.pretrain"
+LOADING = "loading torch and DeepSpeed"
 
 
 def make_parser() -> Parser:
@@ -40,9 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.processes is not None:
         start_processes(args.processes, str(args.config), args.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        say(LOADING)
     from megadyn.pretrain import main_of_a_rank  # seconds of imports, which help and mistakes do without
 
     main_of_a_rank([str(args.config), *args.overrides])
+
+
+def say(line: str) -> None:
+    """At once: what follows takes seconds in silence."""
+    print(line, flush=True)
 
 
 def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
@@ -56,6 +64,6 @@ def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
     batch_plan(config, number)
     if number > 1:  # as torchrun would, which prints a warning that it does
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.stdout.flush()
+    say(f"{number} processes: {LOADING}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     os.execv(sys.executable, [sys.executable, *launcher, "-m", MAIN_JOB, path, *overrides])
