@@ -22,7 +22,8 @@ import numpy as np
 
 from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.data.blend import BLOCK, Schedule
-from megadyn.data.indexed import HEADER, MAGIC, VERSION, IndexedDataset, IndexedWriter
+from megadyn.data.indexed import HEADER, MAGIC, VERSION, IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.inspection import verify
 from megadyn.data.samples import SampleSet, sample_places
 from megadyn.errors import UserError, run_tool

@@ -29,7 +29,7 @@ import numpy as np
 
 from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.benchmark.soak_bounds import FAIL, OK, SEEN, Curves, Soaked, verdicts
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of
 

@@ -9,7 +9,7 @@ import logging
 import math
 import resource
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megadyn.config import REDUCED_IN, BatchPlan, Config, engine_settings, reduction_type
 from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
+from megadyn.engine.mpu import Mpu
 from megadyn.engine.optimizer import (
     STAND_IN,
     GradientClipper,
@@ -30,7 +31,8 @@ from megadyn.engine.optimizer import (
     set_learning_rate,
 )
 from megadyn.engine.pipeline import Stages
-from megadyn.engine.replaced import replaced
+from megadyn.engine.replaced import replaced, without_compiler
+from megadyn.engine.statistics import over_ranks
 from megadyn.engine.step_clock import PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
@@ -44,7 +46,7 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.layer import LossScale
-from megadyn.routing.monitor import Monitor, Statistic
+from megadyn.routing.monitor import Monitor
 from megadyn.routing.tracker import StepTracker
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -120,7 +122,7 @@ class Engine:
                 model=self.module,
                 optimizer=optimizer,
                 config=self._deepspeed_config(),
-                mpu=_Mpu(grid) if grid.pp.size == 1 else None,
+                mpu=Mpu(grid) if grid.pp.size == 1 else None,
             )
         # where it can fall no further, DeepSpeed would raise; problem_of tells instead
         if config.precision == "fp16":
@@ -301,7 +303,9 @@ class Engine:
     def routing_statistics(self) -> dict[int, dict[str, float]]:
         """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
         mine = {layer.index: layer.monitor.take() for layer in self.routed}
-        whole = self._over_parts([statistic for record in mine.values() for statistic in record.values()])
+        # Data-parallel ranks see other tokens, and so do tensor ranks that split the sequence.
+        axes = [self.grid.dp, *([self.grid.tp] if self.config.parallel.sequence else [])]
+        whole = over_ranks([statistic for record in mine.values() for statistic in record.values()], axes)
         values = iter(torch.stack([statistic.value for statistic in whole]).tolist() if whole else [])
         local = {index: {name: next(values) for name in record} for index, record in mine.items()}
         if self.grid.pp.size == 1:
@@ -360,29 +364,6 @@ class Engine:
                     means[tracker], totals.get(name), rate * self.config.optimizer.multipliers.router
                 )
 
-    def _over_parts(self, statistics: list[Statistic]) -> list[Statistic]:
-        """Each over all ranks that see other tokens: data-parallel ones, and tensor ranks that split the sequence. What is a sum
-        takes one all-reduce, what is an extreme another."""
-        axes = [self.grid.dp, *([self.grid.tp] if self.config.parallel.sequence else [])]
-        found: dict[int, Statistic] = {}
-        for is_sum in (True, False):
-            mine = {at: it for at, it in enumerate(statistics) if (it.how in ("mean", "std")) == is_sum}
-            if not mine:
-                continue
-            # The least is the negative of the most negated, so that one reduction serves both.
-            signs = {at: -1.0 if it.how == "min" else 1.0 for at, it in mine.items()}
-            parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
-            for axis in axes:
-                if axis.size > 1:
-                    dist.all_reduce(
-                        parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group
-                    )
-            pieces = parts.split([it.parts.numel() for it in mine.values()])
-            found |= {
-                at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)
-            }
-        return [found[at] for at in range(len(statistics))]
-
     def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on the device, without a wait for the copy where the loader pinned them."""
         left = iter(batches)
@@ -408,41 +389,3 @@ def memory_gib(device: torch.device) -> dict[str, float]:
         # counted in KiB by Linux
         peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     return {name: size / 2**30 for name, size in peaks.items()}
-
-
-def without_compiler() -> AbstractContextManager[None]:
-    """`torch.compile` leaves functions as they are.
-
-    DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
-    load its compiler: seconds, of every start.
-    """
-    # Also as a decorator with options, which gets no function yet.
-    return replaced(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))
-
-
-class _Mpu:
-    """What DeepSpeed asks of a model-parallel unit (its word for our tensor axis)."""
-
-    def __init__(self, grid: Grid):
-        self.tp, self.dp = grid.tp, grid.dp
-        # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
-        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        self.tp_group, self.dp_group = grid.tp.group or alone, grid.dp.group or alone
-
-    def get_model_parallel_rank(self) -> int:
-        return self.tp.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self.tp.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.tp_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self.dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self.dp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self.dp_group

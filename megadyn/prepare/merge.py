@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter, files_of
+from megadyn.data.indexed import IndexedDataset, files_of
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.record import Record
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named, refuse_existing

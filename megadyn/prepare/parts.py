@@ -30,7 +30,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.indexed import LONGEST_SEQUENCE, write_all
+from megadyn.data.indexed import LONGEST_SEQUENCE
+from megadyn.data.indexed_writer import write_all
 from megadyn.errors import UserError
 from megadyn.files import temporary_beside
 from megadyn.tokenization.tokenizer import TokenArray

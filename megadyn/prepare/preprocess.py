@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.data.indexed import IndexedWriter, dtype_for, files_of
+from megadyn.data.indexed import dtype_for, files_of
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.record import Record
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named, refuse_existing

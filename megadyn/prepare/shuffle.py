@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megadyn.data.indexed import IndexedWriter, map_tokens
+from megadyn.data.indexed import map_tokens
+from megadyn.data.indexed_writer import IndexedWriter
 
 CHUNK_TOKENS = 2**22
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from megadyn.benchmark import layer as layer_benchmark
 from megadyn.checkpoint.export import export
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.evaluation.losses import evaluate
 from megadyn.evaluation.saved import load_network, open_saved
 from megadyn.hf.convert import write_hf_folder

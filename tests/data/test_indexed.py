@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter, check_tokenizer, dtype_for
+from megadyn.data.indexed import IndexedDataset, check_tokenizer, dtype_for
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.record import Record
 from megadyn.errors import UserError
@@ -374,7 +375,7 @@ def test_over_4_gib_and_2_31_tokens_are_read_right(tmp_path):
 
 
 def test_sequence_over_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("megadyn.data.indexed.LONGEST_SEQUENCE", 2)
+    monkeypatch.setattr("megadyn.data.indexed_writer.LONGEST_SEQUENCE", 2)
     with pytest.raises(UserError, match="a document of 3 tokens"):
         write(tmp_path / "x", [1, 2, 3])
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 
 
 def test_counts_lengths_documents_and_samples(tmp_path, run_tool_script):

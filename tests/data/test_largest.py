@@ -5,7 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.largest import check_ids, id_range
 from megadyn.errors import UserError
 

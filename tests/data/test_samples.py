@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megadyn.data.batches import micro_batch_ids, read_batch, sample_ids
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.samples import SampleSet, sample_places, sequences_of, split_documents
 from megadyn.errors import UserError
 

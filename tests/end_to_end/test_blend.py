@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 from tests.end_to_end.test_pretrain import ALONE, TORCHRUN, launch, losses, records
 
 

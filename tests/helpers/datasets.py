@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.log import log
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from tests.helpers.corpora import random_texts

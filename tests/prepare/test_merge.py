@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.prepare.merge import merge_datasets
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.prepare.merge import merge_datasets
 from megadyn.prepare.parts import Parts

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from megadyn.checkpoint.layout import FORMAT, file_digest, folder_name, publish, shard_file, write_manifest
 from megadyn.config import save_config
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.network import routed_layers, thresholds_of
 from tests.helpers.networks import end_step, make_network
 from tests.helpers.tiny import tiny_config

@@ -10,7 +10,8 @@ import torch
 
 from megadyn.config import Config, DataConfig, TokenizerConfig, batch_plan
 from megadyn.data.blend import Blend
-from megadyn.data.indexed import IndexedDataset, IndexedWriter
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.samples import SampleSet, split_documents
 from megadyn.errors import ConfigError, UserError
 from megadyn.model.documents import documents_of

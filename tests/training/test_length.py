@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megadyn.config import Config, DataConfig, TokenizerConfig
-from megadyn.data.indexed import IndexedWriter
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import ConfigError
 from megadyn.training.data import open_data

@@ -1,0 +1,33 @@
+"""What DeepSpeed asks about the grid of processes."""
+
+import torch.distributed as dist
+
+from megadyn.parallel.grid import Grid
+
+
+class Mpu:
+    """What DeepSpeed asks of a model-parallel unit (its word for our tensor axis)."""
+
+    def __init__(self, grid: Grid):
+        self.tp, self.dp = grid.tp, grid.dp
+        # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
+        alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.tp_group, self.dp_group = grid.tp.group or alone, grid.dp.group or alone
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tp.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dp.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self.dp_group

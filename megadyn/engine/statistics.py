@@ -1,0 +1,29 @@
+"""Statistics of routed layers over all ranks that see other tokens."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megadyn.parallel.grid import Axis
+from megadyn.routing.monitor import Statistic
+
+
+def over_ranks(statistics: Sequence[Statistic], axes: Sequence[Axis]) -> list[Statistic]:
+    """Each over the ranks of all axes. What is a sum takes one all-reduce per axis, what is an extreme another. Collective."""
+    found: dict[int, Statistic] = {}
+    for is_sum in (True, False):
+        mine = {at: it for at, it in enumerate(statistics) if (it.how in ("mean", "std")) == is_sum}
+        if not mine:
+            continue
+        # The least is the negative of the most negated, so that one reduction serves both.
+        signs = {at: -1.0 if it.how == "min" else 1.0 for at, it in mine.items()}
+        parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
+        for axis in axes:
+            if axis.size > 1:
+                dist.all_reduce(
+                    parts, op=dist.ReduceOp.SUM if is_sum else dist.ReduceOp.MAX, group=axis.group
+                )
+        pieces = parts.split([it.parts.numel() for it in mine.values()])
+        found |= {at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)}
+    return [found[at] for at in range(len(statistics))]
