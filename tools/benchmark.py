@@ -4,6 +4,7 @@
     python tools/benchmark.py samples [options]     # opening, cutting, blending and reading datasets
     python tools/benchmark.py step [options]        # a training step of every kind of model, against dense and transformers
     python tools/benchmark.py layer [options]       # where the time of each kind of layer goes
+    python tools/benchmark.py generate [options]    # prefill and decoding of every kind of model, against transformers
     python tools/benchmark.py checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
     python tools/benchmark.py scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
     python tools/benchmark.py soak [options]        # thousands of tiny steps of every kind of routing: does it last?
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "samples": "megadyn.benchmark.samples",
     "step": "megadyn.benchmark.step",
     "layer": "megadyn.benchmark.layer",
+    "generate": "megadyn.benchmark.generate",
     "checkpoint": "megadyn.benchmark.checkpoint",
     "scaling": "megadyn.benchmark.scaling",
     "soak": "megadyn.benchmark.soak",

@@ -1,0 +1,124 @@
+"""The models whose generation is compared: exports of every kind with random weights, an export folder, transformers' Qwen2."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadyn.benchmark.models import REFERENCE, build, config_of
+from megadyn.config import ModelConfig
+from megadyn.errors import UserError
+from megadyn.hf.config_map import from_hf_config, to_hf_config
+from megadyn.hf.reader import read_json
+from megadyn.kinds import DENSE
+from megadyn.network import Network, routed_layers, thresholds_of
+from megadyn.parallel.params import name_of
+from megadyn.planning.flops import dense_twin
+
+CALIBRATED_TOKENS = 1024
+"""On which thresholds are set: as many sequences of the context's length as make these, at least one."""
+
+
+@dataclass
+class Served:
+    """A model as transformers serves it."""
+
+    name: str
+    model: Any
+    config: ModelConfig
+
+    @property
+    def is_routed(self) -> bool:
+        return hasattr(self.model.config, "routed_layer_types")
+
+
+def served(
+    name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor
+) -> Served:
+    """KIND[:CAPACITY] or `qwen2` with random weights at the sizes in `args`; `tokens` [B, T] set the thresholds.
+
+    Raises UserError for what does not exist.
+    """
+    if name == REFERENCE:
+        return reference(config_of(DENSE, args).model, device, dtype)
+    network, config = network_of(name, args, tokens)
+    return Served(name, exported(network, config).to(device=device, dtype=dtype).eval(), config)
+
+
+def network_of(name: str, args: argparse.Namespace, tokens: Tensor) -> tuple[Network, ModelConfig]:
+    """A float32 network on the CPU whose layers take the planned share of `tokens` by the causal rule."""
+    built = build(name, args, torch.device("cpu"), torch.float32, tokens, [])
+    network, config = built.module, built.config
+    assert isinstance(network, Network)
+    layers = routed_layers(network)
+    if config.routing.uses_threshold:
+        network(tokens, tokens)  # with gradients, without which no threshold watches
+        for threshold in thresholds_of(layers).values():
+            if threshold.micro_batches:  # not where `build` has set it
+                threshold.end_step(threshold.take_step_mean())
+    return network, config
+
+
+def exported(network: Network, config: ModelConfig) -> Any:
+    """The model that an export of `network` is."""
+    from megadyn.hf.configuration_megadyn import MegadynConfig
+    from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+
+    model = MegadynForCausalLM(MegadynConfig(**to_hf_config(config, "float32")))
+    weights = {name_of(param): param.detach() for param in network.parameters()}
+    for index, threshold in thresholds_of(routed_layers(network)).items():
+        weights[f"model.layers.{index}.causal_router.threshold"] = threshold.value.reshape(1)
+    model.load_state_dict(weights)
+    return model
+
+
+def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Served:
+    """transformers' Qwen2 with random weights and the shape of `config`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "max_position_embeddings",
+    )
+    fields = to_hf_config(config, "float32")
+    model = Qwen2ForCausalLM(Qwen2Config(**{name: fields[name] for name in names}, use_sliding_window=False))
+    return Served(REFERENCE, model.to(device=device, dtype=dtype).eval(), dense_twin(config))
+
+
+def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
+    """An export folder, run by the code that stands in it."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_json(path / "config.json")
+    if config.get("model_type") != "megadyn":
+        raise UserError(
+            f"--export {path}: must be an export of megadyn, but its model_type is {config.get('model_type')!r}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+    return Served(path.name, model.to(device=device, dtype=dtype).eval(), from_hf_config(config))
+
+
+def models_of(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, contexts: Sequence[int]
+) -> list[Served]:
+    """Those of `args.models`, or of `args.export` beside the reference of its shape."""
+    torch.manual_seed(0)
+    if args.export is not None:
+        one = opened(args.export, device, dtype)
+        return [reference(one.config, device, dtype), one]
+    length = max(contexts)
+    tokens = torch.randint(args.vocab, (max(1, CALIBRATED_TOKENS // length), min(length, CALIBRATED_TOKENS)))
+    return [served(name, args, device, dtype, tokens) for name in args.models]
