@@ -9,9 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megadyn.hf.cache_megadyn import MegadynCache
 from megadyn.hf.convert import write_code
-from megadyn.hf.layers_megadyn import MegadynCache, best_of_each_row, pack
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+from megadyn.hf.packing_megadyn import best_of_each_row, pack
 from megadyn.kinds import find_kind
 from tests.hf.tiny_models import (
     DTF,
@@ -200,7 +201,7 @@ def test_skipped_tokens_leave_nothing_in_the_cache(kind):
     )
     for layer_type, layer, processed, held in layers:
         assert held == processed.sum(1).tolist()
-        assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
+        assert layer.keys.block.shape[2] == layer.values.block.shape[2] == max(held)
         if layer_type in ROUTED:
             assert 0.1 < sum(held) / sum(LENGTHS) < 0.9
         else:
