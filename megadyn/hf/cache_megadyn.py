@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .packing_megadyn import Packed, mask_inside, take_rows
+from .packing_megadyn import Packed, at_last, mask_inside, put_rows, take_rows
 
 
 class Slots(NamedTuple):
@@ -97,6 +97,17 @@ class Room:
             self.block = self.block.index_select(0, row_B)
 
 
+class Trail(NamedTuple):
+    """What a layer keeps of its latest token, behind each token of a call."""
+
+    value_BC: Tensor  # [rows in the call, C, ...]
+    before: Tensor  # [rows in the call, ...], of rows without a token
+    others: Tensor | None  # [B, ...], of rows that are not in the call
+
+    def at_end(self, new: Packed) -> Tensor:
+        return put_rows(self.others, new, at_last(self.value_BC, new, self.before))
+
+
 class LayerCache:
     """Keys and values of the tokens that one layer processed, packed; layers that score by surprise keep what it needs too."""
 
@@ -107,6 +118,14 @@ class LayerCache:
         self.last_BD: Tensor | None = None  # what the layer made of its latest token
         self.again: LayerCache | None = None  # of the second time, where a layer processes tokens twice
         self.counts: list[int] = []  # tokens held, per row
+        self.begin_call()
+
+    def begin_call(self) -> None:
+        """Forgets how to go back into the call before."""
+        self.latest: Slots | None = None
+        self.trails: dict[str, Trail] = {}
+        if self.again is not None:
+            self.again.begin_call()
 
     def append(
         self, key_BGCK: Tensor, value_BGCK: Tensor, new: Packed
@@ -116,8 +135,8 @@ class LayerCache:
         self.counts = self.counts or [0] * new.batch
         is_first = not any(self.counts)
         slots = Slots.of(new, self.counts, key_BGCK.device)
-        for row, count in zip(slots.rows, slots.after, strict=True):
-            self.counts[row] = count
+        self.latest = slots
+        self.set_counts(slots.after)
         self.keys.write(key_BGCK, slots)
         self.values.write(value_BGCK, slots)
         if new.segment_BC is not None:
@@ -127,6 +146,31 @@ class LayerCache:
         longest = max(slots.after)
         mask_BCP = self.mask(slots, longest, key_BGCK.device)
         return self.keys.read(longest, new), self.values.read(longest, new), mask_BCP
+
+    def set_counts(self, counts: list[int]) -> None:
+        """Of the rows that the latest call appended to."""
+        assert self.latest is not None
+        for row, count in zip(self.latest.rows, counts, strict=True):
+            self.counts[row] = count
+
+    def keep_latest(self, name: str, value_BC: Tensor, before: Tensor, new: Packed) -> None:
+        """Sets the attribute `name`, `recent_BW` or `last_BD`, to the value of each row's last new token."""
+        self.trails[name] = Trail(value_BC, before, getattr(self, name))
+        setattr(self, name, self.trails[name].at_end(new))
+
+    def crop(self, kept: list[int]) -> None:
+        """Leaves of each row the first `kept` tokens of the latest call, those that passed this layer among them."""
+        if self.again is not None:
+            self.again.crop(kept)
+        if self.latest is None:
+            return
+        new = self.latest.new
+        kept_B = torch.tensor([kept[row] for row in self.latest.rows], device=new.valid_BC.device)
+        counts = ((new.columns() < kept_B[:, None]) & new.valid_BC).sum(1).tolist()
+        self.set_counts([old + count for old, count in zip(self.latest.before, counts, strict=True)])
+        for name, trail in self.trails.items():
+            setattr(self, name, trail.at_end(new._replace(counts=counts)))
+        self.begin_call()
 
     def mask(self, slots: Slots, longest: int, device: torch.device) -> Tensor | None:
         """[rows, C, P] of what each new token sees; None: all that its row holds."""
@@ -162,6 +206,7 @@ class LayerCache:
 
     def select_rows(self, rows: list[int], row_B: Tensor) -> None:
         """`row_B`: the same as `rows`, on the device."""
+        self.begin_call()
         if self.again is not None:
             self.again.select_rows(rows, row_B)
         if self.recent_BW is not None:
@@ -186,9 +231,36 @@ class Texts(NamedTuple):
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
         return cls(zeros, zeros, zeros.bool())
 
+    def after(
+        self, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor | None
+    ) -> "Texts":
+        """Where each row stands after a call: at its last token, or as before if it has none."""
+        segment_BC = tokens.segment_BC
+        return Texts(
+            at_last(position_BC + 1, tokens, self.position_B),
+            at_last(place_BC + 1, tokens, self.place_B),
+            self.ended_B if ended_BC is None else at_last(ended_BC, tokens, self.ended_B),
+            None if segment_BC is None else at_last(segment_BC, tokens, self.segment_B),
+        )
+
     def select_rows(self, row_B: Tensor) -> "Texts":
         segment_B = None if self.segment_B is None else self.segment_B[row_B]
         return Texts(self.position_B[row_B], self.place_B[row_B], self.ended_B[row_B], segment_B)
+
+
+class Call(NamedTuple):
+    """The latest call, as far as it takes to go back into it."""
+
+    columns: int
+    tokens: Packed
+    before: Texts
+    position_BC: Tensor
+    place_BC: Tensor
+    ended_BC: Tensor | None  # None: no document can end
+
+    def texts(self, tokens: Packed) -> Texts:
+        """Where rows stand after these of its tokens."""
+        return self.before.after(tokens, self.position_BC, self.place_BC, self.ended_BC)
 
 
 class MegadynCache(Cache):
@@ -201,12 +273,18 @@ class MegadynCache(Cache):
         self.columns = 0
         self.seen: list[int] = []  # real tokens so far, per row
         self.texts: Texts | None = None
+        self.call: Call | None = None
 
-    def advance(self, columns: int, counts: list[int], texts: "Texts") -> None:
+    def begin_call(self) -> None:
+        self.call = None
+        for layer in self.layers:
+            layer.begin_call()
+
+    def advance(self, call: Call) -> None:
         """Called once all layers have taken up a call's tokens."""
-        self.columns += columns
-        self.seen = [old + count for old, count in zip(self.seen, counts, strict=True)]
-        self.texts = texts
+        self.columns += call.columns
+        self.seen = [old + count for old, count in zip(self.seen, call.tokens.counts, strict=True)]
+        self.texts, self.call = call.texts(call.tokens), call
 
     def tokens_per_layer(self) -> list[list[int]]:
         """How many tokens each layer holds, for each row of the batch."""
@@ -224,19 +302,41 @@ class MegadynCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return True
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a routed model's cache cannot be cropped: layers hold different tokens")
+        """Removes the last -`tokens_to_remove` columns, all of the latest call; as transformers' caches, but for this limit.
+
+        Raises ValueError for more: what layers kept of a token before is gone.
+        """
+        if tokens_to_remove == 0:
+            return
+        last = 0 if self.call is None else self.call.columns
+        if not 0 < -tokens_to_remove <= last:
+            raise ValueError(
+                f"crop({tokens_to_remove}): must be from -{last} to 0, because a routed model's cache goes back into "
+                "its latest call alone (so a routed model can be assisted, but cannot be an assistant)"
+            )
+        assert self.call is not None
+        tokens, left = self.call.tokens, last + tokens_to_remove
+        kept = ((tokens.columns() < left) & tokens.valid_BC).sum(1).tolist()
+        for layer in self.layers:
+            layer.crop(kept)
+        self.columns += tokens_to_remove
+        self.seen = [
+            count - new + old for count, new, old in zip(self.seen, tokens.counts, kept, strict=True)
+        ]
+        self.texts, self.call = self.call.texts(tokens._replace(counts=kept)), None
 
     def reset(self) -> None:
         self.layers = [LayerCache() for _ in self.layers]
-        self.columns, self.seen, self.texts = 0, [], None
+        self.columns, self.seen, self.texts, self.call = 0, [], None, None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         rows = indices.tolist()
         if rows == list(range(len(self.seen))):
             return
+        self.call = None
         if self.texts is not None:
             row_B = indices.to(self.texts.place_B.device)
             self.texts = self.texts.select_rows(row_B)

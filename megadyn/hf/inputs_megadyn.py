@@ -10,13 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .cache_megadyn import MegadynCache, Texts
+from .cache_megadyn import Call, MegadynCache, Texts
 from .configuration_megadyn import MegadynConfig
 from .layers_megadyn import Context, rotary_table
 from .packing_megadyn import (
     Borders,
     Packed,
-    at_last,
     changes,
     first_columns,
     pack,
@@ -97,19 +96,6 @@ def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
     return of_queries
 
 
-def texts_after(
-    before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor | None
-) -> Texts:
-    """Where each row stands after a call: at its last token, or as `before` if it has none."""
-    segment_BC = tokens.segment_BC
-    return Texts(
-        at_last(position_BC + 1, tokens, before.position_B),
-        at_last(place_BC + 1, tokens, before.place_B),
-        before.ended_B if ended_BC is None else at_last(ended_BC, tokens, before.ended_B),
-        None if segment_BC is None else at_last(segment_BC, tokens, before.segment_B),
-    )
-
-
 def tokens_of_call(mask_BL: Tensor | None, x_BTD: Tensor) -> Packed:
     """The real tokens of each row; without a mask all are, and nothing waits for the device. `mask_BL` as in `mask_of_call`."""
     rows, columns = x_BTD.shape[:2]
@@ -159,8 +145,8 @@ def context_of_call(
     cache: MegadynCache | None,
     topk: bool = False,
     attentions: bool = False,
-) -> tuple[Context, Texts]:
-    """What the layers share, and where each row stands after this call; `sequence_BT` as in `sequences_of_call`."""
+) -> tuple[Context, Call]:
+    """What the layers share, and what a cache must know of this call; `sequence_BT` as in `sequences_of_call`."""
     rows, device = x_BTD.shape[0], x_BTD.device
     before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
     goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
@@ -188,6 +174,7 @@ def context_of_call(
         sequence_BC = None if borders is None else borders.sequence_BC.cumsum(1)
     theta = cast(dict, config.rope_parameters)["rope_theta"]
     cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, config.head_dim), theta, x_BTD.dtype)
-    context = Context(tokens, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
+    packed = tokens._replace(index_BC=None)  # to layers they stand where they have been pushed
+    context = Context(packed, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
     ended_BC = None if borders is None else borders.ended_BC
-    return context, texts_after(before, tokens, position_BC, place_BC, ended_BC)
+    return context, Call(x_BTD.shape[1], tokens, before, position_BC, place_BC, ended_BC)

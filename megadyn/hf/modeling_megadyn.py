@@ -91,7 +91,6 @@ class MegadynPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _is_stateful = True  # the cache cannot be rolled back, so assisted generation is refused
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +165,7 @@ class MegadynModel(MegadynPreTrainedModel):
             (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache
         )
         mask_BL = mask_of_call(attention_mask, x_BTD)
-        context, texts = context_of_call(
+        context, call = context_of_call(
             self.config,
             x_BTD,
             tokens_of_call(mask_BL, x_BTD),
@@ -177,7 +176,7 @@ class MegadynModel(MegadynPreTrainedModel):
             self.topk,
             output_attentions,
         )
-        tokens = context.tokens
+        tokens = call.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
             if tokens.index_BC is None:
@@ -197,7 +196,7 @@ class MegadynModel(MegadynPreTrainedModel):
             self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
         )
         if cache is not None:
-            cache.advance(x_BTD.shape[1], tokens.counts, texts)
+            cache.advance(call)
         return MegadynModelOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=cache,
@@ -273,6 +272,7 @@ class MegadynModel(MegadynPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
                 "leave it out, and the model makes a MegadynCache"
             )
+        cache.begin_call()
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")

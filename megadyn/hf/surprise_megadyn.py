@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .configuration_megadyn import MegadynConfig
 from .layers_megadyn import Context, Float32Module, LayerCache, MegadynRMSNorm, SwiGLU, wide
-from .packing_megadyn import at_last, changes, first_columns, put_rows, take_rows
+from .packing_megadyn import changes, first_columns, take_rows
 
 
 class Prior(SwiGLU):
@@ -89,6 +89,5 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
         is_before_BCW = is_before_BCW & (first_BC >= 0)[..., None]
         windows_BCW = torch.where(is_before_BCW, value_of_first_BC[..., None], windows_BCW)
     if cache is not None:
-        recent_BW = at_last(windows_BCW[..., 1:], context.tokens, history_BW)
-        cache.recent_BW = put_rows(cache.recent_BW, context.tokens, recent_BW)
+        cache.keep_latest("recent_BW", windows_BCW[..., 1:], history_BW, context.tokens)
     return windows_BCW.mean(-1)

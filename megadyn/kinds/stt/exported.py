@@ -12,7 +12,6 @@ from megadyn.hf.packing_megadyn import (
     changes,
     pack,
     put_back,
-    put_rows,
     take,
     take_rows,
 )
@@ -64,9 +63,7 @@ class SubjectiveLayer(RoutedLayer):
         begins_BC[:, 0] = ~context.continues_B
         before_BCD = line_BCD[:, :-1].masked_fill(begins_BC.unsqueeze(-1), 0)
         if cache is not None:
-            count_B = torch.tensor(seen.counts, device=h_BCD.device)  # of 0 leaves what was there
-            last_BD = line_BCD[torch.arange(len(count_B), device=h_BCD.device), count_B]
-            cache.last_BD = put_rows(cache.last_BD, seen, last_BD)
+            cache.keep_latest("last_BD", made_BCD, last_BD, seen)
         update_BCD = wide(post_BCD) - wide(h_BCD)
         static_BC = update_BCD.square().mean(-1)
         change_BC = (update_BCD - wide(self.prior(before_BCD))).square().mean(-1)
