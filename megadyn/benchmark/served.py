@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megadyn.benchmark.models import REFERENCE, build, config_of
+from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
 from megadyn.hf.config_map import from_hf_config, to_hf_config
-from megadyn.hf.reader import read_json
-from megadyn.kinds import DENSE
-from megadyn.network import Network, routed_layers, thresholds_of
+from megadyn.hf.reader import THRESHOLD, read_json
+from megadyn.kinds import DENSE, capacity_count
+from megadyn.network import Network
 from megadyn.parallel.params import name_of
 from megadyn.planning.flops import dense_twin
 
 CALIBRATED_TOKENS = 1024
 """On which thresholds are set: as many sequences of the context's length as make these, at least one."""
+
+WIDER = 8.0
+"""By which initial weights of output projections are multiplied."""
 
 
 @dataclass
@@ -45,35 +48,52 @@ def served(
     """
     if name == REFERENCE:
         return reference(config_of(DENSE, args).model, device, dtype)
-    network, config = network_of(name, args, tokens)
-    return Served(name, exported(network, config).to(device=device, dtype=dtype).eval(), config)
-
-
-def network_of(name: str, args: argparse.Namespace, tokens: Tensor) -> tuple[Network, ModelConfig]:
-    """A float32 network on the CPU whose layers take the planned share of `tokens` by the causal rule."""
     built = build(name, args, torch.device("cpu"), torch.float32, tokens, [])
-    network, config = built.module, built.config
-    assert isinstance(network, Network)
-    layers = routed_layers(network)
-    if config.routing.uses_threshold:
-        network(tokens, tokens)  # with gradients, without which no threshold watches
-        for threshold in thresholds_of(layers).values():
-            if threshold.micro_batches:  # not where `build` has set it
-                threshold.end_step(threshold.take_step_mean())
-    return network, config
+    assert isinstance(built.module, Network)
+    widen(built.module)
+    set_shares(built.module, tokens, built.config.routing.share)  # anew, of what reaches layers now
+    model = exported(built.module, built.config)
+    set_thresholds(model, tokens, built.config.routing.share)
+    return Served(name, model.to(device=device, dtype=dtype), built.config)
 
 
 def exported(network: Network, config: ModelConfig) -> Any:
-    """The model that an export of `network` is."""
+    """The model that an export of `network` is, but for its thresholds."""
     from megadyn.hf.configuration_megadyn import MegadynConfig
     from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 
     model = MegadynForCausalLM(MegadynConfig(**to_hf_config(config, "float32")))
     weights = {name_of(param): param.detach() for param in network.parameters()}
-    for index, threshold in thresholds_of(routed_layers(network)).items():
-        weights[f"model.layers.{index}.causal_router.threshold"] = threshold.value.reshape(1)
-    model.load_state_dict(weights)
-    return model
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith(THRESHOLD) or "causal_router.fc" in name for name in missing)
+    return model.eval()
+
+
+@torch.no_grad()
+def widen(network: Network) -> None:
+    """Makes what layers add as large as in a trained model: of initial weights it is so small that scores of many tokens which
+    are made of it round to one number, and no threshold parts them."""
+    for weight in network.parameters():
+        if name_of(weight).endswith(("o_proj.weight", "down_proj.weight")):
+            weight.mul_(WIDER)
+
+
+@torch.no_grad()
+def set_thresholds(model: Any, tokens: Tensor, share: float) -> None:
+    """Sets thresholds, first layer to last, so that `share` of the tokens in the second half of each sequence are taken: with
+    random weights scores drift over the first tokens, which have little to look at, and decoding comes behind them."""
+
+    def set_before_choosing(rule: Any, inputs: tuple[Tensor, ...]) -> None:
+        score = inputs[0][:, inputs[0].shape[1] // 2 :].flatten()
+        rule.threshold.fill_(score.topk(capacity_count(share, len(score))).values[-1])
+
+    rules = [module for name, module in model.named_modules() if name.endswith("causal_router")]
+    hooks = [
+        rule.register_forward_pre_hook(set_before_choosing) for rule in rules if hasattr(rule, "threshold")
+    ]
+    model(tokens, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
 
 
 def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Served:
