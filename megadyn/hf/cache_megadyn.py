@@ -82,8 +82,10 @@ class Room:
         if needed > room or is_bound:
             shape = list(old.shape)
             shape[self.dim] = room if needed <= room else max(needed, room + room // 2)
-            self.block = old.new_zeros(shape)
+            self.block = old.new_empty(shape)
             self.block.narrow(self.dim, 0, room).copy_(old)
+            # a key that a mask hides must be a number still
+            self.block.narrow(self.dim, room, shape[self.dim] - room).zero_()
         assert self.block is not None
         return self.block
 
