@@ -19,11 +19,12 @@ from megadyn.network import Network
 from megadyn.parallel.params import name_of
 from megadyn.planning.flops import dense_twin
 
-CALIBRATED_TOKENS = 1024
-"""On which thresholds are set: as many sequences of the context's length as make these, at least one."""
+CALIBRATED = (4, 512)
+"""Sequences, and tokens of each at most, on which thresholds are set."""
 
 WIDER = 8.0
-"""By which initial weights of output projections are multiplied."""
+"""By which initial weights of feed-forwards' output projections are multiplied. Those of attention are not: what it adds is much
+the same for all tokens of a row, and would part rows, not tokens."""
 
 
 @dataclass
@@ -74,7 +75,7 @@ def widen(network: Network) -> None:
     """Makes what layers add as large as in a trained model: of initial weights it is so small that scores of many tokens which
     are made of it round to one number, and no threshold parts them."""
     for weight in network.parameters():
-        if name_of(weight).endswith(("o_proj.weight", "down_proj.weight")):
+        if name_of(weight).endswith("down_proj.weight"):
             weight.mul_(WIDER)
 
 
@@ -140,5 +141,5 @@ def models_of(
         one = opened(args.export, device, dtype)
         return [reference(one.config, device, dtype), one]
     length = max(contexts)
-    tokens = torch.randint(args.vocab, (max(1, CALIBRATED_TOKENS // length), min(length, CALIBRATED_TOKENS)))
+    tokens = torch.randint(args.vocab, (CALIBRATED[0], min(length, CALIBRATED[1])))
     return [served(name, args, device, dtype, tokens) for name in args.models]
