@@ -52,7 +52,9 @@ SIDE_BY_SIDE = (("checkpoint", "engine", "telemetry", "launch"), ("errors", "log
 """Rooms of which none knows another."""
 SHIPPED = "exported"
 """`kinds/*/exported.py`: beside the rooms."""
-SHIPPED_WITH = ("megadyn.hf.layers_megadyn", "megadyn.hf.configuration_megadyn")
+SHIPPED_WITH = tuple(
+    f"megadyn.hf.{name}" for name in ("layers_megadyn", "packing_megadyn", "configuration_megadyn")
+)
 FOR_TYPES_ALONE = {("kinds/older.py", "torch.Tensor")}
 """Imports under `if TYPE_CHECKING`, which nothing runs, that a rule against torch lets pass. None may point up."""
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -272,8 +274,19 @@ def test_text_and_data_need_no_torch():
 def test_the_exported_modelling_files_need_nothing_of_megadyn_but_each_other():
     allowed = {
         "configuration_megadyn": ("routing_of",),
-        "layers_megadyn": ("configuration_megadyn",),
-        "modeling_megadyn": ("configuration_megadyn", "layers_megadyn", "routing_of"),
+        "packing_megadyn": (),
+        "cache_megadyn": ("packing_megadyn",),
+        "layers_megadyn": ("cache_megadyn", "configuration_megadyn", "packing_megadyn"),
+        "surprise_megadyn": ("configuration_megadyn", "layers_megadyn", "packing_megadyn"),
+        "inputs_megadyn": ("cache_megadyn", "configuration_megadyn", "layers_megadyn", "packing_megadyn"),
+        "modeling_megadyn": (
+            "cache_megadyn",
+            "configuration_megadyn",
+            "inputs_megadyn",
+            "layers_megadyn",
+            "packing_megadyn",
+            "routing_of",
+        ),
     }
     for name, others in allowed.items():
         ours = {name for name in imports_of(PACKAGE / "hf" / f"{name}.py") if uses({name}, "megadyn")}

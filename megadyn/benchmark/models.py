@@ -40,20 +40,19 @@ class Model:
         return self.module(tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
+SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 4, "ffn": 2816, "vocab": 8192}
+"""Of a model, unless told otherwise."""
+
+
+def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
     """A model's sizes; `defaults` change and add some."""
-    sizes = {
-        "hidden": 1024,
-        "layers": 4,
-        "heads": 16,
-        "kv_heads": 4,
-        "ffn": 2816,
-        "vocab": 8192,
-        "sequence": 2048,
-        "batch": 1,
-    }
-    for name, default in (sizes | defaults).items():
+    for name, default in (SIZES | defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N")
+
+
+def add_shape_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """A model's sizes and its batch; `defaults` as there."""
+    add_size_arguments(parser, **{"sequence": 2048, "batch": 1} | defaults)
 
 
 def shape_line(args: argparse.Namespace) -> str:

@@ -61,7 +61,14 @@ def write_hf_folder(
     return summary | {"tokenizer": note}
 
 
-CODE = ("configuration_megadyn.py", "layers_megadyn.py", "modeling_megadyn.py")
+CODE = (
+    "cache_megadyn.py",
+    "configuration_megadyn.py",
+    "inputs_megadyn.py",
+    "layers_megadyn.py",
+    "modeling_megadyn.py",
+    "packing_megadyn.py",
+)
 """Files of this folder that every export carries."""
 
 

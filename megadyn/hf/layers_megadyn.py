@@ -1,4 +1,4 @@
-"""The layers that exported models share: packed tokens, the cache, the dense transformer layer, and choosing tokens.
+"""The layers that exported models share: the dense transformer layer, and choosing tokens.
 
 Stand-alone: shipped beside the weights, imports nothing of megadyn. `modeling_megadyn.py` explains the packing; the layers of
 the export's own kind of routing stand in `routing_<kind>.py`.
@@ -14,300 +14,12 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_megadyn import LayerCache
 from .configuration_megadyn import MegadynConfig
-
-# ---- packing -------------------------------------------------------------------------------------
-
-
-class Packed(NamedTuple):
-    """Some tokens of each row, pushed to the left in their order. Columns beyond a row's count hold other tokens."""
-
-    index_BC: Tensor  # the column each came from; distinct in a row
-    valid_BC: Tensor  # False beyond the row's count
-    counts: list[int]  # per row
-    # the text each belongs to, which attention must not leave; None: each row is one
-    segment_BC: Tensor | None = None
-
-
-def pack(mask_BT: Tensor, least: int = 0, segment_BT: Tensor | None = None) -> Packed:
-    """The tokens where the mask is True, in as many columns as the longest row needs, and at least `least`."""
-    counts = mask_BT.sum(1).tolist()
-    width = max(least, *counts)
-    index_BT = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    valid_BT = (
-        torch.arange(width, device=mask_BT.device) < torch.tensor(counts, device=mask_BT.device)[:, None]
-    )
-    segment_BC = None if segment_BT is None else segment_BT.gather(1, index_BT[:, :width])
-    return Packed(index_BT[:, :width], valid_BT, counts, segment_BC)
-
-
-def take(x: Tensor, packed: Packed) -> Tensor:
-    """[B, T, ...] -> [B, C, ...]."""
-    return x.gather(1, _over_columns(packed.index_BC, x).expand(-1, -1, *x.shape[2:]))
-
-
-def put_back(base: Tensor, packed: Packed, x: Tensor) -> Tensor:
-    """`base` [B, T, ...] with its packed tokens replaced by `x` [B, C, ...]."""
-    new = torch.where(_over_columns(packed.valid_BC, x), x, take(base, packed))
-    return base.scatter(1, _over_columns(packed.index_BC, x).expand_as(x), new)
-
-
-def _over_columns(per_column_BC: Tensor, x: Tensor) -> Tensor:
-    """[B, C] with as many dimensions as `x` [B, C or T, ...]."""
-    return per_column_BC.view(*per_column_BC.shape, *[1] * (x.dim() - 2))
-
-
-def best_of_each_row(
-    score_BC: Tensor, tokens: Packed, capacity: float, sequence_BC: Tensor | None = None
-) -> Tensor:
-    """Mask [B, C] of exactly k = max(1, floor(capacity * tokens)) best scores of each sequence; ties go to the earlier token.
-
-    `sequence_BC` numbers the sequences of a row, rising; None if each row is one.
-    """
-    columns = score_BC.shape[1]
-    if sequence_BC is None:
-        sequence_BC = torch.zeros_like(tokens.index_BC)
-    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)  # behind all others
-    best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(
-        dim=1, descending=True, stable=True
-    )
-    by_sequence_BC = sequence_BC.gather(1, best_first_BC).argsort(dim=1, stable=True)
-    best_first_BC = best_first_BC.gather(1, by_sequence_BC)
-    sorted_BC = sequence_BC.gather(1, best_first_BC)
-    start_BC, end_BC = (torch.searchsorted(sorted_BC, sorted_BC, right=right) for right in (False, True))
-    wanted = torch.tensor(
-        [max(1, math.floor(capacity * count)) for count in range(columns + 1)], device=score_BC.device
-    )
-    rank_BC = torch.arange(columns, device=score_BC.device) - start_BC
-    chosen_BC = rank_BC < wanted[end_BC - start_BC]
-    return torch.zeros_like(tokens.valid_BC).scatter(1, best_first_BC, chosen_BC) & tokens.valid_BC
-
-
-# ---- sequences and documents ---------------------------------------------------------------------
-
-
-def sequence_ids(cu_seq_lens: Tensor, max_length: int | Tensor | None, rows: int, columns: int) -> Tensor:
-    """Sequences [B, T] by running lengths [sequences + 1] over the flattened batch, as FlashAttention takes them."""
-    total = rows * columns
-    if (
-        cu_seq_lens.dim() != 1
-        or cu_seq_lens[0] != 0
-        or cu_seq_lens[-1] != total
-        or (cu_seq_lens.diff() < 0).any()
-    ):
-        raise ValueError(f"cu_seq_lens_q must rise from 0 to {total}, the number of tokens")
-    longest = int(cu_seq_lens.diff().max())
-    if max_length is not None and int(max_length) < longest:
-        raise ValueError(
-            f"max_length_q = {int(max_length)}: must be at least {longest}, the longest sequence of cu_seq_lens_q"
-        )
-    place = torch.arange(total, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
-    ids_BT = torch.searchsorted(cu_seq_lens, place, right=True).view(rows, columns)
-    if (ids_BT[1:, 0] == ids_BT[:-1, -1]).any():
-        raise ValueError("cu_seq_lens_q: a sequence must not go on in the next row")
-    return ids_BT
-
-
-class Borders(NamedTuple):
-    """Where texts begin and end among the packed tokens of a call; masks [B, C]. The first token of a row counts only if
-    earlier calls gave the row others."""
-
-    sequence_BC: Tensor  # begins a sequence
-    text_BC: Tensor  # begins a sequence or a document
-    ended_BC: Tensor  # ends a document
-
-
-def changes(x_BC: Tensor) -> Tensor:
-    """Mask [B, C] of the values that differ from the one before in their row."""
-    changed_BC = torch.zeros_like(x_BC, dtype=torch.bool)
-    changed_BC[:, 1:] = x_BC[:, 1:] != x_BC[:, :-1]
-    return changed_BC
-
-
-def restarts(position_BC: Tensor, column_BC: Tensor, goes_on_B: Tensor) -> Tensor:
-    """Mask [B, C] of the tokens that begin a sequence: those whose position does not go on from the one before, neither as
-    the tokens do nor, where padding lies between, as the columns do. The first token of a row with tokens in the cache
-    (`goes_on_B`) begins one if its position is 0."""
-    step_BC = position_BC.diff(dim=1)
-    begins_BC = torch.zeros_like(position_BC, dtype=torch.bool)
-    begins_BC[:, 1:] = (step_BC != 1) & (step_BC != column_BC.diff(dim=1))
-    begins_BC[:, 0] = goes_on_B & (position_BC[:, 0] == 0)
-    return begins_BC
-
-
-def first_columns(begins_BC: Tensor) -> Tensor:
-    """[B, C] the column at which the text of each token begins; -1 if in an earlier call."""
-    column_C = torch.arange(begins_BC.shape[1], device=begins_BC.device)
-    return torch.where(begins_BC, column_C, -1).cummax(dim=1).values
-
-
-def mask_inside(tokens: Packed) -> Tensor | None:
-    """Mask [B, C, C] by which each token sees those before it in its own text; None: all before it in the row."""
-    if tokens.segment_BC is None:
-        return None
-    return (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :]).tril()
-
-
-# ---- cache ---------------------------------------------------------------------------------------
-
-
-class LayerCache:
-    """Keys and values of the tokens that one layer processed, packed; layers that score by surprise keep what it needs too."""
-
-    def __init__(self) -> None:
-        self.key_BPGK: Tensor | None = None
-        self.value_BPGK: Tensor | None = None
-        self.segment_BP: Tensor | None = None  # the text each belongs to; None: each row is one
-        self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
-        self.last_BD: Tensor | None = None  # what the layer made of its latest token
-        self.again: LayerCache | None = None  # of the second time, where a layer processes tokens twice
-        self.counts: list[int] = []  # tokens held, per row
-
-    def append(
-        self, key_BCGK: Tensor, value_BCGK: Tensor, new: Packed
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores the new tokens; returns the keys, values and mask [B, C, P] that they attend with (None: all before them)."""
-        is_first = self.key_BPGK is None
-        before = [0] * len(new.counts) if is_first else self.counts
-        self.counts = [old + count for old, count in zip(before, new.counts, strict=True)]
-        row, column = new.valid_BC.nonzero(as_tuple=True)
-        before_B = torch.tensor(before, device=key_BCGK.device)
-        slot = before_B[row] + column
-        self.key_BPGK = self._grown(self.key_BPGK, key_BCGK)
-        self.value_BPGK = self._grown(self.value_BPGK, value_BCGK)
-        self.key_BPGK[row, slot] = key_BCGK[row, column]
-        self.value_BPGK[row, slot] = value_BCGK[row, column]
-        if new.segment_BC is not None:
-            # what came before the first border is text 0
-            self.segment_BP = self._grown(self.segment_BP, new.segment_BC)
-            self.segment_BP[row, slot] = new.segment_BC[row, column]
-        if is_first:
-            return key_BCGK, value_BCGK, mask_inside(new)
-        last_BC = before_B[:, None] + torch.arange(key_BCGK.shape[1], device=key_BCGK.device)
-        mask_BCP = torch.arange(self.key_BPGK.shape[1], device=key_BCGK.device) <= last_BC[..., None]
-        if new.segment_BC is not None and self.segment_BP is not None:
-            is_inside_BCP = self.segment_BP[:, None, :] == new.segment_BC[..., None]
-            # a query that sees nothing would give NaN
-            mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])
-        return self.key_BPGK, self.value_BPGK, mask_BCP
-
-    def continues(self, new: Packed) -> Tensor:
-        """Rows [B] whose first new token belongs to the text of the last token held."""
-        if self.key_BPGK is None:
-            return new.valid_BC.new_zeros(len(new.counts))
-        count_B = torch.tensor(self.counts, device=new.valid_BC.device)
-        if new.segment_BC is None:
-            return count_B > 0
-        last_B = torch.zeros_like(new.segment_BC[:, 0])  # text 0 while each row was one
-        if self.segment_BP is not None:
-            last_B = self.segment_BP.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
-        return (count_B > 0) & (last_B == new.segment_BC[:, 0])
-
-    def second(self) -> "LayerCache":
-        """Keys and values of the tokens that the layer processed once more."""
-        self.again = self.again or LayerCache()
-        return self.again
-
-    def _grown(self, old: Tensor | None, like: Tensor) -> Tensor:
-        """A copy of `old` with room for the longest row."""
-        grown = like.new_zeros(like.shape[0], max(self.counts), *like.shape[2:])
-        if old is not None:
-            grown[:, : old.shape[1]] = old
-        return grown
-
-    def select_rows(self, rows: list[int]) -> None:
-        if self.again is not None:
-            self.again.select_rows(rows)
-        if self.recent_BW is not None:
-            self.recent_BW = self.recent_BW[rows]
-        if self.last_BD is not None:
-            self.last_BD = self.last_BD[rows]
-        if self.key_BPGK is not None and self.value_BPGK is not None:
-            self.counts = [self.counts[row] for row in rows]
-            longest = max(self.counts)  # the row that was longest may be gone
-            self.key_BPGK, self.value_BPGK = self.key_BPGK[rows, :longest], self.value_BPGK[rows, :longest]
-            if self.segment_BP is not None:
-                self.segment_BP = self.segment_BP[rows, :longest]
-
-
-class Texts(NamedTuple):
-    """Where each row of a cache stands in the text that its last token belongs to."""
-
-    position_B: Tensor  # of the next token, as rotary embedding counts
-    place_B: Tensor  # of the next token in its text; another number where a caller gives positions
-    ended_B: Tensor  # whether the last token ended a document
-    segment_B: Tensor | None = None  # the number of the text in its row; None while each row is one text
-
-    @classmethod
-    def at_start(cls, rows: int, device: torch.device) -> "Texts":
-        zeros = torch.zeros(rows, dtype=torch.long, device=device)
-        return cls(zeros, zeros, zeros.bool())
-
-    def select_rows(self, rows: list[int]) -> "Texts":
-        segment_B = None if self.segment_B is None else self.segment_B[rows]
-        return Texts(self.position_B[rows], self.place_B[rows], self.ended_B[rows], segment_B)
-
-
-class MegadynCache(Cache):
-    """A LayerCache per layer, in the form that `generate` uses. Its length counts columns, padding included."""
-
-    layers: list[LayerCache]
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[LayerCache() for _ in range(num_layers)])
-        self.columns = 0
-        self.seen: list[int] = []  # real tokens so far, per row
-        self.texts: Texts | None = None
-
-    def advance(self, columns: int, counts: list[int], texts: "Texts") -> None:
-        """Called once all layers have taken up a call's tokens."""
-        self.columns += columns
-        self.seen = [old + count for old, count in zip(self.seen, counts, strict=True)]
-        self.texts = texts
-
-    def tokens_per_layer(self) -> list[list[int]]:
-        """How many tokens each layer holds, for each row of the batch."""
-        return [layer.counts or [0] * len(self.seen) for layer in self.layers]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # no limit
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a routed model's cache cannot be cropped: layers hold different tokens")
-
-    def reset(self) -> None:
-        self.layers = [LayerCache() for _ in self.layers]
-        self.columns, self.seen, self.texts = 0, [], None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        rows = indices.tolist()
-        self.seen = [self.seen[row] for row in rows]
-        if self.texts is not None:
-            self.texts = self.texts.select_rows(rows)
-        for layer in self.layers:
-            layer.select_rows(rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
-
+from .packing_megadyn import Packed, best_of_each_row, mask_inside, pack, put_back, take
 
 # ---- one transformer layer -----------------------------------------------------------------------
 
@@ -373,13 +85,12 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Averages [B, C, H, K] and weights [B, H, C, P] of grouped-query attention, in the form of transformers' own functions:
-    query [B, H, C, K], key and value [B, G, P, K], mask [B, 1, C, P] of bool; without one it is causal, and P = C."""
+    query [B, H, C, K], key and value [B, G, P, K], mask [B, 1, C, P] of bool; without one causal, the last query seeing all."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     if attention_mask is None:
-        attention_mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
+        columns, keys = query.shape[2], key.shape[2]
+        attention_mask = torch.ones(columns, keys, dtype=torch.bool, device=query.device).tril(keys - columns)
     score = wide(query @ key.transpose(2, 3) * scaling).masked_fill(~attention_mask, -math.inf)
     weight = score.softmax(dim=-1).to(query.dtype)
     return (weight @ value).transpose(1, 2), weight
@@ -433,18 +144,18 @@ class Attention(nn.Module):
         the implementation gives them."""
         heads = (-1, self.head_size)
         q_BCHK = rotate(self.q_norm(self.q_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
-        k_BPGK = rotate(self.k_norm(self.k_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
+        k_BCGK = rotate(self.k_norm(self.k_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
+        q_BHCK, k_BGPK, v_BGPK = (x.transpose(1, 2) for x in (q_BCHK, k_BCGK, v_BCGK))
         if cache is None:
-            v_BPGK, mask_BCP = v_BCGK, mask_inside(tokens)
+            mask_BCP = mask_inside(tokens)
         else:
-            k_BPGK, v_BPGK, mask_BCP = cache.append(k_BPGK, v_BCGK, tokens)
+            k_BGPK, v_BGPK, mask_BCP = cache.append(k_BGPK, v_BGPK, tokens)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        q, k, v = (x.transpose(1, 2) for x in (q_BCHK, k_BPGK, v_BPGK))
         return attention(
             self,
-            q,
-            k,
-            v,
+            q_BHCK,
+            k_BGPK,
+            v_BGPK,
             None if mask_BCP is None else mask_BCP.unsqueeze(1),
             scaling=self.scaling,
             dropout=0.0,
@@ -636,7 +347,7 @@ class RoutedLayer(DenseLayer):
     ) -> tuple[Stream, Routing]:
         """h + gate * Block(h) for the tokens that the score selects, h for the rest."""
         routing = Routing(self.choose(score_BT.detach(), h_BTD, context), score_BT.detach())
-        chosen = pack(routing.processed_BC, segment_BT=context.tokens.segment_BC)
+        chosen = pack(routing.processed_BC, context.tokens.segment_BC)
         if not any(chosen.counts):
             return Stream(h_BTD), routing
         h_BCD, cos_BCK, sin_BCK = (take(x, chosen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))

@@ -13,7 +13,8 @@ A row may hold several texts. SEQUENCES of a padding-free batch (`position_ids` 
 are independent: each is computed as if it stood alone. DOCUMENTS (`config.document_mask`, for models trained so) end with
 `eod_token_id` and are parts of one sequence: attention and averages stay inside a document, but top-k counts over the sequence.
 
-Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`.
+Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
+in `packing_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's arguments in `inputs_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -29,27 +30,17 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .cache_megadyn import MegadynCache
 from .configuration_megadyn import ROUTING_MODES, MegadynConfig, check_rotary, has_topk, one_of
-from .layers_megadyn import (
-    Borders,
-    Context,
-    DenseLayer,
-    Float32Module,
-    MegadynCache,
-    MegadynRMSNorm,
-    Packed,
-    Routing,
-    Stream,
-    Texts,
-    changes,
-    first_columns,
-    pack,
-    put_back,
-    restarts,
-    rotary_table,
-    sequence_ids,
-    take,
+from .inputs_megadyn import (
+    context_of_call,
+    mask_of_call,
+    refuse_unknown,
+    sequences_of_call,
+    tokens_of_call,
 )
+from .layers_megadyn import DenseLayer, Float32Module, MegadynRMSNorm, Routing, Stream
+from .packing_megadyn import Packed, pack, put_back, take
 from .routing_of import exported_kind
 
 
@@ -74,23 +65,6 @@ class MegadynOutput(CausalLMOutputWithPast):
 
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Of transformers' loss function."""
-SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
-"""Keywords that transformers may pass, and the values that ask for nothing beyond what is done anyway."""
-
-
-def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", columns: int) -> None:
-    """TypeError for a keyword that would change nothing."""
-    for name, value in keywords.items():
-        if name not in SILENT_VALUES:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-        if name == "cache_position" and value is not None:
-            past = 0 if cache is None else cache.columns
-            if value.tolist() != list(range(past, past + columns)):
-                raise ValueError(
-                    f"cache_position: must count from {past}, the number of columns in the cache"
-                )
-        elif not any(value is silent for silent in SILENT_VALUES[name]):
-            raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
 
 
 def unpacked_weights(
@@ -101,85 +75,12 @@ def unpacked_weights(
     total = past_columns + columns
     if min(tokens.counts) == columns and min(keys.counts) == total:
         return weight_BHCP
-    index_BHCP = keys.index_BC[:, None, None, :].expand_as(weight_BHCP)
+    index_BHCP = keys.columns()[:, None, None, :].expand_as(weight_BHCP)
     weight_BHCL = weight_BHCP.new_zeros(rows, heads, weight_BHCP.shape[2], total).scatter(
         3, index_BHCP, weight_BHCP
     )
     weight_BCHL = weight_BHCL.transpose(1, 2)
     return put_back(weight_BCHL.new_zeros(rows, columns, heads, total), tokens, weight_BCHL).transpose(1, 2)
-
-
-def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor:
-    """Which columns hold real tokens, [B, L] with those in the cache, or [B, T] if the given mask has only these."""
-    rows, columns = x_BTD.shape[:2]
-    if attention_mask is None:
-        past = 0 if cache is None else cache.columns
-        return torch.ones(rows, past + columns, dtype=torch.bool, device=x_BTD.device)
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]"
-        )
-    return attention_mask != 0
-
-
-def sequences_of_call(
-    cu_seq_lens: tuple[Tensor | None, Tensor | None],
-    max_lengths: tuple[int | None, int | None],
-    seq_idx: Tensor | None,
-    x_BTD: Tensor,
-    cache: MegadynCache | None,
-) -> Tensor | None:
-    """Numbers [B, T] that differ from one sequence to the next; None if neither form of them was given.
-
-    Args:
-        cu_seq_lens: those of queries and of keys, which must be equal. max_lengths: as well.
-    """
-    if max_lengths != (None, None) and cu_seq_lens == (None, None):
-        raise ValueError("max_length_q and max_length_k need cu_seq_lens_q and cu_seq_lens_k")
-    lengths, max_length = both_equal("cu_seq_lens", *cu_seq_lens), both_equal("max_length", *max_lengths)
-    if lengths is None and seq_idx is None:
-        return None
-    if cache is not None and any(cache.seen):
-        raise ValueError(
-            "cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values"
-        )
-    if lengths is None:
-        return cast(Tensor, seq_idx).expand(x_BTD.shape[0], -1)
-    ids_BT = sequence_ids(lengths, max_length, *x_BTD.shape[:2])
-    if seq_idx is not None and not torch.equal(changes(ids_BT), changes(seq_idx.expand_as(ids_BT))):
-        raise ValueError("seq_idx and cu_seq_lens_q: must describe the same sequences")
-    return ids_BT
-
-
-def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
-    """The one value of both, or that of the two which was given; ValueError if they differ."""
-    if of_queries is None or of_keys is None:
-        return of_keys if of_queries is None else of_queries
-    if not torch.equal(torch.as_tensor(of_queries), torch.as_tensor(of_keys)):
-        raise ValueError(
-            f"{name}_k differs from {name}_q: tokens attend to their own sequence only, so both must be equal"
-        )
-    return of_queries
-
-
-def texts_after(
-    before: Texts, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor
-) -> Texts:
-    """Where each row stands after a call: at its last token, or as `before` if it has none."""
-    count_B = torch.tensor(tokens.counts, device=position_BC.device)
-    row_B, last_B = torch.arange(len(count_B), device=count_B.device), (count_B - 1).clamp(min=0)
-
-    def at_last(x_BC: Tensor, before_B: Tensor | None) -> Tensor:
-        last = x_BC[row_B, last_B]
-        return torch.where(count_B > 0, last, torch.zeros_like(last) if before_B is None else before_B)
-
-    segment_B = None if tokens.segment_BC is None else at_last(tokens.segment_BC, before.segment_B)
-    return Texts(
-        at_last(position_BC + 1, before.position_B),
-        at_last(place_BC + 1, before.place_B),
-        at_last(ended_BC, before.ended_B),
-        segment_B,
-    )
 
 
 class MegadynPreTrainedModel(PreTrainedModel):
@@ -190,7 +91,6 @@ class MegadynPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _is_stateful = True  # the cache cannot be rolled back, so assisted generation is refused
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -264,14 +164,23 @@ class MegadynModel(MegadynPreTrainedModel):
         given = sequences_of_call(
             (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache
         )
-        mask_BL = mask_of_call(attention_mask, x_BTD, cache)
-        tokens = pack(mask_BL[:, -x_BTD.shape[1] :], least=1)
-        context, texts = self.context_of_call(
-            x_BTD, tokens, input_ids, position_ids, given, cache, output_attentions
+        mask_BL = mask_of_call(attention_mask, x_BTD)
+        context, call = context_of_call(
+            self.config,
+            x_BTD,
+            tokens_of_call(mask_BL, x_BTD),
+            input_ids,
+            position_ids,
+            given,
+            cache,
+            self.topk,
+            output_attentions,
         )
-        tokens = context.tokens
+        tokens = call.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
+            if tokens.index_BC is None:
+                return x_BC
             return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
 
         stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
@@ -287,7 +196,7 @@ class MegadynModel(MegadynPreTrainedModel):
             self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
         )
         if cache is not None:
-            cache.advance(x_BTD.shape[1], tokens.counts, texts)
+            cache.advance(call)
         return MegadynModelOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=cache,
@@ -328,18 +237,20 @@ class MegadynModel(MegadynPreTrainedModel):
         self,
         routings: list[Routing],
         tokens: Packed,
-        mask_BL: Tensor,
+        mask_BL: Tensor | None,
         x_BTD: Tensor,
         cache: MegadynCache | None,
     ) -> tuple[Tensor, ...]:
         """Each layer's attention weights over columns as given; `mask_BL` as in `mask_of_call`."""
         columns, past = x_BTD.shape[1], 0 if cache is None else cache.columns
+        if mask_BL is None:
+            mask_BL = torch.ones(x_BTD.shape[0], past + columns, dtype=torch.bool, device=x_BTD.device)
         if mask_BL.shape[1] != past + columns:
             raise ValueError(
                 f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions must have {past + columns}, "
                 "those in the cache among them"
             )
-        keys = pack(mask_BL, least=1)
+        keys = pack(mask_BL, all_rows=True)
         return tuple(
             unpacked_weights(cast(Tensor, r.weight_BHCP), tokens, keys, columns, past) for r in routings
         )
@@ -361,83 +272,11 @@ class MegadynModel(MegadynPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
                 "leave it out, and the model makes a MegadynCache"
             )
+        cache.begin_call()
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
         return cache
-
-    def borders_of_call(
-        self,
-        tokens: Packed,
-        input_ids: Tensor | None,
-        position_ids: Tensor | None,
-        sequence_BT: Tensor | None,
-        before: Texts,
-        goes_on_B: Tensor,
-    ) -> Borders:
-        """Arguments as in `context_of_call`; `goes_on_B`: rows with tokens in the cache."""
-        sequence_BC, ended_BC = torch.zeros_like(tokens.valid_BC), torch.zeros_like(tokens.valid_BC)
-        if position_ids is not None:
-            sequence_BC |= restarts(take(position_ids, tokens), tokens.index_BC, goes_on_B)
-        if sequence_BT is not None:
-            sequence_BC |= changes(take(sequence_BT, tokens))
-        text_BC = sequence_BC
-        if self.config.document_mask:
-            if input_ids is None:
-                raise ValueError(
-                    "config.document_mask = True: give input_ids, because inputs_embeds do not show where a "
-                    "document ends"
-                )
-            ended_BC = take(input_ids, tokens) == self.config.eod_token_id
-            ended_before_B = before.ended_B & goes_on_B
-            text_BC = sequence_BC | torch.cat((ended_before_B[:, None], ended_BC[:, :-1]), dim=1)
-        return Borders(sequence_BC & tokens.valid_BC, text_BC & tokens.valid_BC, ended_BC)
-
-    def context_of_call(
-        self,
-        x_BTD: Tensor,
-        tokens: Packed,
-        input_ids: Tensor | None,
-        position_ids: Tensor | None,
-        sequence_BT: Tensor | None,
-        cache: MegadynCache | None,
-        attentions: bool,
-    ) -> tuple[Context, Texts]:
-        """What the layers share, and where each row stands after this call; `sequence_BT` as in `sequences_of_call`."""
-        rows, device = x_BTD.shape[0], x_BTD.device
-        before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
-        goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
-        if position_ids is not None:
-            position_ids = position_ids.expand(rows, -1)
-        borders = self.borders_of_call(tokens, input_ids, position_ids, sequence_BT, before, goes_on_B)
-        first_BC = first_columns(borders.text_BC)
-        column_C = torch.arange(first_BC.shape[1], device=device)
-
-        def counted_from(start_B: Tensor) -> Tensor:
-            return torch.where(first_BC < 0, start_B[:, None] + column_C, column_C - first_BC)
-
-        place_BC = counted_from(before.place_B)
-        position_BC = counted_from(before.position_B) if position_ids is None else take(position_ids, tokens)
-        sequence_BC = None
-        if before.segment_B is not None or borders.text_BC.any():
-            segment_BC = borders.text_BC.cumsum(1)
-            if before.segment_B is not None:
-                segment_BC = segment_BC + before.segment_B[:, None]
-            tokens = tokens._replace(segment_BC=segment_BC)
-            sequence_BC = borders.sequence_BC.cumsum(1)
-        theta = cast(dict[str, Any], self.config.rope_parameters)["rope_theta"]
-        cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, self.config.head_dim), theta, x_BTD.dtype)
-        context = Context(
-            tokens,
-            cos_BCK,
-            sin_BCK,
-            goes_on_B & ~borders.text_BC[:, 0],
-            self.topk,
-            place_BC,
-            sequence_BC,
-            attentions,
-        )
-        return context, texts_after(before, tokens, position_BC, place_BC, borders.ended_BC)
 
 
 class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):

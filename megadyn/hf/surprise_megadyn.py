@@ -9,17 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cache_megadyn import LayerCache
 from .configuration_megadyn import MegadynConfig
-from .layers_megadyn import (
-    Context,
-    Float32Module,
-    LayerCache,
-    MegadynRMSNorm,
-    SwiGLU,
-    changes,
-    first_columns,
-    wide,
-)
+from .layers_megadyn import Context, Float32Module, MegadynRMSNorm, SwiGLU, wide
+from .packing_megadyn import changes, first_columns, take_rows
 
 
 class Prior(SwiGLU):
@@ -84,7 +77,8 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
     """Mean of the last `window` values including the own; before the start of a text its first value counts."""
     history_BW = value_BC[:, :1].expand(-1, window - 1)
     if cache is not None and cache.recent_BW is not None:
-        history_BW = torch.where(context.continues_B[:, None], cache.recent_BW, history_BW)
+        recent_BW = take_rows(cache.recent_BW, context.tokens)
+        history_BW = torch.where(context.continues_B[:, None], recent_BW, history_BW)
     windows_BCW = torch.cat((history_BW, value_BC), dim=1).unfold(1, window, 1)
     if context.tokens.segment_BC is not None:
         # -1: the history is that of its own text
@@ -96,8 +90,5 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
         is_before_BCW = is_before_BCW & (first_BC >= 0)[..., None]
         windows_BCW = torch.where(is_before_BCW, value_of_first_BC[..., None], windows_BCW)
     if cache is not None:
-        count_B = torch.tensor(context.tokens.counts, device=value_BC.device)
-        row_B = torch.arange(len(count_B), device=value_BC.device)
-        last_BW = windows_BCW[row_B, (count_B - 1).clamp(min=0), 1:]
-        cache.recent_BW = torch.where(count_B[:, None] > 0, last_BW, history_BW)
+        cache.keep_latest("recent_BW", windows_BCW[..., 1:], history_BW, context.tokens)
     return windows_BCW.mean(-1)

@@ -9,9 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megadyn.hf.cache_megadyn import MegadynCache
 from megadyn.hf.convert import write_code
-from megadyn.hf.layers_megadyn import MegadynCache, best_of_each_row, pack
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+from megadyn.hf.packing_megadyn import best_of_each_row, pack
 from megadyn.kinds import find_kind
 from tests.hf.tiny_models import (
     DTF,
@@ -200,7 +201,7 @@ def test_skipped_tokens_leave_nothing_in_the_cache(kind):
     )
     for layer_type, layer, processed, held in layers:
         assert held == processed.sum(1).tolist()
-        assert layer.key_BPGK.shape[1] == layer.value_BPGK.shape[1] == max(held)
+        assert layer.keys.block.shape[2] == layer.values.block.shape[2] == max(held)
         if layer_type in ROUTED:
             assert 0.1 < sum(held) / sum(LENGTHS) < 0.9
         else:
@@ -255,8 +256,8 @@ def test_refused_caches():
     cache = model(TOKENS).past_key_values
     with pytest.raises(ValueError, match="holds 3 sequences, but the input has 2"):
         model(TOKENS[:2], past_key_values=cache)
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.crop(-1)
+    with pytest.raises(ValueError, match=r"crop\(-29\): must be from -28 to 0, because a routed model"):
+        cache.crop(-29)
     with pytest.raises(ValueError, match="a routed model has its own"):
         model.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
 

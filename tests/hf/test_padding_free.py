@@ -11,7 +11,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from megadyn.hf.config_map import document_fields, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
-from megadyn.hf.modeling_megadyn import MegadynForCausalLM, pack
+from megadyn.hf.inputs_megadyn import context_of_call
+from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+from megadyn.hf.packing_megadyn import pack
 from megadyn.network import routed_layers, set_routing_mode, thresholds_of
 from megadyn.parallel.params import name_of
 from tests.helpers.tiny import KINDS as ENGINE_KINDS
@@ -119,9 +121,10 @@ def test_positions_that_go_on_over_padding_are_one_sequence():
     kept = mask[0].bool()
     whole = model(TOKENS[:, kept]).logits
     for positions in (mask.cumsum(1) - 1, torch.arange(TOKENS.shape[1])[None]):
-        segments = model.model.context_of_call(
-            torch.zeros(1, TOKENS.shape[1], 32), pack(mask.bool()), TOKENS, positions, None, None, False
-        )[0].tokens.segment_BC
+        hidden = torch.zeros(1, TOKENS.shape[1], 32)
+        segments = context_of_call(model.config, hidden, pack(mask.bool()), TOKENS, positions, None, None)[
+            0
+        ].tokens.segment_BC
         assert segments is None
     assert_close(model(TOKENS, mask, mask.cumsum(1) - 1).logits[:, kept], whole, **CLOSE)
 

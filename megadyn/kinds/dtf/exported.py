@@ -6,17 +6,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    DenseLayer,
-    LayerCache,
-    RoutedLayer,
-    Routing,
-    Stream,
-    ThresholdRule,
-    wide,
-)
+from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing, Stream, ThresholdRule, wide
 from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, gate_of, log_of_older, moving_average
 
 

@@ -4,19 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    LayerCache,
-    Packed,
-    RoutedLayer,
-    Routing,
-    Stream,
-    WideLinear,
-    pack,
-    put_back,
-    take,
-)
+from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream, WideLinear
+from megadyn.hf.packing_megadyn import Packed, pack, put_back, take
 
 
 class AttendOrBypass(nn.Module):
@@ -49,7 +40,7 @@ class DTRNetLayer(RoutedLayer):
         score_BT = logits_BT2[..., 0] - logits_BT2[..., 1] if self.by_logit or context.topk else attend_BT
         routing = Routing(self.choose(score_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
         gate_BT = torch.where(routing.processed_BC, attend_BT, bypass_BT)
-        chosen = pack(routing.processed_BC, segment_BT=context.tokens.segment_BC)
+        chosen = pack(routing.processed_BC, context.tokens.segment_BC)
         h_BTD = self.run(
             self.process_all,
             stream.hidden_BCD,

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import Context, LayerCache, RoutedLayer, Routing, Stream
+from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream
 
 
 def hashed(*parts: int | Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Mixture-of-Depths in an exported model: layers that process the tokens a linear score selects."""
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import Context, LayerCache, RoutedLayer, Routing, Stream, WideLinear
+from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream, WideLinear
 
 
 class MixtureOfDepthsLayer(RoutedLayer):

@@ -1,15 +1,8 @@
 """Dynamic Nested Depth in an exported model: layers that some tokens pass twice."""
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    DenseLayer,
-    LayerCache,
-    RoutedLayer,
-    Routing,
-    Stream,
-    WideLinear,
-)
+from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing, Stream, WideLinear
 
 
 class NestedLayer(RoutedLayer):

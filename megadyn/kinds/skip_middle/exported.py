@@ -3,16 +3,9 @@
 import torch
 from torch import Tensor
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    DenseLayer,
-    LayerCache,
-    RoutedLayer,
-    Routing,
-    Stream,
-    WideLinear,
-)
+from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing, Stream, WideLinear
 
 
 class MirroredLayer(RoutedLayer):

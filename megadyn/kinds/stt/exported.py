@@ -5,19 +5,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    LayerCache,
-    RoutedLayer,
-    Routing,
-    Stream,
+from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream, wide
+from megadyn.hf.packing_megadyn import (
     best_of_each_row,
     changes,
     pack,
     put_back,
     take,
-    wide,
+    take_rows,
 )
 from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, gate_of, moving_average
 
@@ -35,12 +32,12 @@ class SubjectiveLayer(RoutedLayer):
         h_BTD, mask_BT = stream.hidden_BCD, context.tokens.valid_BC
         if not context.topk:  # the predictor needs no score
             mask_BT = self.causal_router(h_BTD[..., 0], h_BTD) & mask_BT
-        seen = pack(mask_BT, segment_BT=context.tokens.segment_BC)
+        seen = pack(mask_BT, context.tokens.segment_BC, all_rows=context.topk)
         none_BT, score_BT = torch.zeros_like(mask_BT), torch.zeros_like(wide(h_BTD[..., 0]))
         if not any(seen.counts):
             return stream, Routing(none_BT, score_BT)
         h_BCD, cos_BCK, sin_BCK = (take(x, seen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))
-        continues_B = none_BT[:, 0] if cache is None else cache.continues(seen)
+        continues_B = torch.zeros_like(seen.valid_BC[:, 0]) if cache is None else cache.continues(seen)
         post_BCD, _ = self.run(self.process, h_BCD, cos_BCK, sin_BCK, seen, cache=cache)
         score_BC = self.surprise(
             h_BCD, post_BCD, context._replace(tokens=seen, continues_B=continues_B), cache
@@ -61,14 +58,13 @@ class SubjectiveLayer(RoutedLayer):
         seen, made_BCD = context.tokens, post_BCD.detach()
         last_BD = torch.zeros_like(made_BCD[:, 0])
         if cache is not None and cache.last_BD is not None:
-            last_BD = cache.last_BD
+            last_BD = take_rows(cache.last_BD, seen)
         line_BCD = torch.cat((last_BD[:, None], made_BCD), dim=1)  # one column earlier than the tokens
         begins_BC = torch.zeros_like(seen.valid_BC) if seen.segment_BC is None else changes(seen.segment_BC)
         begins_BC[:, 0] = ~context.continues_B
         before_BCD = line_BCD[:, :-1].masked_fill(begins_BC.unsqueeze(-1), 0)
         if cache is not None:
-            count_B = torch.tensor(seen.counts, device=h_BCD.device)  # of 0 leaves what was there
-            cache.last_BD = line_BCD[torch.arange(len(count_B), device=h_BCD.device), count_B]
+            cache.keep_latest("last_BD", made_BCD, last_BD, seen)
         update_BCD = wide(post_BCD) - wide(h_BCD)
         static_BC = update_BCD.square().mean(-1)
         change_BC = (update_BCD - wide(self.prior(before_BCD))).square().mean(-1)

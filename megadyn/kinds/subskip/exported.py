@@ -3,19 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
-from megadyn.hf.layers_megadyn import (
-    Context,
-    DenseLayer,
-    LayerCache,
-    Packed,
-    Routing,
-    Stream,
-    WideLinear,
-    pack,
-    put_back,
-    take,
-)
+from megadyn.hf.layers_megadyn import Context, DenseLayer, Routing, Stream, WideLinear
+from megadyn.hf.packing_megadyn import Packed, pack, put_back, take
 
 
 class HalfRouter(nn.Module):
@@ -43,8 +34,7 @@ class SubskipLayer(DenseLayer):
         h_BTD, valid_BT = stream.hidden_BCD, context.tokens.valid_BC
         attention_BT, mlp_BT = (router(h_BTD).detach() for router in self.router.values())
         attending, feeding = (
-            pack((lead_BT > 0) & valid_BT, segment_BT=context.tokens.segment_BC)
-            for lead_BT in (attention_BT, mlp_BT)
+            pack((lead_BT > 0) & valid_BT, context.tokens.segment_BC) for lead_BT in (attention_BT, mlp_BT)
         )
         h_BTD = self.run(
             self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache

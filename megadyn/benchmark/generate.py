@@ -1,0 +1,351 @@
+"""Milliseconds of prefill and of a decoded token, of each kind of model as transformers serves it, against its Qwen2.
+
+    megadyn benchmark generate [--models qwen2 dense dtf:0.5 mod:0.125 dtrnet:0.1] [--batch 1 8] [--context 512 2048] ...
+    megadyn benchmark generate --export HF_DIR [--batch 1 8] [--context 512 2048] ...
+
+One process and one device, a CPU or a GPU. Weights are random, and thresholds are set so that layers keep the planned share of
+tokens; `--export` measures a folder instead, against a Qwen2 of its shape. In each round models take turns: a prefill of the
+context, then one token after another for each row. Tokens are random too, the same for all and in every round, so that no model
+decodes a loop of its own. A time is the median over rounds, in decoding of each step; the mean over steps counts, since a token
+that is kept and one that is skipped differ. All models and their caches are in memory at once.
+
+Shares are of the first model's. FLOPs are the planner's at the shares of tokens that layers did keep. `KV` counts what a cache
+must hold for a token, not the room it set aside. Peak memory is the GPU's; a CPU tells none.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadyn.arguments import add_json_argument, command_parser, positive
+from megadyn.benchmark.clock import device_of, machine, timed
+from megadyn.benchmark.models import DEFAULT_MODELS, REFERENCE, add_size_arguments
+from megadyn.benchmark.served import Served, models_of
+from megadyn.config import ModelConfig
+from megadyn.errors import UserError
+from megadyn.kinds import DENSE
+from megadyn.parallel.precision import PRECISIONS
+from megadyn.planning.flops import head_flops
+
+MODELS = (REFERENCE, DENSE, *(name for name in DEFAULT_MODELS if ":" in name))
+"""The kinds that say at which capacity benchmarks run them."""
+
+
+Timer = Callable[[Callable[[], Any], torch.device], float]
+
+
+@dataclass
+class Shares:
+    """Of tokens that each layer kept in its attention, first to last."""
+
+    prefill: list[float]
+    decode: list[float]
+
+
+@dataclass
+class Phase:
+    """What is measured of prefill, or of decoding."""
+
+    seconds: float
+    """Of a whole prefill; of one token in every row."""
+    flops: float
+    """Of all rows."""
+    tokens_per_second: float
+    peak_bytes: int | None
+    time_share: float = 1.0
+    flops_share: float = 1.0
+
+    @property
+    def saved(self) -> float | None:
+        """Time saved by FLOPs saved."""
+        return (1 - self.time_share) / (1 - self.flops_share) if self.flops_share < 0.99 else None
+
+    def against(self, first: "Phase") -> None:
+        self.time_share, self.flops_share = self.seconds / first.seconds, self.flops / first.flops
+
+
+@dataclass
+class Figure:
+    name: str
+    batch: int
+    context: int
+    prefill: Phase
+    decode: Phase
+    kv_bytes: float
+    """Of all layers, for a token of the context."""
+    shares: Shares
+    decode_flops: list[float]
+    """Of each layer, for one token."""
+
+
+@dataclass
+class Run:
+    """One model at one batch and context: its turns."""
+
+    served: Served
+    tokens: Tensor
+    context: int
+    timed: Timer
+    prefills: list[float] = field(default_factory=list)
+    steps: list[list[float]] = field(default_factory=list)
+    """Of each round, of each step."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    held: list[list[int]] = field(default_factory=list)
+    """Tokens of all rows that each layer took, after the prefill and after the last step."""
+    stored: int = 0
+    """Tokens whose keys and values are held behind the context, over all rows and layers."""
+    cache: Any = None
+
+    def prefill(self) -> None:
+        self.cache = None
+        self.prefills.append(self.measured("prefill", 0, self.context))
+        self.held, self.stored = [self.kept()], self.in_cache()
+        self.steps.append([])
+
+    def step(self, at: int) -> None:
+        self.steps[-1].append(self.measured("decode", at, at + 1))
+
+    def end(self) -> None:
+        self.held.append(self.kept())
+        self.cache = None
+
+    def forget(self) -> None:
+        """A round that does not count."""
+        self.prefills, self.steps, self.peaks = [], [], {}
+
+    def measured(self, name: str, start: int, end: int) -> float:
+        """Seconds of a call on these columns."""
+        device = self.tokens.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds = self.timed(partial(self.forward, start, end), device)
+        if device.type == "cuda":
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
+        return seconds
+
+    def forward(self, start: int, end: int) -> None:
+        out = self.served.model(
+            self.tokens[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        self.cache = out.past_key_values
+
+    def kept(self) -> list[int]:
+        """Of a layer that some tokens pass twice, those."""
+        if self.served.is_routed:
+            return [sum((layer.again or layer).counts) for layer in self.cache.layers]
+        return [self.cache.get_seq_length() * self.tokens.shape[0]] * self.served.config.num_layers
+
+    def in_cache(self) -> int:
+        if not self.served.is_routed:
+            return sum(self.kept())
+        return sum(
+            sum(layer.counts) + (sum(layer.again.counts) if layer.again else 0) for layer in self.cache.layers
+        )
+
+    def figure(self) -> Figure:
+        rows, columns = self.tokens.shape
+        steps = columns - self.context
+        before, after = self.held
+        shares = Shares(
+            [held / rows / self.context for held in before],
+            [(end - start) / rows / steps for start, end in zip(before, after, strict=True)],
+        )
+        config = self.served.config
+        of_token = token_flops(config, self.context, shares)
+        prefill = rows * (sum(prefill_flops(config, self.context, shares.prefill)) + head_flops(config, 1))
+        decode = rows * (sum(of_token) + head_flops(config, 1))
+        whole = statistics.median(self.prefills)
+        step = statistics.mean(statistics.median(times) for times in zip(*self.steps, strict=True))
+        assert config.num_kv_heads and config.head_dim
+        size = 2 * config.num_kv_heads * config.head_dim * self.served.model.dtype.itemsize
+        return Figure(
+            self.served.name,
+            rows,
+            self.context,
+            Phase(whole, prefill, rows * self.context / whole, self.peaks.get("prefill")),
+            Phase(step, decode, rows / step, self.peaks.get("decode")),
+            self.stored * size / (rows * self.context),
+            shares,
+            of_token,
+        )
+
+
+def prefill_flops(config: ModelConfig, length: int, shares: Sequence[float]) -> list[float]:
+    """Forward operations of each layer on one sequence, of which it keeps these shares."""
+    return [
+        config.routing.flops(layer, config, length, share).total
+        for layer, share in zip(config.layer_types, shares, strict=True)
+    ]
+
+
+def token_flops(config: ModelConfig, context: int, shares: Shares) -> list[float]:
+    """Forward operations of each layer for a mean token behind `context`.
+
+    Attention of a sequence of twice the context costs, a token, what a token behind the context costs.
+    """
+    found = []
+    for layer, held, kept in zip(config.layer_types, shares.prefill, shares.decode, strict=True):
+        one = config.routing.flops(layer, config, 2 * context, kept)
+        attention = one.attention * (held / kept if kept else 0.0)
+        found.append((one.total - one.attention + attention) / (2 * context))
+    return found
+
+
+def take_turns(runs: Sequence[Run]) -> None:
+    """A round: prefill after prefill, then step after step."""
+    for run in runs:
+        run.prefill()
+    for at in range(runs[0].context, runs[0].tokens.shape[1]):
+        for run in runs:
+            run.step(at)
+    for run in runs:
+        run.end()
+
+
+def processor_time(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that this process had the processor, whoever else wanted it."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+@torch.inference_mode()
+def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure], list[Served]]:
+    with torch.inference_mode(False):
+        models = models_of(args, device, PRECISIONS[args.precision], args.context)
+    figures: list[Figure] = []
+    for batch in args.batch:
+        for context in args.context:
+            vocabulary = min(served.config.vocab_size or args.vocab for served in models)
+            generator = torch.Generator().manual_seed(batch)
+            tokens = torch.randint(vocabulary, (batch, context + args.steps), generator=generator)
+            timer = processor_time if args.cpu_time else timed
+            runs = [Run(served, tokens.to(device), context, timer) for served in models]
+            for turn in range(args.warmup + args.rounds):
+                take_turns(runs)
+                if turn < args.warmup:
+                    for run in runs:
+                        run.forget()
+            found = [run.figure() for run in runs]
+            for figure in found:
+                figure.prefill.against(found[0].prefill)
+                figure.decode.against(found[0].decode)
+            figures += found
+    return figures, models
+
+
+def as_table(figures: Sequence[Figure]) -> str:
+    rows = [
+        "| batch x context | model | prefill, ms | time | FLOPs | saved | decoded token, ms | time | FLOPs | saved | tokens/s "
+        "| KV, bytes a token | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for figure in figures:
+        peak = figure.decode.peak_bytes
+        rows.append(
+            f"| {figure.batch} x {figure.context} | {figure.name} | {of_phase(figure.prefill)} | {of_phase(figure.decode)} "
+            f"| {figure.decode.tokens_per_second:,.1f} | {figure.kv_bytes:,.0f} "
+            f"| {'' if peak is None else f'{peak / 2**20:,.0f}'} |"
+        )
+    return "\n".join(rows)
+
+
+def of_phase(phase: Phase) -> str:
+    saved = "" if phase.saved is None else f"{phase.saved:.2f}"
+    return f"{phase.seconds * 1e3:.2f} | {phase.time_share:.2f} | {phase.flops_share:.2f} | {saved}"
+
+
+def layer_table(figures: Sequence[Figure], types: dict[str, list[str]]) -> str:
+    """What layers of each type kept and cost, of the last batch and context."""
+    rows = [
+        "| model | layers | kept in prefill | kept in decoding | MFLOP a decoded token |",
+        "|---|---|---|---|---|",
+    ]
+    last = figures[-1]
+    for figure in figures:
+        if (figure.batch, figure.context) != (last.batch, last.context):
+            continue
+        for name in dict.fromkeys(types[figure.name]):
+            mine = [i for i, other in enumerate(types[figure.name]) if other == name]
+
+            def mean(numbers: Sequence[float], mine: Sequence[int] = mine) -> float:
+                return statistics.mean(numbers[i] for i in mine)
+
+            rows.append(
+                f"| {figure.name} | {len(mine)} {name} | {mean(figure.shares.prefill):.3f} "
+                f"| {mean(figure.shares.decode):.3f} | {mean(figure.decode_flops) / 1e6:.2f} |"
+            )
+    return "\n".join(rows)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_parser("benchmark generate", __doc__)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=MODELS,
+        metavar="KIND[:CAPACITY]",
+        help="or qwen2; shares are of the first's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--export", type=Path, metavar="HF_DIR", help="measure this folder, in place of --models and sizes"
+    )
+    add_size_arguments(parser, layers=8, steps=32, rounds=3)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="rows")
+    parser.add_argument(
+        "--context", type=positive, nargs="+", default=[512, 2048], metavar="N", help="tokens of the prefill"
+    )
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds that do not count")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time that the process had the processor: for one thread on a machine that others use too",
+    )
+    add_json_argument(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.sequence, args.recompute = max(args.context) + args.steps, "none"
+    device = device_of(args)
+    if args.cpu_time and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UserError(
+            "--cpu-time: needs a CPU and one thread (OMP_NUM_THREADS=1), or it would count several at once"
+        )
+    figures, models = measure(args, device)
+    print(
+        f"{machine(device)}, {args.precision}; {shape_of(models[0].config)}, {args.steps} decoded tokens, "
+        f"median of {args.rounds} rounds"
+        f"{', processor time' if args.cpu_time else ''}\n"
+    )
+    print(as_table(figures))
+    print()
+    print(layer_table(figures, {served.name: served.config.layer_types for served in models}))
+    if args.json:
+        print(json.dumps([as_object(figure) for figure in figures]))
+
+
+def as_object(figure: Figure) -> dict[str, Any]:
+    found = asdict(figure)
+    for name in ("prefill", "decode"):
+        found[name]["saved"] = getattr(figure, name).saved
+    return found
+
+
+def shape_of(config: ModelConfig) -> str:
+    return (
+        f"{config.num_layers} layers, hidden {config.hidden_size}, heads {config.num_heads} and {config.num_kv_heads}, "
+        f"ffn {config.ffn_size}, vocabulary {config.vocab_size}"
+    )

@@ -1,0 +1,145 @@
+"""The models whose generation is compared: exports of every kind with random weights, an export folder, transformers' Qwen2."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
+from megadyn.config import ModelConfig
+from megadyn.errors import UserError
+from megadyn.hf.config_map import from_hf_config, to_hf_config
+from megadyn.hf.reader import THRESHOLD, read_json
+from megadyn.kinds import DENSE, capacity_count
+from megadyn.network import Network
+from megadyn.parallel.params import name_of
+from megadyn.planning.flops import dense_twin
+
+CALIBRATED = (4, 512)
+"""Sequences, and tokens of each at most, on which thresholds are set."""
+
+WIDER = 8.0
+"""By which initial weights of feed-forwards' output projections are multiplied. Those of attention are not: what it adds is much
+the same for all tokens of a row, and would part rows, not tokens."""
+
+
+@dataclass
+class Served:
+    """A model as transformers serves it."""
+
+    name: str
+    model: Any
+    config: ModelConfig
+
+    @property
+    def is_routed(self) -> bool:
+        return hasattr(self.model.config, "routed_layer_types")
+
+
+def served(
+    name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor
+) -> Served:
+    """KIND[:CAPACITY] or `qwen2` with random weights at the sizes in `args`; `tokens` [B, T] set the thresholds.
+
+    Raises UserError for what does not exist.
+    """
+    if name == REFERENCE:
+        return reference(config_of(DENSE, args).model, device, dtype)
+    built = build(name, args, torch.device("cpu"), torch.float32, tokens, [])
+    assert isinstance(built.module, Network)
+    widen(built.module)
+    set_shares(built.module, tokens, built.config.routing.share)  # anew, of what reaches layers now
+    model = exported(built.module, built.config)
+    set_thresholds(model, tokens, built.config.routing.share)
+    return Served(name, model.to(device=device, dtype=dtype), built.config)
+
+
+def exported(network: Network, config: ModelConfig) -> Any:
+    """The model that an export of `network` is, but for its thresholds."""
+    from megadyn.hf.configuration_megadyn import MegadynConfig
+    from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+
+    model = MegadynForCausalLM(MegadynConfig(**to_hf_config(config, "float32")))
+    weights = {name_of(param): param.detach() for param in network.parameters()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith(THRESHOLD) or "causal_router.fc" in name for name in missing)
+    return model.eval()
+
+
+@torch.no_grad()
+def widen(network: Network) -> None:
+    """Makes what layers add as large as in a trained model: of initial weights it is so small that scores of many tokens which
+    are made of it round to one number, and no threshold parts them."""
+    for weight in network.parameters():
+        if name_of(weight).endswith("down_proj.weight"):
+            weight.mul_(WIDER)
+
+
+@torch.no_grad()
+def set_thresholds(model: Any, tokens: Tensor, share: float) -> None:
+    """Sets thresholds, first layer to last, so that `share` of the tokens in the second half of each sequence are taken: with
+    random weights scores drift over the first tokens, which have little to look at, and decoding comes behind them."""
+
+    def set_before_choosing(rule: Any, inputs: tuple[Tensor, ...]) -> None:
+        score = inputs[0][:, inputs[0].shape[1] // 2 :].flatten()
+        rule.threshold.fill_(score.topk(capacity_count(share, len(score))).values[-1])
+
+    rules = [module for name, module in model.named_modules() if name.endswith("causal_router")]
+    hooks = [
+        rule.register_forward_pre_hook(set_before_choosing) for rule in rules if hasattr(rule, "threshold")
+    ]
+    model(tokens, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+
+
+def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Served:
+    """transformers' Qwen2 with random weights and the shape of `config`."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "max_position_embeddings",
+    )
+    fields = to_hf_config(config, "float32")
+    model = Qwen2ForCausalLM(Qwen2Config(**{name: fields[name] for name in names}, use_sliding_window=False))
+    return Served(REFERENCE, model.to(device=device, dtype=dtype).eval(), dense_twin(config))
+
+
+def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
+    """An export folder, run by the code that stands in it."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_json(path / "config.json")
+    if config.get("model_type") != "megadyn":
+        raise UserError(
+            f"--export {path}: must be an export of megadyn, but its model_type is {config.get('model_type')!r}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+    return Served(path.name, model.to(device=device, dtype=dtype).eval(), from_hf_config(config))
+
+
+def models_of(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, contexts: Sequence[int]
+) -> list[Served]:
+    """Those of `args.models`, or of `args.export` beside the reference of its shape."""
+    torch.manual_seed(0)
+    if args.export is not None:
+        one = opened(args.export, device, dtype)
+        return [reference(one.config, device, dtype), one]
+    length = max(contexts)
+    tokens = torch.randint(args.vocab, (CALIBRATED[0], min(length, CALIBRATED[1])))
+    return [served(name, args, device, dtype, tokens) for name in args.models]

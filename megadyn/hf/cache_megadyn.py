@@ -1,0 +1,353 @@
+"""The cache of an exported model: in each layer the keys and values of the tokens that it processed, and nothing for others.
+
+Stand-alone: shipped beside the weights, imports nothing of megadyn.
+"""
+
+# Dims: B rows, C new packed columns, G key/value heads, K head size, P tokens that a layer holds of the longest row,
+#       D hidden, W moving-average window.
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .packing_megadyn import Packed, at_last, mask_inside, put_rows, take_rows
+
+
+class Slots(NamedTuple):
+    """Where new tokens of a layer come to stand."""
+
+    rows: list[int]  # of the batch
+    before: list[int]  # tokens that these rows held
+    after: list[int]
+    new: Packed
+    each: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """Of each new token its row and slot, and its row and column among the new ones; None: all rows have as many, so that
+    they are written as one block."""
+
+    @classmethod
+    def of(cls, new: Packed, counts: list[int], device: torch.device) -> "Slots":
+        rows = list(range(new.batch)) if new.rows is None else new.rows
+        before = [counts[row] for row in rows]
+        after = [old + count for old, count in zip(before, new.counts, strict=True)]
+        if new.rows is None and new.is_full and min(before) == max(before):
+            return cls(rows, before, after, new, None)
+        # by sizes that the host knows: nothing here waits for the device
+        count_B, total = torch.tensor(new.counts, device=device), sum(new.counts)
+        of_N = torch.repeat_interleave(torch.arange(len(rows), device=device), count_B, output_size=total)
+        column_N = torch.arange(total, device=device) - (count_B.cumsum(0) - count_B)[of_N]
+        slot_N = torch.tensor(before, device=device)[of_N] + column_N
+        row_N = of_N if new.row_B is None else new.row_B[of_N]
+        return cls(rows, before, after, new, (row_N, slot_N, of_N, column_N))
+
+
+class Room:
+    """Values of the tokens of each row, [B, P, ...] or with P elsewhere, in a block that has room for more.
+
+    The block grows by half, so that a token is copied a few times in all, not once for every later one.
+    """
+
+    def __init__(self, dim: int) -> None:
+        """`dim`: where P is, 1 or 2."""
+        self.dim = dim
+        self.block: Tensor | None = None
+
+    def write(self, new: Tensor, slots: Slots) -> None:
+        """`new` has the dimensions of the block, C in place of P, and the rows of `slots`."""
+        if self.block is None and slots.new.rows is None and not any(slots.before):
+            self.block = new  # the tokens stand as they must already
+            return
+        block = self.roomy(new, max(slots.after), slots.new.batch)
+        if slots.each is None:
+            block.narrow(self.dim, slots.before[0], new.shape[self.dim]).copy_(new)
+            return
+        row_N, slot_N, of_N, column_N = slots.each
+        if self.dim == 1:
+            block[row_N, slot_N] = new[of_N, column_N]
+        else:
+            block[row_N, :, slot_N] = new[of_N, :, column_N]
+
+    def roomy(self, new: Tensor, needed: int, batch: int) -> Tensor:
+        """The block, if it has room and may be written in place; else a larger copy."""
+        old = self.block
+        if old is None:
+            shape = [batch, *new.shape[1:]]
+            shape[self.dim] = needed
+            self.block = new.new_zeros(shape)
+            return self.block
+        room = old.shape[self.dim]
+        # what a backward pass will read, and what inference mode made, is left as it is
+        is_bound = new.requires_grad or old.requires_grad or (old.is_inference() and not new.is_inference())
+        if needed > room or is_bound:
+            shape = list(old.shape)
+            shape[self.dim] = room if needed <= room else max(needed, room + room // 2)
+            self.block = old.new_empty(shape)
+            self.block.narrow(self.dim, 0, room).copy_(old)
+            # a key that a mask hides must be a number still
+            self.block.narrow(self.dim, room, shape[self.dim] - room).zero_()
+        assert self.block is not None
+        return self.block
+
+    def read(self, count: int, packed: Packed) -> Tensor:
+        """The first `count` values of the packed rows."""
+        assert self.block is not None
+        return take_rows(self.block.narrow(self.dim, 0, count), packed)
+
+    def select_rows(self, row_B: Tensor) -> None:
+        if self.block is not None:
+            self.block = self.block.index_select(0, row_B)
+
+
+class Trail(NamedTuple):
+    """What a layer keeps of its latest token, behind each token of a call."""
+
+    value_BC: Tensor  # [rows in the call, C, ...]
+    before: Tensor  # [rows in the call, ...], of rows without a token
+    others: Tensor | None  # [B, ...], of rows that are not in the call
+
+    def at_end(self, new: Packed) -> Tensor:
+        return put_rows(self.others, new, at_last(self.value_BC, new, self.before))
+
+
+class LayerCache:
+    """Keys and values of the tokens that one layer processed, packed; layers that score by surprise keep what it needs too."""
+
+    def __init__(self) -> None:
+        self.keys, self.values = Room(2), Room(2)  # [B, G, P, K]
+        self.segments = Room(1)  # the text each belongs to; without a block each row is one
+        self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
+        self.last_BD: Tensor | None = None  # what the layer made of its latest token
+        self.again: LayerCache | None = None  # of the second time, where a layer processes tokens twice
+        self.counts: list[int] = []  # tokens held, per row
+        self.begin_call()
+
+    def begin_call(self) -> None:
+        """Forgets how to go back into the call before."""
+        self.latest: Slots | None = None
+        self.trails: dict[str, Trail] = {}
+        if self.again is not None:
+            self.again.begin_call()
+
+    def append(
+        self, key_BGCK: Tensor, value_BGCK: Tensor, new: Packed
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores the new tokens; returns the keys and values [rows in it, G, P, K] and the mask [rows, C, P] that they attend
+        with (None: all before them)."""
+        self.counts = self.counts or [0] * new.batch
+        is_first = not any(self.counts)
+        slots = Slots.of(new, self.counts, key_BGCK.device)
+        self.latest = slots
+        self.set_counts(slots.after)
+        self.keys.write(key_BGCK, slots)
+        self.values.write(value_BGCK, slots)
+        if new.segment_BC is not None:
+            self.segments.write(new.segment_BC, slots)  # what came before the first border is text 0
+        if is_first:
+            return key_BGCK, value_BGCK, mask_inside(new)
+        longest = max(slots.after)
+        mask_BCP = self.mask(slots, longest, key_BGCK.device)
+        return self.keys.read(longest, new), self.values.read(longest, new), mask_BCP
+
+    def set_counts(self, counts: list[int]) -> None:
+        """Of the rows that the latest call appended to."""
+        assert self.latest is not None
+        for row, count in zip(self.latest.rows, counts, strict=True):
+            self.counts[row] = count
+
+    def keep_latest(self, name: str, value_BC: Tensor, before: Tensor, new: Packed) -> None:
+        """Sets the attribute `name`, `recent_BW` or `last_BD`, to the value of each row's last new token."""
+        self.trails[name] = Trail(value_BC, before, getattr(self, name))
+        setattr(self, name, self.trails[name].at_end(new))
+
+    def crop(self, kept: list[int]) -> None:
+        """Leaves of each row the first `kept` tokens of the latest call, those that passed this layer among them."""
+        if self.again is not None:
+            self.again.crop(kept)
+        if self.latest is None:
+            return
+        new = self.latest.new
+        kept_B = torch.tensor([kept[row] for row in self.latest.rows], device=new.valid_BC.device)
+        counts = ((new.columns() < kept_B[:, None]) & new.valid_BC).sum(1).tolist()
+        self.set_counts([old + count for old, count in zip(self.latest.before, counts, strict=True)])
+        for name, trail in self.trails.items():
+            setattr(self, name, trail.at_end(new._replace(counts=counts)))
+        self.begin_call()
+
+    def mask(self, slots: Slots, longest: int, device: torch.device) -> Tensor | None:
+        """[rows, C, P] of what each new token sees; None: all that its row holds."""
+        new = slots.new
+        columns = new.valid_BC.shape[1]
+        if columns == 1 and min(slots.after) == longest and new.segment_BC is None:
+            return None
+        last_BC = torch.tensor(slots.before, device=device)[:, None] + torch.arange(columns, device=device)
+        mask_BCP = torch.arange(longest, device=device) <= last_BC[..., None]
+        if new.segment_BC is not None:
+            is_inside_BCP = self.segments.read(longest, new)[:, None, :] == new.segment_BC[..., None]
+            # a query that sees nothing would give NaN
+            mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])
+        return mask_BCP
+
+    def continues(self, new: Packed) -> Tensor:
+        """Of the rows in `new`, those whose first token belongs to the text of the last token held."""
+        rows = range(new.batch) if new.rows is None else new.rows
+        counts = [self.counts[row] for row in rows] if self.counts else [0] * len(new.counts)
+        count_B = torch.tensor(counts, device=new.valid_BC.device)
+        if new.segment_BC is None or not any(counts):
+            return count_B > 0
+        last_B = torch.zeros_like(new.segment_BC[:, 0])  # text 0 while each row was one
+        if self.segments.block is not None:
+            segment_BP = take_rows(self.segments.block, new)
+            last_B = segment_BP.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
+        return (count_B > 0) & (last_B == new.segment_BC[:, 0])
+
+    def second(self) -> "LayerCache":
+        """Keys and values of the tokens that the layer processed once more."""
+        self.again = self.again or LayerCache()
+        return self.again
+
+    def select_rows(self, rows: list[int], row_B: Tensor) -> None:
+        """`row_B`: the same as `rows`, on the device."""
+        self.begin_call()
+        if self.again is not None:
+            self.again.select_rows(rows, row_B)
+        if self.recent_BW is not None:
+            self.recent_BW = self.recent_BW.index_select(0, row_B)
+        if self.last_BD is not None:
+            self.last_BD = self.last_BD.index_select(0, row_B)
+        for room in (self.keys, self.values, self.segments):
+            room.select_rows(row_B)
+        self.counts = [self.counts[row] for row in rows] if self.counts else []
+
+
+class Texts(NamedTuple):
+    """Where each row of a cache stands in the text that its last token belongs to."""
+
+    position_B: Tensor  # of the next token, as rotary embedding counts
+    place_B: Tensor  # of the next token in its text; another number where a caller gives positions
+    ended_B: Tensor  # whether the last token ended a document
+    segment_B: Tensor | None = None  # the number of the text in its row; None while each row is one text
+
+    @classmethod
+    def at_start(cls, rows: int, device: torch.device) -> "Texts":
+        zeros = torch.zeros(rows, dtype=torch.long, device=device)
+        return cls(zeros, zeros, zeros.bool())
+
+    def after(
+        self, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor | None
+    ) -> "Texts":
+        """Where each row stands after a call: at its last token, or as before if it has none."""
+        segment_BC = tokens.segment_BC
+        return Texts(
+            at_last(position_BC + 1, tokens, self.position_B),
+            at_last(place_BC + 1, tokens, self.place_B),
+            self.ended_B if ended_BC is None else at_last(ended_BC, tokens, self.ended_B),
+            None if segment_BC is None else at_last(segment_BC, tokens, self.segment_B),
+        )
+
+    def select_rows(self, row_B: Tensor) -> "Texts":
+        segment_B = None if self.segment_B is None else self.segment_B[row_B]
+        return Texts(self.position_B[row_B], self.place_B[row_B], self.ended_B[row_B], segment_B)
+
+
+class Call(NamedTuple):
+    """The latest call, as far as it takes to go back into it."""
+
+    columns: int
+    tokens: Packed
+    before: Texts
+    position_BC: Tensor
+    place_BC: Tensor
+    ended_BC: Tensor | None  # None: no document can end
+
+    def texts(self, tokens: Packed) -> Texts:
+        """Where rows stand after these of its tokens."""
+        return self.before.after(tokens, self.position_BC, self.place_BC, self.ended_BC)
+
+
+class MegadynCache(Cache):
+    """A LayerCache per layer, in the form that `generate` uses. Its length counts columns, padding included."""
+
+    layers: list[LayerCache]
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[LayerCache() for _ in range(num_layers)])
+        self.columns = 0
+        self.seen: list[int] = []  # real tokens so far, per row
+        self.texts: Texts | None = None
+        self.call: Call | None = None
+
+    def begin_call(self) -> None:
+        self.call = None
+        for layer in self.layers:
+            layer.begin_call()
+
+    def advance(self, call: Call) -> None:
+        """Called once all layers have taken up a call's tokens."""
+        self.columns += call.columns
+        self.seen = [old + count for old, count in zip(self.seen, call.tokens.counts, strict=True)]
+        self.texts, self.call = call.texts(call.tokens), call
+
+    def tokens_per_layer(self) -> list[list[int]]:
+        """How many tokens each layer holds, for each row of the batch."""
+        return [layer.counts or [0] * len(self.seen) for layer in self.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no limit
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last -`tokens_to_remove` columns, all of the latest call; as transformers' caches, but for this limit.
+
+        Raises ValueError for more: what layers kept of a token before is gone.
+        """
+        if tokens_to_remove == 0:
+            return
+        last = 0 if self.call is None else self.call.columns
+        if not 0 < -tokens_to_remove <= last:
+            raise ValueError(
+                f"crop({tokens_to_remove}): must be from -{last} to 0, because a routed model's cache goes back into "
+                "its latest call alone (so a routed model can be assisted, but cannot be an assistant)"
+            )
+        assert self.call is not None
+        tokens, left = self.call.tokens, last + tokens_to_remove
+        kept = ((tokens.columns() < left) & tokens.valid_BC).sum(1).tolist()
+        for layer in self.layers:
+            layer.crop(kept)
+        self.columns += tokens_to_remove
+        self.seen = [
+            count - new + old for count, new, old in zip(self.seen, tokens.counts, kept, strict=True)
+        ]
+        self.texts, self.call = self.call.texts(tokens._replace(counts=kept)), None
+
+    def reset(self) -> None:
+        self.layers = [LayerCache() for _ in self.layers]
+        self.columns, self.seen, self.texts, self.call = 0, [], None, None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.tolist()
+        if rows == list(range(len(self.seen))):
+            return
+        self.call = None
+        if self.texts is not None:
+            row_B = indices.to(self.texts.place_B.device)
+            self.texts = self.texts.select_rows(row_B)
+            for layer in self.layers:
+                layer.select_rows(rows, row_B)
+        self.seen = [self.seen[row] for row in rows]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))

@@ -1,0 +1,180 @@
+"""What is given to a call of the model: its mask, its sequences and documents, and where each row stands.
+
+Stand-alone: shipped beside the weights, imports nothing of megadyn.
+"""
+
+# Dims: B rows, T columns as given, C packed columns, D hidden, L columns seen so far.
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .cache_megadyn import Call, MegadynCache, Texts
+from .configuration_megadyn import MegadynConfig
+from .layers_megadyn import Context, rotary_table
+from .packing_megadyn import (
+    Borders,
+    Packed,
+    changes,
+    first_columns,
+    pack,
+    restarts,
+    sequence_ids,
+    take,
+    whole,
+)
+
+SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
+"""Keywords that transformers may pass, and the values that ask for nothing beyond what is done anyway."""
+
+
+def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", columns: int) -> None:
+    """TypeError for a keyword that would change nothing."""
+    for name, value in keywords.items():
+        if name not in SILENT_VALUES:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+        if name == "cache_position" and value is not None:
+            past = 0 if cache is None else cache.columns
+            if value.tolist() != list(range(past, past + columns)):
+                raise ValueError(
+                    f"cache_position: must count from {past}, the number of columns in the cache"
+                )
+        elif not any(value is silent for silent in SILENT_VALUES[name]):
+            raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
+
+
+def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor) -> Tensor | None:
+    """Which columns hold real tokens, [B, L] with those in the cache, or [B, T] if the given mask has only these; None: all."""
+    if attention_mask is None:
+        return None
+    rows, columns = x_BTD.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]"
+        )
+    return attention_mask != 0
+
+
+def sequences_of_call(
+    cu_seq_lens: tuple[Tensor | None, Tensor | None],
+    max_lengths: tuple[int | None, int | None],
+    seq_idx: Tensor | None,
+    x_BTD: Tensor,
+    cache: MegadynCache | None,
+) -> Tensor | None:
+    """Numbers [B, T] that differ from one sequence to the next; None if neither form of them was given.
+
+    Args:
+        cu_seq_lens: those of queries and of keys, which must be equal. max_lengths: as well.
+    """
+    if max_lengths != (None, None) and cu_seq_lens == (None, None):
+        raise ValueError("max_length_q and max_length_k need cu_seq_lens_q and cu_seq_lens_k")
+    lengths, max_length = both_equal("cu_seq_lens", *cu_seq_lens), both_equal("max_length", *max_lengths)
+    if lengths is None and seq_idx is None:
+        return None
+    if cache is not None and any(cache.seen):
+        raise ValueError(
+            "cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values"
+        )
+    if lengths is None:
+        return cast(Tensor, seq_idx).expand(x_BTD.shape[0], -1)
+    ids_BT = sequence_ids(lengths, max_length, *x_BTD.shape[:2])
+    if seq_idx is not None and not torch.equal(changes(ids_BT), changes(seq_idx.expand_as(ids_BT))):
+        raise ValueError("seq_idx and cu_seq_lens_q: must describe the same sequences")
+    return ids_BT
+
+
+def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
+    """The one value of both, or that of the two which was given; ValueError if they differ."""
+    if of_queries is None or of_keys is None:
+        return of_keys if of_queries is None else of_queries
+    if not torch.equal(torch.as_tensor(of_queries), torch.as_tensor(of_keys)):
+        raise ValueError(
+            f"{name}_k differs from {name}_q: tokens attend to their own sequence only, so both must be equal"
+        )
+    return of_queries
+
+
+def tokens_of_call(mask_BL: Tensor | None, x_BTD: Tensor) -> Packed:
+    """The real tokens of each row; without a mask all are, and nothing waits for the device. `mask_BL` as in `mask_of_call`."""
+    rows, columns = x_BTD.shape[:2]
+    if mask_BL is None:
+        return whole(rows, columns, x_BTD.device)
+    return pack(mask_BL[:, -columns:], all_rows=True)
+
+
+def borders_of_call(
+    config: MegadynConfig,
+    tokens: Packed,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    sequence_BT: Tensor | None,
+    before: Texts,
+    goes_on_B: Tensor,
+) -> Borders | None:
+    """Arguments as in `context_of_call`; `goes_on_B`: rows with tokens in the cache. None: nothing can begin or end here."""
+    if position_ids is None and sequence_BT is None and not config.document_mask:
+        return None
+    sequence_BC: Tensor = torch.zeros_like(tokens.valid_BC)
+    ended_BC: Tensor = torch.zeros_like(tokens.valid_BC)
+    if position_ids is not None:
+        sequence_BC |= restarts(take(position_ids, tokens), tokens.columns(), goes_on_B)
+    if sequence_BT is not None:
+        sequence_BC |= changes(take(sequence_BT, tokens))
+    text_BC = sequence_BC
+    if config.document_mask:
+        if input_ids is None:
+            raise ValueError(
+                "config.document_mask = True: give input_ids, because inputs_embeds do not show where a "
+                "document ends"
+            )
+        ended_BC = take(input_ids, tokens).eq(cast(int, config.eod_token_id))
+        ended_before_B = before.ended_B & goes_on_B
+        text_BC = sequence_BC | torch.cat((ended_before_B[:, None], ended_BC[:, :-1]), dim=1)
+    return Borders(sequence_BC & tokens.valid_BC, text_BC & tokens.valid_BC, ended_BC)
+
+
+def context_of_call(
+    config: MegadynConfig,
+    x_BTD: Tensor,
+    tokens: Packed,
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    sequence_BT: Tensor | None,
+    cache: MegadynCache | None,
+    topk: bool = False,
+    attentions: bool = False,
+) -> tuple[Context, Call]:
+    """What the layers share, and what a cache must know of this call; `sequence_BT` as in `sequences_of_call`."""
+    rows, device = x_BTD.shape[0], x_BTD.device
+    before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
+    goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
+    if position_ids is not None:
+        position_ids = position_ids.expand(rows, -1)
+    borders = borders_of_call(config, tokens, input_ids, position_ids, sequence_BT, before, goes_on_B)
+    column_C = torch.arange(tokens.valid_BC.shape[1], device=device)
+    first_BC = None if borders is None else first_columns(borders.text_BC)
+
+    def counted_from(start_B: Tensor) -> Tensor:
+        counted_BC = start_B[:, None] + column_C
+        return counted_BC if first_BC is None else torch.where(first_BC < 0, counted_BC, column_C - first_BC)
+
+    place_BC = counted_from(before.place_B)
+    position_BC = counted_from(before.position_B) if position_ids is None else take(position_ids, tokens)
+    sequence_BC, continues_B = None, goes_on_B
+    if borders is not None:
+        continues_B = goes_on_B & ~borders.text_BC[:, 0]
+    if before.segment_B is not None or (borders is not None and borders.text_BC.any()):
+        begins_BC = torch.zeros_like(tokens.valid_BC) if borders is None else borders.text_BC
+        segment_BC = begins_BC.cumsum(1)
+        if before.segment_B is not None:
+            segment_BC = segment_BC + before.segment_B[:, None]
+        tokens = tokens._replace(segment_BC=segment_BC)
+        sequence_BC = None if borders is None else borders.sequence_BC.cumsum(1)
+    theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
+    cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, config.head_dim), theta, x_BTD.dtype)
+    packed = tokens._replace(index_BC=None)  # to layers they stand where they have been pushed
+    context = Context(packed, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
+    ended_BC = None if borders is None else borders.ended_BC
+    return context, Call(x_BTD.shape[1], tokens, before, position_BC, place_BC, ended_BC)

@@ -1,0 +1,205 @@
+"""Packing: some tokens of each row pushed together, and where sequences and documents begin among them.
+
+Stand-alone: shipped beside the weights, imports nothing of megadyn. `modeling_megadyn.py` explains the idea.
+"""
+
+# Dims: B rows, T columns as given, C packed columns.
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---- packing -------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """Some tokens of each row, pushed to the left in their order. Columns beyond a row's count hold other tokens.
+
+    What was all there needs no packing, and rows without any token are left out: then nothing is moved for them.
+    """
+
+    valid_BC: Tensor  # False beyond the row's count
+    counts: list[int]  # per row that is in it
+    batch: int  # rows of the batch that they are of
+    index_BC: Tensor | None = None  # the column each came from, distinct in a row; None: where they stand
+    rows: list[int] | None = None  # which rows of the batch are in it; None: all
+    row_B: Tensor | None = None  # the same on the device
+    # the text each belongs to, which attention must not leave; None: each row is one
+    segment_BC: Tensor | None = None
+
+    def columns(self) -> Tensor:
+        """[B, C] the column that each came from."""
+        if self.index_BC is not None:
+            return self.index_BC
+        return torch.arange(self.valid_BC.shape[1], device=self.valid_BC.device).expand_as(self.valid_BC)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no column lies beyond its row's count."""
+        return min(self.counts, default=0) == self.valid_BC.shape[1]
+
+
+def whole(rows: int, columns: int, device: torch.device) -> Packed:
+    """All tokens of a batch, without a look at them."""
+    return Packed(torch.ones(rows, columns, dtype=torch.bool, device=device), [columns] * rows, rows)
+
+
+def pack(mask_BT: Tensor, segment_BT: Tensor | None = None, all_rows: bool = False) -> Packed:
+    """The tokens where the mask is True, in as many columns as the longest row needs; rows without any are left out.
+
+    With `all_rows` they stay, and there is a column at least. This waits for the device once, to learn how many they are.
+    """
+    batch, columns = mask_BT.shape
+    counts, rows, row_B = mask_BT.sum(1).tolist(), None, None
+    if not all_rows and 0 in counts:
+        rows = [row for row, count in enumerate(counts) if count]
+        counts = [counts[row] for row in rows]
+        row_B = torch.tensor(rows, dtype=torch.long, device=mask_BT.device)
+        mask_BT, segment_BT = mask_BT[row_B], None if segment_BT is None else segment_BT[row_B]
+    if min(counts, default=columns) == columns:
+        return Packed(mask_BT, counts, batch, None, rows, row_B, segment_BT)
+    width = max(1, *counts)
+    index_BC = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+    count_B = torch.tensor(counts, device=mask_BT.device)
+    valid_BC = torch.arange(width, device=mask_BT.device) < count_B[:, None]
+    segment_BC = None if segment_BT is None else segment_BT.gather(1, index_BC)
+    return Packed(valid_BC, counts, batch, index_BC, rows, row_B, segment_BC)
+
+
+def take(x: Tensor, packed: Packed) -> Tensor:
+    """[B, T, ...] -> [rows in it, C, ...]; the very tensor if all of it was packed."""
+    x = take_rows(x, packed)
+    if packed.index_BC is None:
+        return x
+    return x.gather(1, _over_columns(packed.index_BC, x).expand(-1, -1, *x.shape[2:]))
+
+
+def put_back(base: Tensor, packed: Packed, x: Tensor) -> Tensor:
+    """`base` [B, T, ...] with its packed tokens replaced by `x` [rows in it, C, ...]."""
+    if packed.index_BC is not None:
+        old, index_BC = take_rows(base, packed), packed.index_BC
+        if not packed.is_full:
+            before = old.gather(1, _over_columns(index_BC, x).expand_as(x))
+            x = torch.where(_over_columns(packed.valid_BC, x), x, before)
+        x = old.scatter(1, _over_columns(index_BC, x).expand_as(x), x)
+    return x if packed.row_B is None else base.index_copy(0, packed.row_B, x)
+
+
+def take_rows(x: Tensor, packed: Packed) -> Tensor:
+    """[B, ...] -> [rows in it, ...]."""
+    return x if packed.row_B is None else x.index_select(0, packed.row_B)
+
+
+def put_rows(base: Tensor | None, packed: Packed, x: Tensor) -> Tensor:
+    """`base` [B, ...] (None: zeros) with `x` [rows in it, ...] in its rows."""
+    if packed.row_B is None:
+        return x
+    return (x.new_zeros(packed.batch, *x.shape[1:]) if base is None else base).index_copy(0, packed.row_B, x)
+
+
+def at_last(x_BC: Tensor, packed: Packed, before: Tensor | None = None) -> Tensor:
+    """[rows, C, ...] -> [rows, ...]: at each row's last token; as `before` (None: zeros) where it has none."""
+    if packed.is_full:
+        return x_BC[:, -1]
+    count_B = torch.tensor(packed.counts, device=x_BC.device)
+    last = x_BC[torch.arange(len(count_B), device=x_BC.device), (count_B - 1).clamp(min=0)]
+    has_B = (count_B > 0).view(-1, *[1] * (last.dim() - 1))
+    return torch.where(has_B, last, torch.zeros_like(last) if before is None else before)
+
+
+def _over_columns(per_column_BC: Tensor, x: Tensor) -> Tensor:
+    """[B, C] with as many dimensions as `x` [B, C or T, ...]."""
+    return per_column_BC.view(*per_column_BC.shape, *[1] * (x.dim() - 2))
+
+
+def best_of_each_row(
+    score_BC: Tensor, tokens: Packed, capacity: float, sequence_BC: Tensor | None = None
+) -> Tensor:
+    """Mask [B, C] of exactly k = max(1, floor(capacity * tokens)) best scores of each sequence; ties go to the earlier token.
+
+    `sequence_BC` numbers the sequences of a row, rising; None if each row is one.
+    """
+    columns = score_BC.shape[1]
+    if sequence_BC is None:
+        sequence_BC = torch.zeros_like(tokens.valid_BC, dtype=torch.long)
+    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)  # behind all others
+    best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(
+        dim=1, descending=True, stable=True
+    )
+    by_sequence_BC = sequence_BC.gather(1, best_first_BC).argsort(dim=1, stable=True)
+    best_first_BC = best_first_BC.gather(1, by_sequence_BC)
+    sorted_BC = sequence_BC.gather(1, best_first_BC)
+    start_BC, end_BC = (torch.searchsorted(sorted_BC, sorted_BC, right=right) for right in (False, True))
+    wanted = torch.tensor(
+        [max(1, math.floor(capacity * count)) for count in range(columns + 1)], device=score_BC.device
+    )
+    rank_BC = torch.arange(columns, device=score_BC.device) - start_BC
+    chosen_BC = rank_BC < wanted[end_BC - start_BC]
+    return torch.zeros_like(tokens.valid_BC).scatter(1, best_first_BC, chosen_BC) & tokens.valid_BC
+
+
+# ---- sequences and documents ---------------------------------------------------------------------
+
+
+def sequence_ids(cu_seq_lens: Tensor, max_length: int | Tensor | None, rows: int, columns: int) -> Tensor:
+    """Sequences [B, T] by running lengths [sequences + 1] over the flattened batch, as FlashAttention takes them."""
+    total = rows * columns
+    if (
+        cu_seq_lens.dim() != 1
+        or cu_seq_lens[0] != 0
+        or cu_seq_lens[-1] != total
+        or (cu_seq_lens.diff() < 0).any()
+    ):
+        raise ValueError(f"cu_seq_lens_q must rise from 0 to {total}, the number of tokens")
+    longest = int(cu_seq_lens.diff().max())
+    if max_length is not None and int(max_length) < longest:
+        raise ValueError(
+            f"max_length_q = {int(max_length)}: must be at least {longest}, the longest sequence of cu_seq_lens_q"
+        )
+    place = torch.arange(total, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+    ids_BT = torch.searchsorted(cu_seq_lens, place, right=True).view(rows, columns)
+    if (ids_BT[1:, 0] == ids_BT[:-1, -1]).any():
+        raise ValueError("cu_seq_lens_q: a sequence must not go on in the next row")
+    return ids_BT
+
+
+class Borders(NamedTuple):
+    """Where texts begin and end among the packed tokens of a call; masks [B, C]. The first token of a row counts only if
+    earlier calls gave the row others."""
+
+    sequence_BC: Tensor  # begins a sequence
+    text_BC: Tensor  # begins a sequence or a document
+    ended_BC: Tensor  # ends a document
+
+
+def changes(x_BC: Tensor) -> Tensor:
+    """Mask [B, C] of the values that differ from the one before in their row."""
+    changed_BC = torch.zeros_like(x_BC, dtype=torch.bool)
+    changed_BC[:, 1:] = x_BC[:, 1:] != x_BC[:, :-1]
+    return changed_BC
+
+
+def restarts(position_BC: Tensor, column_BC: Tensor, goes_on_B: Tensor) -> Tensor:
+    """Mask [B, C] of the tokens that begin a sequence: those whose position does not go on from the one before, neither as
+    the tokens do nor, where padding lies between, as the columns do. The first token of a row with tokens in the cache
+    (`goes_on_B`) begins one if its position is 0."""
+    step_BC = position_BC.diff(dim=1)
+    begins_BC = torch.zeros_like(position_BC, dtype=torch.bool)
+    begins_BC[:, 1:] = (step_BC != 1) & (step_BC != column_BC.diff(dim=1))
+    begins_BC[:, 0] = goes_on_B & (position_BC[:, 0] == 0)
+    return begins_BC
+
+
+def first_columns(begins_BC: Tensor) -> Tensor:
+    """[B, C] the column at which the text of each token begins; -1 if in an earlier call."""
+    column_C = torch.arange(begins_BC.shape[1], device=begins_BC.device)
+    return torch.where(begins_BC, column_C, -1).cummax(dim=1).values
+
+
+def mask_inside(tokens: Packed) -> Tensor | None:
+    """Mask [B, C, C] by which each token sees those before it in its own text; None: all before it in the row."""
+    if tokens.segment_BC is None:
+        return None
+    return (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :]).tril()
