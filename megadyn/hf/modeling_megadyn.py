@@ -272,10 +272,10 @@ class MegadynModel(MegadynPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
                 "leave it out, and the model makes a MegadynCache"
             )
-        cache.begin_call()
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
+        cache.begin_call()
         return cache
 
 
