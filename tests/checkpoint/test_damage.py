@@ -104,7 +104,7 @@ def test_a_pickle_is_refused_and_not_run(checkpoint: Path, tmp_path: Path) -> No
     manifest["files"][shard.name] = layout.file_digest(shard)
     layout.write_manifest(checkpoint, manifest)
     assert problem_of(checkpoint) is None
-    with pytest.raises(UserError, match="no safetensors file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         ShardedTensors(checkpoint, "weights")
     assert not harm.exists()
     pickle.loads(shard.read_bytes()).close()

@@ -158,7 +158,7 @@ def slow_run(tmp_path: Path, corpus: Path) -> Iterator[Callable[[], subprocess.P
     patch = """
 import time
 encode = megadyn.tokenization.tokenizer.ByteTokenizer.encode
-megadyn.tokenization.tokenizer.ByteTokenizer.encode = lambda self, *texts: (time.sleep(0.3), encode(self, *texts))[1]
+megadyn.tokenization.tokenizer.ByteTokenizer.encode = lambda self, *texts: (time.sleep(0.6), encode(self, *texts))[1]
 """
     runs = []
 
