@@ -12,6 +12,7 @@ from megadyn.arguments import positive
 from megadyn.benchmark.clock import PRECISION_OF
 from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError
+from megadyn.hf.config_map import to_qwen2_config
 from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
@@ -134,22 +135,8 @@ def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config, parameter = dense.config, next(dense.module.parameters())
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.ffn_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.max_position,
-            tie_word_embeddings=False,
-            rope_theta=config.rope_theta,
-            use_sliding_window=False,
-            attn_implementation="sdpa",
-        )
-    )
+    theirs = Qwen2Config.from_dict(to_qwen2_config(config, "float32"), attn_implementation="sdpa")
+    model = Qwen2ForCausalLM(theirs)
     model.load_state_dict({name_of(param): param.detach() for param in dense.module.parameters()})
     if recompute:
         model.gradient_checkpointing_enable()

@@ -12,7 +12,7 @@ from torch import Tensor
 from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config, to_hf_config
+from megadyn.hf.config_map import from_hf_config, to_hf_config, to_qwen2_config
 from megadyn.hf.reader import THRESHOLD, read_json
 from megadyn.kinds import DENSE, capacity_count
 from megadyn.network import Network
@@ -101,21 +101,7 @@ def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     """transformers' Qwen2 with random weights and the shape of `config`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "max_position_embeddings",
-    )
-    fields = to_hf_config(config, "float32")
-    model = Qwen2ForCausalLM(Qwen2Config(**{name: fields[name] for name in names}, use_sliding_window=False))
+    model = Qwen2ForCausalLM(Qwen2Config.from_dict(to_qwen2_config(config, "float32")))
     return Served(REFERENCE, model.to(device=device, dtype=dtype).eval(), dense_twin(config))
 
 

@@ -48,6 +48,7 @@ def complete_paths(parser: argparse.ArgumentParser) -> None:
             for inner in action.choices.values():
                 complete_paths(inner)
         elif action.type in PATHS:
+            # how shtab is told; argparse's own type has no such attribute
             action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 

@@ -183,18 +183,24 @@ class MegadynModel(MegadynPreTrainedModel):
                 return x_BC
             return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
 
+        if cache is not None:
+            cache.begin_call()  # only now: a call that was refused changes nothing
         stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(stream.hidden_BCD))
                 # gradients reach what is returned
                 stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))
-            stream, routing = layer(stream, context, None if cache is None else cache.layers[i])
-            routings.append(routing)
+            stream, chosen = layer(stream, context, None if cache is None else cache.layers[i])
+            routings.append(chosen)
         last_hidden_state = unpacked(self.norm(stream.hidden_BCD))
         attentions = (
             self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
         )
+        routing = gates = None
+        if output_routing:
+            routing = tuple(unpacked(r.processed_BC) for r in routings)
+            gates = tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings)
         if cache is not None:
             cache.advance(call)
         return MegadynModelOutput(
@@ -202,10 +208,8 @@ class MegadynModel(MegadynPreTrainedModel):
             past_key_values=cache,
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
             attentions=attentions,
-            routing=tuple(unpacked(r.processed_BC) for r in routings) if output_routing else None,
-            gates=tuple(None if r.gate_BC is None else unpacked(r.gate_BC) for r in routings)
-            if output_routing
-            else None,
+            routing=routing,
+            gates=gates,
         )
 
     @property
@@ -275,7 +279,6 @@ class MegadynModel(MegadynPreTrainedModel):
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
             raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
-        cache.begin_call()
         return cache
 
 

@@ -174,11 +174,10 @@ def not_recorded(run: Run, several: bool) -> str:
     if not run.training:
         return ""
     missing = [shown for key, shown in RECORDED.items() if not any(key in record for record in run.training)]
-    sentences = (
-        [f"Not recorded by {'run ' + run.name if several else 'this run'}: {', '.join(missing)}."]
-        if missing
-        else []
-    )
+    sentences = []
+    if missing:
+        by = f"run {run.name}" if several else "this run"
+        sentences.append(f"Not recorded by {by}: {', '.join(missing)}.")
     if "MFU" not in missing and not np.isfinite(run.values("mfu_causal_half")).any():
         sentences.append(
             f"No MFU{' of run ' + run.name if several else ''}: the peak of its device is not known "
