@@ -45,6 +45,17 @@ class HelpText(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32)
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, example: str = "training.iterations=20") -> None:
+    """CONFIG and its overrides, of which `example` is one."""
+    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"for example {example}; `megadyn config keys` lists the keys",
+    )
+
+
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     add_json_argument(parser)

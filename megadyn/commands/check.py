@@ -10,7 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megadyn.arguments import command_parser, positive
+from megadyn.arguments import add_config_arguments, command_parser, positive
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.errors import Parser, UserError
 from megadyn.launch.hosts import check_ssh, read_hostfile
@@ -19,10 +19,7 @@ from megadyn.paths import user_path
 
 def make_parser() -> Parser:
     parser = command_parser("check", __doc__)
-    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
-    )
+    add_config_arguments(parser)
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
     number.add_argument(

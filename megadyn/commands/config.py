@@ -15,11 +15,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megadyn.arguments import add_json_argument, command_parser
+from megadyn.arguments import add_config_arguments, add_json_argument, command_parser
 from megadyn.config import load_config, resolved_config
 from megadyn.config.describe import REQUIRED, ROUTING, Key, keys, schema
 from megadyn.errors import Parser
-from megadyn.paths import user_path
 
 WIDTH = 110
 
@@ -34,8 +33,7 @@ def make_parser() -> Parser:
     add_json_argument(listed)
     commands.add_parser("schema", help="JSON Schema of a configuration file, on standard output")
     shown = commands.add_parser("show", help="the resolved configuration as YAML")
-    shown.add_argument("config", type=user_path, metavar="FILE", help="YAML file")
-    shown.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.iterations=20")
+    add_config_arguments(shown)
     return parser
 
 

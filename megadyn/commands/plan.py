@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 
-from megadyn.arguments import above_zero, command_parser, positive
+from megadyn.arguments import above_zero, add_config_arguments, command_parser, positive
 from megadyn.config import Config, load_config
 from megadyn.errors import Parser, UserError
-from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import GIB, Layout, Machine, Refusal, layouts
 from megadyn.planning.parameters import total_parameters
@@ -36,10 +35,7 @@ ASSUMED = {
 
 def make_parser() -> Parser:
     parser = command_parser("plan", __doc__)
-    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example training.sequence_length=8192"
-    )
+    add_config_arguments(parser, "training.sequence_length=8192")
     parser.add_argument("--gpus", type=positive, required=True, metavar="N")
     parser.add_argument("--gpu-memory", type=above_zero, required=True, metavar="GIB", help="of one GPU")
     parser.add_argument(

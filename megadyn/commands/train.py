@@ -13,10 +13,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megadyn.arguments import command_parser, positive
+from megadyn.arguments import add_config_arguments, command_parser, positive
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.errors import Parser, UserError
-from megadyn.paths import user_path
 
 MAIN_JOB = "megadyn.pretrain"
 LOADING = "loading torch and DeepSpeed"
@@ -24,10 +23,7 @@ LOADING = "loading torch and DeepSpeed"
 
 def make_parser() -> Parser:
     parser = command_parser("train", __doc__)
-    parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="`megadyn config keys` lists the keys"
-    )
+    add_config_arguments(parser)
     parser.add_argument("--processes", type=positive, metavar="N", help="start N processes on this machine")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher passes it
     return parser
