@@ -3,9 +3,10 @@
     megadyn benchmark soak [--steps 5000] [--cases dtf mod-bce/bf16 ...] [--output runs/soak] [--page benchmarks/soak]
 
 Each case is a run of the main job on this machine's Python standard library, read as bytes: at a constant rate of 2e-3 with
-ten times that for routers, in fp32 on one process, and in bf16 on two tensor ranks. `--cases` takes cases, or parts of their
-names up to a `-` or `/`; the dense controls always run. A case that is done is not run again, and one that was stopped goes on;
-`--again` starts anew.
+ten times that for routers, in three setups: `fp32` and `bf16` on one process, `tensor2` in bf16 on two tensor ranks. Where the
+CPU has no bf16 instructions, bf16 matrices are multiplied in fp32 and the product is rounded. `--cases` takes cases, setups, or
+parts of names up to a `-` or `/`; the dense controls always run. A case that is done is not run again, and one that was stopped
+goes on; `--again` starts anew.
 OUTPUT/soak.json holds the curves; `--page` also writes PAGE.md and PAGE.png (needs matplotlib).
 Exit status 1 if a bound is broken: `benchmark/soak_bounds.py` states them.
 """
@@ -50,22 +51,26 @@ RULES: dict[str, dict[str, Any]] = {
     for name, keys in settings_of(kind).items()
 }
 """What is soaked: `model.routing` of every kind with its defaults, its causal rules and its variants."""
-SETUPS = {"fp32": 1, "bf16": 2}
-"""By precision, the tensor ranks."""
+SETUPS = {"fp32": ("fp32", 1), "bf16": ("bf16", 1), "tensor2": ("bf16", 2)}
+"""Precision and tensor ranks, by name."""
 
 
 @dataclass(frozen=True)
 class Case:
     rule: str
-    precision: str
+    setup: str
 
     @property
     def name(self) -> str:
-        return f"{self.rule}/{self.precision}"
+        return f"{self.rule}/{self.setup}"
+
+    @property
+    def precision(self) -> str:
+        return SETUPS[self.setup][0]
 
     @property
     def tensor(self) -> int:
-        return SETUPS[self.precision]
+        return SETUPS[self.setup][1]
 
     @property
     def routing(self) -> Kind:
@@ -87,24 +92,24 @@ class Case:
         ]
 
 
-CASES = [Case(rule, precision) for precision in SETUPS for rule in (*CONTROLS, *RULES)]
+CASES = [Case(rule, setup) for setup in SETUPS for rule in (*CONTROLS, *RULES)]
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
     """The cases of these names or parts of names (all without any), and the controls. UserError for a name that is none."""
 
     def fits(case: Case, name: str) -> bool:
-        return case.name == name or case.name.startswith((f"{name}-", f"{name}/")) or case.precision == name
+        return case.name == name or case.name.startswith((f"{name}-", f"{name}/")) or case.setup == name
 
     for name in names:
         if not any(fits(case, name) for case in CASES):
             raise UserError(
-                f"--cases {name}: no such case; there are {', '.join((*CONTROLS, *RULES))}, each also with /fp32 "
-                "or /bf16"
+                f"--cases {name}: no such case; there are {', '.join((*CONTROLS, *RULES))}, each also with "
+                f"/{', /'.join(SETUPS)}"
             )
     wanted = [case for case in CASES if not names or any(fits(case, name) for name in names)]
-    needed = {case.precision for case in wanted}
-    return [case for case in CASES if case in wanted or (case.rule in CONTROLS and case.precision in needed)]
+    needed = {case.setup for case in wanted}
+    return [case for case in CASES if case in wanted or (case.rule in CONTROLS and case.setup in needed)]
 
 
 # ---- what all runs share -------------------------------------------------------------------------
@@ -207,6 +212,7 @@ def run_job(arguments: list[str], processes: int, log: Path) -> int:
 def _be_rank(rank: int, processes: int, port: int, arguments: list[str], log: str) -> None:
     import torch
 
+    from megadyn.benchmark.half_on_cpu import widen_products
     from megadyn.pretrain import main_of_a_rank
 
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -223,6 +229,7 @@ def _be_rank(rank: int, processes: int, port: int, arguments: list[str], log: st
         "DS_ACCELERATOR": "cpu",
     }
     torch.set_num_threads(1)
+    widen_products()
     sys.argv[1:] = arguments
     main_of_a_rank()
 
@@ -304,7 +311,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"of {', '.join((*CONTROLS, *RULES))}, each also with /fp32 or /bf16",
+        help=f"of {', '.join((*CONTROLS, *RULES))}, each also with /{', /'.join(SETUPS)}",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR")
     parser.add_argument("--page", type=Path, metavar="PATH", help="write PATH.md and PATH.png")

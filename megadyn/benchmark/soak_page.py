@@ -10,7 +10,7 @@ from megadyn.errors import UserError
 
 WIDTH, HEIGHT = 3.4, 2.3
 """Inches of one panel."""
-LINES = {"fp32": "-", "bf16": ":"}
+LINES = {"fp32": "-", "bf16": ":", "tensor2": "--"}
 PANELS: dict[str, tuple[str, ...]] = {
     "share of tokens": ("routed_fraction", "causal_fraction"),
     "gate": ("gate_routed", "gate_unrouted"),
@@ -85,7 +85,7 @@ def mean_over_layers(soaked: Soaked, name: str) -> list[float]:
 
 
 def draw(found: dict[str, Soaked], path: Path) -> None:
-    """A row for each rule, a column for each panel, behind the losses; a line style for each precision."""
+    """A row for each rule, a column for each panel, behind the losses; a line style for each setup."""
     try:
         import matplotlib
     except ImportError:
@@ -114,8 +114,8 @@ def draw(found: dict[str, Soaked], path: Path) -> None:
 def draw_losses(panel: Any, rule: str, found: dict[str, Soaked]) -> None:
     """The rule's loss minus that of the dense model, step by step, as the batches are the same; in grey that of half depth."""
     for name, soaked in found.items():
-        precision = name.partition("/")[2]
-        dense = found.get(f"dense/{precision}")
+        setup = name.partition("/")[2]
+        dense = found.get(f"dense/{setup}")
         if soaked.rule not in (rule, "dense-half") or dense is None:
             continue
         steps = [*zip(soaked.curves.iterations, soaked.curves.loss, dense.curves.loss)]
@@ -124,7 +124,7 @@ def draw_losses(panel: Any, rule: str, found: dict[str, Soaked]) -> None:
         panel.plot(
             [iteration for iteration, _, _ in steps],
             above,
-            LINES[precision],
+            LINES[setup],
             color="tab:blue" if is_own else "0.7",
             lw=1,
             label=name if is_own else None,
@@ -143,7 +143,7 @@ def smoothed(values: list[float], width: int = 5) -> list[float]:
 def draw_panel(panel: Any, title: str, names: tuple[str, ...], cases: list[Soaked]) -> None:
     colors: dict[str, str] = {}
     for soaked in cases:
-        precision = soaked.name.partition("/")[2]
+        setup = soaked.name.partition("/")[2]
         for name in names:
             values = mean_over_layers(soaked, name)
             if values:
@@ -151,10 +151,10 @@ def draw_panel(panel: Any, title: str, names: tuple[str, ...], cases: list[Soake
                 panel.plot(
                     soaked.curves.iterations[: len(values)],
                     values,
-                    LINES[precision],
+                    LINES[setup],
                     color=color,
                     lw=1,
-                    label=name if precision == "fp32" or len(cases) == 1 else None,
+                    label=name if setup == "fp32" or len(cases) == 1 else None,
                 )
     if not panel.lines:
         panel.set_axis_off()  # this rule has no such statistic
