@@ -16,10 +16,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from megadyn.benchmark.half_on_cpu import widen_products
 from megadyn.log import log
-
-widen_products()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 
 from megadyn.config import KERNELS
 from megadyn.errors import UserError
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 from megadyn.planning.devices import peak_tflops
 
 PRECISION_OF = {dtype: name for name, dtype in PRECISIONS.items()}

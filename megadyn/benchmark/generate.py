@@ -33,7 +33,7 @@ from megadyn.benchmark.served import Served, models_of
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
 from megadyn.kinds import DENSE
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 from megadyn.planning.flops import head_flops
 
 MODELS = (REFERENCE, DENSE, *(name for name in DEFAULT_MODELS if ":" in name))

@@ -30,7 +30,7 @@ from megadyn.kernels.rule import use_kernels
 from megadyn.kinds import DENSE, known_kinds
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head, Network
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 from megadyn.routing.layer import RoutedLayer
 
 HALF_TOLERANCE = 0.05

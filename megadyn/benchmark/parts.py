@@ -10,7 +10,7 @@ from megadyn.config import ModelConfig
 from megadyn.costs.operations import block_flops, mlp_flops
 from megadyn.model.block import Layer, Stream
 from megadyn.network import Head
-from megadyn.parallel.precision import upcast
+from megadyn.parallel.linear import upcast
 from megadyn.planning.flops import head_flops, layer_flops
 from megadyn.routing.layer import RoutedLayer, SkippingLayer
 from megadyn.routing.select import Selection, origins, put_back_shared, take_shared

@@ -31,7 +31,7 @@ from megadyn.config import RECOMPUTE
 from megadyn.errors import UserError
 from megadyn.kernels.rule import use_kernels
 from megadyn.model.block import Layer
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 from megadyn.planning.flops import training_flops
 
 CHECKED_TOKENS = 512

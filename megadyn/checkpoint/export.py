@@ -16,7 +16,7 @@ from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
 from megadyn.kinds import DENSE
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 
 SHARD_BYTES = 5 * 10**9
 

@@ -14,7 +14,7 @@ from megadyn.arguments import add_output_arguments, byte_count, command_parser
 from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import resolve
 from megadyn.errors import Parser
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS
 from megadyn.paths import expanded, user_path
 
 

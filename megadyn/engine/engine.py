@@ -8,8 +8,8 @@ import io
 import logging
 import math
 import resource
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -28,7 +28,6 @@ from megadyn.engine.optimizer import (
     GradientClipper,
     even_out_groups,
     make_optimizer,
-    set_learning_rate,
 )
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced, without_compiler
@@ -46,8 +45,7 @@ from megadyn.parallel.sharding import Sharding
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.layer import LossScale
-from megadyn.routing.monitor import Monitor
-from megadyn.routing.tracker import StepTracker
+from megadyn.routing.tracker import Monitor, StepTracker
 
 MicroBatch = tuple[Tensor, Tensor]
 """tokens and labels, [b, T] int64 each."""
@@ -128,6 +126,8 @@ class Engine:
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.clock = StepClock(self.device)
+        self.part: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        """The part of a step that runs inside counts as; the clock's in a measured step, else nothing."""
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
         self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
@@ -209,6 +209,7 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(self.norms.measuring())
             stack.enter_context(self.clock.measuring())
+            stack.enter_context(replaced(self, "part", self.clock.part))
             if isinstance(self.module, Stages):
                 does = self.engine._INSTRUCTION_MAP
                 timed = {step: self.clock.timed(part, does[step]) for step, part in STAGE_PARTS.items()}
@@ -227,12 +228,12 @@ class Engine:
             self.engine.train()
             total = torch.zeros((), device=self.device)
             for tokens, labels in self._loaded(batches):
-                with self.clock.part("forward"):
+                with self.part("forward"):
                     micro_loss = self.engine(tokens, labels)
                     gated = self.gate(micro_loss)
-                with self.clock.part("backward"):
+                with self.part("backward"):
                     self.engine.backward(gated)
-                with self.clock.part("optimizer"):
+                with self.part("optimizer"):
                     self.engine.step()
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
@@ -368,7 +369,7 @@ class Engine:
         """The micro-batches on the device, without a wait for the copy where the loader pinned them."""
         left = iter(batches)
         while True:
-            with self.clock.part("data"):
+            with self.part("data"):
                 if (batch := next(left, None)) is None:
                     return
                 tokens, labels = (part.to(self.device, non_blocking=True) for part in batch)
@@ -376,6 +377,11 @@ class Engine:
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

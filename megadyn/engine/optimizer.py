@@ -128,11 +128,6 @@ def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
     return None
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_multiplier"]
-
-
 class GradientClipper:
     """True global-norm clipping for ZeRO-0, where DeepSpeed would use each rank's own norm.
 

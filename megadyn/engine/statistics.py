@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from megadyn.parallel.grid import Axis
-from megadyn.routing.monitor import Statistic
+from megadyn.routing.tracker import Statistic
 
 
 def over_ranks(statistics: Sequence[Statistic], axes: Sequence[Axis]) -> list[Statistic]:

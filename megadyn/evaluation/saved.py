@@ -14,8 +14,7 @@ from megadyn.hf.tokenizer_files import FINGERPRINT
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, routed_layers, thresholds_of
-from megadyn.parallel.params import ParamMaker, name_of
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.layer import LossScale
 from megadyn.routing.tracker import RunningThreshold

@@ -208,4 +208,4 @@ class Attention(nn.Module):
         """
         x = enter_tp(x, self.tp, self.seq)
         inputs = (*self.queries_keys(x), self.values(x), positions, length, segments)
-        return self.o_proj.sum_of(recomputed(self.term, *inputs, when=self.recompute))
+        return self.o_proj.sum_of(recomputed(self.term, *inputs) if self.recompute else self.term(*inputs))

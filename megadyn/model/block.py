@@ -6,17 +6,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
 from megadyn.model.attention import Attention
 from megadyn.model.compiled import compiled
 from megadyn.model.documents import Documents, Segments
-from megadyn.model.mlp import Mlp
 from megadyn.model.norm import RMSNorm
 from megadyn.model.recompute import recomputed
 from megadyn.parallel.grid import Axis
-from megadyn.parallel.params import ParamMaker
+from megadyn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megadyn.parallel.mappings import enter_tp
+from megadyn.parallel.params import ParamMaker, normal
 
 
 class Stream(NamedTuple):
@@ -46,6 +48,33 @@ class LayerContext:
     """`training.recompute`. Routing decisions are kept always."""
     compile: bool = False
     """`training.compile`: in training; evaluations run as written, because causal rules choose in any number."""
+
+
+class Mlp(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)), x [..., D]; the inner width is cut over tensor ranks."""
+
+    def __init__(
+        self, name: str, model: ModelConfig, *, make: ParamMaker, output_std: float, recompute: bool = False
+    ):
+        super().__init__()
+        assert model.ffn_size is not None
+        d, width, init = model.hidden_size, model.ffn_size, normal(model.init_std)
+        self.tp, self.seq, self.recompute = make.tp, make.seq, recompute
+        self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", d, width, make=make, init=init)
+        self.up_proj = ColumnParallelLinear(f"{name}.up_proj", d, width, make=make, init=init)
+        self.down_proj = RowParallelLinear(f"{name}.down_proj", width, d, make=make, init=normal(output_std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T/seq, D] -> [B, T/seq, D]."""
+        x = enter_tp(x, self.tp, self.seq)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj.sum_of(
+            recomputed(self.down, gate, up) if self.recompute else self.down(gate, up)
+        )
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Both [B, T, F/tp] -> this rank's term of the output, [B, T, D]."""
+        return self.down_proj.term(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -129,4 +158,4 @@ class Layer(nn.Module):
             # grown out here: a graph is for a table that stays
             self.self_attn.rotary.angles(self.length(hidden), hidden)
             function = partial(compiled, function)
-        return recomputed(function, *inputs, when=self.recompute)
+        return recomputed(function, *inputs) if self.recompute else function(*inputs)

@@ -1,7 +1,9 @@
-"""Linear layers and the embedding, cut over tensor ranks. Each is the plain layer plus one line."""
+"""Linear layers and the embedding, cut over tensor ranks: each is the plain layer plus one line. And small ones that are whole
+on every rank."""
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -110,3 +112,21 @@ class VocabParallelEmbedding(nn.Module):
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
         found.masked_fill_(elsewhere.unsqueeze(-1), 0).masked_fill_(outside.unsqueeze(-1), math.nan)
         return leave_tp(found, self.tp, self.seq)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """At least float32: half precisions are widened, float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Projection(nn.Module):
+    """x W^T + b in at least float32, W and b whole on every tensor rank, x [B, T/seq, D]. Half precision would flip one decision
+    in a thousand, and may give a bias's gradient the wrong sign."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, seq: Axis):
+        super().__init__()
+        self.weight, self.bias, self.seq = weight, bias, seq
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else upcast(copy_to_tp(self.bias, self.seq))
+        return F.linear(upcast(x), upcast(copy_to_tp(self.weight, self.seq)), bias)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from megadyn.costs.memory import LOGITS_AT_ONCE
 from megadyn.parallel.grid import Axis
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import max_over, sum_over
-from megadyn.parallel.precision import upcast
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

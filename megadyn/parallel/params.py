@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.sharding import Sharding
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the configuration's `precision`."""
+
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
 """A whole tensor's shape and its generator -> its initial values, in float32."""
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from megadyn.model.block import Layer, LayerContext, Stream
-from megadyn.routing.choice import CausalRouter, Choice
-from megadyn.routing.decisions import Decisions
-from megadyn.routing.monitor import Monitor
+from megadyn.routing.choice import CausalRouter, Choice, Decisions
 from megadyn.routing.select import Selection, origins, put_back_shared, take_shared
-from megadyn.routing.tracker import StepTracker
+from megadyn.routing.tracker import Monitor, StepTracker
 
 
 class Step(NamedTuple):

@@ -16,7 +16,7 @@ from megadyn.config import Config
 from megadyn.errors import ConfigError, UserError
 from megadyn.parallel.grid import Grid
 from megadyn.parallel.mappings import whole_batch
-from megadyn.routing.decisions import Tape
+from megadyn.routing.choice import Tape
 from megadyn.routing.layer import RoutedLayer
 from megadyn.routing.recording import About, Recorded, Recording
 

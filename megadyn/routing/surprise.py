@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from megadyn.kinds.surprise import Surprising
 from megadyn.model.block import LayerContext
 from megadyn.model.documents import Documents
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant
-from megadyn.parallel.precision import upcast
 
 
 def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:

@@ -37,7 +37,7 @@ from megadyn.planning.layouts import workload
 from megadyn.planning.memory import fullest
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing import layer as routed_layer
-from megadyn.routing.decisions import Choices, Tape
+from megadyn.routing.choice import Choices, Tape
 from megadyn.routing.layer import LossScale
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.networks import disturb, end_step

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from megadyn.config import MultipliersConfig, OptimizerConfig
+from megadyn.engine.engine import set_learning_rate
 from megadyn.engine.optimizer import (
     GradientClipper,
     component,
     group_key,
     learning_rate,
     make_optimizer,
-    set_learning_rate,
 )
 from megadyn.parallel.grid import Grid
 from tests.helpers.networks import make_network

@@ -25,8 +25,6 @@ for name in MODULES:
 # DeepSpeed refuses fp16 on a CPU without instructions for it, where torch computes it all the same, only slower.
 get_accelerator().is_fp16_supported = lambda: True
 
-import_module("megadyn.benchmark.half_on_cpu").widen_products()
-
 torch.set_num_threads(1)
 gc.collect()
 gc.freeze()  # what is imported is no garbage: a rank need not look through it again and again

@@ -15,7 +15,7 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.params import ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.routing.layer import LossScale, RoutedLayer
-from megadyn.routing.monitor import Statistic
+from megadyn.routing.tracker import Statistic
 
 ALONE = Axis("tp")
 Module = TypeVar("Module", bound=nn.Module)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megadyn.parallel import loss
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.loss import linear_cross_entropy
-from megadyn.parallel.precision import upcast
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.networks import ALONE
 

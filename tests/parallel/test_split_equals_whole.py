@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from megadyn.model.attention import Attention
-from megadyn.model.mlp import Mlp
+from megadyn.model.block import Mlp
 from megadyn.model.norm import HeadNorm
 from megadyn.network import routed_layers
 from megadyn.parallel import loss

@@ -126,11 +126,14 @@ def _run_cases(cases: list[Case], output: str) -> None:
 
 
 def _curve(case: Case) -> Curve:
+    from megadyn.benchmark.half_on_cpu import widen_products
     from megadyn.config import batch_plan
     from megadyn.engine.engine import Engine
     from megadyn.engine.optimizer import learning_rate
     from megadyn.parallel.grid import make_grid
 
+    if case.precision != "fp32":
+        widen_products()
     config = config_of(case)
     plan = batch_plan(config, dist.get_world_size())
     grid = make_grid(case.tensor, case.pipeline)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from megadyn.benchmark.half_on_cpu import widen_products
 from megadyn.config import RECOMPUTE, Config
 from megadyn.costs.memory import Workload
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
-from megadyn.parallel.params import ParamMaker
-from megadyn.parallel.precision import PRECISIONS
+from megadyn.parallel.params import PRECISIONS, ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
 from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
@@ -52,6 +52,7 @@ def on_a_cpu(config: Config) -> Workload:
 @pytest.fixture(scope="module", autouse=True)
 def _settled() -> Iterator[None]:
     """What stands in memory before need not be searched for tensors again and again."""
+    widen_products()
     gc.collect()
     gc.freeze()
     yield
@@ -153,6 +154,7 @@ def _measure(cases: list[Case], folder: str) -> None:
     from megadyn.launch import launch
 
     launch.join()
+    widen_products()
     gc.freeze()  # what imports left behind need not be searched again before every case
     found = [_measure_one(case, Path(folder)) for case in cases]
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(found))

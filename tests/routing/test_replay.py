@@ -13,7 +13,7 @@ from megadyn.config import Config
 from megadyn.errors import UserError
 from megadyn.network import Network, choosing_layers, routed_layers
 from megadyn.parallel.grid import Grid
-from megadyn.routing.decisions import Decisions, Tape, cut_of
+from megadyn.routing.choice import Decisions, Tape, cut_of
 from megadyn.routing.recording import Recorded, Recording, flips
 from megadyn.routing.replay import Replay, refuse_replay
 from megadyn.routing.select import choose_top

@@ -15,10 +15,9 @@ from megadyn.model.block import Stream
 from megadyn.routing import surprise
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.layer import LossScale
-from megadyn.routing.monitor import Monitor
 from megadyn.routing.select import Selection
 from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average
-from megadyn.routing.tracker import RunningThreshold
+from megadyn.routing.tracker import Monitor, RunningThreshold
 from tests.helpers.naive import prior_update
 from tests.helpers.networks import disturb, layer_context, make_network, param_maker, with_routing
 from tests.helpers.tiny import tiny_config, tiny_tokens

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import copy_to_tp
 from megadyn.parallel.params import ParamMaker, constant, normal
-from megadyn.parallel.precision import upcast
 
 
 class Prior(nn.Module):

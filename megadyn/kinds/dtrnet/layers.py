@@ -14,9 +14,8 @@ from megadyn.model.recompute import recomputed
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.routing.choice import CausalRouter, TwoLayerRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, Step, attach_loss
-from megadyn.routing.monitor import Statistic, deviation_where
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
-from megadyn.routing.tracker import StepTracker
+from megadyn.routing.tracker import Statistic, StepTracker, deviation_where
 
 
 class DtrLayer(RoutedLayer):
@@ -133,9 +132,8 @@ class DtrLayer(RoutedLayer):
         x, attending = take_out(x, places)
         q, k = attention.queries_keys(attending)  # of attending tokens only
         v, chosen_v = take_out(attention.values(x), places)  # [B, T, G/tp, K] and [b, c, G/tp, K]
-        attended = recomputed(
-            attention.attend, q, k, chosen_v, positions, length, segments, when=attention.recompute
-        )
+        inputs = (q, k, chosen_v, positions, length, segments)
+        attended = recomputed(attention.attend, *inputs) if attention.recompute else attention.attend(*inputs)
         # repeat_kv, [B, T, H/tp * K]
         passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)
         return attention.o_proj(replace(passed, places, attended))

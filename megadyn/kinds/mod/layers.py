@@ -8,8 +8,8 @@ from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import own_part, whole_sequence
 from megadyn.routing.choice import LinearRouter, gate_statistics
 from megadyn.routing.layer import LossScale, SkippingLayer, Step
-from megadyn.routing.monitor import deviation_where
 from megadyn.routing.select import Selection
+from megadyn.routing.tracker import deviation_where
 
 
 class ModLayer(SkippingLayer):

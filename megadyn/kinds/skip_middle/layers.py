@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from megadyn.costs.shape import capacity_count
 from megadyn.kinds.skip_middle import SkipMiddle
 from megadyn.model.block import LayerContext, Stream
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant, normal
-from megadyn.parallel.precision import upcast
 from megadyn.routing.choice import gate_statistics, share_statistics
 from megadyn.routing.layer import GatedLayer, LossScale, Step
 from megadyn.routing.select import Selection, choose_where

@@ -10,9 +10,9 @@ from megadyn.kinds.stt import Stt
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.documents import Documents
 from megadyn.parallel.grid import Axis
+from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import ParamMaker, constant, normal
-from megadyn.parallel.precision import upcast
 from megadyn.routing.choice import CausalRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, Step
 from megadyn.routing.select import Selection, choose_where, origins, put_back_shared, take, take_shared
