@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megadyn.data.indexed_writer import IndexedWriter
-from tests.end_to_end.test_pretrain import ALONE, TORCHRUN, launch, losses, records
+from tests.end_to_end.test_pretrain import losses, records, train
 
 
 def test_a_blended_run_is_resumed_at_another_data_parallel_size(config_file: Path, dataset: Path) -> None:
@@ -24,16 +24,16 @@ def test_a_blended_run_is_resumed_at_another_data_parallel_size(config_file: Pat
         ]
 
     straight = config_file.parent / "straight"
-    done = launch(ALONE, config_file, *blend(1), f"output_dir={straight}")
-    assert done.returncode == 0, done.stderr
-    done = launch(TORCHRUN, config_file, *blend(1), "training.iterations=3")
-    assert done.returncode == 0, done.stderr
-    done = launch(ALONE, config_file, *blend(2))
-    assert done.returncode == 2
-    assert "was trained on other data or in another order" in done.stderr
-    done = launch(ALONE, config_file, *blend(1))
-    assert done.returncode == 0, done.stderr
-    assert "data: a blend of 2 datasets" in done.stdout
+    status, output = train(config_file, *blend(1), f"output_dir={straight}")
+    assert status == 0, output
+    status, output = train(config_file, *blend(1), "training.iterations=3", world=2)
+    assert status == 0, output
+    status, output = train(config_file, *blend(2))
+    assert status == 2
+    assert "was trained on other data or in another order" in output
+    status, output = train(config_file, *blend(1))
+    assert status == 0, output
+    assert "data: a blend of 2 datasets" in output
 
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     want = {line["iteration"]: line["lm_loss"] for line in lines if "lm_loss" in line}

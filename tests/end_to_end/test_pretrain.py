@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.crew import Crew
 from tests.helpers.tiny import ROOT
 
 ENVIRONMENT = os.environ | {
@@ -23,19 +24,12 @@ ENVIRONMENT = os.environ | {
 PORT = str(20000 + os.getpid() % 10000)
 """This process's own: tests run beside each other."""
 DEEPSPEED = ["deepspeed", "--num_accelerators", "2", "--master_port", PORT, "--module", "megadyn.pretrain"]
-TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2", "-m", "megadyn.pretrain"]
-ALONE = [sys.executable, "-m", "megadyn.pretrain"]
 
 
-def launch(command: list[str], config_file: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*command, str(config_file), *overrides],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+def train(config_file: Path, *overrides: str, world: int = 1) -> tuple[int, str]:
+    """The job's exit status, the worst of its ranks', and what rank 0 printed."""
+    crew = Crew(config_file, *overrides, world=world)
+    return max(map(abs, crew.wait())), crew.output()
 
 
 def records(config_file: Path) -> list[dict[str, Any]]:
@@ -47,10 +41,11 @@ def losses(config_file: Path) -> dict[int, float]:
 
 
 def test_metrics_hold_the_contract(config_file: Path) -> None:
-    assert launch(ALONE, config_file, "logging.tensorboard=true").returncode == 0
+    status, output = train(config_file, "logging.tensorboard=true")
+    assert status == 0, output
     found = records(config_file)
-    train = next(record for record in found if "lm_loss" in record)
-    assert set(train) >= {
+    step = next(record for record in found if "lm_loss" in record)
+    assert set(step) >= {
         "iteration",
         "consumed_samples",
         "consumed_tokens",
@@ -63,9 +58,9 @@ def test_metrics_hold_the_contract(config_file: Path) -> None:
         "model_tflops",
         "routing",
     }
-    assert train["consumed_tokens"] == train["consumed_samples"] * 48
-    assert set(train["routing"]) == {"0", "1", "2", "3"}
-    assert train["routing"]["1"]["routed_fraction"] == 0.5
+    assert step["consumed_tokens"] == step["consumed_samples"] * 48
+    assert set(step["routing"]) == {"0", "1", "2", "3"}
+    assert step["routing"]["1"]["routed_fraction"] == 0.5
     validations = {record["iteration"]: record["validation"] for record in found if "validation" in record}
     assert set(validations) == {0, 3, 6}
     assert all(set(validation) == {"topk", "causal"} for validation in validations.values())
@@ -125,8 +120,8 @@ def wait_until(condition: Any, seconds: float = 90) -> None:
 
 
 def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
-    done = launch(ALONE, config_file, "checkpoint.interval=3")
-    assert done.returncode == 0, done.stderr
+    status, output = train(config_file, "checkpoint.interval=3")
+    assert status == 0, output
     checkpoints = config_file.parent / "out/checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {
         "iteration-00000003",
@@ -134,26 +129,26 @@ def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
         "latest",
     }
 
-    done = launch(ALONE, config_file, "model.hidden_size=64")
-    assert done.returncode == 2
-    assert "model.hidden_size is 32 there and 64 here" in done.stderr
+    status, output = train(config_file, "model.hidden_size=64")
+    assert status == 2
+    assert "model.hidden_size is 32 there and 64 here" in output
 
-    done = launch(ALONE, config_file, "checkpoint.resume=never")
-    assert done.returncode == 2
-    assert "holds checkpoints" in done.stderr
+    status, output = train(config_file, "checkpoint.resume=never")
+    assert status == 2
+    assert "holds checkpoints" in output
 
     shard = checkpoints / "iteration-00000006/weights-pp00-tp00-dp00.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    done = launch(ALONE, config_file, f"checkpoint.resume={checkpoints}/iteration-00000006")
-    assert done.returncode == 2
-    assert "damaged" in done.stderr
+    status, output = train(config_file, f"checkpoint.resume={checkpoints}/iteration-00000006")
+    assert status == 2
+    assert "damaged" in output
 
-    done = launch(ALONE, config_file)  # auto takes the newest good one, and says so
-    assert done.returncode == 0, done.stderr
-    assert "passed over" in done.stdout
-    assert "resumed from" in done.stdout
-    assert "iteration-00000003" in done.stdout
+    status, output = train(config_file)  # auto takes the newest good one, and says so
+    assert status == 0, output
+    assert "passed over" in output
+    assert "resumed from" in output
+    assert "iteration-00000003" in output
     assert sorted(losses(config_file)) == [1, 2, 3, 4, 5, 6]
     shutil.rmtree(checkpoints)
