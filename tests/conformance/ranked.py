@@ -13,7 +13,7 @@ from tests.conformance.checks import EOD, Case, config_of
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import ROOT, micro_batches, tiny_tokens
 
-STEPS, SAVED = 3, 1
+STEPS, SAVED = 2, 1
 EVERYTHING_CUT = ROOT / "tests/parity/zero3_everything_cut.json"
 
 

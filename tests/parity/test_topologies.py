@@ -9,9 +9,8 @@ import torch.distributed as dist
 
 from tests.helpers.ranks import run_on_ranks
 from tests.parity.curves import Case
-from tests.parity.test_resume import train
+from tests.parity.test_resume import SAVED, STEPS, train
 
-SAVED, STEPS = 2, 4
 HOME = (2, 2, 1)
 """tensor, pipeline, data."""
 
@@ -57,8 +56,9 @@ def _run(cases: list[Case], what: str, folder: str) -> None:
     found = {}
     for case in cases:
         if what == "home":
-            train(at_home(case), range(SAVED), save_to=home / str(case))
-            found[f"{case} straight"] = train(at_home(case), range(STEPS)).losses[SAVED:]
+            found[f"{case} straight"] = train(at_home(case), range(STEPS), save_to=home / str(case)).losses[
+                SAVED:
+            ]
         if what == "away":
             found[f"{case} away"] = train(case, range(SAVED, STEPS), load_from=home / str(case)).losses
             train(case, range(SAVED), save_to=there / str(case))

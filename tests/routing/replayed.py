@@ -19,7 +19,7 @@ from tests.helpers.networks import with_routing
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import VOCAB, tiny_config
 
-STEPS = 20
+STEPS = 12
 KEYS: dict[str, dict[str, Any]] = {
     "dtf": {},
     "mod": {},

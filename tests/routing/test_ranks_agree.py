@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megadyn.benchmark.half_on_cpu import widen_products
 from megadyn.engine.optimizer import GradientClipper, make_optimizer
 from megadyn.kinds.dtrnet.layers import DtrLayer
 from megadyn.network import routed_layers, thresholds_of
@@ -22,6 +23,7 @@ def test_ranks_agree_on_every_token_and_every_whole_parameter():
 
 
 def check_agreement() -> None:
+    widen_products()
     tp = make_grid(4, 1).tp
     train(tp, "dtf", torch.float32, recompute="full")
     for kind in KINDS:
