@@ -33,7 +33,7 @@ quickstart: install
 	$(ON_CPU) TENSOR=$(TENSOR) PIPELINE=$(PIPELINE) DATA=$(DATA) examples/quickstart/run.sh
 
 test: install
-	$(ON_CPU) python -m pytest -n $(WORKERS) --dist loadfile
+	$(ON_CPU) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 soak: install
 	$(ON_CPU) python tools/benchmark.py soak --page benchmarks/soak

@@ -6,6 +6,7 @@ Without a GPU, Triton's kernels run in its interpreter.
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # read on import
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": tempfile.mkdtemp(prefix="megadyn-tests-")}
@@ -31,3 +32,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kind", action="append", help="tests/conformance: a kind of routing to try (default: all)"
     )
+
+
+LONGEST = (
+    "parity/test_split_equals_whole.py",
+    "conformance/test_layouts.py",
+    "conformance/test_exported.py",
+    "end_to_end/test_deaths.py",
+    "end_to_end/test_faults.py",
+    "docs/test_commands.py",
+    "hf/test_modeling.py",
+    "conformance/test_outside.py",
+    "routing/test_replay_layouts.py",
+    "end_to_end/test_two_nodes.py",
+    "planning/test_memory.py",
+    "hf/test_export.py",
+    "end_to_end/test_tools.py",
+    "parallel/test_split_equals_whole.py",
+    "conformance/test_conformance.py",
+    "end_to_end/test_going_on.py",
+    "parity/test_resume.py",
+    "parity/test_topologies.py",
+    "end_to_end/test_launch_scripts.py",
+    "end_to_end/test_pretrain.py",
+    "end_to_end/test_wheel.py",
+)
+"""Files whose tests take longest, in this order. They come first (`make test` hands out whole files, in order), or one would
+keep a single core busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
