@@ -44,14 +44,17 @@ def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", colum
             raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
 
 
-def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor) -> Tensor | None:
-    """Which columns hold real tokens, [B, L] with those in the cache, or [B, T] if the given mask has only these; None: all."""
+def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor | None:
+    """Which columns hold real tokens, [B, L] with those in the cache, or [B, T] if the given mask has only these; None: all.
+    ValueError for a mask of another width, whose columns could be anyone's."""
     if attention_mask is None:
         return None
     rows, columns = x_BTD.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
+    past = 0 if cache is None else cache.columns
+    if tuple(attention_mask.shape) not in ((rows, columns), (rows, past + columns)):
+        with_cache = f" or, with those in the cache, [{rows}, {past + columns}]" if past else ""
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: must be [{rows}, {columns} or more]"
+            f"attention_mask has shape {list(attention_mask.shape)}: must be [{rows}, {columns}]{with_cache}"
         )
     return attention_mask != 0
 

@@ -164,7 +164,7 @@ class MegadynModel(MegadynPreTrainedModel):
         given = sequences_of_call(
             (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache
         )
-        mask_BL = mask_of_call(attention_mask, x_BTD)
+        mask_BL = mask_of_call(attention_mask, x_BTD, cache)
         context, call = context_of_call(
             self.config,
             x_BTD,

@@ -262,6 +262,15 @@ def test_refused_caches():
         model.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
 
 
+@pytest.mark.parametrize("columns", [1, 3, 27, 29])
+def test_a_mask_of_another_width_is_refused(columns):
+    """The columns of a wider one are not padding to be cut: they could belong to any token."""
+    model = tiny_model("dtf4")
+    cache = model(TOKENS[:, :26]).past_key_values
+    with pytest.raises(ValueError, match=rf"\[3, {columns}\]: must be \[3, 2\] or, with .* \[3, 28\]"):
+        model(TOKENS[:, 26:], attention_mask=torch.ones(3, columns), past_key_values=cache)
+
+
 # ---- who sees whom -------------------------------------------------------------------------------
 
 
