@@ -2,11 +2,17 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+INTERVAL = 1.0
+"""Seconds between two questions whether to stop. While the ranks ask, their devices are idle."""
+MOST_STEPS = 20
+"""Between two questions, however short the steps: one of them may suddenly take long."""
 
 
 class Answer(NamedTuple):
@@ -17,15 +23,21 @@ class Answer(NamedTuple):
 
 
 class Signals:
-    """SIGTERM, SIGINT or SIGUSR1 asks the run to save and end after the step in progress, on every rank in the same step."""
+    """SIGTERM, SIGINT or SIGUSR1 asks the run to save and end, on every rank after the same step: the one in progress, or, where
+    steps take less than INTERVAL, one within about that time."""
 
     def __init__(self, on_stop: Callable[[str], None] = lambda name: None):
         """`on_stop` is told the signal's name as soon as it arrives."""
         self.received: str | None = None
         """What asked the run to stop: the signal's name, or words."""
         self._on_stop = on_stop
-        # A host-side group: asking every step must not wait for the device.
+        # A host-side group: asking must not wait for the device.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self._asked_at: float | None = None
+        self._steps = 1
+        """From the last question to the next."""
+        self._left = 1
+        """Of these, until the next question."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._note)
@@ -40,11 +52,22 @@ class Signals:
         self.received = self.received or why
 
     def ask(self, is_busy: bool = False) -> Answer:
-        """What holds for all ranks together; `is_busy`: this one has work in the background. Collective."""
-        flags = torch.tensor([float(self.received is not None), float(is_busy)])
+        """What holds for all ranks together, at the end of a step; `is_busy`: this one has work in the background.
+
+        Collective in the steps in which it asks, which are the same on all ranks. In the others the answer is twice no.
+        """
+        self._left -= 1
+        if self._left > 0:
+            return Answer(stop=False, is_idle=False)
+        now = time.monotonic()
+        per_step = INTERVAL if self._asked_at is None else (now - self._asked_at) / self._steps
+        steps = min(max(1, int(INTERVAL / max(per_step, 1e-6))), MOST_STEPS)
+        flags = torch.tensor([float(self.received is not None), float(is_busy), float(-steps)])
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        stop, busy = flags.tolist()
+        stop, busy, steps_back = flags.tolist()
+        self._asked_at, self._steps = now, int(-steps_back)  # the fewest that any rank proposed
+        self._left = self._steps
         return Answer(bool(stop), not busy)
 
     def reason(self) -> str:
