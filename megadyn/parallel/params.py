@@ -1,7 +1,10 @@
-"""Parameters: drawn whole from a seed tied to their name, then cut, so that no topology changes the start."""
+"""Parameters: drawn from seeds tied to their name, in strips that no cut changes, so that no topology changes the start."""
 
+import math
+import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +18,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 """By the configuration's `precision`."""
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""A whole tensor's shape and its generator -> its initial values, in float32."""
+"""The shape of a strip of a tensor and its generator -> its initial values, in float32. A tensor of up to `STRIP` elements is one
+strip."""
+
+STRIP = 1 << 20
+"""Elements of a strip, at most, unless one slice has more. Each strip has a generator of its own, so that a rank draws the strips
+that it holds, several at a time, and all ranks draw the same numbers."""
 
 
 def normal(std: float) -> Init:
@@ -41,21 +49,49 @@ class ParamMaker:
     dtype: torch.dtype = torch.float32
 
     def __call__(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
-        """The part of tensor `name` (whole: `shape`) that this rank holds. One whole tensor exists at a time.
+        """The part of tensor `name` (whole: `shape`) that this rank holds.
 
         On the `meta` device nothing is drawn: the part has its shape and no values.
         """
+        dim, first, stop = self.sharding.bounds(name, shape, self.tp.rank)
+        part_shape = (*shape[:dim], stop - first, *shape[dim + 1 :])
         if torch.device(self.device).type == "meta":
-            whole = torch.empty(shape, device="meta")
+            part = torch.empty(part_shape, device="meta")
         else:
-            whole = init(shape, torch.Generator().manual_seed(self.seed_for(name)))
-        part = self.sharding.cut(name, whole, self.tp.rank)
-        param = nn.Parameter(part.to(device=self.device, dtype=self.dtype, copy=True).contiguous())
+            part = torch.zeros(part_shape)  # vocabulary rows beyond the last stay zero
+            self._draw(part, name, shape, init, dim, first)
+        param = nn.Parameter(part.to(device=self.device, dtype=self.dtype))
         return mark(param, name, is_cut=self.sharding.dim(name) is not None)
+
+    def _draw(
+        self, part: Tensor, name: str, shape: tuple[int, ...], init: Init, dim: int, first: int
+    ) -> None:
+        """Fills `part`, which begins at `first` along `dim`, from the strips that it overlaps."""
+        stop = min(first + part.shape[dim], shape[dim])
+        slices = max(1, STRIP * shape[dim] // max(1, math.prod(shape)))  # of a strip
+
+        def fill(strip: int) -> None:
+            begin, end = strip * slices, min((strip + 1) * slices, shape[dim])
+            seed = self.seed_for(f"{name}/{strip}" if strip else name)
+            values = init((*shape[:dim], end - begin, *shape[dim + 1 :]), torch.Generator().manual_seed(seed))
+            low, high = max(begin, first), min(end, stop)
+            part.narrow(dim, low - first, high - low).copy_(values.narrow(dim, low - begin, high - low))
+
+        strips = range(first // slices, -(-stop // slices))
+        if len(strips) == 1:
+            fill(strips[0])
+        else:
+            with ThreadPoolExecutor(own_cores()) as pool:  # torch draws without Python's lock
+                list(pool.map(fill, strips))
 
     def seed_for(self, name: str) -> int:
         """The run's seed and a name as one 32-bit seed: all that torch's CPU generator takes."""
         return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+def own_cores() -> int:
+    """Cores of this machine for each of its ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:

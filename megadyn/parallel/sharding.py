@@ -25,6 +25,16 @@ TABLE = (
 )
 
 
+def kind_of(name: str) -> str:
+    """Of the table, first column."""
+    return next((kind for pattern, kind in TABLE if pattern.search(name)), "replicated")
+
+
+def along(kind: str) -> int:
+    """The dimension along which a kind is cut, if it is."""
+    return 1 if kind == "row" else 0
+
+
 @dataclass(frozen=True)
 class Sharding:
     """The table for one model at one tensor size."""
@@ -39,23 +49,30 @@ class Sharding:
 
     def dim(self, name: str) -> int | None:
         """The dimension along which `name` is cut, or None when every rank holds it whole."""
-        kind = next((kind for pattern, kind in TABLE if pattern.search(name)), "replicated")
+        kind = kind_of(name)
         if self.size == 1 or kind == "replicated" or (kind == "kv" and self.kv_is_whole):
             return None
-        return 1 if kind == "row" else 0
+        return along(kind)
+
+    def bounds(self, name: str, shape: Sequence[int], rank: int) -> tuple[int, int, int]:
+        """The dimension along which a tensor of this shape can be cut, and where this rank's part of it begins and ends. The
+        last parts of a vocabulary may end beyond it, or begin there."""
+        kind = kind_of(name)
+        dim = along(kind)
+        if self.dim(name) is None:
+            return dim, 0, shape[dim]
+        assert kind == "vocab" or shape[dim] % self.size == 0, (
+            f"{name} {tuple(shape)} does not divide by {self.size}"
+        )
+        width = -(-shape[dim] // self.size)
+        return dim, rank * width, (rank + 1) * width
 
     def cut(self, name: str, whole: Tensor, rank: int) -> Tensor:
         """This rank's part of `whole`; vocabulary rows beyond the last are zero. A view where no padding is needed."""
-        dim = self.dim(name)
-        if dim is None:
-            return whole
-        short = -whole.shape[dim] % self.size
-        if short:
-            assert dim == 0 and TABLE[0][0].search(name), (
-                f"{name} {tuple(whole.shape)} does not divide by {self.size}"
-            )
-            whole = torch.cat([whole, whole.new_zeros(short, *whole.shape[1:])])
-        return whole.chunk(self.size, dim)[rank]
+        dim, first, stop = self.bounds(name, whole.shape, rank)
+        held = whole.narrow(dim, min(first, whole.shape[dim]), max(0, min(stop, whole.shape[dim]) - first))
+        short = stop - first - held.shape[dim]
+        return torch.cat([held, whole.new_zeros(short, *whole.shape[1:])]) if short else held
 
     def uncut(self, name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
         """The whole tensor from the parts of all ranks, without vocabulary padding. Inverse of `cut`."""

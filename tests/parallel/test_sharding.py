@@ -1,5 +1,7 @@
 """The table of cuts: every kind of parameter comes back from its parts, and no cut changes the initial weights."""
 
+import zlib
+
 import pytest
 import torch
 
@@ -120,6 +122,39 @@ def test_initial_weights_depend_on_the_name_and_the_seed_alone():
     assert torch.equal(draw("a.weight", 1), first)
     assert not torch.equal(draw("b.weight", 1), first)
     assert not torch.equal(draw("a.weight", 2), first)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", f"{LAYER}.mlp.up_proj.weight", f"{LAYER}.mlp.down_proj.weight"]
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_draws_only_the_strips_that_it_holds_and_the_same_numbers(name, size, monkeypatch):
+    shape = (VOCAB if "head" in name else 48, 64)
+    monkeypatch.setattr("megadyn.parallel.params.STRIP", 200)  # whole slices: 3 of 64 elements, or 4 of 48
+    drawn = []
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        drawn.append(torch.Size(shape).numel())
+        return torch.randn(shape, generator=generator)
+
+    whole = ParamMaker(Sharding(1, 4))(name, shape, draw).detach()
+    assert sum(drawn) == whole.numel() and max(drawn) <= 200
+    slices = whole.T if "down" in name else whole
+    assert len({tuple(row[:3].tolist()) for row in slices}) == len(slices), "no strip repeats another"
+    for rank in range(size):
+        drawn.clear()
+        sharding = Sharding(size, 4)
+        part = ParamMaker(sharding, tp=Axis("tp", rank, size))(name, shape, draw).detach()
+        assert torch.equal(part, sharding.cut(name, whole, rank))
+        assert sum(drawn) <= part.numel() + 2 * 200
+
+
+def test_a_small_tensor_is_one_strip_of_the_seed_of_its_name(monkeypatch):
+    """Runs of before strips begin as they did."""
+    make = ParamMaker(Sharding(1, 4), 5)
+    seed = zlib.crc32(b"5/model.norm.weight")
+    expected = torch.randn(48, 64, generator=torch.Generator().manual_seed(seed)) * 0.5
+    assert torch.equal(make("model.norm.weight", (48, 64), normal(0.5)), expected)
 
 
 def test_no_two_matrices_of_a_network_start_alike():
