@@ -8,7 +8,7 @@ relative to their file; `deepspeed_config` may be either.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -263,10 +263,17 @@ def _unknown_key(full_key: str) -> UserError:
 def resolved_config(config: Config) -> dict[str, Any]:
     """The configuration as plain values. The length of the run is as it was given, so that what goes on from this with another
     batch size still means the same number of tokens."""
-    resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))
+    resolved: dict[str, Any] = _plain(asdict(config))
     if length := config.training.length:
         resolved["training"] |= {"iterations": None, length.unit: length.amount}
     return resolved
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples, as YAML has it."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -106,8 +106,9 @@ def join(timeout_s: float = 1800.0) -> None:
                 "MASTER_PORT": str(probe.getsockname()[1]),
             }
         os.environ |= alone
-    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, which never times out when a rank hangs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks, which never times out when a rank hangs. It looks up that
+    # one operation here; by itself it would ask for each of its operations whether it could be compiled, at every start.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if get_accelerator().device_name() == "cpu":
         _share_cores()
     else:

@@ -9,6 +9,7 @@ from tests.helpers.crew import METHOD
 
 UNNEEDED = (
     "torch._inductor.compile_fx",
+    "setuptools",
     "transformers",
     "tensorboard",
     "tokenizers",
@@ -16,7 +17,7 @@ UNNEEDED = (
     "pyarrow",
     "matplotlib",
 )
-"""torch's compiler; what conversion, curves and data preparation need."""
+"""torch's compiler; what DeepSpeed looks for compilers with; what conversion, curves and data preparation need."""
 
 
 def first_step(output: str) -> None:

@@ -1,19 +1,13 @@
 """The stand-alone model: against Qwen2, against itself with a cache, padded, alone, and without megadyn installed."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megadyn.hf.cache_megadyn import MegadynCache
-from megadyn.hf.convert import write_code
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.packing_megadyn import best_of_each_row, pack
-from megadyn.kinds import find_kind
 from tests.hf.tiny_models import (
     DTF,
     KINDS,
@@ -519,42 +513,6 @@ def test_weights_of_hybridnorm():
     assert {name: hybrid[name] for name in hybrid.keys() - pre.keys()} == {
         f"self_attn.{which}_norm.weight": (8,) for which in "qkv"
     }
-
-
-WITHOUT_MEGADYN = """
-import sys, torch
-sys.modules["megadyn"] = None      # as if it were not installed: importing it fails
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokens = torch.load(sys.argv[2])
-cached = model.generate(tokens, max_new_tokens=6, do_sample=False)
-assert torch.equal(cached, model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False))
-torch.save((model(tokens).logits.detach(), cached), sys.argv[2])
-"""
-
-
-@pytest.mark.parametrize(("kind", "normalization"), [("dtf5", "pre"), ("mod-predictor", "hybridnorm")])
-def test_folder_works_without_megadyn(tmp_path, kind, normalization):
-    model = tiny_model(kind, normalization=normalization)
-    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    model.save_pretrained(folder)
-    write_code(folder, find_kind(model.config.routing["kind"]))
-    torch.save(TOKENS, elsewhere / "tokens.pt")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MEGADYN, str(folder), "tokens.pt"],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    logits, sequences = torch.load(elsewhere / "tokens.pt")
-    assert_close(logits, model(TOKENS).logits)
-    assert torch.equal(sequences, model.generate(TOKENS, max_new_tokens=6, do_sample=False))
 
 
 # ---- configuration -------------------------------------------------------------------------------
