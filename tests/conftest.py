@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
 
 from megadyn.log import log
 
+pytest_plugins = ("tests.helpers.datasets",)
+
 
 @pytest.fixture(autouse=True)
 def _logger_as_it_was() -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Small corpora, tokenizers and datasets that several test files share."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from megadyn.log import log
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from tests.helpers.corpora import random_texts
 
+NUMBERS = itertools.count()
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -83,4 +85,4 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture(autouse=True)
 def own_proofs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test finds what another, or the user, has proved."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"cache-{next(NUMBERS)}"))
