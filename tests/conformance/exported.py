@@ -149,7 +149,7 @@ CONFIG = """
 model: {{hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, vocab_size: 259, routing: {routing}}}
 data: {{train: {folder}/text, split: [0.8, 0.2, 0]}}
 tokenizer: {{path: byte}}
-training: {{iterations: 6, global_batch_size: 4, sequence_length: 24, eval_interval: 3, eval_samples: 4}}
+training: {{iterations: 6, global_batch_size: 4, micro_batch_size: 2, sequence_length: 24, eval_interval: 6, eval_samples: 4}}
 optimizer: {{warmup_iterations: 2}}
 checkpoint: {{interval: 3}}
 logging: {{interval: 2, tensorboard: false}}
