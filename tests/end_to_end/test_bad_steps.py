@@ -141,7 +141,7 @@ def test_weights_that_overflow_are_never_saved(config_file: Path) -> None:
         factors={},
     )
     assert crew.statuses == [1]
-    assert "holds a number that is not finite at iteration 1: nothing was saved" in crew.errors()[0]
+    assert "is NaN or infinite at iteration 1: nothing was saved" in crew.errors()[0]
     assert not list((config_file.parent / "out").glob("checkpoints/iteration-*"))
 
 
