@@ -54,7 +54,7 @@ def test_losses_by_routing_only_where_there_are_two() -> None:
         assert "| validation |  | 3.7500 | 30 |" in text
         assert "topk" not in text
     assert "At the end of training 37.5% attended" in own_choice
-    assert "Not known" in card_of(tiny_config("mod"), history={})
+    assert "Unknown:" in card_of(tiny_config("mod"), history={})
 
 
 def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:

@@ -198,7 +198,7 @@ def other_shape(config: Config) -> Config:
         (lambda folder: other_shape(config_of(replay=folder)), "length 24, but this run has 12"),
         (
             lambda folder: config_of(replay=folder / "layer-001"),
-            "recording.json: No such file or directory; no recording",
+            "recording.json: No such file or directory; not a recording",
         ),
     ],
 )
@@ -269,7 +269,7 @@ def rewritten(change: Callable[[Recorded], Recorded]) -> Callable[[Path], None]:
         ),
         (
             rewritten(lambda it: it._replace(chosen=~it.chosen & False)),
-            "must take 12 tokens of each sequence, as the layer does",
+            "must choose 12 tokens of each sequence, as the layer does",
         ),
     ],
     ids=range(9),
