@@ -88,7 +88,7 @@ def test_masks_need_documents_that_end_with_the_token(made):
         check_marked(made("c"), 256)
     with pytest.raises(UserError, match="document 0 of dataset .* ends with token id 101, not with 256"):
         check_marked(without_record(made("d")), 256)
-    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 is meant"):
+    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 should"):
         check_marked(made("e", append_eod=True, eod="!"), 256)
 
 
