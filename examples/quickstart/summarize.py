@@ -1,4 +1,4 @@
-"""Gathers what a finished quickstart measured into summary.json, and prints it.
+"""Collects the results of a finished quickstart in summary.json, and prints them.
 
     python examples/quickstart/summarize.py runs/quickstart EVALUATION.json
 
