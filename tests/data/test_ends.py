@@ -77,7 +77,7 @@ def test_the_written_token_is_adopted_and_others_are_held_to_it(made, logged):
     assert "instead of tokenizer byte's own" in logged.messages[-1]
     check_eod(bang, 33)
     check_eod(none, 33)
-    with pytest.raises(UserError, match="ends its documents with token id 256, but 33 is meant"):
+    with pytest.raises(UserError, match="ends its documents with token id 256, but 33 should"):
         check_eod(usual, 33)
 
 

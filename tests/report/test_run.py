@@ -55,7 +55,7 @@ def test_broken_lines_before_the_end_are_counted(make_run):
     run = read_run(folder, "a")
     assert len(run.training) == 6
     assert [
-        ("incomplete" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes
+        ("last line" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes
     ] == [(True, False), (False, True)]
 
 
