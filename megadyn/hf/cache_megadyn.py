@@ -161,7 +161,7 @@ class LayerCache:
         setattr(self, name, self.trails[name].at_end(new))
 
     def crop(self, kept: list[int]) -> None:
-        """Keeps, in each row, only the first `kept` tokens of the latest call that passed this layer."""
+        """Of the latest call, keeps only what belongs to the first `kept` tokens of each row."""
         if self.again is not None:
             self.again.crop(kept)
         if self.latest is None:

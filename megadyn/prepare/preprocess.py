@@ -94,9 +94,8 @@ def preprocess(
                     encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed
                 )
                 encoded.close()
-                deque(
-                    found, maxlen=0
-                )  # wait for others, which may still be writing parts that are no longer needed
+                # Wait for other ranks, which may still be writing parts that are no longer needed.
+                deque(found, maxlen=0)
                 parts.remove()
             else:
                 parts.wait_for_folder(ranks.rank)

@@ -55,7 +55,7 @@ def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
 
 
 class Lines:
-    """A file in which each line belongs to an iteration. It is opened anew for each record, so that after a failure no
+    """A file in which each line belongs to an iteration. It is reopened for each record, so that after a failure no
     buffer differs from the disk."""
 
     header = ""

@@ -35,7 +35,7 @@ def random_score(capacity: float, *parts: int | Tensor) -> Tensor:
 
 def stride_score(capacity: float, positions: Tensor) -> Tensor:
     """Positive at exactly floor(capacity T) of the positions 0 .. T - 1, for every T; elsewhere it falls with the
-    distance to the last."""
+    distance to the last chosen position."""
     after = (positions + 1).double() * capacity  # multiplied as in capacity_count, so that the counts agree
     chosen = after.floor() > (positions.double() * capacity).floor()
     return (chosen.double() - (after - after.floor())).float()
