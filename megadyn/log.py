@@ -22,9 +22,8 @@ class StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(
-                f"{self.format(record)}\n", end="", flush=True
-            )  # one write, so that lines of ranks do not mix
+            # One write, so that lines of ranks do not mix.
+            print(f"{self.format(record)}\n", end="", flush=True)
         except Exception as error:
             if self._raises and isinstance(error, OSError):
                 raise self._raises(error) from error

@@ -298,9 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Passed by launchers; ignored, because LOCAL_RANK is used.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     launch.adopt_mpi_ranks()
-    watched = (
-        launchers() if "RANK" in os.environ else []
-    )  # now, because a launcher may end while the ranks meet
+    # Now, because a launcher may end while the ranks meet.
+    watched = launchers() if "RANK" in os.environ else []
     start_logging()
     try:
         args = parser.parse_args(argv)

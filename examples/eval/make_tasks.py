@@ -3,8 +3,7 @@
     python examples/eval/make_tasks.py runs/quickstart/corpus/validation.jsonl [runs/eval]
 
 Writes FOLDER/heldout_text.jsonl and FOLDER/next_line.jsonl, which the files in examples/eval/tasks read. The same input
-gives the same
-tasks: wrong lines are drawn from the other documents with a fixed seed.
+gives the same tasks: wrong lines are drawn from the other documents with a fixed seed.
 """
 
 import json

@@ -3,11 +3,10 @@
     megadyn benchmark checkpoint [--model dtf:0.5] [--hidden 512] [--layers 8] [--folder DIR] ...
 
 One process trains as `megadyn.pretrain` does, with the engine settings of `--deepspeed-config`. It saves checkpoints in
-both ways in
-turn: while training waits (`checkpoint.background: false`), and in the background. The stall is how long training
-waited. Training steps are also timed while a checkpoint is written in the background. A checkpoint counts as written
-once its files are synced to disk; verifying and restoring may read from the page cache. Results are medians. A restored
-engine is compared bit by bit.
+both ways in turn: while training waits (`checkpoint.background: false`), and in the background. The stall is how long
+training waited. Training steps are also timed while a checkpoint is written in the background. A checkpoint counts as
+written once its files are synced to disk; verifying and restoring may read from the page cache. Results are medians. A
+restored engine is compared bit by bit.
 """
 
 import argparse

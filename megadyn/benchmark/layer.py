@@ -181,9 +181,8 @@ def checked(
     ]
     # The output may be wider than the weights.
     is_half = any(weight.dtype != torch.float32 for weight in module.parameters())
-    if not errors or (
-        is_half and part.name == WHOLE
-    ):  # in half precision a near tie may be decided differently
+    # In half precision a near tie may be decided differently.
+    if not errors or (is_half and part.name == WHOLE):
         return case
     case.float64_error = max(errors)
     if case.float64_error > (HALF_TOLERANCE if is_half else FP32_TOLERANCE):

@@ -52,9 +52,8 @@ def served(
     built = build(name, args, torch.device("cpu"), torch.float32, tokens, [])
     assert isinstance(built.module, Network)
     widen(built.module)
-    set_shares(
-        built.module, tokens, built.config.routing.share
-    )  # again, because the layers' inputs have changed
+    # Again, because the layers' inputs have changed.
+    set_shares(built.module, tokens, built.config.routing.share)
     model = exported(built.module, built.config)
     set_thresholds(model, tokens, built.config.routing.share)
     return Served(name, model.to(device=device, dtype=dtype), built.config)

@@ -210,10 +210,8 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
         found = access.get(param)  # collective; one of the ranks keeps and writes the result
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
             values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
-            for (
-                key,
-                value,
-            ) in found.items():  # all flags are read once at the end; offloaded states are on the host
+            # All flags are read once at the end; offloaded states are on the host.
+            for key, value in found.items():
                 is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = (
                     value.isfinite().all().to(engine.device)
                 )
@@ -314,9 +312,8 @@ def init_from(engine: Trained, path: Path) -> None:
     set_parameters(engine, folder)
     for index, threshold in thresholds_of(engine.routed).items():
         name = f"model.layers.{index}.{THRESHOLD}"
-        if (
-            name in folder.names()
-        ):  # an export's threshold; it counts as one step, so the average soon moves on
+        # An export's threshold; it counts as one step, so the average soon moves on.
+        if name in folder.names():
             average = float(folder.whole(name)) * (1 - threshold.momentum)
             threshold.set_state({"average": average, "steps": 1}, engine.device)
 

@@ -74,9 +74,8 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
     if first:
         try:
             layout.prune(root, config.checkpoint.keep, config.checkpoint.keep_every)
-        except (
-            OSError
-        ) as error:  # the new checkpoint is complete; the run continues with one old checkpoint too many
+        # The new checkpoint is complete; the run continues with one old checkpoint too many.
+        except OSError as error:
             log.warning("an old checkpoint could not be removed: %s", error)
     return final
 

@@ -102,8 +102,7 @@ class TrainingConfig:
     """Length of the run in steps, including those before it was resumed."""
     tokens: int | None = None
     """Length of the run in tokens (3000000000, 3e9, 3B), instead of `iterations`; rounded up to whole steps. Like
-    `samples` and
-    `epochs`, it stays the same if a resumed run uses another `global_batch_size`."""
+    `samples` and `epochs`, it stays the same if a resumed run uses another `global_batch_size`."""
     samples: int | None = None
     """Length of the run in samples, instead of `iterations`; rounded up to whole steps."""
     epochs: float | None = None

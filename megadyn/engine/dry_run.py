@@ -139,8 +139,7 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
 
 def place_of(rank: int, tensor: int, pipeline: int, data: int) -> Grid:
     """The grid position of `rank`, without any communication. The tensor axis is fastest, then data, then pipeline, as
-    in
-    `make_grid`."""
+    in `make_grid`."""
     return Grid(
         Axis("tp", rank % tensor, tensor),
         Axis("pp", rank // (tensor * data), pipeline),

@@ -354,9 +354,8 @@ class Engine:
             parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
             means = {tracker: part.view_as(x).to(x.dtype) for tracker, part, x in zip(trackers, parts, own)}
         totals: dict[str, Tensor] = {}
-        for (
-            name
-        ) in self.config.model.routing.totals:  # also on stages without routed layers: the sum is collective
+        # Also on stages without routed layers: the sum is collective.
+        for name in self.config.model.routing.totals:
             here = [means[tracker] for tracker in by_name.get(name, {}).values()]
             totals[name] = sum_over(
                 torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp

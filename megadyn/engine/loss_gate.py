@@ -58,8 +58,7 @@ def problem_of(
 
     Args:
         can_scale_down: fp16's loss scale was above its minimum. Then overflowing gradients only mean that the scale
-            must
-            fall further. At the minimum, overflow cannot be resolved.
+            must fall further. At the minimum, overflow cannot be resolved.
     """
     if not math.isfinite(loss):
         return f"a loss of {loss}"

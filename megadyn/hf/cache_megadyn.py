@@ -224,9 +224,8 @@ class Texts(NamedTuple):
     """For each row of a cache: the position in the text that its last token belongs to."""
 
     position_B: Tensor  # RoPE position of the next token
-    place_B: (
-        Tensor  # index of the next token in its text; differs from its position if the caller gives positions
-    )
+    # Index of the next token in its text; differs from its position if the caller gives positions.
+    place_B: Tensor
     ended_B: Tensor  # whether the last token ended a document
     segment_B: Tensor | None = None  # the number of the text in its row; None as long as each row is one text
 

@@ -23,9 +23,8 @@ class Packed(NamedTuple):
     valid_BC: Tensor  # False beyond the row's count
     counts: list[int]  # per packed row
     batch: int  # rows of the whole batch
-    index_BC: Tensor | None = (
-        None  # original column of each token, distinct within a row; None: tokens were not moved
-    )
+    # Original column of each token, distinct within a row; None: tokens were not moved.
+    index_BC: Tensor | None = None
     rows: list[int] | None = None  # which rows of the batch are packed; None: all
     row_B: Tensor | None = None  # the same on the device
     # The text that each token belongs to, which limits its attention. None: each row is one text.

@@ -112,9 +112,8 @@ def join(timeout_s: float = 1800.0) -> None:
         _share_cores()
     else:
         check_devices(int(os.environ["LOCAL_RANK"]), local_ranks(), get_accelerator().device_count())
-        get_accelerator().set_device(
-            int(os.environ["LOCAL_RANK"])
-        )  # before joining, because NCCL binds to this device
+        # Before joining, because NCCL binds to this device.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
         if attempt() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

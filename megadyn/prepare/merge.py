@@ -19,9 +19,8 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = 
     """
     refuse_existing(files_of(output).values(), overwrite)
     first = IndexedDataset(prefixes[0])
-    for prefix in prefixes[
-        1:
-    ]:  # check all before copying the first; one at a time, because there may be thousands
+    # Check all before copying the first; one at a time, because there may be thousands.
+    for prefix in prefixes[1:]:
         check_alike(first, IndexedDataset(prefix))
     records = []
     with os_errors_named(output), IndexedWriter(output, first.dtype) as writer:

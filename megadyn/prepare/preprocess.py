@@ -74,9 +74,8 @@ def preprocess(
             parts.take_back(outputs)
             refuse_existing(outputs.values(), overwrite)
         reference = load_tokenizer(tokenizer_path, eod)
-        end = (
-            end_of_document(reference) if append_eod else None
-        )  # fail before gigatoken's proof, which takes time
+        # Fail before gigatoken's proof, which takes time.
+        end = end_of_document(reference) if append_eod else None
         units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
         encoder = Encoder(corpus, units, tokenizer, parts, eod=end, limit=max_documents)
         encoder.names, encoder.joined = ranks.broadcast(

@@ -86,8 +86,7 @@ class RoutedLayer(Layer):
 
     def decision_steps(self, stream: Stream) -> list[Step]:
         """The steps of choosing these tokens, for the benchmark of parts. The first one does the operations that the
-        kind's
-        `flops` count as `whole`."""
+        kind's `flops` count as `whole`."""
         return []
 
     def mixing_step(self, stream: Stream, selection: Selection) -> Step | None:

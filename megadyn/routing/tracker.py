@@ -12,8 +12,7 @@ from megadyn.routing.select import Selection, take
 
 class StepTracker(ABC):
     """Collects a scalar or a vector from every micro-batch of a step. The engine averages it over data-parallel ranks
-    and calls
-    `end_step` with the result.
+    and calls `end_step` with the result.
 
     Not a module, because the engine casts modules' buffers to half precision. A step's micro-batches are averaged
     first, so nothing depends on how a step is split.

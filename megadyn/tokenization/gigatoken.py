@@ -319,9 +319,8 @@ class Proof:
         """A phrase saying on which texts `other`, called `name`, agrees. Raises `Unequal` with the first text on which
         it does not."""
         found = other.encode_batch(self._texts)
-        alone = [
-            other.encode_batch([text])[0] for text in AWKWARD
-        ]  # so that each is also the first text of a call
+        # So that each is also the first text of a call.
+        alone = [other.encode_batch([text])[0] for text in AWKWARD]
         wanted = self._wanted.result()
         for i, text in enumerate(self._texts):
             if not np.array_equal(found[i], wanted[i]) or (

@@ -192,9 +192,8 @@ class HfTokenizer(Tokenizer):
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None  # dropout would give random ids
         settings = tokenizer_settings(folder)
-        splits = (
-            settings.get("split_special_tokens") is True
-        )  # special tokens spelled out in a text are plain text
+        # Special tokens spelled out in a text are plain text.
+        splits = settings.get("split_special_tokens") is True
         self._tokenizer.encode_special_tokens = splits
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name

@@ -78,9 +78,8 @@ class Dtf(Surprising):
         # Both differences and the prior's inner activations. They come after the block, so they are freed before its
         # backward pass.
         prior = m * b * (2 * d + 2 * self.prior_size(work.model))
-        compared = (
-            m * d * (8 + b + (b if b < 4 else 0))
-        )  # gradients of both in float32, and that of the residual stream
+        # Gradients of both in float32, and that of the residual stream.
+        compared = m * d * (8 + b + (b if b < 4 else 0))
         return Kept(
             m * b * d,
             whole_block(work) + prior,

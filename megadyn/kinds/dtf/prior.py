@@ -13,8 +13,8 @@ from megadyn.parallel.params import ParamMaker, constant, normal
 
 class Prior(nn.Module):
     """PriorFFN(RMSNorm(h)), a narrow SwiGLU without biases; not cut over tensor ranks. It holds all four weights
-    itself, without
-    submodules: one function uses them all, and ZeRO-3 gathers only the weights of the running module."""
+    itself, without submodules: one function uses them all, and ZeRO-3 gathers only the weights of the running
+    module."""
 
     def __init__(self, name: str, hidden_size: int, width: int, eps: float, *, make: ParamMaker):
         super().__init__()
