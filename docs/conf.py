@@ -34,7 +34,7 @@ python_use_unqualified_type_names = True
 nitpicky = False
 
 KIND_PAGE = re.compile(r"\(\.\./megadyn/kinds/(\w+)/README\.md\)")
-"""Sources link to the kinds' own files, so that the links work in the repository; the site has a page for each."""
+"""Sources link to the kinds' own files, so that links work in the repository; on the site each kind has a page."""
 
 
 def link_kind_pages(app: Sphinx, name: str, source: list[str]) -> None:
@@ -50,7 +50,7 @@ def write_configuration(app: Sphinx) -> None:
 def double_backticks(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Docstrings write code in single backticks, as Markdown does; reStructuredText wants two."""
+    """Doubles backticks: docstrings use single ones, as in Markdown, but reStructuredText needs two."""
     text = re.sub(r"(?<!`)`([^`]+?)\s*`(?!`)", r"``\1``", "\n".join(lines))
     lines[:] = text.split("\n")
 

@@ -1,4 +1,4 @@
-"""The page with every configuration key, made at build time from what `megadyn config keys` shows."""
+"""The page with every configuration key, built from the same data as `megadyn config keys`."""
 
 import json
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from megadyn.config.describe import REQUIRED, ROUTING, Key, keys
 from megadyn.kinds import find_kind, make_kind
 
-ABOUT_ROUTING = "`kind` chooses the kind; every kind then has keys of its own. A key that the chosen kind lacks is refused."
+ABOUT_ROUTING = "`kind` chooses the kind; every kind then has its own keys. A key that the chosen kind lacks is refused."
 
 
 def sections() -> Iterator[tuple[str, str, list[Key]]]:
-    """Title, text and keys of each section: the top level, then as in the source, kinds of routing behind `model.routing`."""
+    """Title, text and keys of each section: the top level, then as in the source; kinds of routing follow `model.routing`."""
 
     def place(key: Key) -> tuple[str, str | None]:
         return key.name.rpartition(".")[0], key.kind
@@ -30,7 +30,7 @@ def sections() -> Iterator[tuple[str, str, list[Key]]]:
 
 
 def default_of(key: Key) -> str:
-    """As it is written in YAML; for a key of a kind what its class fills in for null."""
+    """The default as written in YAML; for a key of a kind, the value that its class fills in for null."""
     if key.default == REQUIRED:
         return "required"
     value = key.default
@@ -57,7 +57,7 @@ def as_markdown() -> str:
 
 
 def write(path: Path) -> None:
-    """Writes the page, and leaves it untouched if nothing changed, so that a second build is quick."""
+    """Writes the page only if it changed, so that a second build is quick."""
     text = as_markdown()
     path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_text() != text:

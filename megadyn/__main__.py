@@ -1,4 +1,4 @@
-"""`python -m megadyn`: the command `megadyn`, where it is not on the search path of the shell."""
+"""`python -m megadyn`: the same as the command `megadyn`, for when that is not on the shell's search path."""
 
 from megadyn.commands import main
 

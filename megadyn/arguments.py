@@ -1,4 +1,4 @@
-"""Command-line arguments that several tools share."""
+"""Command-line arguments and parsers shared by the commands."""
 
 import argparse
 import re
@@ -10,16 +10,16 @@ from megadyn.paths import user_path
 
 
 def command_parser(name: str, doc: str | None) -> Parser:
-    """The parser of `megadyn NAME`, or of the script in `tools/` that was started: its help names what the user typed.
+    """The parser of `megadyn NAME`, or of the script in `tools/` that was started: its help shows what the user typed.
 
     Args:
-        name: the sub-command, with a word behind it that chooses among what it does.
-        doc: paragraphs of text, and one of examples, commands all, which the help ends with.
+        name: the sub-command, possibly with a second word that selects a part of it.
+        doc: paragraphs of text, and one paragraph of example commands, which is moved to the end of the help.
     """
     script = Path(sys.argv[0])
     prog = started = f"megadyn {name}"
     if script.parent.name == "tools" and script.suffix == ".py":
-        prog = " ".join([script.name, *name.split()[1:]])  # with what `benchmark` measures
+        prog = " ".join([script.name, *name.split()[1:]])  # for `benchmark`, including what it measures
         started = f"python tools/{prog}"
     paragraphs = (doc or "").strip().split("\n\n")
     examples = [
@@ -39,14 +39,14 @@ def command_parser(name: str, doc: str | None) -> Parser:
 
 
 class HelpText(argparse.RawDescriptionHelpFormatter):
-    """Texts as they are written; names of options and what they mean on one line where both fit."""
+    """Keeps the layout of texts; puts an option and its help on one line if both fit."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, example: str = "training.iterations=20") -> None:
-    """CONFIG and its overrides, of which `example` is one."""
+    """Adds CONFIG and its overrides; `example` is an override shown in the help."""
     parser.add_argument("config", type=user_path, metavar="CONFIG", help="YAML file")
     parser.add_argument(
         "overrides",
@@ -57,7 +57,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str = "traini
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     add_json_argument(parser)
 
 
@@ -85,7 +85,7 @@ def seed(text: str) -> int:
 
 
 def output_prefix(text: str) -> Path:
-    """A path that ends in a name; without one the files would be hidden ones."""
+    """A path that ends in a name; otherwise the output files would be hidden files."""
     if not (path := user_path(text)).name or path.name == "..":
         raise argparse.ArgumentTypeError(f"{text!r}: must end in a name, as data/corpus does")
     return path
@@ -99,7 +99,7 @@ UNITS = {
 
 
 def byte_count(text: str) -> int:
-    """A number of bytes, or one with a unit: 5GB (10^9), 512MiB (2^20)."""
+    """A number of bytes, possibly with a unit: 5GB (10^9), 512MiB (2^20)."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)?", text)
     count = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if count < 1:

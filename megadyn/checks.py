@@ -1,4 +1,4 @@
-"""Checks that several sections of the configuration share. Each raises ConfigError, which names the key."""
+"""Checks shared by several sections of the configuration. Each raises ConfigError, which names the key."""
 
 import math
 from collections.abc import Sequence
@@ -19,6 +19,6 @@ def at_least(key: str, got: float | None, least: float) -> None:
 
 
 def in_range(key: str, got: float, low: float, high: float) -> None:
-    """Refuses what is outside (low, high]."""
+    """Refuses values outside (low, high]."""
     if not low < got <= high:
         raise ConfigError(key, got, f"in ({low}, {high}]")

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one sentence, exit status 2, no traceback."""
+"""Errors that the user can fix: one sentence, exit status 2, no traceback."""
 
 import argparse
 import difflib
@@ -10,38 +10,38 @@ from contextlib import contextmanager, redirect_stdout
 from typing import NoReturn
 
 CLOSED_PIPE = 128 + 13
-"""Exit status of a program that SIGPIPE ended."""
+"""Exit status of a program that was ended by SIGPIPE."""
 
 
 class UserError(Exception):
-    """Bad input. Its text is the one sentence the user sees after `error: `."""
+    """Invalid input. Its text is the one sentence that the user sees after `error: `."""
 
 
 class ConfigError(UserError):
-    """A key of the configuration, what it holds, and what it must be."""
+    """A key of the configuration, its value, and what it must be."""
 
     def __init__(self, key: str, got: object, want: str) -> None:
         super().__init__(f"{key} = {got!r}: must be {want}")
 
 
 class RunError(Exception):
-    """The run cannot go on, through no fault of its input. Its text is one sentence; exit status 1."""
+    """The run cannot continue, although its input is valid. Its text is one sentence; exit status 1."""
 
     is_everywhere = False
-    """Raised on all ranks alike, so that one may speak for them."""
+    """Whether all ranks raise the same error, so that one may report for all."""
 
 
 class OutputClosed(Exception):
-    """The reader of standard output has gone."""
+    """The reader of standard output is gone."""
 
 
 def one_line(error: object) -> str:
-    """What another library says, as words inside a sentence of ours."""
+    """Another library's error message as one line, for use in our own messages."""
     return " ".join(str(error).split()).rstrip(".")
 
 
 def line_lost(error: OSError) -> Exception:
-    """What to raise for a line of the log that standard output did not take: no `OSError`, as none of the work's files failed."""
+    """The exception for a log line that could not be written to standard output. Not an `OSError`, which would blame a file."""
     return (
         OutputClosed()
         if isinstance(error, BrokenPipeError)
@@ -50,21 +50,21 @@ def line_lost(error: OSError) -> Exception:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are the user's too."""
+    """An argument parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)" for the nearest of `known`, or nothing."""
+    """ " (did you mean 'x'?)" for the most similar word in `known`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @contextmanager
 def some_standard_output() -> Iterator[None]:
-    """A tool may be started without one (`>&-`); what it prints then goes nowhere."""
+    """Makes printing harmless if the tool was started without standard output (`>&-`)."""
     if sys.stdout is not None:
         yield
         return
@@ -74,10 +74,11 @@ def some_standard_output() -> Iterator[None]:
 
 @some_standard_output()
 def run_tool(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; a `UserError` becomes one line on standard error and status 2, a `RunError` one and status 1.
+    """Runs `main` and returns the exit status. A `UserError` gives one line on standard error and status 2; a
+    `RunError` one line and status 1.
 
-    So does an `OSError` about a file (no permission, a name too long) or a full disk, with status 2: that is the user's to
-    mend. A reader of standard output that has gone (`| head`) is no news, and status 141.
+    An `OSError` about a file (no permission, name too long) or a full disk also gives one line and status 2, because
+    the user can fix it. If the reader of standard output is gone (`| head`), nothing is printed and the status is 141.
     """
     try:
         try:
@@ -104,7 +105,7 @@ def run_tool(main: Callable[[], int | None]) -> int:
 
 
 def leave_standard_output() -> None:
-    """Drops what it will not take: Python would try once more at its end, and show a traceback."""
+    """Drops buffered output that cannot be written. Otherwise Python would retry at exit and show a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Output that appears under its final name only when it is complete."""
+"""Writes output that appears under its final name only when it is complete."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -9,12 +9,12 @@ from megadyn.errors import UserError
 
 
 def temporary_beside(path: Path) -> Path:
-    """A fresh name in the folder of `path`: on the same file system, so that a rename is atomic."""
+    """An unused name in the folder of `path`, so that renaming stays on one file system and is atomic."""
     return path.with_name(f".{path.name}.{os.urandom(16).hex()}.tmp")
 
 
 def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raises `UserError` if one of the outputs is there already and was not meant to be replaced."""
+    """Raises `UserError` if an output exists and must not be replaced."""
     for path in paths:
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists already; give --overwrite to replace it")
@@ -22,9 +22,9 @@ def refuse_existing(paths: Iterable[Path], overwrite: bool) -> None:
 
 @contextmanager
 def os_errors_named(subject: Path | str) -> Iterator[None]:
-    """Turns an `OSError` (no permission, no space left) into the sentence that a user can act on.
+    """Turns an `OSError` (no permission, no space left) into a sentence that helps the user.
 
-    `subject` stands for the file where the error names none.
+    `subject` names the file if the error does not.
     """
     try:
         yield
@@ -33,12 +33,12 @@ def os_errors_named(subject: Path | str) -> Iterator[None]:
 
 
 def readable(path: Path) -> None:
-    """Gives a file the mode of any new one, where a library (safetensors) made it for the owner alone."""
+    """Gives a file the default mode of new files, because safetensors creates files that only the owner can read."""
     path.chmod(0o666 & ~_umask())
 
 
 def executable(path: Path) -> None:
-    """Gives a file the mode of a new program."""
+    """Gives a file the default mode of new programs."""
     path.chmod(0o777 & ~_umask())
 
 

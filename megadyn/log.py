@@ -1,4 +1,4 @@
-"""One logger; rank 0 speaks."""
+"""One logger, used mainly by rank 0."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ log = logging.getLogger("megadyn")
 
 
 class StandardOutput(logging.Handler):
-    """Prints to what `sys.stdout` is when the line comes: it may have been replaced since the start (by a capture, a pager).
+    """Prints to the current `sys.stdout`, which may have been replaced since the start (by a capture or a pager).
 
-    For a line that cannot be written it raises what `raises` makes of the error, if that is given; else the library
-    tells so on standard error, and all goes on.
+    If a line cannot be written, raises `raises(error)` if `raises` is given. Otherwise the logging library reports this
+    on standard error, and the program continues.
     """
 
     def __init__(self, raises: Raises | None) -> None:
@@ -22,7 +22,8 @@ class StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(f"{self.format(record)}\n", end="", flush=True)  # in one piece, among those of other ranks
+            # One write, so that lines of ranks do not mix.
+            print(f"{self.format(record)}\n", end="", flush=True)
         except Exception as error:
             if self._raises and isinstance(error, OSError):
                 raise self._raises(error) from error
@@ -30,9 +31,9 @@ class StandardOutput(logging.Handler):
 
 
 def start_logging(raises: Raises | None = None) -> None:
-    """Plain lines on standard output from rank 0, warnings and errors with their rank from the others.
+    """Rank 0 logs plain lines to standard output; other ranks log warnings and errors, with their rank.
 
-    `raises` is for tools, which end where nobody hears them (`errors.line_lost`); training goes on.
+    `raises` is for tools, which end if their output cannot be written (`errors.line_lost`); training continues.
     """
     rank = int(os.environ.get("RANK", 0))
     handler = StandardOutput(raises)

@@ -1,6 +1,6 @@
-"""The model as one ordered list of layers; a pipeline stage is a stretch of the list.
+"""The model as one ordered list of layers; a pipeline stage is a contiguous part of the list.
 
-These are Embed, the layers of `ModelConfig.layer_types`, FinalNorm and Head.
+The list consists of Embed, the layers of `ModelConfig.layer_types`, FinalNorm and Head.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class Head(nn.Module):
 
 
 def read_out(head: "Head | Embed", stream: Stream, labels: Tensor | None = None) -> Tensor:
-    """Mean loss for labels [B, T]; without labels the whole logits [B, T, V]. `head` may be the Embed that is tied to it."""
+    """Mean loss for labels [B, T]; without labels all logits [B, T, V]. `head` may be the Embed, if it is tied."""
     hidden = enter_tp(stream.hidden, head.tp, head.seq)
     if labels is None:
         return gather_from_tp(F.linear(hidden, head.weight), head.tp)[..., : head.vocab_size]
@@ -74,14 +74,14 @@ def read_out(head: "Head | Embed", stream: Stream, labels: Tensor | None = None)
 
 
 class LayerMaker(NamedTuple):
-    """One entry of the list: called with `arguments`, `build` makes the module."""
+    """One entry of the list: `build`, called with `arguments`, creates the module."""
 
     build: type[nn.Module]
     arguments: tuple[Any, ...]
 
 
 def layer_classes(model: ModelConfig) -> dict[str, type[Layer]]:
-    """The class of each layer type that the model may have: its kind's own, and the dense one."""
+    """The class of each layer type that the model may contain: those of its kind, and the dense one."""
     kinds = (find_kind(DENSE), type(model.routing))
     return {
         layer: getattr(module_of(kind, "layers"), name)
@@ -91,7 +91,7 @@ def layer_classes(model: ModelConfig) -> dict[str, type[Layer]]:
 
 
 def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[LayerMaker]:
-    """The whole model, first to last, before anything is allocated."""
+    """The whole model, first to last, without allocating anything."""
     model, make = ctx.model, ctx.make
     classes = layer_classes(model)
     layers = []
@@ -116,7 +116,7 @@ def choosing_layers(model: ModelConfig) -> dict[int, str]:
 
 
 class Network(nn.Module):
-    """The whole list run in order, for every run without pipeline stages."""
+    """Runs the whole list in order, for every run without pipeline stages."""
 
     def __init__(self, ctx: LayerContext, loss_scale: LossScale):
         super().__init__()
@@ -141,14 +141,14 @@ def routed_layers(module: nn.Module) -> list[RoutedLayer]:
 
 
 def set_routing_mode(layers: Sequence[RoutedLayer], mode: str) -> None:
-    """`topk` or `causal` in every layer that chooses by top-k."""
+    """Sets `topk` or `causal` in every layer that chooses by top-k."""
     for layer in layers:
         if layer.causal_router is not None:
             layer.causal_router.mode = mode
 
 
 def trackers_of(layers: Sequence[RoutedLayer]) -> dict[str, dict[int, StepTracker]]:
-    """What these layers carry from step to step: by name, then by layer."""
+    """State that these layers carry from step to step: by name, then by layer."""
     found: dict[str, dict[int, StepTracker]] = {}
     for layer in layers:
         for name, tracker in layer.trackers().items():

@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` and environment variables mean what they mean in a shell."""
+"""Paths as people write them: `~` and environment variables mean the same as in a shell."""
 
 import os
 import re
@@ -10,14 +10,15 @@ VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def expanded(text: str, key: str = "") -> str:
-    """`text` with `~`, `~user`, `$NAME` and `${NAME}` replaced. Every path that a user gives goes through here.
+    """`text` with `~`, `~user`, `$NAME` and `${NAME}` expanded. Every path given by a user goes through this function.
 
     Args:
-        key: what holds the path, for the message.
+        key: what contains the path, for the message.
 
     Raises:
-        UserError: a variable that is not set or is empty, or a user who does not exist. Left as it is, the text would
-            become a folder of that name; an empty value would turn `$DATA/x` into `/x`.
+        UserError: a variable is not set or empty, or a user does not exist. Unexpanded, the text would become a folder
+        of that
+            name; an empty value would turn `$DATA/x` into `/x`.
     """
     where = f"{key} = {text!r}" if key else repr(text)
 
@@ -36,5 +37,5 @@ def expanded(text: str, key: str = "") -> str:
 
 
 def user_path(text: str) -> Path:
-    """The type of a tool's argument that is a path."""
+    """Argument type of a tool's path."""
     return Path(expanded(text))

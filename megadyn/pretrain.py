@@ -1,9 +1,9 @@
-"""The main job: read the configuration, build, loop. Read this file first.
+"""The main job: reads the configuration, builds everything, and runs the loop. Read this file first.
 
     deepspeed [launcher options] --module megadyn.pretrain CONFIG.yaml [key=value ...]
 
-also under `torchrun -m megadyn.pretrain`, `mpirun python -m megadyn.pretrain`, or alone. Exit status: 0 when the
-run is complete, or was asked to stop (SIGTERM) and has saved; 2 on bad input, with one line `error: ...`.
+It also runs under `torchrun -m megadyn.pretrain`, `mpirun python -m megadyn.pretrain`, or alone. Exit status: 0 if the
+run is complete, or was asked to stop (SIGTERM) and has saved; 2 for invalid input, with one line `error: ...`.
 """
 
 import argparse
@@ -51,8 +51,8 @@ from megadyn.training.state import RunState
 
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
-    """Trains as configured. Every process of the job calls it. `watched`: launchers, with which the run ends."""
-    # read again by the engine; a mistake in it is to be known before the data are opened
+    """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
+    # The engine reads this again; check it before the data are opened.
     engine_settings(config)
     plan = batch_plan(config, launch.world_size())
     data = open_data(config, expected_start(config))
@@ -74,7 +74,7 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
 
 
 def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> None:
-    """Trains from the current iteration to the end. If nothing is left to do, nothing in the output folder is touched."""
+    """Trains from the current iteration to the end. If nothing is left to do, does not touch the output folder."""
     signals = Signals(watchdog.asked_to_stop)
     watchdog.request_stop = signals.request
     state = RunState(config, data.train)
@@ -94,7 +94,7 @@ def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> Non
 
 @contextmanager
 def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[tuple[Silent, Profile]]:
-    """What a run reports into its output folder, which is made; closed also when the run fails. Collective."""
+    """Creates the output folder and opens what the run reports to; closed also if the run fails. Collective."""
     folder, rank, device = Path(config.output_dir), dist.get_rank(), engine.device
     telemetry = Silent()
     with os_errors_named(folder):
@@ -121,7 +121,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
 
 
 class Job:
-    """The loop, and the steps that it calls by name."""
+    """The training loop, and the operations that it calls by name."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Job:
         self.replay = Replay(
             config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key
         )
-        self.evaluations: dict[str, dict[str, float]] = {}  # the last of each set
+        self.evaluations: dict[str, dict[str, float]] = {}  # the latest of each set
         self.has_ended = False
 
     def train(self) -> None:
@@ -155,7 +155,7 @@ class Job:
         if state.iteration == 0:
             self.evaluate("validation", self.data.validation)
         while not (state.is_complete or stopping):
-            # Anew after a rollback: then more steps follow than there were samples for.
+            # Recomputed after a rollback, which repeats steps with new samples.
             end = self.config.training.samples_at_end(*state.position)
             with self.loader(
                 self.data.train, state.consumed_samples, end, step=self.engine.plan.global_batch
@@ -171,7 +171,7 @@ class Job:
             )
 
     def steps(self, loader: Loader) -> bool:
-        """Steps until the run is complete or has gone back to a checkpoint; true if it was asked to stop."""
+        """Runs steps until the run is complete or has gone back to a checkpoint; returns True if it was asked to stop."""
         while not self.state.is_complete:
             before = self.state.iteration
             if self.step(loader):
@@ -181,7 +181,7 @@ class Job:
         return False
 
     def step(self, loader: Loader) -> bool:
-        """One step, and what is due behind it; true if the run was asked to stop."""
+        """Runs one step and what is due after it; returns True if the run was asked to stop."""
         state, number = self.state, self.state.iteration + 1
         rate = state.rate()
         is_measured = state.due(self.config.logging.interval, number)
@@ -195,7 +195,7 @@ class Job:
         stopping, is_written = self.signals.ask(self.checkpoints.writer.is_busy)
         if result.problem:
             self.bad_steps.take(result)
-            self.engine.routing_statistics()  # the bad step's are dropped
+            self.engine.routing_statistics()  # discard those of the bad step
         else:
             state.loss_rule.note(number, float(result.loss))
             if is_measured or stopping:
@@ -226,7 +226,7 @@ class Job:
             )
 
     def loader(self, samples: Samples, first: int, end: int, step: int) -> Loader:
-        """This rank's micro-batches of samples `first` to `end`; a stage between the first and the last reads none."""
+        """This rank's micro-batches of samples `first` to `end`; pipeline stages in the middle read none."""
         grid, plan = self.engine.grid, self.engine.plan
         reads = grid.is_first_stage or grid.is_last_stage
         ids = micro_batch_ids(
@@ -240,7 +240,7 @@ class Job:
         return Loader(samples, ids, self.engine.device)
 
     def watched(self, loader: Loader) -> Iterator[MicroBatch]:
-        """The micro-batches of the next step. Reading and computing show apart in what the watchdog tells."""
+        """The micro-batches of the next step. Tells the watchdog whether the rank is reading or computing."""
         number = self.state.iteration + 1
         self.watchdog.progress(f"in step {number}")
         batches = islice(loader, self.engine.plan.micro_batches)
@@ -253,7 +253,7 @@ class Job:
             yield batch
 
     def report(self, result: StepResult, rate: float, is_measured: bool) -> None:
-        """Metrics of the last step. One that a signal made the last is reported without what only a measured step has."""
+        """Reports metrics of the last step. A step that was not measured (the run was stopped by a signal) has fewer fields."""
         loss, norm, state = float(result.loss), float(result.grad_norm), self.state
         routing = self.engine.routing_statistics()
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}
@@ -271,7 +271,7 @@ class Job:
         )
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
-        """Loss on held-out samples under each routing; a dense model has one, reported for both."""
+        """Loss on held-out samples with each routing mode; a dense model has only one loss, which is reported for both."""
         if samples is None:
             return
         plan = self.engine.plan
@@ -295,10 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for example training.iterations=20"
     )
-    # the launcher passes it; LOCAL_RANK counts
+    # Passed by launchers; ignored, because LOCAL_RANK is used.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     launch.adopt_mpi_ranks()
-    watched = launchers() if "RANK" in os.environ else []  # at once: it may end while the ranks meet
+    # Now, because a launcher may end while the ranks meet.
+    watched = launchers() if "RANK" in os.environ else []
     start_logging()
     try:
         args = parser.parse_args(argv)
@@ -319,8 +320,8 @@ def say(error: Exception) -> None:
 
 
 def main_of_a_rank(argv: Sequence[str] | None = None) -> NoReturn:
-    """`main` for a process of its own. One that failed waits for nothing: not for collectives that will never end."""
-    faulthandler.enable()  # a segmentation fault shows where
+    """`main` in a process of its own. On failure it exits at once, without waiting for collectives that would never finish."""
+    faulthandler.enable()  # shows a traceback after a segmentation fault
     try:
         status = main(argv)
     except Exception:

@@ -1,4 +1,4 @@
-"""`megadyn export` and `megadyn checkpoint` as a script: a run's checkpoint as a Hugging Face folder, or described.
+"""`megadyn export` and `megadyn checkpoint` as a script: exports a run's checkpoint to a Hugging Face folder, or describes it.
 
 python tools/convert_checkpoint.py to-hf --checkpoint runs/quickstart --output hf
 python tools/convert_checkpoint.py inspect --checkpoint runs/quickstart
@@ -18,7 +18,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     export.add_arguments(commands.add_parser("to-hf", help="export to Hugging Face"))
     inspect = commands.add_parser(
-        "inspect", help="iteration, topology, size, and whether all files are whole"
+        "inspect", help="iteration, topology, size, and whether all files are intact"
     )
     inspect.add_argument("--checkpoint", type=user_path, required=True, metavar="DIR")
     add_json_argument(inspect)

@@ -2,8 +2,8 @@
 
     python examples/eval/make_tasks.py runs/quickstart/corpus/validation.jsonl [runs/eval]
 
-FOLDER/heldout_text.jsonl and FOLDER/next_line.jsonl, which the files in examples/eval/tasks read. The same input gives the same
-tasks: wrong lines are drawn from the other documents with a fixed seed.
+Writes FOLDER/heldout_text.jsonl and FOLDER/next_line.jsonl, which the files in examples/eval/tasks read. The same input
+gives the same tasks: wrong lines are drawn from the other documents with a fixed seed.
 """
 
 import json
@@ -15,7 +15,7 @@ from megadyn.errors import UserError, run_tool
 from megadyn.prepare.readers import Corpus
 
 DOCUMENTS, CHARACTERS = 100, 4000
-"""Of each task, and of each document."""
+"""Largest number of documents per task, and of characters per document."""
 CONTEXT_LINES, CHOICES = 8, 4
 
 
@@ -36,7 +36,8 @@ def main(corpus: Path, folder: Path) -> None:
 
 
 def next_lines(texts: list[str]) -> list[dict[str, object]]:
-    """A question a document that is long enough: `context` lines, `choices` of the next, and the number of the right `answer`."""
+    """One question per document that is long enough: `context` lines, `choices` for the next line, and the index of the
+    `answer`."""
     draw = random.Random(0)
     documents = [[line for line in text.splitlines(keepends=True) if line.strip()] for text in texts]
     documents = [lines for lines in documents if len(lines) > CONTEXT_LINES]

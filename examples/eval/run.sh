@@ -9,11 +9,11 @@ fail() { echo "error: $*" >&2; exit 2; }
 [ $# -ge 1 ] || fail "give an exported folder"
 folder=$1 routing=${ROUTING:-causal} tasks=${TASKS:-arc_easy,hellaswag,piqa,winogrande,boolq,openbookqa}
 shift
-[ -f "$folder/modeling_megadyn.py" ] || fail "$folder: no folder that tools/convert_checkpoint.py to-hf wrote (without --as)"
+[ -f "$folder/modeling_megadyn.py" ] || fail "$folder: not a folder written by megadyn export (without --as)"
 command -v lm_eval >/dev/null || fail "lm_eval is not installed (pip install lm_eval)"
 case $routing in
     causal) batch=${BATCH:-8} ;;
-    # lm_eval pads without a mask, and top-k would choose among the padding too. Causal routing never looks at it.
+    # lm_eval pads without a mask, so top-k would also choose among padding tokens. Causal routing is not affected.
     topk) batch=${BATCH:-1}; [ "$batch" = 1 ] || fail "BATCH = $batch: must be 1 with ROUTING=topk" ;;
     *) fail "ROUTING = $routing: must be causal or topk" ;;
 esac

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Trains with the deepspeed launcher, on this machine or on the hosts of a hostfile:
 #   [HOSTFILE=hosts] examples/launch/deepspeed.sh CONFIG.yaml [key=value ...]
-# HOSTFILE        a host a line as `name slots=8`, started from here by pdsh and ssh
-# NODE_RANK       to do without ssh: run this on each host of HOSTFILE, with 0, 1, ... in its order
-# GPUS            without HOSTFILE: how many of this machine's (default: all)
-# MASTER_ADDR     the first host's address as all hosts reach it (default: its name in HOSTFILE)
+# HOSTFILE        one host per line as `name slots=8`, started from here by pdsh and ssh
+# NODE_RANK       to avoid ssh: run this on each host of HOSTFILE, with 0, 1, ... in the order of its lines
+# GPUS            without HOSTFILE: number of this machine's GPUs to use (default: all)
+# MASTER_ADDR     the first host's address, reachable from all hosts (default: its name in HOSTFILE)
 # MASTER_PORT     (default: 29500)
 # DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
-# Over ssh the deepspeed command hands on variables of Python and NCCL alone; others stand in ~/.deepspeed_env, NAME=value a line.
+# Over ssh the deepspeed command passes on only variables of Python and NCCL. Put others into ~/.deepspeed_env, one
+# NAME=value per line.
 set -euo pipefail
 options=(--master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then
@@ -19,11 +20,11 @@ if [[ -n ${HOSTFILE:-} ]]; then
     if [[ -n ${NODE_RANK:-} ]]; then
         options+=(--no_ssh --node_rank "$NODE_RANK")
     else
-        options+=(--force_multi)        # a single other host would otherwise be taken for this one
+        options+=(--force_multi)        # otherwise a single remote host would be mistaken for this one
     fi
 else
     python -m megadyn check "$@" ${GPUS:+--processes "$GPUS"}
     options+=(${GPUS:+--num_accelerators "$GPUS"})
 fi
-# shellcheck disable=SC2086     # DEEPSPEED_ARGS are words
+# shellcheck disable=SC2086     # DEEPSPEED_ARGS must be split into words
 exec deepspeed "${options[@]}" ${DEEPSPEED_ARGS:-} --module megadyn.pretrain "$@"

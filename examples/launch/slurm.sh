@@ -3,16 +3,16 @@
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains under Slurm. Run it, and it submits itself; inside an allocation it starts the job there:
+# Trains under Slurm. When you run it, it submits itself; inside an allocation it starts the job there:
 #   NODES=8 examples/launch/slurm.sh CONFIG.yaml [key=value ...]
-# NODES        machines (default: 1)
-# GPUS         of each (default: 8)
-# CPUS         cores for each GPU (default: 8)
-# MASTER_ADDR  the first machine's address as all reach it (default: its name)
-# MASTER_PORT  (default: from the job's number)
+# NODES        number of machines (default: 1)
+# GPUS         GPUs per machine (default: 8)
+# CPUS         cores per GPU (default: 8)
+# MASTER_ADDR  the first machine's address, reachable from all (default: its name)
+# MASTER_PORT  (default: derived from the job's number)
 # SRUN_ARGS    further options of srun, such as "--container-image=..."
-# Partition, account and time limit are sbatch's own: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
-# Ten minutes before the limit all ranks get SIGUSR1: they save and end. Submitted again, the run goes on.
+# sbatch reads partition, account and time limit from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
+# Ten minutes before the limit all ranks get SIGUSR1: they save and end. Submit the script again to resume the run.
 set -euo pipefail
 nodes=${NODES:-1} gpus=${GPUS:-8}
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
@@ -21,6 +21,6 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${MASTER_ADDR:-${hosts%%$'\n'*}} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-# srun does not take over the job's cores a task by itself.
-# shellcheck disable=SC2086     # SRUN_ARGS are words
+# srun does not use the job's number of cores per task by default.
+# shellcheck disable=SC2086     # SRUN_ARGS must be split into words
 exec srun --kill-on-bad-exit=1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" ${SRUN_ARGS:-} python -m megadyn.pretrain "$@"

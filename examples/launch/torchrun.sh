@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains with torchrun, on this machine or on several by the same command on each:
+# Trains with torchrun, on this machine, or on several if you run the same command on each:
 #   [NNODES=8 MASTER_ADDR=node0] examples/launch/torchrun.sh CONFIG.yaml [key=value ...]
-# GPUS          how many of each machine's (default: all; a process for each core where there are none)
-# NNODES        machines (default: 1)
-# MASTER_ADDR   the one where they meet, as all of them reach it; needed for several
+# GPUS          number of GPUs to use per machine (default: all; without GPUs one process per core)
+# NNODES        number of machines (default: 1)
+# MASTER_ADDR   address of the machine where they meet, reachable from all; needed for several machines
 # MASTER_PORT   (default: 29500)
-# RUN_ID        the same on all machines, another for each job that meets at the same port (default: megadyn)
-# MAX_RESTARTS  how often ranks start again, from the last checkpoint, when one has failed (default: 0)
+# RUN_ID        equal on all machines, but different for each job that meets at the same port (default: megadyn)
+# MAX_RESTARTS  how often to restart all ranks from the last checkpoint after a failure (default: 0)
 set -euo pipefail
 nodes=${NNODES:-1}
 meeting=(--standalone)

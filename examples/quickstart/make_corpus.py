@@ -1,8 +1,8 @@
-"""Writes this machine's Python standard library as two JSONL corpora, real text that every machine has.
+"""Writes this machine's Python standard library as two JSONL corpora: real text that every machine has.
 
     python examples/quickstart/make_corpus.py FOLDER
 
-FOLDER/train.jsonl and FOLDER/validation.jsonl: a document a source file, every 20th kept for validation.
+Writes FOLDER/train.jsonl and FOLDER/validation.jsonl, one document per source file; every 20th file is used for validation.
 """
 
 import json

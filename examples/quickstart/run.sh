@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw text to a trained, exported DTF model, all in runs/quickstart/ of the folder that it is started from.
+# From raw text to a trained, exported DTF model, all in runs/quickstart/ of the current folder.
 #   TENSOR=2 PIPELINE=1 DATA=1 examples/quickstart/run.sh [key=value ...]
 # Finished steps are reused and training resumes, so it is safe to run again.
 set -euo pipefail
@@ -11,7 +11,7 @@ step() { printf '\n== %s\n' "$*"; }
 layout="tensor=$tensor pipeline=$pipeline data=$data"
 if [ -f "$run/layout" ] && [ "$(cat "$run/layout")" != "$layout" ]; then
     aside="$run/previous-$(tr ' =' '--' <"$run/layout")"
-    step "another layout than last time: the earlier run moves to $aside"
+    step "the layout has changed: moving the earlier run to $aside"
     rm -rf "$aside" && mkdir -p "$aside"
     for part in config.yaml checkpoints metrics.jsonl environment.jsonl tensorboard hf evaluation.json summary.json; do
         if [ -e "$run/$part" ]; then mv "$run/$part" "$aside/"; fi

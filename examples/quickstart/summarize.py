@@ -1,4 +1,4 @@
-"""Gathers what a finished quickstart measured into summary.json, and prints it.
+"""Collects the results of a finished quickstart in summary.json, and prints them.
 
     python examples/quickstart/summarize.py runs/quickstart EVALUATION.json
 
@@ -39,7 +39,7 @@ routing     {summary["routed_fraction"]:.0%} of tokens processed causally; {summ
 in {run}/
     tokenizer/   data/   checkpoints/   metrics.jsonl   tensorboard/   summary.json
     hf/          the model for transformers: AutoModelForCausalLM.from_pretrained("{run}/hf", trust_remote_code=True)
-docs/getting-started.md, "A first hour", goes on from here: the run as a page, a second run, both compared""")
+docs/getting-started.md, "A first hour", continues from here: a report on the run, a second run, and a comparison""")
     for sentence in warnings:
         print(f"warned in training: {sentence}")
 

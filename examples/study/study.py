@@ -1,11 +1,10 @@
-"""Dense, shallower dense, MoD, DTF and DTRNet of one width on the same text, several seeds; one table and a plot.
+"""Dense, shallower dense, MoD, DTF and DTRNet models of the same width on the same text, several seeds; one table and a plot.
 
     python examples/study/study.py --output runs/study [--seeds 3] [--jobs 2] [key=value ...]
 
-Runs `megadyn.pretrain` once for each model and seed, on one thread each, `--jobs` at a time, then times all models in
-turns, one at a time. Finished runs are kept, so it can be stopped and started again. `key=value` overrides go to every
-run, for example training.iterations=2000.
-Needs the tokenizer and datasets of `make quickstart`.
+Runs `megadyn.pretrain` once per model and seed, on one thread each, `--jobs` at a time. Then times all models in turns,
+one at a time. Finished runs are kept, so you can stop it and start it again. `key=value` overrides apply to every run,
+for example training.iterations=2000. Needs the tokenizer and datasets of `make quickstart`.
 """
 
 import argparse
@@ -51,7 +50,7 @@ MODELS: dict[str, list[str]] = {
         "model.routing.aux_loss_lambda=0.01",
     ],
 }
-"""Eight layers of one width, routed or not, and dense ones of about the routed models' FLOPs: the control that every
+"""Eight layers of one width, routed or not, and dense models of about the routed models' FLOPs: the control that every
 claim needs."""
 
 
@@ -74,7 +73,7 @@ def finished(folder: Path, iterations: int) -> bool:
 
 
 def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    """One run in a process of its own; UserError with its last words if it fails."""
+    """One run in its own process. Raises UserError with its last line of output if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "megadyn.pretrain", *command(name, seed, folder, overrides)],
         capture_output=True,
@@ -88,7 +87,7 @@ def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
 
 
 def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The training records of a run, and the last of the validation."""
+    """The training records of a run, and its last validation record."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "lm_loss" in record], [
         record for record in records if "validation" in record
@@ -98,9 +97,9 @@ def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def time_steps(
     folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]
 ) -> dict[str, float]:
-    """Seconds a training step, by model: each run of `folders` trains a little further, one process at a time.
+    """Seconds per training step, by model: each run in `folders` trains a little further, one process at a time.
 
-    The models take turns, so whatever else slows the machine slows all alike; of a model's rounds the fastest counts.
+    The models take turns, so that other load on the machine slows all of them alike; the fastest round of each model counts.
     """
     found: dict[str, list[float]] = {name: [] for name in folders}
     for turn in range(TIMED_ROUNDS):
@@ -123,11 +122,11 @@ def time_steps(
 
 
 def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
-    """What one finished run shows; `seconds` a step."""
+    """Results of one finished run; `seconds` per step."""
     steps, last = records_of(folder)
     layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
     fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
-    # counts where tokens choose for themselves
+    # Used only for kinds whose tokens choose for themselves.
     shares = dict.fromkeys(range(config.model.num_layers), fraction)
     found = {
         "flops": training_flops(config.model, config.training.sequence_length, shares)
@@ -142,7 +141,7 @@ def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown; FLOPs and time are of a training step, as shares of the first model's."""
+    """A Markdown table; FLOPs and time are per training step, relative to the first model."""
     first = next(iter(results.values()))
     base = {key: statistics.mean(run[key] for run in first) for key in ("flops", "seconds")}
     lines = [
@@ -172,7 +171,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Validation loss against training FLOPs and against time, a point a run."""
+    """Validation loss against training FLOPs and against time; one point per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,8 +179,8 @@ def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, key, label in (
-        (axes[0], "flops", "FLOPs of a training step"),
-        (axes[1], "seconds", "seconds a training step"),
+        (axes[0], "flops", "FLOPs per training step"),
+        (axes[1], "seconds", "seconds per training step"),
     ):
         for name, runs in results.items():
             marker = "o" if name.startswith("dense") else "^"

@@ -1,1 +1,1 @@
-"""How fast and how large: measured, printed as tables, never a test's pass or fail."""
+"""Measures speed and size and prints tables. These are not tests: nothing here passes or fails."""

@@ -1,11 +1,12 @@
-"""What a checkpoint costs: how long training waits for it, how fast it is written, verified and restored.
+"""What a checkpoint costs: how long training waits for it, and how fast it is written, verified and restored.
 
     megadyn benchmark checkpoint [--model dtf:0.5] [--hidden 512] [--layers 8] [--folder DIR] ...
 
-One process trains as `megadyn.pretrain` does, under the engine settings of `--deepspeed-config`, and saves a checkpoint each
-way, in turns: while training waits (`checkpoint.background: false`), and beside training. The stall is how long training waited;
-beside training its steps are timed too. Files are synced to the disk before a checkpoint counts as written, but verifying and
-restoring read what the page cache may hold. Medians count. A restored engine is compared with the saved one, bit by bit.
+One process trains as `megadyn.pretrain` does, with the engine settings of `--deepspeed-config`. It saves checkpoints in
+both ways in turn: while training waits (`checkpoint.background: false`), and in the background. The stall is how long
+training waited. Training steps are also timed while a checkpoint is written in the background. A checkpoint counts as
+written once its files are synced to disk; verifying and restoring may read from the page cache. Results are medians. A
+restored engine is compared bit by bit.
 """
 
 import argparse
@@ -36,38 +37,38 @@ from megadyn.paths import user_path
 
 @dataclass
 class Round:
-    """Seconds of one checkpoint."""
+    """Times of one checkpoint, in seconds."""
 
     copy: float
-    """To host memory; training waits for it in any case."""
+    """Copying to host memory; training always waits for this."""
     write: float
-    """From there to files that are synced, hashed and published."""
+    """Writing the copy to files, syncing, hashing and publishing them."""
     stall: float
-    """That training waited, in all."""
+    """Total time that training waited."""
     step_beside: float | None
-    """Of a training step while a checkpoint was written; None where training waited."""
+    """A training step while a checkpoint is written in the background; None if training waited."""
 
 
 @dataclass
 class Figures:
     parameters: int
     bytes: int
-    """Of a checkpoint: weights and Adam's moments in fp32."""
+    """Size of a checkpoint: weights and Adam's moments in fp32."""
     step: float
-    """Of a training step alone, seconds."""
+    """Seconds of a training step without a checkpoint."""
     waiting: Round
     background: Round
     verify: float
     restore: float
-    """Reading into the engine, verification left out."""
+    """Seconds to read a checkpoint into the engine, without verification."""
 
     def per_second(self, seconds: float) -> float:
-        """MB/s of what took so long for all of the checkpoint."""
+        """MB/s, given the time for the whole checkpoint."""
         return self.bytes / seconds / 1e6
 
 
 class Trainer:
-    """An engine, and random tokens for it."""
+    """An engine, and random tokens to train it on."""
 
     def __init__(self, config: Config, batch: int, device: torch.device):
         self.config, self.device = config, device
@@ -77,7 +78,7 @@ class Trainer:
         self.batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
 
     def step(self) -> float:
-        """Seconds of it."""
+        """Runs one step and returns its seconds."""
         return timed(lambda: self.engine.train_step(self.batches, 1e-5), self.device)
 
 
@@ -136,7 +137,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> Fig
 
 
 def check_room(folder: Path, size: int) -> None:
-    """A checkpoint is removed when the next one stands. Raises UserError where two have no room."""
+    """Raises UserError unless two checkpoints fit on the disk: the old one is removed only after the new one is complete."""
     if (free := shutil.disk_usage(folder).free) < 2 * size:
         raise UserError(
             f"--folder {folder}: two checkpoints need {2 * size / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free"
@@ -144,7 +145,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, Snapshot]:
-    """As `training.checkpoints.Checkpoints.save` does it."""
+    """Saves as `training.checkpoints.Checkpoints.save` does."""
     beside = []
     wait(trainer.device)
     began = time.perf_counter()
@@ -166,7 +167,7 @@ def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, 
 
 
 def restored(trainer: Trainer, folder: Path, saved: Snapshot) -> tuple[float, float]:
-    """Seconds of verifying `folder` and of reading it into an engine that has gone on since. UserError if it is not `saved`."""
+    """Seconds to verify `folder`, and to read it into an engine that has trained on. UserError if it differs from `saved`."""
     trainer.step()
     problem: list[str | None] = []
     verify = timed(lambda: problem.append(save_load.verify(folder)), trainer.device)
@@ -177,7 +178,7 @@ def restored(trainer: Trainer, folder: Path, saved: Snapshot) -> tuple[float, fl
     for name, shard in saved.shards.items():
         for tensor, value in shard.items():
             if not torch.equal(found.shards[name][tensor], value):
-                raise UserError(f"{folder}: {tensor} is not what was saved")
+                raise UserError(f"{folder}: {tensor} differs from what was saved")
     return verify, restore
 
 
@@ -228,7 +229,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=user_path,
         default=Path(tempfile.gettempdir()),
         metavar="DIR",
-        help="whose disk is measured; all that is written there is removed (default: %(default)s)",
+        help="measure the disk that holds DIR; all files written there are removed (default: %(default)s)",
     )
     add_json_argument(parser)
     return parser.parse_args(argv)
@@ -238,15 +239,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = device_of(args)
     if launch.world_size() > 1:
-        raise UserError("checkpoint: is one process's benchmark, and this is one of several")
+        raise UserError("benchmark checkpoint: runs in one process, but several were started")
     launch.check_device(device.type)
     if not args.folder.is_dir():
-        raise UserError(f"--folder {args.folder}: is no folder")
+        raise UserError(f"--folder {args.folder}: not a folder")
     with tempfile.TemporaryDirectory(prefix="megadyn-checkpoint-", dir=args.folder) as folder:
         figures = measure(args, device, Path(folder))
     print(
         f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)}; "
-        f"{figures.parameters / 1e6:,.1f}M parameters, {figures.bytes / 1e6:,.0f} MB a checkpoint; "
+        f"{figures.parameters / 1e6:,.1f}M parameters, {figures.bytes / 1e6:,.0f} MB per checkpoint; "
         f"a step takes {figures.step * 1e3:.0f} ms\n"
     )
     print(as_table(figures))

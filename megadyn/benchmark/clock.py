@@ -27,14 +27,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """Raises UserError for `--device cuda` where there is none."""
+    """The chosen device. Raises UserError for `--device cuda` without a CUDA device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def machine(device: torch.device) -> str:
-    """What stands above a table: the device, and on a CPU how much of it is used."""
+    """Header of a table: the device and, on a CPU, how many of its cores are used."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     threads = torch.get_num_threads()
@@ -45,7 +45,7 @@ def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that is told otherwise
+    except (OSError, StopIteration):  # not Linux, or a different format of /proc/cpuinfo
         return platform.processor() or platform.machine()
 
 
@@ -55,7 +55,7 @@ def wait(device: torch.device) -> None:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds from an idle device to an idle device."""
+    """Seconds that `work` takes, from idle device to idle device."""
     wait(device)
     began = time.perf_counter()
     work()
@@ -64,7 +64,8 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 
 
 class Laps:
-    """Seconds between marks: by events on a GPU, so that the host need not stop at each, else by the clock."""
+    """Seconds between marks. On a GPU it records events, so the host does not wait at each mark; otherwise it reads the
+    clock."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -90,7 +91,7 @@ class Laps:
 def device_peak(
     device: torch.device, dtype: torch.dtype, given_tflops: float | None = None
 ) -> tuple[float, str]:
-    """(operations a second, where the figure is from): the one given, a datasheet's, else a matrix product's here."""
+    """(operations per second, source): the given figure, else the datasheet's, else a matrix product measured here."""
     if given_tflops is not None:
         return given_tflops * 1e12, f"{given_tflops:g} TFLOP/s as given"
     known = (

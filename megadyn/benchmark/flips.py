@@ -1,13 +1,16 @@
-"""How far a layout's training parts from that of one process, with choices of its own and with recorded ones.
+"""How far training under a parallel layout differs from one process, with the layout's own routing choices and with
+recorded ones.
 
     megadyn benchmark flips [--config examples/quickstart/config.yaml] [--steps 200] [--layout 2x1x1] [key=value ...]
 
-Trains three times, from the same weights on the same samples: on one process, whose routing choices are recorded; under the
-layout, which chooses for itself; and under the layout with the recorded choices, noting what it would have chosen. Prints how far
-losses and gradient norms lie apart, how many tokens changed places, and how far these lay from their cut, in units of the root
-mean square of the layer's scores in that step. Needs the data that the configuration names (`make quickstart` makes the
-default's). Exit status 1 if, under the recorded choices, a loss or gradient norm of the first `--hold` steps is off by more than
-1e-5. Longer, only a gentle rate keeps curves together: training at a high one multiplies any rounding, whatever the model.
+Trains three times, from the same weights on the same samples: on one process, which records its routing choices; under
+the layout with its own choices; and under the layout with the recorded choices, noting what it would have chosen.
+Prints how far losses and gradient norms differ, how many choices changed (a token was taken in one run and not in the
+other), and how far the scores of these tokens were from the cut, in units of the root mean square of the layer's scores
+in that step. Needs the data that the configuration names (`make quickstart` makes the default's). Exit status 1 if,
+with the recorded choices, a loss or gradient norm of the first `--hold` steps differs by more than 1e-5. Over more
+steps, curves stay together only at a low learning rate: training at a high rate amplifies any rounding difference, with
+any model.
 """
 
 import argparse
@@ -32,38 +35,38 @@ from megadyn.paths import user_path
 from megadyn.routing.recording import flips
 
 PROMISED = 1e-5
-"""Relative difference of losses and of gradient norms between layouts, under the same choices."""
+"""Largest allowed relative difference of losses and gradient norms between layouts that make the same choices."""
 CHOICES = "choices"
-"""Folder of a run's recording inside its output folder."""
+"""Folder of the recording inside a run's output folder."""
 
 
 @dataclass
 class Comparison:
-    """A run against that of one process."""
+    """A run compared with that of one process."""
 
     run: str
     steps: int
     loss: float
-    """Largest relative difference of a step's loss."""
+    """Largest relative difference in the loss of a step."""
     grad_norm: float
     together: int
-    """Steps before one of the two differs by more than `PROMISED`."""
+    """Steps before loss or gradient norm first differs by more than `PROMISED`."""
     compared: int
-    """Choices."""
+    """Number of choices compared."""
     changed: int
     first_step: int | None
-    """In which a token changed places; None if none did."""
+    """First step in which a choice changed; None if none did."""
     first_changed: int
-    """Tokens that changed places in it, in the first layer where one did."""
+    """Number of changed choices in that step, in the first layer that has any."""
     first_farthest: float
-    """The largest distance of one of them from its cut."""
+    """Largest distance from the cut among these."""
     farthest: float
-    """The largest of all steps."""
+    """Largest distance from the cut in all steps."""
     seconds: float
 
 
 def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: str) -> tuple[Curves, float]:
-    """The main job in `folder`: its curves and its seconds. Raises RunError for a run that fails."""
+    """Runs the main job in `folder`; returns its curves and its seconds. Raises RunError if the run fails."""
     folder.mkdir(parents=True)
     began = time.perf_counter()
     log = folder / "rank0.log"
@@ -93,7 +96,7 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
 
 
 def apart(found: Sequence[float], wanted: Sequence[float]) -> list[float]:
-    """Relative difference in each step."""
+    """Relative difference per step."""
     return [abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True)]
 
 
@@ -169,7 +172,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         default=10,
         metavar="N",
-        help="steps in which curves must stay within 1e-5 (default: %(default)s)",
+        help="steps in which losses and gradient norms must agree within 1e-5 (default: %(default)s)",
     )
     parser.add_argument(
         "--layout", type=layout_of, default=Layout(2, 1, 1), metavar="TxPxD", help="(default: %(default)s)"
@@ -178,7 +181,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=user_path, default=Path("runs/flips"), metavar="DIR", help="(default: %(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier runs in DIR")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     add_json_argument(parser)
     return parser.parse_args(argv)
 
@@ -187,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.config, args.output = args.config.absolute(), args.output.absolute()
     args.overrides.append(f"training.iterations={args.steps}")
-    config = load_config(args.config, args.overrides)  # a mistake in it is told at once
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks at work end too
+    config = load_config(args.config, args.overrides)  # report a mistake in it before training
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running ranks also end
     found = measure(args)
     print(
         f"{config.model.routing.describe()}, {config.precision}, {args.steps} steps; {args.layout} (tensor x pipeline x data) "

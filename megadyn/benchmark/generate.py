@@ -1,16 +1,18 @@
-"""Milliseconds of prefill and of a decoded token, of each kind of model as transformers serves it, against its Qwen2.
+"""Milliseconds of prefill and per decoded token, for each kind of model as transformers serves it, compared with its Qwen2.
 
     megadyn benchmark generate [--models qwen2 dense dtf:0.5 mod:0.125 dtrnet:0.1] [--batch 1 8] [--context 512 2048] ...
     megadyn benchmark generate --export HF_DIR [--batch 1 8] [--context 512 2048] ...
 
-One process and one device, a CPU or a GPU. Weights are random, and thresholds are set so that layers keep the planned share of
-tokens; `--export` measures a folder instead, against a Qwen2 of its shape. In each round models take turns: a prefill of the
-context, then one token after another for each row. Tokens are random too, the same for all and in every round, so that no model
-decodes a loop of its own. A time is the median over rounds, in decoding of each step; the mean over steps counts, since a token
-that is kept and one that is skipped differ. All models and their caches are in memory at once.
+One process and one device, a CPU or a GPU. Weights are random, with thresholds set so that layers keep the planned
+share of tokens.
+`--export` measures an exported folder instead, against a Qwen2 of the same shape. In each round the models take turns:
+first a prefill of the context, then one token at a time for each row. Tokens are random, and the same for all models
+and rounds, so that no model decodes a repeating loop. Prefill times are medians over rounds. Decode times are medians
+over rounds per step, then the mean over steps, because a kept token and a skipped one cost different times. All models
+and their caches are in memory at once.
 
-Shares are of the first model's. FLOPs are the planner's at the shares of tokens that layers did keep. `KV` counts what a cache
-must hold for a token, not the room it set aside. Peak memory is the GPU's; a CPU tells none.
+Shares are relative to the first model. FLOPs are the planner's, at the measured shares of kept tokens. `KV` counts the
+bytes of tokens in the cache, not the space it has reserved. Peak memory is reported only for GPUs.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from megadyn.parallel.params import PRECISIONS
 from megadyn.planning.flops import head_flops
 
 MODELS = (REFERENCE, DENSE, *(name for name in DEFAULT_MODELS if ":" in name))
-"""The kinds that say at which capacity benchmarks run them."""
+"""Qwen2, dense, and the kinds that define a capacity for benchmarks."""
 
 
 Timer = Callable[[Callable[[], Any], torch.device], float]
@@ -45,7 +47,7 @@ Timer = Callable[[Callable[[], Any], torch.device], float]
 
 @dataclass
 class Shares:
-    """Of tokens that each layer kept in its attention, first to last."""
+    """Share of tokens that each layer kept in its attention, first layer to last."""
 
     prefill: list[float]
     decode: list[float]
@@ -53,12 +55,12 @@ class Shares:
 
 @dataclass
 class Phase:
-    """What is measured of prefill, or of decoding."""
+    """Measurements of prefill or of decoding."""
 
     seconds: float
-    """Of a whole prefill; of one token in every row."""
+    """A whole prefill, or one decoded token in every row."""
     flops: float
-    """Of all rows."""
+    """For all rows."""
     tokens_per_second: float
     peak_bytes: int | None
     time_share: float = 1.0
@@ -66,7 +68,7 @@ class Phase:
 
     @property
     def saved(self) -> float | None:
-        """Time saved by FLOPs saved."""
+        """Time saved divided by FLOPs saved."""
         return (1 - self.time_share) / (1 - self.flops_share) if self.flops_share < 0.99 else None
 
     def against(self, first: "Phase") -> None:
@@ -81,15 +83,15 @@ class Figure:
     prefill: Phase
     decode: Phase
     kv_bytes: float
-    """Of all layers, for a token of the context."""
+    """Per token of the context, all layers together."""
     shares: Shares
     decode_flops: list[float]
-    """Of each layer, for one token."""
+    """Per layer, for one token."""
 
 
 @dataclass
 class Run:
-    """One model at one batch and context: its turns."""
+    """One model at one batch size and context, and the times of its turns."""
 
     served: Served
     tokens: Tensor
@@ -97,12 +99,12 @@ class Run:
     timed: Timer
     prefills: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
-    """Of each round, of each step."""
+    """Seconds per round and step."""
     peaks: dict[str, int] = field(default_factory=dict)
     held: list[list[int]] = field(default_factory=list)
-    """Tokens of all rows that each layer took, after the prefill and after the last step."""
+    """Tokens of all rows that each layer kept: after the prefill, and after the last step."""
     stored: int = 0
-    """Tokens whose keys and values are held behind the context, over all rows and layers."""
+    """Cached tokens after the prefill, summed over rows and layers."""
     cache: Any = None
 
     def prefill(self) -> None:
@@ -119,11 +121,11 @@ class Run:
         self.cache = None
 
     def forget(self) -> None:
-        """A round that does not count."""
+        """Discards a warm-up round."""
         self.prefills, self.steps, self.peaks = [], [], {}
 
     def measured(self, name: str, start: int, end: int) -> float:
-        """Seconds of a call on these columns."""
+        """Seconds of a forward call on columns `start` to `end`."""
         device = self.tokens.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -139,7 +141,7 @@ class Run:
         self.cache = out.past_key_values
 
     def kept(self) -> list[int]:
-        """Of a layer that some tokens pass twice, those."""
+        """Tokens that each layer kept; for a layer that some tokens pass twice, those that pass twice."""
         if self.served.is_routed:
             return [sum((layer.again or layer).counts) for layer in self.cache.layers]
         return [self.cache.get_seq_length() * self.tokens.shape[0]] * self.served.config.num_layers
@@ -180,7 +182,7 @@ class Run:
 
 
 def prefill_flops(config: ModelConfig, length: int, shares: Sequence[float]) -> list[float]:
-    """Forward operations of each layer on one sequence, of which it keeps these shares."""
+    """Forward operations of each layer on one sequence, with these shares of kept tokens."""
     return [
         config.routing.flops(layer, config, length, share).total
         for layer, share in zip(config.layer_types, shares, strict=True)
@@ -188,9 +190,9 @@ def prefill_flops(config: ModelConfig, length: int, shares: Sequence[float]) -> 
 
 
 def token_flops(config: ModelConfig, context: int, shares: Shares) -> list[float]:
-    """Forward operations of each layer for a mean token behind `context`.
+    """Forward operations of each layer for an average token that follows `context` tokens.
 
-    Attention of a sequence of twice the context costs, a token, what a token behind the context costs.
+    Attention on a sequence twice as long as the context costs as much per token as one token after the context.
     """
     found = []
     for layer, held, kept in zip(config.layer_types, shares.prefill, shares.decode, strict=True):
@@ -201,7 +203,7 @@ def token_flops(config: ModelConfig, context: int, shares: Shares) -> list[float
 
 
 def take_turns(runs: Sequence[Run]) -> None:
-    """A round: prefill after prefill, then step after step."""
+    """One round: the prefill of every model, then step by step."""
     for run in runs:
         run.prefill()
     for at in range(runs[0].context, runs[0].tokens.shape[1]):
@@ -212,7 +214,7 @@ def take_turns(runs: Sequence[Run]) -> None:
 
 
 def processor_time(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that this process had the processor, whoever else wanted it."""
+    """Seconds of CPU time that this process used, regardless of other processes."""
     began = time.process_time()
     work()
     return time.process_time() - began
@@ -246,7 +248,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
 def as_table(figures: Sequence[Figure]) -> str:
     rows = [
         "| batch x context | model | prefill, ms | time | FLOPs | saved | decoded token, ms | time | FLOPs | saved | tokens/s "
-        "| KV, bytes a token | peak, MiB |",
+        "| KV, bytes per token | peak, MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for figure in figures:
@@ -265,9 +267,9 @@ def of_phase(phase: Phase) -> str:
 
 
 def layer_table(figures: Sequence[Figure], types: dict[str, list[str]]) -> str:
-    """What layers of each type kept and cost, of the last batch and context."""
+    """What layers of each type kept and cost, for the last batch size and context."""
     rows = [
-        "| model | layers | kept in prefill | kept in decoding | MFLOP a decoded token |",
+        "| model | layers | kept in prefill | kept in decoding | MFLOP per decoded token |",
         "|---|---|---|---|---|",
     ]
     last = figures[-1]
@@ -294,23 +296,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=MODELS,
         metavar="KIND[:CAPACITY]",
-        help="or qwen2; shares are of the first's (default: %(default)s)",
+        help="models to measure; also qwen2; shares are relative to the first (default: %(default)s)",
     )
     parser.add_argument(
-        "--export", type=Path, metavar="HF_DIR", help="measure this folder, in place of --models and sizes"
+        "--export",
+        type=Path,
+        metavar="HF_DIR",
+        help="measure this exported folder instead of --models and sizes",
     )
     add_size_arguments(parser, layers=8, steps=32, rounds=3)
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="rows")
     parser.add_argument(
-        "--context", type=positive, nargs="+", default=[512, 2048], metavar="N", help="tokens of the prefill"
+        "--context", type=positive, nargs="+", default=[512, 2048], metavar="N", help="tokens in the prefill"
     )
-    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds that do not count")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="rounds that are not counted")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="time that the process had the processor: for one thread on a machine that others use too",
+        help="measure CPU time instead of wall-clock time; for one thread on a machine that others use too",
     )
     add_json_argument(parser)
     return parser.parse_args(argv)
@@ -322,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = device_of(args)
     if args.cpu_time and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise UserError(
-            "--cpu-time: needs a CPU and one thread (OMP_NUM_THREADS=1), or it would count several at once"
+            "--cpu-time: needs a CPU and one thread (OMP_NUM_THREADS=1), because it adds up the time of all threads"
         )
     figures, models = measure(args, device)
     print(

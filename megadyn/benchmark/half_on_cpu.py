@@ -1,5 +1,5 @@
-"""Faster half-precision matrix products on a CPU without instructions for them, where torch's own take some 25 times as long
-as in fp32."""
+"""Faster half-precision matrix products on CPUs that lack instructions for them. torch's own take about 25 times as
+long as fp32 there."""
 
 import warnings
 
@@ -9,10 +9,10 @@ _library: torch.library.Library | None = None
 
 
 def widen_products() -> bool:
-    """From now on this process multiplies bf16 and fp16 matrices on the CPU in fp32 and rounds the product, as a GPU does.
+    """Makes this process compute bf16 and fp16 matrix products on the CPU in fp32 and round the result, as a GPU does.
 
-    Torch's kernels accumulate in fp32 too: results differ by the order of summation at most. Returns False, and changes
-    nothing, if the CPU has bf16 instructions.
+    torch's kernels also accumulate in fp32, so results differ only by the order of summation. Returns False, and
+    changes nothing, if the CPU has bf16 instructions.
     """
     global _library
     if torch.cpu._is_avx512_bf16_supported():
@@ -21,13 +21,13 @@ def widen_products() -> bool:
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings(
             action="ignore"
-        ):  # torch says that a kernel is replaced, which is the point
+        ):  # torch warns that a kernel is replaced, which is intended
             _library.impl("mm", _mm, "CPU")
     return True
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # The variant with `out` is another operation, which keeps torch's kernel.
+    # The variant with `out` is another operation and keeps torch's kernel.
     if a.dtype not in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)

@@ -1,10 +1,11 @@
-"""Where the time of a layer goes: each kind of layer and its parts, forward and backward.
+"""Where the time of a layer goes: forward and backward of each kind of layer and of its parts.
 
     megadyn benchmark layer [--models dense dtf:0.5 mod:0.125 dtrnet:0.1] [--hidden 1024] [--sequence 2048] ...
 
-One process and one device, a CPU or a GPU. Layers stand in networks of two layers and get what reaches them there, so that they
-choose as many tokens as they are set to. The parts take turns; medians count. What lies between the parts and the whole layer
-(residual sums, auxiliary losses, statistics) is the rest. GB/s is by the least that a part can move.
+One process and one device, a CPU or a GPU. The layers are in networks of two layers and get realistic inputs, so that
+they choose as many tokens as configured. The parts take turns; results are medians. What the parts do not cover
+(residual sums, auxiliary losses, statistics) is reported as the rest. GB/s is based on the least number of bytes that a
+part can move.
 """
 
 import argparse
@@ -34,27 +35,27 @@ from megadyn.parallel.params import PRECISIONS
 from megadyn.routing.layer import RoutedLayer
 
 HALF_TOLERANCE = 0.05
-"""In half precision: ten roundings or so of 2^-8; a wrong formula differs by more."""
+"""Tolerance in half precision: about ten roundings of 2^-8. A wrong formula differs by more."""
 
 
 @dataclass
 class Figure:
-    """What is measured of one part."""
+    """Measurements of one part."""
 
     layer: str
     part: str
     forward: float
     backward: float
-    """Seconds, medians; backward 0 where nothing flows back."""
+    """Median seconds; backward is 0 for a part without gradients."""
     share: float
-    """Of the time of its layer."""
+    """Fraction of its layer's time."""
     flops: float
-    """Of forward and backward, causal attention counted at half."""
+    """Forward and backward, causal attention counted at half."""
     bytes: float
     counted: float | None
-    """Operations that torch counts, by those of `planning/flops`, on a short sequence."""
+    """Operations counted by torch, divided by those of `planning/flops`, on a short sequence."""
     float64_error: float | None
-    """Of the output against a float64 copy's, by its size; on a short sequence, with the same tokens chosen."""
+    """Error of the output relative to a float64 copy, on a short sequence with the same tokens chosen."""
 
     @property
     def seconds(self) -> float:
@@ -72,7 +73,7 @@ class Figure:
 
 @dataclass
 class Case:
-    """A part and the module whose parameters it uses."""
+    """A part, and the module whose parameters it uses."""
 
     part: TimedPart
     module: nn.Module
@@ -80,11 +81,11 @@ class Case:
     float64_error: float | None = None
     """As in `Figure`."""
     grads: list[Tensor] | None = None
-    """Of the outputs that carry gradient; made in the first run, so that no timed one makes them."""
+    """Gradients of the outputs, created in the first run so that no timed run creates them."""
 
     def run(self, laps: Laps | None = None) -> tuple[Tensor, ...]:
-        """Forward and backward with a mark behind each; the outputs. No gradient remains."""
-        # noise follows from the micro-batch of the step: always the first
+        """Runs forward and backward with a mark after each; returns the outputs. Clears all gradients."""
+        # Noise depends on the number of the micro-batch within the step: always use the first.
         if isinstance(self.module, RoutedLayer):
             for tracker in self.module.trackers().values():
                 tracker.forget()
@@ -105,7 +106,7 @@ class Case:
 
 
 def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -> list[Case]:
-    """The parts of each kind of layer that `model` adds to the dense one, or of that and of the head; counted and checked."""
+    """Parts of each kind of layer that `model` adds to the dense one; for the dense model, its parts and the head's."""
     network, head = model.module, model.module.head
     assert isinstance(network, Network) and isinstance(head, Head)
     routed = model.config.routing.name != DENSE
@@ -114,7 +115,7 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
     cases = []
     for kind in sorted(set(model.config.layer_types) - ({DENSE} if routed else set())):
         index = model.config.layer_types.index(kind)
-        layer = network.layers[index + 1]  # behind the embedding
+        layer = network.layers[index + 1]  # after the embedding
         assert isinstance(layer, Layer)
         selection = choice_of(layer, short[index])
         parts = parts_of(layer, kind, reached[index], model.config, choice_of(layer, reached[index]))
@@ -144,7 +145,7 @@ def cases_of(model: Model, tokens: Tensor, labels: Tensor, *, unchecked: bool) -
 
 @torch.no_grad()
 def reached_by(network: Network, tokens: Tensor) -> list[Stream]:
-    """What each layer behind the embedding gets, and last what the head gets."""
+    """The input of each layer after the embedding, and of the head."""
     streams: list[Any] = [network.layers[0](tokens)]
     for layer in network.layers[1:]:
         streams.append(layer(streams[-1]))
@@ -158,9 +159,10 @@ def in_float64(stream: Stream) -> Stream:
 def checked(
     part: TimedPart, small: TimedPart, module: nn.Module, exact: TimedPart | None, twin: nn.Module
 ) -> Case:
-    """`part` of `module`; on `small` inputs counted by torch, and held to `exact`, the same part of a float64 `twin`.
+    """`part` of `module`. torch counts its operations on the `small` inputs, and its outputs are compared with `exact`,
+    the same part of a float64 `twin`.
 
-    Raises UserError for fp32 that is not near float64.
+    Raises UserError if fp32 differs too much from float64.
     """
     case, trial = Case(part, module), Case(small, module)
     with as_written(module), FlopCounterMode(display=False) as counter:
@@ -177,14 +179,15 @@ def checked(
         for out, want in zip(outputs, wanted, strict=True)
         if out.is_floating_point()
     ]
-    # what comes out may be wider
+    # The output may be wider than the weights.
     is_half = any(weight.dtype != torch.float32 for weight in module.parameters())
-    if not errors or (is_half and part.name == WHOLE):  # in half precision a near tie may fall the other way
+    # In half precision a near tie may be decided differently.
+    if not errors or (is_half and part.name == WHOLE):
         return case
     case.float64_error = max(errors)
     if case.float64_error > (HALF_TOLERANCE if is_half else FP32_TOLERANCE):
         raise UserError(
-            f"{part.layer}, {part.name}: differs from float64's by {case.float64_error:.1e} of its size"
+            f"{part.layer}, {part.name}: relative difference of {case.float64_error:.1e} from float64"
         )
     return case
 
@@ -268,11 +271,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=DEFAULT_MODELS,
         metavar="KIND[:CAPACITY]",
-        help="whose layers (default: %(default)s)",
+        help="kinds whose layers are measured (default: %(default)s)",
     )
     add_shape_arguments(parser, layers=2, rounds=7, warmup=2)
     add_device_arguments(parser)
-    parser.add_argument("--unchecked", action="store_true", help="no comparison with float64")
+    parser.add_argument("--unchecked", action="store_true", help="skip the comparison with float64")
     add_json_argument(parser)
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""The models that are compared: ours of every kind, and transformers' Qwen2 with the dense one's weights."""
+"""The models to compare: ours of every kind, and transformers' Qwen2 with the dense model's weights."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from megadyn.routing.layer import LossScale, RoutedLayer
 
 REFERENCE = "qwen2"
 DEFAULT_MODELS = tuple(find_kind(name).benchmark or name for name in BUILT_IN)
-"""Every kind of this package, the dense one first, as KIND[:CAPACITY]."""
+"""Every built-in kind as KIND[:CAPACITY], dense first."""
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Model:
     name: str
     module: nn.Module
     config: ModelConfig
-    """Where tokens choose for themselves, its routers are set to take the planned share."""
+    """Kinds whose tokens choose for themselves have their routers set to take the planned share."""
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of tokens [B, T] for the next ones, labels [B, T]."""
+        """Mean loss of tokens [B, T] against the next tokens, labels [B, T]."""
         if isinstance(self.module, Network):
             loss: Tensor = self.module(tokens, labels)
             return loss
@@ -42,17 +42,17 @@ class Model:
 
 
 SIZES = {"hidden": 1024, "layers": 4, "heads": 16, "kv_heads": 4, "ffn": 2816, "vocab": 8192}
-"""Of a model, unless told otherwise."""
+"""Default sizes of a model."""
 
 
 def add_size_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """A model's sizes; `defaults` change and add some."""
+    """Adds arguments for a model's sizes; `defaults` change or extend them."""
     for name, default in (SIZES | defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=default, metavar="N")
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """A model's sizes and its batch; `defaults` as there."""
+    """Adds arguments for a model's sizes and its batch; `defaults` as in `add_size_arguments`."""
     add_size_arguments(parser, **{"sequence": 2048, "batch": 1} | defaults)
 
 
@@ -64,12 +64,12 @@ def shape_line(args: argparse.Namespace) -> str:
 
 
 def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **sections: Any) -> Config:
-    """The configuration of KIND[:CAPACITY] at the sizes in `args`; `sections` add to it or take a section's place."""
+    """The configuration of KIND[:CAPACITY] at the sizes in `args`; `sections` extend or replace its sections."""
     kind, _, capacity = name.partition(":")
     try:
         keys = {"capacity": float(capacity)} if capacity else {}
     except ValueError:
-        raise UserError(f"--models {name}: {capacity!r} is no number") from None
+        raise UserError(f"--models {name}: {capacity!r} is not a number") from None
     model = ModelConfig(
         hidden_size=args.hidden,
         num_layers=args.layers,
@@ -94,7 +94,7 @@ def config_of(name: str, args: argparse.Namespace, *, compile: bool = False, **s
 
 
 def routing_of(name: str, kind: str, keys: dict[str, Any]) -> Kind:
-    """UserError, in the words of the command line, for a kind that does not exist or has no capacity."""
+    """Raises UserError, worded for the command line, for an unknown kind or one without a capacity."""
     try:
         return make_kind(kind, **keys)
     except ConfigError as error:
@@ -111,13 +111,13 @@ def build(
     *,
     compile: bool = False,
 ) -> Model:
-    """`name`: KIND[:CAPACITY], or `qwen2`, which takes its weights from the dense model among `others`."""
+    """`name`: KIND[:CAPACITY], or `qwen2`, which copies the weights of the dense model among `others`."""
     kind = name.partition(":")[0]
     if kind == REFERENCE:
         dense = next((model for model in others if model.config.routing.name == DENSE), None)
         if dense is None:
             raise UserError(
-                "--models: qwen2 takes its weights from a dense model, which must be named before it"
+                "--models: qwen2 copies the weights of the dense model, which must come before it"
             )
         return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
     model = config_of(name, args, compile=compile).model
@@ -131,7 +131,7 @@ def build(
 
 
 def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
-    """transformers' Qwen2 of the same shapes and with the same weights, with torch's scaled dot-product attention."""
+    """transformers' Qwen2 with the same shapes and weights, using torch's scaled dot-product attention."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config, parameter = dense.config, next(dense.module.parameters())
@@ -145,7 +145,7 @@ def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
 
 @torch.no_grad()
 def set_shares(network: Network, tokens: Tensor, share: float) -> None:
-    """Sets routers, first layer to last, so that about `share` of `tokens` are taken where each chooses for itself."""
+    """Sets routers, first layer to last, so that layers whose tokens choose for themselves take about `share` of `tokens`."""
     stream: Any = tokens
     for layer in network.layers:
         if isinstance(layer, RoutedLayer):

@@ -1,4 +1,4 @@
-"""A layer's parts as functions of tensors, so that each can be run, timed and counted alone."""
+"""A layer's parts as functions of tensors, so that each can be run, timed and counted separately."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from megadyn.routing.select import Selection, origins, put_back_shared, take_sha
 
 Outputs = Tensor | tuple[Tensor, ...]
 WHOLE = "layer"
-"""Name of the part that is all of a layer."""
+"""Name of the part that is the whole layer."""
 
 
 @dataclass
@@ -25,20 +25,22 @@ class TimedPart:
     layer: str
     name: str
     run: Callable[..., Outputs]
-    """Of `inputs`; an output that carries gradient is also run backward, into `inputs` and the layer's parameters."""
+    """A function of `inputs`. Outputs that carry gradient are also run backward, into `inputs` and the layer's
+    parameters."""
     inputs: tuple[Tensor, ...]
     flops: float = 0.0
-    """Of forward and backward on the whole batch, by `planning/flops`; 0 where it counts none."""
+    """Forward and backward on the whole batch, by `planning/flops`; 0 if it does not count this part."""
     unseen: float = 0.0
-    """What counting the whole square of attention would add to them."""
+    """What must be added to `flops` to count the whole square of attention."""
     bytes: float = 0.0
-    """Least that forward and backward can move: each activation in and out once. 0 where operations decide."""
+    """Least bytes that forward and backward can move: each activation in and out once. 0 if operations dominate."""
 
 
 def parts_of(
     layer: Layer, kind: str, stream: Stream, model: ModelConfig, selection: Selection | None
 ) -> list[TimedPart]:
-    """The parts of a layer of `kind` on its input, the whole layer last; `selection`: the tokens that it takes (`choice_of`)."""
+    """The parts of a layer of `kind` for its input, the whole layer last. `selection`: the tokens that it takes
+    (`choice_of`)."""
     parts = _Parts(layer, kind, stream, model, selection)
     parts.add_decision()
     parts.add_block()
@@ -61,7 +63,7 @@ class _Parts:
         self.hidden, self.score = stream.hidden.detach(), stream.score
         self.batch, self.length, _ = self.hidden.shape
         self.seen = self.length if selection is None else selection.places.numel() / self.batch
-        """Tokens of a sequence that attend."""
+        """Tokens per sequence that attend."""
         assert model.head_dim
         self.unseen = 2 * self.seen * self.seen * model.num_heads * model.head_dim
         self.found: list[TimedPart] = []
@@ -75,8 +77,8 @@ class _Parts:
         unseen: float = 0.0,
         passes: float = 0.0,
     ) -> None:
-        """`forward` and `unseen`: operations of a forward pass on one sequence. `passes`: rows of the hidden size that are read
-        or written, in all."""
+        """`forward`, `unseen`: operations of a forward pass on one sequence. `passes`: how often rows of the hidden
+        size are read or written in total."""
         self.found.append(
             TimedPart(
                 self.kind,
@@ -90,7 +92,7 @@ class _Parts:
         )
 
     def add_decision(self) -> None:
-        """Which tokens: router, choice, prior."""
+        """Adds the steps that choose tokens: router, choice, prior."""
         layer, hidden = self.layer, self.hidden
         whole = layer_flops(self.model, self.length)[self.model.layer_types.index(self.kind)]
         if not isinstance(layer, RoutedLayer):
@@ -101,7 +103,7 @@ class _Parts:
             counted = 0.0
 
     def add_block(self) -> None:
-        """What is done with them."""
+        """Adds the computation on the chosen tokens."""
         layer, selection, rows = self.layer, self.selection, self.hidden
         positions, segments, tokens = None, None, self.batch * self.length
         if isinstance(layer, SkippingLayer):
@@ -142,7 +144,7 @@ class _Parts:
 
 
 def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) -> TimedPart:
-    """Head and loss, whose forward pass makes the gradients too."""
+    """Head and loss; their forward pass also computes the gradients."""
     return TimedPart(
         "head",
         "loss",
@@ -154,7 +156,7 @@ def loss_part(head: Head, hidden: Tensor, labels: Tensor, model: ModelConfig) ->
 
 @torch.no_grad()
 def choice_of(layer: Layer, stream: Stream) -> Selection | None:
-    """The tokens that a layer takes of its input; None for one that takes all."""
+    """The tokens that a layer takes from its input; None for a layer that takes all."""
     return layer.choose(stream) if isinstance(layer, RoutedLayer) else None
 
 

@@ -1,11 +1,11 @@
-"""How fast text becomes a dataset, start to finish, beside what its tokenizer alone can do.
+"""How fast text becomes a dataset, end to end, compared with the tokenizer alone.
 
     megadyn benchmark data [--megabytes 200] [--form jsonl] [--workers 2] [--rounds 3] [--folder DIR] [--json]
 
-The corpus is JSONL of the source code and documentation on this machine; what there is too little of comes again with
-its lines in another order. With another `--form` the tool reads the same documents from shards in that one. All runs
-take turns, each in processes of its own. MB are 10^6 bytes of text as UTF-8; CPU time is that of all processes, and so
-the better figure where others use the machine too.
+The corpus is JSONL made of source code and documentation found on this machine. If there is too little, it is repeated
+with its lines in another order. With another `--form` the tool reads the same documents from shards in that format. The
+runs take turns, each in its own processes. MB are 10^6 bytes of UTF-8 text. CPU time is summed over all processes;
+prefer it if others use the machine too.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DOCUMENT_BYTES = range(200, 400_000)
 VOCAB_SIZE = 16_000
 TRAINING_DOCUMENTS = 3_000
 FAST_BYTES, SLOW_BYTES = 400_000_000, 4_000_000
-"""Text for each worker of the ways that hold it in memory."""
+"""Text per worker for the measurements that hold it in memory."""
 POLL_SECONDS = 0.1
 FAST_BATCH = 2**22
 FORMS = ("jsonl", "parquet", "jsonl.gz", "jsonl.zst")
@@ -67,21 +67,21 @@ class Figure:
     mb_per_second: float
     cpu_seconds_per_mb: float
     peak_mb: float | None
-    """Of all processes, shared memory counted once."""
+    """All processes together, shared memory counted once."""
 
 
 def measure(folder: Path, megabytes: int, form: str, workers: int, rounds: int) -> list[Figure]:
-    """The median run of each way."""
+    """The median run of each measurement."""
     corpus, tokenizer = folder / "corpus.jsonl", folder / "tokenizer"
     write_corpus(corpus, megabytes * 10**6)
     train_tokenizer(islice(Corpus([corpus]), TRAINING_DOCUMENTS), VOCAB_SIZE, tokenizer)
     source = corpus if form == "jsonl" else write_shards(corpus, folder / "shards", form)
     ways: dict[str, Callable[[], Run]] = {
-        "megadyn preprocess, start to finish": lambda: start_to_finish(
+        "megadyn preprocess, end to end": lambda: start_to_finish(
             source, tokenizer, folder / "dataset", workers
         ),
         "gigatoken alone, on parsed texts": lambda: in_processes(encode_fast, corpus, tokenizer, workers),
-        "gigatoken with reading and parsing, nothing kept": lambda: in_processes(
+        "gigatoken with reading and parsing, nothing written": lambda: in_processes(
             encode_read, corpus, tokenizer, workers
         ),
         "one `tokenizers` encode per document": lambda: in_processes(encode_each, corpus, tokenizer, workers),
@@ -106,7 +106,7 @@ def median_of(what: str, runs: Sequence[Run]) -> Figure:
 def write_corpus(path: Path, size: int) -> None:
     files = texts_here()
     if not files:
-        raise UserError(f"no {', '.join(SUFFIXES)} files on this machine to make a corpus of")
+        raise UserError(f"this machine has no {', '.join(SUFFIXES)} files to make a corpus of")
     draw, written, again = random.Random(0), 0, False
     with path.open("wb") as out:
         while True:
@@ -114,7 +114,7 @@ def write_corpus(path: Path, size: int) -> None:
                 try:
                     text = file.read_text(encoding="utf-8")
                 except (OSError, UnicodeDecodeError):
-                    continue  # it is one of many thousand
+                    continue  # one unreadable file among thousands
                 if again:
                     lines = text.splitlines(keepends=True)
                     text = "".join(draw.sample(lines, len(lines)))
@@ -125,7 +125,7 @@ def write_corpus(path: Path, size: int) -> None:
 
 
 def write_shards(corpus: Path, folder: Path, form: str) -> Path:
-    """The lines of `corpus` in `SHARDS` files of equal numbers of them; the folder."""
+    """Splits the lines of `corpus` evenly into `SHARDS` files; returns their folder."""
     import pyarrow
     import pyarrow.parquet
 
@@ -157,9 +157,9 @@ def texts_here() -> list[Path]:
 
 
 def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -> Run:
-    """The tool as a user runs it, with the start of Python and all it imports."""
+    """Runs the tool as a user does, including the start of Python and all imports."""
     for path in files_of(prefix).values():
-        path.unlink(missing_ok=True)  # to remove what the round before left is no work of this one
+        path.unlink(missing_ok=True)  # not timed: removes the output of the previous round
     before, began = cpu_of_children(), time.perf_counter()
     command = [
         sys.executable,
@@ -190,11 +190,11 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
 
 
 Prepare = Callable[[Path, Path, int, int], Callable[[], int]]
-"""From corpus, tokenizer, worker and number of workers to the work that is timed, which returns the bytes of its text."""
+"""(corpus, tokenizer, worker, number of workers) -> the work to time, which returns the number of bytes of text."""
 
 
 def in_processes(prepare: Prepare, corpus: Path, tokenizer: Path, workers: int) -> Run:
-    """In `workers` processes, timed from when all are ready until the last ends."""
+    """Runs in `workers` processes, timed from when all are ready until the last ends."""
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(workers + 1), context.SimpleQueue()
     arguments = [(prepare, corpus, tokenizer, i, workers, ready, results) for i in range(workers)]
@@ -231,7 +231,7 @@ def encode_fast(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
 
 
 def encode_read(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Callable[[], int]:
-    """The least that any tool does with this JSONL: its lines are read, parsed and encoded."""
+    """The minimum for any tool that reads this JSONL: read, parse and encode its lines."""
     size = sum(map(len, texts_of(corpus, worker, workers)))
     return encode_batches(tokenizer, lambda: text_batches(corpus, worker, workers), size)
 
@@ -240,7 +240,7 @@ def encode_batches(
     tokenizer: Path, batches: Callable[[], Iterable[list[bytes]]], size: int
 ) -> Callable[[], int]:
     engine = GigatokenTokenizer(load_tokenizer(tokenizer)).engine
-    engine.encode_batch(["x"], parallel=False)  # imports awkward
+    engine.encode_batch(["x"], parallel=False)  # the first call imports `awkward`; do not time that
 
     def work() -> int:
         for texts in batches():
@@ -251,7 +251,7 @@ def encode_batches(
 
 
 def text_batches(corpus: Path, worker: int, workers: int) -> Iterator[list[bytes]]:
-    """Each of `FAST_BATCH` bytes or a little more; smaller and larger ones are no faster."""
+    """Batches of at least `FAST_BATCH` bytes; other sizes are no faster."""
     batch, left = [], FAST_BATCH
     for text in texts_of(corpus, worker, workers):
         batch.append(text)
@@ -283,20 +283,20 @@ def encode_each(corpus: Path, tokenizer: Path, worker: int, workers: int) -> Cal
 
 
 def texts_of(path: Path, worker: int, workers: int) -> Iterator[bytes]:
-    """This worker's units of the corpus."""
+    """This worker's part of the corpus."""
     corpus = Corpus([path])
     for unit in corpus.units()[worker::workers]:
         yield from corpus.read(unit)
 
 
 def cpu_of_children() -> float:
-    """Seconds, of those that have ended."""
+    """CPU seconds of child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 class MemoryWatch:
-    """The largest memory of a session's processes together, looked at every `POLL_SECONDS`."""
+    """Peak memory of all processes of a session, sampled every `POLL_SECONDS`."""
 
     def __init__(self, session: int) -> None:
         self._session, self._peak, self._stop = session, 0, threading.Event()
@@ -304,7 +304,7 @@ class MemoryWatch:
         self._thread.start()
 
     def peak_mb(self) -> float:
-        """Ends the watch."""
+        """Stops sampling and returns the peak."""
         self._stop.set()
         self._thread.join()
         return self._peak / 1e6
@@ -314,13 +314,13 @@ class MemoryWatch:
             self._peak = max(self._peak, sum(map(self._memory, Path("/proc").glob("[0-9]*"))))
 
     def _memory(self, process: Path) -> int:
-        """Bytes; pages that several processes share are divided among them."""
+        """Bytes; memory shared by several processes is divided among them."""
         try:
             if os.getsid(int(process.name)) != self._session:
                 return 0
             lines = process.joinpath("smaps_rollup").read_text().splitlines()
         except (OSError, ProcessLookupError):
-            return 0  # it ended just now
+            return 0  # the process has just ended
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
@@ -347,17 +347,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--megabytes", type=positive, default=200, metavar="N", help="size of the corpus (default: 200)"
     )
-    parser.add_argument("--form", choices=FORMS, default="jsonl", help="what the tool reads (default: jsonl)")
+    parser.add_argument(
+        "--form", choices=FORMS, default="jsonl", help="input format of the tool (default: jsonl)"
+    )
     parser.add_argument("--workers", type=positive, default=2, metavar="N")
     parser.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="of which the median counts (default: 3)"
+        "--rounds", type=positive, default=3, metavar="N", help="rounds; the median is reported (default: 3)"
     )
     parser.add_argument(
         "--folder",
         type=user_path,
         default=Path(tempfile.gettempdir()),
         metavar="DIR",
-        help="where the corpus is made and removed",
+        help="where the corpus is created, and removed afterwards",
     )
     add_json_argument(parser)
     return parser.parse_args(argv)

@@ -1,10 +1,10 @@
-"""How fast an indexed dataset is opened, cut into samples, blended and read, and in how much memory.
+"""How fast an indexed dataset is opened, cut into samples, blended and read, and how much memory that takes.
 
     megadyn benchmark samples [--documents 10000000] [--folder DIR] [--json]
 
-Each figure is the best of several runs, each in a process of its own and on one thread; where other work shares the
-machine, the figure by CPU time is the one to compare. The memory is a whole process's at its largest, mapped files included.
-The datasets, whose tokens are random, are made in a temporary folder of DIR and removed at the end.
+Each figure is the best of several runs, each in its own process with one thread. On a shared machine compare the
+figures by CPU time. Memory is the peak of the whole process, including mapped files. The datasets contain random
+tokens; they are created in a temporary folder in DIR and removed at the end.
 """
 
 import argparse
@@ -36,20 +36,20 @@ MEAN_DOCUMENT = 400
 BLEND = (0.4, 0.3, 0.2, 0.07, 0.03)
 RUNS = 3
 ROUNDS, SAMPLES_A_ROUND = 25, 2000
-"""Of reading samples, in each run."""
+"""Rounds of reading per run, and samples per round."""
 
 
 class Spent(NamedTuple):
-    """What a measured piece of work took."""
+    """What a measured piece of work took and did."""
 
     wall_s: float
     cpu_s: float
     amount: float
-    """Of what it did, where that is the figure: samples, or megabytes."""
+    """Work done, if the figure is a rate: samples or megabytes."""
 
 
 class Clock:
-    """Starts when it is made."""
+    """Starts when created."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -63,15 +63,15 @@ class Figure:
     what: str
     value: float
     cpu_value: float
-    """The same by CPU time."""
+    """The same value by CPU time."""
     unit: str
     goal: str
-    """Of the project, where it has set one."""
+    """The project's goal, if there is one."""
     peak_mb: float
 
 
 def measure(folder: Path, documents: int) -> list[Figure]:
-    """All figures; the sets have `documents` documents, a tenth of it, and a 40th (the one whose tokens are there)."""
+    """All figures, for datasets of `documents` documents, a tenth of that, and a fortieth (the only one with real tokens)."""
     large, small, real = folder / "large", folder / "small", folder / "real"
     for prefix, count in ((large, documents), (small, documents // 10)):
         in_a_process(write_sparse, prefix, count)
@@ -81,7 +81,9 @@ def measure(folder: Path, documents: int) -> list[Figure]:
         figure(f"open a dataset of {documents // 10:,} documents", "ms", "under 50", open_dataset, small),
         figure(f"open a dataset of {size} documents", "ms", "", open_dataset, large),
         figure(f"sample index of {size} shuffled documents", "s", "under 1", cut_index, large),
-        figure("the same with key, shuffles and cache, as a run's first start", "s", "", first_start, large),
+        figure(
+            "the same with key, shuffles and cache, as in a run's first start", "s", "", first_start, large
+        ),
         figure("the same from the cache, verified", "s", "", later_start, large),
         figure(f"blend of {size} samples of {len(BLEND)} datasets", "s", "under 0.5", draw_blend, documents),
         figure(
@@ -101,7 +103,7 @@ def measure(folder: Path, documents: int) -> list[Figure]:
 
 
 def write_sparse(prefix: Path, documents: int) -> Spent:
-    """An index as of real documents, and a .bin that takes no space."""
+    """An index that looks real, and a sparse .bin that takes no disk space."""
     clock = Clock()
     lengths = document_lengths(documents)
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -171,7 +173,7 @@ def draw_blend(samples: int) -> Spent:
 
 def read_samples(prefix: Path, batch: int, mmap: bool) -> Spent:
     samples = SampleSet(IndexedDataset(prefix, mmap=mmap), sequence_length=LENGTH, seed=0)
-    for first in range(0, len(samples), 64):  # into the page cache
+    for first in range(0, len(samples), 64):  # load all pages into the page cache
         samples.take(range(first, min(first + 64, len(samples))))
     draw = np.random.default_rng(0)
     return min(
@@ -181,7 +183,7 @@ def read_samples(prefix: Path, batch: int, mmap: bool) -> Spent:
 
 
 def read_round(samples: SampleSet, ids: np.ndarray) -> Spent:
-    """ids [n, B]: short enough to fall between the turns of other processes."""
+    """ids [n, B]: few enough to fit between the time slices of other processes."""
     clock = Clock()
     for batch in ids:
         samples.take(batch)
@@ -210,7 +212,7 @@ def figure(what: str, unit: str, goal: str, run: Callable[..., Spent], *args: ob
 
 
 def in_a_process(run: Callable[..., Spent], *args: object) -> tuple[Spent, float]:
-    """(what `run` returns, peak memory of the process in MB)."""
+    """(result of `run`, peak memory of the process in MB)."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_report, args=(there, run, args))
@@ -233,7 +235,7 @@ def _report(there: Connection, run: Callable[..., Spent], args: Sequence[object]
 
 
 def as_table(figures: Sequence[Figure]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     rows = [
         f"| {f.what} | {shown(f.value)} {f.unit} | {shown(f.cpu_value)} {f.unit} | {f.goal} | {f.peak_mb:,.0f} MB |"
         for f in figures
@@ -244,7 +246,7 @@ def as_table(figures: Sequence[Figure]) -> str:
 
 
 def shown(value: float) -> str:
-    """Three figures or more."""
+    """At least three significant digits."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
@@ -257,7 +259,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         default=10_000_000,
         metavar="N",
-        help="of the largest dataset, at least 1000",
+        help="documents in the largest dataset, at least 1000",
     )
     parser.add_argument("--folder", type=user_path, default=Path(tempfile.gettempdir()), metavar="DIR")
     add_json_argument(parser)

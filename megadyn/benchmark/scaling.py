@@ -1,11 +1,11 @@
-"""A training step on 1, 2 and 4 processes, spread over tensor, pipeline and data, against the same step on one.
+"""A training step on 1, 2 and 4 processes in tensor, pipeline and data parallelism, compared with the same step on one process.
 
     megadyn benchmark scaling [--layouts 1x1x1 2x1x1 1x2x1 1x1x2 ...] [--model dense] [--global-batch 8] ...
 
-A layout is tensor x pipeline x data. Every layout has its processes on this machine, alive from the start, and they take turns,
-step by step, on the same samples of one global batch (strong scaling); medians count. All must show the losses of the first. On
-a CPU each process has `--threads` threads; where there are more of them than cores, no more than cores / threads of the speed of
-one process can be had. On GPUs each process has one.
+A layout is tensor x pipeline x data. All layouts start their processes on this machine at the beginning. They take
+turns, step by step, on the same samples of one global batch (strong scaling); results are medians. All layouts must
+give the losses of the first. On a CPU each process has `--threads` threads; with more threads than cores, the speed-up
+cannot exceed cores / threads. On GPUs each process has its own GPU.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from megadyn.parallel.grid import make_grid
 
 DEFAULT = ("1x1x1", "2x1x1", "1x2x1", "1x1x2", "4x1x1", "1x4x1", "1x1x4")
 RATE = 1e-4
-"""Learning rate: steps that no layout may take differently."""
+"""Learning rate: so small that layouts stay together."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Relative difference of losses between layouts."""
 PATIENCE_S = 600.0
-"""Without an answer of a process for so long, the benchmark gives up."""
+"""Give up if a process does not answer for this long."""
 
 
 class Layout(NamedTuple):
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
 @dataclass
 class Figure:
-    """What is measured of one layout."""
+    """Measurements of one layout."""
 
     layout: str
     processes: int
@@ -66,13 +66,13 @@ class Figure:
     fastest: float
     tokens_per_second: float
     speedup: float = 1.0
-    """By the first layout's time."""
+    """Relative to the first layout."""
     efficiency: float = 1.0
-    """Of what as many times the first layout's processes could reach."""
+    """Speed-up divided by the number of processes relative to the first layout's."""
     possible: float = 1.0
-    """Largest efficiency that the cores allow; 1 where each process has its own."""
+    """Largest efficiency that the number of cores allows; 1 if each process has its own cores."""
     loss: float = field(default=math.nan)
-    """Of the last step."""
+    """Loss of the last step."""
 
 
 def config_for(layout: Layout, args: argparse.Namespace) -> Config:
@@ -127,11 +127,11 @@ class Crew:
         return answers[0][0], max(seconds for _, seconds in answers)
 
     def answer(self, rank: int) -> Any:
-        """What a rank says. Raises RunError for one that failed, died or says nothing."""
+        """The answer of a rank. Raises RunError for a rank that failed, died or does not answer."""
         line = self.lines[rank]
         try:
             if not line.poll(PATIENCE_S):
-                raise RunError(f"layout {self.layout}: rank {rank} said nothing for {PATIENCE_S:g} s")
+                raise RunError(f"layout {self.layout}: rank {rank} did not answer for {PATIENCE_S:g} s")
             said = line.recv()
         except (EOFError, ConnectionError):
             raise RunError(f"layout {self.layout}: rank {rank} died") from None
@@ -165,7 +165,7 @@ def _be_rank(line: Connection, layout: Layout, rank: int, port: int, args: argpa
 
 
 def _work(line: Connection, layout: Layout, args: argparse.Namespace) -> None:
-    """Sends None when ready, then for each number that comes the loss and the seconds of that step. Is killed in the end."""
+    """Sends None when ready, then the loss and seconds of each step whose number it receives. Gets killed at the end."""
     config = config_for(layout, args)
     launch.join(PATIENCE_S)
     plan, grid = batch_plan(config, layout.processes), make_grid(layout.tensor, layout.pipeline)
@@ -198,12 +198,12 @@ def _work(line: Connection, layout: Layout, args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, layouts: Sequence[Layout]) -> list[Figure]:
     for layout in layouts:
-        config_for(layout, args)  # refused before anything starts
+        config_for(layout, args)  # refuse a bad configuration before anything starts
     crews: list[Crew] = []
     times: list[list[float]] = [[] for _ in layouts]
     losses = [math.nan] * len(layouts)
     try:
-        for layout in layouts:  # one after the other, or one may take the port of another
+        for layout in layouts:  # one after another, because two could pick the same port
             crews.append(Crew(layout, args))
             crews[-1].wait_until_ready()
         for turn in range(args.warmup + args.rounds):
@@ -219,10 +219,10 @@ def measure(args: argparse.Namespace, layouts: Sequence[Layout]) -> list[Figure]
 
 
 def check_losses(layouts: Sequence[Layout], losses: Sequence[float], precision: str) -> None:
-    """Raises RunError for a layout that does not compute what the first does."""
+    """Raises RunError for a layout whose loss differs from the first layout's."""
     for layout, loss in zip(layouts, losses):
         if not abs(loss - losses[0]) <= TOLERANCE[precision] * abs(losses[0]):
-            raise RunError(f"layout {layout}: the loss is {loss}, and {losses[0]} under {layouts[0]}")
+            raise RunError(f"layout {layout}: the loss is {loss}, but {losses[0]} under {layouts[0]}")
 
 
 def figures_of(
@@ -283,7 +283,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         type=layout_of,
         metavar="TxPxD",
-        help=f"ratios are to the first's (default: {' '.join(DEFAULT)}, on GPUs those that fit)",
+        help=f"ratios are relative to the first (default: {' '.join(DEFAULT)}, on GPUs those that fit)",
     )
     parser.add_argument("--model", default="dense", metavar="KIND[:CAPACITY]", help="(default: %(default)s)")
     add_shape_arguments(
@@ -317,17 +317,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.layouts and fit != layouts:
             raise UserError(f"--layouts: more processes than the {torch.cuda.device_count()} GPUs here")
         layouts = fit
-    # imported once for all
+    # Import once; all processes are forked from this one.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["megadyn.benchmark.scaling"])
     figures = measure(args, layouts)
     sharing = (
         ""
         if device.type == "cuda"
-        else f"; {args.threads} thread(s) a process, {os.cpu_count()} cores shared by all"
+        else f"; {args.threads} thread(s) per process, {os.cpu_count()} cores shared by all"
     )
     print(
-        f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)} a micro-batch, "
-        f"{args.global_batch} samples a step{sharing}\n"
+        f"{machine(device)}, {args.precision}, {args.deepspeed_config}; {args.model}, {shape_line(args)} per micro-batch, "
+        f"{args.global_batch} samples per step{sharing}\n"
     )
     print(as_table(figures))
     if args.json:

@@ -1,4 +1,4 @@
-"""The models whose generation is compared: exports of every kind with random weights, an export folder, transformers' Qwen2."""
+"""Models for the generation benchmark: exports of every kind with random weights, an export folder, transformers' Qwen2."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from megadyn.parallel.params import name_of
 from megadyn.planning.flops import dense_twin
 
 CALIBRATED = (4, 512)
-"""Sequences, and tokens of each at most, on which thresholds are set."""
+"""Number of sequences, and largest number of tokens of each, used to set thresholds."""
 
 WIDER = 8.0
-"""By which initial weights of feed-forwards' output projections are multiplied. Those of attention are not: what it adds is much
-the same for all tokens of a row, and would part rows, not tokens."""
+"""Factor on the initial weights of the feed-forwards' output projections. Attention's are left as they are: its output
+is nearly the same for all tokens of a row, so it would separate rows, not tokens."""
 
 
 @dataclass
@@ -43,23 +43,24 @@ class Served:
 def served(
     name: str, args: argparse.Namespace, device: torch.device, dtype: torch.dtype, tokens: Tensor
 ) -> Served:
-    """KIND[:CAPACITY] or `qwen2` with random weights at the sizes in `args`; `tokens` [B, T] set the thresholds.
+    """KIND[:CAPACITY] or `qwen2` with random weights at the sizes in `args`. Thresholds are set on `tokens` [B, T].
 
-    Raises UserError for what does not exist.
+    Raises UserError for an unknown kind.
     """
     if name == REFERENCE:
         return reference(config_of(DENSE, args).model, device, dtype)
     built = build(name, args, torch.device("cpu"), torch.float32, tokens, [])
     assert isinstance(built.module, Network)
     widen(built.module)
-    set_shares(built.module, tokens, built.config.routing.share)  # anew, of what reaches layers now
+    # Again, because the layers' inputs have changed.
+    set_shares(built.module, tokens, built.config.routing.share)
     model = exported(built.module, built.config)
     set_thresholds(model, tokens, built.config.routing.share)
     return Served(name, model.to(device=device, dtype=dtype), built.config)
 
 
 def exported(network: Network, config: ModelConfig) -> Any:
-    """The model that an export of `network` is, but for its thresholds."""
+    """The model that an export of `network` gives, except for its thresholds."""
     from megadyn.hf.configuration_megadyn import MegadynConfig
     from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 
@@ -72,8 +73,8 @@ def exported(network: Network, config: ModelConfig) -> Any:
 
 @torch.no_grad()
 def widen(network: Network) -> None:
-    """Makes what layers add as large as in a trained model: of initial weights it is so small that scores of many tokens which
-    are made of it round to one number, and no threshold parts them."""
+    """Makes layers' updates as large as in a trained model. With initial weights they are so small that scores based on
+    them round to the same number for many tokens, which no threshold can separate."""
     for weight in network.parameters():
         if name_of(weight).endswith("down_proj.weight"):
             weight.mul_(WIDER)
@@ -81,8 +82,8 @@ def widen(network: Network) -> None:
 
 @torch.no_grad()
 def set_thresholds(model: Any, tokens: Tensor, share: float) -> None:
-    """Sets thresholds, first layer to last, so that `share` of the tokens in the second half of each sequence are taken: with
-    random weights scores drift over the first tokens, which have little to look at, and decoding comes behind them."""
+    """Sets thresholds, first layer to last, so that `share` of the tokens in the second half of each sequence are
+    taken. With random weights, scores drift over the first tokens, which have little context; decoding comes after them."""
 
     def set_before_choosing(rule: Any, inputs: tuple[Tensor, ...]) -> None:
         score = inputs[0][:, inputs[0].shape[1] // 2 :].flatten()
@@ -106,7 +107,7 @@ def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
-    """An export folder, run by the code that stands in it."""
+    """A model from an export folder, run by the code in that folder."""
     from transformers import AutoModelForCausalLM
 
     config = read_json(path / "config.json")
@@ -121,7 +122,7 @@ def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
 def models_of(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, contexts: Sequence[int]
 ) -> list[Served]:
-    """Those of `args.models`, or of `args.export` beside the reference of its shape."""
+    """The models in `args.models`, or the one in `args.export` and a reference of its shape."""
     torch.manual_seed(0)
     if args.export is not None:
         one = opened(args.export, device, dtype)

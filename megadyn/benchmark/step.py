@@ -1,13 +1,13 @@
-"""Seconds of a training step (forward, backward, AdamW) of each kind of model, against dense and against transformers' Qwen2.
+"""Seconds of a training step (forward, backward, AdamW) of each kind of model, compared with dense and with transformers' Qwen2.
 
     megadyn benchmark step [--models dense dtf:0.5 mod:0.125 dtrnet:0.1 qwen2] [--hidden 1024] [--sequence 2048] ...
 
-One process and one device, a CPU or a GPU. The models take turns, step by step, on the same tokens, so that whatever else
-slows the machine slows all alike; medians count. `qwen2` has the weights of the dense model. DTRNet's routers are set so that as
-many tokens attend as its number says; the learning rate is too small to change that.
+One process and one device, a CPU or a GPU. The models take turns, step by step, on the same tokens, so that other load
+on the machine slows all of them alike; results are medians. `qwen2` has the weights of the dense model. DTRNet's
+routers are set so that the given share of tokens attends; the learning rate is too small to change that.
 
-Tokens/s count every token of the batch, also one that a layer skipped: they are dense-equivalent, what a dense model of these
-shapes would have to reach. MFU counts the operations that the model itself needs.
+Tokens/s count every token of the batch, including skipped ones. They are dense-equivalent: what a dense model of these
+shapes would have to reach. MFU counts only the operations that the model itself needs.
 """
 
 import argparse
@@ -35,46 +35,47 @@ from megadyn.parallel.params import PRECISIONS
 from megadyn.planning.flops import training_flops
 
 CHECKED_TOKENS = 512
-"""Of a sequence, for the comparison with float64 and for torch's count of operations, which both cost more than a step."""
+"""Tokens of a sequence for the comparison with float64 and for torch's count of operations; both cost more than a step."""
 FP32_TOLERANCE = 1e-4
 
 
 @dataclass
 class Figure:
-    """What is measured of one model. Shares are of the first model's."""
+    """Measurements of one model. Shares are relative to the first model."""
 
     name: str
     seconds: float
     fastest: float
     flops: float
-    """Of a step, causal attention counted at half."""
+    """Per step, causal attention counted at half."""
     counted: float
-    """Operations that torch counts, by those that `planning/flops` does, on a short sequence."""
+    """Operations counted by torch, divided by those of `planning/flops`, on a short sequence."""
     float64_error: float | None
-    """Relative difference of loss and of gradient norm from a float64 copy, the larger; on a short sequence. None: unchecked."""
+    """The larger relative difference of loss and gradient norm from a float64 copy, on a short sequence. None:
+    unchecked."""
     tokens_per_second: float
-    """Skipped tokens too: dense-equivalent."""
+    """Including skipped tokens: dense-equivalent."""
     mfu_half: float
     """Causal attention counted at half, as Megatron-LM does."""
     mfu_full: float
-    """The whole square counted, as llm-foundry, nanotron and torchtitan do."""
+    """The whole square of attention counted, as llm-foundry, nanotron and torchtitan do."""
     flops_share: float = 1.0
     time_share: float = 1.0
 
     @property
     def saved(self) -> float | None:
-        """Time saved by FLOPs saved."""
+        """Time saved divided by FLOPs saved."""
         return (1 - self.time_share) / (1 - self.flops_share) if self.flops_share < 0.99 else None
 
     @property
     def dense_equivalent(self) -> float:
-        """Tokens/s by the first model's."""
+        """Tokens/s relative to the first model."""
         return 1 / self.time_share
 
 
 @dataclass
 class Contest:
-    """The models that take turns."""
+    """The models, which take turns."""
 
     models: list[Model]
     tokens: Tensor
@@ -99,7 +100,7 @@ class Contest:
 
 def float64_error(model: Model, tokens: Tensor, labels: Tensor) -> float:
     exact = Model(model.name, deepcopy(model.module).double(), model.config)
-    with as_written(exact.module):  # no other attention takes float64
+    with as_written(exact.module):  # other attention kernels do not support float64
         right = loss_and_norm(exact, tokens, labels)
     return max(
         abs(got - want) / abs(want)
@@ -120,7 +121,7 @@ def loss_and_norm(model: Model, tokens: Tensor, labels: Tensor) -> tuple[float, 
 
 
 def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
-    """torch counts the whole square of scores, and other attention than its plain one not at all."""
+    """torch counts the whole square of attention, and only for plain attention."""
     with as_written(model.module), FlopCounterMode(display=False) as counter:
         model.loss(tokens, labels).backward()
     model.module.zero_grad(set_to_none=True)
@@ -130,7 +131,7 @@ def counted_share(model: Model, tokens: Tensor, labels: Tensor) -> float:
 
 @contextmanager
 def as_written(module: nn.Module) -> Iterator[None]:
-    """Layers uncompiled, and attention by matrix products, whatever the module was made for."""
+    """Runs layers uncompiled and attention as plain matrix products, whatever the module is configured for."""
     layers = [layer for layer in module.modules() if isinstance(layer, Layer)]
     compiled = [layer.compile_run for layer in layers]
     backends = [layer.self_attn.backend for layer in layers]
@@ -145,7 +146,7 @@ def as_written(module: nn.Module) -> Iterator[None]:
 
 
 def whole_square_flops(model: Model, length: int) -> float:
-    """Of a step on one sequence, with the half of attention's square that no token sees."""
+    """Operations of a step on one sequence, including the half of attention's square that is masked."""
     return training_flops(model.config, length, whole_square=True)
 
 
@@ -161,9 +162,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
         error = None if args.unchecked else float64_error(model, *short)
         checks[name] = counted_share(model, *short), error
         if dtype == torch.float32 and error is not None and error > FP32_TOLERANCE:
-            raise UserError(f"{name}: loss or gradients differ from float64's by {error:.1e} of their size")
+            raise UserError(
+                f"{name}: loss or gradients have a relative difference of {error:.1e} from float64"
+            )
         contest.models.append(model)
-    torch._dynamo.reset()  # graphs are to be for the contest's shapes, not for the checks' as well
+    torch._dynamo.reset()  # compile only for the contest's shapes, not for those of the checks
     contest.run(args.rounds, args.warmup)
     peak, source = device_peak(device, dtype, args.peak_tflops)
     figures: list[Figure] = []
@@ -214,7 +217,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=(*DEFAULT_MODELS, REFERENCE),
         metavar="KIND[:CAPACITY]",
-        help="shares are of the first's (default: %(default)s)",
+        help="shares are relative to the first (default: %(default)s)",
     )
     add_shape_arguments(parser, rounds=7, warmup=2)
     add_device_arguments(parser)
@@ -222,17 +225,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peak-tflops",
         type=above_zero,
         metavar="N",
-        help="of the device, for MFU (default: by its datasheet, or else of a matrix product here)",
+        help="peak of the device, for MFU (default: its datasheet's, or else a matrix product measured here)",
     )
     parser.add_argument(
         "--unchecked",
         action="store_true",
-        help="no comparison with float64, whose copy needs four times the memory of bf16",
+        help="skip the comparison with float64, whose copy needs four times the memory of bf16",
     )
     parser.add_argument(
-        "--recompute", choices=RECOMPUTE, default="none", help="of ours; qwen2 knows none and full"
+        "--recompute", choices=RECOMPUTE, default="none", help="for our models; qwen2 supports none and full"
     )
-    parser.add_argument("--compile", action="store_true", help="ours by torch.compile, layer by layer")
+    parser.add_argument("--compile", action="store_true", help="compile our models layer by layer")
     add_json_argument(parser)
     return parser.parse_args(argv)
 

@@ -1,1 +1,1 @@
-"""Checkpoints: whole or nothing, verified, readable at any topology, free of pickles."""
+"""Checkpoints: written atomically, verified, readable under any topology, free of pickles."""

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: what the model is, what it was trained on, how well it does, how to load it."""
+"""README.md of an exported folder: what the model is, how it was trained, its losses, and how to load it."""
 
 import json
 from pathlib import Path
@@ -28,11 +28,11 @@ def model_card(
     precision: str,
     tokenizer: str,
 ) -> str:
-    """The whole text, front matter for Hugging Face's hub included.
+    """The whole text, including front matter for the Hugging Face hub.
 
     Args:
         history: from `last_records`.
-        style: `megadyn` or `qwen2`; precision: of the weights; tokenizer: a sentence on it.
+        style: `megadyn` or `qwen2`; precision: of the weights; tokenizer: a sentence about it.
     """
     model, length = config.model, config.training.sequence_length
     routing = model.routing
@@ -42,7 +42,7 @@ def model_card(
         if config.checkpoint.init_from
         else ""
     )
-    # else the batch size has changed
+    # False if the batch size changed during the run.
     is_uniform = iteration * config.training.global_batch_size == consumed_samples
     batch = f" of {config.training.global_batch_size}" if is_uniform else ","
     tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
@@ -52,14 +52,14 @@ def model_card(
         "pipeline_tag: text-generation",
         "tags:",
         *(f"- {tag}" for tag in tags),
-        "# license: to be filled in by whoever publishes these weights",
+        "# license: add the license under which you publish these weights",
         "---",
     ]
     parts = [
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
         f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
-        f"{start}. A base model: it continues text and follows no "
+        f"{start}. A base model: it continues text and does not follow "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),
@@ -72,7 +72,7 @@ def model_card(
 
 
 def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
-    """The last record of training, `validation` and `test` in a run's metrics.jsonl up to `iteration`, as far as there are."""
+    """The last training, `validation` and `test` records in a run's metrics.jsonl up to `iteration`, if there are any."""
     found: dict[str, Any] = {}
     try:
         lines = metrics.read_text(errors="replace").splitlines()
@@ -84,7 +84,7 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # half-written: a run that goes on may just be at its last line
+            continue  # a partial line: the run may be writing it right now
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             continue
         if record["iteration"] <= iteration:
@@ -101,14 +101,14 @@ def _table(rows: dict[str, Any]) -> str:
 
 
 def escaped(value: object) -> str:
-    """As a cell of a table, which a bar or the end of a line would close."""
+    """A table cell, without the `|` and line breaks that would end it."""
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[str, Any]:
     norms = {
         "pre": "before attention and feed-forward",
-        "lns": "before attention and feed-forward, divided by the root of the layer's number",
+        "lns": "before attention and feed-forward, divided by the square root of the layer's number",
         "hybridnorm": "on queries, keys and values, and after attention",
     }
     return {
@@ -125,7 +125,7 @@ def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[st
 
 
 def _means_over_layers(history: dict[str, Any]) -> dict[str, float]:
-    """Of the last report of training, each statistic's mean over the layers that have it."""
+    """Each statistic in the last training report, averaged over the layers that have it."""
     layers = history.get("lm_loss", {}).get("routing", {}).values()
     found: dict[str, list[float]] = {}
     for layer in layers:
@@ -136,7 +136,7 @@ def _means_over_layers(history: dict[str, Any]) -> dict[str, float]:
 
 
 def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
-    """Operations per token of a training step, here and without routing."""
+    """Operations per token of a training step, with routing and without."""
     routing = model.routing
     plain = training_flops(dense_twin(model), length) / length
     if routing.name == DENSE:
@@ -145,7 +145,9 @@ def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
     if routing.varies:
         measured = _means_over_layers(history).get("routed_fraction")
         if measured is None:
-            return f"It depends on what the tokens choose; without routing it is {plain:.3g} operations per token."
+            return (
+                f"It depends on the tokens' choices; without routing it is {plain:.3g} operations per token."
+            )
         shares = dict.fromkeys(range(model.num_layers), measured)
         share = f"the measured share of {measured:.1%} of tokens ({routing.verb})"
     routed = training_flops(model, length, shares) / length
@@ -156,9 +158,9 @@ def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
 
 
 def _data(config: Config) -> str:
-    rows = ["| dataset | share | documents | tokens, with those held out |", "|---|---|---|---|"]
+    rows = ["| dataset | share | documents | tokens, including held-out ones |", "|---|---|---|---|"]
     for source in config.data.sources("train"):
-        prefix = Path(source.prefix)  # its last part alone: the rest is the machine's
+        prefix = Path(source.prefix)  # only its last part: the rest is specific to the machine
         share = "" if source.share is None else f"{source.share:g}"
         try:
             record = read_record(files_of(prefix)["json"])
@@ -171,9 +173,9 @@ def _data(config: Config) -> str:
 
 
 def _losses(history: dict[str, Any], has_topk: bool) -> str:
-    """Without top-k there is one way to route, and one row a set."""
+    """Without top-k there is only one routing mode, so one row per set."""
     if not history:
-        return "Not known: no metrics.jsonl with a record of this step or an earlier one lay beside the checkpoint."
+        return "Unknown: there was no metrics.jsonl next to the checkpoint with a record of this step or an earlier one."
     rows = ["| set | routing | loss, nats per token | step |", "|---|---|---|---|"]
     if record := history.get("lm_loss"):
         rows.append(
@@ -209,5 +211,5 @@ def _use(style: str) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)\n" + GENERATE + "```\n\n"
         "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks arc_easy\n\n"
         'LoRA: `LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")`, or `target_modules=r".*(self_attn|mlp)'
-        '\\..*_proj"` for the blocks without what chooses tokens.'
+        '\\..*_proj"` to adapt the blocks but not the routers and priors.'
     )

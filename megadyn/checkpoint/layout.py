@@ -1,23 +1,24 @@
-"""What a checkpoint is on disk, and how one becomes visible.
+"""The files of a checkpoint, and how a checkpoint becomes visible.
 
     checkpoints/
-      latest                                  name of the newest, and crc32 of that line; replaced atomically
+      latest                                  name of the newest checkpoint and crc32 of the name; replaced atomically
       iteration-00000100/
         manifest.json                         format, iteration, topology, routing state, size and sha256 of each file
         manifest.sha256                       of manifest.json
         config.yaml                           the run's resolved configuration
-        weights-pp00-tp00-dp00.safetensors    fp32 weights under their Hugging Face names
+        weights-pp00-tp00-dp00.safetensors    fp32 weights with their Hugging Face names
         optimizer-pp00-tp00-dp00.safetensors  NAME/exp_avg and NAME/exp_avg_sq, fp32
 
-A tensor that is cut over tensor ranks has a part in each rank's file, others stand in tensor rank 0's. The
-data-parallel ranks of a stage share its tensors out among them, so that all write at once.
+A tensor that is cut over tensor ranks has one part in each rank's file; other tensors are in tensor rank 0's file. The
+data-parallel ranks of a stage divide its tensors among them, so that all write at once.
 
-A checkpoint is written under a temporary name beside its place, synced to disk and renamed: under its own name
-it is complete. A checkpoint is good unless it was saved right after a bad step (the manifest's `loss_rule`), or holds a file
-`not-good`, which says why: its model was evaluated at the end of the run and gave NaN.
+A checkpoint is written under a temporary name in the same folder, synced to disk and renamed. Under its final name it
+is complete. A checkpoint is good unless it was saved right after a bad step (the manifest's `loss_rule`) or contains a
+file `not-good` with the reason: its model was evaluated at the end of the run and gave NaN.
 
-`latest` decides, as a run that went back leaves higher iterations behind; a reader that finds it missing or damaged takes
-the highest iteration, and says so of a damaged one. Its first line is the name alone, for scripts.
+`latest` decides, not the highest iteration, because a run that went back leaves higher iterations behind. If `latest`
+is missing or damaged, readers take the highest iteration; they warn if it is damaged. Its first line is just the name,
+for scripts.
 """
 
 import hashlib
@@ -39,9 +40,9 @@ CHECKPOINTS = "checkpoints"
 NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
-"""Before a checkpoint's name while it is none."""
+"""Prefixes of a checkpoint's name while it is being written, replaced or removed."""
 NOT_GOOD = "not-good"
-"""File in a checkpoint that turned out to be worthless; holds the reason."""
+"""File in a checkpoint whose model turned out to be bad; contains the reason."""
 
 
 def folder_name(iteration: int) -> str:
@@ -58,10 +59,10 @@ def shard_file(kind: str, pp: int, tp: int, dp: int) -> str:
 
 
 def complete_checkpoints(root: Path, *, quiet: bool = False) -> list[Path]:
-    """Checkpoints under `root`, best to resume from first: `latest`, then those before it, newest first.
+    """Checkpoints under `root`, the best to resume from first: `latest`, then earlier ones, newest first.
 
-    What lies beyond `latest` was left by a run that has since gone back; it is neither used nor removed. `quiet` does not
-    warn of a damaged `latest`: whoever looks again will.
+    Checkpoints beyond `latest` come from a run that has since gone back; they are neither used nor removed. `quiet`
+    suppresses the warning about a damaged `latest`, for callers that are followed by another look.
     """
     found = [path for path in root.glob("iteration-*") if NAME.match(path.name)] if root.is_dir() else []
     found.sort(key=lambda path: path.name, reverse=True)
@@ -72,34 +73,34 @@ def complete_checkpoints(root: Path, *, quiet: bool = False) -> list[Path]:
     if latest is None:
         problem = "cannot be read"
     elif check and check != check_of(latest):
-        problem = "is damaged (its crc32 is not that of its name)"
+        problem = "is damaged (its crc32 does not match its name)"
     elif latest not in [path.name for path in found]:
-        problem = "names no checkpoint there is"
+        problem = "names a checkpoint that does not exist"
     if latest is None or problem:
         if not quiet:
             log.warning(
-                "%s %s: passed over, %s",
+                "%s %s: ignored; %s",
                 root / "latest",
                 problem,
-                f"{found[0].name} is the highest iteration" if found else "and there is no checkpoint",
+                f"{found[0].name} is the highest iteration" if found else "there is no checkpoint",
             )
         return found
     return [path for path in found if path.name <= latest]
 
 
 def reservation(folder: Path) -> str | None:
-    """Why a checkpoint does not count as good, although it is whole; None for one that does, or that cannot be read."""
+    """Why a complete checkpoint does not count as good; None if it does, or if it cannot be read."""
     if reason := condemned(folder):
         return reason
     try:
         rule = read_manifest(folder).get("loss_rule") or {}
-    except UserError:  # `damage` tells
+    except UserError:  # `damage` reports it
         return None
     return "it was saved right after a bad step" if rule.get("last_was_bad") else None
 
 
 def condemned(folder: Path) -> str | None:
-    """What was wrong with the model of a checkpoint when its run ended; None if nothing was."""
+    """What was wrong with the checkpoint's model when its run ended; None if nothing was."""
     try:
         return (folder / NOT_GOOD).read_text().strip()
     except FileNotFoundError:
@@ -107,7 +108,7 @@ def condemned(folder: Path) -> str | None:
 
 
 def good_first(folders: list[Path]) -> list[Path]:
-    """`folders` in their order, those that do not count as good behind the others."""
+    """`folders` in their order, but those that do not count as good at the end."""
     return sorted(folders, key=lambda folder: reservation(folder) is not None)  # a stable sort
 
 
@@ -116,7 +117,7 @@ def mark_not_good(folder: Path, reason: str) -> None:
 
 
 def read_latest(path: Path) -> tuple[str | None, str]:
-    """The name that it holds and the name's check, which a file of an earlier version has not; None where it cannot be read."""
+    """(name, checksum of the name). Files of earlier versions have no checksum. The name is None if it cannot be read."""
     try:
         name, _, check = path.read_bytes().decode(errors="replace").partition("\n")
     except OSError:
@@ -148,7 +149,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """`path` holds either what it held before or all of `text`, also after a crash."""
+    """Replaces the content of `path` atomically: after a crash it holds either the old text or all of the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     sync_file(temporary)
@@ -162,10 +163,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Gives a finished checkpoint its name and points `latest` at it."""
+    """Renames a finished checkpoint to its final name and points `latest` at it."""
     sync_folder(temporary)
     old = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():  # a run that went back and reached the iteration again
+    if final.exists():  # the run went back and has reached this iteration again
         final.rename(old)
     temporary.rename(final)
     write_file(final.parent / "latest", f"{final.name}\n{check_of(final.name)}\n")
@@ -174,27 +175,28 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes all but the `keep` newest checkpoints (0 keeps all), the newest good one, and those of iterations that
-    `keep_every` divides."""
+    """Removes all checkpoints except the `keep` newest (0 keeps all), the newest good one, and those whose iteration is
+    a multiple of `keep_every`."""
     complete = complete_checkpoints(root)
     newest_good = next((path for path in complete if reservation(path) is None), None)
     for path in complete[keep:] if keep else []:
         if path != newest_good and not (keep_every and iteration_of(path) % keep_every == 0):
-            # a half-removed checkpoint must not look like one
+            # A partly removed checkpoint must not have a checkpoint's name.
             dying = path.with_name(f"{REMOVING}{path.name}")
             path.rename(dying)
             shutil.rmtree(dying)
 
 
 def clear_leftovers(root: Path) -> None:
-    """Removes what an attempt to write, replace or remove a checkpoint left when the run died."""
+    """Removes leftovers of writing, replacing or removing a checkpoint when the run died."""
     for prefix in (WRITING, REPLACED, REMOVING):
         for path in root.glob(f"{prefix}*"):
             shutil.rmtree(path)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """With an older DTF's entries converted. Raises UserError unless `folder` holds a checkpoint of this format."""
+    """Reads a manifest; entries of older DTF versions are converted. Raises UserError if `folder` has no checkpoint of
+    this format."""
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
@@ -202,7 +204,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if isinstance(manifest, dict) and manifest.get("format") == FORMAT:  # other formats had no digest
             digest = (folder / DIGEST).read_bytes()
             if digest != hashlib.sha256(content).hexdigest().encode() + b"\n":
-                raise UserError(f"{path}: damaged (its sha256 is not that of {DIGEST})")
+                raise UserError(f"{path}: damaged (its sha256 does not match {DIGEST})")
     except OSError as error:
         raise UserError(
             f"{folder}: not a checkpoint ({Path(error.filename or path).name}: {error.strerror})"
@@ -214,12 +216,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing := [
         key for key in ("iteration", "consumed_samples", "topology", "model", "files") if key not in manifest
     ]:
-        raise UserError(f"{path}: damaged: it has no {missing[0]!r}")
+        raise UserError(f"{path}: damaged: {missing[0]!r} is missing")
     return newer_manifest(manifest)
 
 
 def damage(folder: Path, names: list[str]) -> str | None:
-    """What is wrong with the named files against the manifest, or None. Raises UserError for a damaged manifest."""
+    """How the named files differ from the manifest, or None. Raises UserError for a damaged manifest."""
     manifest = read_manifest(folder)
     for name in names:
         path, want = folder / name, manifest["files"][name]
@@ -227,7 +229,7 @@ def damage(folder: Path, names: list[str]) -> str | None:
             if path.stat().st_size != want["bytes"]:
                 return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
             if file_digest(path)["sha256"] != want["sha256"]:
-                return f"{path}: damaged (its sha256 is not the manifest's)"
+                return f"{path}: damaged (its sha256 does not match the manifest)"
         except FileNotFoundError:
             return f"{path}: missing"
         except OSError as error:
@@ -236,15 +238,13 @@ def damage(folder: Path, names: list[str]) -> str | None:
 
 
 def resolve(path: Path) -> Path:
-    """A checkpoint's folder from itself, or the newest good one of a `checkpoints/` folder or a run's output folder."""
+    """The checkpoint at `path`, or the newest good one if `path` is a `checkpoints/` folder or a run's output folder."""
     if (path / "manifest.json").exists() or NAME.match(path.name):
         return path
     for root in (path, path / CHECKPOINTS):
         if found := complete_checkpoints(root):
             best = good_first(found)[0]
             for folder in found[: found.index(best)]:
-                log.warning(
-                    "%s passed over: %s; name its folder to use it anyway", folder, reservation(folder)
-                )
+                log.warning("%s skipped: %s; name its folder to use it anyway", folder, reservation(folder))
             return best
     raise UserError(f"{path}: no checkpoint found there" if path.exists() else f"{path}: no such folder")

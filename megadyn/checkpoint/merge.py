@@ -1,4 +1,4 @@
-"""Whole tensors from the parts that ranks wrote, one at a time."""
+"""Joins whole tensors from the parts that ranks wrote, one at a time."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from megadyn.routing.tracker import RunningThreshold
 
 
 class TensorSource(Protocol):
-    """Where whole tensors come from: a checkpoint, or a Hugging Face folder."""
+    """A source of whole tensors: a checkpoint or a Hugging Face folder."""
 
     def names(self) -> set[str]: ...
 
@@ -23,7 +23,8 @@ class TensorSource(Protocol):
 
 
 class ShardedTensors:
-    """The tensors of one kind (`weights` or `optimizer`) of a checkpoint, read lazily; an older DTF's are converted."""
+    """The tensors of one kind (`weights` or `optimizer`) of a checkpoint, read lazily. Those of older DTF models are
+    converted."""
 
     def __init__(self, folder: Path, kind: str):
         self.folder = folder
@@ -46,7 +47,7 @@ class ShardedTensors:
         return set(map(newer_name, self._parts))
 
     def whole(self, name: str) -> Tensor:
-        """The tensor without any cut or vocabulary padding. Optimizer states are cut like their parameter."""
+        """The whole tensor without vocabulary padding. Optimizer states are cut like their parameter."""
         if name in self._parts:
             return self._joined(name)
         older = older_name(name)
@@ -63,17 +64,17 @@ class ShardedTensors:
 
 
 def parameter_of(name: str) -> str:
-    """The parameter that `NAME/exp_avg` belongs to; a weight's own name stays."""
+    """The parameter that `NAME/exp_avg` belongs to; a weight's own name is returned unchanged."""
     return name.partition("/")[0]
 
 
 def part_for(source: TensorSource, name: str, sharding: Sharding, rank: int) -> Tensor:
-    """This rank's part of a tensor in fp32, whatever the topology it was written under."""
+    """This rank's part of a tensor in fp32, independent of the topology that wrote it."""
     return sharding.cut(parameter_of(name), source.whole(name), rank).to(torch.float32)
 
 
 def routing_state(manifest: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
-    """What a checkpoint holds of the tracker `name`, by layer. Up to version 0.1 it stood at the manifest's top."""
+    """Saved state of the tracker `name`, by layer. Up to version 0.1 it was at the top level of the manifest."""
     state: dict[str, dict[str, float]] = manifest.get("routing", manifest).get(name, {})
     return state
 

@@ -1,8 +1,8 @@
-"""What a run must share with the checkpoint that it goes on from, and what has changed between the two.
+"""What a run must have in common with the checkpoint it resumes from, and what has changed between the two.
 
-A run may change all that alters neither the shape nor the meaning of what a checkpoint holds: weights, Adam's moments,
-the averages of routed layers, and the position in the data. Loss weights, momentum, capacity, the causal rule, the base of
-rotary positions, learning rates and layouts are therefore free; MUST_EQUAL lists the rest, each with its reason.
+A run may change anything that affects neither the shape nor the meaning of what a checkpoint holds: weights, Adam's
+moments, the averages of routed layers, and the position in the data. So loss weights, momentum, capacity, the causal
+rule, RoPE's base, learning rates and layouts may change. MUST_EQUAL lists everything else, each with its reason.
 """
 
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from megadyn.errors import UserError
 from megadyn.kinds import expand_layout
 from megadyn.kinds.kind import SHAPES, TRAINED_SO
 
-ORDER = "it decides which samples come in which order"
+ORDER = "it determines the order of the samples"
 
 MUST_EQUAL = {
     **dict.fromkeys(
@@ -37,13 +37,13 @@ MUST_EQUAL = {
         SHAPES,
     ),
     "model.normalization": TRAINED_SO,
-    "model.routing.kind": "it decides which layers and which tensors there are",
+    "model.routing.kind": "it determines the layers and tensors of the model",
     "training.seed": ORDER,
     "training.sequence_length": ORDER,
 }
-"""Beside what the kind of routing names in `Kind.fixed`."""
+"""In addition to the keys in the kind's `Kind.fixed`."""
 SAME_TRAINING = ("seed", "sequence_length")
-"""Keys of the training section in MUST_EQUAL. A manifest holds these, and the whole model section."""
+"""Keys of the training section in MUST_EQUAL. A manifest stores these, and the whole model section."""
 
 COMPARED = (
     "model",
@@ -55,23 +55,23 @@ COMPARED = (
     "precision",
     "deepspeed_config",
 )
-"""Parts of the configuration whose changes are told; the others say where and how a run reports and saves."""
+"""Sections of the configuration whose changes are reported; the others only control reporting and saving."""
 
 
 def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> None:
-    """Refuses a checkpoint that `config` cannot go on from: UserError with each key at fault and the reason."""
+    """Raises UserError, with each offending key and the reason, if `config` cannot resume from the checkpoint."""
     there = flat({"model": manifest["model"], "training": manifest["training"]})
     here = flat({"model": asdict(config.model), "training": asdict(config.training)})
     own = {f"model.routing.{key}": reason for key, reason in config.model.routing.fixed.items()}
     found = []
     for key, reason in (MUST_EQUAL | own).items():
         if key not in there or key not in here:
-            continue  # a key that one of the two versions lacks
+            continue  # a key that one of the two versions does not have
         was, now = there[key], here[key]
         if key == "model.routing.layout" and there["model.num_layers"] == config.model.num_layers:
             was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))
         if was != now:
-            found.append(f"{key} is {there[key]!r} there and {here[key]!r} here ({reason})")
+            found.append(f"{key} is {there[key]!r} in the checkpoint and {here[key]!r} here ({reason})")
     if found:
         raise UserError(
             f"{folder} is a checkpoint of another run: {'; '.join(found)}. "
@@ -80,7 +80,7 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
 
 
 def changes(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
-    """By dotted key, what `was` when a verified checkpoint was saved and `is` now."""
+    """By dotted key: the value when the verified checkpoint was saved (`was`) and the value now (`is`)."""
     there = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
     here = flat(resolved_config(config))
     return {
@@ -91,7 +91,7 @@ def changes(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def changes_line(changed: dict[str, dict[str, Any]]) -> str:
-    """`changes` as one line. A key that only draws first values is marked."""
+    """`changes` as one line. Keys that only affect initial values are marked."""
     return "; ".join(
         f"{key} was {value['was']} and is {value['is']}"
         + (" (no effect now)" if key.endswith(FIRST_VALUES) else "")
@@ -103,7 +103,7 @@ FIRST_VALUES = ("_init", ".init_std")
 
 
 def flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dictionary by dotted keys; lists stay whole."""
+    """Flattens a nested dictionary to dotted keys; lists stay whole."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,7 +1,7 @@
 """Engine <-> checkpoint.
 
-Weights and optimizer states pass through DeepSpeed's per-parameter access, so that what is written is free of
-ZeRO partitions and loads under any ZeRO stage, data-parallel size and topology.
+Weights and optimizer states are accessed per parameter through DeepSpeed. So the files do not contain ZeRO partitions
+and load under any ZeRO stage, data-parallel size and topology.
 """
 
 import math
@@ -39,13 +39,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class PoisonedWeights(RunError):
-    """Weights, moments or routing state hold a number that is not finite; the earlier checkpoints are intact."""
+    """Weights, moments or routing state contain NaN or infinity; earlier checkpoints are intact."""
 
     is_everywhere = True
 
 
 class OptimizerAccess:
-    """Each parameter's fp32 weight and Adam moments, whole over data-parallel ranks, under any ZeRO stage."""
+    """Each parameter's fp32 weight and Adam moments, whole across data-parallel ranks, under any ZeRO stage."""
 
     def __init__(self, engine: Trained):
         self.zero_stage = engine.zero_stage
@@ -55,7 +55,7 @@ class OptimizerAccess:
         self._allocate(wrapper)
 
     def _allocate(self, wrapper: Any) -> None:
-        """Makes the moments that Adam would make in its first step, so that they can be read and set before it."""
+        """Creates the moments that Adam would create in its first step, so that they can be read and set before it."""
         held = next(
             (
                 getattr(wrapper, name)
@@ -78,8 +78,8 @@ class OptimizerAccess:
                 state |= {key: torch.zeros_like(tensor) for key in MOMENTS}
             self.states.append(state)
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-            # DeepSpeed links parameters to their moments after the first group's first step, when the other
-            # groups have none yet, and never again: ask for it now that all exist.
+            # DeepSpeed links parameters to their moments once, after the first group's first step, when the other
+            # groups have no moments yet. Now that all exist, make it link again.
             wrapper._hp_optimizer_states_linked = False
             wrapper._lazy_init_hp_params_optimizer_state()
 
@@ -140,15 +140,15 @@ def snapshot(
     loss_rule: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
 ) -> Snapshot:
-    """Copies to host memory what a checkpoint holds, each rank its share. Collective.
+    """Copies to host memory what a checkpoint holds, each rank its part. Collective.
 
     Args:
         data_key: identifies the training data and their order.
-        loss_rule: state of the rule that tells bad steps.
-        more: goes into the manifest as it is.
+        loss_rule: state of the rule that detects bad steps.
+        more: additional entries for the manifest.
 
     Raises:
-        PoisonedWeights: on every rank, when something to be saved is NaN or infinite.
+        PoisonedWeights: on every rank, if anything to be saved is NaN or infinite.
     """
     shards, bad = _shards(engine)
     stages = [state for state in all_gather(_routing_state(engine)) if state]
@@ -164,8 +164,7 @@ def snapshot(
         for value in state.values()
     ):
         raise PoisonedWeights(
-            f"{bad or 'the routing state'} holds a number that is not finite at iteration {iteration}: "
-            "nothing was saved"
+            f"{bad or 'the routing state'} is NaN or infinite at iteration {iteration}: nothing was saved"
         )
     manifest = {
         "format": layout.FORMAT,
@@ -193,7 +192,7 @@ def save(engine: Trained, root: Path, *, iteration: int, consumed_samples: int, 
     """Writes a checkpoint under `root` and returns its folder. Collective.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write. Nothing of the attempt remains.
+        CheckpointError: on every rank, if any rank could not write. Its files are removed.
         PoisonedWeights: see `snapshot`.
     """
     taken = snapshot(engine, iteration=iteration, consumed_samples=consumed_samples, data_key=data_key)
@@ -201,17 +200,18 @@ def save(engine: Trained, root: Path, *, iteration: int, consumed_samples: int, 
 
 
 def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
-    """This rank's share of weights and moments, copied to host memory: {file name: {tensor name: tensor}}; and the first tensor
-    that holds a number that is not finite. The device looks for it, which takes a core of the host seconds for each GB."""
+    """This rank's part of weights and moments, copied to host memory: {file name: {tensor name: tensor}}; and the name
+    of the first tensor with NaN or infinity. The device checks, because a CPU core would need seconds per GB."""
     grid, access = engine.grid, OptimizerAccess(engine)
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     is_finite: dict[str, Tensor] = {}
     for turn, param in enumerate(engine.parameters()):
-        found = access.get(param)  # every rank takes part; one of them keeps and writes it
+        found = access.get(param)  # collective; one of the ranks keeps and writes the result
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
             values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
-            for key, value in found.items():  # read at the end, all at once; offloaded states are the host's
+            # All flags are read once at the end; offloaded states are on the host.
+            for key, value in found.items():
                 is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = (
                     value.isfinite().all().to(engine.device)
                 )
@@ -227,7 +227,7 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
 
 
 def _routing_state(engine: Trained) -> dict[str, dict[str, dict[str, float]]]:
-    """What routed layers carry from step to step, by its name and layer, from one rank of each stage."""
+    """State that routed layers carry from step to step, by name and layer, from one rank of each stage."""
     if engine.grid.tp.rank or engine.grid.dp.rank:
         return {}
     return {
@@ -239,14 +239,14 @@ def _routing_state(engine: Trained) -> dict[str, dict[str, dict[str, float]]]:
 def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str, Any]:
     """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest.
 
-    Raises UserError when the checkpoint is of another model or, where `data_key` is given, of other training data.
+    Raises UserError if the checkpoint is of another model or, if `data_key` is given, of other training data.
     """
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
     if data_key is not None and manifest["data_key"] != data_key:
         raise UserError(
-            f"{folder} was trained on other data or in another order (data.train, data.split): its "
-            "position means nothing here; checkpoint.allow_other_data=true resumes anyway"
+            f"{folder} was trained on other data or in another order (data.train, data.split), so its "
+            "position in the data does not apply; checkpoint.allow_other_data=true resumes anyway"
         )
     weights = ShardedTensors(folder, "weights")
     known = weights.names()
@@ -263,24 +263,24 @@ def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str
             if name == "thresholds":
                 state = threshold_state(state, manifest["model"]["routing"], engine.config.model.routing)
             elif state is None:
-                raise UserError(f"{folder}: damaged: its manifest has no {name} of layer {index}")
+                raise UserError(f"{folder}: damaged: its manifest lacks {name} of layer {index}")
             if state is not None:
                 tracker.set_state(state, engine.device)
     return manifest
 
 
 CAUSAL_RULE = ".causal_router."
-"""Part of the names of a predictor's tensors. A run that takes up another causal rule begins that rule anew."""
+"""Part of the names of a predictor's tensors. When a run switches to another causal rule, that rule starts from scratch."""
 
 
 def threshold_state(
     state: dict[str, float] | None, was: dict[str, Any], now: Kind
 ) -> dict[str, float] | None:
-    """A saved running threshold for the settings of `now`; None where it must begin anew.
+    """A saved running threshold converted to the settings of `now`; None if it must start from scratch.
 
-    A threshold is an average of k-th highest scores: under another capacity that k is another. The average starts from 0, which
-    is corrected for by the momentum it was taken with (`RunningThreshold.value`); under another momentum the same value
-    is another average. A threshold of a kind without a top-k is no such average, and goes on as it is.
+    A threshold is an average of k-th highest scores, so it is invalid under another capacity, which changes k. The
+    average starts from 0, and the momentum it was computed with corrects for that (`RunningThreshold.value`), so it is
+    invalid under another momentum. Neither applies to thresholds of kinds without top-k, which are kept unchanged.
     """
     if not isinstance(now, TopK):
         return state
@@ -293,8 +293,8 @@ def threshold_state(
 
 
 def init_from(engine: Trained, path: Path) -> None:
-    """Starts from the weights of a Hugging Face folder. Into a routed model a dense one may be read: what it lacks,
-    routers and priors, keeps its own initialisation. Collective.
+    """Loads the weights of a Hugging Face folder. A routed model may load a dense one: tensors that this lacks
+    (routers, priors) keep their initial values. Collective.
 
     Raises UserError for another model, and for a missing or an unexpected tensor, by name.
     """
@@ -307,18 +307,19 @@ def init_from(engine: Trained, path: Path) -> None:
         raise UserError(f"{path} has no tensor {missing[0]} ({len(missing)} are missing)")
     if unexpected := sorted(given - wanted):
         raise UserError(
-            f"{path} has a tensor that the model lacks: {unexpected[0]} ({len(unexpected)} of them)"
+            f"{path} has a tensor that the model lacks: {unexpected[0]} ({len(unexpected)} in total)"
         )
     set_parameters(engine, folder)
     for index, threshold in thresholds_of(engine.routed).items():
         name = f"model.layers.{index}.{THRESHOLD}"
-        if name in folder.names():  # an export's; it counts as one step of the average, and moves on soon
+        # An export's threshold; it counts as one step, so the average soon moves on.
+        if name in folder.names():
             average = float(folder.whole(name)) * (1 - threshold.momentum)
             threshold.set_state({"average": average, "steps": 1}, engine.device)
 
 
 def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource | None = None) -> None:
-    """Sets every parameter that `weights` has, with its moments where given."""
+    """Sets every parameter that `weights` has, and its moments if given."""
     access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
     known = weights.names()
     for param in engine.parameters():
@@ -331,14 +332,14 @@ def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource
 
 
 def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
-    """The best checkpoint under `root` that is whole; others are named and passed over. Collective.
+    """The best intact checkpoint under `root`. Skipped ones are logged. Collective.
 
-    One that does not count as good (`layout.reservation`) is taken where there is no other, with a warning, or with
-    `only_good` not at all.
+    A checkpoint that does not count as good (`layout.reservation`) is used, with a warning, only if there is no other;
+    with `only_good` it is never used.
 
-    Raises UserError when there are checkpoints and none is whole: a run must not begin anew in silence.
+    Raises UserError if there are checkpoints but none is intact: a run must not silently start from scratch.
     """
-    # Rank 0's view counts: on a network file system others may see an older one.
+    # Rank 0's view decides: on a network file system other ranks may see an older one.
     complete = layout.complete_checkpoints(root)
     listed, doubts = all_gather(
         (layout.good_first(complete), {str(path): layout.reservation(path) for path in complete})
@@ -350,11 +351,11 @@ def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
             return None
         if problem is None:
             for newer in (path for path in listed if path.name > folder.name and doubts[str(path)]):
-                log.warning("checkpoint passed over: %s: %s", newer, doubts[str(newer)])
+                log.warning("checkpoint skipped: %s: %s", newer, doubts[str(newer)])
             if doubt:
                 log.warning("%s: %s, but there is no better one", folder, doubt)
             return folder
-        log.warning("checkpoint passed over: %s", problem)
+        log.warning("checkpoint skipped: %s", problem)
     if listed:
         raise UserError(
             f"{root}: none of {len(listed)} checkpoints is intact; start again in another output_dir, for example "
@@ -364,7 +365,7 @@ def newest_good(root: Path, *, only_good: bool = False) -> Path | None:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; its files are read once, shared out over the ranks. Collective."""
+    """What is wrong with a checkpoint, or None. Each file is read once; the files are divided among the ranks. Collective."""
     try:
         names = sorted(layout.read_manifest(folder)["files"])
         problem = layout.damage(folder, names[dist.get_rank() :: dist.get_world_size()])

@@ -1,4 +1,4 @@
-"""Which checkpoint a run begins at, or goes on from."""
+"""Chooses the checkpoint that a run starts or resumes from."""
 
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,16 @@ from megadyn.errors import UserError
 
 
 def starting_point(settings: CheckpointConfig, own: Path | None) -> Path | None:
-    """The checkpoint to start from; None for a run that begins without one.
+    """The checkpoint to start from; None if the run starts without one.
 
     Args:
-        own: the run's best checkpoint of its own, if it has one and may go on from it.
+        own: the best of the run's own checkpoints, if there is one that it may resume from.
 
-    `fork_from` says where a run begins, so one that has checkpoints of its own goes on from these. If it names one of
-    the run's own, the run goes back to it, unless the newest one has already gone on from there.
+    `fork_from` applies to the start of a run: a run with checkpoints of its own resumes from those. If `fork_from`
+    names one of the run's own checkpoints, the run goes back to it, unless the newest one has already continued from there.
 
     Raises:
-        UserError: `fork_from` is needed, and there is no checkpoint.
+        UserError: `fork_from` is needed, but there is no checkpoint.
     """
     if settings.fork_from is None:
         return own
@@ -36,7 +36,7 @@ def find_start(settings: CheckpointConfig, root: Path) -> Path | None:
     """The checkpoint to start from, verified; `root` holds the run's own. Collective.
 
     Raises:
-        UserError: see `starting_point`; also a damaged fork, or own checkpoints none of which is whole.
+        UserError: as in `starting_point`; also if the fork is damaged, or if own checkpoints exist and none is intact.
     """
     own = newest_good(root) if settings.resume == "auto" else None
     found = starting_point(settings, own)
@@ -46,20 +46,20 @@ def find_start(settings: CheckpointConfig, root: Path) -> Path | None:
 
 
 def lineage(checkpoint: Path) -> str | None:
-    """Where the run forked from that saved a checkpoint."""
+    """The checkpoint that the run which saved `checkpoint` was forked from."""
     try:
         found = layout.read_manifest(checkpoint).get("forked_from")
-    except UserError:  # verification tells
+    except UserError:  # verification reports it
         return None
     return found if isinstance(found, str) else None
 
 
 def likely_start(settings: CheckpointConfig, root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint under `root`, or forked from, that a run will most likely start from, and its manifest: before the
-    ranks meet, and without reading its tensors. None where there is none, or its manifest cannot be read.
+    """The checkpoint that a run will most likely start from, and its manifest. Runs before the ranks meet and reads no
+    tensors. None if there is no checkpoint or its manifest cannot be read.
 
     Raises:
-        UserError: see `starting_point`; also a fork that is no checkpoint.
+        UserError: as in `starting_point`; also if the fork is not a checkpoint.
     """
     complete = (
         layout.good_first(layout.complete_checkpoints(root, quiet=True)) if settings.resume == "auto" else []
@@ -72,5 +72,5 @@ def likely_start(settings: CheckpointConfig, root: Path) -> tuple[Path, dict[str
         return found, layout.read_manifest(found)
     except UserError:
         if found == own:
-            return None  # another one will be taken
+            return None  # the run will choose another one
         raise

@@ -1,4 +1,4 @@
-"""What checkpoints ask of the engine whose state they hold. They import no engine."""
+"""The interface of the engine that checkpoints need. They import no engine."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from megadyn.routing.layer import RoutedLayer
 
 
 class Trained(Protocol):
-    """A model in training, of which this rank holds a part. Every method is collective."""
+    """A model in training; this rank holds a part of it. Every method is collective."""
 
     config: Config
     grid: Grid
@@ -20,16 +20,16 @@ class Trained(Protocol):
     device: torch.device
     zero_stage: int
     engine: Any
-    """DeepSpeed's, whose `optimizer` holds weights and moments."""
+    """DeepSpeed's engine, whose `optimizer` holds weights and moments."""
     routed: list[RoutedLayer]
     """This rank's routed layers, which carry state from step to step."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's, each once, in an order that is the same on all data-parallel ranks."""
+        """This rank's parameters, each once, in the same order on all data-parallel ranks."""
         ...
 
     def loss_scaler_state(self) -> dict[str, float] | None:
-        """None in precisions that scale no loss."""
+        """None in precisions without loss scaling."""
         ...
 
     def set_loss_scaler_state(self, state: dict[str, float] | None) -> None: ...

@@ -1,4 +1,4 @@
-"""A snapshot in host memory -> files. Knows neither engine nor device, so it runs beside training as well."""
+"""Writes a snapshot in host memory to files. Uses neither engine nor device, so it can run in the background of training."""
 
 import shutil
 import threading
@@ -21,13 +21,13 @@ from megadyn.parallel.objects import all_gather
 
 
 class CheckpointError(RunError):
-    """A checkpoint could not be written; the earlier ones are intact."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
     is_everywhere = True
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint will hold. `shards` are this rank's, `manifest` is rank 0's to write."""
+    """What a checkpoint will hold: `shards` are this rank's; rank 0 writes `manifest`."""
 
     iteration: int
     shards: dict[str, dict[str, Tensor]]
@@ -35,14 +35,14 @@ class Snapshot(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of this rank's tensors."""
+        """Size of this rank's tensors."""
         return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard.values())
 
 
 def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGroup | None = None) -> Path:
     """Writes a checkpoint under `root` and returns its folder. Collective over `group`.
 
-    Raises CheckpointError on every rank, when any rank could not write. Nothing of the attempt remains.
+    Raises CheckpointError on every rank if any rank could not write. Its files are then removed.
     """
     final = root / layout.folder_name(snapshot.iteration)
     temporary = root / f"{layout.WRITING}{final.name}"
@@ -74,13 +74,14 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
     if first:
         try:
             layout.prune(root, config.checkpoint.keep, config.checkpoint.keep_every)
-        except OSError as error:  # the new one stands; the run goes on with an old one too many
+        # The new checkpoint is complete; the run continues with one old checkpoint too many.
+        except OSError as error:
             log.warning("an old checkpoint could not be removed: %s", error)
     return final
 
 
 def _write_shards(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
-    """Writes this rank's share and returns {file name: size and digest}."""
+    """Writes this rank's part and returns {file name: size and digest}."""
     written = {}
     for name, tensors in snapshot.shards.items():
         save_file(tensors, folder / name)
@@ -91,10 +92,10 @@ def _write_shards(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
 
 
 def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[Any]:
-    """action() on every rank, results of all; when it fails on one, CheckpointError on all."""
+    """Runs action() on every rank and returns all results. If it fails on one, raises CheckpointError on all."""
     try:
         outcome: tuple[str | None, Any] = (None, action())
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is the last of these
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk gives SafetensorError
         outcome = (f"{type(error).__name__}: {error}", None)
     outcomes = all_gather(outcome, group)
     failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
@@ -104,11 +105,11 @@ def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[
 
 
 class Writer:
-    """Writes snapshots one at a time, in a thread where `checkpoint.background` asks for it. Every method is collective."""
+    """Writes snapshots one at a time, in a thread if `checkpoint.background` is set. Every method is collective."""
 
     def __init__(self, root: Path, config: Config):
         self.root, self.config = root, config
-        # Its own and host-side: the thread's collectives must not mix with training's.
+        # A separate CPU group: the thread's collectives must not mix with training's.
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(seconds=config.training.collective_timeout_s)
         )
@@ -116,11 +117,11 @@ class Writer:
 
     @property
     def is_busy(self) -> bool:
-        """A write is under way in the background on this rank."""
+        """Whether this rank is writing in the background."""
         return self._job is not None and self._job.is_alive()
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begins to write; the one before must have been collected."""
+        """Starts writing; the previous write must have been collected."""
         assert self._job is None
         self._job = _Job(snapshot, self.root, self.config, self._group)
         if self.config.checkpoint.background:
@@ -129,7 +130,7 @@ class Writer:
             self._job.run()
 
     def collect(self) -> "Written | None":
-        """Waits for the write that was begun, if any, and tells how it went. Raises CheckpointError when it failed."""
+        """Waits for the write in progress, if any, and returns its result. Raises CheckpointError if it failed."""
         if self._job is None:
             return None
         job, self._job = self._job, None
@@ -147,7 +148,7 @@ class Written(NamedTuple):
     write_s: float
     """From the snapshot to the finished checkpoint."""
     bytes: int
-    """Of this rank's tensors."""
+    """Size of this rank's tensors."""
 
 
 class _Job(threading.Thread):
@@ -162,6 +163,6 @@ class _Job(threading.Thread):
         try:
             folder = write(*self.arguments)
             self.written = Written(snapshot.iteration, folder, time.perf_counter() - began, snapshot.bytes)
-        except Exception as error:  # told where the write is collected
+        except Exception as error:  # reported when the write is collected
             self.error = error
-        del self.arguments  # the host memory is free again
+        del self.arguments  # frees the host memory

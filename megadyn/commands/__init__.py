@@ -1,4 +1,4 @@
-"""The command `megadyn`: one module per sub-command, imported when it is asked for.
+"""The command `megadyn`: one module per sub-command, imported on demand.
 
 So `megadyn --help` needs neither torch nor any other large package.
 """
@@ -14,12 +14,12 @@ COMMANDS = {
     "new": "copy an example's configuration and run script into this folder",
     "tokenizer": "train a byte-level BPE tokenizer on text",
     "preprocess": "turn text into an indexed dataset of tokens",
-    "inspect": "say what is in a dataset, and whether it is sound",
+    "inspect": "show what is in a dataset, and check that it is intact",
     "merge": "copy several datasets into one",
     "config": "list all keys, write a schema for editors, show a resolved file",
     "plan": "list layouts over GPUs with predicted memory and speed",
-    "check": "say whether a run can start",
-    "train": "train, or go on training",
+    "check": "check whether a run can start",
+    "train": "train, or resume training",
     "checkpoint": "describe a checkpoint and verify its files",
     "evaluate": "loss, perplexity and bits per byte on a dataset",
     "export": "write a checkpoint as a Hugging Face folder",
@@ -53,7 +53,7 @@ def overview() -> str:
 
 
 def dispatch(words: Sequence[str]) -> int:
-    """Exit status of `megadyn WORDS`. Raises UserError for a command that does not exist."""
+    """Runs `megadyn WORDS` and returns its exit status. Raises UserError for an unknown command."""
     name, *rest = words or ["--help"]
     if name in ("-h", "--help"):
         print(overview())

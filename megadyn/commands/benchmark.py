@@ -1,4 +1,4 @@
-"""Measure how fast and how large parts of megadyn are; prints a table, and with --json one object.
+"""Measure speed and memory of parts of megadyn; prints a table, or with --json one object.
 
     megadyn benchmark data [options]        # text to a dataset; `data --help` says more
     megadyn benchmark samples [options]     # opening, cutting, blending and reading datasets
@@ -6,11 +6,11 @@
     megadyn benchmark layer [options]       # where the time of each kind of layer goes
     megadyn benchmark generate [options]    # prefill and decoding of every kind of model, against transformers
     megadyn benchmark checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
-    megadyn benchmark scaling [options]     # 1, 2 and 4 processes over tensor, pipeline and data
-    megadyn benchmark soak [options]        # thousands of tiny steps of every kind of routing: does it last?
-    megadyn benchmark flips [options]       # what a layout computes under recorded routing choices, and under its own
+    megadyn benchmark scaling [options]     # 1, 2 and 4 processes in tensor, pipeline and data parallelism
+    megadyn benchmark soak [options]        # thousands of tiny steps of every kind of routing: does it stay stable?
+    megadyn benchmark flips [options]       # a layout's results with recorded routing choices, and with its own
 
-Each has a `--help` of its own, and `--json`.
+Each has its own `--help`, and `--json`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BENCHMARKS = {
     "soak": "megadyn.benchmark.soak",
     "flips": "megadyn.benchmark.flips",
 }
-"""Module of each, whose `main` takes the options."""
+"""Module of each benchmark; its `main` takes the options."""
 
 
 def make_parser() -> Parser:
@@ -40,7 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "what", choices=tuple(BENCHMARKS), help="which one; `megadyn benchmark WHAT --help` says more"
     )
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="of that benchmark")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of that benchmark")
     return parser
 
 

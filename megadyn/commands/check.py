@@ -1,9 +1,9 @@
-"""Say whether a run can start: its configuration, its layout on a number of processes, the hosts of a hostfile.
+"""Check whether a run can start: its configuration, its layout on a number of processes, the hosts of a hostfile.
 
     megadyn check examples/dtf_3b/config.yaml --hostfile hosts --ssh
     megadyn check examples/dtf_3b/config.yaml --processes 64
 
-The scripts in examples/launch/ ask it first, so that a mistake is one line, not one per rank.
+The scripts in examples/launch/ run this first, so that a mistake gives one line, not one per rank.
 """
 
 import argparse
@@ -21,12 +21,12 @@ def make_parser() -> Parser:
     parser = command_parser("check", __doc__)
     add_config_arguments(parser)
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--processes", type=positive, metavar="N", help="of all hosts together")
+    number.add_argument("--processes", type=positive, metavar="N", help="total number on all hosts")
     number.add_argument(
         "--hostfile", type=user_path, metavar="FILE", help="one host per line: `name slots=8`"
     )
     parser.add_argument(
-        "--ssh", action="store_true", help="the hosts of --hostfile are to be reached by pdsh and ssh"
+        "--ssh", action="store_true", help="check that pdsh and ssh reach the hosts of --hostfile"
     )
     parser.add_argument(
         "--json", action="store_true", help="print the layout as one JSON object in the last line"
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = batch_plan(config, processes) if processes else None
     if args.ssh:
         if not hosts:
-            raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
+            raise UserError("--ssh: needs --hostfile, which names the hosts to reach")
         check_ssh(hosts)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"

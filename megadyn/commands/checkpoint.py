@@ -1,4 +1,4 @@
-"""Describe a checkpoint, and verify that all of its files are whole.
+"""Describe a checkpoint, and verify that all of its files are intact.
 
 megadyn checkpoint runs/quickstart
 """
@@ -20,7 +20,7 @@ def make_parser() -> Parser:
         "checkpoint",
         type=user_path,
         metavar="DIR",
-        help="a checkpoint's folder, or a run's output folder for its newest",
+        help="a checkpoint's folder, or a run's output folder for its newest checkpoint",
     )
     add_json_argument(parser)
     return parser
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if result["damage"]:
         raise UserError(str(result["damage"]))
     print(
-        f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {result['files']} files, all whole"
+        f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {result['files']} files, all intact"
     )
     if args.json:
         print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Print a script that completes the commands of megadyn, their options and file names in a shell.
+"""Print a script that completes megadyn's commands, options and file names in a shell.
 
 megadyn completion bash > ~/.local/share/bash-completion/completions/megadyn
 megadyn completion zsh > "${fpath[1]}/_megadyn"
@@ -18,7 +18,7 @@ from megadyn.paths import expanded, user_path
 
 SHELLS = ("bash", "zsh")
 PATHS = (user_path, expanded, output_prefix)
-"""Types of arguments that are paths."""
+"""Argument types that are paths."""
 
 
 def make_parser() -> Parser:
@@ -28,14 +28,14 @@ def make_parser() -> Parser:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser with all commands. Their modules are imported, which takes seconds."""
+    """One parser with all commands. Imports all their modules, which takes seconds."""
 
     def of_command(prog: str, **_: object) -> Any:
         return importlib.import_module(f"megadyn.commands.{prog.split()[-1]}").make_parser()
 
     parser = argparse.ArgumentParser(prog="megadyn")
     parser.add_argument("--version", action="store_true")
-    made: Any = of_command  # a class, as the types have it; argparse only calls it
+    made: Any = of_command  # the type stubs require a class, but argparse only calls it
     commands = parser.add_subparsers(parser_class=made)
     for name, text in COMMANDS.items():
         complete_paths(commands.add_parser(name, help=text))
@@ -43,12 +43,12 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def complete_paths(parser: argparse.ArgumentParser) -> None:
-    for action in parser._actions:  # argparse has no public list of them; shtab reads this one too
+    for action in parser._actions:  # argparse has no public list of actions; shtab reads this one too
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 complete_paths(inner)
         elif action.type in PATHS:
-            # how shtab is told; argparse's own type has no such attribute
+            # shtab reads this attribute, which argparse's own type lacks.
             action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""List the keys of a configuration, write a schema for editors, or show a file with all that it extends and leaves out.
+"""List the keys of a configuration, write a schema for editors, or show a file with everything that it extends and all defaults.
 
 megadyn config keys training
 megadyn config schema > megadyn.schema.json
@@ -27,9 +27,7 @@ def make_parser() -> Parser:
     parser = command_parser("config", __doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="{keys,schema,show}")
     listed = commands.add_parser("keys", help="every key with its type, default and text")
-    listed.add_argument(
-        "section", nargs="?", default="", metavar="SECTION", help="of this section, or this key, only"
-    )
+    listed.add_argument("section", nargs="?", default="", metavar="SECTION", help="only this section or key")
     add_json_argument(listed)
     commands.add_parser("schema", help="JSON Schema of a configuration file, on standard output")
     shown = commands.add_parser("show", help="the resolved configuration as YAML")
@@ -64,7 +62,7 @@ def record(key: Key) -> dict[str, Any]:
 
 
 def listing(found: Sequence[Key]) -> str:
-    """A paragraph per key; the keys of each kind of routing under the kind's name."""
+    """One paragraph per key; the keys of each kind of routing under the kind's name."""
     width = min(WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else WIDTH
     lines: list[str] = []
     for kind, some in groupby(found, lambda key: key.kind):

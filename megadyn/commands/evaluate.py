@@ -3,11 +3,11 @@
     megadyn evaluate --checkpoint runs/quickstart --data runs/quickstart/data/validation
     megadyn evaluate --checkpoint runs/quickstart/hf --data runs/quickstart/data/validation --routing causal
 
-The checkpoint may be of any number of ranks. Loss is the mean over predicted tokens in nats, perplexity its exponential.
-Bits per byte are loss / ln 2, times tokens per byte of text: those of the whole dataset, as PREFIX.json counts them.
-With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and `bits_per_byte` by routing
-(null where the dataset does not know its bytes), and for a routed model `routed_fraction`, `causal_agreement`; NaN and
-infinity become null.
+The checkpoint may come from any number of ranks. Loss is the mean over predicted tokens in nats; perplexity is its
+exponential. Bits per byte are loss / ln 2, times tokens per byte of text in the whole dataset, as recorded in
+PREFIX.json. With --json the last line is one object: `topk`, `causal` (losses), `tokens`, `perplexity` and
+`bits_per_byte` by routing (null if the dataset does not record its bytes), and for a routed model `routed_fraction`,
+`causal_agreement`. NaN and infinity become null.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--data", type=user_path, required=True, metavar="PREFIX")
     parser.add_argument("--routing", choices=("topk", "causal", "both"), default="both")
-    parser.add_argument("--samples", type=positive, help="use only the first so many samples (default: all)")
+    parser.add_argument("--samples", type=positive, help="use only this many samples (default: all)")
     parser.add_argument("--sequence-length", type=positive, help="default: the run's, or the model's longest")
     parser.add_argument("--batch-size", type=positive, default=8)
     add_json_argument(parser)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{mode:>7}: loss {result[mode]:.4f}, perplexity {result['perplexity'][mode]:,.2f}{per_byte}")
     if not bits:
         print(
-            f"bits per byte: not known, because nothing says how many bytes of text dataset {args.data} was made of"
+            f"bits per byte: unknown, because nothing records how many bytes of text dataset {args.data} was made of"
         )
     if "causal_agreement" in result:
         print(

@@ -1,7 +1,7 @@
 """Merge a run's checkpoint into a Hugging Face folder.
 
-The checkpoint is a checkpoint's folder, or a run's output folder for its newest. The export holds sharded safetensors,
-config.json, the tokenizer and the stand-alone modelling files; it loads with megadyn uninstalled.
+Give a checkpoint's folder, or a run's output folder for its newest checkpoint. The export contains sharded safetensors,
+config.json, the tokenizer and the stand-alone model code; it loads without megadyn.
 
     megadyn export --checkpoint runs/quickstart --output hf
 """
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="style",
         choices=("megadyn", "qwen2"),
         default="megadyn",
-        help="qwen2: a dense model as plain Qwen2ForCausalLM",
+        help="qwen2: export a dense model as plain Qwen2ForCausalLM",
     )
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the weights (default: the run's)")
     parser.add_argument(
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=byte_count,
         default=SHARD_BYTES,
         metavar="SIZE",
-        help="of a weight file, such as 2GB (default: 5GB); a tensor is never cut",
+        help="size of a weight file, such as 2GB (default: 5GB); tensors are never split",
     )
     parser.add_argument(
         "--tokenizer",
         type=expanded,
-        help="the run's tokenizer, where its configured path does not lead to it from here",
+        help="the run's tokenizer, if its configured path does not exist here",
     )
     add_output_arguments(parser)
 

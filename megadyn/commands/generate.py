@@ -2,9 +2,10 @@
 
     megadyn generate --model runs/quickstart/hf --prompt "def " --max-new-tokens 64
 
-Prints the prompt with its continuation. With --json the last line is one object: `prompt`, `completion`, `prompt_tokens`,
-`new_tokens`, `routing`, `seconds`, `cached_tokens` (per layer, what its cache holds at the end; null under top-k, which
-cannot have a cache). The folder's own modelling file is run, so give it only folders that you trust.
+Prints the prompt and its continuation. With --json the last line is one object: `prompt`, `completion`,
+`prompt_tokens`,
+`new_tokens`, `routing`, `seconds`, `cached_tokens` (tokens in each layer's cache at the end; null with top-k, which
+cannot use a cache). This runs the folder's own model code, so use only folders that you trust.
 """
 
 import argparse
@@ -27,11 +28,12 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most likely token")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the most likely token each time"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this total probability"
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the most likely tokens with this total probability",
     )
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--routing", choices=("causal", "topk"), default="causal")
@@ -41,7 +43,7 @@ def make_parser() -> Parser:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
-    # how Python shows bytes that are none
+    # Python represents invalid bytes in arguments as lone surrogates.
     if any("\ud800" <= character <= "\udfff" for character in args.prompt):
         raise UserError("--prompt is not valid UTF-8")
     if args.max_new_tokens < 1:
@@ -54,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load(folder: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a local folder, without a look at the network; every weight must be there."""
+    """(model, tokenizer) from a local folder, without network access; every weight must be present."""
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}"
@@ -70,10 +72,10 @@ def load(folder: Path) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, trust_remote_code=True, dtype="auto", output_loading_info=True
         )
-        # tokenizer.json as it stands: for a Qwen2 folder AutoTokenizer would put Qwen2's own rules in its place.
+        # Use tokenizer.json directly: for a Qwen2 folder AutoTokenizer would replace its rules by Qwen2's own.
         kind: Any = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
-    # transformers raises anything at a file that holds something else than it expects
+    # transformers may raise any exception for a file with unexpected content.
     except Exception as error:
         raise UserError(
             f"--model {folder}: cannot be loaded: {' '.join(str(error).split()) or type(error).__name__}"
@@ -97,7 +99,7 @@ def generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
     if prompt_tokens + args.max_new_tokens > longest:
         raise UserError(
             f"--max-new-tokens {args.max_new_tokens}: with the prompt's {prompt_tokens} tokens that is more than "
-            f"the model's {longest}"
+            f"the model's maximum of {longest}"
         )
     model.config.routing_mode = args.routing
     sampling = (
@@ -122,7 +124,7 @@ def generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
     cache = output.past_key_values
     return {
         "prompt": args.prompt,
-        # not the new tokens alone: a tokenizer may drop their first space
+        # Not decoded from the new tokens only, because a tokenizer may drop their first space.
         "completion": text.removeprefix(before),
         "prompt_tokens": prompt_tokens,
         "new_tokens": len(ids) - prompt_tokens,

@@ -1,9 +1,9 @@
-"""Say what is in an indexed dataset, and whether it is sound.
+"""Show what is in an indexed dataset, and check that it is intact.
 
     megadyn inspect data/corpus --documents 2 --tokenizer tokenizer/ --verify
 
-Opening it checks the index: offsets, lengths, document boundaries and the sizes of both files. --verify reads every
-token as well: ids against the vocabulary, and the stream against the hash kept in data/corpus.json.
+Opening it checks the index: offsets, lengths, document boundaries and the sizes of both files. --verify also reads
+every token, and checks ids against the vocabulary and the token stream against the hash in data/corpus.json.
 """
 
 import argparse
@@ -36,16 +36,20 @@ def make_parser() -> Parser:
         type=int,
         default=0,
         metavar="N",
-        help=f"show N samples as training cuts them, before they are shuffled, {SHOWN_TOKENS} tokens of each",
+        help=f"show N samples as cut for training, but not shuffled, {SHOWN_TOKENS} tokens of each",
     )
     parser.add_argument(
-        "--sequence-length", type=positive, default=1024, metavar="T", help="of the samples (default: 1024)"
+        "--sequence-length",
+        type=positive,
+        default=1024,
+        metavar="T",
+        help="length of the samples (default: 1024)",
     )
     parser.add_argument(
         "--tokenizer",
         type=expanded,
         metavar="DIR|FILE.model|byte",
-        help="decode them; must be the one that made the dataset",
+        help="decode the tokens; must be the tokenizer that made the dataset",
     )
     parser.add_argument("--verify", action="store_true", help="read and check every token")
     add_json_argument(parser)
@@ -82,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "skipped": dataset.record.skipped,
         }
         ends = (
-            f"end with id {dataset.record.eod}" if dataset.record.append_eod else "have no token at their end"
+            f"end with id {dataset.record.eod}"
+            if dataset.record.append_eod
+            else "have no end-of-document token"
         )
         print(
             f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}"
@@ -115,6 +121,6 @@ def show(what: str, tokens: TokenArray, tokenizer: Tokenizer | None) -> None:
     )
     if tokenizer and max(ids, default=0) >= tokenizer.vocab_size:
         raise UserError(
-            f"{what} holds token id {max(ids)}, but tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids only"
+            f"{what} holds token id {max(ids)}, but tokenizer {tokenizer.name} has only {tokenizer.vocab_size} ids"
         )
     print(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))

@@ -2,7 +2,7 @@
 
     megadyn merge --inputs data/a data/b --output-prefix data/all
 
-The result is what preprocessing the inputs of all of them at once gives, byte for byte.
+The result equals, byte for byte, what preprocessing all their inputs at once gives.
 """
 
 import argparse

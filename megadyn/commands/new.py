@@ -1,7 +1,7 @@
-"""Copy an example into a folder of this one: its configurations, what they extend, and its run script.
+"""Copy an example into a subfolder of the current one: its configurations, the files that they extend, and its run script.
 
-Without NAME, list the examples. Start the copy from where you are: relative paths in a configuration (datasets, tokenizer,
-output folder) count from the working directory.
+Without NAME, list the examples. Start the copy from the current folder: relative paths in a configuration (datasets,
+tokenizer, output folder) are relative to the working directory.
 
     megadyn new dtf_50m
 """
@@ -17,33 +17,33 @@ from megadyn.files import executable, os_errors_named, temporary_beside
 from megadyn.paths import user_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-"""In a checkout a link to the folder at the top."""
+"""In a checkout this is a link to the top-level folder."""
 SHARED = ("bases", "launch")
-"""Folders beside the examples, of which a copy holds its own."""
+"""Folders shared by the examples; a copy gets its own copies of their files."""
 COPIED = ("*.yaml", "*.sh", "*.py")
 
 
 def make_parser() -> Parser:
     parser = command_parser("new", __doc__)
     parser.add_argument("name", nargs="?", metavar="NAME", help="an example; the list shows them")
-    parser.add_argument("--output", type=user_path, metavar="DIR", help="folder to make (default: NAME)")
+    parser.add_argument("--output", type=user_path, metavar="DIR", help="folder to create (default: NAME)")
     return parser
 
 
 def examples() -> dict[str, str]:
-    """Name -> what it is: the first line of its configuration."""
+    """Name -> description, the first line of its configuration."""
     found = {}
     for script in sorted(EXAMPLES.glob("*/run.sh")):
         main_file, files = script.with_name("config.yaml"), sorted(script.parent.glob("*.yaml"))
         if main_file in files:
             found[script.parent.name] = main_file.read_text().splitlines()[0].removeprefix("# ")
         elif files:
-            found[script.parent.name] = f"One configuration each: {', '.join(path.name for path in files)}."
+            found[script.parent.name] = f"Several configurations: {', '.join(path.name for path in files)}."
     return found
 
 
 def copy_example(name: str, target: Path) -> list[str]:
-    """Names of the files that `target` then holds, of which none is there before all are. Raises UserError."""
+    """Copies an example and returns the names of the files in `target`, which appears only when complete. Raises UserError."""
     if name not in (known := examples()):
         raise UserError(f"{name}: no such example{did_you_mean(name, known)}; `megadyn new` lists them")
     if target.exists():
@@ -93,5 +93,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = args.output or Path(args.name)
     names = copy_example(args.name, target)
     print(f"{target}: {', '.join(names)}")
-    print(f"start it with {target}/run.sh [key=value ...]; its head says which settings it takes")
+    print(f"start it with {target}/run.sh [key=value ...]; the comments at its top list its settings")
     return 0

@@ -1,10 +1,11 @@
-"""How a run could be laid out over GPUs, and what each layout would take, without running it.
+"""List ways to distribute a run over GPUs, and the predicted cost of each layout, without running it.
 
     megadyn plan examples/dtf_7b/config.yaml --gpus 64 --gpu-memory 80
     megadyn plan examples/dtf_7b/config.yaml --gpus 1024 --gpu-memory 80 --rank 0 511 1023
 
-With --rank, builds those ranks' parts of the model on no device under the configuration's own layout, checks them against
-the whole model, and predicts their memory. Memory is held to measured runs; times rest on the assumptions that are printed.
+With --rank, builds the model parts of these ranks without a device, under the configuration's own layout, checks them
+against the whole model, and predicts their memory. Memory predictions are tested against real runs; times rest on the
+printed assumptions.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from megadyn.planning.parameters import total_parameters
 
 ASSUMED = {
     "tflops": "TFLOP/s that a GPU achieves in matrix products",
-    "node_gpus": "GPUs of a node",
-    "node_gbytes": "GB/s that a GPU sends inside a node",
+    "node_gpus": "GPUs per node",
+    "node_gbytes": "GB/s that a GPU sends within a node",
     "network_gbytes": "GB/s that a GPU sends to other nodes",
-    "link_gbytes": "GB/s between a GPU and its node's memory, for what is offloaded",
-    "host_gbytes": "GB/s at which a node's processors step an offloaded optimizer",
-    "reserve_gib": "GiB of each GPU left to CUDA, NCCL and the allocator",
+    "link_gbytes": "GB/s between a GPU and its node's memory, for offloading",
+    "host_gbytes": "GB/s of a node's memory when its processors run an offloaded optimizer",
+    "reserve_gib": "GiB of each GPU for CUDA, NCCL and fragmentation",
 }
-"""Fields of `Machine`, each an option."""
+"""Fields of `Machine`; each is an option."""
 
 
 def make_parser() -> Parser:
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[dict[str, object]]:
-    from megadyn.engine.dry_run import dry_run  # seconds of imports: only where modules are built
+    from megadyn.engine.dry_run import dry_run  # imports take seconds: only if modules are built
 
     records = []
     for rank in ranks:
@@ -105,7 +106,7 @@ def list_layouts(config: Config, machine: Machine, top: int) -> list[dict[str, o
         print(f"\nno layout fits into {machine.memory_gib - machine.reserve_gib:g} GiB")
     if rest := [layout for layout in found if not layout.fits]:
         print(
-            f"\n{len(rest)} need more than {machine.memory_gib - machine.reserve_gib:g} GiB; the nearest:\n"
+            f"\n{len(rest)} need more than {machine.memory_gib - machine.reserve_gib:g} GiB; the smallest:\n"
         )
         print(table(sorted(rest, key=lambda layout: layout.memory.total)[:3]))
     if refused:
@@ -119,15 +120,15 @@ def headline(config: Config, machine: Machine) -> str:
     flops = training_flops(model, length) / length
     return "\n".join(
         [
-            f"{model.routing.describe()}: {total_parameters(model) / 1e9:.2f}G parameters, {flops / 1e9:.2f} GFLOP a token",
+            f"{model.routing.describe()}: {total_parameters(model) / 1e9:.2f}G parameters, {flops / 1e9:.2f} GFLOP per token",
             f"{machine.gpus:,} GPUs of {machine.memory_gib:g} GiB, {config.precision}, "
             f"steps of {config.training.global_batch_size:,} x {length:,} tokens",
             "assumed, not measured:",
             *(f"  {getattr(machine, name):>5g}  {text}" for name, text in ASSUMED.items()),
-            "  what data-parallel ranks exchange is hidden where the DeepSpeed settings say",
-            "  overlap_comm, and comes after the passes where they do not",
+            "  communication between data-parallel ranks overlaps with computation if the DeepSpeed",
+            "  settings have overlap_comm, and otherwise comes after the passes",
             *(
-                ["  memory and times of layers as they are written: training.compile is not planned"]
+                ["  memory and times of uncompiled layers: training.compile is not planned"]
                 * config.training.compile
             ),
         ]
@@ -138,7 +139,7 @@ HEADER = "tensor pipe data ZeRO    micro recompute   GiB bubble  sent GB  step s
 
 
 def table(rows: Sequence[Layout]) -> str:
-    """One line a layout, 80 columns. `micro`: micro-batches x samples; `sent GB`: by one rank in a step; `*`: offloaded."""
+    """One line of 80 columns per layout. `micro`: micro-batches x samples; `sent GB`: by one rank per step; `*`: offloaded."""
     lines = [HEADER]
     for row in rows:
         micro, recompute = f"{row.micro_batches}x{row.micro_batch}", row.recompute
@@ -150,12 +151,12 @@ def table(rows: Sequence[Layout]) -> str:
             f"{row.tokens_per_second:>9,.0f}"
         )
     if host := max(row.host for row in rows):
-        lines.append(f"\n* offloaded: up to {host / GIB:.1f} GiB of each node's own memory")
+        lines.append(f"\n* offloaded: up to {host / GIB:.1f} GiB of each node's host memory")
     return "\n".join(lines)
 
 
 def reasons(refused: Sequence[Refusal]) -> str:
-    """How often each reason was met, most often first."""
+    """How often each reason occurred, most frequent first."""
     met = Counter(refusal.reason for refusal in refused).most_common()
     return "\n".join(
         textwrap.fill(

@@ -3,8 +3,8 @@
     megadyn preprocess --input corpus/ --tokenizer tokenizer/ --output-prefix data/corpus --append-eod
     mpirun -n 64 megadyn preprocess ...       # the same, spread over nodes with a shared file system
 
-Writes data/corpus.bin, data/corpus.idx and data/corpus.json; none of the names exists until all are complete. What is
-encoded is kept in data/corpus.parts until then: give the command again after an interruption, and it goes on there.
+Writes data/corpus.bin, data/corpus.idx and data/corpus.json, which appear only when all are complete. Until then,
+finished parts are kept in data/corpus.parts: after an interruption, repeat the command and it continues from there.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from megadyn.prepare.ranks import Ranks, ranks_of_job
 from megadyn.tokenization.gigatoken import ENGINES
 
 GARBAGE_THRESHOLD = 100_000
-"""Objects that are made before Python looks for garbage: modules and tokenizers are many objects, none of them garbage."""
+"""Number of new objects before Python runs its garbage collector: importing modules and tokenizers creates many, and no
+garbage."""
 
 
 def make_parser() -> Parser:
@@ -48,7 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--eod",
         metavar="TOKEN",
-        help="with --append-eod: the token, as the vocabulary writes it (default: the tokenizer's eos_token)",
+        help="with --append-eod: the token, spelled as in the vocabulary (default: the tokenizer's eos_token)",
     )
     parser.add_argument(
         "--workers", type=positive, default=1, metavar="N", help="processes on each rank (default: 1)"
@@ -57,13 +58,13 @@ def make_parser() -> Parser:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="auto: gigatoken if it gives the ids of the reference tokenizer (default)",
+        help="auto: gigatoken if it gives the same ids as the reference tokenizer (default)",
     )
     parser.add_argument("--max-documents", type=positive, metavar="N", help="take the first N documents")
     parser.add_argument(
         "--shuffle-documents", action="store_true", help="write the documents in a random order"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of that order (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the random order (default: 0)")
     add_output_arguments(parser)
     return parser
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank != 0:
         return
     text_bytes = record.text_bytes or 0
-    tokens_per_byte = record.tokens / max(1, text_bytes)  # some tokenizers have a token for no text
+    tokens_per_byte = record.tokens / max(1, text_bytes)  # some tokenizers give tokens for an empty text
     print(
         f"{record.documents:,} documents, {record.tokens:,} tokens in {seconds:.1f} s -> {args.output_prefix}.bin, .idx, .json"
     )
@@ -129,14 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run_tool(job)
     except KeyboardInterrupt:
-        if ranks.size == 1:  # else the launcher stopped this rank, and says why
-            print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        if ranks.size == 1:  # otherwise the launcher stopped this rank, and reports why
+            print("error: interrupted; the same command continues from what is finished", file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()
         status = 1
     if status:
-        ranks.abort(status)  # the others may be waiting for this one
+        ranks.abort(status)  # other ranks may be waiting for this one
     if ranks.size == 1:
-        os._exit(status)  # Python would take down all modules and tokenizers, piece by piece
+        os._exit(status)  # skips Python's slow cleanup of all modules and tokenizers
     return status

@@ -3,7 +3,7 @@
     megadyn report runs/quickstart --output report.html
     megadyn report runs/mod --compare runs/dtf --output report.html
 
-The page is one HTML file that opens offline; it replaces an earlier one. A run that is still going can be looked at.
+The page is one HTML file that works offline; it replaces an existing one. The run may still be going.
 """
 
 import argparse
@@ -21,19 +21,22 @@ def make_parser() -> Parser:
     parser.add_argument("run", type=user_path, metavar="RUN_DIR", help="a run's output folder")
     parser.add_argument("--output", type=user_path, required=True, metavar="FILE.html")
     parser.add_argument(
-        "--compare", type=user_path, metavar="OTHER_RUN", help="lay its curves over the first run's"
+        "--compare",
+        type=user_path,
+        metavar="OTHER_RUN",
+        help="draw this run's curves together with the first run's",
     )
     parser.add_argument(
         "--tokens",
         type=count,
         default=300,
         metavar="N",
-        help="of a validation text, run through the newest whole checkpoint on the CPU; 0: none (default: 300)",
+        help="tokens of a validation text to run through the newest intact checkpoint on the CPU; 0: none (default: 300)",
     )
     parser.add_argument(
         "--no-checkpoints",
         action="store_true",
-        help="do not read the checkpoints, which takes long for large ones; then there is no text either",
+        help="do not read the checkpoints, which takes long if they are large; this also leaves out the text",
     )
     add_json_argument(parser)
     return parser

@@ -2,7 +2,7 @@
 
     megadyn tokenizer --input corpus/ more.jsonl --vocab-size 16000 --output tokenizer/
 
-Writes a folder that `transformers.AutoTokenizer` loads; it appears complete or not at all.
+Writes a folder that `transformers.AutoTokenizer` can load. The folder appears only when complete.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = train_tokenizer(corpus, args.vocab_size, args.output, overwrite=args.overwrite)
     print(f"{tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]} -> {args.output}")
     if tokenizer.vocab_size < args.vocab_size:
-        print(f"fewer than the {args.vocab_size:,} asked for: the corpus has no more pairs to merge")
+        print(f"fewer than the requested {args.vocab_size:,}: the corpus has no more pairs to merge")
     if corpus.skipped:
         print(f"{corpus.skipped:,} documents skipped, the first: {corpus.first_skipped}")
     if args.json:

@@ -1,8 +1,8 @@
-"""Train as a configuration says, or go on from the run's newest good checkpoint.
+"""Train as configured, or resume from the run's newest good checkpoint.
 
-Alone it is one process. With --processes it starts that many on this machine, one per GPU, or per core where there are no
-GPUs. It may also be started by deepspeed, torchrun, mpirun or srun, as `python -m megadyn.pretrain` is; several machines
-need one of these.
+By itself this is one process. With --processes it starts that many on this machine: one per GPU, or one per core
+without GPUs. deepspeed, torchrun, mpirun or srun can also start it, as they start `python -m megadyn.pretrain`; several
+machines need one of these.
 
     megadyn train config.yaml training.iterations=20
     megadyn train config.yaml --processes 8 parallel.tensor=2 parallel.pipeline=2
@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     parser = command_parser("train", __doc__)
     add_config_arguments(parser)
     parser.add_argument("--processes", type=positive, metavar="N", help="start N processes on this machine")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # a launcher passes it
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # passed by launchers
     return parser
 
 
@@ -39,26 +39,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_processes(args.processes, str(args.config), args.overrides)
     if os.environ.get("RANK", "0") == "0":
         say(LOADING)
-    from megadyn.pretrain import main_of_a_rank  # seconds of imports, which help and mistakes do without
+    from megadyn.pretrain import main_of_a_rank  # imports take seconds, which help and errors do not need
 
     main_of_a_rank([str(args.config), *args.overrides])
 
 
 def say(line: str) -> None:
-    """At once: what follows takes seconds in silence."""
+    """Prints immediately, because what follows takes seconds without output."""
     print(line, flush=True)
 
 
 def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
-    """Becomes torchrun with the main job. Raises UserError for what no rank could run, so that this is said once."""
+    """Replaces this process by torchrun with the main job. First raises UserError for what no rank could run, to report
+    it once."""
     if "RANK" in os.environ:
         raise UserError(
-            "--processes: leave it out where a launcher (deepspeed, torchrun, ...) starts the processes"
+            "--processes: leave it out if a launcher (deepspeed, torchrun, ...) starts the processes"
         )
     config = load_config(path, overrides)
     engine_settings(config)
     batch_plan(config, number)
-    if number > 1:  # as torchrun would, which prints a warning that it does
+    if number > 1:  # torchrun would do the same, but print a warning
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     say(f"{number} processes: {LOADING}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]

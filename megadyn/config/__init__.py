@@ -1,4 +1,4 @@
-"""The configuration of a run: `run` puts together the sections that the other modules hold, and reads it from files."""
+"""The configuration of a run. `run` combines the sections defined in the other modules, and reads them from files."""
 
 from megadyn.config.data import DataConfig, Source
 from megadyn.config.logging import LoggingConfig

@@ -1,4 +1,4 @@
-"""The `data` section of the configuration: which datasets, in which proportions, cut how."""
+"""The `data` section of the configuration: the datasets, their proportions, and how they are split."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,34 +16,37 @@ class Source:
     """One dataset of a blend."""
 
     prefix: str
-    """Of its `.bin` and `.idx` files."""
+    """Path of its `.bin` and `.idx` files without the suffix."""
     share: float | None = None
-    """Its weight among the others, of any sum; None for all: each by the samples that it has."""
+    """Its weight; weights need not sum to 1. None (for all): in proportion to the number of samples."""
 
 
 @dataclass
 class DataConfig:
     train: Any = "???"
-    """Prefix of an indexed dataset (PREFIX.bin and PREFIX.idx), or a list of them to be blended, each a prefix or
-    `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts (2e12, 300B) are proportions, of
-    any sum; without them each dataset counts as many samples as it has."""
+    """Prefix of an indexed dataset (PREFIX.bin and PREFIX.idx), or a list of datasets to blend, each a prefix or
+    `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts (2e12, 300B) are proportions
+    and need not sum to 1; without them each dataset counts by its number of samples."""
     validation: Any = None
-    """A separate validation set, given as `train` is; else a share of the documents of `train`: `split`."""
+    """A separate validation set, given like `train`; otherwise `split` takes a share of the documents of `train`."""
     test: Any = None
-    """A separate test set, whose loss is reported once at the end; else a share of the documents of `train`: `split`."""
+    """A separate test set, given like `train`; otherwise `split` takes a share of the documents of `train`. Its loss is
+    reported once, at the end."""
     split: list[float] | None = None
-    """Shares of the documents of `train` (of each dataset of a blend) for training, validation and test, which sum to 1;
-    [0.99, 0.01, 0] when left out, or [1, 0, 0] with a separate validation set."""
+    """Shares of the documents of `train` (of each dataset in a blend) for training, validation and test, which sum to
+    1. Default: [0.99, 0.01, 0], or [1, 0, 0] with a separate validation set."""
     validation_fraction: float | None = None
-    """Short for split: [1 - f, f, 0]; of no effect with a separate validation set."""
+    """Short for split: [1 - f, f, 0]; has no effect with a separate validation set."""
     repeat: bool = True
-    """A dataset that runs out begins anew, in another order; false refuses a run that needs more than it has."""
+    """A dataset that runs out starts again, in another order; false refuses a run that needs more samples than there
+    are."""
     document_mask: bool = False
-    """Attention, positions and moving averages stay inside a document; documents end with the tokenizer's end token."""
+    """Attention, positions and moving averages stay inside a document; documents end with the tokenizer's
+    end-of-document token."""
     cache: str | None = None
-    """Folder of the shuffle and sample indices; PREFIX.cache when left out."""
+    """Folder for shuffle and sample indices (default: PREFIX.cache)."""
     mmap: bool = True
-    """Datasets are memory-mapped; false takes plain reads, for file systems where maps are slow or missing."""
+    """Memory-map datasets; false uses plain reads, for file systems where memory maps are slow or missing."""
 
     def check(self) -> None:
         for name in ("train", "validation", "test"):
@@ -59,7 +62,7 @@ class DataConfig:
             self.split = [1 - held_out, held_out, 0.0]
         elif self.validation_fraction is not None:
             raise ConfigError("data.validation_fraction", fraction, "left out where data.split is given")
-        self.validation_fraction = None  # the resolved config states the shares once
+        self.validation_fraction = None  # so that the resolved config states the shares only once
         shares = self.split
         if len(shares) != 3 or not min(shares) >= 0 or not abs(sum(shares) - 1) <= 1e-6 or shares[0] == 0:
             raise ConfigError(
@@ -74,7 +77,7 @@ class DataConfig:
                 )
 
     def sources(self, name: str) -> list[Source]:
-        """The datasets that `train`, `validation` or `test` names, each once; none where it is left out."""
+        """The datasets named under `train`, `validation` or `test`, each once; empty if the key is not set."""
         key, given = f"data.{name}", getattr(self, name)
         if given is None and name != "train":
             return []
@@ -88,7 +91,7 @@ class DataConfig:
         for i, (source, unit) in enumerate(found):
             if unit != found[0][1]:
                 raise ConfigError(
-                    f"{key}[{i}]", entries[i], f"given like the first, with {found[0][1] or 'a prefix alone'}"
+                    f"{key}[{i}]", entries[i], f"given like the first, with {found[0][1] or 'only a prefix'}"
                 )
             if source.prefix in {other.prefix for other, _ in found[:i]}:
                 raise ConfigError(
@@ -98,7 +101,7 @@ class DataConfig:
 
 
 def _with_paths(key: str, given: Any) -> Any:
-    """`given` with `~` and variables replaced in its prefixes; what has another form is left for `sources` to refuse."""
+    """`given` with `~` and variables expanded in its prefixes. Invalid forms are left for `sources` to refuse."""
     if isinstance(given, str):
         return expanded(given, key)
     if isinstance(given, list):
@@ -109,7 +112,7 @@ def _with_paths(key: str, given: Any) -> Any:
 
 
 def _source(key: str, given: Any) -> tuple[Source, str | None]:
-    """An entry of a list of datasets, and what its share is counted in."""
+    """An entry of a list of datasets, and the unit of its share."""
     if isinstance(given, str) and given:
         return Source(given), None
     if not isinstance(given, dict) or not isinstance(given.get("prefix"), str) or not given["prefix"]:
@@ -133,6 +136,6 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
         share = count(f"{key}.tokens", share)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
         raise ConfigError(
-            f"{key}.{units[0]}", share, "a number above 0 (leave out a dataset that is not to be used)"
+            f"{key}.{units[0]}", share, "a number above 0 (remove a dataset that should not be used)"
         )
     return Source(given["prefix"], float(share)), units[0]

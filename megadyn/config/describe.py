@@ -1,4 +1,4 @@
-"""What keys a configuration may have: name, type, default and text of each, read out of the dataclasses and their docstrings."""
+"""Lists all keys of a configuration: name, type, default and text of each, read from the dataclasses and their docstrings."""
 
 import ast
 import inspect
@@ -14,10 +14,10 @@ from megadyn.errors import UserError, did_you_mean
 from megadyn.kinds import Kind, find_kind, known_kinds
 
 REQUIRED = "???"
-"""How OmegaConf writes a default that must be given."""
+"""OmegaConf's notation for a value that must be given."""
 ROUTING = "model.routing"
 NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", Any: "any", NoneType: "null"}
-"""Of types, as JSON Schema and YAML have them."""
+"""Names of types in JSON Schema and YAML."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Key:
     """One key of the configuration."""
 
     name: str
-    """In full: `training.seed`."""
+    """Full name: `training.seed`."""
     hint: Any
-    """Its type, as Python has it."""
+    """Python type."""
     default: Any
-    """A plain value; `REQUIRED` where there is none."""
+    """A plain value; `REQUIRED` if there is none."""
     text: str
     """What it is, its unit, when to change it."""
     kind: str | None = None
-    """Of `model.routing.*`: the kind of routing that has it."""
+    """For `model.routing.*`: the kind of routing that has this key."""
 
     @property
     def type(self) -> str:
-        """In words: `integer or null`, `list of number`."""
+        """The type in words: `integer or null`, `list of number`."""
         return type_name(self.hint)
 
 
@@ -49,7 +49,7 @@ def type_name(hint: Any) -> str:
 
 @cache
 def texts(cls: type) -> dict[str, str]:
-    """The string behind each field of a dataclass, on one line; those of its bases included."""
+    """The docstring after each field of a dataclass, on one line; includes inherited fields."""
     found: dict[str, str] = {}
     for base in cls.__mro__:
         if not is_dataclass(base):
@@ -64,13 +64,13 @@ def texts(cls: type) -> dict[str, str]:
 
 
 def keys(section: str = "") -> list[Key]:
-    """All keys of `section`, by default of the whole configuration; of `model.routing` those of every known kind.
+    """All keys of `section` (default: of the whole configuration). `model.routing` includes the keys of every known kind.
 
     Args:
-        section: the name of a section (`training`, `model.routing`) or of one key.
+        section: name of a section (`training`, `model.routing`) or of one key.
 
     Raises:
-        UserError: neither exists.
+        UserError: there is no such section or key.
     """
     every = [*_keys_of(Config, ""), *(key for kind in known_kinds() for key in kind_keys(kind))]
     found = [key for key in every if not section or f"{key.name}.".startswith(f"{section}.")]
@@ -81,7 +81,7 @@ def keys(section: str = "") -> list[Key]:
 
 
 def kind_keys(kind: str) -> list[Key]:
-    """Keys of `model.routing` that a kind has, but for `kind` itself."""
+    """Keys of `model.routing` for a kind, except `kind` itself."""
     found = find_kind(kind)
     return [_key(found, f, ROUTING, kind) for f in fields(found) if f.name != "kind"]
 
@@ -99,13 +99,13 @@ def _keys_of(section: type, name: str) -> Iterator[Key]:
 
 
 def section_of(f: "Field[Any]") -> type | None:
-    """The dataclass that a field holds; None for a plain key."""
+    """The dataclass in a field; None for a plain key."""
     made = default_of(f)
     return type(made) if is_dataclass(made) else None
 
 
 def default_of(f: "Field[Any]") -> Any:
-    """The default of a field, of which every key has one: `REQUIRED` stands for none."""
+    """The default of a field, which every key has; `REQUIRED` means none."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
@@ -119,16 +119,16 @@ def _key(cls: type, f: "Field[Any]", section: str, kind: str | None = None, defa
 # ---- JSON Schema
 
 REFERENCE = {"type": "string", "pattern": r"\$\{"}
-"""`${training.seed}`: the value of another key, which any key may take."""
+"""`${training.seed}`: a reference to another key, which is valid for any key."""
 COUNT = {"type": "string", "pattern": r"^[0-9.][0-9_,.eE+]*\s*[kKmMbBtT]?$"}
-"""`300B`: what `training.tokens` and `training.samples` take beside numbers."""
+"""`300B`: valid for `training.tokens` and `training.samples`, in addition to numbers."""
 COUNTED = ("training.tokens", "training.samples")
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a configuration file. Nothing is required, as a file may extend another."""
+    """JSON Schema (2020-12) of a configuration file. No key is required, because a file may extend another."""
     paths = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    extends = {EXTENDS: paths | {"description": "Files that this one goes over, relative to its folder."}}
+    extends = {EXTENDS: paths | {"description": "Files that this one builds on, relative to its folder."}}
     whole = _section_schema(Config, "")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -155,7 +155,7 @@ def _section_schema(section: type, name: str) -> dict[str, Any]:
 
 
 def _routing_schema() -> dict[str, Any]:
-    """Keys of all kinds; where the file names a known kind, those of this kind only; of another package's, any."""
+    """Keys of all kinds. If the file names a known kind, only that kind's keys; for another package's kind, any keys."""
     (kind,) = keys(f"{ROUTING}.kind")
     of_kinds = {name: kind_keys(name) for name in known_kinds()}
     properties: dict[str, Any] = {"kind": _value_schema(kind)}

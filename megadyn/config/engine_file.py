@@ -1,4 +1,4 @@
-"""Where `deepspeed_config` leads: a file that comes with megadyn, by its name, or a path."""
+"""Resolves `deepspeed_config`: the name of a file that comes with megadyn, or a path."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from megadyn.errors import ConfigError
 
 KEY = "deepspeed_config"
 FOLDER = Path(__file__).parents[1] / "ds_configs"
-"""In a checkout a link to the folder at the top, so that an installed package and a checkout find the same files."""
+"""In a checkout this is a link to the top-level folder, so that installed packages and checkouts find the same files."""
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -16,12 +16,12 @@ def shipped_names() -> tuple[str, ...]:
 
 
 def engine_file(value: str) -> Path:
-    """The file that a value of `deepspeed_config` means. It need not exist, unless the value is a name."""
+    """The file that a value of `deepspeed_config` refers to. A path need not exist."""
     return FOLDER / f"{value}.json" if value in shipped_names() else Path(value)
 
 
 def read_engine_file(value: str) -> str:
-    """Text of that file. Raises ConfigError if it cannot be read."""
+    """The text of that file. Raises ConfigError if it cannot be read."""
     try:
         return engine_file(value).read_text()
     except OSError as error:
@@ -35,10 +35,10 @@ def read_engine_file(value: str) -> str:
 
 
 def found_beside(given: Any, file: Path) -> None:
-    """Lets a relative path in `given`, the content of a configuration file, count from the folder of that file too.
+    """Resolves a relative path in `given`, the content of a configuration file, against the folder of that file as well.
 
-    A path that exists from the working directory keeps its meaning, and so does a name. What is found beside the file
-    becomes an absolute path, so that the `config.yaml` of an output folder means the same everywhere.
+    Names, and paths that exist relative to the working directory, are kept. A path found next to the file becomes
+    absolute, so that the `config.yaml` of an output folder means the same everywhere.
     """
     value = given.get(KEY) if isinstance(given, dict) else None
     if not isinstance(value, str) or "$" in value or value.startswith("~") or value in shipped_names():

@@ -1,4 +1,4 @@
-"""Configuration files as they were written: YAML, each over the files that it extends."""
+"""Reads YAML configuration files together with the files that they extend."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
 
 EXTENDS = "extends"
-"""Key of a file's own: the path of another file, or a list of them, relative to its folder."""
+"""Key for the path of another file, or a list of paths, relative to this file's folder."""
 
 
 def config_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[tuple[Path, Any]]:
-    """What `path` holds, behind what the files hold that it extends: of two values of a key the later one counts.
+    """The content of `path`, after the contents of the files that it extends. For each key the last value wins.
 
     Args:
-        chain: the files that led here, each extending the next.
+        chain: the files that led here; each extends the next.
 
     Raises:
-        UserError: a file that is missing, empty or invalid YAML, or that extends itself, directly or through others.
+        UserError: a file is missing, empty or not valid YAML, or extends itself, directly or through others.
     """
     came_from = f" (extended by {chain[-1]})" if chain else ""
     if path.resolve() in [earlier.resolve() for earlier in chain]:

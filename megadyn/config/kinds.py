@@ -1,4 +1,4 @@
-"""Which kind of routing a configuration asks for, and whether `model.routing` holds keys of that kind only."""
+"""Finds the kind of routing that a configuration asks for, and checks that `model.routing` has only keys of that kind."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,13 +27,14 @@ FLAT = frozenset(
         "entropy_bonus",
     )
 )
-"""Up to version 0.1 every `config.yaml` in an output folder held these keys, whatever its kind."""
+"""Up to version 0.1 every `config.yaml` in an output folder contained these keys, for any kind."""
 
 
 def settle_kind(layers: Sequence[tuple[Any, Any]]) -> type[Kind]:
-    """The kind that `layers`, (source, content) of which later ones count, ask for.
+    """The kind that `layers` ask for. `layers` are (source, content); later ones win.
 
-    Keys that an earlier layer gave to another kind go with that kind: they are taken out of its content.
+    If a later layer chooses another kind, the keys that earlier layers set for the previous kind are removed from their
+    contents.
 
     Raises:
         ConfigError: for a key that the kind does not have, in the layer that chose the kind or in a later one.
@@ -56,7 +57,7 @@ def settle_kind(layers: Sequence[tuple[Any, Any]]) -> type[Kind]:
 
 
 def _routing_of(content: Any, source: Any) -> dict[str, Any]:
-    """`model.routing` of a file's content; empty where it is not given. The very object, so that keys can be taken out."""
+    """`model.routing` in a file's content; empty if it is not given. Returns the same object, so that keys can be removed."""
     model = content.get("model", {}) if isinstance(content, dict) else {}
     routing = model.get("routing", {}) if isinstance(model, dict) else {}
     if not isinstance(routing, dict):

@@ -9,27 +9,27 @@ from megadyn.errors import ConfigError
 @dataclass
 class LoggingConfig:
     interval: int = 10
-    """Steps between log lines and metrics. A reported step costs two small all-reduces more."""
+    """Steps between log lines and metrics. A reported step needs two additional small all-reduces."""
     tensorboard: bool = True
-    """Metrics also as TensorBoard events, in OUTPUT_DIR/tensorboard."""
+    """Also write metrics as TensorBoard events, to OUTPUT_DIR/tensorboard."""
     csv: bool = False
-    """The same numbers in metrics.csv: a row is an iteration, a name and a value."""
+    """Also write metrics to metrics.csv; a row is an iteration, a name and a value."""
     wandb: str = "none"
     """Weights & Biases: `none`, `online`, or `offline` (into OUTPUT_DIR/wandb, for `wandb sync` later)."""
     wandb_project: str = "megadyn"
-    """Project that Weights & Biases files the run under."""
+    """Weights & Biases project for the run."""
     wandb_entity: str | None = None
-    """User or team; the account's own when left out."""
+    """Weights & Biases user or team (default: that of the account)."""
     live: str = "auto"
-    """A view that refreshes itself, instead of one log line per report: `auto`, where standard output is a terminal; `always`;
-    `never`. What other ranks print there disturbs it until the next refresh."""
+    """A self-refreshing view instead of one log line per report: `auto` (if standard output is a terminal), `always` or
+    `never`. Output of other ranks to the same terminal disturbs it until the next refresh."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one device, by which MFU divides; known for common ones (`planning/devices.py`) in 16-bit precision. Where
-    neither says it there is no MFU."""
+    """Peak TFLOP/s of one device, for MFU. Known for common devices (`planning/devices.py`) in 16-bit precision. If
+    unknown and not given, MFU is not reported."""
     profile_steps: list[int] | None = None
     """[first, last] step of a torch.profiler trace, written to OUTPUT_DIR/profile."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that trace."""
+    """Ranks that write a trace."""
 
     def check(self) -> None:
         at_least("logging.interval", self.interval, 1)

@@ -7,15 +7,15 @@ from typing import Any
 from megadyn.errors import ConfigError
 
 UNITS = {"": 0, "k": 3, "m": 6, "b": 9, "t": 12}
-"""Powers of ten, by the letter behind a number, of either case."""
+"""Powers of ten for the letter after a number, in upper or lower case."""
 COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?|\.\d+)(e[+]?\d{1,3})?\s*([kmbt]?)", re.IGNORECASE)
 
 
 def count(key: str, given: Any) -> int:
-    """A whole number from `given`: a number such as 3e9, or a word such as `300B`, `2M` or `1.5T`.
+    """An integer from `given`: a number such as 3e9, or a string such as `300B`, `2M` or `1.5T`.
 
     Raises:
-        ConfigError: not a number, or not a whole one. Whether it is large enough is for the caller to check.
+        ConfigError: not a number, or not an integer. The caller must check its range.
     """
     number = _number(given)
     if number is None or number != int(number):

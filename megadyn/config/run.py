@@ -1,8 +1,8 @@
 """The configuration of a run: typed sections, read from YAML and `key=value`, refused early.
 
-`load_config` runs on one CPU before any process group exists. Every check names the key, what it
-holds and what it must be. Relative paths are relative to the working directory, but for those of `extends`, which are
-relative to their file; `deepspeed_config` may be either.
+`load_config` runs on one CPU before any process group exists. Every error names the key, its value and what it must be.
+Relative paths are relative to the working directory, except that paths in `extends` are relative to their file;
+`deepspeed_config` may be either.
 """
 
 import json
@@ -34,8 +34,8 @@ class TokenizerConfig:
     path: str = "???"
     """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
     eod: str | None = None
-    """The token that ends a document, as the vocabulary writes it; when left out, the one that the datasets were made with,
-    or else the tokenizer's own."""
+    """The token that ends a document, spelled as in the vocabulary. Default: the one with which the datasets were made,
+    otherwise the tokenizer's own."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """The tokenizer of these datasets."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the processes share out the model."""
+    """How processes divide the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and the learning-rate schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -88,9 +88,9 @@ class Config:
     """Folder for checkpoints, metrics and everything else that the run writes. Required."""
 
     def checked(self) -> "Config":
-        """Itself, with what was left out filled in. Raises ConfigError for what cannot be.
+        """Itself, with defaults filled in. Raises ConfigError for invalid values.
 
-        Not done on construction: OmegaConf builds every section from its defaults first.
+        Not done on construction, because OmegaConf first builds every section from its defaults.
         """
         one_of("precision", self.precision, PRECISIONS)
         self.output_dir = expanded(self.output_dir, "output_dir")
@@ -113,7 +113,7 @@ class Config:
 
 
 def check_together(config: Config) -> None:
-    """Rules that span sections; one function, so that they can be read in a minute."""
+    """Rules that span sections, in one function so that they are easy to review."""
     model, parallel, training = config.model, config.parallel, config.training
     if model.num_heads % parallel.tensor:
         raise ConfigError(
@@ -156,7 +156,7 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             "training.on_bad_step",
             training.on_bad_step,
-            "stop or skip with checkpoint.interval = 0, which leaves nothing to go back to",
+            "stop or skip with checkpoint.interval = 0, because there is no checkpoint to go back to",
         )
     if training.compile:
         check_compilable(config)
@@ -166,7 +166,7 @@ def check_together(config: Config) -> None:
 
 
 def check_compilable(config: Config) -> None:
-    """Raises ConfigError for what `training.compile` cannot capture as one graph of fixed shapes."""
+    """Raises ConfigError for settings with which `training.compile` cannot capture a single graph of fixed shapes."""
     if config.parallel.tensor > 1:
         raise ConfigError(
             "parallel.tensor",
@@ -184,14 +184,14 @@ REQUIRED = {
     "data.train": "the prefix of an indexed dataset, or a list of them",
     "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, or byte",
 }
-"""Keys without a default, and what they hold."""
+"""Keys without a default, and what to give for them."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The checked configuration from a YAML file, over the files that it `extends`, and `key=value` overrides.
+    """The checked configuration from a YAML file, the files that it `extends`, and `key=value` overrides.
 
     Raises:
-        UserError: missing or malformed file, unknown key, wrong type, impossible value or combination.
+        UserError: missing or malformed file, unknown key, wrong type, invalid value or combination.
     """
     files = config_layers(Path(path))
     for file, content in files:
@@ -226,7 +226,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
-    """OmegaConf does not name the key where a section is given as a plain value."""
+    """Checks that sections hold keys, because OmegaConf's error for a plain value does not name the section."""
     if not isinstance(given, dict):
         known = ", ".join(f.name for f in fields(section))
         raise UserError(
@@ -238,7 +238,7 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
 
 
 def _read_counts(given: dict[str, Any]) -> None:
-    """Turns counts written as 3e9 or 300B into numbers. One that refers to another key stays for the merge to resolve."""
+    """Converts counts such as 3e9 or 300B to numbers. References to other keys are left for the merge to resolve."""
     training = given.get("training", {})
     for name in ("tokens", "samples"):
         value = training.get(name)
@@ -261,8 +261,8 @@ def _unknown_key(full_key: str) -> UserError:
 
 
 def resolved_config(config: Config) -> dict[str, Any]:
-    """The configuration as plain values. The length of the run is as it was given, so that what goes on from this with another
-    batch size still means the same number of tokens."""
+    """The configuration as plain values. The length of the run is kept in its original unit, so that a run resumed with
+    another batch size still means the same number of tokens."""
     resolved: dict[str, Any] = _plain(asdict(config))
     if length := config.training.length:
         resolved["training"] |= {"iterations": None, length.unit: length.amount}
@@ -282,17 +282,17 @@ def save_config(config: Config, path: Path) -> None:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's samples are spread."""
+    """How a step's samples are divided."""
 
     global_batch: int
     micro_batch: int
     micro_batches: int
-    """Micro-batches that each data-parallel rank runs in a step."""
+    """Micro-batches per step on each data-parallel rank."""
     data_parallel: int
 
 
 def batch_plan(config: Config, world_size: int) -> BatchPlan:
-    """Raises ConfigError when `world_size` processes cannot be laid out as configured."""
+    """Raises ConfigError if `world_size` processes cannot be arranged as configured."""
     parallel, training = config.parallel, config.training
     model_parallel = parallel.tensor * parallel.pipeline
     if world_size % model_parallel:
@@ -336,20 +336,21 @@ DECIDED_HERE = {
     "zero_allow_untested_optimizer": "the optimizer section",
     "zero_force_ds_cpu_optimizer": "the optimizer section",
 }
-"""DeepSpeed's keys that may not stand in the JSON, and what they follow from."""
+"""DeepSpeed's keys that must not be in the JSON file, and where their values come from."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 REDUCED_IN = "communication_data_type"
-"""DeepSpeed's key for the type in which gradients are summed over data-parallel ranks."""
+"""DeepSpeed's key for the dtype in which gradients are summed over data-parallel ranks."""
 
 
 def reduction_type(settings: dict[str, Any], precision: str) -> str:
-    """The type in which gradients are summed over data-parallel ranks: as the engine settings say, else fp32, or fp16 in a run in
-    fp16. DeepSpeed's own default is the type of the weights, in which a sum of fp32 gradients would lose 16 of their 24 bits."""
+    """The dtype in which gradients are summed over data-parallel ranks: that of the engine settings, else fp32, or fp16
+    in an fp16 run. DeepSpeed's own default is the dtype of the weights; in bf16 a sum of fp32 gradients would lose 16
+    of their 24 bits."""
     return settings.get(REDUCED_IN, "fp16" if precision == "fp16" else "fp32")
 
 
 def engine_settings(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON as the user wrote it: engine settings only, checked against the rest of `config`."""
+    """DeepSpeed's JSON file as the user wrote it: engine settings only, checked against the rest of `config`."""
     path = config.deepspeed_config
     try:
         settings = json.loads(read_engine_file(path))

@@ -15,11 +15,11 @@ class MultipliersConfig:
     """Learning-rate multipliers of the parameter groups."""
 
     base: float = 1.0
-    """Of all parameters that are neither a router's nor a prior's."""
+    """For all parameters except routers and priors."""
     router: float = 1.0
-    """Of routers and causal predictors."""
+    """For routers and causal predictors."""
     prior: float = 1.0
-    """Of DTF's and STT's priors."""
+    """For DTF's and STT's priors."""
 
     def check(self) -> None:
         for name in ("base", "router", "prior"):
@@ -29,25 +29,27 @@ class MultipliersConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 3e-4
-    """Largest learning rate of AdamW, reached at the end of the warm-up. Smaller for larger models, and when losses spike."""
+    """Peak learning rate of AdamW, reached at the end of the warm-up. Use less for larger models, or if the loss
+    spikes."""
     min_learning_rate: float = 3e-5
-    """Learning rate at the end of the run, for every schedule but `constant`."""
+    """Learning rate at the end of the run, for every schedule except `constant`."""
     schedule: str = "cosine"
     """After the warm-up: `cosine`, `linear`, `constant`, or `wsd` (constant, then a linear decay)."""
     warmup_iterations: int = 100
-    """Steps over which the learning rate rises linearly from 0. Longer if the first steps are unstable."""
+    """Steps over which the learning rate rises linearly from 0. Use more if the first steps are unstable."""
     decay_iterations: int | None = None
-    """wsd: steps of the closing decay; a tenth of the run when left out. A decay that does not fit behind the warm-up is
+    """wsd: steps of the final decay (default: a tenth of the run). A decay that does not fit after the warm-up is
     shortened, with a warning."""
     beta1: float = 0.9
     """AdamW: momentum of the gradient's average, per step."""
     beta2: float = 0.95
-    """AdamW: momentum of the squared gradient's average, per step. 0.95 forgets outliers sooner than the usual 0.999."""
+    """AdamW: momentum of the squared gradient's average, per step. 0.95 forgets outliers faster than the usual
+    0.999."""
     eps: float = 1e-8
     """AdamW: added to the denominator. Rarely changed."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay; a step shrinks each weight by this times the learning rate. Applied to parameters of two
-    dimensions (embeddings too), not to norms, biases or router scalars."""
+    """AdamW's decoupled weight decay: each step shrinks weights by this times the learning rate. Applied to
+    two-dimensional parameters (including embeddings), not to norms, biases or router scalars."""
     clip_grad: float = 1.0
     """Largest global gradient norm; gradients above it are scaled down. 0 turns clipping off."""
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
@@ -77,17 +79,17 @@ class OptimizerConfig:
 
 
 LENGTHS = ("iterations", "tokens", "samples", "epochs")
-"""Keys that give the length of a run; one of them is given."""
+"""Keys for the length of a run; exactly one of them is given."""
 
 
 class Length(NamedTuple):
-    """The length of a run as it was given, where that is not in iterations."""
+    """The length of a run that was not given in iterations."""
 
     unit: str
     """`tokens`, `samples` or `epochs`."""
     amount: float
     iterations: int | None
-    """What it comes to, as far as is known."""
+    """The equivalent number of iterations, once it is known."""
 
 
 RECOMPUTE = ("none", "selective", "full")
@@ -97,69 +99,74 @@ KERNELS = ("auto", "triton", "torch")
 @dataclass
 class TrainingConfig:
     iterations: int | None = None
-    """Length of the run in steps, those of earlier starts included."""
+    """Length of the run in steps, including those before it was resumed."""
     tokens: int | None = None
-    """Length of the run in tokens (3000000000, 3e9, 3B), instead of `iterations`; rounded up to whole steps. Like `samples`
-    and `epochs` it counts what was consumed: it stays the same when a resumed run has another `global_batch_size`."""
+    """Length of the run in tokens (3000000000, 3e9, 3B), instead of `iterations`; rounded up to whole steps. Like
+    `samples` and `epochs`, it stays the same if a resumed run uses another `global_batch_size`."""
     samples: int | None = None
-    """The same in samples; rounded up to whole steps."""
+    """Length of the run in samples, instead of `iterations`; rounded up to whole steps."""
     epochs: float | None = None
-    """The same in passes over the training data (a blend's: until its first dataset runs out); rounded down to whole steps."""
+    """Length of the run in passes over the training data (for a blend: until its first dataset runs out); rounded down
+    to whole steps."""
     global_batch_size: int = 32
-    """Samples in a step, over all data-parallel ranks and micro-batches. It changes the result; for memory see
-    `micro_batch_size`."""
+    """Samples per step, over all data-parallel ranks and micro-batches. It affects the result; to save memory change
+    `micro_batch_size` instead."""
     micro_batch_size: int = 1
-    """Samples that one rank runs at once. Larger is faster until memory is full; results change by rounding alone."""
+    """Samples that one rank processes at once. Larger is faster until memory is full; results change only by
+    rounding."""
     sequence_length: int = 1024
-    """Tokens in a sample. Memory grows linearly with it, attention's time quadratically."""
+    """Tokens per sample. Memory grows linearly with it, attention's time quadratically."""
     seed: int = 1234
-    """Of the starting weights, the order of samples and all random choices. Change it to measure the spread between runs."""
+    """Seed of the initial weights, the order of samples and all random choices. Change it to measure the spread between
+    runs."""
     eval_interval: int = 0
     """Steps between evaluations; 0 evaluates only at the end."""
     eval_samples: int = 64
-    """Validation samples in an evaluation; fewer if the set is smaller. More give a steadier loss and take longer."""
+    """Validation samples per evaluation; fewer if the set is smaller. More give a less noisy loss but take longer."""
     recompute: str = "none"
-    """What is computed again in the backward pass instead of being kept: `none`; `selective`, the inner activations of
-    attention (rotation, scores, average) and of the MLP (SwiGLU's product), at the cost of one more attention and of no
-    projection (arXiv 2205.05198, section 5); or `full`, all of a layer but its input."""
+    """What to recompute in the backward pass instead of keeping it in memory: `none`; `selective`, the inner
+    activations of attention (rotation, scores, average) and of the MLP (SwiGLU's product), which costs attention once
+    more but no projections (arXiv 2205.05198, section 5); or `full`, everything in a layer except its input."""
     compile: bool = False
-    """Layers' forward and backward passes through torch.compile, whose first step takes a minute; for shapes that stay."""
+    """Compile each layer's forward and backward pass with torch.compile. The first step takes a minute; needs fixed
+    shapes."""
     kernels: str = "auto"
-    """Norms and the taking and putting back of tokens: `triton`, our fused kernels for GPUs; `torch`, its own operations; or
-    `auto`, Triton's where they can run."""
+    """Kernels for norms and for taking tokens out and putting them back: `triton`, our fused GPU kernels; `torch`, its
+    own operations; or `auto`, Triton if it can run."""
     routing_record: str | None = None
-    """Folder into which every step's routing choices are written, with scores and cuts: a file per layer and step
-    (`megadyn/routing/recording.py`), the same under every layout. A run that goes on continues it. In a replay it takes what the
-    layers would have chosen themselves."""
+    """Folder for a recording of every step's routing choices, with scores and cuts: one file per layer and step
+    (`megadyn/routing/recording.py`), the same under every layout. A resumed run continues the recording. In a replay it
+    records what the layers would have chosen themselves."""
     routing_replay: str | None = None
-    """Folder of recorded choices that routed layers take in place of their own, in training alone and under any layout; scores,
-    gates, losses and statistics are computed as ever. For comparing layouts, and for studies."""
+    """Folder of recorded choices that replace the routed layers' own, in training only and under any layout. Scores,
+    gates, losses and statistics are computed as usual. For comparing layouts, and for studies."""
     on_bad_step: str = "stop"
-    """What follows a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; it never reaches the weights.
-    `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint, and the run goes on with
-    the samples after the bad step."""
+    """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; the step never
+    reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,
+    and the run continues with the samples after the bad step."""
     spike_factor: float = 0.0
     """A loss above this multiple of the running median is a spike and handled by `on_bad_step`; 0 turns the rule off. 2
     means twice the median."""
     spike_window: int = 64
-    """Good steps whose median counts; before there are so many, no loss is a spike."""
+    """Number of good steps for the running median; until there are that many, no loss is a spike."""
     max_bad_steps: int = 10
-    """More bad steps than this in a row stop the run. After a rollback only a good step beyond the bad one ends the row."""
+    """Stop the run after more consecutive bad steps than this. After a rollback, only a good step beyond the bad one
+    resets the count."""
     max_bad_steps_total: int = 100
-    """More bad steps than this in the whole run, over all its starts, stop it."""
+    """Stop the run after more bad steps than this in total, including those before it was resumed."""
     timeout_s: float = 600.0
     """Seconds without progress (a step, an evaluation, loading or saving a checkpoint) after which the whole job ends,
     naming the rank that is stuck or gone."""
     grace_s: float = 600.0
-    """Seconds within which a run that SIGTERM, SIGINT or SIGUSR1 asked to stop has to save and end, or is ended by force."""
+    """Seconds that a run has to save and end after SIGTERM, SIGINT or SIGUSR1, before it is killed."""
 
     @property
     def collective_timeout_s(self) -> float:
-        """When a collective gives up by itself: so much later than the watchdog, which can tell why."""
+        """Timeout of collectives; longer than the watchdog's, because the watchdog can name the cause."""
         return self.timeout_s + 30.0
 
     def __post_init__(self) -> None:
-        self.length: Length | None = None  # no key of the configuration: no field
+        self.length: Length | None = None  # not a key of the configuration, so not a field
 
     def check(self) -> None:
         for name in ("routing_record", "routing_replay"):
@@ -209,22 +216,22 @@ class TrainingConfig:
         unit = given[0].removeprefix("training.")
         if unit != "iterations":
             self.length = Length(unit, getattr(self, unit), None)
-        elif self.length and self.length.iterations != self.iterations:  # `iterations` was set since
+        elif self.length and self.length.iterations != self.iterations:  # `iterations` was set afterwards
             self.length = None
-        if unit in ("tokens", "samples"):  # the iterations of an epoch are known once the data are open
+        if unit in ("tokens", "samples"):  # an epoch's iterations are known only after the data are opened
             self.settle(0)
 
     def settle(self, epoch_samples: int, iteration: int = 0, consumed_samples: int = 0) -> None:
-        """Sets `iterations` to the number of the run's last step, where the length was given in something else.
+        """Sets `iterations` to the number of the run's last step, if the length was given in another unit.
 
-        What remains of that length is measured in today's batches, so that it does not matter what the batch was before.
+        The remaining length is measured in batches of the current size, so earlier batch sizes do not matter.
 
         Args:
-            epoch_samples: in one epoch of the training data.
-            iteration, consumed_samples: where the run stands; after rollbacks these are not in proportion.
+            epoch_samples: samples in one epoch of the training data.
+            iteration, consumed_samples: position of the run; after rollbacks these are not proportional.
 
         Raises:
-            ConfigError: epochs that do not make a single step.
+            ConfigError: the epochs do not contain a single step.
         """
         if self.length is None:
             return
@@ -244,41 +251,41 @@ class TrainingConfig:
                 f"training.global_batch_size = {self.global_batch_size}",
             )
         self.length = self.length._replace(iterations=self.iterations)
-        self.tokens = self.samples = self.epochs = None  # what is saved has the length as it was given
+        self.tokens = self.samples = self.epochs = None  # the original unit is what is saved
 
     @property
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.sequence_length
 
     def samples_at_end(self, iteration: int = 0, consumed_samples: int = 0) -> int:
-        """Samples consumed when the run ends that stands at `iteration` with `consumed_samples` behind it."""
+        """Total samples consumed at the end of a run that is at `iteration` and has consumed `consumed_samples`."""
         return consumed_samples + max(0, (self.iterations or 0) - iteration) * self.global_batch_size
 
 
 @dataclass
 class CheckpointConfig:
     interval: int = 0
-    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM). What a fault costs is at most so many steps."""
+    """Steps between checkpoints; 0 saves only at the end (and on SIGTERM). A fault loses at most this many steps."""
     keep: int = 2
-    """Newest checkpoints to keep; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
-    """Checkpoints of iterations that are multiples of this stay for good, beside the newest; 0 for none."""
+    """In addition, keep checkpoints whose iteration is a multiple of this; 0 for none."""
     background: bool = False
-    """Training waits only for a copy in host memory (12 bytes per parameter, shared by the ranks) and continues while it is
-    written. A run that dies meanwhile resumes from the checkpoint before."""
+    """Training waits only until a copy is in host memory (12 bytes per parameter, divided among the ranks), and
+    continues while it is written. A run that dies meanwhile resumes from the previous checkpoint."""
     on_error: str = "stop"
-    """What follows a checkpoint that could not be written: `stop`, or `continue` with the earlier ones. The last one of a run
-    must be written either way."""
+    """What to do if a checkpoint cannot be written: `stop`, or `continue` with the earlier ones. The last checkpoint of
+    a run must be written in either case."""
     resume: str = "auto"
-    """`auto`: go on from the newest good checkpoint in output_dir, if there is one, or else begin. `never`: begin, and refuse an
-    output_dir with checkpoints. A path is another way to write `fork_from: PATH` with `resume: auto`."""
+    """`auto`: resume from the newest good checkpoint in output_dir; if there is none, start a new run. `never`: start a
+    new run, and refuse an output_dir with checkpoints. A path is short for `fork_from: PATH` with `resume: auto`."""
     fork_from: str | None = None
-    """Where the run begins: a checkpoint, or a run's folder. Once the run has checkpoints of its own, `resume: auto` goes on from
-    these. A checkpoint of the run's own output_dir takes the run back to it, once."""
+    """Where a new run starts: a checkpoint, or a run's folder. Once the run has its own checkpoints, `resume: auto`
+    resumes from those. A checkpoint in the run's own output_dir takes the run back to it, once."""
     allow_other_data: bool = False
-    """Resume although the training data, or their order, are not those of the checkpoint."""
+    """Resume even if the training data, or their order, differ from those of the checkpoint."""
     init_from: str | None = None
-    """Hugging Face folder whose weights the run starts from."""
+    """Hugging Face folder with the initial weights."""
 
     def check(self) -> None:
         for name in ("resume", "fork_from", "init_from"):
@@ -297,7 +304,7 @@ class CheckpointConfig:
                 "checkpoint.init_from",
                 self.init_from,
                 "null with checkpoint.fork_from (or a path in "
-                "checkpoint.resume): a run begins with the weights of one of the two",
+                "checkpoint.resume): a run starts with the weights of only one of the two",
             )
         at_least("checkpoint.interval", self.interval, 0)
         at_least("checkpoint.keep", self.keep, 0)

@@ -1,1 +1,1 @@
-"""What pieces of a transformer layer cost, in closed form: the building blocks that `kinds/` and `planning/` add up. No torch."""
+"""Costs of the pieces of a transformer layer in closed form, which `kinds/` and `planning/` add up. No torch."""

@@ -1,11 +1,11 @@
 """Bytes that the pieces of a layer keep for their backward pass.
 
     n  tokens of a micro-batch that a layer works on     d  hidden size     f  feed-forward width of this rank
-    m  of these, the rank's part under sequence parallelism (arXiv 2205.05198); else all          b  bytes of a number
+    m  this rank's part of n under sequence parallelism (arXiv 2205.05198), otherwise n          b  bytes per number
     q  width of this rank's queries                      k  width of its keys, or values          c  chosen tokens
 
-Under sequence parallelism norms, residuals, priors, routers and what crosses stages are of m tokens. What a linear layer reads is
-of n all the same: we keep it as it was gathered, where the paper keeps the part and gathers again.
+Under sequence parallelism, norms, residuals, priors, routers and tensors sent between stages have m tokens. Inputs of
+linear layers have n: we keep the gathered input, whereas the paper keeps only the rank's part and gathers it again.
 """
 
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ from typing import NamedTuple
 from megadyn.costs.shape import Shape, capacity_count
 
 LOGITS_AT_ONCE = 2**24
-"""Logits that the loss makes at once on one rank: 64 MiB in fp32."""
+"""Logits that the loss computes at once on one rank: 64 MiB in fp32."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank computes with: everything that activations depend on."""
+    """Everything about one rank's computation that activations depend on."""
 
     model: Shape
     batch: int
-    """Samples of a micro-batch."""
+    """Samples per micro-batch."""
     length: int
     tensor: int
     bytes: int
-    """Of a number: 4 in fp32, 2 in bf16 and fp16."""
+    """Bytes per number: 4 in fp32, 2 in bf16 and fp16."""
     recompute: str
     """`training.recompute`."""
     documents: bool = False
-    """Attention is masked by document."""
+    """Whether attention is masked by document."""
     sequence: bool = False
-    """`parallel.sequence`: tensor ranks share out the sequence."""
+    """`parallel.sequence`: whether tensor ranks split the sequence."""
     fused: bool = True
-    """By the kernels of a GPU. On a CPU RMSNorm keeps float32 copies beside its input, and attention in segments two outputs."""
+    """Whether GPU kernels are used. On a CPU, RMSNorm also keeps float32 copies, and attention in segments keeps two outputs."""
 
     @property
     def parts(self) -> int:
-        """Of the sequence, one a tensor rank."""
+        """Parts that the sequence is split into: one per tensor rank."""
         return self.tensor if self.sequence else 1
 
     @property
@@ -65,45 +65,45 @@ class Workload:
         return self.tokens / self.parts
 
     def chosen(self, capacity: float) -> int:
-        """c, where each sequence gives that share of its tokens."""
+        """c, if each sequence contributes that share of its tokens."""
         return self.batch * capacity_count(capacity, self.length)
 
     @property
     def turned(self) -> int:
-        """Cosine and sine of a token's position, where they are looked up."""
+        """Bytes per token of cosine and sine, if they are looked up."""
         return 4 * (self.model.head_dim or 0)
 
     @property
     def segments(self) -> int:
-        """Of a token: the outputs of attention in segments, once more as one tensor."""
+        """Bytes per token of attention in segments: its outputs, and their copy as one tensor."""
         _, q, _, _ = self.widths
         return 0 if self.fused else self.bytes * q
 
     def norm(self, width: int, is_kept: bool = False) -> int:
-        """What RMSNorm keeps of a token; `is_kept`: its input is kept anyway."""
+        """Bytes per token that RMSNorm keeps; `is_kept`: its input is already kept by something else."""
         if self.fused:
             return 4 + (0 if is_kept else self.bytes * width)
         return 4 + 4 * width + (0 if is_kept and self.bytes == 4 else 4 * width)
 
 
 class Kept(NamedTuple):
-    """Bytes of one layer on one micro-batch."""
+    """Bytes that one layer keeps for one micro-batch."""
 
     input: float
-    """The layer's own input, where something in it needs that as it is."""
+    """The layer's own input, if something in it needs that unchanged."""
     inside: float
-    """Kept by what `training.recompute: full` recomputes, beside the input."""
+    """Kept by what `training.recompute: full` recomputes, in addition to the input."""
     inner: float
-    """Of these, kept by what `selective` recomputes."""
+    """The part of `inside` that `selective` recomputes."""
     outside: float
-    """Kept in any case: a router's."""
+    """Always kept: by a router."""
     working: float
-    """Above these, while the layer's backward pass runs."""
+    """Additional memory while the layer's backward pass runs."""
 
 
 def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: int = 1) -> float:
-    """Of attention and feed-forward on `n` tokens, in `parts` where they are not cut by heads and widths; their input counted
-    only if it is no layer's."""
+    """Attention and feed-forward on `n` tokens, divided by `parts` where they are not split by heads and widths. Their
+    input is counted only if it is not the layer's input."""
     (d, q, k, f), b = work.widths, work.bytes
     heads = q // (work.model.head_dim or 1)
     attention = b * (2 * q + 2 * k) + 4 * heads
@@ -118,13 +118,13 @@ def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: 
 
 
 def inner_kept(work: Workload, n: float, attending: float) -> float:
-    """What attention averaged, and two products of the feed-forward's inner width."""
+    """Attention's averages, and two products of the feed-forward's inner width."""
     (_, q, _, f), b = work.widths, work.bytes
     return n * 2 * b * f + attending * (b * q + 4 * q // (work.model.head_dim or 1))
 
 
 def dense_kept(work: Workload) -> Kept:
-    """A layer that every token goes through."""
+    """A layer that processes every token."""
     return Kept(
         own_input(work),
         whole_block(work),
@@ -140,12 +140,12 @@ def skipping_kept(
     """A layer whose whole block runs on the share `capacity` of each sequence.
 
     Args:
-        input: bytes of the layer's input that something beside the block keeps. outside: what a router keeps.
-        varies: sequences give different numbers of tokens.
+        input: bytes of the layer's input that something outside the block keeps. outside: what a router keeps.
+        varies: whether sequences contribute different numbers of tokens.
     """
     d, _, _, _ = work.widths
     c = work.chosen(capacity)
-    # A block on chosen tokens is whole on every tensor rank.
+    # A block on chosen tokens works on all of them on every tensor rank.
     block = block_kept(work, c, has_own_input=True) + c * (
         2 * work.bytes * d + work.turned + work.segments * (work.documents or varies)
     )
@@ -159,14 +159,14 @@ def skipping_kept(
 
 
 def router_kept(work: Workload, values: int) -> float:
-    """What a two-layer router keeps, `values` of each token between its layers: in float32, so in half precision also a copy of
-    its input."""
+    """What a two-layer router keeps, with `values` per token between its layers. It runs in float32, so in half
+    precision it also keeps a copy of its input."""
     d, _, _, _ = work.widths
     return work.part * 4 * (values + d * (work.bytes < 4))
 
 
 def own_input(work: Workload) -> float:
-    """The input of a dense layer, where something in it needs that as it is."""
+    """The input of a dense layer, if something in it needs that unchanged."""
     is_needed = work.parts == 1 if work.model.normalization == "hybridnorm" else work.fused or work.bytes == 4
     return work.part * work.bytes * work.model.hidden_size * is_needed
 
@@ -178,6 +178,7 @@ def whole_block(work: Workload) -> float:
 
 
 def backward_bytes(work: Workload) -> float:
-    """Of a token, while a block's backward pass runs: gradients of the feed-forward's inner width, and of the stream."""
+    """Bytes per token while a block's backward pass runs: gradients of the feed-forward's inner width, and of the
+    residual stream."""
     d, _, _, f = work.widths
     return work.bytes * (2 * f + d)

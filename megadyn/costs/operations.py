@@ -1,6 +1,6 @@
-"""Floating-point operations of the pieces of a layer, a multiply-add counted as two.
+"""Floating-point operations of the pieces of a layer. A multiply-add counts as two.
 
-Matrix products and attention only; causal attention counted at half, as Megatron-LM does.
+Only matrix products and attention are counted, causal attention at half, as Megatron-LM does.
 """
 
 from typing import NamedTuple
@@ -12,22 +12,22 @@ class LayerFlops(NamedTuple):
     """Forward operations of one layer on one sequence."""
 
     cut: float
-    """Shared out over tensor ranks."""
+    """Split over tensor ranks."""
     whole: float
-    """Done by every tensor rank alike: routers, predictors, priors."""
+    """Repeated on every tensor rank: routers, predictors, priors."""
     attention: float
-    """The part of `cut` that is attention's scores and averages, at half of the square."""
+    """The part of `cut` for attention's scores and averages, half of the square."""
     detached: float = 0.0
-    """The part of `whole` that sends no gradient to its input: its backward pass costs one forward pass, not two."""
+    """The part of `whole` that sends no gradient to its input, so its backward pass costs one forward pass, not two."""
 
     @property
     def total(self) -> float:
-        """Of all tensor ranks together, counted once."""
+        """All tensor ranks together; repeated work counts once."""
         return self.cut + self.whole
 
 
 def attention_flops(shape: Shape, attending: float) -> float:
-    """Scores and averages of `attending` tokens among themselves: half of the square, as attention is causal."""
+    """Scores and averages of `attending` tokens among themselves: half of the square, because attention is causal."""
     assert shape.head_dim
     return 2 * 2 * attending * attending * shape.num_heads * shape.head_dim / 2
 
@@ -39,8 +39,8 @@ def mlp_flops(shape: Shape, tokens: float) -> float:
 
 
 def block_flops(shape: Shape, tokens: float, attending: float | None = None) -> float:
-    """One block on `tokens` of a sequence. `attending` of them (default: all) have a query and a key; every token has a value,
-    an output projection and its MLP."""
+    """One block on `tokens` of a sequence. `attending` of them (default: all) have a query and a key; every token has a
+    value, an output projection and its MLP."""
     assert shape.head_dim and shape.num_kv_heads
     attending = tokens if attending is None else attending
     d, heads, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim

@@ -4,7 +4,8 @@ from typing import Any, Protocol
 
 
 class Shape(Protocol):
-    """A `ModelConfig` whose blanks are filled in, as far as costs read it. Its `routing` is a `Kind`, which stands above."""
+    """The completed `ModelConfig`, as far as cost formulas read it. Its `routing` is a `Kind`, which this package must
+    not import."""
 
     hidden_size: int
     num_layers: int

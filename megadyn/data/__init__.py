@@ -1,1 +1,1 @@
-"""From a dataset to batches, in numpy and files: read, cut into samples, blend, batch. No torch in here."""
+"""From a dataset to batches with numpy: read, cut into samples, blend, batch. No torch in here."""

@@ -1,4 +1,4 @@
-"""Which samples a data-parallel rank takes in a step: a pure function of the samples consumed before."""
+"""Which samples a data-parallel rank uses in a step: a pure function of the samples consumed before."""
 
 from collections.abc import Iterator, Sequence
 
@@ -24,7 +24,7 @@ def sample_ids(consumed: int, global_batch: int, dp_rank: int, dp_size: int) -> 
 def micro_batch_ids(
     consumed: int, end: int, *, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
 ) -> Iterator[range]:
-    """Samples of this rank's micro-batches, one after the other, in the steps from sample `consumed` of the run to `end`."""
+    """Samples of this rank's micro-batches, one after another, in the steps from sample `consumed` of the run to `end`."""
     for step in range(consumed, end, global_batch):
         ids = sample_ids(step, global_batch, dp_rank, dp_size)
         if len(ids) % micro_batch:
@@ -36,7 +36,7 @@ def micro_batch_ids(
 def read_batch(samples: Samples, ids: Sequence[int]) -> tuple[Tokens, Tokens]:
     """The samples as (tokens, labels), each [len(ids), sequence_length].
 
-    Label t is token t + 1: shifted here, and nowhere else.
+    Label t is token t + 1. This is the only place where labels are shifted.
     """
     rows = samples.take(ids)
     return rows[:, :-1], rows[:, 1:]

@@ -1,9 +1,9 @@
-"""Several sets of samples drawn from in fixed proportions.
+"""Draws from several sets of samples in fixed proportions.
 
-The weights w of D sets sum to 1. Draw j of set d has the time (j + 1/2) / w_d; the samples of the run are all draws in the
-order of their times, equal ones in the order of the sets. By time t set d was drawn round(w_d t) times, and all together
-t times to within D / 2. So among the first n samples set d has its share w_d n to within 1/2 + w_d D / 2, for every n, and
-which draw a sample is follows from its number and the weights: neither from the length of the run nor from its ranks.
+The weights w of D sets sum to 1. Draw j of set d has the time (j + 1/2) / w_d. The samples of the run are all draws in
+order of time; ties are ordered by set. By time t, set d was drawn round(w_d t) times, and all sets together t times to
+within D / 2. So among the first n samples, set d has its share w_d n to within 1/2 + w_d D / 2, for every n. Which draw
+a sample is depends only on its number and the weights, not on the length of the run or the number of ranks.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from numpy.typing import ArrayLike, NDArray
 from megadyn.data.samples import Indices, Samples, content_key
 
 BLOCK = 2**18
-"""Samples whose draws are worked out at once."""
+"""Number of samples whose draws are computed at once."""
 
 
 class Draws(NamedTuple):
-    """Of each of n samples: the set that it is from, and which of that set's samples it is."""
+    """For each of n samples: its set, and its number within that set."""
 
     sets: NDArray[np.intp]  # [n]
     draws: Indices  # [n]
 
 
 class Schedule:
-    """Which draw each sample is."""
+    """Maps samples to draws."""
 
     def __init__(self, weights: ArrayLike) -> None:
-        """`weights` [D], all above 0, of any sum."""
+        """`weights` [D], all above 0; they need not sum to 1."""
         given = np.asarray(weights, np.float64)
         self.weights: NDArray[np.float64] = given / given.sum()
 
     def draws(self, first: int, count: int) -> Draws:
-        """Of samples `first` to `first + count` - 1."""
-        # sample n is drawn at time n to within D / 2; the rest is for rounding
+        """The draws of samples `first` to `first + count` - 1."""
+        # Sample n is drawn at time n to within D / 2; the additional 2 covers rounding.
         margin = len(self.weights) / 2 + 2
         begins = np.maximum(0, np.floor(self.weights * (first - margin))).astype(np.int64)
         ends = np.ceil(self.weights * (first + count + margin)).astype(np.int64) + 1
@@ -53,11 +53,11 @@ class Schedule:
         return times
 
     def supply(self, sizes: ArrayLike) -> tuple[int, int]:
-        """(samples until a set of these `sizes` [D] has none left, which set that is)."""
+        """(number of samples until a set of these `sizes` [D] runs out, index of that set)."""
         every = np.arange(len(self.weights))
-        times = self.time(every, np.asarray(sizes, np.int64))  # of the first draw that is not there
+        times = self.time(every, np.asarray(sizes, np.int64))  # of the first draw that a set cannot supply
         empty = int(times.argmin())
-        # Draws near that time are compared one by one, in the order of `draws`.
+        # Draws near that time are compared one by one, in the same order as in `draws`.
         near = np.maximum(0, np.floor(self.weights * times[empty]).astype(np.int64) - 2)[:, None] + np.arange(
             5
         )
@@ -67,7 +67,7 @@ class Schedule:
 
 
 class Blend:
-    """Samples of several sets, each drawn in its own order and in proportion to its weight."""
+    """Samples from several sets, each in its own order and in proportion to its weight."""
 
     def __init__(self, sets: Sequence[Samples], weights: ArrayLike) -> None:
         self.sets, self.schedule = sets, Schedule(weights)
@@ -76,7 +76,7 @@ class Blend:
         self._block = lru_cache(maxsize=2)(lambda number: self.schedule.draws(number * BLOCK, BLOCK))
 
     def __len__(self) -> int:
-        """Samples before any of them comes again."""
+        """Number of samples before any of them repeats."""
         return self.schedule.supply([len(samples) for samples in self.sets])[0]
 
     def take(self, ids: Sequence[int] | Indices) -> Indices:

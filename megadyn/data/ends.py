@@ -1,4 +1,4 @@
-"""One token ends the documents of all datasets that are used together: the one that was written when they were made."""
+"""Makes all datasets of a run use the same end-of-document token: the one with which they were made."""
 
 from megadyn.data.indexed import IndexedDataset
 from megadyn.errors import UserError
@@ -6,23 +6,23 @@ from megadyn.log import log
 from megadyn.tokenization.tokenizer import Tokenizer
 
 LOOKED_AT = 256
-"""Documents of a dataset without a record whose last token is looked at, spread over all of them."""
+"""Number of documents, spread over a dataset without a record, whose last token is checked."""
 
 
 def written_eod(dataset: IndexedDataset) -> int | None:
-    """The token that ends the documents of `dataset`, as its record says; None where nothing says so."""
+    """The token that ends the documents of `dataset`, according to its record; None if that is unknown."""
     record = dataset.record
     return record.eod if record and record.append_eod else None
 
 
 def adopt_eod(tokenizer: Tokenizer, dataset: IndexedDataset) -> None:
-    """Takes the dataset's end-of-document token for the tokenizer's, whose own may differ (`--eod`, a twin's folder)."""
+    """Replaces the tokenizer's end-of-document token by the dataset's, which may differ (`--eod`, another tokenizer folder)."""
     eod = written_eod(dataset)
     if eod is None or eod == tokenizer.eod_or_none:
         return
     token = tokenizer.token_of(eod)
     log.info(
-        "end of document: %r (id %d), with which dataset %s was made, in place of tokenizer %s's own",
+        "end of document: %r (id %d), with which dataset %s was made, instead of tokenizer %s's own",
         token,
         eod,
         dataset.prefix,
@@ -32,21 +32,21 @@ def adopt_eod(tokenizer: Tokenizer, dataset: IndexedDataset) -> None:
 
 
 def check_eod(dataset: IndexedDataset, eod: int | None) -> None:
-    """`UserError` if the record of `dataset` says that another token than `eod` ends its documents."""
+    """Raises `UserError` if the record of `dataset` says that its documents end with another token than `eod`."""
     written = written_eod(dataset)
     if written is not None and written != eod:
         raise UserError(
-            f"dataset {dataset.prefix} ends its documents with token id {written}, but {eod} is meant to end "
-            "them (tokenizer.eod, or the first dataset's); make it again with --eod, or use only datasets alike"
+            f"dataset {dataset.prefix} ends its documents with token id {written}, but {eod} should end them "
+            "(tokenizer.eod, or the first dataset's token); make it again with --eod, or use only datasets with the same token"
         )
 
 
 def check_marked(dataset: IndexedDataset, eod: int) -> None:
-    """`UserError` if not all documents of `dataset` end with `eod`: by its record, or else by some of the documents."""
+    """Raises `UserError` unless all documents of `dataset` end with `eod`: by its record, or by a sample of documents."""
     record = dataset.record
     if record is not None and not record.append_eod:
         raise UserError(
-            f"data.document_mask: dataset {dataset.prefix} was made without --append-eod, so that nothing in it "
+            f"data.document_mask: dataset {dataset.prefix} was made without --append-eod, so nothing in it "
             "marks where documents end; make it again with --append-eod, or set data.document_mask=false"
         )
     check_eod(dataset, eod)
@@ -58,6 +58,6 @@ def check_marked(dataset: IndexedDataset, eod: int) -> None:
         if len(document) and document[-1] != eod:
             raise UserError(
                 f"data.document_mask: document {k} of dataset {dataset.prefix} ends with token id {document[-1]}, "
-                f"not with {eod}, so that nothing marks its end; set tokenizer.eod to the token that ends its "
+                f"not with {eod}, so nothing marks its end; set tokenizer.eod to the token that ends its "
                 "documents, or data.document_mask=false"
             )

@@ -1,4 +1,4 @@
-"""Writes Megatron-LM's indexed format (`indexed` says what it is): whole, or nothing under its final name."""
+"""Writes Megatron-LM's indexed format (described in `indexed`). Files appear under their final names only when complete."""
 
 import hashlib
 import io
@@ -29,15 +29,15 @@ from megadyn.tokenization.tokenizer import TokenArray
 
 
 class IndexedWriter:
-    """Streams documents to PREFIX; a context manager that publishes nothing unless `finish` was reached.
+    """Streams documents to PREFIX. A context manager that publishes nothing unless `finish` was called.
 
         with IndexedWriter(prefix, dtype_for(vocab_size)) as writer:
             writer.add(tokens, lengths, sequences)
             writer.finish()
 
-    Until then all is under temporary names in the same folder, or in `scratch` on the same file system, and what stood
-    under PREFIX is left alone. With `tokens`, these are written to that file; it stays where `finish` is not reached,
-    and what it holds at the beginning can be taken up (`add_kept`).
+    Until then everything is under temporary names in the same folder, or in `scratch` on the same file system, and
+    existing files under PREFIX are not touched. With `tokens`, the tokens are written to that file. It is kept even if
+    `finish` is not called, and `add_kept` can reuse what it contains at the start.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class IndexedWriter:
         }
         self._hash = hashlib.sha256()
         self._lengths: list[NDArray[np.int32]] = []
-        self._sequences: list[NDArray[np.int64]] = []  # in each document
+        self._sequences: list[NDArray[np.int64]] = []  # number per document
         self._final["bin"].parent.mkdir(parents=True, exist_ok=True)
         self._buffer = memoryview(bytearray(COPY_BYTES))
         self._kept = tokens is not None
@@ -75,21 +75,21 @@ class IndexedWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the token stream so far."""
+        """Hash of the token stream so far."""
         return self._hash.hexdigest()
 
     def add(self, tokens: TokenArray, lengths: ArrayLike, sequences: ArrayLike) -> None:
         """Appends documents.
 
-        tokens [N]: ids, of any integer type; `UserError` if one does not fit the dtype.
-        lengths [S]: tokens in each sequence; `UserError` if one is over `LONGEST_SEQUENCE`.
+        tokens [N]: ids of any integer type; raises `UserError` if one does not fit the dtype.
+        lengths [S]: tokens in each sequence; raises `UserError` if one is over `LONGEST_SEQUENCE`.
         sequences [D]: sequences in each document, 0 for an empty one.
         """
         lengths, sequences = np.asarray(lengths, np.int64), np.asarray(sequences, np.int64)
         if lengths.sum() != len(tokens) or sequences.sum() != len(lengths):
             raise ValueError(
-                f"{len(tokens)} tokens for lengths of {lengths.sum()} in all, {len(lengths)} lengths for "
-                f"documents of {sequences.sum()} sequences in all"
+                f"{len(tokens)} tokens for lengths with sum {lengths.sum()}, {len(lengths)} lengths for "
+                f"documents with {sequences.sum()} sequences in total"
             )
         if tokens.size:
             low, high, holds = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype)
@@ -101,15 +101,15 @@ class IndexedWriter:
         self._add_counts(lengths, sequences)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends a whole dataset of the same dtype: a copy of its bytes. `UserError` if they change meanwhile."""
+        """Appends a copy of a whole dataset of the same dtype. Raises `UserError` if it changes meanwhile."""
         if dataset.dtype != self.dtype:
             raise ValueError(f"{dataset.dtype} tokens cannot be copied among {self.dtype} ones")
         self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index))
 
     def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
-        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already.
+        """Appends documents (see `add`) whose tokens are in the file `path`, already in the dtype of the dataset.
 
-        Where that fails, for want of room say, none of them has been appended.
+        If that fails, for example because the disk is full, none of them has been appended.
         """
         before = self._bin.tell()
         try:
@@ -120,12 +120,12 @@ class IndexedWriter:
         except BaseException:
             self._bin.truncate(before)
             raise
-        # Nothing is dropped that is not on disk yet, but its way there begins: else all of it would wait for the end.
+        # Starts writing to disk now, without dropping unwritten data. Otherwise all of it would be written at the end.
         os.posix_fadvise(self._bin.fileno(), before, self._bin.tell() - before, os.POSIX_FADV_DONTNEED)
         self._add_counts(lengths, sequences)
 
     def add_kept(self, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> int:
-        """Appends documents (see `add`) whose tokens are those that `tokens` holds next, and returns the crc32 of these."""
+        """Appends documents (see `add`) whose tokens come next in the kept `tokens` file; returns the crc32 of these tokens."""
         left, crc = self._bytes_of(lengths), 0
         while left and (size := self._bin.readinto(self._buffer[:left])):
             self._hash.update(self._buffer[:size])
@@ -157,7 +157,7 @@ class IndexedWriter:
         self.num_documents += len(sequences)
 
     def finish(self, record: Record | None = None) -> None:
-        """Puts the dataset in its place: `.bin`, then `.json` if there is a `record`, and `.idx` last."""
+        """Publishes the dataset: `.bin`, then `.json` if there is a `record`, and `.idx` last."""
         self._bin.truncate()
         sync_and_close(self._bin)
         with self._temporary["idx"].open("wb") as index:
@@ -186,7 +186,7 @@ def concatenated(parts: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
 
 
 def write_all(file: io.FileIO, raw: memoryview) -> None:
-    """A single write may take less: of 2 GB and more, or where the disk is nearly full."""
+    """Repeats writes that were cut short, which happens above 2 GB or when the disk is nearly full."""
     while raw:
         raw = raw[file.write(raw) :]
 
@@ -198,18 +198,19 @@ def sync_and_close(file: IO[bytes]) -> None:
 
 
 def publish(temporary: dict[str, Path], final: dict[str, Path]) -> None:
-    """Renames each temporary file that there is, or on an error back, so that no part of the dataset stays under a final name."""
-    final["idx"].unlink(missing_ok=True)  # an old index beside new tokens would look like a dataset
+    """Renames each existing temporary file. On an error renames them back, so that no part of the dataset has a final
+    name."""
+    final["idx"].unlink(missing_ok=True)  # an old index with new tokens would look like a dataset
     try:
         for kind, path in final.items():
             if temporary[kind].exists():
                 temporary[kind].replace(path)
             else:
-                path.unlink(missing_ok=True)  # the record of the dataset that stood here
+                path.unlink(missing_ok=True)  # the record of the previous dataset
     except BaseException:
         for kind, path in final.items():
             if temporary[kind].exists():
-                path.unlink(missing_ok=True)  # of the dataset that stood here
+                path.unlink(missing_ok=True)  # a file of the previous dataset
             elif path.exists():
                 path.replace(temporary[kind])
         raise

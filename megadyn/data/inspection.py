@@ -1,4 +1,4 @@
-"""What is in a dataset, and whether it is what was written."""
+"""Shows what is in a dataset, and verifies that it is what was written."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Verified:
 
 
 def length_histogram(sizes: NDArray[np.int32]) -> dict[str, int]:
-    """Number of sequences by length in tokens: `0`, `1`, `2-3`, `4-7`, ...; ranges without any are left out."""
+    """Number of sequences by length in tokens: `0`, `1`, `2-3`, `4-7`, ...; empty ranges are left out."""
     bits = np.frexp(sizes.astype(np.float64))[1]  # length in [2^(bits - 1), 2^bits)
     return {bin_name(i): count for i, count in enumerate(np.bincount(bits).tolist()) if count}
 
@@ -32,8 +32,8 @@ def bin_name(bits: int) -> str:
 def verify(dataset: IndexedDataset, vocab_size: int | None) -> Verified:
     """Reads every token; offsets and sizes were checked when the dataset was opened.
 
-    `UserError` if an id is negative or not below `vocab_size` (None: unknown), or if the token stream is not the one
-    whose hash the dataset records.
+    Raises `UserError` if an id is negative or not below `vocab_size` (None: unknown), or if the token stream differs
+    from the one whose hash the dataset records.
     """
     stream, low, high = hashlib.sha256(), [], []
     for first in range(0, dataset.num_tokens, CHUNK_TOKENS):

@@ -1,6 +1,6 @@
-"""The range of a dataset's token ids: read once, then kept among the sample indices.
+"""The range of a dataset's token ids: computed once, then cached next to the sample indices.
 
-An id that the model has no row for would otherwise be noticed late (an exception out of an embedding) or never.
+An id beyond the model's embedding would otherwise be noticed late (an exception in the embedding) or never.
 """
 
 import json
@@ -14,23 +14,23 @@ from megadyn.files import os_errors_named, temporary_beside
 from megadyn.log import log
 
 CHUNK_TOKENS = 2**20
-"""Read at once: few enough to stay in the processor's cache between the minimum and the maximum."""
+"""Tokens read at once; few enough to stay in the CPU cache between computing minimum and maximum."""
 SLOW_BYTES = 2**33
-"""A scan of more than this is announced."""
+"""Scans of more than this are announced in the log."""
 
 
 class IdRange(NamedTuple):
-    """The smallest and the largest token id; (0, -1) of a dataset without tokens."""
+    """The smallest and the largest token id; (0, -1) for a dataset without tokens."""
 
     smallest: int
     largest: int
 
 
 def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> IdRange:
-    """The range of all ids in `dataset`, from the cache if the `.bin` has the size and time it had then.
+    """The range of all ids in `dataset`, from the cache if the `.bin` still has the same size and modification time.
 
-    `cache_dir` is PREFIX.cache by default; where it cannot be written to, each start reads all tokens. Any number of
-    processes may do this at the same time. A damaged entry is replaced.
+    `cache_dir` is PREFIX.cache by default; if it is not writable, each start reads all tokens. Any number of processes
+    may do this at the same time. A damaged entry is replaced.
     """
     tokens_file = files_of(dataset.prefix)["bin"]
     folder = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
@@ -49,7 +49,7 @@ def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> Id
             temporary.replace(entry)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:  # read-only data can be evaluated on
+    except OSError as error:  # read-only data can still be used for evaluation
         log.info(
             "the range of token ids of %s cannot be cached (%s: %s)",
             dataset.prefix,
@@ -60,7 +60,7 @@ def id_range(dataset: IndexedDataset, cache_dir: str | Path | None = None) -> Id
 
 
 def _read(entry: Path) -> IdRange | None:
-    """The cached range; None if there is none, or it is damaged."""
+    """The cached range; None if there is none or it is damaged."""
     try:
         content = json.loads(entry.read_bytes())
     except OSError:
@@ -84,13 +84,13 @@ def _scan(dataset: IndexedDataset, size: int) -> IdRange:
     for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
         chunk = dataset.tokens[first : first + CHUNK_TOKENS]
         largest = max(largest, int(chunk.max()))
-        if dataset.dtype.kind == "i":  # an unsigned type has no ids below 0
+        if dataset.dtype.kind == "i":  # unsigned types have no negative ids
             smallest = min(smallest, int(chunk.min()))
     return IdRange(smallest, largest)
 
 
 def check_ids(dataset: IndexedDataset, vocab_size: int, cache_dir: str | Path | None = None) -> IdRange:
-    """The range of ids; `UserError` if one of them is not below the model's `vocab_size`, or negative."""
+    """The range of ids; raises `UserError` if an id is negative or not below the model's `vocab_size`."""
     found = id_range(dataset, cache_dir)
     if found.largest >= vocab_size:
         raise UserError(

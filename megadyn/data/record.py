@@ -1,4 +1,4 @@
-"""PREFIX.json: what made a dataset. Megatron-LM neither writes nor reads it."""
+"""PREFIX.json: how a dataset was made. Megatron-LM neither writes nor reads it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,33 +10,33 @@ from megadyn.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The tokenizer and the corpus behind PREFIX.bin and PREFIX.idx."""
+    """The tokenizer and corpus from which PREFIX.bin and PREFIX.idx were made."""
 
     tokenizer: str
     fingerprint: str
     """sha256 of the tokenizer's content (`Tokenizer.fingerprint`)."""
     vocab_size: int
     eod: int | None = None
-    """The end-of-document token; of old records that do not tell, None."""
+    """The end-of-document token; None in old records, which lack it."""
     append_eod: bool
-    """Whether each document that has tokens ends with `eod`."""
+    """Whether each non-empty document ends with `eod`."""
     documents: int
     sequences: int
     tokens: int
     sha256: str
-    """Of PREFIX.bin, the token stream."""
+    """Hash of PREFIX.bin, the token stream."""
     skipped: int
-    """Documents left out because they could not be read."""
+    """Documents skipped because they could not be read."""
     source: list[str]
     text_bytes: int | None = None
-    """Of the documents' texts, as UTF-8; None if not known."""
+    """Size of the documents' texts in UTF-8; None if unknown."""
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
 def read_record(path: Path) -> Record | None:
-    """The record at `path`; None if there is none. `UserError` if it is damaged."""
+    """The record at `path`; None if there is none. Raises `UserError` if it is damaged."""
     if not path.exists():
         return None
     try:

@@ -1,10 +1,10 @@
-"""Fixed-length samples, cut from an endless stream whose order depends on the seed alone.
+"""Fixed-length samples, cut from an endless stream whose order depends only on the seed.
 
-The stream of epoch e is the sequences of a split, in an order drawn from (seed, e). Sample k of the epoch is
-positions kL to kL + L of that stream, both included: L inputs and the token after each. A stream of T tokens gives
-n = (T - 1) // L samples; its last (T - 1) % L tokens are left out. Within the epoch the samples come in another
-order drawn from (seed, e). Sample s of the run belongs to epoch s // n. So which tokens sample s holds depends
-neither on the length of the run nor on how many ranks share it.
+The stream of epoch e consists of the sequences of a split, in an order drawn from (seed, e). Sample k of the epoch is
+positions kL to kL + L of that stream, inclusive: L inputs and the token after each. A stream of T tokens gives
+n = (T - 1) // L samples; its last (T - 1) % L tokens are unused. The samples of an epoch are used in another order drawn from
+(seed, e). Sample s of the run belongs to epoch s // n. So the tokens of sample s depend neither on the length of the
+run nor on the number of ranks.
 """
 
 import hashlib
@@ -25,41 +25,41 @@ Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 LAYOUT = 1
-"""Part of every cache key; raised whenever the same inputs are to give other samples."""
+"""Part of every cache key; increased whenever the same inputs should give other samples."""
 SPLIT, SEQUENCES, SAMPLES = range(3)
-"""What a random order is for; keeps orders of one seed apart."""
+"""Purposes of a random order; keep orders from the same seed independent."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class Samples(Protocol):
-    """What can be trained on: one set of samples, or a blend of several."""
+    """Data that can be trained on: one set of samples, or a blend of several."""
 
     key: str
-    """Equal for equal samples in equal order."""
+    """Equal for equal samples in the same order."""
     sequence_length: int
     """L; a sample is L + 1 tokens."""
 
     def __len__(self) -> int:
-        """Samples before any of them comes again."""
+        """Number of samples before any of them repeats."""
 
     def take(self, ids: Sequence[int] | Indices) -> Indices:
         """Tokens [B, L + 1] of the samples with these numbers, counted from the start of the run."""
 
 
 class Epoch(NamedTuple):
-    """The index of one epoch, in whole numbers of one type. Field order is the order in the cache."""
+    """The index of one epoch; all arrays have the same integer type. Field order is the order in the cache."""
 
     sequences: NDArray[Any]  # [S]         sequences of the stream, in its order
     places: NDArray[Any]  # [n + 1, 2]  position kL of the stream: place in `sequences`, offset in tokens
-    order: NDArray[Any]  # [n]         the samples, in the order of reading
+    order: NDArray[Any]  # [n]         the samples, in the order of use
 
 
 class SampleSet:
     """Samples of `sequence_length` + 1 tokens from some documents of a dataset.
 
-    `len()` is the number in one epoch. Shuffled, the samples go on for ever, and the index of each epoch is kept in
-    `cache_dir` (PREFIX.cache by default) under a key of all that it depends on; any number of processes may build
-    one at the same time. Unshuffled, they are one pass in the order of the file, which needs no cache.
+    `len()` is the number in one epoch. Shuffled samples go on forever. The index of each epoch is cached in `cache_dir`
+    (PREFIX.cache by default), under a key of everything that it depends on; any number of processes may build it at the
+    same time. Unshuffled samples are one pass in file order, which needs no cache.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SampleSet:
         shuffle: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:
-        """`documents` [D]: those of the split, all by default. `UserError` if it is too short for one sample."""
+        """`documents` [D]: mask of the split (default: all). Raises `UserError` if it is too short for one sample."""
         self.dataset, self.sequence_length, self.seed, self.shuffle = dataset, sequence_length, seed, shuffle
         self._chosen = None if documents is None or documents.all() else sequences_of(dataset, documents)
         sizes = dataset.sizes if self._chosen is None else dataset.sizes[self._chosen]
@@ -82,14 +82,14 @@ class SampleSet:
             count = dataset.num_documents if documents is None else int(documents.sum())
             raise UserError(
                 f"dataset {dataset.prefix}: the {self.num_tokens} tokens of {count} documents are too few "
-                f"for one sample of sequence length {sequence_length}, which takes {sequence_length + 1}"
+                f"for one sample of sequence length {sequence_length}, which needs {sequence_length + 1}"
             )
         largest = max(len(sizes), self._samples)
         self._shapes = ((len(sizes),), (self._samples + 1, 2), (self._samples,))
         self._type = np.dtype("<i4" if largest < 2**31 else "<i8")
         self.cache_dir = Path(f"{dataset.prefix}.cache" if cache_dir is None else cache_dir)
         self.key = content_key(LAYOUT, sequence_length, seed, shuffle, dataset.sizes, self._chosen)
-        self._epoch = lru_cache(maxsize=2)(self._load)  # a batch may reach into the next epoch
+        self._epoch = lru_cache(maxsize=2)(self._load)  # two, because a batch may extend into the next epoch
 
     def __len__(self) -> int:
         return self._samples
@@ -115,7 +115,7 @@ class SampleSet:
         return rows
 
     def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:
-        """Tokens [L + 1], in the dtype of the file, of sample `k` of the stream."""
+        """Tokens [L + 1] of sample `k` of the stream, in the dtype of the file."""
         (first, skip), (last, keep) = epoch.places[k : k + 2].tolist()
         touched = epoch.sequences[first : last + 1]
         starts = self.dataset.starts(touched)
@@ -126,7 +126,7 @@ class SampleSet:
         return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
 
     def _load(self, number: int) -> Epoch:
-        """The index of one epoch, from the cache or built into it."""
+        """The index of one epoch, read from the cache or built and cached."""
         if not self.shuffle:
             return self._build(number)
         path = self.cache_dir / f"{self.key}-{number}.index"
@@ -135,17 +135,17 @@ class SampleSet:
             if (found := self._read(path)) is not None:
                 return found
             epoch = self._build(number)
-            if self._read(path) is None:  # else another process was faster
+            if self._read(path) is None:  # otherwise another process was faster
                 save_arrays(path, epoch)
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.cache_dir}: {error.strerror or error}; the order of samples is kept "
+                f"{error.filename or self.cache_dir}: {error.strerror or error}; the order of samples is cached "
                 f"there (data.cache names another folder)"
             ) from error
         return epoch
 
     def _read(self, path: Path) -> Epoch | None:
-        """The cached index, memory-mapped; None if there is none, or not what was written."""
+        """The cached index, memory-mapped; None if there is none or it is damaged."""
         if not path.exists():
             return None
         ends = np.cumsum([np.prod(shape, dtype=np.int64) for shape in self._shapes])
@@ -168,7 +168,7 @@ class SampleSet:
 
 
 class Split(NamedTuple):
-    """Which documents [D] are for what: disjoint, and together all."""
+    """Masks over documents [D], one per purpose: disjoint, and together complete."""
 
     train: Mask
     validation: Mask
@@ -176,16 +176,16 @@ class Split(NamedTuple):
 
 
 def split_documents(dataset: IndexedDataset, validation: float, test: float, seed: int) -> Split:
-    """Keeps these shares of the documents for validation and test, drawn from `seed`.
+    """Reserves these shares of the documents, drawn from `seed`, for validation and test.
 
-    A share above 0 is at least one document, and one at least is left for training; `UserError` if there are too few.
+    A share above 0 gives at least one document, and at least one is left for training. Raises `UserError` if there are too few.
     """
     count = dataset.num_documents
     least = 1 + (validation > 0) + (test > 0)
     if least > 1 and count < least:
         raise UserError(
             f"dataset {dataset.prefix} has {count} document{'s' * (count != 1)}, too few for a split into {least}; "
-            f"name separate sets (data.validation, data.test), or keep none (data.split: [1, 0, 0])"
+            f"name separate sets (data.validation, data.test), or reserve none (data.split: [1, 0, 0])"
         )
     for_validation = min(max(1, round(count * validation)), count - least + 1) if validation else 0
     for_test = min(max(1, round(count * test)), count - for_validation - 1) if test else 0
@@ -210,19 +210,19 @@ def sequences_of(dataset: IndexedDataset, documents: Mask) -> Mask:
 def sample_places(sizes: NDArray[np.int32], sequence_length: int) -> Indices:
     """Where each sample begins, and the last one ends, in a stream of sequences of these `sizes` [S].
 
-    Row k of [n + 1, 2] is stream position k * sequence_length: which sequence holds it, and its offset there in
-    tokens. Sample k is from row k to row k + 1, both included.
+    Row k of [n + 1, 2] describes stream position k * sequence_length: the sequence that holds it, and the offset in
+    that sequence in tokens. Sample k goes from row k to row k + 1, inclusive.
     """
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
     samples = (int(starts[-1]) - 1) // sequence_length
     positions = np.arange(samples + 1) * sequence_length
-    place = np.searchsorted(starts, positions, side="right") - 1  # right: past sequences of no tokens
+    place = np.searchsorted(starts, positions, side="right") - 1  # right: skips empty sequences
     return np.stack([place, positions - starts[place]], axis=1)
 
 
 def content_key(*parts: Any) -> str:
-    """Hash of `parts`, arrays among them by their content."""
+    """Hash of `parts`; arrays count by their content."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(
@@ -233,7 +233,7 @@ def content_key(*parts: Any) -> str:
 
 
 def save_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> None:
-    """The arrays behind the sha256 of them all; appears under `path` complete, whoever else writes it at the same time."""
+    """Writes the sha256 of all arrays, then the arrays. Atomic, even if several processes write `path` at the same time."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(array.data)

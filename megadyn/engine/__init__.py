@@ -1,1 +1,1 @@
-"""The model under DeepSpeed: stages, optimizer, and what a step measures of itself."""
+"""Runs the model under DeepSpeed: pipeline stages, optimizer, and per-step measurements."""

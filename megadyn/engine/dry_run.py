@@ -1,4 +1,4 @@
-"""One rank's part of the model, built as the engine would build it but without values, and checked against the whole."""
+"""Builds one rank's part of the model as the engine would, but without values, and checks it against the whole model."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -20,11 +20,11 @@ from megadyn.planning.parameters import stage_parameters, total_parameters
 from megadyn.routing.layer import LossScale
 
 Shapes = dict[str, tuple[int, ...]]
-"""By the parameters' Hugging Face names."""
+"""Keys are the parameters' Hugging Face names."""
 
 
 class DryRun(NamedTuple):
-    """What was built for one rank, after all checks."""
+    """What was built for one rank; all checks have passed."""
 
     rank: int
     world: int
@@ -36,7 +36,7 @@ class DryRun(NamedTuple):
     whole_parameters: int
     memory: Memory
     host: float
-    """Bytes of its node's own memory that it takes by offloading."""
+    """Bytes of its node's host memory used by offloading."""
     fits: bool
 
     def text(self) -> str:
@@ -45,7 +45,7 @@ class DryRun(NamedTuple):
             for name, axis in (("tensor", self.grid.tp), ("pipeline", self.grid.pp), ("data", self.grid.dp))
         )
         parts = "  ".join(f"{name} {size / GIB:.1f}" for name, size in self.memory._asdict().items())
-        host = f"\n  offloaded: {self.host / GIB:.1f} GiB of its node's own memory" if self.host else ""
+        host = f"\n  offloaded: {self.host / GIB:.1f} GiB of its node's host memory" if self.host else ""
         ends = ["the embedding"] * self.grid.is_first_stage + ["the head"] * self.grid.is_last_stage
         return "\n".join(
             [
@@ -81,11 +81,12 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
     """Builds rank `rank`'s stage of `config`'s layout on all of the machine's GPUs.
 
     Raises:
-        UserError: a layout that cannot run there, no such rank, or no vocabulary size. RuntimeError: a check that failed.
+        UserError: the layout cannot run there, the rank does not exist, or the vocabulary size is missing.
+        RuntimeError: a check failed.
     """
     if config.model.vocab_size is None:
         raise UserError(
-            "model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)"
+            "model.vocab_size is not set: give it to plan without a tokenizer (model.vocab_size=...)"
         )
     zero = engine_settings(config)["zero_optimization"]
     refuse_offloading(zero, config.deepspeed_config)
@@ -137,7 +138,8 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
 
 
 def place_of(rank: int, tensor: int, pipeline: int, data: int) -> Grid:
-    """Where `rank` stands, without joining any other: tensor fastest, then data, then pipeline, as `make_grid` has it."""
+    """The grid position of `rank`, without any communication. The tensor axis is fastest, then data, then pipeline, as
+    in `make_grid`."""
     return Grid(
         Axis("tp", rank % tensor, tensor),
         Axis("pp", rank // (tensor * data), pipeline),
@@ -151,7 +153,7 @@ def sharding_of(config: Config, tensor: int) -> Sharding:
 
 
 def parts_of(config: Config, tp: Axis) -> list[LayerMaker]:
-    """The list of layers, to be built without values as rank `tp.rank` of the tensor group."""
+    """The list of layers, ready to be built without values as rank `tp.rank` of the tensor group."""
     make = ParamMaker(sharding_of(config, tp.size), config.training.seed, tp, device="meta")
     return layer_list(LayerContext(config.model, make, recompute=config.training.recompute), LossScale())
 
@@ -167,13 +169,14 @@ def shapes_of(parts: Iterable[LayerMaker]) -> Shapes:
 
 
 def tie(stages: Sequence[Shapes]) -> None:
-    """Puts the embedding in the head's place: the head of a tied model is a second copy of it, or on one stage itself."""
+    """Replaces the head's shape by the embedding's: a tied head is a copy of the embedding (on one stage, the embedding
+    itself)."""
     del stages[-1]["lm_head.weight"]
     stages[-1]["model.embed_tokens.weight"] = stages[0]["model.embed_tokens.weight"]
 
 
 def check_stages(stages: Sequence[Shapes], whole: Shapes) -> None:
-    """Raises RuntimeError unless each tensor stands on one stage, a tied embedding on the first and the last."""
+    """Raises RuntimeError unless each tensor is on exactly one stage; a tied embedding is on the first and the last."""
     for name in whole:
         holding = [stage for stage, shapes in enumerate(stages) if name in shapes]
         shared = (
@@ -182,21 +185,22 @@ def check_stages(stages: Sequence[Shapes], whole: Shapes) -> None:
             else holding[:1]
         )
         if not holding or holding != sorted(set(shared)):
-            raise RuntimeError(f"{name} stands on stages {holding}")
+            raise RuntimeError(f"{name} is on stages {holding}")
     if unknown := set().union(*stages) - set(whole):
         raise RuntimeError(f"the whole model has no {sorted(unknown)[0]}")
 
 
 def check_cuts(shapes: Shapes, whole: Shapes, sharding: Sharding, rank: int, vocab_size: int) -> None:
-    """Raises RuntimeError unless each shape is the rank's part of the whole tensor, and the parts of all ranks are it."""
+    """Raises RuntimeError unless each shape is this rank's part of the whole tensor, and the parts of all ranks join to
+    the whole."""
     for name, shape in shapes.items():
         dim, full = sharding.dim(name), list(whole[name])
         if dim is not None:
-            # A tensor that holds, along the cut, which slice it is, and is thin in all other directions.
+            # A tensor whose values number the slices along the cut; all other dimensions have size 1.
             line = torch.arange(full[dim]).view([-1 if d == dim else 1 for d in range(len(full))])
             pieces = [sharding.cut(name, line, r) for r in range(sharding.size)]
             if not torch.equal(sharding.uncut(name, pieces, vocab_size), line):
-                raise RuntimeError(f"{name}: its parts do not make the whole")
+                raise RuntimeError(f"{name}: its parts do not join to the whole")
             full[dim] = pieces[rank].shape[dim]
         check_equal(f"shape of {name}", list(shape), full)
 

@@ -1,4 +1,4 @@
-"""The only caller of `deepspeed.initialize`: the layer list, made into something that trains.
+"""Turns the layer list into something that trains. The only caller of `deepspeed.initialize`.
 
 Without pipeline stages the list runs as a plain module, under any ZeRO stage. With them it becomes a
 `PipelineModule` (1F1B), under ZeRO 0 or 1. The layers are the same objects in both.
@@ -69,7 +69,7 @@ COLLECTIVES = (
     "recv",
     "barrier",
 )
-"""By the names of torch.distributed, which the model calls, and of DeepSpeed's backend."""
+"""Collectives by their names in torch.distributed, which the model calls, and in DeepSpeed's backend."""
 
 STAGE_PARTS = {
     schedule.LoadMicroBatch: "data",
@@ -79,23 +79,23 @@ STAGE_PARTS = {
     schedule.ReduceTiedGrads: "communication",
     schedule.OptimizerStep: "optimizer",
 }
-"""What of a pipeline's schedule counts as which part of a step; sends and receives are collectives."""
+"""Maps instructions of a pipeline schedule to parts of a step. Sends and receives count as collectives."""
 
 
 class StepResult(NamedTuple):
     loss: Tensor
-    """Mean over the step's samples, equal on every rank; a scalar on the device."""
+    """Mean over the step's samples, equal on all ranks; a scalar on the device."""
     grad_norm: Tensor
     """Global norm before clipping."""
     problem: str | None = None
-    """Why the step was bad. It then changed neither weights nor optimizer nor routing."""
+    """Why the step was bad. A bad step changes neither weights nor optimizer nor routing state."""
 
 
 class Engine:
-    """The model, its optimizer and its parallel run. Every method is collective."""
+    """The model and its optimizer, run in parallel. Every method is collective."""
 
     def __init__(self, config: Config, plan: BatchPlan, grid: Grid, eod: int | None = None):
-        """`eod`: the token that ends a document, where samples are masked by document."""
+        """`eod`: the token that ends a document, if samples are masked by document."""
         self.config, self.plan, self.grid, self.eod = config, plan, grid, eod
         self.device = torch.device(get_accelerator().current_device_name())
         self.settings = engine_settings(config)
@@ -113,21 +113,21 @@ class Engine:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)
             optimizer.register_step_pre_hook(self.clipper)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # its bf16 optimizer prints memory, group by group
+        # DeepSpeed's bf16 optimizer prints memory usage for each group.
         with without_compiler(), redirect_stdout(io.StringIO()):
-            # a PipelineModule brings its own
+            # A PipelineModule brings its own mpu.
             self.engine, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=optimizer,
                 config=self._deepspeed_config(),
                 mpu=Mpu(grid) if grid.pp.size == 1 else None,
             )
-        # where it can fall no further, DeepSpeed would raise; problem_of tells instead
+        # DeepSpeed would raise when the loss scale cannot fall further; `problem_of` reports this instead.
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self.clock = StepClock(self.device)
         self.part: Callable[[str], AbstractContextManager[Any]] = nullcontext
-        """The part of a step that runs inside counts as; the clock's in a measured step, else nothing."""
+        """Attributes time to a part of the step; the clock's method in a measured step, otherwise it does nothing."""
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
         self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
@@ -155,7 +155,7 @@ class Engine:
         costs, head = layer_costs(model, length), head_flops(model, length)
         cuts = balanced_stages(costs, head, grid.pp.size)
         log.info("pipeline stages:\n%s", stage_table(costs, head, cuts))
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints its view of the topology, rank by rank
+        with redirect_stdout(io.StringIO()):  # every rank of DeepSpeed prints the topology
             return Stages(
                 layer_list(ctx, self.loss_scale),
                 cuts,
@@ -167,7 +167,7 @@ class Engine:
             )
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        """The user's engine settings plus what is decided elsewhere in the configuration."""
+        """The user's engine settings plus those decided elsewhere in the configuration."""
         precision = self.config.precision
         decided: dict[str, Any] = {
             "train_batch_size": self.plan.global_batch,
@@ -176,17 +176,17 @@ class Engine:
             "gradient_clipping": 0.0 if self.zero_stage == 0 else self.config.optimizer.clip_grad,
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW serves offloaded states too
-            # It waits for the device twice in each micro-batch; `StepClock` measures without waiting.
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also works for offloaded states
+            # DeepSpeed's timer waits for the device twice per micro-batch; `StepClock` measures without waiting.
             "timers": {"throughput": {"enabled": False}},
-            # Split over tensor ranks for transport by default, which breaks our packed tensor.
+            # By default activations are split over tensor ranks for transport, which breaks our packed tensor.
             "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         }
         if precision == "fp16":
             decided["fp16"] = {"enabled": True}
         if precision == "bf16":
             # immediate_grad_update: by default DeepSpeed clears half-precision gradients when backward enters the
-            # module, after the last stage's head, which is its loss function, has got its own.
+            # module. By then the last stage's head, which is part of the loss function, already has its gradient.
             decided["bf16"] = {"enabled": True, "immediate_grad_update": True}
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
         return self.settings | decided | {REDUCED_IN: reduction_type(self.settings, precision)}
@@ -201,8 +201,8 @@ class Engine:
     ) -> StepResult:
         """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
 
-        A step whose loss or gradient is NaN or infinite, or whose loss is above `loss_limit`, is skipped. Of one to `measure`,
-        `step_statistics` tells more.
+        Skips the step if its loss or gradient is NaN or infinite, or if its loss is above `loss_limit`. With `measure`,
+        `step_statistics` then reports on the step.
         """
         if not measure:
             return self._train_step(batches, rate, loss_limit)
@@ -238,7 +238,7 @@ class Engine:
                 total += micro_loss.detach()
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
-        # Waits for the device, but no longer than the optimizer's own look at the norm just did.
+        # Waits for the device, but no longer than the optimizer already did to read the norm.
         problem = problem_of(
             float(loss),
             float(norm),
@@ -251,11 +251,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch], count: int, mode: str) -> float:
-        """Mean loss of `count` micro-batches a rank, routed by `mode` (`topk` or `causal`)."""
+        """Mean loss of `count` micro-batches per rank, with routing mode `topk` or `causal`."""
         set_routing_mode(self.routed, mode)
         monitors = [layer.monitor for layer in self.routed]
         for layer in self.routed:
-            layer.monitor = Monitor()  # the training window's statistics stay as they are
+            layer.monitor = Monitor()  # keep evaluation out of the training statistics
         try:
             if isinstance(self.module, Stages):
                 loss = self.engine.eval_batch(iter(batches), num_micro_batches=count, bcast_loss=True)
@@ -273,24 +273,24 @@ class Engine:
         return float(loss)
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's parameters, each once, in an order that is the same on all data-parallel ranks."""
+        """This rank's parameters, each once, in the same order on all data-parallel ranks."""
         return sorted(
             (param for param in self.module.parameters() if not name_of(param).startswith(STAND_IN)),
             key=name_of,
         )
 
     def run_line(self) -> str:
-        """What runs, in one line."""
+        """A one-line summary of the run."""
         config, model, grid, training = self.config, self.config.model, self.grid, self.config.training
         return (
             f"{model.routing.describe()}: "
             f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
             f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {training.iterations} iterations of "
-            f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples a rank)"
+            f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples per rank)"
         )
 
     def loss_scaler_state(self) -> dict[str, float] | None:
-        """fp16's dynamic loss scale, None in other precisions."""
+        """fp16's dynamic loss scale; None in other precisions."""
         if self.config.precision != "fp16":
             return None
         scaler = self.engine.optimizer.loss_scaler
@@ -302,9 +302,9 @@ class Engine:
                 setattr(self.engine.optimizer.loss_scaler, name, value)
 
     def routing_statistics(self) -> dict[int, dict[str, float]]:
-        """Means over ranks and micro-batches since the last call, by layer; complete on rank 0."""
+        """Means over ranks and micro-batches since the last call, by layer; complete on rank 0 only."""
         mine = {layer.index: layer.monitor.take() for layer in self.routed}
-        # Data-parallel ranks see other tokens, and so do tensor ranks that split the sequence.
+        # Data-parallel ranks see different tokens, and so do tensor ranks that split the sequence.
         axes = [self.grid.dp, *([self.grid.tp] if self.config.parallel.sequence else [])]
         whole = over_ranks([statistic for record in mine.values() for statistic in record.values()], axes)
         values = iter(torch.stack([statistic.value for statistic in whole]).tolist() if whole else [])
@@ -316,9 +316,9 @@ class Engine:
         return {index: record for stage in stages for index, record in stage.items()}
 
     def step_statistics(self, grad_norm: float) -> dict[str, Any]:
-        """Of the last step, which was measured and had this gradient norm, over all ranks: `grad_norms` by COMPONENTS before
-        clipping; `step_split_ms` by PARTS, mean over ranks, adding up to the step; `memory_gib`, the highest of any rank.
-        Collective, and the only collectives that measuring costs."""
+        """Statistics of the last step, which was measured and had this gradient norm, over all ranks. `grad_norms`: by
+        COMPONENTS, before clipping. `step_split_ms`: by PARTS, mean over ranks; the sum is the step's time.
+        `memory_gib`: maximum over ranks. Collective; measuring needs no other collectives."""
         squares, split = self.norms.take(self.device), self.clock.read()
         sums = torch.cat(
             [squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)]
@@ -336,11 +336,11 @@ class Engine:
         }
 
     def learning_rates(self) -> dict[str, float]:
-        """Of the last step, by what has a multiplier of its own."""
+        """Learning rates of the last step, by component with a multiplier of its own."""
         return {group["component"]: group["lr"] for group in self.engine.optimizer.param_groups}
 
     def _end_step(self, rate: float, counts: bool) -> None:
-        """One small all-reduce per step keeps what layers carry equal on all data-parallel ranks. A bad step does not count."""
+        """One small all-reduce per step keeps the layers' state equal on all data-parallel ranks. Ignores a bad step."""
         by_name = trackers_of(self.routed)
         trackers = [tracker for of_layers in by_name.values() for tracker in of_layers.values()]
         if trackers:
@@ -350,11 +350,12 @@ class Engine:
         means: dict[StepTracker, Tensor] = {}
         if trackers:
             mean = sum_over(torch.cat([x.reshape(-1) for x in own]), self.grid.dp) / self.grid.dp.size
-            # Each tensor rank summed over a data-parallel group of its own, which may round otherwise: they must choose alike.
+            # Each tensor rank reduced over its own data-parallel group, which may round differently. They must choose alike.
             parts = max_over(mean, self.grid.tp).split([x.numel() for x in own])
             means = {tracker: part.view_as(x).to(x.dtype) for tracker, part, x in zip(trackers, parts, own)}
         totals: dict[str, Tensor] = {}
-        for name in self.config.model.routing.totals:  # on every stage, also one without a routed layer
+        # Also on stages without routed layers: the sum is collective.
+        for name in self.config.model.routing.totals:
             here = [means[tracker] for tracker in by_name.get(name, {}).values()]
             totals[name] = sum_over(
                 torch.stack(here).sum() if here else torch.zeros((), device=self.device), self.grid.pp
@@ -366,7 +367,7 @@ class Engine:
                 )
 
     def _loaded(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """The micro-batches on the device, without a wait for the copy where the loader pinned them."""
+        """The micro-batches on the device; copies from pinned memory do not block."""
         left = iter(batches)
         while True:
             with self.part("data"):
@@ -385,13 +386,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Peaks of this process so far: what torch allocated and reserved on a CUDA device, elsewhere the resident set."""
+    """Peaks of this process so far: memory allocated and reserved by torch on a CUDA device, otherwise the resident set size."""
     if device.type == "cuda":
         peaks = {
             "allocated_peak": torch.cuda.max_memory_allocated(device),
             "reserved_peak": torch.cuda.max_memory_reserved(device),
         }
     else:
-        # counted in KiB by Linux
+        # Linux counts in KiB.
         peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     return {name: size / 2**30 for name, size in peaks.items()}

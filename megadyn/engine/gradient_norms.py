@@ -1,4 +1,4 @@
-"""The gradient norm of each component of the model, under any layout."""
+"""Gradient norms per component of the model, under any layout."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from megadyn.parallel.grid import Grid
 from megadyn.parallel.params import component, counts_here, name_of
 
 COMPONENTS = ("embedding", "attention", "mlp", "norm", "router", "prior", "head")
-"""The squares of their norms add up to the whole norm's. Norms of queries, keys and values are attention's; an embedding that is
-tied to the head counts as embedding."""
+"""The squares of their norms add up to the square of the global norm. Norms of queries, keys and values count as
+attention; an embedding that is tied to the head counts as embedding."""
 
 
 def component_of(name: str) -> str:
-    """Which of COMPONENTS a parameter belongs to, by its global name."""
+    """The member of COMPONENTS that a parameter belongs to, by its global name."""
     if component(name) != "base":
         return component(name)
     words = {"embed_tokens": "embedding", "lm_head": "head", "self_attn": "attention", "mlp": "mlp"}
@@ -24,8 +24,8 @@ def component_of(name: str) -> str:
 
 
 class GradientNorms:
-    """Runs before the optimizer's step, where the gradients stand summed over micro-batches and ranks, unscaled and clipped,
-    in fp32: each rank adds up the squares of what it owns. Where no step is asked for it does nothing."""
+    """Measures norms just before the optimizer's step. By then gradients are in fp32, summed over micro-batches and
+    ranks, unscaled and clipped. Each rank adds up the squares of what it owns. Does nothing in steps that are not measured."""
 
     def __init__(
         self,
@@ -35,30 +35,30 @@ class GradientNorms:
         zero_stage: int,
         grid: Grid,
     ):
-        """`wrapper` is DeepSpeed's optimizer around `adam`; at ZeRO-0 they are one."""
+        """`wrapper`: DeepSpeed's optimizer around `adam`; at ZeRO-0 both are the same object."""
         self._own = _own_fragments(params, wrapper, zero_stage, grid)
         self._squares: list[Tensor] = []
         self._adam = adam
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The norms of the step inside are wanted."""
+        """Measures the norms of the step that runs inside."""
         self._squares = []
         hook = self._adam.register_step_pre_hook(self._before_step)
         try:
             yield
         finally:
-            hook.remove()  # also behind a bad step, which is not reported
+            hook.remove()  # also after a bad step, which is not reported
 
     def take(self, device: torch.device) -> Tensor:
-        """This rank's share of the squares [COMPONENTS], of clipped gradients; NaN if the optimizer passed the step over."""
+        """This rank's share of the squares [COMPONENTS] of clipped gradients; NaN if the optimizer skipped the step."""
         squares, self._squares = self._squares, []
         if not squares:
             return torch.full((len(COMPONENTS),), torch.nan, dtype=torch.float64, device=device)
         return torch.stack(squares).sum(dim=0).to(device)
 
     def _before_step(self, adam: torch.optim.Optimizer, *_: object) -> None:
-        """ZeRO steps one group of parameters after another."""
+        """Called once per parameter group, because ZeRO steps one group after another."""
         for tensor in (param for group in adam.param_groups for param in group["params"]):
             total = torch.zeros(len(COMPONENTS), dtype=torch.float64, device=tensor.device)
             if tensor.grad is not None:
@@ -70,21 +70,21 @@ class GradientNorms:
 
 
 def unclipped(squares: Tensor, grad_norm: float, max_norm: float) -> list[float]:
-    """Norms [COMPONENTS] before clipping to `max_norm` (0: none was), from the squares behind it, summed over ranks."""
+    """Norms [COMPONENTS] before clipping to `max_norm` (0: no clipping), from the squares after clipping, summed over ranks."""
     factor = max(1.0, (grad_norm + 1e-6) / max_norm) if max_norm > 0 else 1.0
     return [value**0.5 * factor for value in squares.tolist()]
 
 
 Fragment = tuple[int, int, int]
-"""Index into COMPONENTS, and first element and number of elements in a tensor that the optimizer steps."""
+"""(index into COMPONENTS, first element, number of elements) in a tensor that the optimizer updates."""
 
 
 def _own_fragments(
     params: list[nn.Parameter], wrapper: Any, zero_stage: int, grid: Grid
 ) -> dict[int, list[Fragment]]:
-    """What this rank alone speaks for in each tensor that the optimizer steps, by the tensor's id.
+    """The parts of each optimizer tensor that this rank alone counts, by the tensor's id.
 
-    ZeRO steps flat partitions, one a group, and knows where in them each parameter lies.
+    ZeRO updates flat partitions, one per group, and knows the position of each parameter in them.
     """
     found: dict[int, list[Fragment]] = {}
     for param in params:
@@ -99,7 +99,7 @@ def _own_fragments(
 
 
 def _place(param: Any, wrapper: Any, zero_stage: int) -> tuple[Any, int, int]:
-    """The tensor that the optimizer steps, and where this rank's part of `param` lies in it; of size 0 when it has none."""
+    """The optimizer tensor with this rank's part of `param`, the part's offset and its size (0 if the rank has none)."""
     if zero_stage == 0:
         return param, 0, param.numel()
     if zero_stage == 3:

@@ -1,4 +1,4 @@
-"""Tells a bad step, and keeps it out of the weights."""
+"""Detects a bad step and keeps it out of the weights."""
 
 import math
 from typing import Any
@@ -11,11 +11,11 @@ from megadyn.parallel.mappings import sum_over
 
 
 class LossGate:
-    """Keeps a bad step out of the weights, whatever the engine.
+    """Keeps a bad step out of the weights under every engine.
 
-    The step's mean loss is known after its last forward pass. If it is bad, the last backward pass is made to yield
-    NaN: then the gradient norm is NaN on every rank, and each of DeepSpeed's optimizers, and ours of ZeRO-0, passes
-    the step over by itself, as it does where gradients overflow. The loss itself stays as it is.
+    The step's mean loss is known after its last forward pass. If it is bad, the last backward pass produces NaN
+    gradients. Then the gradient norm is NaN on every rank, and each of DeepSpeed's optimizers, and ours for ZeRO-0,
+    skips the step as it does after a gradient overflow. The loss itself is not changed.
     """
 
     def __init__(self, micro_batches: int, dp: Axis):
@@ -25,8 +25,8 @@ class LossGate:
         self._seen = 0
 
     def __call__(self, loss: Tensor) -> Tensor:
-        """A micro-batch's loss, on its way to the backward pass. Collective over data-parallel ranks at the step's last."""
-        if not torch.is_grad_enabled():  # an evaluation
+        """Passes on a micro-batch's loss before backward. Collective over data-parallel ranks in the step's last micro-batch."""
+        if not torch.is_grad_enabled():  # evaluation
             return loss
         self._total = loss.detach().float() if self._total is None else self._total + loss.detach()
         self._seen += 1
@@ -38,7 +38,7 @@ class LossGate:
 
 
 class _SpoilGradient(torch.autograd.Function):
-    """Identity; where `bad` is true the gradient is NaN. Decided on the device: nothing waits for it."""
+    """Identity; if `bad` is true the gradient is NaN. Decided on the device, without waiting for it."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, bad: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def problem_of(
     """Why a step is bad, or None.
 
     Args:
-        can_scale_down: fp16's loss scale was above its lowest value. Gradients that overflow are then part of finding the
-            scale; at the lowest value nothing would ever make them fit.
+        can_scale_down: fp16's loss scale was above its minimum. Then overflowing gradients only mean that the scale
+            must fall further. At the minimum, overflow cannot be resolved.
     """
     if not math.isfinite(loss):
         return f"a loss of {loss}"

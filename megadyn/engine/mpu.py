@@ -1,4 +1,4 @@
-"""What DeepSpeed asks about the grid of processes."""
+"""The process grid as DeepSpeed expects it."""
 
 import torch.distributed as dist
 
@@ -6,11 +6,11 @@ from megadyn.parallel.grid import Grid
 
 
 class Mpu:
-    """What DeepSpeed asks of a model-parallel unit (its word for our tensor axis)."""
+    """DeepSpeed's interface to a model-parallel unit (its term for our tensor axis)."""
 
     def __init__(self, grid: Grid):
         self.tp, self.dp = grid.tp, grid.dp
-        # DeepSpeed takes None for the whole world, so an axis of size 1 needs a group of one.
+        # For DeepSpeed None means the whole world, so an axis of size 1 needs a group with one rank.
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self.tp_group, self.dp_group = grid.tp.group or alone, grid.dp.group or alone
 

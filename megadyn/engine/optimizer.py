@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate as a function of the iteration."""
+"""AdamW's parameter groups, and the learning rate of each iteration."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import component, counts_here, mark, name_of
 
 GroupKey = tuple[str, bool]
-"""A parameter group: its component, and whether its weights decay."""
+"""(component, whether weight decay applies) of a parameter group."""
 
 
 def group_key(param: nn.Parameter) -> GroupKey:
@@ -21,10 +21,10 @@ def group_key(param: nn.Parameter) -> GroupKey:
 
 
 def even_out_groups(module: nn.Module, pp: Axis) -> None:
-    """Gives each pipeline stage a member of every parameter group that another stage has.
+    """Gives each pipeline stage a member of every parameter group that any stage has.
 
-    DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce per group: stages with different
-    numbers of groups would wait for each other forever. The stand-in is a zero that no gradient reaches.
+    DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce per group, so stages with different
+    numbers of groups would wait for each other forever. The stand-in parameter is a zero that gets no gradient.
     """
     if pp.size == 1:
         return
@@ -43,7 +43,7 @@ STAND_IN = "stand_in"
 
 
 def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over groups by component and weight decay; vectors and scalars are not decayed."""
+    """AdamW (arXiv 1711.05101) with groups by component and weight decay; vectors and scalars do not decay."""
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for param in module.parameters():
         groups.setdefault(group_key(param), []).append(param)
@@ -65,28 +65,30 @@ def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW
 
 
 class Schedule(NamedTuple):
-    """What the learning rate of a step follows from, all in steps of today's batch size."""
+    """The progress that a step's learning rate depends on, in steps of the current batch size."""
 
     warmup: float
-    """How much of the run was consumed when the warm-up ended."""
+    """Progress at the end of the warm-up."""
     passed: float
-    """How much of it is behind the run."""
+    """Progress so far."""
     end: float
-    """The whole run."""
+    """Length of the whole run."""
 
 
 def learning_rate(
     cfg: OptimizerConfig, iteration: int, iterations: int, schedule: Schedule | None = None
 ) -> float:
-    """Rate of step `iteration` (0-based) of a run whose last step is number `iterations`: linear warm-up, then the schedule.
+    """Learning rate of the 0-based step `iteration` in a run of `iterations` steps: linear warm-up, then the schedule.
 
-    The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run that is no longer than these ends within
-    the warm-up and never decays. After it, `cosine` and `linear` fall to `min_learning_rate` over all the rest, `wsd` over
-    the last `decay_iterations` steps (arXiv 2404.06395), or over what remains behind the warm-up if that is less; the last
-    step runs at `min_learning_rate`. `constant` stays at `learning_rate`. `schedule_problem` says of a run what does not fit.
+    The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run no longer than that ends within
+    the warm-up and never decays. After that, `cosine` and `linear` decay to `min_learning_rate` over all remaining
+    steps.
+    `wsd` decays over the last `decay_iterations` steps (arXiv 2404.06395), or over the steps after the warm-up if these
+    are fewer. The last step uses `min_learning_rate`. `constant` stays at `learning_rate`. `schedule_problem` reports a
+    schedule that does not fit into the run.
 
     Args:
-        schedule: of a run whose length is not in steps; by default each step is as large as any other.
+        schedule: progress of a run whose length is not given in steps; by default all steps have the same size.
     """
     if iteration < cfg.warmup_iterations:
         return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
@@ -99,12 +101,12 @@ def learning_rate(
 
 
 def decay_steps(cfg: OptimizerConfig, end: float) -> int:
-    """Length of wsd's decay in a run of `end` steps, if it fits."""
+    """Length of wsd's decay in a run of `end` steps, limited to what fits."""
     return math.ceil(end / 10) if cfg.decay_iterations is None else cfg.decay_iterations
 
 
 def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
-    """What of the schedule does not fit into a run of `iterations` steps, as a sentence; None if all does."""
+    """A sentence on what does not fit into a run of `iterations` steps; None if everything fits."""
     warmup = cfg.warmup_iterations
     if warmup > iterations:
         highest = cfg.learning_rate * iterations / warmup
@@ -122,17 +124,17 @@ def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
     decay = decay_steps(cfg, iterations)
     if cfg.schedule == "wsd" and decay > iterations - warmup:
         return (
-            f"optimizer.decay_iterations = {decay} does not fit behind a warm-up of {warmup} into {iterations} iterations: "
+            f"optimizer.decay_iterations = {decay} does not fit after a warm-up of {warmup} into {iterations} iterations: "
             f"the decay takes {iterations - warmup}"
         )
     return None
 
 
 class GradientClipper:
-    """True global-norm clipping for ZeRO-0, where DeepSpeed would use each rank's own norm.
+    """Clips by the true global norm at ZeRO-0, where DeepSpeed would use each rank's own norm.
 
-    Runs before every optimizer step. Cut parameters count on every tensor rank, whole ones on the first;
-    a tied embedding counts on its first stage only. A NaN or infinite norm makes the optimizer skip the step.
+    Runs before every optimizer step. Cut parameters count on every tensor rank, whole ones only on the first;
+    a tied embedding counts only on its first stage. A NaN or infinite norm makes the optimizer skip the step.
     """
 
     def __init__(self, module: nn.Module, max_norm: float, grid: Grid):
@@ -151,5 +153,5 @@ class GradientClipper:
             torch._foreach_mul_(grads, scale)
         if optimizer is not None:
             overflow = ~torch.isfinite(self.norm)
-            optimizer.found_inf = overflow.float()  # torch's fused AdamW then does nothing
-            optimizer.overflow = bool(overflow)  # and DeepSpeed's engine knows of it
+            optimizer.found_inf = overflow.float()  # makes torch's fused AdamW do nothing
+            optimizer.overflow = bool(overflow)  # tells DeepSpeed's engine

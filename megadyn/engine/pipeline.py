@@ -1,4 +1,4 @@
-"""The layer list cut into DeepSpeed pipeline stages."""
+"""Cuts the layer list into DeepSpeed pipeline stages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from megadyn.parallel.wire import pack, unpack
 
 
 class Stages(PipelineModule):
-    """This rank's stretch of the list. One tensor crosses each boundary."""
+    """This rank's part of the list. One tensor crosses each stage boundary."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class Stages(PipelineModule):
         by_document: bool,
         gate: Callable[[Tensor], Tensor],
     ):
-        """`layer_boundaries`: stages as cuts in the transformer layers, from `balanced_stages`.
+        """`layer_boundaries`: cuts between transformer layers, from `balanced_stages`.
 
-        Each training loss passes `gate` before the backward pass.
+        Each training loss goes through `gate` before the backward pass.
         """
         self.boundaries = part_boundaries(layer_boundaries, len(parts))
         self.rank_grid, self.seq, self.by_document, self.gate = grid, seq, by_document, gate
@@ -45,7 +45,7 @@ class Stages(PipelineModule):
         self._set_bounds(self.parts[self.rank_grid.pp.rank], self.parts[self.rank_grid.pp.rank + 1])
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Tokens or the previous stage's tensor -> what the next stage, or `loss`, takes."""
+        """Takes tokens or the previous stage's tensor; returns the input of the next stage or of `loss`."""
         layers = self.forward_funcs[:-1] if self.rank_grid.is_last_stage else self.forward_funcs
         stream: Any = inputs
         if not self.rank_grid.is_first_stage:
@@ -60,12 +60,12 @@ class Stages(PipelineModule):
         return pack(stream.hidden, stream.score, ids)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The head needs the labels, which the engine hands to the loss function: so the head is the loss function."""
+        """Head and loss. The head needs the labels, which the engine passes only to the loss function."""
         return self.gate(self.forward_funcs[-1](Stream(hidden), labels))
 
 
 def part_boundaries(layer_boundaries: list[int], parts: int) -> list[int]:
-    """Stages as cuts in the whole list, where Embed stands before the first layer, FinalNorm and Head behind the last."""
+    """Cuts in the whole list, which has Embed before the first layer, and FinalNorm and Head after the last."""
     return [0, *(cut + 1 for cut in layer_boundaries[1:-1]), parts]
 
 

@@ -1,4 +1,4 @@
-"""Something of torch or DeepSpeed in place of their own, for a while."""
+"""Temporarily replaces attributes of torch or DeepSpeed."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -9,7 +9,8 @@ import torch
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` inside; of an object whose class has it, afterwards the class's again."""
+    """Sets `owner.name` to `value` inside the context. If the attribute comes from the object's class, it is restored
+    by deletion."""
     own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -22,10 +23,10 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def without_compiler() -> AbstractContextManager[None]:
-    """`torch.compile` leaves functions as they are.
+    """Makes `torch.compile` return functions unchanged.
 
-    DeepSpeed imports its Muon, to see that our optimizer is another; it is compiled as it is imported, and for that torch would
-    load its compiler: seconds, of every start.
+    DeepSpeed imports its Muon optimizer to check that ours is a different one. Muon is compiled on import, for which
+    torch would load its compiler. That would add seconds to every start.
     """
-    # Also as a decorator with options, which gets no function yet.
+    # Used as a decorator with options, it is first called without a function.
     return replaced(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))

@@ -1,4 +1,4 @@
-"""Statistics of routed layers over all ranks that see other tokens."""
+"""Combines statistics of routed layers over all ranks that see different tokens."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from megadyn.routing.tracker import Statistic
 
 
 def over_ranks(statistics: Sequence[Statistic], axes: Sequence[Axis]) -> list[Statistic]:
-    """Each over the ranks of all axes. What is a sum takes one all-reduce per axis, what is an extreme another. Collective."""
+    """Combines each statistic over the ranks of all axes: one all-reduce per axis for sums, another for extremes. Collective."""
     found: dict[int, Statistic] = {}
     for is_sum in (True, False):
         mine = {at: it for at, it in enumerate(statistics) if (it.how in ("mean", "std")) == is_sum}
         if not mine:
             continue
-        # The least is the negative of the most negated, so that one reduction serves both.
+        # A minimum is the negated maximum of negated values, so one reduction serves both.
         signs = {at: -1.0 if it.how == "min" else 1.0 for at, it in mine.items()}
         parts = torch.cat([it.parts * signs[at] for at, it in mine.items()])
         for axis in axes:

@@ -1,4 +1,4 @@
-"""Which part of a step its time goes to, for the steps that are reported. Others never come here."""
+"""Splits the time of a step into parts, for steps that are reported. Other steps do not use it."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,28 +12,28 @@ import torch
 from megadyn.engine.replaced import replaced
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
-"""`data`: waiting for samples and moving them to the device. `communication`: every collective, send and receive that is called
-and waited for at once, wherever it comes from (tensor ranks inside forward and backward, stages, reduction of gradients,
-gathering of weights), with the waiting for other ranks and so a pipeline's bubble. One that is begun now and waited for later
-(ZeRO's `overlap_comm`, its gathering of weights ahead) counts where it is waited for, if it is. `forward`, `backward` and
-`optimizer` are what remains of them; recomputation is `backward`'s. `other`: all else."""
+"""`data`: waiting for samples and moving them to the device. `communication`: every blocking collective, send and
+receive, whatever calls it (tensor parallelism in forward and backward, pipeline stages, gradient reduction, weight
+gathering). It includes waiting for other ranks, and so the pipeline bubble. An asynchronous collective (ZeRO's
+`overlap_comm`, its prefetching of weights) counts where it is waited for, if at all. `forward`, `backward` and
+`optimizer` are what remains of these; recomputation counts as `backward`. `other`: everything else."""
 
 
 class StepClock:
-    """Time of a step by part. One part runs at a time: an inner one interrupts the outer, so that the parts add up to the step.
+    """Time of a step by part. One part runs at a time: an inner part interrupts the outer one, so the parts add up to the step.
 
-    On a CUDA device marks are events on the stream, which nothing waits for until `read`; elsewhere the host's clock.
+    On a CUDA device, marks are events on the stream, which are not waited for until `read`. Otherwise they are host times.
     """
 
     def __init__(self, device: torch.device):
         self._on_stream = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []  # (the part that ran until then, when)
+        self._marks: list[tuple[str, Any]] = []  # (the part that ran until then, time)
         self._running: list[str] = []
         self._watched: list[tuple[Any, Sequence[str]]] = []
         self._stream: Any = None
 
     def watch(self, owner: Any, names: Sequence[str]) -> None:
-        """Counts calls of these functions of `owner` (a module or an object) as communication while a step is measured."""
+        """Counts calls of these functions of `owner` (a module or an object) as communication in measured steps."""
         self._watched.append((owner, [name for name in names if hasattr(owner, name)]))
 
     @contextmanager
@@ -45,7 +45,7 @@ class StepClock:
                     restored.enter_context(
                         replaced(owner, name, self.timed("communication", getattr(owner, name)))
                     )
-            # DeepSpeed reduces on a stream of its own: there, a mark would stand out of order.
+            # DeepSpeed reduces on its own stream, where a mark would be out of order.
             self._stream = torch.cuda.current_stream() if self._on_stream else None
             self._running = ["other"]
             self._marks = [("", self._now())]
@@ -57,7 +57,7 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what runs inside as `name`, but for inner parts. Of a step that is measured."""
+        """Counts what runs inside as `name`, except inner parts. Has an effect only in a measured step."""
         self._mark(self._running[-1])
         self._running.append(name)
         try:
@@ -74,7 +74,8 @@ class StepClock:
         return inside
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of the last step by PARTS, whose sum is the step's; empty when none was measured. Waits for the device."""
+        """Milliseconds of the last step by PARTS; their sum is the step's time. Empty if none was measured. Waits for
+        the device."""
         marks, self._marks = self._marks, []
         if not marks:
             return {}

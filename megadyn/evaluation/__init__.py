@@ -1,1 +1,1 @@
-"""Models on disk, scored in one process."""
+"""Opens saved models and scores them in one process."""

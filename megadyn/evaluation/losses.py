@@ -32,11 +32,12 @@ def evaluate(
 
     Args:
         modes: any of `topk` and `causal`.
-        samples: only the first so many. sequence_length: the run's own when left out.
+        samples: only this many, from the start. sequence_length: by default the run's own.
 
     Returns:
-        A loss by mode in nats per token, `tokens` (predicted, in each mode), by mode `perplexity` and `bits_per_byte` (see
-        there), and for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over its routed layers.
+        The loss per mode in nats per token; `tokens` (predicted, per mode); `perplexity` and `bits_per_byte` by mode
+        (see their functions); for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over
+        its routed layers.
     """
     saved = open_saved(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +73,7 @@ def evaluate(
 
 
 def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
-    """UserError for tokens that mean nothing to the model, or where documents end with another token than in training."""
+    """Raises UserError if the tokens do not fit the model, or documents end with another token than in training."""
     assert saved.model.vocab_size is not None
     check_ids(dataset, saved.model.vocab_size)
     if saved.eod is not None:
@@ -81,13 +82,13 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
         return
     if saved.fingerprint is None:
         log.warning(
-            "the model does not record its tokenizer: not compared with that of %s",
+            "the model does not record its tokenizer, so it was not compared with that of %s",
             dataset.prefix,
         )
     elif saved.fingerprint != record.fingerprint:
         raise UserError(
             f"dataset {dataset.prefix} was made with tokenizer {record.tokenizer} (fingerprint "
-            f"{record.fingerprint[:12]}), the model was trained with another ({str(saved.fingerprint)[:12]})"
+            f"{record.fingerprint[:12]}), but the model was trained with another ({str(saved.fingerprint)[:12]})"
         )
     if record.vocab_size > (saved.model.vocab_size or 0):
         raise UserError(
@@ -97,15 +98,15 @@ def check_dataset(dataset: IndexedDataset, saved: Saved) -> None:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss): infinity where a float cannot hold it, NaN for a NaN loss."""
+    """exp(loss); infinity on overflow, NaN for a NaN loss."""
     return math.inf if loss > 700 else math.exp(loss)
 
 
 def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:
-    """Losses in bits per byte of text, which do not depend on the tokenizer; None where the dataset does not know its bytes.
+    """Losses in bits per byte of text, which are independent of the tokenizer; None if the dataset does not record its bytes.
 
-    Nats per token, times tokens per byte, divided by ln 2. Tokens per byte are of the whole dataset, as its record counts
-    them: all tokens, those that end documents too, to the documents' UTF-8 bytes before tokenizing.
+    This is nats per token, times tokens per byte, divided by ln 2. Tokens per byte are those of the whole dataset, from
+    its record: all tokens (including end-of-document tokens) divided by the documents' UTF-8 bytes before tokenizing.
     """
     if dataset.record is None or not dataset.record.text_bytes:
         return None

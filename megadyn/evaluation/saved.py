@@ -1,4 +1,4 @@
-"""A model on disk, a checkpoint or an exported one, opened whole in one process and without DeepSpeed."""
+"""Opens a model on disk, a checkpoint or an export, in one process and without DeepSpeed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from megadyn.tokenization.tokenizer import load_tokenizer, tokenizer_settings
 
 @dataclass
 class Saved:
-    """A model on disk, whatever its form."""
+    """A model on disk, of either form."""
 
     model: ModelConfig
     weights: TensorSource
@@ -31,13 +31,14 @@ class Saved:
     precision: str
     sequence_length: int
     eod: int | None = None
-    """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
+    """The token that ends a document, if the run masked its samples by document; in an export, config.json says so."""
     fingerprint: str | None = None
-    """Of the tokenizer in training; None where that is not to be found."""
+    """Fingerprint of the training tokenizer; None if unknown."""
 
 
 def open_saved(path: Path) -> Saved:
-    """A run's checkpoint (or the run's folder, for its newest) or a Hugging Face folder. UserError if it is neither."""
+    """Opens a checkpoint, a run's folder (its newest checkpoint) or a Hugging Face folder. Raises UserError for
+    anything else."""
     if (path / "config.json").is_file():
         return _open_hf(path)
     folder = resolve(path)
@@ -61,7 +62,7 @@ def open_saved(path: Path) -> Saved:
 def _fingerprint(tokenizer: str) -> str | None:
     try:
         return load_tokenizer(tokenizer).fingerprint
-    except UserError:  # a checkpoint may lie elsewhere than its tokenizer
+    except UserError:  # the tokenizer may not be available where the checkpoint is
         return None
 
 
@@ -99,7 +100,7 @@ def load_network(saved: Saved, device: torch.device) -> Network:
             whole = saved.weights.whole(name_of(param))
             if whole.shape != param.shape:
                 raise UserError(
-                    f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration asks for "
+                    f"{name_of(param)} has shape {tuple(whole.shape)}, but its configuration requires "
                     f"{tuple(param.shape)}"
                 )
             param.copy_(whole)

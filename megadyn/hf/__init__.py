@@ -1,1 +1,1 @@
-"""The Hugging Face form of a model: conversion both ways, and the stand-alone model that ships beside the weights."""
+"""The Hugging Face form of a model: conversion both ways, and the stand-alone model code that ships with the weights."""

@@ -1,9 +1,9 @@
-"""The cache of an exported model: in each layer the keys and values of the tokens that it processed, and nothing for others.
+"""The cache of an exported model: each layer holds the keys and values of only those tokens that it processed.
 
-Stand-alone: shipped beside the weights, imports nothing of megadyn.
+Stand-alone: ships with the weights and imports nothing from megadyn.
 """
 
-# Dims: B rows, C new packed columns, G key/value heads, K head size, P tokens that a layer holds of the longest row,
+# Dims: B rows, C new packed columns, G key/value heads, K head size, P tokens that a layer holds for the longest row,
 #       D hidden, W moving-average window.
 
 from typing import NamedTuple
@@ -16,15 +16,15 @@ from .packing_megadyn import Packed, at_last, mask_inside, put_rows, take_rows
 
 
 class Slots(NamedTuple):
-    """Where new tokens of a layer come to stand."""
+    """Where a layer stores its new tokens."""
 
-    rows: list[int]  # of the batch
-    before: list[int]  # tokens that these rows held
-    after: list[int]
+    rows: list[int]  # rows of the batch that have new tokens
+    before: list[int]  # number of tokens held per row before the call
+    after: list[int]  # the same after the call
     new: Packed
     each: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    """Of each new token its row and slot, and its row and column among the new ones; None: all rows have as many, so that
-    they are written as one block."""
+    """Per new token: its row and slot in the cache, and its row and column in `new`. None if all rows have equally many
+    tokens, which are then written as one block."""
 
     @classmethod
     def of(cls, new: Packed, counts: list[int], device: torch.device) -> "Slots":
@@ -33,7 +33,7 @@ class Slots(NamedTuple):
         after = [old + count for old, count in zip(before, new.counts, strict=True)]
         if new.rows is None and new.is_full and min(before) == max(before):
             return cls(rows, before, after, new, None)
-        # by sizes that the host knows: nothing here waits for the device
+        # The host knows these sizes, so nothing here waits for the device.
         count_B, total = torch.tensor(new.counts, device=device), sum(new.counts)
         of_N = torch.repeat_interleave(torch.arange(len(rows), device=device), count_B, output_size=total)
         column_N = torch.arange(total, device=device) - (count_B.cumsum(0) - count_B)[of_N]
@@ -43,20 +43,20 @@ class Slots(NamedTuple):
 
 
 class Room:
-    """Values of the tokens of each row, [B, P, ...] or with P elsewhere, in a block that has room for more.
+    """Per-row values of tokens, [B, P, ...] or with P in another dimension, in a block that has room to grow.
 
-    The block grows by half, so that a token is copied a few times in all, not once for every later one.
+    The block grows by half its size, so a token is copied only a few times in total.
     """
 
     def __init__(self, dim: int) -> None:
-        """`dim`: where P is, 1 or 2."""
+        """`dim`: the dimension of P, 1 or 2."""
         self.dim = dim
         self.block: Tensor | None = None
 
     def write(self, new: Tensor, slots: Slots) -> None:
-        """`new` has the dimensions of the block, C in place of P, and the rows of `slots`."""
+        """`new` has the dimensions of the block, with C instead of P, and the rows of `slots`."""
         if self.block is None and slots.new.rows is None and not any(slots.before):
-            self.block = new  # the tokens stand as they must already
+            self.block = new  # the tokens are already in place
             return
         block = self.roomy(new, max(slots.after), slots.new.batch)
         if slots.each is None:
@@ -69,7 +69,7 @@ class Room:
             block[row_N, :, slot_N] = new[of_N, :, column_N]
 
     def roomy(self, new: Tensor, needed: int, batch: int) -> Tensor:
-        """The block, if it has room and may be written in place; else a larger copy."""
+        """The block if it has room and may be written in place, otherwise a larger copy."""
         old = self.block
         if old is None:
             shape = [batch, *new.shape[1:]]
@@ -77,14 +77,14 @@ class Room:
             self.block = new.new_zeros(shape)
             return self.block
         room = old.shape[self.dim]
-        # what a backward pass will read, and what inference mode made, is left as it is
+        # Do not write into tensors that a backward pass will read or that inference mode created.
         is_bound = new.requires_grad or old.requires_grad or (old.is_inference() and not new.is_inference())
         if needed > room or is_bound:
             shape = list(old.shape)
             shape[self.dim] = room if needed <= room else max(needed, room + room // 2)
             self.block = old.new_empty(shape)
             self.block.narrow(self.dim, 0, room).copy_(old)
-            # a key that a mask hides must be a number still
+            # A masked key must still be a finite number.
             self.block.narrow(self.dim, room, shape[self.dim] - room).zero_()
         assert self.block is not None
         return self.block
@@ -100,30 +100,30 @@ class Room:
 
 
 class Trail(NamedTuple):
-    """What a layer keeps of its latest token, behind each token of a call."""
+    """What a layer remembers of its latest token, after each token of a call."""
 
     value_BC: Tensor  # [rows in the call, C, ...]
-    before: Tensor  # [rows in the call, ...], of rows without a token
-    others: Tensor | None  # [B, ...], of rows that are not in the call
+    before: Tensor  # [rows in the call, ...], for rows without a token
+    others: Tensor | None  # [B, ...], for rows that are not in the call
 
     def at_end(self, new: Packed) -> Tensor:
         return put_rows(self.others, new, at_last(self.value_BC, new, self.before))
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer processed, packed; layers that score by surprise keep what it needs too."""
+    """Packed keys and values of the tokens that one layer processed, and what a layer needs to score tokens by surprise."""
 
     def __init__(self) -> None:
         self.keys, self.values = Room(2), Room(2)  # [B, G, P, K]
-        self.segments = Room(1)  # the text each belongs to; without a block each row is one
+        self.segments = Room(1)  # the text that each token belongs to; without a block each row is one text
         self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
-        self.last_BD: Tensor | None = None  # what the layer made of its latest token
-        self.again: LayerCache | None = None  # of the second time, where a layer processes tokens twice
+        self.last_BD: Tensor | None = None  # the layer's output for its latest token
+        self.again: LayerCache | None = None  # cache of the second pass, if the layer processes tokens twice
         self.counts: list[int] = []  # tokens held, per row
         self.begin_call()
 
     def begin_call(self) -> None:
-        """Forgets how to go back into the call before."""
+        """Forgets how to undo the previous call."""
         self.latest: Slots | None = None
         self.trails: dict[str, Trail] = {}
         if self.again is not None:
@@ -132,8 +132,8 @@ class LayerCache:
     def append(
         self, key_BGCK: Tensor, value_BGCK: Tensor, new: Packed
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores the new tokens; returns the keys and values [rows in it, G, P, K] and the mask [rows, C, P] that they attend
-        with (None: all before them)."""
+        """Stores the new tokens. Returns the keys and values [rows in it, G, P, K] to attend to, and the mask
+        [rows, C, P] (None: each token sees all before it)."""
         self.counts = self.counts or [0] * new.batch
         is_first = not any(self.counts)
         slots = Slots.of(new, self.counts, key_BGCK.device)
@@ -142,7 +142,7 @@ class LayerCache:
         self.keys.write(key_BGCK, slots)
         self.values.write(value_BGCK, slots)
         if new.segment_BC is not None:
-            self.segments.write(new.segment_BC, slots)  # what came before the first border is text 0
+            self.segments.write(new.segment_BC, slots)  # tokens before the first border belong to text 0
         if is_first:
             return key_BGCK, value_BGCK, mask_inside(new)
         longest = max(slots.after)
@@ -150,7 +150,7 @@ class LayerCache:
         return self.keys.read(longest, new), self.values.read(longest, new), mask_BCP
 
     def set_counts(self, counts: list[int]) -> None:
-        """Of the rows that the latest call appended to."""
+        """Sets the counts of the rows that the latest call appended to."""
         assert self.latest is not None
         for row, count in zip(self.latest.rows, counts, strict=True):
             self.counts[row] = count
@@ -161,7 +161,7 @@ class LayerCache:
         setattr(self, name, self.trails[name].at_end(new))
 
     def crop(self, kept: list[int]) -> None:
-        """Leaves of each row the first `kept` tokens of the latest call, those that passed this layer among them."""
+        """Of the latest call, keeps only what belongs to the first `kept` tokens of each row."""
         if self.again is not None:
             self.again.crop(kept)
         if self.latest is None:
@@ -175,7 +175,7 @@ class LayerCache:
         self.begin_call()
 
     def mask(self, slots: Slots, longest: int, device: torch.device) -> Tensor | None:
-        """[rows, C, P] of what each new token sees; None: all that its row holds."""
+        """[rows, C, P]: what each new token sees. None: everything that its row holds."""
         new = slots.new
         columns = new.valid_BC.shape[1]
         if columns == 1 and min(slots.after) == longest and new.segment_BC is None:
@@ -184,30 +184,30 @@ class LayerCache:
         mask_BCP = torch.arange(longest, device=device) <= last_BC[..., None]
         if new.segment_BC is not None:
             is_inside_BCP = self.segments.read(longest, new)[:, None, :] == new.segment_BC[..., None]
-            # a query that sees nothing would give NaN
+            # A query that sees nothing would give NaN.
             mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])
         return mask_BCP
 
     def continues(self, new: Packed) -> Tensor:
-        """Of the rows in `new`, those whose first token belongs to the text of the last token held."""
+        """For each row in `new`: whether its first token belongs to the same text as the last token held."""
         rows = range(new.batch) if new.rows is None else new.rows
         counts = [self.counts[row] for row in rows] if self.counts else [0] * len(new.counts)
         count_B = torch.tensor(counts, device=new.valid_BC.device)
         if new.segment_BC is None or not any(counts):
             return count_B > 0
-        last_B = torch.zeros_like(new.segment_BC[:, 0])  # text 0 while each row was one
+        last_B = torch.zeros_like(new.segment_BC[:, 0])  # text 0 as long as each row is one text
         if self.segments.block is not None:
             segment_BP = take_rows(self.segments.block, new)
             last_B = segment_BP.gather(1, (count_B - 1).clamp(min=0)[:, None])[:, 0]
         return (count_B > 0) & (last_B == new.segment_BC[:, 0])
 
     def second(self) -> "LayerCache":
-        """Keys and values of the tokens that the layer processed once more."""
+        """Keys and values of the tokens that the layer processed a second time."""
         self.again = self.again or LayerCache()
         return self.again
 
     def select_rows(self, rows: list[int], row_B: Tensor) -> None:
-        """`row_B`: the same as `rows`, on the device."""
+        """`row_B` holds the same as `rows`, on the device."""
         self.begin_call()
         if self.again is not None:
             self.again.select_rows(rows, row_B)
@@ -221,12 +221,13 @@ class LayerCache:
 
 
 class Texts(NamedTuple):
-    """Where each row of a cache stands in the text that its last token belongs to."""
+    """For each row of a cache: the position in the text that its last token belongs to."""
 
-    position_B: Tensor  # of the next token, as rotary embedding counts
-    place_B: Tensor  # of the next token in its text; another number where a caller gives positions
+    position_B: Tensor  # RoPE position of the next token
+    # Index of the next token in its text; differs from its position if the caller gives positions.
+    place_B: Tensor
     ended_B: Tensor  # whether the last token ended a document
-    segment_B: Tensor | None = None  # the number of the text in its row; None while each row is one text
+    segment_B: Tensor | None = None  # the number of the text in its row; None as long as each row is one text
 
     @classmethod
     def at_start(cls, rows: int, device: torch.device) -> "Texts":
@@ -236,7 +237,7 @@ class Texts(NamedTuple):
     def after(
         self, tokens: Packed, position_BC: Tensor, place_BC: Tensor, ended_BC: Tensor | None
     ) -> "Texts":
-        """Where each row stands after a call: at its last token, or as before if it has none."""
+        """The state after a call: at each row's last token, or unchanged for a row without tokens."""
         segment_BC = tokens.segment_BC
         return Texts(
             at_last(position_BC + 1, tokens, self.position_B),
@@ -251,7 +252,7 @@ class Texts(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The latest call, as far as it takes to go back into it."""
+    """What is needed to undo part of the latest call."""
 
     columns: int
     tokens: Packed
@@ -261,12 +262,12 @@ class Call(NamedTuple):
     ended_BC: Tensor | None  # None: no document can end
 
     def texts(self, tokens: Packed) -> Texts:
-        """Where rows stand after these of its tokens."""
+        """The state of each row after `tokens`, which are tokens of this call."""
         return self.before.after(tokens, self.position_BC, self.place_BC, self.ended_BC)
 
 
 class MegadynCache(Cache):
-    """A LayerCache per layer, in the form that `generate` uses. Its length counts columns, padding included."""
+    """One LayerCache per layer, in the form that `generate` uses. Its length counts columns, including padding."""
 
     layers: list[LayerCache]
 
@@ -283,13 +284,13 @@ class MegadynCache(Cache):
             layer.begin_call()
 
     def advance(self, call: Call) -> None:
-        """Called once all layers have taken up a call's tokens."""
+        """Called after all layers have processed a call's tokens."""
         self.columns += call.columns
         self.seen = [old + count for old, count in zip(self.seen, call.tokens.counts, strict=True)]
         self.texts, self.call = call.texts(call.tokens), call
 
     def tokens_per_layer(self) -> list[list[int]]:
-        """How many tokens each layer holds, for each row of the batch."""
+        """Number of tokens that each layer holds, per row of the batch."""
         return [layer.counts or [0] * len(self.seen) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -307,17 +308,17 @@ class MegadynCache(Cache):
         return True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last -`tokens_to_remove` columns, all of the latest call; as transformers' caches, but for this limit.
+        """Removes the last -`tokens_to_remove` columns. As in transformers' caches, but limited to the latest call.
 
-        Raises ValueError for more: what layers kept of a token before is gone.
+        Raises ValueError for more, because a layer keeps its state (recent surprises, last output) only for that call.
         """
         if tokens_to_remove == 0:
             return
         last = 0 if self.call is None else self.call.columns
         if not 0 < -tokens_to_remove <= last:
             raise ValueError(
-                f"crop({tokens_to_remove}): must be from -{last} to 0, because a routed model's cache goes back into "
-                "its latest call alone (so a routed model can be assisted, but cannot be an assistant)"
+                f"crop({tokens_to_remove}): must be from -{last} to 0, because a routed model's cache can only undo "
+                "its latest call (so a routed model can be assisted, but cannot be an assistant)"
             )
         assert self.call is not None
         tokens, left = self.call.tokens, last + tokens_to_remove

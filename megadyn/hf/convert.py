@@ -1,4 +1,4 @@
-"""Writes a Hugging Face folder that loads with megadyn uninstalled."""
+"""Writes a Hugging Face folder that loads without megadyn."""
 
 import shutil
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from megadyn.tokenization.tokenizer import load_tokenizer
 
 QWEN2_UNMASKED = (
     "The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
-    "of several documents give it position_ids that start again"
+    "with several documents, pass position_ids that start again"
 )
 
 
@@ -34,14 +34,15 @@ def write_hf_folder(
     eod: str | None = None,
     document_mask: bool = False,
 ) -> dict[str, Any]:
-    """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the modelling files.
+    """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the model code.
 
     Args:
-        tensors: whole tensors under their Hugging Face names, taken one at a time.
+        tensors: whole tensors with their Hugging Face names; consumed one at a time.
         style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
-        dtype: torch's name of the weights' type, for config.json.
-        eod: the token that ended documents in training, if that is not the tokenizer's own.
-        document_mask: whether the run masked its samples by document; config.json then says so, with the id that ends one.
+        dtype: torch's name of the weights' dtype, for config.json.
+        eod: the token that ended documents in training, if it differs from the tokenizer's own.
+        document_mask: whether training masked attention across documents; written to config.json with the
+            id that ends a document.
     """
     summary = write_shards(
         with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes
@@ -69,11 +70,11 @@ CODE = (
     "modeling_megadyn.py",
     "packing_megadyn.py",
 )
-"""Files of this folder that every export carries."""
+"""Files of this folder that every export contains."""
 
 
 def write_code(folder: Path, kind: type[Kind]) -> None:
-    """The Python files that run the model without megadyn: what all exports share, and this kind's `exported.py`."""
+    """The Python files that run the model without megadyn: those common to all exports, and the kind's `exported.py`."""
     for name in (*CODE, *kind.shared):
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     own = Path(str(module_of(kind, "exported").__file__)).read_text()
@@ -81,7 +82,7 @@ def write_code(folder: Path, kind: type[Kind]) -> None:
     (folder / "routing_of.py").write_text(ROUTING_OF.format(name=kind.name))
 
 
-ROUTING_OF = '''"""The kind of routing that this model has."""
+ROUTING_OF = '''"""The model's kind of routing."""
 
 from typing import Any
 
@@ -90,15 +91,15 @@ from .routing_{name} import EXPORTED
 
 
 def exported_kind(routing: dict[str, Any]) -> ExportedKind:
-    """ValueError for another kind: a folder holds the code of its own alone."""
+    """Raises ValueError for another kind: the folder contains the code of only one."""
     if routing.get("kind") != "{name}":
-        raise ValueError(f"routing.kind = {{routing.get('kind')!r}}: this folder's code runs '{name}' alone")
+        raise ValueError(f"routing.kind = {{routing.get('kind')!r}}: this folder's code supports only '{name}'")
     return EXPORTED
 '''
 
 
 def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Qwen2 always has q, k and v biases: zeros for a model without."""
+    """Adds zero biases for q, k and v to a model without them, because Qwen2 always has these biases."""
     for name, tensor in tensors:
         yield name, tensor
         if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
@@ -106,7 +107,7 @@ def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str,
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> dict[str, Any]:
-    """Writes model.safetensors, or numbered shards of about `shard_bytes` and their index. One shard is held at a time."""
+    """Writes model.safetensors, or numbered shards of about `shard_bytes` and an index. Holds one shard in memory."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = parameters = 0
@@ -124,7 +125,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
         total, parameters = total + tensor.nbytes, parameters + tensor.numel()
     flush()
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):  # a shard's name holds their number, known only now
+    for number, names in enumerate(shards):  # a shard's name contains the number of shards, known only now
         final = (
             "model.safetensors"
             if len(shards) == 1

@@ -1,6 +1,6 @@
-"""What is given to a call of the model: its mask, its sequences and documents, and where each row stands.
+"""Interprets the arguments of a model call: mask, sequences, documents, and where each row continues.
 
-Stand-alone: shipped beside the weights, imports nothing of megadyn.
+Stand-alone: ships with the weights and imports nothing from megadyn.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, L columns seen so far.
@@ -26,22 +26,20 @@ from .packing_megadyn import (
 )
 
 SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
-"""Keywords that transformers may pass, and the values that ask for nothing beyond what is done anyway."""
+"""Keywords that transformers may pass, with the values that change nothing."""
 
 
 def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", columns: int) -> None:
-    """TypeError for a keyword that would change nothing."""
+    """Raises an error for a keyword that the model does not implement, rather than ignore it."""
     for name, value in keywords.items():
         if name not in SILENT_VALUES:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
         if name == "cache_position" and value is not None:
             past = 0 if cache is None else cache.columns
             if value.tolist() != list(range(past, past + columns)):
-                raise ValueError(
-                    f"cache_position: must count from {past}, the number of columns in the cache"
-                )
+                raise ValueError(f"cache_position: must start at {past}, the number of columns in the cache")
         elif not any(value is silent for silent in SILENT_VALUES[name]):
-            raise ValueError(f"{name} = {value!r}: this model has only {SILENT_VALUES[name][-1]}")
+            raise ValueError(f"{name} = {value!r}: this model supports only {SILENT_VALUES[name][-1]}")
 
 
 def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCache | None) -> Tensor | None:
@@ -66,10 +64,10 @@ def sequences_of_call(
     x_BTD: Tensor,
     cache: MegadynCache | None,
 ) -> Tensor | None:
-    """Numbers [B, T] that differ from one sequence to the next; None if neither form of them was given.
+    """Sequence numbers [B, T], which differ between neighbouring sequences. None if the call describes no sequences.
 
     Args:
-        cu_seq_lens: those of queries and of keys, which must be equal. max_lengths: as well.
+        cu_seq_lens: for queries and keys; the two must be equal. max_lengths: likewise.
     """
     if max_lengths != (None, None) and cu_seq_lens == (None, None):
         raise ValueError("max_length_q and max_length_k need cu_seq_lens_q and cu_seq_lens_k")
@@ -89,7 +87,7 @@ def sequences_of_call(
 
 
 def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
-    """The one value of both, or that of the two which was given; ValueError if they differ."""
+    """The common value of both, or the one that was given. Raises ValueError if they differ."""
     if of_queries is None or of_keys is None:
         return of_keys if of_queries is None else of_queries
     if not torch.equal(torch.as_tensor(of_queries), torch.as_tensor(of_keys)):
@@ -100,7 +98,7 @@ def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
 
 
 def tokens_of_call(mask_BL: Tensor | None, x_BTD: Tensor) -> Packed:
-    """The real tokens of each row; without a mask all are, and nothing waits for the device. `mask_BL` as in `mask_of_call`."""
+    """The real tokens of each row. Without a mask: all, without waiting for the device. `mask_BL`: see `mask_of_call`."""
     rows, columns = x_BTD.shape[:2]
     if mask_BL is None:
         return whole(rows, columns, x_BTD.device)
@@ -116,7 +114,7 @@ def borders_of_call(
     before: Texts,
     goes_on_B: Tensor,
 ) -> Borders | None:
-    """Arguments as in `context_of_call`; `goes_on_B`: rows with tokens in the cache. None: nothing can begin or end here."""
+    """`goes_on_B`: rows with tokens in the cache; other arguments as in `context_of_call`. None: no border is possible."""
     if position_ids is None and sequence_BT is None and not config.document_mask:
         return None
     sequence_BC: Tensor = torch.zeros_like(tokens.valid_BC)
@@ -149,7 +147,7 @@ def context_of_call(
     topk: bool = False,
     attentions: bool = False,
 ) -> tuple[Context, Call]:
-    """What the layers share, and what a cache must know of this call; `sequence_BT` as in `sequences_of_call`."""
+    """What the layers share, and what a cache must remember of this call. `sequence_BT`: see `sequences_of_call`."""
     rows, device = x_BTD.shape[0], x_BTD.device
     before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
     goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
@@ -177,7 +175,7 @@ def context_of_call(
         sequence_BC = None if borders is None else borders.sequence_BC.cumsum(1)
     theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
     cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, config.head_dim), theta, x_BTD.dtype)
-    packed = tokens._replace(index_BC=None)  # to layers they stand where they have been pushed
+    packed = tokens._replace(index_BC=None)  # layers see the packed columns as the original ones
     context = Context(packed, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
     ended_BC = None if borders is None else borders.ended_BC
     return context, Call(x_BTD.shape[1], tokens, before, position_BC, place_BC, ended_BC)

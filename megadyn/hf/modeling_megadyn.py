@@ -1,20 +1,20 @@
 """The exported model: a Qwen2-style transformer whose routed layers process only some of the tokens.
 
-Stand-alone: shipped beside the weights with `configuration_megadyn.py`, imports nothing of megadyn. The mathematics
+Stand-alone: ships with the weights and `configuration_megadyn.py`; imports nothing from megadyn. The mathematics
 is in megadyn's docs/routing.md; sources: the DTF thesis ("Dynamic Transformers", eqs. 3.1-3.13), Mixture-of-Depths
 (arXiv 2404.02258), DTRNet (2509.00925), LayerNorm Scaling (2502.05795), HybridNorm (2503.04598), Qwen2.
 
-One idea carries the file: tokens are PACKED. At the entrance each row's real tokens are pushed to the left, which
-removes the padding; at each routed layer the chosen ones are pushed to the left again. In a packed row plain causal
-attention is right whatever was left out, each token keeps its original position for RoPE, and a layer's cache holds
+The main idea of this file: tokens are PACKED. On entry, each row's real tokens are shifted to the left, which removes
+the padding. Each routed layer shifts its chosen tokens to the left again. In a packed row plain causal attention is
+correct whichever tokens were left out, because each token keeps its original position for RoPE. A layer's cache holds
 the packed tokens of each row: those that the layer processed, and nothing for the others.
 
 A row may hold several texts. SEQUENCES of a padding-free batch (`position_ids` that start again, `cu_seq_lens_q`, `seq_idx`)
-are independent: each is computed as if it stood alone. DOCUMENTS (`config.document_mask`, for models trained so) end with
-`eod_token_id` and are parts of one sequence: attention and averages stay inside a document, but top-k counts over the sequence.
+are independent: each is computed as if it were alone. DOCUMENTS (`config.document_mask`, for models trained with it) end with
+`eod_token_id` and are parts of one sequence: attention and averages stay within a document, but top-k spans the sequence.
 
-Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
-in `packing_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's arguments in `inputs_megadyn.py`.
+Layers common to all kinds of routing are in `layers_megadyn.py`; those of this model's kind are in `routing_<kind>.py`. Packing
+is in `packing_megadyn.py`, the cache in `cache_megadyn.py`, and the handling of a call's arguments in `inputs_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -46,13 +46,13 @@ from .routing_of import exported_kind
 
 @dataclass
 class MegadynModelOutput(BaseModelOutputWithPast):
-    """`attentions` [B, H, T, L]: with output_attentions, per layer, over all columns seen so far; 0 at padding."""
+    """`attentions` [B, H, T, L]: with output_attentions, one per layer, over all columns seen so far; 0 for padding."""
 
     routing: tuple[Tensor, ...] | None = None
-    """With output_routing: per layer, bool [B, T], the tokens that it processed; of dtrnet, those that attended."""
+    """With output_routing: per layer, bool [B, T], True for tokens that it processed (for dtrnet, that attended)."""
     gates: tuple[Tensor | None, ...] | None = None
-    """With output_routing: per layer, float [B, T], the score that chooses tokens (of dtf r = -log(1 - G); of mod the
-    logit; of dtrnet the probability to attend), 0 for padding; None where all are processed."""
+    """With output_routing: per layer, float [B, T], the score that chooses tokens, 0 for padding. It is r = -log(1 - G)
+    for dtf, the logit for mod, the probability to attend for dtrnet. None for a layer that processes all tokens."""
 
 
 @dataclass
@@ -64,13 +64,13 @@ class MegadynOutput(CausalLMOutputWithPast):
 
 
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
-"""Of transformers' loss function."""
+"""Keywords of transformers' loss function."""
 
 
 def unpacked_weights(
     weight_BHCP: Tensor, tokens: Packed, keys: Packed, columns: int, past_columns: int
 ) -> Tensor:
-    """Attention's weights [B, H, T, L] over the columns as given; the very tensor if nothing was packed."""
+    """Attention weights [B, H, T, L] over the original columns; returns the same tensor if nothing was packed."""
     rows, heads = weight_BHCP.shape[:2]
     total = past_columns + columns
     if min(tokens.counts) == columns and min(keys.counts) == total:
@@ -110,7 +110,7 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
-        check_rotary(config.rope_parameters)  # it may have been changed since the configuration was made
+        check_rotary(config.rope_parameters)  # may have changed since the configuration was created
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kind = exported_kind(config.routing)
         layers = {"dense": DenseLayer} | kind.layers
@@ -125,7 +125,7 @@ class MegadynModel(MegadynPreTrainedModel):
             "causal_router",
         }
         self._keep_in_fp32_modules_strict = sorted(routers)
-        # for quantizers, which leave these as they are
+        # Tells quantizers not to touch these modules.
         self._keep_in_fp32_modules = [".*router"] if routers else []
         self.post_init()
 
@@ -148,10 +148,11 @@ class MegadynModel(MegadynPreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> MegadynModelOutput:
-        """`attention_mask` [B, past + T] or [B, T] is 0 at padding, on whichever side; `position_ids` count real tokens.
+        """`attention_mask` [B, past + T] or [B, T] is 0 for padding, on either side; `position_ids` count real tokens.
 
-        Sequences of a padding-free batch, each computed as if alone: `position_ids` that start again; `cu_seq_lens_q` and
-        `max_length_q` (those of k must be equal) as FlashAttention takes them; `seq_idx` [B, T], a number per sequence.
+        Sequences of a padding-free batch, each computed as if alone, are given by `position_ids` that start again; or by
+        `cu_seq_lens_q` and `max_length_q` as in FlashAttention (those for k must be equal); or by `seq_idx` [B, T], one number
+        per sequence.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -184,12 +185,12 @@ class MegadynModel(MegadynPreTrainedModel):
             return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
 
         if cache is not None:
-            cache.begin_call()  # only now: a call that was refused changes nothing
+            cache.begin_call()  # after all checks, so that a refused call does not change the cache
         stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
         for i, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(unpacked(stream.hidden_BCD))
-                # gradients reach what is returned
+                # continue from the returned tensor, so that its gradients are right
                 stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))
             stream, chosen = layer(stream, context, None if cache is None else cache.layers[i])
             routings.append(chosen)
@@ -214,19 +215,19 @@ class MegadynModel(MegadynPreTrainedModel):
 
     @property
     def topk(self) -> bool:
-        """Whether layers choose by top-k; read at each call, because the mode may be changed on a loaded model."""
+        """Whether layers choose by top-k. Read at each call, because the mode of a loaded model can be changed."""
         one_of("config.routing_mode", self.config.routing_mode, ROUTING_MODES)
         return self.config.routing_mode == "topk" and has_topk(self.config.routing)
 
     def attentions_asked(self, given: bool | None) -> bool:
-        """Whether this call is to return attention weights. ValueError if layers cannot."""
+        """Whether this call must return attention weights. Raises ValueError if layers cannot return them."""
         asked = bool(self.config.output_attentions if given is None else given)
         if asked:
             self.check_attentions()
         return asked
 
     def check_attentions(self) -> None:
-        """ValueError if layers cannot return attention weights."""
+        """Raises ValueError if layers cannot return attention weights."""
         if self.config.routing["kind"] != "dense":
             raise ValueError(
                 "output_attentions is not supported: routed layers attend among different tokens"
@@ -245,14 +246,14 @@ class MegadynModel(MegadynPreTrainedModel):
         x_BTD: Tensor,
         cache: MegadynCache | None,
     ) -> tuple[Tensor, ...]:
-        """Each layer's attention weights over columns as given; `mask_BL` as in `mask_of_call`."""
+        """Each layer's attention weights over the original columns. `mask_BL`: see `mask_of_call`."""
         columns, past = x_BTD.shape[1], 0 if cache is None else cache.columns
         if mask_BL is None:
             mask_BL = torch.ones(x_BTD.shape[0], past + columns, dtype=torch.bool, device=x_BTD.device)
         if mask_BL.shape[1] != past + columns:
             raise ValueError(
-                f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions must have {past + columns}, "
-                "those in the cache among them"
+                f"attention_mask has {mask_BL.shape[1]} columns: with output_attentions it must have {past + columns}, "
+                "including those in the cache"
             )
         keys = pack(mask_BL, all_rows=True)
         return tuple(
@@ -260,7 +261,7 @@ class MegadynModel(MegadynPreTrainedModel):
         )
 
     def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
-        """The given cache, a new one, or none; top-k routing cannot have one, because it looks at the whole sequence."""
+        """The given cache, a new one, or None. Top-k routing cannot use a cache, because it looks at the whole sequence."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not self.topk
         if given is None and not use_cache:
@@ -273,8 +274,8 @@ class MegadynModel(MegadynPreTrainedModel):
         cache = MegadynCache(len(self.layers)) if given is None else given
         if not isinstance(cache, MegadynCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, which cannot hold other tokens in each layer: "
-                "leave it out, and the model makes a MegadynCache"
+                f"past_key_values is a {type(cache).__name__}, which cannot hold different tokens in each layer: "
+                "leave it out, and the model creates a MegadynCache"
             )
         cache.seen = cache.seen or [0] * rows
         if len(cache.seen) != rows:
@@ -312,8 +313,8 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> MegadynOutput:
-        """`labels` [B, T] are the input ids (-100: not counted); they are shifted here, as in all of transformers, unless
-        `shift_labels` has them shifted. Other arguments as in `MegadynModel.forward`."""
+        """`labels` [B, T] are the input ids (-100: ignored). They are shifted here, as everywhere in transformers, unless
+        `shift_labels` is given, already shifted. Other arguments as in `MegadynModel.forward`."""
         of_loss = {name: kwargs.pop(name) for name in LOSS_KEYWORDS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -353,17 +354,17 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """transformers' hook: without it `generate` would build a DynamicCache, which holds every token in every layer."""
+        """Overrides transformers' hook: by default `generate` creates a DynamicCache, which holds every token in every layer."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r}: a routed model has its own"
+                f"cache_implementation = {generation_config.cache_implementation!r}: a routed model uses its own cache"
             )
         model_kwargs["past_key_values"] = MegadynCache(self.config.num_hidden_layers)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' hook for all of it."""
+        """Always raises: this is transformers' entry point to continuous batching."""
         raise ValueError(
             "continuous batching (generate_batch) is not supported: its paged cache holds every token in every "
             "layer, but routed layers hold only those that they process; use generate with a padded batch"

@@ -1,6 +1,6 @@
-"""Packing: some tokens of each row pushed together, and where sequences and documents begin among them.
+"""Packing: shifts some tokens of each row together, and tracks where sequences and documents begin among them.
 
-Stand-alone: shipped beside the weights, imports nothing of megadyn. `modeling_megadyn.py` explains the idea.
+Stand-alone: ships with the weights and imports nothing from megadyn. `modeling_megadyn.py` explains the idea.
 """
 
 # Dims: B rows, T columns as given, C packed columns.
@@ -15,41 +15,42 @@ from torch import Tensor
 
 
 class Packed(NamedTuple):
-    """Some tokens of each row, pushed to the left in their order. Columns beyond a row's count hold other tokens.
+    """Some tokens of each row, shifted to the left in order. Columns beyond a row's count hold arbitrary tokens.
 
-    What was all there needs no packing, and rows without any token are left out: then nothing is moved for them.
+    If all tokens are chosen, nothing is moved. Rows without chosen tokens are left out.
     """
 
     valid_BC: Tensor  # False beyond the row's count
-    counts: list[int]  # per row that is in it
-    batch: int  # rows of the batch that they are of
-    index_BC: Tensor | None = None  # the column each came from, distinct in a row; None: where they stand
-    rows: list[int] | None = None  # which rows of the batch are in it; None: all
+    counts: list[int]  # per packed row
+    batch: int  # rows of the whole batch
+    # Original column of each token, distinct within a row; None: tokens were not moved.
+    index_BC: Tensor | None = None
+    rows: list[int] | None = None  # which rows of the batch are packed; None: all
     row_B: Tensor | None = None  # the same on the device
-    # the text each belongs to, which attention must not leave; None: each row is one
+    # The text that each token belongs to, which limits its attention. None: each row is one text.
     segment_BC: Tensor | None = None
 
     def columns(self) -> Tensor:
-        """[B, C] the column that each came from."""
+        """[B, C]: the original column of each token."""
         if self.index_BC is not None:
             return self.index_BC
         return torch.arange(self.valid_BC.shape[1], device=self.valid_BC.device).expand_as(self.valid_BC)
 
     @property
     def is_full(self) -> bool:
-        """Whether no column lies beyond its row's count."""
+        """Whether every row's count equals the number of columns."""
         return min(self.counts, default=0) == self.valid_BC.shape[1]
 
 
 def whole(rows: int, columns: int, device: torch.device) -> Packed:
-    """All tokens of a batch, without a look at them."""
+    """All tokens of a batch, without inspecting them."""
     return Packed(torch.ones(rows, columns, dtype=torch.bool, device=device), [columns] * rows, rows)
 
 
 def pack(mask_BT: Tensor, segment_BT: Tensor | None = None, all_rows: bool = False) -> Packed:
-    """The tokens where the mask is True, in as many columns as the longest row needs; rows without any are left out.
+    """The tokens where the mask is True, in as many columns as the longest row needs. Rows without any are left out.
 
-    With `all_rows` they stay, and there is a column at least. This waits for the device once, to learn how many they are.
+    With `all_rows` they stay, and there is at least one column. Waits for the device once, to read the counts.
     """
     batch, columns = mask_BT.shape
     counts, rows, row_B = mask_BT.sum(1).tolist(), None, None
@@ -69,7 +70,7 @@ def pack(mask_BT: Tensor, segment_BT: Tensor | None = None, all_rows: bool = Fal
 
 
 def take(x: Tensor, packed: Packed) -> Tensor:
-    """[B, T, ...] -> [rows in it, C, ...]; the very tensor if all of it was packed."""
+    """[B, T, ...] -> [rows in it, C, ...]. Returns the same tensor if every token was packed."""
     x = take_rows(x, packed)
     if packed.index_BC is None:
         return x
@@ -93,14 +94,14 @@ def take_rows(x: Tensor, packed: Packed) -> Tensor:
 
 
 def put_rows(base: Tensor | None, packed: Packed, x: Tensor) -> Tensor:
-    """`base` [B, ...] (None: zeros) with `x` [rows in it, ...] in its rows."""
+    """`base` [B, ...] (None: zeros) with its packed rows replaced by `x` [rows in it, ...]."""
     if packed.row_B is None:
         return x
     return (x.new_zeros(packed.batch, *x.shape[1:]) if base is None else base).index_copy(0, packed.row_B, x)
 
 
 def at_last(x_BC: Tensor, packed: Packed, before: Tensor | None = None) -> Tensor:
-    """[rows, C, ...] -> [rows, ...]: at each row's last token; as `before` (None: zeros) where it has none."""
+    """[rows, C, ...] -> [rows, ...]: the value at each row's last token, or `before` (None: zeros) if it has no token."""
     if packed.is_full:
         return x_BC[:, -1]
     count_B = torch.tensor(packed.counts, device=x_BC.device)
@@ -110,21 +111,21 @@ def at_last(x_BC: Tensor, packed: Packed, before: Tensor | None = None) -> Tenso
 
 
 def _over_columns(per_column_BC: Tensor, x: Tensor) -> Tensor:
-    """[B, C] with as many dimensions as `x` [B, C or T, ...]."""
+    """Adds trailing dimensions to [B, C] until it has as many as `x` [B, C or T, ...]."""
     return per_column_BC.view(*per_column_BC.shape, *[1] * (x.dim() - 2))
 
 
 def best_of_each_row(
     score_BC: Tensor, tokens: Packed, capacity: float, sequence_BC: Tensor | None = None
 ) -> Tensor:
-    """Mask [B, C] of exactly k = max(1, floor(capacity * tokens)) best scores of each sequence; ties go to the earlier token.
+    """Mask [B, C] of the k = max(1, floor(capacity * tokens)) best scores of each sequence; the earlier token wins a tie.
 
-    `sequence_BC` numbers the sequences of a row, rising; None if each row is one.
+    `sequence_BC` numbers the sequences of a row in ascending order; None if each row is one.
     """
     columns = score_BC.shape[1]
     if sequence_BC is None:
         sequence_BC = torch.zeros_like(tokens.valid_BC, dtype=torch.long)
-    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)  # behind all others
+    sequence_BC = sequence_BC.masked_fill(~tokens.valid_BC, columns)  # sorts after all others
     best_first_BC = score_BC.masked_fill(~tokens.valid_BC, -math.inf).argsort(
         dim=1, descending=True, stable=True
     )
@@ -144,7 +145,7 @@ def best_of_each_row(
 
 
 def sequence_ids(cu_seq_lens: Tensor, max_length: int | Tensor | None, rows: int, columns: int) -> Tensor:
-    """Sequences [B, T] by running lengths [sequences + 1] over the flattened batch, as FlashAttention takes them."""
+    """Sequence numbers [B, T] from cumulative lengths [sequences + 1] over the flattened batch, as in FlashAttention."""
     total = rows * columns
     if (
         cu_seq_lens.dim() != 1
@@ -161,13 +162,13 @@ def sequence_ids(cu_seq_lens: Tensor, max_length: int | Tensor | None, rows: int
     place = torch.arange(total, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
     ids_BT = torch.searchsorted(cu_seq_lens, place, right=True).view(rows, columns)
     if (ids_BT[1:, 0] == ids_BT[:-1, -1]).any():
-        raise ValueError("cu_seq_lens_q: a sequence must not go on in the next row")
+        raise ValueError("cu_seq_lens_q: a sequence must not continue in the next row")
     return ids_BT
 
 
 class Borders(NamedTuple):
-    """Where texts begin and end among the packed tokens of a call; masks [B, C]. The first token of a row counts only if
-    earlier calls gave the row others."""
+    """Masks [B, C] of where texts begin and end among a call's packed tokens. The first token of a row is marked only if
+    earlier calls gave the row tokens."""
 
     sequence_BC: Tensor  # begins a sequence
     text_BC: Tensor  # begins a sequence or a document
@@ -175,16 +176,16 @@ class Borders(NamedTuple):
 
 
 def changes(x_BC: Tensor) -> Tensor:
-    """Mask [B, C] of the values that differ from the one before in their row."""
+    """Mask [B, C] of the values that differ from the previous one in their row."""
     changed_BC = torch.zeros_like(x_BC, dtype=torch.bool)
     changed_BC[:, 1:] = x_BC[:, 1:] != x_BC[:, :-1]
     return changed_BC
 
 
 def restarts(position_BC: Tensor, column_BC: Tensor, goes_on_B: Tensor) -> Tensor:
-    """Mask [B, C] of the tokens that begin a sequence: those whose position does not go on from the one before, neither as
-    the tokens do nor, where padding lies between, as the columns do. The first token of a row with tokens in the cache
-    (`goes_on_B`) begins one if its position is 0."""
+    """Mask [B, C] of the tokens that begin a sequence: their position is not the previous position plus the distance in
+    tokens, nor plus the distance in columns (which counts padding in between). The first token of a row with tokens in
+    the cache (`goes_on_B`) begins a sequence if its position is 0."""
     step_BC = position_BC.diff(dim=1)
     begins_BC = torch.zeros_like(position_BC, dtype=torch.bool)
     begins_BC[:, 1:] = (step_BC != 1) & (step_BC != column_BC.diff(dim=1))
@@ -193,13 +194,13 @@ def restarts(position_BC: Tensor, column_BC: Tensor, goes_on_B: Tensor) -> Tenso
 
 
 def first_columns(begins_BC: Tensor) -> Tensor:
-    """[B, C] the column at which the text of each token begins; -1 if in an earlier call."""
+    """[B, C]: the column where each token's text begins, or -1 if it began in an earlier call."""
     column_C = torch.arange(begins_BC.shape[1], device=begins_BC.device)
     return torch.where(begins_BC, column_C, -1).cummax(dim=1).values
 
 
 def mask_inside(tokens: Packed) -> Tensor | None:
-    """Mask [B, C, C] by which each token sees those before it in its own text; None: all before it in the row."""
+    """Mask [B, C, C]: each token sees the earlier tokens of its own text. None: it sees all before it in the row."""
     if tokens.segment_BC is None:
         return None
     return (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :]).tril()

@@ -14,11 +14,11 @@ from megadyn.hf.config_map import eod_of_masked, from_hf_config
 from megadyn.kinds.older import log_offset, newer_name, newer_threshold_of, older_name
 
 THRESHOLD = "causal_router.threshold"
-"""How its name ends."""
+"""Suffix of a threshold's name."""
 
 
 class HfFolder:
-    """config.json and safetensors of a folder; a tensor is read when it is asked for. An older DTF's are converted."""
+    """config.json and safetensors of a folder. Tensors are read on demand. Exports of older DTF models are converted."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -26,7 +26,7 @@ class HfFolder:
         self.model: ModelConfig = from_hf_config(config)
         self.eod: int | None = eod_of_masked(config)
         self.newer_threshold = newer_threshold_of(config.get("routing", {}))
-        """What becomes of an older export's thresholds; None where they stay."""
+        """Converts the thresholds of an older export; None if they need no conversion."""
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = files_of(index) if index.exists() else ["model.safetensors"]
@@ -34,7 +34,7 @@ class HfFolder:
         for name in files:
             try:
                 handle = safe_open(folder / name, framework="pt")
-            except Exception as error:  # the library raises types of its own for a missing or damaged file
+            except Exception as error:  # the library raises its own types for a missing or damaged file
                 raise UserError(f"{folder / name}: {error}") from None
             self._where |= dict.fromkeys(handle.keys(), handle)
 
@@ -56,10 +56,10 @@ class HfFolder:
 
 
 def files_of(index: Path) -> list[str]:
-    """The shards that an index names."""
+    """The shards named in an index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: has no weight_map from tensors to files")
+        raise UserError(f"{index}: has no weight_map from tensor names to files")
     return sorted(set(weight_map.values()))
 
 

@@ -1,4 +1,4 @@
-"""Which layers a kind of routing brings to an exported model. An export carries a file of this name for its own kind alone."""
+"""The layers of each kind of routing in an exported model. An export has a file of the same name for its own kind only."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megadyn.kinds import find_kind, module_of
 
 
 def exported_kind(routing: dict[str, Any]) -> ExportedKind:
-    """ValueError for a kind that does not exist here."""
+    """Raises ValueError for an unknown kind."""
     try:
         kind = find_kind(routing.get("module", routing.get("kind", "")))
     except UserError as error:

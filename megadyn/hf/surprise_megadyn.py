@@ -1,6 +1,6 @@
-"""Surprise: how much a layer changed a token, against a prediction of that. For the kinds of routing that score tokens by it.
+"""Surprise: how much a layer changed a token, compared with a prediction. Used by kinds of routing that score tokens by it.
 
-Stand-alone: shipped beside the weights of these kinds, imports nothing of megadyn.
+Stand-alone: ships with the weights of these kinds and imports nothing from megadyn.
 """
 
 import math
@@ -29,8 +29,8 @@ class Prior(SwiGLU):
 class SurpriseRouter(Float32Module):
     """The score r = -log(1 - G) from the static surprise D_st, the change surprise D_ch and the moving average of D_st.
 
-    r = softplus(a) + softplus(b), a and b being the arguments of the sigmoids that make up G: it orders tokens as G does,
-    and keeps apart those whose G rounds to 1.
+    r = softplus(a) + softplus(b), where a and b are the arguments of the two sigmoids in G. It orders tokens as G does,
+    and still separates tokens whose G rounds to 1.
     """
 
     beta_ce: nn.Parameter
@@ -45,7 +45,7 @@ class SurpriseRouter(Float32Module):
         super().__init__()
         for name in ("beta_ce", "beta_cu", "cu_multiplier"):
             self.register_parameter(name, nn.Parameter(torch.empty(1)))
-        # Exports of earlier versions hold the offset, not its logarithm: `from_pretrained` loads it as it is, then converts it.
+        # Exports of earlier versions hold the offset, not its logarithm. `from_pretrained` loads it, then converts it.
         offset = "ce_offset" if config.routing["score"] == "gate" else "ce_log_offset"
         self.register_parameter(offset, nn.Parameter(torch.empty(1)))
 
@@ -64,24 +64,24 @@ class SurpriseRouter(Float32Module):
 
 
 def log_of_older(offset: Tensor) -> Tensor:
-    """lambda_ce of an export that holds the offset itself, as earlier versions computed it."""
+    """lambda_ce of an older export that holds the offset itself, computed as earlier versions did."""
     return (wide(offset) + 1e-10).log()
 
 
 def gate_of(score: Tensor) -> Tensor:
-    """G = 1 - exp(-r). Either form is accurate in value and gradient on its side."""
+    """G = 1 - exp(-r). Each branch is accurate in value and gradient on its side."""
     return torch.where(score < 1, -torch.expm1(-score), 1 - torch.exp(-score))
 
 
 def moving_average(value_BC: Tensor, window: int, context: Context, cache: LayerCache | None) -> Tensor:
-    """Mean of the last `window` values including the own; before the start of a text its first value counts."""
+    """Mean of the last `window` values, including the current one. Before a text's start its first value is repeated."""
     history_BW = value_BC[:, :1].expand(-1, window - 1)
     if cache is not None and cache.recent_BW is not None:
         recent_BW = take_rows(cache.recent_BW, context.tokens)
         history_BW = torch.where(context.continues_B[:, None], recent_BW, history_BW)
     windows_BCW = torch.cat((history_BW, value_BC), dim=1).unfold(1, window, 1)
     if context.tokens.segment_BC is not None:
-        # -1: the history is that of its own text
+        # -1: the history belongs to the same text
         first_BC = first_columns(changes(context.tokens.segment_BC))
         column_C = torch.arange(value_BC.shape[1], device=value_BC.device)
         column_CW = column_C[:, None] + torch.arange(1 - window, 1, device=value_BC.device)

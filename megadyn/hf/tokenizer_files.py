@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder, in the form that transformers reads: the same ids as in training, or none at all."""
+"""The tokenizer of an exported folder, in the form that transformers reads: the same ids as in training, or an error."""
 
 import json
 import shutil
@@ -20,23 +20,24 @@ from megadyn.tokenization.tokenizer import (
 )
 
 OWN_RULES = ("auto_map", "add_prefix_space", "added_tokens_decoder")
-"""Settings by which transformers would leave tokenizer.json's rules for others; so would classes as Qwen2's and GPT-NeoX's."""
+"""Settings that make transformers deviate from tokenizer.json, as classes such as Qwen2's and GPT-NeoX's also do."""
 TEMPLATE = "chat_template.jinja"
 SENTENCEPIECE = "sentencepiece.model"
-"""Not tokenizer.model: AutoTokenizer would read that, and leave out its dummy prefix and its rules for spaces."""
+"""Not named tokenizer.model: AutoTokenizer would read that, and drop its dummy prefix and its rules for spaces."""
 FINGERPRINT = "megadyn_fingerprint"
-"""Key of tokenizer_config.json: of the tokenizer in training, by which a dataset is known to fit."""
+"""Key in tokenizer_config.json: the fingerprint of the training tokenizer, which shows whether a dataset matches."""
 NORMAL, USER_DEFINED = 1, 4
-"""Types of SentencePiece's pieces: found by merging, and cut out of the text before. The others stand for no text."""
+"""SentencePiece piece types: NORMAL pieces result from merging, USER_DEFINED ones are cut out of the text first. The
+other types never match text."""
 
 
 def write_tokenizer(
     path: str, folder: Path, max_position: int | None, eod: str | None = None
 ) -> tuple[dict[str, int], str]:
-    """Writes the tokenizer at `path` into `folder`; `eod` is the token that ended documents in training, if not its own.
+    """Writes the tokenizer at `path` into `folder`. `eod`: the token that ended documents in training, if not its own.
 
     Returns:
-        The special ids for config.json, and what a reader of the folder must know of its tokenizer, in a sentence.
+        The special ids for config.json, and a sentence that tells users of the folder about its tokenizer.
     """
     tokenizer, source = load_tokenizer(path), Path(path)
     own = tokenizer.eod_or_none
@@ -48,7 +49,7 @@ def write_tokenizer(
         settings |= without_own_rules(stated, set(tokenizer.added_tokens()))
         settings |= {name: False for name in ("add_bos_token", "add_eos_token") if settings.get(name)}
     else:
-        settings["split_special_tokens"] = True  # a special token that a text spells is text to both
+        settings["split_special_tokens"] = True  # a special token spelled out in a text is plain text in both
     settings |= {"tokenizer_class": "TokenizersBackend", FINGERPRINT: tokenizer.fingerprint}
     if max_position is not None:
         settings["model_max_length"] = min(max_position, settings.get("model_max_length") or max_position)
@@ -72,7 +73,7 @@ def write_tokenizer(
 
 
 def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) -> dict[str, Any]:
-    """The names of the token that ends documents, as far as transformers can take it for one and read texts as in training."""
+    """Names the token that ends documents, if transformers can use it and still read texts as in training."""
     if is_own:
         return {
             name: tokenizer.eod_text() for name in ("eos_token", "pad_token") if settings.get(name) is None
@@ -80,8 +81,8 @@ def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) 
     token = tokenizer.token_of(tokenizer.eod)
     if token not in tokenizer.added_tokens():
         log.warning(
-            "the export's tokenizer does not name %r, which ends its documents, as eos_token: it is an ordinary token of "
-            "texts; config.json has its id",
+            "the export's tokenizer does not declare %r, which ends its documents, as eos_token, because it is an ordinary "
+            "token of texts; config.json has its id",
             token,
         )
         return {}
@@ -89,8 +90,8 @@ def _end_settings(tokenizer: Tokenizer, settings: dict[str, Any], is_own: bool) 
 
 
 def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, Any]:
-    """Settings less what makes transformers read a text otherwise than tokenizer.json does, whose tokens cut out
-    of texts are `added`: others that it names as special would be cut out as well, or made anew."""
+    """Removes settings that make transformers read a text differently from tokenizer.json. `added`: the tokens that
+    tokenizer.json cuts out of texts. transformers would cut out, or add, any other token that the settings call special."""
 
     def is_known(token: Any) -> bool:
         return token is None or (token.get("content") if isinstance(token, dict) else token) in added
@@ -117,17 +118,17 @@ def without_own_rules(settings: dict[str, Any], added: set[str]) -> dict[str, An
             kept[name] = value
     if unknown:
         log.warning(
-            "left out of the export's tokenizer_config.json, as its tokenizer.json has no such tokens: %s",
+            "left out of the export's tokenizer_config.json, because its tokenizer.json has no such tokens: %s",
             ", ".join(map(str, unknown)),
         )
     return kept
 
 
 def without_additions(raw: bytes) -> bytes:
-    """A tokenizer.json that does what training did, which cuts, pads, adds and drops no token; unchanged if it does."""
+    """A tokenizer.json that neither truncates, pads, adds nor drops tokens, like training. Unchanged if it already is one."""
     content = json.loads(raw)
     wanted = content | {"truncation": None, "padding": None}
-    if (content.get("post_processor") or {}).get("type") != "ByteLevel":  # that one only moves offsets
+    if (content.get("post_processor") or {}).get("type") != "ByteLevel":  # this type changes only offsets
         wanted["post_processor"] = None
     if content["model"].get("dropout"):
         wanted["model"] = content["model"] | {"dropout": None}
@@ -138,7 +139,7 @@ def without_additions(raw: bytes) -> bytes:
 
 def bytes_as_json(tokenizer: ByteTokenizer) -> str:
     """The byte tokenizer as tokenizer.json. Byte-level tokenizers write each byte as a visible character: a printable
-    one of Latin-1 as itself, the others in order as those from U+0100 on."""
+    Latin-1 byte as itself, the others in order as the characters from U+0100."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -156,7 +157,7 @@ def bytes_as_json(tokenizer: ByteTokenizer) -> str:
 
 
 def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder: Path) -> str:
-    """The model's file, and as tokenizer.json if that is proved to give the same ids."""
+    """Writes the model file, and a tokenizer.json if it is proved to give the same ids."""
     shutil.copyfile(source, folder / SENTENCEPIECE)
     try:
         (folder / "tokenizer.json").write_text(sentencepiece_as_json(read_bytes(source)))
@@ -172,7 +173,7 @@ def _write_sentencepiece(tokenizer: SentencePieceTokenizer, source: Path, folder
 
 
 def sentencepiece_as_json(raw: bytes) -> str:
-    """A SentencePiece BPE or unigram model as tokenizer.json. To be proved: SentencePiece has more rules than these."""
+    """A SentencePiece BPE or unigram model as tokenizer.json. Needs a proof: SentencePiece has more rules than these."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
@@ -182,7 +183,7 @@ def sentencepiece_as_json(raw: bytes) -> str:
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     texts = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     if trainer.model_type == trainer.BPE:
-        # Pieces merge by falling score, which SentencePiece gives them in the order in which it found them.
+        # Pieces merge in order of falling score. SentencePiece assigns scores in the order in which it found the pieces.
         merges = sorted(
             (-piece.score, ids[left], ids[right], left, right)
             for piece in proto.pieces
@@ -198,7 +199,7 @@ def sentencepiece_as_json(raw: bytes) -> str:
             byte_fallback=trainer.byte_fallback,
         )
     elif trainer.model_type == trainer.UNIGRAM:
-        never = -1e9  # control symbols are never read from a text
+        never = -1e9  # so that control symbols never match text
         model = models.Unigram(
             [(piece.piece, piece.score if piece.piece in texts else never) for piece in proto.pieces],
             trainer.unk_id,
@@ -226,8 +227,8 @@ def sentencepiece_as_json(raw: bytes) -> str:
 
 
 def check_qwen2(folder: Path, path: str) -> str | None:
-    """What a reader of a Qwen2 folder must know: for this type of model AutoTokenizer takes Qwen2's own rules of splitting,
-    whatever tokenizer.json says, and so may give other ids than in training. None if it gives the same."""
+    """A warning for users of a Qwen2 folder, or None. For this model type AutoTokenizer uses Qwen2's own splitting rules,
+    whatever tokenizer.json says, which may give other ids than in training."""
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists():
@@ -238,8 +239,8 @@ def check_qwen2(folder: Path, path: str) -> str | None:
     if all(ids == wanted.tolist() for ids, wanted in zip(found, reference.encode_batch(texts), strict=True)):
         return None
     warning = (
-        "AutoTokenizer splits texts by Qwen2's rules for this type of model, not by tokenizer.json's: "
-        "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training"
+        "for this model type AutoTokenizer splits texts by Qwen2's rules, not by tokenizer.json's: "
+        "load it with PreTrainedTokenizerFast.from_pretrained, which gives the ids of training"
     )
     log.warning("%s", warning)
     return warning

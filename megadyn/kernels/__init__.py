@@ -1,1 +1,2 @@
-"""Fused Triton kernels for GPUs, and the rule that says whether they run. What they compute stands in torch beside each use."""
+"""Fused Triton kernels for GPUs, and the rule that decides whether they run. Next to each use is the same computation
+in torch."""

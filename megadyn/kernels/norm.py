@@ -1,9 +1,9 @@
-"""A residual addition and the RMSNorm behind it, in one pass each way. Import only where Triton runs.
+"""A residual addition and the RMSNorm after it, in one pass each for forward and backward. Import only if Triton can run.
 
     h = x + u          y = h / rms(h) * w,  rms(h) = sqrt(mean(h^2) + eps)
 
-Sums are in float32. A program handles a row of N; backward, `GROUP` rows one after the other, so that the gradient of
-w [D] is summed over groups in a table of N / GROUP rows.
+Sums are in float32. A program handles one row of N. In backward it handles `GROUP` rows one after another, so that the
+gradient of w [D] is a sum over a table with only N / GROUP rows.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ GROUP = 16
 
 
 def warps_for(block: int) -> int:
-    """Groups of 32 threads for a row of `block` columns: 8 to 32 columns a thread."""
+    """Warps (of 32 threads) for a row of `block` columns, so that each thread has 8 to 32 columns."""
     return min(16, max(4, block // 512))
 
 
@@ -31,7 +31,7 @@ def _forward(x, u, w, h, y, inverse, width, eps, BLOCK: tl.constexpr):
     total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(
         u + at, mask=inside, other=0.0
     ).to(tl.float32)
-    total = total.to(h.dtype.element_ty)  # as it is stored: backward norms the same number
+    total = total.to(h.dtype.element_ty)  # rounded as it is stored, because backward uses the stored value
     tl.store(h + at, total, mask=inside)
     total = total.to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(total * total, axis=0) / width + eps)

@@ -1,7 +1,7 @@
-"""Chosen rows of a matrix: taken out, and put back with a gate. Import only where Triton runs.
+"""Takes out chosen rows of a matrix, and puts them back with a gate. Import only if Triton can run.
 
-N tokens of width D, C of them chosen, each once. A program handles a whole row, in blocks of at most `BLOCK` columns;
-products and sums are in float32, and what is stored is rounded once.
+N tokens of width D, C of them chosen, each once. A program handles one row, in blocks of at most `BLOCK` columns.
+Products and sums are in float32; results are rounded once, when they are stored.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ BLOCK = 1024
 
 
 def block_of(width: int) -> int:
-    """Columns that a program reads at once: a power of two, as Triton's blocks are."""
+    """Columns that a program reads at once; a power of two, as Triton requires."""
     return min(BLOCK, triton.next_power_of_2(width))
 
 
 @triton.jit
 def _copy_rows(source, target, place, width, scatter: tl.constexpr, BLOCK: tl.constexpr):
     """target[c] = source[place[c]], or with `scatter` target[place[c]] = source[c]."""
-    row = tl.program_id(0).to(tl.int64)  # 64 bits: N * D may pass 2^31
+    row = tl.program_id(0).to(tl.int64)  # 64 bits, because N * D may exceed 2^31
     chosen = tl.load(place + row)
     at = source + (row if scatter else chosen) * width
     to = target + (chosen if scatter else row) * width
@@ -118,16 +118,16 @@ class _AddRows(torch.autograd.Function):
                 update.shape[1],
                 BLOCK=block_of(update.shape[1]),
             )
-        return grad, None, grad_gate, grad_update  # the residual's gradient is the output's own
+        return grad, None, grad_gate, grad_update  # the gradient of x is that of the output
 
 
 def take_rows(x: Tensor, place: Tensor) -> Tensor:
-    """x [N, D] at place [C], int64 and each row at most once -> [C, D]."""
+    """x [N, D] at distinct rows place [C], int64 -> [C, D]."""
     out: Tensor = _TakeRows.apply(x, place)
     return out
 
 
 def add_rows(x: Tensor, place: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [N, D] with gate [N] at place [C] times update [C, D] added at place, each row at most once."""
+    """A copy of x [N, D] with update [C, D] times gate [N] added at distinct rows place [C]."""
     out: Tensor = _AddRows.apply(x, place, gate, update)
     return out

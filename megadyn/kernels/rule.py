@@ -1,4 +1,4 @@
-"""Which kernels run: Triton's on CUDA tensors where `training.kernels` allows it, else torch's own operations."""
+"""Decides which kernels run: Triton's on CUDA tensors if `training.kernels` allows it, otherwise torch's own operations."""
 
 import importlib.util
 import os
@@ -10,21 +10,21 @@ from torch import Tensor
 from megadyn.errors import ConfigError
 
 LEAST_CAPABILITY = (8, 0)
-"""Compute capability that flash attention and our own kernels need: bf16 arithmetic."""
+"""Compute capability needed by flash attention and by our kernels, for bf16 arithmetic."""
 LARGEST_WIDTH = 16384
-"""Columns of a row that one program holds whole, for a norm; wider ones are torch's."""
+"""Widest row that one program holds completely, for a norm; torch handles wider ones."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""The kernels add up in float32, so float64 is torch's."""
+"""Our kernels accumulate in float32, so torch handles float64."""
 
 
 class _Process:
-    """What holds for this whole process, as torch's own `torch.backends` does: a device has its kernels or has not."""
+    """State of the whole process, like torch's own `torch.backends`, because a device either supports the kernels or not."""
 
     uses_triton = False
 
 
 def gpu_lacks(kernels: str) -> str | None:
-    """Why these kernels run on no device of this machine, None if they do."""
+    """Why these kernels cannot run on this machine's GPU; None if they can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = LEAST_CAPABILITY
@@ -36,13 +36,13 @@ def gpu_lacks(kernels: str) -> str | None:
 
 
 def own_device() -> torch.device:
-    """The GPU that this process will use; asked before the ranks meet, when none is set yet."""
+    """The GPU that this process will use. Works before the ranks meet, when no device is set yet."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def problem_of(trial: Callable[[], object]) -> str | None:
-    """What a call raises, in one line; None if it returns. For what only a call can tell: a package may be there and lack a
-    function, a compiler or a header."""
+    """Calls `trial` and returns its error in one line, or None. Only a call can show that a package lacks a function, a
+    compiler or a header."""
     try:
         trial()
     except Exception as error:
@@ -51,7 +51,7 @@ def problem_of(trial: Callable[[], object]) -> str | None:
 
 
 def _launch_triton() -> None:
-    """A kernel's first launch, which compiles its driver."""
+    """Launches a first kernel, for which Triton compiles its driver."""
     from megadyn.kernels.rows import take_rows
 
     device = own_device()
@@ -68,7 +68,7 @@ def _triton_lacks() -> str | None:
 
 
 def kernel_choice(asked: str) -> tuple[str, str]:
-    """`triton` or `torch`, and why. Raises ConfigError when Triton is asked for and cannot run here."""
+    """(`triton` or `torch`, reason). Raises ConfigError if Triton is required but cannot run here."""
     why_not = gpu_lacks("Triton kernels") or (None if asked == "torch" else _triton_lacks())
     if asked == "triton" and why_not:
         raise ConfigError("training.kernels", asked, f"torch on this machine: {why_not}")
@@ -78,12 +78,12 @@ def kernel_choice(asked: str) -> tuple[str, str]:
 
 
 def use_kernels(asked: str) -> tuple[str, str]:
-    """Takes the choice for this process; returns it and why."""
+    """Applies the choice to this process; returns it and the reason."""
     chosen, why = kernel_choice(asked)
     _Process.uses_triton = chosen == "triton"
     return chosen, why
 
 
 def fused(x: Tensor) -> bool:
-    """Operations on x go to our kernels."""
+    """Whether operations on x use our kernels."""
     return _Process.uses_triton and x.is_cuda and x.dtype in KERNEL_DTYPES

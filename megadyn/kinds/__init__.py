@@ -1,4 +1,4 @@
-"""The kinds of routing there are: one line each. Those of other packages are found by entry point or by path."""
+"""The registry of routing kinds. Kinds of other packages are found by entry point or by path."""
 
 import importlib
 import importlib.util
@@ -26,10 +26,10 @@ BUILT_IN = (
     "skip_middle",
     "stt",
 )
-"""Folders beside this file. A new kind is one more."""
+"""Folders next to this file. To add a kind, add its folder and its name here."""
 
 GROUP = "megadyn.kinds"
-"""Entry points of this group name packages that hold a kind."""
+"""Entry points in this group name packages that contain a kind."""
 
 __all__ = [
     "BUILT_IN",
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def known_kinds() -> tuple[str, ...]:
-    """What `model.routing.kind` may be, but for paths of packages."""
+    """Valid values of `model.routing.kind`, apart from paths of packages."""
     return (*BUILT_IN, *_installed())
 
 
@@ -64,9 +64,9 @@ def _installed() -> dict[str, str]:
 
 @cache
 def find_kind(name: str) -> type[Kind]:
-    """The class of a kind, by what `model.routing.kind` calls it.
+    """The class of a kind, given the value of `model.routing.kind`.
 
-    Raises ConfigError for a kind that does not exist, and UserError for one that lacks something.
+    Raises ConfigError for an unknown kind, and UserError for an incomplete one.
     """
     if name in BUILT_IN:
         path = f"{__name__}.{name}"
@@ -85,7 +85,7 @@ def find_kind(name: str) -> type[Kind]:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not path.startswith(error.name):
-            raise  # the kind's own import of something else
+            raise  # an import inside the kind failed
         raise ConfigError(
             "model.routing.kind", name, f"a kind that can be imported: there is no module {error.name}"
         ) from None
@@ -93,33 +93,33 @@ def find_kind(name: str) -> type[Kind]:
 
 
 def checked_kind(module: ModuleType, path: str) -> type[Kind]:
-    """`module.KIND`, if it has all that a kind must have. Raises UserError, which names what is missing."""
+    """`module.KIND`, if it has everything that a kind needs. Otherwise raises UserError, which names what is missing."""
     kind: Any = getattr(module, "KIND", None)
     if not (isinstance(kind, type) and issubclass(kind, Kind) and is_dataclass(kind)):
         raise UserError(f"routing kind {path}: KIND must be a dataclass derived from megadyn.kinds.Kind")
     for name in ("name", "title", "sentence"):
         if not isinstance(getattr(kind, name, None), str):
-            raise UserError(f"routing kind {path}: {kind.__name__}.{name} is missing: a string")
+            raise UserError(f"routing kind {path}: {kind.__name__}.{name} is missing: it must be a string")
     if not kind.layers:
         raise UserError(
-            f"routing kind {path}: {kind.__name__}.layers is missing: layer types and their classes in layers.py"
+            f"routing kind {path}: {kind.__name__}.layers is missing: it must map layer types to classes in layers.py"
         )
     if kind.layer_types is Kind.layer_types:
         raise UserError(
-            f"routing kind {path}: {kind.__name__}.layer_types is missing: the type of each layer"
+            f"routing kind {path}: {kind.__name__}.layer_types is missing: it must return the type of each layer"
         )
     if unknown := [key for key in kind.recorded if key not in {f.name for f in fields(kind)}]:
         raise UserError(
-            f"routing kind {path}: recorded names {unknown[0]!r}, which is no key of {kind.__name__}"
+            f"routing kind {path}: recorded names {unknown[0]!r}, which is not a key of {kind.__name__}"
         )
     for part in ("layers", "exported"):
         if importlib.util.find_spec(f"{module.__name__}.{part}") is None:
-            raise UserError(f"routing kind {path}: {part}.py is missing beside its __init__.py")
+            raise UserError(f"routing kind {path}: {part}.py is missing next to its __init__.py")
     return kind
 
 
 def make_kind(kind: str, **keys: Any) -> Kind:
-    """A kind's configuration, checked: `make_kind("mod", capacity=0.25)`. Raises ConfigError for keys that it does not have."""
+    """A checked kind configuration: `make_kind("mod", capacity=0.25)`. Raises ConfigError for keys that the kind lacks."""
     found = find_kind(kind)
     if foreign := next((key for key in keys if key not in keys_of(found)), None):
         raise ConfigError(
@@ -136,7 +136,7 @@ def keys_of(kind: type[Kind]) -> Sequence[str]:
 
 
 def settings_of(name: str) -> dict[str, dict[str, Any]]:
-    """Keys of `model.routing` that tests and the soak try: a kind's defaults, its other causal rules, and its variants."""
+    """Settings of `model.routing` that tests and the soak try: a kind's defaults, its other causal rules, and its variants."""
     kind = find_kind(name)
     rules = kind.rules[1:] if "causal" in keys_of(kind) else ()
     return {
@@ -147,7 +147,7 @@ def settings_of(name: str) -> dict[str, dict[str, Any]]:
 
 
 def other_kinds_key(kind: str, key: str) -> str:
-    """Why `model.routing.KEY` is refused: which kinds have it, or what it might be meant for."""
+    """Explains why `model.routing.KEY` is refused: which kinds have it, or which key might be meant."""
     owners = [name for name in known_kinds() if key in keys_of(find_kind(name))]
     verb = "has" if len(owners) == 1 else "have"
     has = f" ({', '.join(owners)} {verb})" if owners else ""
@@ -156,5 +156,5 @@ def other_kinds_key(kind: str, key: str) -> str:
 
 
 def module_of(kind: type[Kind], part: str) -> ModuleType:
-    """`layers` or `exported` of a kind, imported now: both need torch."""
+    """Imports `layers` or `exported` of a kind. Done on demand, because both need torch."""
     return importlib.import_module(f"{kind.__module__}.{part}")

@@ -1,14 +1,14 @@
-"""What a kind of routing is: the keys that `model.routing` has for it, and all that the rest of the house asks of it. No torch.
+"""The interface of a kind of routing: its keys in `model.routing`, and everything that other packages need from it. No torch.
 
 A kind is one folder, a package:
 
     __init__.py    KIND, a dataclass derived from Kind: its fields are the keys of the configuration
     layers.py      the training layers, found by the names in KIND.layers
-    exported.py    the same layers stand-alone, shipped beside exported weights as routing_<name>.py
+    exported.py    the same layers stand-alone, shipped with exported weights as routing_<name>.py
     README.md      the mathematics, with sources
 
-Nothing else in megadyn names a kind. `model.routing` of a checked configuration is an instance of the kind's class, so whoever
-has a model asks `model.routing` and needs no registry.
+Nothing else in megadyn names a kind. `model.routing` of a checked configuration is an instance of the kind's class, so
+code that has a model uses `model.routing` and needs no registry.
 """
 
 from collections.abc import Mapping
@@ -21,19 +21,19 @@ from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
 
-SHAPES = "it decides the shapes of the saved tensors"
-TRAINED_SO = "the saved weights were trained that way and mean nothing in another"
-"""Why a resumed run may not change a key."""
+SHAPES = "it determines the shapes of the saved tensors"
+TRAINED_SO = "the saved weights were trained with it and are useless with another value"
+"""Reasons why a resumed run may not change a key."""
 DENSE = "dense"
-"""The layer type that every kind may use beside its own: each token goes through the whole layer."""
+"""The layer type that every kind may use in addition to its own: the whole layer processes every token."""
 
 
 @dataclass
 class Kind:
-    """Base of all kinds, and what a kind without keys of its own would be.
+    """Base class of all kinds; its defaults are those of a dense model.
 
-    Class attributes describe the kind to people and to the rest of the house; fields are keys of `model.routing`. Sizes of a
-    model come as a `Shape`; a layer is named by its type, one of `layer_types`.
+    Class attributes describe the kind to people and to other packages; fields are keys of `model.routing`. Sizes of a
+    model are passed as a `Shape`; a layer is identified by its type, one of `layer_types`.
     """
 
     kind: str = ""
@@ -41,57 +41,57 @@ class Kind:
     `megadyn.kinds`, or the path of a Python package (`package.module`) that holds a kind."""
 
     name: ClassVar[str]
-    """As in `model.routing.kind`; exports carry `routing_<name>.py`."""
+    """The value of `model.routing.kind`; exports contain `routing_<name>.py`."""
     title: ClassVar[str]
-    """For cards and reports: `Mixture-of-Depths`."""
+    """For model cards and reports: `Mixture-of-Depths`."""
     sentence: ClassVar[str]
-    """What a routed layer does, for cards and reports."""
+    """What a routed layer does, for model cards and reports."""
     sources: ClassVar[tuple[str, ...]] = ()
     """Papers: `arXiv 2404.02258`."""
     tags: ClassVar[tuple[str, ...]] = ()
-    """Of a model card."""
+    """Tags of the model card."""
     verb: ClassVar[str] = "was processed"
-    """What happened to a token that a routed layer took."""
+    """Completes "a token that a routed layer took ..."."""
     legend: ClassVar[Mapping[str, str]] = {}
-    """Its own statistics, for the report: name in the metrics -> what it is."""
+    """The kind's own statistics, for the report: name in the metrics -> description."""
     layers: ClassVar[Mapping[str, str]] = {}
     """Layer type -> class in `layers.py`."""
     scores: ClassVar[tuple[str, ...]] = ()
-    """What thresholds are of, `routing.score` in exports: in older ones, which may leave it out, and today. Empty where that
-    never changed."""
+    """Score on which thresholds are defined (`routing.score` in exports): that of older exports, which may leave the
+    key out, and the current one. Empty if it never changed."""
     totals: ClassVar[tuple[str, ...]] = ()
-    """Trackers of its layers that need their sum over all layers of the model, by name."""
+    """Names of its layers' trackers that need their sum over all layers of the model."""
     recorded: ClassVar[tuple[str, ...]] = ()
-    """Keys that an export's `config.json` carries."""
+    """Keys that an export's `config.json` contains."""
     fixed: ClassVar[dict[str, str]] = {}
-    """Keys that a run may not change when it goes on from a checkpoint: key -> reason."""
+    """Keys that a run may not change when it resumes from a checkpoint: key -> reason."""
     shared: ClassVar[tuple[str, ...]] = ()
-    """Files of `megadyn/hf` that its `exported.py` imports, beside those that every export carries."""
+    """Files of `megadyn/hf` that its `exported.py` imports, in addition to those in every export."""
     rules: ClassVar[tuple[str, ...]] = ()
-    """Causal rules that can stand in for top-k, the first being the default."""
+    """Causal rules that can replace top-k; the first is the default."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Settings that the conformance suite tries beside the defaults and the causal rules: a name -> keys."""
+    """Settings that the conformance suite tests in addition to the defaults and the causal rules: name -> keys."""
     straight_through: ClassVar[bool] = False
-    """Its routers' gradients are not those of the loss, on purpose."""
+    """Whether its routers' gradients intentionally differ from those of the loss."""
     held_in_mean: ClassVar[bool] = False
-    """`share` is that of all routed layers together; one layer may take more than another."""
+    """Whether `share` is an average over all routed layers; one layer may take more than another."""
     gate_is_chance: ClassVar[bool] = False
-    """The gate in its statistics is the probability that a token is chosen, and multiplies nothing."""
+    """Whether the gate in its statistics is the probability that a token is chosen, and multiplies nothing."""
     benchmark: ClassVar[str] = ""
-    """How benchmarks run it unless told otherwise, `NAME:CAPACITY`; by its name alone if empty."""
+    """Default for benchmarks, `NAME:CAPACITY`; empty: just its name."""
     equals_dense: ClassVar[bool] = True
-    """At capacity 1, with its gate at 1, the model is the dense one."""
+    """Whether the model equals the dense one at capacity 1 with a gate of 1."""
 
     # ---- configuration
 
     def check(self) -> None:
-        """Fills in what was left out. Raises ConfigError for what cannot be."""
+        """Fills in defaults. Raises ConfigError for invalid values."""
 
     def check_shape(self, shape: Shape) -> None:
-        """Raises ConfigError for a model on which this kind cannot run."""
+        """Raises ConfigError for a model that this kind does not support."""
 
     def check_run(self, *, pipeline: int, compile: bool, documents: bool) -> None:
-        """Raises ConfigError for a way of running that this kind does not have: pipeline stages, training.compile,
+        """Raises ConfigError for run settings that this kind does not support: pipeline stages, training.compile,
         data.document_mask."""
         if compile and self.varies:
             raise ConfigError(
@@ -104,36 +104,36 @@ class Kind:
         """The type of each layer, first to last."""
         raise NotImplementedError
 
-    # ---- what it does
+    # ---- behaviour
 
     @property
     def share(self) -> float:
-        """Share of tokens that a routed layer is planned to take."""
+        """Planned share of tokens that a routed layer takes."""
         return 1.0
 
     @property
     def holds_share(self) -> bool:
-        """Whether something holds routed layers to `share`: top-k, or a controller."""
+        """Whether top-k or a controller keeps routed layers at `share`."""
         return True
 
     @property
     def has_signed_gate(self) -> bool:
-        """Whether gates are any numbers, not shares in [0, 1]."""
+        """Whether gates can be any number, not only values in [0, 1]."""
         return False
 
     @property
     def settling_steps(self) -> int:
-        """Steps after which its averages and warm-ups have settled."""
+        """Steps until its averages and warm-ups have settled."""
         return 0
 
     @property
     def varies(self) -> bool:
-        """How many tokens a layer takes follows from the tokens, not from the configuration."""
+        """Whether the number of tokens that a layer takes depends on the tokens, not only on the configuration."""
         return False
 
     @property
     def has_topk(self) -> bool:
-        """Whether training chooses by top-k, so that a causal rule must stand in for it in use."""
+        """Whether training chooses by top-k, so that use needs a causal rule."""
         return False
 
     @property
@@ -142,23 +142,23 @@ class Kind:
         return False
 
     def describe(self) -> str:
-        """In a few words, for log lines and headings: `mod at capacity 0.125`."""
+        """A short description for log lines and headings: `mod at capacity 0.125`."""
         return self.name
 
     def explain(self, measured: Mapping[str, float]) -> str:
-        """How tokens are chosen in training and in use, for the model card; `measured`: means over layers of the last report."""
+        """Model card text on how tokens are chosen in training and in use. `measured`: means over layers of the last report."""
         return self.sentence
 
     # ---- export
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
-        """`routing` in config.json."""
+        """The `routing` entry of config.json."""
         module = {} if self.kind == self.name else {"module": self.kind}
         return {"kind": self.name, **module, **{key: getattr(self, key) for key in self.recorded}}
 
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
-        """The configuration that `routing` of a config.json describes. Raises ConfigError for what cannot be."""
+        """The configuration described by `routing` of a config.json. Raises ConfigError for invalid values."""
         if cls.scores and routing.get("score", cls.scores[0]) not in cls.scores:
             raise ConfigError(
                 "routing.score", routing["score"], f"{cls.scores[-1]}, or {cls.scores[0]} in older exports"
@@ -167,36 +167,37 @@ class Kind:
         return cls(kind=routing.get("module", cls.name), **values)
 
     def sizes(self, shape: Shape) -> dict[str, Any]:
-        """What beside the layer types decides which tensors there are: key of the configuration -> what follows from it."""
+        """What determines the model's tensors apart from the layer types: key of the configuration -> its effect."""
         return {}
 
     # ---- costs of a layer
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
-        """Forward operations of a layer of type `layer` on a sequence of `length` tokens, of which it takes `share` (measured;
-        as planned if None)."""
+        """Forward operations of a layer of type `layer` on a sequence of `length` tokens, of which it takes the
+        measured `share` (None: the planned share)."""
         return flops_of_layer(shape, length)
 
     def parameters(self, layer: str, shape: Shape) -> int:
-        """Parameters beyond the block's, whole on every tensor rank."""
+        """Parameters in addition to the block's; they are not cut over tensor ranks."""
         return 0
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """Bytes that a layer keeps for its backward pass, on one micro-batch."""
+        """Bytes that a layer keeps for backward, for one micro-batch."""
         return dense_kept(work)
 
     def summed(self, layer: str, work: Workload) -> float:
-        """Share of a micro-batch's hidden states that tensor ranks sum, after attention and again after the feed-forward."""
+        """Share of a micro-batch's hidden states that is all-reduced over tensor ranks, after attention and again after
+        the MLP."""
         return 1.0
 
 
 @dataclass
 class OwnChoice(Kind):
-    """Base of kinds whose tokens each choose for themselves, by one rule in training and in use. Training holds the share that is
-    taken to `capacity`, a key that each of them declares with its own default."""
+    """Base of kinds whose tokens choose for themselves, by the same rule in training and in use. Training keeps the
+    share of chosen tokens at `capacity`, a key for which each kind declares its own default."""
 
     capacity: float = 0.5
-    """Share of tokens that a routed layer is to take."""
+    """Share of tokens that a routed layer should take."""
 
     recorded: ClassVar[tuple[str, ...]] = ("capacity",)
 
@@ -215,5 +216,5 @@ class OwnChoice(Kind):
         return f"{self.name} at capacity {self.capacity}"
 
     def taken(self, length: int, share: float | None) -> float:
-        """Tokens of a sequence that a routed layer takes: the measured share of it, or the planned one."""
+        """Tokens of a sequence that a routed layer takes, at the measured share or, if None, the planned one."""
         return (self.capacity if share is None else share) * length

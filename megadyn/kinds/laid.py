@@ -1,4 +1,4 @@
-"""Kinds whose routed layers may stand anywhere, and the patterns that say where."""
+"""Kinds whose routed layers can be anywhere in the model, and the patterns that place them."""
 
 import re
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from megadyn.kinds.kind import DENSE, Kind
 
 @dataclass
 class Laid(Kind):
-    """Base of kinds whose routed layers may stand anywhere: `layout` says where. Mixed in after another base."""
+    """Base of kinds whose routed layers can be anywhere: `layout` places them. A mixin, listed before the other base."""
 
     layout: str | None = None
-    """Which layers are routed: `bilayer` (every second; the default), `zero_attn` (all), `four_attn` (all but 1, 2, L/2,
-    L/2 + 1), or a pattern of T (dense) and D (routed) such as `TDTD` or `T2D14`."""
+    """Which layers are routed: `bilayer` (every second; the default), `zero_attn` (all), `four_attn` (all except 1, 2,
+    L/2, L/2 + 1), or a pattern of T (dense) and D (routed) such as `TDTD` or `T2D14`."""
 
-    fixed: ClassVar[dict[str, str]] = {"layout": "it decides which layers have a router"}
+    fixed: ClassVar[dict[str, str]] = {"layout": "it determines which layers have a router"}
 
     def layer_types(self, num_layers: int) -> list[str]:
         pattern = expand_layout("bilayer" if self.layout is None else self.layout, num_layers)
@@ -40,7 +40,7 @@ class Laid(Kind):
 
 
 def expand_layout(layout: str, num_layers: int) -> str:
-    """A layout as one letter per layer: T dense, D routed. ConfigError unless it describes `num_layers` layers."""
+    """A layout as one letter per layer: T dense, D routed. Raises ConfigError unless it gives `num_layers` layers."""
     half = num_layers // 2
     named = {
         "bilayer": ("TD" * num_layers)[:num_layers],

@@ -1,8 +1,8 @@
-"""DTF and DTRNet as earlier versions saved them, converted as they are read.
+"""Converts DTF and DTRNet models saved by earlier versions when they are read.
 
-In DTF the offset itself was the parameter (`router.ce_offset`), under log(offset + 1e-10), and tokens were ranked by G, so that
-thresholds were values of G. Now its logarithm is the parameter, and r = -log(1 - G) the score. DTRNet's expert choice ranked
-by p0; now the logit difference is the score.
+In DTF, the parameter was the offset itself (`router.ce_offset`), used as log(offset + 1e-10). Tokens were ranked by G,
+so thresholds were values of G. Now the parameter is its logarithm, and the score is r = -log(1 - G). DTRNet's expert
+choice ranked by p0; now its score is the logit difference.
 """
 
 import math
@@ -13,32 +13,32 @@ from megadyn.errors import ConfigError, UserError
 from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtrnet import Dtrnet
 
-if TYPE_CHECKING:  # manifests are read without torch too
+if TYPE_CHECKING:  # manifests must be readable without torch
     from torch import Tensor
 
 OFFSET, LOG_OFFSET = "ce_offset_init", "ce_log_offset_init"
 LEAST_OFFSET = 1e-10
-"""Earlier versions took log(offset + 1e-10), so an offset of 0 was allowed and meant this one."""
+"""Earlier versions used log(offset + 1e-10), so an offset of 0 was allowed and meant this value."""
 OLDER, NEWER = "router.ce_offset", "router.ce_log_offset"
 ADDED = 1e-10
-"""What the older forward pass added to the offset under the logarithm."""
+"""Added to the offset inside the logarithm by the older forward pass."""
 CERTAIN = 25 * math.log(2)
-"""r from which float32's G is 1 (1 - G < 2^-25), and the logit difference from which p0 is. A threshold of 1 took the tokens
-beyond it."""
+"""The r from which on float32's G is 1 (1 - G < 2^-25), and the logit difference from which on p0 is 1. A threshold of
+1 took the tokens beyond it."""
 IMPOSSIBLE = -150 * math.log(2)
-"""The logit difference up to which float32's p0 is 0."""
+"""The logit difference below which float32's p0 is 0."""
 
 
 def log_of_offset(offset: float) -> float:
-    """`ce_log_offset_init` for an older `ce_offset_init` of at least 0."""
+    """Converts an older `ce_offset_init` (at least 0) to `ce_log_offset_init`."""
     return math.log(max(offset, LEAST_OFFSET))
 
 
 def with_newer_keys(given: dict[str, Any], source: str) -> dict[str, Any]:
-    """`given`, one file's or the command line's keys, with those of earlier versions converted.
+    """`given`, the keys of one file or of the command line, with keys of earlier versions converted.
 
     Raises:
-        UserError: an older key beside the newer one, or a value that cannot be converted.
+        UserError: an older key and its newer one are both given, or a value cannot be converted.
     """
     model = given.get("model", {})
     routing = model.get("routing", {}) if isinstance(model, dict) else {}
@@ -46,8 +46,8 @@ def with_newer_keys(given: dict[str, Any], source: str) -> dict[str, Any]:
         return given
     if LOG_OFFSET in routing:
         raise UserError(
-            f"model.routing.{OFFSET} in {source}: is the older spelling of model.routing.{LOG_OFFSET}, "
-            "which is given too; keep one of them"
+            f"model.routing.{OFFSET} in {source}: this is the older spelling of model.routing.{LOG_OFFSET}, "
+            "which is also given; keep one of them"
         )
     offset = routing[OFFSET]
     if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not 0 <= offset < math.inf:
@@ -59,21 +59,21 @@ def with_newer_keys(given: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def newer_name(name: str) -> str:
-    """A tensor's name today; an optimizer state's is NAME/STATE."""
+    """A tensor's current name. Optimizer states are called NAME/STATE."""
     parameter, slash, state = name.partition("/")
     return parameter.removesuffix(OLDER) + NEWER + slash + state if parameter.endswith(OLDER) else name
 
 
 def older_name(name: str) -> str:
-    """What a tensor was called where the offset itself was the parameter."""
+    """A tensor's name in versions whose parameter was the offset itself."""
     parameter, slash, state = name.partition("/")
     return parameter.removesuffix(NEWER) + OLDER + slash + state if parameter.endswith(NEWER) else name
 
 
 def log_offset(offset: "Tensor", name: str) -> "Tensor":
-    """The newer parameter that gives what the older one gave.
+    """The newer parameter that is equivalent to the older one.
 
-    Raises UserError for an offset below 0: the older model's scores are NaN, so there is nothing to be kept.
+    Raises UserError for an offset below 0: the older model's scores are NaN, so there is nothing to convert.
     """
     inside = offset.double() + ADDED
     if not (inside > 0).all():
@@ -85,9 +85,9 @@ def log_offset(offset: "Tensor", name: str) -> "Tensor":
 
 
 def moment(state: str, value: "Tensor", offset: "Tensor") -> "Tensor":
-    """Adam's moment of the newer parameter, by the chain rule: d/d(log o) = o d/do, and the second moment is of squares.
+    """Adam's moment of the newer parameter, by the chain rule: d/d(log o) = o d/do; the second moment uses its square.
 
-    Better than beginning anew: Adam's step count, shared with all other parameters, would make zeros a large first step.
+    This is better than resetting it: Adam shares its step count between all parameters, so zeros would cause a large first step.
     """
     factor = offset.double() + ADDED
     if state == "exp_avg_sq":
@@ -96,19 +96,19 @@ def moment(state: str, value: "Tensor", offset: "Tensor") -> "Tensor":
 
 
 def score_threshold(tau: float) -> float:
-    """The threshold on r for one on G. From 1 on it took the tokens whose G rounds to 1, and so it does then."""
+    """Converts a threshold on G to one on r. From 1 on it took the tokens whose G rounds to 1, and it still does."""
     return -math.log1p(-tau) if tau < 1 else CERTAIN
 
 
 def lead_threshold(tau: float) -> float:
-    """The threshold on the logit difference for one on p0."""
+    """Converts a threshold on p0 to one on the logit difference."""
     if tau >= 1:
         return CERTAIN
     return math.log(tau / (1 - tau)) if tau > 0 else IMPOSSIBLE
 
 
 def newer_threshold_of(routing: dict[str, Any]) -> Callable[[float], float] | None:
-    """What becomes of an older export's thresholds, by its `routing`; None where they stay."""
+    """The conversion of an older export's thresholds, given its `routing`; None if they need none."""
     for kind, converted in ((Dtf, score_threshold), (Dtrnet, lead_threshold)):
         if routing.get("kind") == kind.name and routing.get("score") != kind.scores[-1]:
             return converted
@@ -116,10 +116,10 @@ def newer_threshold_of(routing: dict[str, Any]) -> Callable[[float], float] | No
 
 
 def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's manifest with the model section and the thresholds of an older DTF or DTRNet converted."""
+    """A checkpoint's manifest with the model section and thresholds of an older DTF or DTRNet converted."""
     model = manifest["model"]
     routing = model.get("routing", {})
-    converted = None  # what of its thresholds
+    converted = None  # the conversion of its thresholds
     if routing.get("kind") == Dtf.name and OFFSET in routing:
         converted = score_threshold
     if routing.get("kind") == Dtrnet.name and NEWER_KEYS.keys() - routing.keys():
@@ -138,13 +138,13 @@ def newer_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 NEWER_KEYS = {"target_share": None, "aux_loss_lambda_limit": Dtrnet.aux_loss_lambda_limit}
-"""Of model.routing, which manifests do not have that are older than DTRNet's thresholds on logit differences."""
+"""Keys of model.routing that are missing in manifests older than DTRNet's thresholds on logit differences."""
 
 
 def _newer_average(
     state: dict[str, float], momentum: float, converted: Callable[[float], float]
 ) -> dict[str, float]:
-    """The running average whose value is the converted threshold after as many steps."""
+    """The running average that gives the converted threshold after the same number of steps."""
     if not state["steps"]:
         return state
     share = 1 - momentum ** state["steps"]

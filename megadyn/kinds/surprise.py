@@ -1,4 +1,4 @@
-"""What kinds have in common that score tokens by surprise: their keys. No torch."""
+"""Keys of all kinds that score tokens by surprise. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from megadyn.kinds.topk import TopK
 SURPRISE_LEGEND = {
     "S_CE": "S_CE: expected change, mean over tokens",
     "S_CU": "S_CU: unexpected change, mean over tokens",
-    "D_st": "D_st: what the layer changed, mean square",
-    "D_ch": "D_ch: what the prior left unexplained, mean square",
+    "D_st": "D_st: the layer's change of the token, mean square",
+    "D_ch": "D_ch: the part of it that the prior did not predict, mean square",
     "beta_ce": "beta_ce, before softplus",
     "beta_cu": "beta_cu, before softplus",
     "ce_log_offset": "ce_log_offset: lambda_ce, the logarithm of the offset",
@@ -24,23 +24,24 @@ SURPRISE_LEGEND = {
 
 @dataclass
 class Surprising(TopK):
-    """Base of kinds that score a token by how much a layer changed it, against a cheap prediction of that: the prior."""
+    """Base of kinds that score a token by how much a layer changed it, compared with a cheap prediction of that change:
+    the prior."""
 
     ma_window: int = 100
     """Tokens in the moving average of the static surprise."""
     prior_factor: float = 0.0625
     """Inner width of the prior's feed-forward, as a share of the hidden size."""
     prior_loss_weight: float = 0.05
-    """Weight of the prior's loss, the mean change surprise; it reaches the prior alone."""
+    """Weight of the prior's loss, the mean change surprise. Its gradient reaches only the prior."""
     beta_ce_init: float = -0.3
     """Initial beta_ce; its softplus scales the expected-change criterion."""
     beta_cu_init: float = -0.6
     """Initial beta_cu; its softplus scales the unexpected-change criterion."""
     ce_log_offset_init: float = math.log(1.025)
-    """Initial lambda_ce, the logarithm of the offset of S_CE. `ce_offset_init`, the offset itself, is the older spelling; it is
-    still read, and converted."""
+    """Initial lambda_ce, the logarithm of the offset of S_CE. The older spelling `ce_offset_init` (the offset itself)
+    is still read and converted."""
     cu_multiplier_init: float = 1.1
-    """Initial m_cu, by which the moving average is multiplied."""
+    """Initial m_cu, the factor on the moving average."""
 
     fixed = {"prior_factor": SHAPES}
     recorded = (*TopK.recorded, "ma_window", "prior_factor")
@@ -56,7 +57,7 @@ class Surprising(TopK):
                 raise ConfigError(f"model.routing.{name}", getattr(self, name), "a finite number")
 
     def prior_size(self, shape: Shape) -> int:
-        """Inner width of the prior: max(2, ceil(d f) made even) (thesis, section 3)."""
+        """Inner width of the prior: max(2, ceil(d f)), rounded up to an even number (thesis, section 3)."""
         width = math.ceil(shape.hidden_size * self.prior_factor)
         return max(2, width + width % 2)
 

@@ -1,4 +1,4 @@
-"""Kinds whose routed layers take the best tokens of each sequence by some score, and the causal rules that stand in for that."""
+"""Kinds whose routed layers take the tokens with the best scores in each sequence, and the causal rules that replace top-k."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from megadyn.kinds.kind import Kind
 
 @dataclass
 class Capped(Kind):
-    """Base of kinds whose routed layers take the k = max(1, floor(capacity T)) best tokens of each sequence, by some score."""
+    """Base of kinds whose routed layers take the k = max(1, floor(capacity T)) tokens with the best scores in each sequence."""
 
     capacity: float | None = None
-    """Share of each sequence's tokens that a routed layer takes under top-k, in (0, 1]."""
+    """Share of each sequence's tokens that a routed layer takes by top-k, in (0, 1]."""
 
     default_capacity: ClassVar[float] = 0.5
     recorded: ClassVar[tuple[str, ...]] = ("capacity",)
@@ -30,7 +30,7 @@ class Capped(Kind):
 
     @property
     def rule(self) -> str:
-        """The causal rule that stands in for top-k, one of `rules`."""
+        """The causal rule that replaces top-k in use, one of `rules`."""
         return self.rules[0]
 
     @property
@@ -57,37 +57,37 @@ class Capped(Kind):
             f"{self.sentence}\n\n"
             f"**In training** a routed layer takes exactly the {self.share:.1%} of a sequence's tokens with the highest "
             f'scores (top-k), which looks at the whole sequence. **In use** `config.routing_mode = "causal"`, the default, '
-            f"looks at no later token: {RULES[self.rule]} (`{self.rule}`).{agreed}\n\n"
+            f"does not look ahead: {RULES[self.rule]} (`{self.rule}`).{agreed}\n\n"
             '`routing_mode = "topk"` scores whole texts as in training. It has no cache, and its choice depends on all '
             "tokens of a row: padding needs an `attention_mask`, and tools that give none (lm_eval) need a batch of one."
         )
 
     def taken(self, length: int, share: float | None) -> float:
-        """Tokens of a sequence that a routed layer takes: the measured share of it, or top-k's count."""
+        """Tokens of a sequence that a routed layer takes, at the measured share or, if None, as top-k does."""
         return capacity_count(self.share, length) if share is None else share * length
 
     def summed_if_skipping(self, work: Workload) -> float:
-        """`summed` of a layer whose whole block is skipped by the tokens not chosen. Under sequence parallelism the chosen are
-        summed once more, when they come together from the parts."""
+        """`summed` of a layer whose whole block is skipped by tokens that are not chosen. Under sequence parallelism
+        the chosen ones are summed once more, when they are gathered from the parts."""
         return self.share * (1.5 if work.sequence else 1.0)
 
 
 @dataclass
 class TopK(Capped):
-    """Base of kinds whose scores are learned, so that a causal rule for them must be learned too."""
+    """Base of kinds whose scores are learned, so that their causal rule must be learned too."""
 
     causal: str | None = None
-    """The rule that stands in for top-k where the future is unknown: `threshold` (a running average of the lowest score that
-    top-k took), `predictor` (a small network trained to tell top-k's choice), or another that the kind has."""
+    """The rule that replaces top-k when the future is unknown: `threshold` (a running average of the lowest score that
+    top-k took), `predictor` (a small network trained to predict top-k's choice), or another rule of the kind."""
     threshold_momentum: float = 0.99
-    """Momentum, per training step, of the running average that becomes the threshold."""
+    """Momentum per training step of the running average that gives the threshold."""
     predictor_loss_weight: float = 0.01
-    """Weight of the predictor's binary cross-entropy against the top-k choice; it reaches the predictor alone."""
+    """Weight of the predictor's binary cross-entropy against the top-k choice. Its gradient reaches only the predictor."""
     choose: str = "topk"
-    """How training chooses: `topk`, or `threshold`: each token whose score reaches the threshold that use goes by, which follows
-    so that a share `capacity` of all tokens does (arXiv 2603.11535)."""
+    """How training chooses: by `topk`, or by `threshold`: every token whose score reaches the threshold, the same rule
+    as in use. The threshold is adjusted so that a share `capacity` of all tokens reaches it (arXiv 2603.11535)."""
     threshold_start: int | None = None
-    """With `choose: threshold`: steps of top-k before it (default 100)."""
+    """With `choose: threshold`: number of steps with top-k at the start (default 100)."""
     safe_min: float | None = None
     """With `choose: threshold`, in training: at least this share of each sequence is taken (default: half the capacity)."""
     safe_max: float | None = None
@@ -134,17 +134,17 @@ class TopK(Capped):
 
     @property
     def by_threshold(self) -> bool:
-        """Whether training goes by the threshold too, after its first steps."""
+        """Whether training also uses the threshold, after its first steps."""
         return self.choose == "threshold"
 
     @property
     def start(self) -> int:
-        """Steps of top-k before the threshold."""
+        """Number of steps with top-k before the threshold is used."""
         return 100 if self.threshold_start is None else self.threshold_start
 
     @property
     def guards(self) -> tuple[float, float]:
-        """The least and the largest share of a sequence that training takes by threshold."""
+        """The smallest and the largest share of a sequence that training by threshold takes."""
         least = self.share / 2 if self.safe_min is None else self.safe_min
         return least, min(1.0, 2 * self.share) if self.safe_max is None else self.safe_max
 
@@ -166,9 +166,9 @@ class TopK(Capped):
         if "routed_fraction" in measured:
             seen = f" At the end of training {measured['routed_fraction']:.1%} of tokens did."
         return (
-            f"{self.sentence}\n\nIn training, after {self.start} steps of top-k, and in use alike a token is processed if "
-            f"its score reaches the layer's threshold, which training moved so that {self.share:.1%} of all tokens do "
-            f"(arXiv 2603.11535).{seen} In training alone a sequence gave at least {self.guards[0]:.1%} and at most "
+            f"{self.sentence}\n\nBoth in use and in training (after {self.start} steps of top-k), a token is processed if "
+            f"its score reaches the layer's threshold, which training adjusted so that {self.share:.1%} of all tokens do "
+            f"(arXiv 2603.11535).{seen} Only in training, a sequence gave at least {self.guards[0]:.1%} and at most "
             f"{self.guards[1]:.1%} of its tokens. There is one routing mode: `topk` and `causal` are the same."
         )
 
@@ -192,7 +192,7 @@ class TopK(Capped):
         return d * (d // 2) + d // 2 if self.causal == "predictor" else 0
 
     def predictor_kept(self, work: Workload) -> float:
-        """The predictor's; and in fp32 the layer's input, which it reads as it is."""
+        """What the predictor keeps; in fp32 also the layer's input, which it reads directly."""
         d = work.model.hidden_size
         return (router_kept(work, 2 * (d // 2)) + work.part * 4 * d * (work.bytes == 4)) * (
             self.causal == "predictor"
@@ -202,8 +202,8 @@ class TopK(Capped):
 RULES = {
     "threshold": "a token is processed if its score reaches a threshold, the running average in training of the lowest score "
     "that top-k took",
-    "predictor": "a small network, trained to tell which tokens top-k takes, decides for each token alone",
+    "predictor": "a small network, trained to predict which tokens top-k takes, decides for each token by itself",
     "bce": "a token is processed if its score, trained by cross-entropy against top-k's choice, is above 0",
     "sign": "a token is processed if its score is above 0",
 }
-"""Causal rules of `routing/choice.py`, in words."""
+"""Causal rules of `routing/choice.py`, described for model cards."""

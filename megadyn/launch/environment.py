@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, hosts, layout, variables. One record a start, a line each in environment.jsonl."""
+"""What a run ran on: versions, devices, hosts, layout, variables. Each start adds one line to environment.jsonl."""
 
 import json
 import os
@@ -20,29 +20,29 @@ from megadyn.parallel.grid import Grid
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "flash-attn")
 VARIABLES = re.compile(r"(CUDA|NCCL|TORCH|PYTORCH|OMP|MKL|GLOO|DS|MEGADYN|SLURM|OMPI|UCX|HSA|ROCR|FI)_")
-"""Beginnings of the names that matter."""
+"""Prefixes of environment variables to record."""
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 OTHERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD")
 NOT_OF_THE_RUN = re.compile(
     r"SLURM_.*(NODELIST|TASKS|PROCID|LOCALID|NODEID)|OMPI_.*(RANK|KEYS|FILE|ARGV|SESSION)"
 )
-"""Of single ranks, or as long as the list of hosts."""
+"""Variables to leave out: specific to one rank, or as long as the list of hosts."""
 
 
 def record_start(
     folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int, iterations: int
 ) -> None:
-    """Adds this start's record to the run folder. Collective: rank 0 learns of the others' hosts and devices, and writes."""
+    """Adds this start's record to the run folder. Collective: rank 0 gathers all hosts and devices, and writes."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s) a rank"
+        else f"CPU, {torch.get_num_threads()} thread(s) per rank"
     )
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, (socket.gethostname(), name))
     if dist.get_rank() == 0:
         record = describe(places, grid, zero_stage, iteration) | {"iterations": iterations}
-        # as metrics.jsonl begins anew
+        # A new run starts a new file, as for metrics.jsonl.
         with (folder / "environment.jsonl").open("a" if iteration else "w") as file:
             print(json.dumps(record), file=file)
 
@@ -69,7 +69,7 @@ def describe(places: list[tuple[str, str]], grid: Grid, zero_stage: int, iterati
 
 
 def versions() -> dict[str, str | None]:
-    """By name; None for what is not installed, or not known."""
+    """Versions by name; None for packages that are not installed or have no known version."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "megadyn": megadyn.__version__,
@@ -88,7 +88,7 @@ def nccl_version() -> str | None:
 
 
 def commit_of(package: Path) -> str | None:
-    """The commit of a package in a git working tree, with `-dirty` where tracked files differ from it; None elsewhere."""
+    """The git commit of a package, with `-dirty` if tracked files were changed; None outside of a git working tree."""
 
     def git(*words: str) -> str | None:
         try:
@@ -99,19 +99,19 @@ def commit_of(package: Path) -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed package may lie in the ignored folder of somebody else's repository.
+    # An installed package may be inside an ignored folder of an unrelated repository.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def counted(names: list[str]) -> dict[str, int]:
-    """How many ranks each name has, in the order of ranks."""
+    """Number of ranks per name, in the order of ranks."""
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def variables(environment: dict[str, str]) -> dict[str, str]:
-    """Those that change how a run runs; nothing that may be a secret."""
+    """Variables that affect a run; nothing that may be a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())

@@ -1,4 +1,4 @@
-"""Whether a run can start on the hosts it is to have: asked by the launch scripts, once, before any process starts."""
+"""Checks whether a run can start on its hosts. The launch scripts do this once, before any process starts."""
 
 import re
 import shutil
@@ -18,14 +18,15 @@ SSH_AT_ONCE = 64
 class Host(NamedTuple):
     name: str
     slots: int
-    """Processes, one for each of its GPUs."""
+    """Number of processes, one per GPU."""
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """Hosts as `name slots=8`, one a line; `#` begins a comment. The deepspeed and Open MPI launchers read such files too.
+    """Reads hosts as `name slots=8`, one per line; `#` begins a comment. The deepspeed and Open MPI launchers use the
+    same format.
 
     Raises:
-        UserError: a file that cannot be read, is empty, or has a line of another form or a host twice.
+        UserError: the file cannot be read, is empty, has an invalid line, or names a host twice.
     """
     try:
         lines = path.read_text().splitlines()
@@ -50,7 +51,7 @@ def read_hostfile(path: Path) -> list[Host]:
         raise UserError(f"{path}: names no host; write one per line, as `name slots=8`")
     if "localhost" in hosts and len(hosts) > 1:
         raise UserError(
-            f"{path}: localhost is another machine on each of {len(hosts)} hosts; give the name that the others know"
+            f"{path}: localhost means a different machine on each of {len(hosts)} hosts; give the name that the others know"
         )
     for name in hosts:
         try:
@@ -64,12 +65,12 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def check_ssh(hosts: Sequence[Host]) -> None:
-    """Raises UserError unless each host can be reached as the deepspeed launcher does it: pdsh over ssh, with no password."""
+    """Raises UserError unless each host can be reached as the deepspeed launcher does: by pdsh over ssh, without a password."""
     for command in ("pdsh", "ssh"):
         if shutil.which(command) is None:
             raise UserError(
                 f"the deepspeed launcher needs {command}, which is not installed: install it, or run the script on "
-                "each host with NODE_RANK=0, 1, ..., or take examples/launch/mpi.sh or torchrun.sh"
+                "each host with NODE_RANK=0, 1, ..., or use examples/launch/mpi.sh or torchrun.sh"
             )
     with ThreadPoolExecutor(SSH_AT_ONCE) as pool:
         failed = [found for found in pool.map(_ssh_failure, hosts) if found]

@@ -1,4 +1,4 @@
-"""Joins this process to the others, however it was started: deepspeed, torchrun, mpirun, srun, or alone."""
+"""Joins this process to the others, whether started by deepspeed, torchrun, mpirun, srun, or alone."""
 
 import functools
 import os
@@ -20,41 +20,41 @@ MPI_VARIABLES = {
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
 }
-"""What torch's launchers set, and what Open MPI, MPICH and Intel MPI, and srun set instead."""
+"""Variables set by torch's launchers, and their equivalents from Open MPI, MPICH, Intel MPI and srun."""
 
 
 def adopt_mpi_ranks() -> None:
-    """Gives a process that mpirun or srun started the variables that torchrun would have; first of all, for the log too."""
+    """Sets torchrun's variables in a process started by mpirun or srun. Called first of all, because the log needs them too."""
     if "RANK" in os.environ:
         return
     found = []
     for launcher in range(3):
         ranked = {ours: theirs[launcher] for ours, theirs in MPI_VARIABLES.items()}
-        # A lone command inside a Slurm allocation sees Slurm's variables too: only srun sets a step.
+        # A single command inside a Slurm allocation also sees Slurm's variables; only srun sets a step.
         stepless = ranked["RANK"].startswith("SLURM") and "SLURM_STEP_ID" not in os.environ
         if ranked["RANK"] in os.environ and ranked["WORLD_SIZE"] in os.environ and not stepless:
             found.append(
                 {ours: os.environ[theirs] for ours, theirs in ranked.items() if theirs in os.environ}
             )
-    # srun may set MPICH's variables beside its own, but not the local rank: the fullest set counts, of equal ones the first.
+    # srun may set MPICH's variables in addition to its own, but without the local rank. The largest set wins, then the first.
     os.environ |= max(found, key=len, default={})
 
 
 def world_size() -> int:
-    """Number of processes, known before they are joined."""
+    """Number of processes, known before they join."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_device(wanted: str) -> None:
-    """Raises UserError when DeepSpeed has taken another kind of device than `wanted` (cpu or cuda)."""
+    """Raises UserError if DeepSpeed has chosen another kind of device than `wanted` (cpu or cuda)."""
     if (taken := get_accelerator().device_name()) != wanted:
         raise UserError(
-            f"the device asked for is {wanted}, and DeepSpeed took {taken}: set DS_ACCELERATOR={wanted}"
+            f"the device must be {wanted}, but DeepSpeed chose {taken}: set DS_ACCELERATOR={wanted}"
         )
 
 
 def check_precision(precision: str) -> None:
-    """Raises ConfigError where DeepSpeed does not train in this precision on this device."""
+    """Raises ConfigError if DeepSpeed does not train in this precision on this device."""
     accelerator = get_accelerator()
     asks = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
     if precision in asks and not asks[precision]():
@@ -72,12 +72,12 @@ def attempt() -> int:
 
 
 def local_ranks() -> int:
-    """Number of processes on this machine; 1 if the launcher does not tell."""
+    """Number of processes on this machine; 1 if the launcher does not report it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def check_devices(local_rank: int, processes: int, devices: int) -> None:
-    """Raises UserError unless each of this machine's processes has a device of its own among the `devices` that one sees."""
+    """Raises UserError unless there is a device for each process of this machine; `devices`: number that a process can see."""
     if (wanted := max(processes, local_rank + 1)) > devices:
         raise ConfigError(
             "number of processes on this machine",
@@ -90,10 +90,10 @@ def check_devices(local_rank: int, processes: int, devices: int) -> None:
 def join(timeout_s: float = 1800.0) -> None:
     """Starts torch.distributed through DeepSpeed: NCCL on GPUs, gloo on a CPU.
 
-    `timeout_s`: how long processes wait for each other, now and in every collective.
+    `timeout_s`: how long processes wait for each other, when joining and in every collective.
 
     Raises:
-        UserError: fewer devices than processes. RunError: the others were not met in time.
+        UserError: fewer devices than processes. RunError: the other processes did not join in time.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -113,12 +113,13 @@ def join(timeout_s: float = 1800.0) -> None:
         _share_cores()
     else:
         check_devices(int(os.environ["LOCAL_RANK"]), local_ranks(), get_accelerator().device_count())
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # before the ranks meet: NCCL binds to it
+        # Before joining, because NCCL binds to this device.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     backend, timeout = get_accelerator().communication_backend_name(), timedelta(seconds=timeout_s)
     try:
         if attempt() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The store of torchrun's agent outlives a restart, with the addresses of the processes that died: read by
-            # the new ones, they would wait for the dead. DeepSpeed takes over what stands.
+            # The store of torchrun's agent survives a restart, and still has the addresses of the dead processes. The new
+            # ranks would wait for those. DeepSpeed uses a process group that already exists.
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
             )
@@ -140,8 +141,8 @@ def join(timeout_s: float = 1800.0) -> None:
 
 
 def _hold_groups_to(timeout: timedelta) -> None:
-    """Groups made from now on, ours and DeepSpeed's, wait as long as the default group. `new_group` gives them the backend's
-    own timeout, whatever the default group has."""
+    """Gives all groups created from now on, by us and by DeepSpeed, the timeout of the default group. `new_group` would
+    use the backend's own timeout."""
     made = getattr(dist.new_group, "without_timeout", dist.new_group)
 
     @functools.wraps(made)
@@ -158,7 +159,7 @@ def leave() -> None:
 
 
 def _share_cores() -> None:
-    """Without OMP_NUM_THREADS every rank would use every core, and all would wait for each other."""
+    """Divides the cores among local ranks. Otherwise every rank would use every core, and all would wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
         log.info(

@@ -1,9 +1,9 @@
-"""One run per output folder: a file that says who holds it, renewed as long as the holder lives.
+"""Allows one run per output folder: a lock file names its holder and is renewed as long as the holder is alive.
 
-The file is made by O_CREAT | O_EXCL, which is atomic on NFS too. A holder on this machine is looked up in the process
-table. One elsewhere lives if it renews the file: ages are measured between times that the file server itself gave, so
-that no two clocks are compared. What a run leaves that was killed is taken over; where two starts do so at once, one wins,
-and a run that finds its lock in other hands ends.
+The file is created with O_CREAT | O_EXCL, which is atomic on NFS too. A holder on this machine is looked up in the
+process table. A holder elsewhere is alive if it renews the file. Its age is computed from two times by the file server,
+so clocks are never compared. The lock of a dead run is taken over. If two starts do so at once, one of them wins, and a
+run that finds its lock taken over ends.
 """
 
 import json
@@ -26,35 +26,35 @@ from megadyn.log import log
 
 NAME = "run.lock"
 RENEWED_S = 5.0
-"""The holder renews its lock so often."""
+"""How often the holder renews its lock."""
 STALE_S = 60.0
-"""A lock elsewhere that was not renewed for so long is nobody's."""
+"""A lock from another machine is considered dead if it was not renewed for this long."""
 ENDING_S = 3.0
-"""So long a start waits for a holder on this machine that may just be ending."""
+"""How long a start waits for a holder on this machine that may just be ending."""
 POLL_S = 0.25
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The holder of a lock."""
 
     host: str
     machine: str
-    """Equal where process numbers mean the same; empty where they cannot be looked up."""
+    """Equal on machines that share process numbers; empty if processes cannot be looked up."""
     pid: int
     process_start: str
-    """In the machine's own units: tells a process from a later one of the same number."""
+    """Start time in the machine's own units; distinguishes a process from a later one with the same number."""
     since: str
     """When it took the lock, for people."""
     token: str
-    """Of this one run."""
+    """Unique to this run."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
 class RunLock:
-    """Rank 0 holds it for all ranks, from `with RunLock(folder)` on until the end of the block."""
+    """The lock of a run's folder. Rank 0 holds it for all ranks, inside `with RunLock(folder)`."""
 
     def __init__(self, folder: Path):
         self.path = folder / NAME
@@ -68,7 +68,7 @@ class RunLock:
             secrets.token_hex(8),
         )
         self.problem: str | None = None
-        """Why the lock is no longer ours; the run must end."""
+        """Why we no longer hold the lock, so that the run must end."""
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
 
@@ -76,7 +76,7 @@ class RunLock:
         """Collective.
 
         Raises:
-            UserError: on every rank, when another run holds the folder, or the lock cannot be written.
+            UserError: on every rank, if another run holds the folder or the lock cannot be written.
         """
         problem: list[str | None] = [None]
         if dist.get_rank() == 0:
@@ -103,7 +103,7 @@ class RunLock:
     # ---- taking it -------------------------------------------------------------------------------
 
     def take(self) -> None:
-        """Makes the lock, once no living run holds it. UserError if one does."""
+        """Creates the lock, unless a living run holds it (UserError)."""
         while not self._made():
             holder = self._read(self.path)
             if self._is_alive(holder):
@@ -115,7 +115,7 @@ class RunLock:
             self._clear(holder)
 
     def release(self) -> None:
-        with suppress(OSError):  # a lock that cannot be removed is found dead by the next run
+        with suppress(OSError):  # the next run will detect that a remaining lock is dead
             if self._read(self.path) == self.me:
                 self.path.unlink()
 
@@ -132,7 +132,7 @@ class RunLock:
 
     @staticmethod
     def _read(path: Path) -> Holder | None:
-        """None for a lock that is gone, or is just being written."""
+        """The holder; None if the lock is gone or is just being written."""
         try:
             return Holder(**json.loads(path.read_text()))
         except (FileNotFoundError, ValueError, TypeError):
@@ -149,7 +149,7 @@ class RunLock:
         return self._is_renewed()
 
     def _is_renewed(self) -> bool:
-        """Watches a lock of a process that cannot be looked up, until it is renewed, gone or stale."""
+        """Watches the lock of a process that cannot be looked up, until it is renewed, gone or stale."""
         first, told = self._changed(), False
         while True:
             changed = self._changed()
@@ -169,7 +169,8 @@ class RunLock:
             time.sleep(POLL_S)
 
     def _changed(self) -> float | None:
-        """When the lock was last renewed, by the file server's clock; None if it is gone. Opened, as NFS then asks the server."""
+        """When the lock was last renewed, by the file server's clock; None if it is gone. Opens it, so that NFS asks
+        the server."""
         try:
             with self.path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime
@@ -177,7 +178,7 @@ class RunLock:
             return None
 
     def _now(self) -> float:
-        """By the file server's clock."""
+        """The current time by the file server's clock."""
         probe = self.path.with_name(f".{NAME}.{self.me.token}")
         try:
             probe.write_text("")
@@ -186,7 +187,7 @@ class RunLock:
             probe.unlink(missing_ok=True)
 
     def _clear(self, dead: Holder | None) -> None:
-        """Takes a dead run's lock away, unless another start has just done so and holds it."""
+        """Removes a dead run's lock, unless another start has already done so and holds it now."""
         grave = self.path.with_name(f".{NAME}.{self.me.token}.dead")
         try:
             self.path.rename(grave)
@@ -194,10 +195,10 @@ class RunLock:
             return
         taken = self._read(grave)
         if taken != dead:
-            with suppress(FileExistsError):  # then a third one has it, and the second will notice
+            with suppress(FileExistsError):  # then a third start has the lock, and the second will notice
                 os.link(grave, self.path)
         elif dead:
-            log.warning("%s: left by a run that is gone (%s), taken over", self.path, dead)
+            log.warning("%s: left by a run that is gone (%s); taken over", self.path, dead)
         grave.unlink()
 
     # ---- keeping it ------------------------------------------------------------------------------
@@ -211,20 +212,20 @@ class RunLock:
             except OSError as error:
                 if not is_failing:
                     log.warning(
-                        "%s cannot be renewed (%s): another start may take this run for dead",
+                        "%s cannot be renewed (%s): another start may consider this run dead",
                         self.path,
                         error,
                     )
                 is_failing = True
 
     def renew(self) -> None:
-        """Once. Sets `problem` where another run holds the lock by now."""
+        """Renews the lock once. Sets `problem` if another run holds it now."""
         holder = self._read(self.path)
         if holder is None and self._made():
             return  # somebody removed it
         if holder != self.me:
             self.problem = (
-                f"{self.path} was taken over by another run ({holder}), which took this one for dead"
+                f"{self.path} was taken over by another run ({holder}), which considered this one dead"
             )
             return
         os.utime(self.path)

@@ -1,4 +1,4 @@
-"""Processes of this machine: who runs where, whether one lives, and which launcher started this one."""
+"""Processes of this machine: where a rank runs, whether a process is alive, and which launcher started this one."""
 
 import os
 import re
@@ -14,7 +14,7 @@ class Place(NamedTuple):
 
     host: str
     machine: str
-    """Equal where process numbers mean the same; empty where they cannot be looked up."""
+    """Equal on machines that share process numbers; empty if processes cannot be looked up."""
     pid: int
 
 
@@ -24,12 +24,12 @@ def here() -> Place:
             "/proc/self/ns/pid"
         )
     except OSError:
-        machine = ""  # no Linux: heartbeats alone tell
+        machine = ""  # not Linux: only heartbeats show whether a rank is alive
     return Place(socket.gethostname(), machine, os.getpid())
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the command's name; none where there is no such process."""
+    """The fields of /proc/PID/stat after the command's name; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -37,19 +37,19 @@ def _stat(pid: int) -> list[str]:
 
 
 def process_state(pid: int) -> str | None:
-    """The letter that `ps` shows (R runs, S sleeps, T is stopped, Z is dead), or None when there is no such process."""
+    """The state letter that `ps` shows (R runs, S sleeps, T is stopped, Z is dead); None if there is no such process."""
     fields = _stat(pid)
     return fields[0] if fields else None
 
 
 def process_start(pid: int) -> str | None:
-    """When a living process began, in clock ticks since boot; with the number it names one process. None for a dead one."""
+    """Start time of a living process in clock ticks since boot, which with the PID identifies it. None for a dead one."""
     fields = _stat(pid)
     return fields[19] if len(fields) > 19 and fields[0] not in ("Z", "X") else None
 
 
 class Process(NamedTuple):
-    """One process, told apart from a later one with its number."""
+    """One process, distinguishable from a later one with the same PID."""
 
     pid: int
     start: str
@@ -85,11 +85,11 @@ MODULES = (
     "deepspeed.launcher.launch",
 )
 WRAPPERS = 3
-"""At most so many processes (a shell, numactl, a profiler) stand between a launcher and a rank."""
+"""Largest number of processes (a shell, numactl, a profiler) between a launcher and a rank."""
 
 
 def is_launcher(process: Process) -> bool:
-    """Whether it is a program that starts ranks, or a daemon of one."""
+    """Whether it is a program that starts ranks, or its daemon."""
     words = process.words
     if any(flag == "-m" and module in MODULES for flag, module in pairwise(words)):
         return True
@@ -98,11 +98,11 @@ def is_launcher(process: Process) -> bool:
 
 
 def launchers(look: Callable[[int], Process | None] = process_of) -> list[Process]:
-    """The processes whose end means that this rank has no launcher any more, nearest first; none where no launcher that is
-    known started it.
+    """The processes whose end means that this rank has lost its launcher, nearest first; empty if no known launcher started it.
 
-    A parent that is no launcher is not watched: a shell that started a run in the background may end. `deepspeed` starts one
-    process on each machine, which starts the ranks; where it does so over ssh, a shell of that connection stands between.
+    A parent that is not a launcher is not watched: a shell that started a run in the background may end. `deepspeed`
+    starts one process on each machine, which starts the ranks; if it does so over ssh, there is a shell of that
+    connection in between.
     """
     process = look(os.getppid())
     for _ in range(WRAPPERS):
@@ -118,7 +118,7 @@ def launchers(look: Callable[[int], Process | None] = process_of) -> list[Proces
 
 
 def _connection(process: Process, look: Callable[[int], Process | None]) -> list[Process]:
-    """The ssh server that runs a command (`bash -c ...`), not one of an interactive shell, which may be left behind."""
+    """The ssh server that runs a command (`bash -c ...`); not that of an interactive shell, which a run may outlive."""
     if "-c" in process.words[1:2] and Path(process.words[0]).name in ("sh", "bash", "dash", "zsh"):
         process_above = look(process.parent)
     else:

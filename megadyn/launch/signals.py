@@ -1,4 +1,4 @@
-"""Signals from outside that end a run in good order."""
+"""Signals that make a run save and end."""
 
 import signal
 import threading
@@ -17,9 +17,9 @@ MOST_STEPS = 20
 
 class Answer(NamedTuple):
     stop: bool
-    """Some rank was asked to stop."""
+    """Whether any rank was asked to stop."""
     is_idle: bool
-    """No rank has work in the background."""
+    """Whether no rank has work in the background."""
 
 
 class Signals:
@@ -27,9 +27,9 @@ class Signals:
     steps take less than INTERVAL, one within about that time."""
 
     def __init__(self, on_stop: Callable[[str], None] = lambda name: None):
-        """`on_stop` is told the signal's name as soon as it arrives."""
+        """`on_stop` is called with the signal's name as soon as it arrives."""
         self.received: str | None = None
-        """What asked the run to stop: the signal's name, or words."""
+        """Why the run must stop: the signal's name, or another reason."""
         self._on_stop = on_stop
         # A host-side group: asking must not wait for the device.
         self._group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
@@ -44,11 +44,11 @@ class Signals:
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)  # asked twice, it ends at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
         self._on_stop(self.received)
 
     def request(self, why: str) -> None:
-        """Asks for the same from another thread of this process."""
+        """Asks the run to stop, from another thread of this process."""
         self.received = self.received or why
 
     def ask(self, is_busy: bool = False) -> Answer:
@@ -71,7 +71,7 @@ class Signals:
         return Answer(bool(stop), not busy)
 
     def reason(self) -> str:
-        """What asked the run to stop, from the first rank that was asked. Collective, after an answer that says stop."""
+        """Why the run must stop, from the first rank that was asked. Collective; call it after an answer that says stop."""
         reasons = [self.received]
         if self._group is not None:
             reasons = [None] * dist.get_world_size()

@@ -1,11 +1,11 @@
-"""Ends the whole job, naming the rank and the cause, when a rank dies or hangs.
+"""Ends the whole job if a rank dies or hangs, and names the rank and the cause.
 
-Every rank writes a heartbeat into the store that the ranks met through: what it is doing and for how long. Rank 0
-reads all of them, the others read rank 0's; a rank of the same machine is also looked up in the process table, so
-that its death is known within a second. Who finds a fault leaves a notice in the store, and every rank ends with it; a
-silent rank cannot end itself, so the others of its machine kill it. A rank whose launcher is gone asks the run to save and
-end, as a signal would: nobody else would end it, and the next start would be a second run.
-Two threads: one may wait for the store as long as it likes, the other never waits for anything.
+Every rank writes heartbeats to the store through which the ranks met: what it is doing, and for how long. Rank 0 reads
+all of them; the others read rank 0's. Ranks on the same machine are also looked up in the process table, so that a
+death is noticed within a second. A rank that detects a fault leaves a notice in the store, and every rank ends when it
+sees that. A silent rank cannot end itself, so the other ranks on its machine kill it. A rank whose launcher is gone
+asks the run to save and end, as a signal would: nothing else would end it, and the next start would be a second run.
+There are two threads: one may block in calls to the store, the other never blocks.
 """
 
 import faulthandler
@@ -28,7 +28,7 @@ from megadyn.launch.processes import Place, Process, here, process_state
 
 POLL_S = 0.5
 PATIENCE_S = 2.0
-"""How long a rank that was told of a fault elsewhere may still end by itself, with its own words."""
+"""How long a rank that was told of a fault elsewhere may take to end by itself, with its own message."""
 STATUS = 1
 
 
@@ -38,13 +38,13 @@ class Seen(NamedTuple):
     number: int
     doing: str
     for_s: float
-    """How long it had been doing so."""
+    """How long it had been doing that."""
     at: float
-    """When a new one was last seen here, by this process's clock."""
+    """When a new heartbeat was last seen, by this process's clock."""
 
 
 class OtherRankFailed(RunError):
-    """The fault of another rank, which ended this one."""
+    """This rank ends because of another rank's fault."""
 
 
 class Notice(NamedTuple):
@@ -52,11 +52,11 @@ class Notice(NamedTuple):
 
     sentence: str
     silent: int | None = None
-    """The rank that is not heard from, and so will not read this."""
+    """The rank that no longer responds, and so will not read this."""
 
 
 class Watchdog:
-    """Of one rank, around all its work. The rank calls `progress` as it goes."""
+    """Watches over one rank; wraps all its work. The rank calls `progress` regularly."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Watchdog:
         """Collective.
 
         Args:
-            end: ends the process at once; its main thread may be stuck.
-            launchers: whose end is the end of the run. lost: says why the run must not go on, or None.
+            end: ends the process at once, even if its main thread is stuck.
+            launchers: processes whose end must end the run. lost: says why the run must stop, or None.
         """
         self._launchers, self._lost_claim, self._is_orphan = launchers, lost, False
         self.request_stop: Callable[[str], None] | None = None
-        """Asks the run to save and end; None while there is nothing to save, and the rank ends at once."""
+        """Asks the run to save and end. None while there is nothing to save; the rank then ends at once."""
         self.timeout_s, self.grace_s, self._end = timeout_s, grace_s, end
-        self.silence_s = timeout_s / 2  # the silent one is named before the others' own time is over
+        self.silence_s = timeout_s / 2  # shorter, so that a silent rank is named before the others time out
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._poll_s = min(POLL_S, timeout_s / 8)
         self._doing, self._since = "building the model", time.monotonic()
@@ -93,7 +93,7 @@ class Watchdog:
             self._beat(0)
             self._threads.append(threading.Thread(target=self._exchange, name="heartbeat", daemon=True))
         self.places: list[Place] = [here()] * self.world
-        dist.all_gather_object(self.places, here())  # and from here on every heartbeat is there
+        dist.all_gather_object(self.places, here())  # after this, every rank has written a heartbeat
         machine = self.places[self.rank].machine
         self._neighbours = [
             rank
@@ -109,7 +109,8 @@ class Watchdog:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Tells the others of an error here; raises OtherRankFailed instead where it only follows from theirs."""
+        """Reports this rank's error to the others. If the error only results from another rank's, raises
+        OtherRankFailed instead."""
         if (
             isinstance(error, Exception)
             and not isinstance(error, (UserError, RunError))
@@ -124,7 +125,7 @@ class Watchdog:
     # ---- what the rank calls ---------------------------------------------------------------------
 
     def progress(self, doing: str) -> None:
-        """The rank lives, and begins `doing`, which may take `timeout_s`."""
+        """Reports that the rank is alive and begins `doing`, which may take `timeout_s`."""
         self._doing, self._since = doing, time.monotonic()
 
     def asked_to_stop(self, signal_name: str) -> None:
@@ -132,13 +133,13 @@ class Watchdog:
         self._asked_to_stop = (signal_name, time.monotonic())
 
     def stop(self) -> None:
-        """Before the ranks end in order: one that is gone from now on is no fault."""
+        """Called before the ranks end normally: from now on a missing rank is not a fault."""
         self._stopped.set()
-        for thread in self._threads:  # one inside a store call would abort the ending interpreter
+        for thread in self._threads:  # a thread inside a store call would crash the interpreter's shutdown
             thread.join(PATIENCE_S)
 
     def _cause_elsewhere(self) -> str | None:
-        """The fault of another rank that explains an error of this one, or None. Takes a moment."""
+        """The fault of another rank that explains this rank's error, or None. Waits a moment for it."""
         end = time.monotonic() + PATIENCE_S
         while self._notice is None and self.world > 1 and time.monotonic() < end:
             time.sleep(0.05)
@@ -154,7 +155,7 @@ class Watchdog:
             )
             self._leave(notice).join(PATIENCE_S)
 
-    # ---- the thread that never waits -------------------------------------------------------------
+    # ---- the thread that never blocks ------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._poll_s):
@@ -177,7 +178,7 @@ class Watchdog:
             elif now - self._since > self.timeout_s:
                 self._end_job(
                     f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
-                    f"{self._doing}{self._others()}; raise training.timeout_s if that is usual",
+                    f"{self._doing}{self._others()}; raise training.timeout_s if that is normal",
                     stacks=True,
                 )
 
@@ -188,7 +189,7 @@ class Watchdog:
         self._is_orphan = True
         if self.request_stop is None:
             self._end_job(f"rank {self.rank}: its launcher ({gone}) is gone", stacks=False)
-        elif self._asked_to_stop is None:  # else the launcher passed a signal on before it ended
+        elif self._asked_to_stop is None:  # otherwise the launcher passed on a signal before it ended
             self.asked_to_stop(f"the end of its launcher ({gone})")
             self.request_stop(f"the end of its launcher ({gone})")
 
@@ -199,11 +200,11 @@ class Watchdog:
         self._end_job(notice.sentence, stacks=notice.silent is not None)
 
     def _fault(self, now: float) -> Notice | None:
-        """What is wrong with another rank, as far as seen from here."""
+        """A fault of another rank, as seen from here, or None."""
         for rank in self._neighbours:
             if process_state(self.places[rank].pid) not in (None, "Z", "X"):
                 continue
-            # twice: it may have left a notice
+            # Only if still missing at the next poll, because it may have left a notice.
             if now - self._missing_since.setdefault(rank, now) > self._poll_s:
                 return Notice(
                     f"rank {rank} ({self._where(rank)}) died: killed from outside, out of memory, or crashed"
@@ -214,7 +215,7 @@ class Watchdog:
                 is_stopped = rank in self._neighbours and process_state(self.places[rank].pid) in ("T", "t")
                 why = "it is stopped (SIGSTOP)" if is_stopped else "hung, or its machine or network is gone"
                 return Notice(
-                    f"rank {rank} ({self._where(rank)}) was not heard from for {now - seen.at:.0f} s: {why}"
+                    f"rank {rank} ({self._where(rank)}) sent no heartbeat for {now - seen.at:.0f} s: {why}"
                     f"{self._last(rank)}",
                     silent=rank,
                 )
@@ -226,7 +227,7 @@ class Watchdog:
         return None
 
     def _end_job(self, sentence: str, *, stacks: bool) -> None:
-        with suppress(OSError):  # the reader of what the rank prints may be what is gone
+        with suppress(OSError):  # whatever reads this output may be gone
             sys.stdout.flush()
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         if stacks:
@@ -240,16 +241,16 @@ class Watchdog:
         return f"; last heard from {self._seen[rank].doing}" if rank in self._seen else ""
 
     def _others(self) -> str:
-        """What the ranks seen from here are doing, those that wait least first: one of them holds up the rest."""
+        """What the other known ranks are doing, shortest wait first: one of those is holding up the rest."""
         least = sorted(
             (seen.for_s + time.monotonic() - seen.at, rank, seen.doing) for rank, seen in self._seen.items()
         )
         return "".join(f"; rank {rank}: {doing}, {for_s:.0f} s" for for_s, rank, doing in least[:3])
 
-    # ---- the thread that talks to the store ------------------------------------------------------
+    # ---- the thread that uses the store ----------------------------------------------------------
 
     def _key(self, name: object) -> str:
-        return f"megadyn/{attempt()}/{name}"  # the store of torchrun's agent outlives a restart
+        return f"megadyn/{attempt()}/{name}"  # by attempt, because the store of torchrun's agent survives a restart
 
     def _connect(self) -> Any:
         return dist.TCPStore(
@@ -278,7 +279,7 @@ class Watchdog:
                         Notice(*json.loads(self._store.get(self._key("notice")))),
                         time.monotonic(),
                     )
-            except RuntimeError as error:  # a connection that broke does not come back
+            except RuntimeError as error:  # a broken connection does not come back
                 self._lost = str(error).splitlines()[0]
                 return
 
@@ -287,15 +288,15 @@ class Watchdog:
             self._seen[rank] = Seen(number, doing, for_s, time.monotonic())
 
     def _leave(self, notice: Notice) -> threading.Thread:
-        """Tells the other ranks, in a thread of its own: the store may be what is gone."""
+        """Tells the other ranks, in a separate thread, because the store may be gone."""
 
         def put() -> None:
             try:
-                # the first one counts
+                # The first notice wins.
                 self._connect().compare_set(self._key("notice"), "", json.dumps(notice))
             except RuntimeError as error:
                 print(
-                    f"error: the other ranks could not be told: {str(error).splitlines()[0]}",
+                    f"error: the other ranks could not be notified: {str(error).splitlines()[0]}",
                     file=sys.stderr,
                     flush=True,
                 )

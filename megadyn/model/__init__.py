@@ -1,1 +1,1 @@
-"""The transformer's mathematics, written once for any cut; knows nothing of torch.distributed or DeepSpeed."""
+"""The transformer's mathematics, written once for all layouts. Uses neither torch.distributed nor DeepSpeed."""

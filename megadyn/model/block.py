@@ -1,4 +1,4 @@
-"""The transformer layer, and what layers hand on to each other."""
+"""The transformer layer, and what layers pass on to each other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,32 +22,32 @@ from megadyn.parallel.params import ParamMaker, normal
 
 
 class Stream(NamedTuple):
-    """What a layer hands to the next."""
+    """What a layer passes to the next."""
 
     hidden: Tensor
     """[B, T/seq, D]: under sequence parallelism this rank's part of the sequence"""
     score: Tensor | None = None
-    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_score`). Carries gradient. A kind
-    that runs on one pipeline stage only may hand on several, [B, T/seq, n]."""
+    """[B, T/seq] in float32: a layer's score of each token for the next layer (`Layer.takes_score`). Carries gradient.
+    A kind that is limited to one pipeline stage may pass on several scores, [B, T/seq, n]."""
     documents: Documents | None = None
-    """Borders that attention and averages must not cross, of the whole sequence; None for one document a sample."""
+    """Document borders in the whole sequence, which attention and averages must not cross; None: one document per sample."""
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What every layer is built from."""
+    """Everything that layers are built from."""
 
     model: ModelConfig
     make: ParamMaker
     attention: str = "sdpa"
     eod: int | None = None
-    """Token that ends a document, where samples are masked by document."""
+    """Token that ends a document, if samples are masked by document."""
     first_sample: int = 0
-    """Place in a step's global batch of the first sample that this data-parallel rank takes."""
+    """Position in a step's global batch of this data-parallel rank's first sample."""
     recompute: str = "none"
-    """`training.recompute`. Routing decisions are kept always."""
+    """`training.recompute`. Routing decisions are never recomputed."""
     compile: bool = False
-    """`training.compile`: in training; evaluations run as written, because causal rules choose in any number."""
+    """`training.compile`, used in training only: causal rules choose varying numbers of tokens in evaluation."""
 
 
 class Mlp(nn.Module):
@@ -78,17 +78,17 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Base of all transformer layers: Block(h) = Attn(Norm(h)) + MLP(Norm(h + Attn(Norm(h)))), Qwen2's names.
+    """Base of all transformer layers: Block(h) = Attn(Norm(h)) + MLP(Norm(h + Attn(Norm(h)))), with Qwen2's names.
 
-    `lns` multiplies both norms' outputs by 1/sqrt(layer), counted from 1 (arXiv 2502.05795). `hybridnorm` norms q, k and v
-    instead of the attention's input, and after attention the whole stream: Z = Norm(h + Attn(h)), out = Z + MLP(Z)
+    `lns` multiplies both norms' outputs by 1/sqrt(layer), counted from 1 (arXiv 2502.05795). `hybridnorm` normalizes q,
+    k and v instead of attention's input, and the whole stream after attention: Z = Norm(h + Attn(h)), out = Z + MLP(Z)
     (arXiv 2503.04598).
     """
 
     block_is_split = True
-    """Under sequence parallelism the block works on this rank's part of the sequence."""
+    """Whether, under sequence parallelism, the block works on this rank's part of the sequence."""
     takes_score = False
-    """Reads `Stream.score` of the layer before, which must then cross a stage boundary between the two."""
+    """Whether it reads `Stream.score` from the previous layer; a stage boundary between the two must then pass the score on."""
 
     def __init__(self, ctx: LayerContext, index: int):
         super().__init__()
@@ -100,7 +100,8 @@ class Layer(nn.Module):
         self.hybrid = model.normalization == "hybridnorm"
         lns = model.normalization == "lns"
         scale = (index + 1) ** -0.5 if lns else 1.0
-        # Residual outputs are drawn smaller the deeper the stack (GPT-2): their sum keeps its size. LNS has its own way.
+        # Initial output projections are smaller in deeper models (GPT-2), so that the residual sum keeps its size. LNS
+        # scales itself.
         output_std = model.init_std if lns else model.init_std / (2 * model.num_layers) ** 0.5
         self.input_layernorm = (
             nn.Identity()
@@ -128,34 +129,34 @@ class Layer(nn.Module):
         )
 
     def length(self, hidden: Tensor) -> int:
-        """T of hidden [B, T/seq, D]."""
+        """T, for hidden [B, T/seq, D]."""
         return hidden.shape[1] * self.seq.size
 
     def feed_forward(self, hidden: Tensor, update: Tensor) -> Tensor:
-        """The half behind attention: h and Attn -> h + Block(h)."""
+        """The part after attention: h and Attn -> h + Block(h)."""
         attended, normed = self.post_attention_layernorm.of_sum(hidden, update)
         return (normed if self.hybrid else attended) + self.mlp(normed)
 
     def delta(
         self, hidden: Tensor, positions: Tensor, length: int, segments: Segments | None = None
     ) -> Tensor:
-        """Block(h) for tokens [B, S, D] that stood at `positions` [B, S] of sequences of `length` tokens; `segments` as in
+        """Block(h) for tokens [B, S, D] from `positions` [B, S] of sequences of `length` tokens. `segments`: see
         `causal_attention`."""
         update = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
         if self.hybrid:
             return self.feed_forward(hidden, update) - hidden
         _, normed = self.post_attention_layernorm.of_sum(hidden, update)
-        return update + self.mlp(normed)  # no large terms to cancel
+        return update + self.mlp(normed)  # adds only updates, so that no large terms cancel
 
     def run(self, function: Callable[..., Any], *inputs: Any) -> Any:
-        """function(*inputs), a method of this layer, compiled and recomputed in the backward pass where configured.
+        """Calls function(*inputs), a method of this layer, compiled and with recomputation if configured.
 
-        Routing decisions are taken outside `function` and passed in, so a recomputation re-uses them,
-        and statistics are recorded outside, so they count once.
+        Routing decisions are made outside `function` and passed in, so recomputation reuses them. Statistics are
+        recorded outside too, so they count once.
         """
         if self.compile_run and torch.is_grad_enabled():
             hidden = inputs[0].hidden if isinstance(inputs[0], Stream) else inputs[0]
-            # grown out here: a graph is for a table that stays
+            # Grow the table outside of the graph, which requires a fixed size.
             self.self_attn.rotary.angles(self.length(hidden), hidden)
             function = partial(compiled, function)
         return recomputed(function, *inputs) if self.recompute else function(*inputs)

@@ -1,4 +1,4 @@
-"""Layers' inner functions through torch.compile: fewer kernels, fewer passes over memory."""
+"""Runs layers' inner functions through torch.compile, for fewer kernels and fewer passes over memory."""
 
 import functools
 import importlib.util
@@ -15,8 +15,8 @@ BACKEND: str | Callable[..., Any] = "inductor"
 
 
 def check_compiler() -> None:
-    """Raises ConfigError where this machine has nothing to compile with."""
-    cxx = os.environ.get("CXX", "g++")  # as torch looks for it
+    """Raises ConfigError if this machine has no compiler for torch.compile."""
+    cxx = os.environ.get("CXX", "g++")  # as in torch
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
         raise ConfigError("training.compile", True, "false on this machine: Triton is not installed")
     if not shutil.which(cxx):
@@ -28,9 +28,9 @@ def check_compiler() -> None:
 
 
 def compiled(method: Callable[..., Any], *inputs: Any) -> Any:
-    """method(*inputs), a layer's bound method, compiled as a whole, for all layers of its kind alike.
+    """Calls method(*inputs), a layer's bound method, compiled as a whole; all layers of its class share the code.
 
-    What cannot be compiled as a whole is an error, never a quiet way back.
+    It is an error if it cannot be compiled as a whole; there is no silent fallback.
     """
     return _compiled(method.__func__)(method.__self__, *inputs)  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Documents packed into one sample: attention, positions and averages that never cross a border."""
+"""Documents packed into one sample: attention, positions and averages never cross a border."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ from torch import Tensor
 
 
 class Segments(NamedTuple):
-    """Runs of tokens that attention must not leave, one behind the other in the flattened batch."""
+    """Runs of tokens that limit attention, one after another in the flattened batch."""
 
     ids: Tensor
-    """The run that each token belongs to; int64, rising."""
+    """The run that each token belongs to; int64, ascending."""
     ends: Tensor
-    """Where each run ends, as the running lengths [runs + 1] int32 that variable-length attention takes."""
+    """Cumulative lengths [runs + 1] int32, as variable-length attention takes them."""
     longest: int
-    """No run has more tokens; what a kernel is laid out for, known without asking the device."""
+    """Upper bound on the length of a run, known without asking the device; kernels are laid out for it."""
 
 
 def segments_of(ids: Tensor, runs: int, longest: int) -> Segments:
-    """`ids` below `runs`, of which some may be empty."""
+    """`ids` are below `runs`; some runs may be empty."""
     ends = torch.searchsorted(ids.flatten(), torch.arange(runs + 1, device=ids.device), out_int32=True)
     return Segments(ids, ends, longest)
 
 
 class Documents(NamedTuple):
-    """Which document each token belongs to, and where in it it stands."""
+    """The document of each token, and its position in the document."""
 
     segments: Segments
     """ids [B, T]; each sample begins a document."""
@@ -33,13 +33,13 @@ class Documents(NamedTuple):
 
 
 def documents_of(tokens: Tensor, eod: int) -> Documents:
-    """tokens [B, T]: a document ends with its `eod`, the token behind it begins the next."""
+    """tokens [B, T]: a document ends with its `eod`; the token after it begins the next one."""
     ends = (tokens == eod).long()
     return from_ids(ends.cumsum(dim=1) - ends)
 
 
 def from_ids(ids: Tensor) -> Documents:
-    """ids [B, T] that change where a document ends. Waits for the device once, for the number of documents."""
+    """ids [B, T] change where a document ends. Waits for the device once, for the number of documents."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -9,7 +9,7 @@ from megadyn.parallel.params import ParamMaker, constant
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) * weight * scale over the last dimension; computed in at least float32."""
+    """y = x / sqrt(mean(x^2) + eps) * weight * scale over the last dimension; computed in float32 or wider."""
 
     def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker, scale: float = 1.0):
         super().__init__()
@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def of_sum(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """x + update and its norm, all of x's shape [..., size]; one kernel where `training.kernels` has Triton's run."""
+        """x + update and its norm, both with x's shape [..., size]; one kernel if `training.kernels` selects Triton."""
         if fused(x) and x.shape[-1] <= LARGEST_WIDTH:
             from megadyn.kernels.norm import add_norm
 
@@ -36,9 +36,9 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm over each head's own dimension, x [..., heads/tp, head_dim]; one weight for all heads.
+    """RMSNorm over each head's own dimension, x [..., heads/tp, head_dim]; all heads share one weight.
 
-    Each tensor rank norms its own heads, so the weight's gradient is summed over the ranks.
+    Each tensor rank normalizes its own heads, so the weight's gradient is summed over the ranks.
     """
 
     def __init__(self, name: str, size: int, eps: float, *, make: ParamMaker):

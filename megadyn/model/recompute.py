@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept."""
+"""Recomputes activations in the backward pass instead of keeping them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,1 +1,1 @@
-"""The only collectives of the model: rank grid, forward/backward pairs, parameters cut over tensor ranks."""
+"""All collectives of the model: rank grid, forward/backward pairs, parameters cut over tensor ranks."""

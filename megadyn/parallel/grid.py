@@ -1,4 +1,4 @@
-"""The rank grid. Ranks are numbered tensor fastest, then data, then pipeline, as DeepSpeed's topology has them."""
+"""The rank grid. The tensor axis is fastest, then data, then pipeline, as in DeepSpeed's topology."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the grid, as this process sees it. At size 1 it is unused and `group` is None."""
+    """One axis of the grid, as this process sees it. With size 1 it is unused and `group` is None."""
 
     name: str
     rank: int = 0
@@ -17,7 +17,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where this process stands. `Grid()` is one lone process."""
+    """The position of this process. `Grid()` is a single process."""
 
     tp: Axis = field(default_factory=lambda: Axis("tp"))
     pp: Axis = field(default_factory=lambda: Axis("pp"))
@@ -33,8 +33,8 @@ class Grid:
 
 
 def make_grid(tensor: int, pipeline: int) -> Grid:
-    """Cuts the world into tensor x pipeline x data groups. Collective: every process must call it, after `batch_plan` has refused
-    a number of processes that tensor x pipeline does not divide."""
+    """Divides the world into tensor, pipeline and data groups. Collective: every process must call it. `batch_plan`
+    must have checked that tensor x pipeline divides the number of processes."""
     world, me = dist.get_world_size(), dist.get_rank()
     assert world % (tensor * pipeline) == 0
     data = world // (tensor * pipeline)
@@ -48,9 +48,9 @@ def _make_axis(name: str, size: int, stride: int, world: int, me: int) -> Axis:
         return Axis(name)
     mine = None
     for first in range(world):
-        if (first // stride) % size == 0:  # the lowest rank of a line along this axis
+        if (first // stride) % size == 0:  # the first rank of a group along this axis
             ranks = range(first, first + size * stride, stride)
-            group = dist.new_group(list(ranks))  # every process takes part in making every group
+            group = dist.new_group(list(ranks))  # every process must take part in creating every group
             if me in ranks:
                 mine = Axis(name, rank=list(ranks).index(me), size=size, group=group)
     assert mine is not None

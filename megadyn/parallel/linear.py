@@ -1,5 +1,5 @@
-"""Linear layers and the embedding, cut over tensor ranks: each is the plain layer plus one line. And small ones that are whole
-on every rank."""
+"""Linear layers and the embedding, cut over tensor ranks: each is the plain layer plus one line. Also small linear
+layers that are not cut."""
 
 import math
 
@@ -13,8 +13,8 @@ from megadyn.parallel.params import Init, ParamMaker, constant
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The caller has
-    passed x through `enter_tp`, once for all users."""
+    """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The
+    caller must pass x through `enter_tp` first, once for all layers that use it."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class ColumnParallelLinear(nn.Module):
 class KeyValueLinear(ColumnParallelLinear):
     """Key or value projection, W [heads * head_dim, D].
 
-    With at least as many heads as ranks it is an ordinary column cut. With fewer, every rank holds the whole
-    weight and computes the one head that its query heads use; the weight's gradient is then summed over the
-    ranks, so that it is equal, and counted once, everywhere. x [..., D] -> [..., max(heads / tp, 1) * head_dim].
+    With at least as many heads as ranks, it is an ordinary column cut. With fewer, every rank holds the whole weight
+    and computes the one head that its query heads use. The weight's gradient is then summed over the ranks, so it is
+    equal on all of them; the parameter counts once. x [..., D] -> [..., max(heads / tp, 1) * head_dim].
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class RowParallelLinear(nn.Module):
         return F.linear(x, self.weight)
 
     def sum_of(self, term: Tensor) -> Tensor:
-        """The sum of all ranks' terms [B, T, D], of which this rank takes its part of the sequence: [B, T/seq, D]."""
+        """The sum of all ranks' terms [B, T, D]; under sequence parallelism, this rank's part of it: [B, T/seq, D]."""
         return leave_tp(term, self.tp, self.seq)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Embedding rows [V, D] cut over the vocabulary: a rank looks up its own rows, zeros elsewhere. [B, T] -> [B, T/seq, D].
+    """Embedding rows [V, D] cut over the vocabulary. A rank looks up its own rows; others give zeros. [B, T] -> [B, T/seq, D].
 
-    An id outside the vocabulary becomes NaN on every rank, without waiting for the device: the loss is then NaN, and the
-    rule for bad steps keeps the step out of the weights. That holds for ids in the last rank's padding too.
+    An id outside the vocabulary gives NaN on every rank, without waiting for the device. Then the loss is NaN, and the
+    rule for bad steps keeps the step out of the weights. This includes ids in the last rank's padding.
     """
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, *, make: ParamMaker, init: Init):
@@ -115,13 +115,13 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least float32: half precisions are widened, float64 stays."""
+    """Float32 or wider: half precision is widened, float64 stays."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class Projection(nn.Module):
-    """x W^T + b in at least float32, W and b whole on every tensor rank, x [B, T/seq, D]. Half precision would flip one decision
-    in a thousand, and may give a bias's gradient the wrong sign."""
+    """x W^T + b in float32 or wider, with W and b not cut over tensor ranks, x [B, T/seq, D]. Half precision would
+    change one decision in a thousand, and may give a bias's gradient the wrong sign."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, seq: Axis):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Collectives as forward/backward pairs. None writes into its caller's tensor.
+"""Collectives as forward/backward pairs. None modifies its caller's tensor.
 
     name              forward                  backward                where
     copy_to_tp        identity                 sum over tp             before linears cut along their outputs
@@ -7,12 +7,13 @@
     enter_tp          copy_to_tp, or under sequence parallelism: join the sequence; backward sum, this rank's part
     leave_tp          reduce_from_tp, or under sequence parallelism: sum, this rank's part; backward join the sequence
     whole_sequence    join the sequence        none                    scores, for choices over the whole sequence
-    own_part          this rank's part         zeros elsewhere         of what every rank holds whole
+    own_part          this rank's part         zeros elsewhere         tensors that every rank holds whole
     whole_batch       join samples over dp     none                    recorded choices
 
-Under sequence parallelism (arXiv 2205.05198) each tensor rank holds a part [B, T/tp, ...] of the sequence wherever nothing is
-cut over heads or widths. `seq` is then the tensor axis, and else an axis of size 1, which makes all of it do nothing. What is
-computed on a part gives a weight a part of its gradient: such a weight passes `copy_to_tp(weight, seq)`.
+Under sequence parallelism (arXiv 2205.05198) each tensor rank holds a part [B, T/tp, ...] of the sequence wherever
+nothing is cut over heads or widths. Then `seq` is the tensor axis; otherwise it is an axis of size 1, with which all of
+this does nothing. A weight used on a part of the sequence gets a part of its gradient, so it must pass through
+`copy_to_tp(weight, seq)`.
 """
 
 from typing import Any
@@ -34,7 +35,7 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
 
 
 def max_over(x: Tensor, axis: Axis) -> Tensor:
-    """Elementwise maximum of `x` over the ranks of `axis`; carries no gradient."""
+    """Elementwise maximum of `x` over the ranks of `axis`; without gradient."""
     if axis.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
@@ -122,7 +123,7 @@ def own_part(x: Tensor, seq: Axis) -> Tensor:
 
 
 def _sum_of_part(x: Tensor, seq: Axis) -> Tensor:
-    """Sum over ranks of [B, T, ...], this rank's part [B, T/seq, ...]."""
+    """The sum over ranks of [B, T, ...], reduced to this rank's part [B, T/seq, ...]."""
     parts = [part.contiguous() for part in x.chunk(seq.size, dim=1)]
     out = torch.empty_like(parts[0])
     dist.reduce_scatter(out, parts, group=seq.group)
@@ -130,7 +131,7 @@ def _sum_of_part(x: Tensor, seq: Axis) -> Tensor:
 
 
 def enter_tp(x: Tensor, tp: Axis, seq: Axis) -> Tensor:
-    """Before linears cut along their outputs: x [B, T/seq, D] -> [B, T, D], whose gradients of all ranks are summed."""
+    """Before linears cut along their outputs: x [B, T/seq, D] -> [B, T, D]; backward sums the gradients of all ranks."""
     return copy_to_tp(x, tp) if seq.size == 1 else _GatherSequence.apply(x, seq)
 
 
@@ -140,15 +141,15 @@ def leave_tp(x: Tensor, tp: Axis, seq: Axis) -> Tensor:
 
 
 def copy_to_tp(x: Tensor, tp: Axis) -> Tensor:
-    """x unchanged; its gradient, of any shape, is summed over the ranks, each of which computed on it."""
+    """x unchanged, of any shape; backward sums the gradients of all ranks, each of which has used it."""
     return x if tp.size == 1 else _CopyToTP.apply(x, tp)
 
 
 def reduce_from_tp(x: Tensor, tp: Axis) -> Tensor:
-    """The sum of the ranks' x, of any shape; its gradient goes to each unchanged."""
+    """The sum of all ranks' x, of any shape; its gradient is passed to each rank unchanged."""
     return x if tp.size == 1 else _ReduceFromTP.apply(x, tp)
 
 
 def gather_from_tp(x: Tensor, tp: Axis) -> Tensor:
-    """[..., n] -> [..., n * tp], the ranks' parts in their order; each gets back its own part of the gradient."""
+    """[..., n] -> [..., n * tp], the ranks' parts in order; each rank gets its own part of the gradient."""
     return x if tp.size == 1 else _GatherFromTP.apply(x, tp)

@@ -1,4 +1,4 @@
-"""Parameters: drawn from seeds tied to their name, in strips that no cut changes, so that no topology changes the start."""
+"""Parameters: drawn in strips from seeds that depend on their name, so the initial values are the same under any topology."""
 
 import math
 import os
@@ -15,15 +15,14 @@ from megadyn.parallel.grid import Axis
 from megadyn.parallel.sharding import Sharding
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the configuration's `precision`."""
+"""torch's dtype for each value of `precision`."""
 
 Init = Callable[[tuple[int, ...], torch.Generator], Tensor]
-"""The shape of a strip of a tensor and its generator -> its initial values, in float32. A tensor of up to `STRIP` elements is one
-strip."""
+"""(shape of a strip of a tensor, its generator) -> its initial values, in float32. Up to `STRIP` elements are one strip."""
 
 STRIP = 1 << 20
-"""Elements of a strip, at most, unless one slice has more. Each strip has a generator of its own, so that a rank draws the strips
-that it holds, several at a time, and all ranks draw the same numbers."""
+"""Most elements of a strip, unless one slice has more. Each strip has its own generator: a rank draws only the strips that it
+holds, in parallel, and all ranks draw the same numbers."""
 
 
 def normal(std: float) -> Init:
@@ -32,26 +31,26 @@ def normal(std: float) -> Init:
 
 
 def constant(value: float) -> Init:
-    """One value everywhere; draws nothing."""
+    """The same value everywhere; draws no random numbers."""
     return lambda shape, generator: torch.full(shape, value)
 
 
 @dataclass(frozen=True)
 class ParamMaker:
-    """Makes this rank's part of any parameter of the model."""
+    """Creates this rank's part of any parameter of the model."""
 
     sharding: Sharding
     seed: int = 0
     tp: Axis = field(default_factory=lambda: Axis("tp"))
     seq: Axis = field(default_factory=lambda: Axis("seq"))
-    """`tp` again under sequence parallelism: whoever is made with this computes on a part of the sequence."""
+    """The `tp` axis under sequence parallelism: modules created with this work on a part of the sequence."""
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __call__(self, name: str, shape: tuple[int, ...], init: Init) -> nn.Parameter:
-        """The part of tensor `name` (whole: `shape`) that this rank holds.
+        """This rank's part of tensor `name`, whose whole shape is `shape`.
 
-        On the `meta` device nothing is drawn: the part has its shape and no values.
+        On the `meta` device nothing is drawn: the part has a shape but no values.
         """
         dim, first, stop = self.sharding.bounds(name, shape, self.tp.rank)
         part_shape = (*shape[:dim], stop - first, *shape[dim + 1 :])
@@ -85,7 +84,7 @@ class ParamMaker:
                 list(pool.map(fill, strips))
 
     def seed_for(self, name: str) -> int:
-        """The run's seed and a name as one 32-bit seed: all that torch's CPU generator takes."""
+        """Combines the run's seed and a name into one 32-bit seed, because torch's CPU generator uses no more bits."""
         return zlib.crc32(f"{self.seed}/{name}".encode())
 
 
@@ -95,7 +94,7 @@ def own_cores() -> int:
 
 
 def mark(param: Any, name: str, *, is_cut: bool) -> nn.Parameter:
-    """Writes on a parameter what others read there; see `name_of` and `is_cut`."""
+    """Stores a parameter's name and whether it is cut, for `name_of` and `is_cut`."""
     param.global_name = name
     param.tensor_model_parallel = is_cut  # DeepSpeed's gradient norm reads this name
     return param
@@ -107,7 +106,7 @@ def name_of(param: Any) -> str:
 
 
 def component(name: str) -> str:
-    """Which learning-rate multiplier a parameter takes: `router`, `prior` or `base`."""
+    """The learning-rate multiplier of a parameter: `router`, `prior` or `base`."""
     parts = name.split(".")
     if "router" in parts or "causal_router" in parts:
         return "router"
@@ -115,6 +114,6 @@ def component(name: str) -> str:
 
 
 def counts_here(param: Any, tp: Axis) -> bool:
-    """True on the ranks that speak for a parameter: every tensor rank if it is cut, else the first; of the two ends
-    of a tied embedding the first stage's (DeepSpeed marks the other)."""
+    """True on the ranks that represent a parameter: every tensor rank if it is cut, otherwise the first. Of the two
+    copies of a tied embedding only the first stage's counts (DeepSpeed marks the other)."""
     return (param.tensor_model_parallel or tp.rank == 0) and not getattr(param, "ds_pipe_replicated", False)

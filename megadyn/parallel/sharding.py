@@ -1,13 +1,13 @@
 """How each parameter is cut over tensor ranks: one table, keyed by the parameter's Hugging Face name.
 
-Initialisation, checkpoints, export and the gradient-norm marks all read it.
+Initialisation, checkpoints, export and gradient norms all read it.
 
     kind        cut along        parameters
     column      rows, dim 0      projections whose outputs are split: q, gate, up
-    kv          rows, dim 0      k and v; whole on every rank when there are fewer heads than ranks
+    kv          rows, dim 0      k and v; not cut if there are fewer heads than ranks
     row         columns, dim 1   projections whose inputs are split: o, down
     vocab       rows, dim 0      embedding and head, padded with zero rows to a multiple of the tensor size
-    replicated  not at all       everything else: norms, routers, priors
+    replicated  not cut          everything else: norms, routers, priors
 """
 
 import re
@@ -44,7 +44,8 @@ class Sharding:
 
     @property
     def kv_is_whole(self) -> bool:
-        """Fewer key/value heads than tensor ranks: each rank holds all and computes the one that it uses."""
+        """Whether there are fewer key/value heads than tensor ranks: each rank then holds all and computes only the one
+        it needs."""
         return self.kv_heads < self.size
 
     def dim(self, name: str) -> int | None:
@@ -75,7 +76,7 @@ class Sharding:
         return torch.cat([held, whole.new_zeros(short, *whole.shape[1:])]) if short else held
 
     def uncut(self, name: str, parts: Sequence[Tensor], vocab_size: int) -> Tensor:
-        """The whole tensor from the parts of all ranks, without vocabulary padding. Inverse of `cut`."""
+        """The whole tensor from the parts of all ranks, without vocabulary padding. The inverse of `cut`."""
         dim = self.dim(name)
         if dim is None:
             return parts[0]

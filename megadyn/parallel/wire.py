@@ -1,9 +1,9 @@
-"""What crosses a pipeline cut, as one tensor: the hidden state with the score and the document ids in extra columns.
+"""What is sent between pipeline stages, packed into one tensor: the hidden state, with score and document ids in extra columns.
 
-A pipeline stage that sends two float tensors runs its backward pass twice (once for each), so between a Decision
-and its Dynamic layer the score, from which the gate follows, rides in columns of the hidden state. It stays float32:
-its bits are reinterpreted, not converted, both as value and as gradient. Document ids, which have no gradient, ride
-as int32 bits likewise. Nothing may compute on the packed tensor.
+DeepSpeed runs the backward pass of a stage that sends two float tensors twice (once for each). So between a Decision
+and its Dynamic layer the score, which determines the gate, is sent in columns of the hidden state. It stays float32:
+its bits are reinterpreted, not converted, both as value and as gradient. Document ids, which have no gradient, are sent
+likewise as int32 bits. Nothing may compute on the packed tensor.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from torch import Tensor
 
 
 def _columns(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bits of x [B, T] as columns [B, T, n] of another type, no wider than its own."""
+    """The bits of x [B, T] as columns [B, T, n] of another dtype, which is not wider than its own."""
     return x.unsqueeze(-1).contiguous().view(dtype)
 
 
 def _values(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `_columns`."""
+    """The inverse of `_columns`."""
     return columns.contiguous().view(dtype).squeeze(-1)
 
 
 def _types(dtype: torch.dtype, gate: bool, ids: bool) -> list[torch.dtype]:
-    """What the extra columns of a hidden state of type `dtype` hold."""
+    """Dtypes of the extra columns of a hidden state of type `dtype`."""
     id_type = torch.int64 if dtype == torch.float64 else torch.int32
     return [torch.promote_types(dtype, torch.float32)] * gate + [id_type] * ids
 
@@ -66,12 +66,12 @@ class _Unpack(torch.autograd.Function):
 
 
 def pack(hidden: Tensor, gate: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-    """hidden [B, T, D], gate [B, T] of at least float32, document ids [B, T] -> [B, T, D + columns]."""
+    """hidden [B, T, D], gate [B, T] in float32 or wider, document ids [B, T] -> [B, T, D + columns]."""
     return hidden if gate is None and ids is None else _Pack.apply(hidden, gate, ids)
 
 
 def unpack(packed: Tensor, *, gate: bool, ids: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inverse of `pack`; says which of the two were given."""
+    """The inverse of `pack`; `gate` and `ids` say which of the two were packed."""
     if not (gate or ids):
         return packed, None, None
     hidden, *extras = _Unpack.apply(packed, gate, ids)

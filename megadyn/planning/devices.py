@@ -1,4 +1,4 @@
-"""What devices can do at most, by their data sheets: the only table of it."""
+"""Peak performance of devices from their data sheets; the only such table."""
 
 import re
 
@@ -17,11 +17,11 @@ PEAK_TFLOPS = (
     (r"MI300X", 1307.4),
     (r"MI250X?", 383.0),
 )
-"""TFLOP/s of matrix products in bf16 (V100: fp16), dense, by a word of the device's name; the first that is found counts."""
+"""Dense TFLOP/s of matrix products in bf16 (V100: fp16), by a word in the device's name; the first match counts."""
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
-    """Of a device as torch names it. None for one that the table lacks, and in fp32, whose peak depends on settings."""
+    """Peak for a device name from torch. None for unknown devices, and in fp32, whose peak depends on settings."""
     if precision == "fp32":
         return None
     return next((peak for word, peak in PEAK_TFLOPS if re.search(rf"\b{word}\b", device_name)), None)

@@ -1,8 +1,8 @@
-"""Floating-point operations of the model, a multiply-add counted as two, from the pieces in `costs/operations.py`.
+"""Floating-point operations of the model, summed from the pieces in `costs/operations.py`. A multiply-add counts as two.
 
-Matrix products and attention only; causal attention counted at half, as Megatron-LM does. A training step
-costs three forward passes (arXiv 2001.08361), or four where activations are recomputed, which is not counted
-as useful work. Documents masked inside a sample are not counted as shorter.
+Only matrix products and attention are counted, causal attention at half, as Megatron-LM does. A training step costs
+three forward passes (arXiv 2001.08361). Recomputing activations costs a fourth, which is not counted as useful work.
+Document masks inside a sample are ignored.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from megadyn.costs.shape import Shape
 from megadyn.kinds import make_kind
 
 Shares = Mapping[int, float]
-"""By layer, the share of tokens that it took, where how many follows from the tokens (`Kind.varies`)."""
+"""Layer -> share of tokens that it took, for kinds where the tokens decide how many are taken (`Kind.varies`)."""
 
 
 def layer_flops(model: Shape, length: int, shares: Shares | None = None) -> list[LayerFlops]:
-    """Of each layer, on one sequence of `length` tokens at the planned share of tokens, or at the measured `shares`.
+    """Operations of each layer on one sequence of `length` tokens, at the planned share of tokens or at measured `shares`.
 
-    Where sequences differ in what they take, the square of attention is a little more than this.
+    If sequences take different numbers of tokens, attention really costs a little more, because it is quadratic.
     """
     routing = model.routing
     seen = shares if shares and routing.varies else {}
@@ -30,7 +30,7 @@ def layer_flops(model: Shape, length: int, shares: Shares | None = None) -> list
 
 
 def layer_costs(model: Shape, length: int) -> list[float]:
-    """Forward operations of each layer on one sequence, on all tensor ranks together but counted once."""
+    """Forward operations of each layer on one sequence, summed over tensor ranks without counting replicated work twice."""
     return [layer.total for layer in layer_flops(model, length)]
 
 
@@ -43,8 +43,8 @@ def head_flops(model: Shape, length: int) -> float:
 def training_flops(
     model: Shape, length: int, shares: Shares | None = None, *, whole_square: bool = False
 ) -> float:
-    """Operations of forward and backward on one sequence of `length` tokens; `whole_square` counts causal attention in full, as
-    llm-foundry, nanotron and torchtitan do."""
+    """Forward and backward operations on one sequence of `length` tokens. `whole_square` counts causal attention in
+    full, as llm-foundry, nanotron and torchtitan do."""
     layers = layer_flops(model, length, shares)
     unseen = sum(layer.attention for layer in layers) if whole_square else 0.0
     return 3 * (sum(layer.total for layer in layers) + unseen + head_flops(model, length)) - sum(
@@ -53,5 +53,5 @@ def training_flops(
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
-    """The same model with every token in every layer."""
+    """The same model without routing: every layer processes every token."""
     return replace(model, routing=make_kind("dense"))

@@ -1,6 +1,6 @@
-"""Ways to lay a run out over GPUs: which are possible, which fit, and how fast each would be.
+"""Ways to distribute a run over GPUs: which are possible, which fit in memory, and how fast each would be.
 
-Memory and operations follow from the configuration. Speed also follows from what `Machine` assumes; nothing is measured.
+Memory and operations follow from the configuration. Speed also depends on the assumptions in `Machine`; nothing is measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ NUMBER_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs to plan for. All but their number and memory are assumptions."""
+    """The GPUs to plan for. Everything except their number and memory is an assumption."""
 
     gpus: int
     memory_gib: float
@@ -52,20 +52,20 @@ class Machine:
     network_gbytes: float = 40.0
     """The same between nodes."""
     link_gbytes: float = 20.0
-    """Achieved between a GPU and its node's memory, where something is offloaded."""
+    """Achieved between a GPU and its node's memory, for offloading."""
     host_gbytes: float = 100.0
-    """At which a node's processors read and write its memory when they step an offloaded optimizer."""
+    """Speed at which a node's processors read and write memory when they run an offloaded optimizer."""
     reserve_gib: float = 4.0
-    """Of each GPU's memory: CUDA, NCCL and what the allocator cannot use."""
+    """Part of each GPU's memory for CUDA, NCCL and fragmentation."""
 
     def seconds(self, count: float, span: int) -> float:
-        """To move `count` bytes in or out of a GPU, in a group that `span` neighbouring ranks hold."""
+        """Seconds to move `count` bytes into or out of a GPU, in a group spread over `span` neighbouring ranks."""
         return count / 1e9 / (self.node_gbytes if span <= self.node_gpus else self.network_gbytes)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to spread a run over all GPUs, and what it is predicted to take. Bytes and seconds are of one step."""
+    """One way to distribute a run over all GPUs, and its predicted cost. Bytes and seconds are per step."""
 
     tensor: int
     pipeline: int
@@ -73,31 +73,31 @@ class Layout:
     zero_stage: int
     deepspeed_config: str
     micro_batch: int
-    """Samples."""
+    """Samples per micro-batch."""
     micro_batches: int
-    """In a step, on each data-parallel rank."""
+    """Micro-batches per step on each data-parallel rank."""
     recompute: str
     memory: Memory
-    """Bytes of the fullest rank."""
+    """Bytes on the rank that needs most."""
     host: float
-    """Bytes of each node's own memory that offloading takes."""
+    """Bytes of each node's host memory used by offloading."""
     fits: bool
     bubble: float
-    """Share of the stages' time, within the forward and backward passes, in which they wait."""
+    """Share of the stages' forward and backward time spent waiting."""
     tensor_bytes: float
-    """Sent by one rank in a step: sums over tensor ranks, on the busiest stage."""
+    """Sent by one rank per step: all-reduces over tensor ranks, on the busiest stage."""
     pipeline_bytes: float
-    """Sent by a stage in the middle: activations one way, their gradients the other."""
+    """Sent by a middle stage: activations forward, their gradients backward."""
     data_bytes: float
-    """Gradients and weights over data-parallel ranks, on the largest stage."""
+    """Gradients and weights sent over data-parallel ranks, on the largest stage."""
     step_s: float
     tokens_per_second: float
     """Of the whole job."""
     model_tflops: float
-    """Useful TFLOP/s of one GPU."""
+    """Useful TFLOP/s per GPU."""
 
     def record(self) -> dict[str, Any]:
-        """For JSON; memory in GiB, also by what it holds."""
+        """For JSON; memory in GiB, total and by purpose."""
         gib = self.memory.total / GIB
         return asdict(self) | {
             "memory": {name: size / GIB for name, size in self.memory._asdict().items()},
@@ -108,7 +108,7 @@ class Layout:
 
 
 class Refusal(NamedTuple):
-    """A combination that cannot run, and the sentence with which a run would refuse it."""
+    """A combination that cannot run, and the message with which a run would refuse it."""
 
     tensor: int
     pipeline: int
@@ -120,14 +120,14 @@ class Refusal(NamedTuple):
 
 
 def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusal]]:
-    """Every layout that can run, those that fit first and each part by step time; and what cannot run.
+    """Every layout that can run, and the refused ones. Layouts that fit come first; both parts are sorted by step time.
 
     Raises:
-        UserError: a configuration that cannot be planned at all.
+        UserError: the configuration cannot be planned at all.
     """
     if config.model.vocab_size is None:
         raise UserError(
-            "model.vocab_size is left out: give it to plan without a tokenizer (model.vocab_size=...)"
+            "model.vocab_size is not set: give it to plan without a tokenizer (model.vocab_size=...)"
         )
     found: list[Layout] = []
     refused: list[Refusal] = []
@@ -142,7 +142,7 @@ def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusa
             )
             try:
                 if tensor > machine.node_gpus:
-                    raise UserError(f"parallel.tensor is more than the {machine.node_gpus} GPUs of a node")
+                    raise UserError(f"parallel.tensor is larger than the {machine.node_gpus} GPUs of a node")
                 check_together(trial)
                 engine_settings(trial)
                 refuse_offloading(settings.zero, settings.path)
@@ -158,30 +158,30 @@ def layouts(config: Config, machine: Machine) -> tuple[list[Layout], list[Refusa
 
 
 def shapes(gpus: int) -> Iterator[tuple[int, int]]:
-    """(tensor, pipeline) whose product divides the number of GPUs."""
+    """Pairs (tensor, pipeline) whose product divides the number of GPUs."""
     for tensor in divisors(gpus):
         for pipeline in divisors(gpus // tensor):
             yield tensor, pipeline
 
 
 def divisors(number: int) -> list[int]:
-    """By size, 1 and itself among them."""
+    """Divisors in ascending order, including 1 and the number itself."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 class EngineFile(NamedTuple):
-    """A JSON of DeepSpeed's engine settings."""
+    """A JSON file with DeepSpeed's engine settings."""
 
     path: str
     zero: dict[str, Any]
-    """Its `zero_optimization`."""
+    """Its `zero_optimization` section."""
     reduced_in: str = "fp32"
-    """The type in which gradients are summed over data-parallel ranks."""
+    """Dtype in which gradients are summed over data-parallel ranks."""
 
 
 def engine_files(config: Config) -> list[EngineFile]:
-    """The configuration's own engine settings, and for other ZeRO stages, with and without offloading, those of the same names as
-    megadyn's: the files beside its own, or else megadyn's."""
+    """The configuration's own engine settings, and settings for the other ZeRO stages, with and without offloading. For
+    these it takes megadyn's file names: from the folder of its own file if they exist there, otherwise megadyn's own files."""
     files: dict[tuple[int, bool], EngineFile] = {}
     own = config.deepspeed_config
     beside = (
@@ -207,7 +207,7 @@ def engine_files(config: Config) -> list[EngineFile]:
 
 
 def micro_batch_sizes(config: Config, plan: BatchPlan) -> list[int]:
-    """Powers of two that divide a data-parallel rank's share of a step, and the configured size if it does."""
+    """Powers of two that divide a data-parallel rank's samples per step, and the configured size if it divides them."""
     share = plan.global_batch // plan.data_parallel
     sizes = {2**i for i in range(share.bit_length()) if 2**i <= 64} | {config.training.micro_batch_size}
     return sorted(size for size in sizes if share % size == 0)
@@ -227,7 +227,7 @@ def stage_cuts(config: Config) -> list[int]:
 
 
 def workload(config: Config) -> Workload:
-    """What a rank of this configuration computes with; its vocabulary must be known."""
+    """The workload of one rank in this configuration, whose vocabulary size must be known."""
     training = config.training
     return Workload(
         config.model,
@@ -242,7 +242,7 @@ def workload(config: Config) -> Workload:
 
 
 def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
-    """What `config`, which can run, takes on all of the machine's GPUs."""
+    """Predicted cost of `config`, which must be able to run, on all of the machine's GPUs."""
     plan, cuts, work = batch_plan(config, machine.gpus), stage_cuts(config), workload(config)
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
     memory = max(
@@ -262,7 +262,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     )
     times = [stage_times(work, cuts, stage, machine) for stage in range(stages)]
     forward, backward = [t.forward for t in times], [t.backward for t in times]
-    # With a gate, with document ids.
+    # 8 bytes per token: a gate and document ids.
     crossing = work.batch * work.length * (work.bytes * config.model.hidden_size / work.parts + 8)
     send = machine.seconds(crossing, machine.gpus)
     passes = simulate(forward, backward, plan.micro_batches, send)
@@ -296,26 +296,26 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
 
 
 class StageTimes(NamedTuple):
-    """Of one stage on one micro-batch."""
+    """One stage on one micro-batch."""
 
     forward: float
     """Seconds."""
     backward: float
     tensor_bytes: float
-    """Sent by a rank in both."""
+    """Sent by a rank in both passes."""
 
 
 def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machine) -> StageTimes:
-    """A backward pass is two forward passes, and one more of what is recomputed: of the layers, or of attention."""
+    """A backward pass takes two forward passes, plus one of whatever is recomputed: the layers, or attention only."""
     model, mine = work.model, slice(cuts[stage], cuts[stage + 1])
     flops = layer_flops(model, work.length)[mine]
     layers = sum(layer.cut / work.tensor + layer.whole / work.parts for layer in flops) * work.batch
     head = head_flops(model, work.length) / work.tensor * work.batch if stage == len(cuts) - 2 else 0.0
     rate = machine.tflops * 1e12
-    # A sum over t ranks moves (t - 1) / t of the tensor out of each, twice.
+    # An all-reduce over t ranks moves (t - 1) / t of the tensor out of each rank, twice.
     one = work.batch * work.length * model.hidden_size * work.bytes * 2 * (work.tensor - 1) / work.tensor
     sums = 2 * one * sum(shares_summed(work)[mine])
-    # the embedding's in forward, the head's in backward
+    # The embedding is summed in forward, the head in backward.
     ends = (one * (stage == 0), one * (stage == len(cuts) - 2))
     attention = sum(layer.attention for layer in flops) / work.tensor * work.batch
     again = {"none": 0.0, "selective": attention, "full": layers}[work.recompute]
@@ -326,16 +326,17 @@ def stage_times(work: Workload, cuts: Sequence[int], stage: int, machine: Machin
 
 
 def shares_summed(work: Workload) -> list[float]:
-    """By layer, the share of tokens that are summed over tensor ranks: after attention, and after the feed-forward."""
+    """Per layer, the share of tokens that is all-reduced over tensor ranks, summed over attention and feed-forward."""
     model = work.model
     return [model.routing.summed(layer, work) for layer in model.layer_types]
 
 
 def data_bytes(work: Workload, cuts: Sequence[int], zero_stage: int, plan: BatchPlan, summed: int) -> float:
-    """Sent by a rank of the largest stage over its data-parallel group in a step, as DeepSpeed's optimizers do it.
+    """Bytes per step sent by a rank of the largest stage over its data-parallel group, as in DeepSpeed's optimizers.
 
-    ZeRO 0 and 1 sum gradients, of `summed` bytes a number, once a step; from 1 on the new weights are gathered. ZeRO 2 sums
-    gradients for every micro-batch. ZeRO 3 gathers weights for both passes of it, and scatters the sums.
+    ZeRO 0 and 1 sum gradients, `summed` bytes each, once per step; from ZeRO 1 on, new weights are gathered. ZeRO 2
+    sums gradients in every micro-batch. ZeRO 3 gathers weights in both passes of every micro-batch and reduce-scatters
+    gradients.
     """
     count = max(stage_parameters(work.model, work.tensor, cuts))
     sent = count * (plan.data_parallel - 1) / plan.data_parallel
@@ -357,14 +358,14 @@ def offloading_s(
     plan: BatchPlan,
     machine: Machine,
 ) -> float:
-    """Seconds of a step for what is offloaded, none of it hidden: gradients are summed up in the host's memory, where the
-    optimizer steps; weights come from there for every pass."""
+    """Seconds per step for offloading, assuming no overlap. Gradients are accumulated in host memory, where the
+    optimizer runs; weights are copied from there for every pass."""
     share = state_bytes(precision, zero["stage"], plan.data_parallel)
     moved = stepped = 0.0  # bytes per parameter of the stage: over a GPU's link, in its node's memory
     if is_offloaded(zero, "optimizer"):
-        # Out for every micro-batch, in again before all but the first; once more out in fp32; and the new weights in.
+        # Out in every micro-batch; back in before all but the first; out once more in fp32; then the new weights in.
         moved += share.gradients * (2 * plan.micro_batches - 1) + 4 / plan.data_parallel + share.weights
-        # all four read, all but the gradient written
+        # Adam reads all four values per parameter and writes all but the gradient.
         stepped += (4 * 4 + 3 * 4) / plan.data_parallel + share.weights
     if is_offloaded(zero, "param"):
         moved += share.weights * 2 * plan.micro_batches

@@ -1,8 +1,8 @@
-"""Bytes that one rank holds at its fullest moment, in closed form.
+"""Peak memory of one rank in bytes, in closed form.
 
-Weights, gradients and optimizer states follow DeepSpeed's optimizers as `engine/engine.py` sets them up; activations
-follow the tensors that each layer keeps for its backward pass. `tests/planning/test_memory.py` holds both to the peak
-of real training steps. What a layer keeps is its kind's to say (`kinds/`), from the pieces in `costs/memory.py`.
+Weights, gradients and optimizer states follow DeepSpeed's optimizers as `engine/engine.py` configures them. Activations
+are the tensors that each layer keeps for backward. `tests/planning/test_memory.py` compares both with the peak of real
+training steps. Each kind states what its layers keep (`kinds/`), using the pieces in `costs/memory.py`.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,22 @@ from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
 ALLREDUCE_BUCKET = 500_000_000
-"""DeepSpeed's default of `reduce_bucket_size`, and its fixed size where no ZeRO optimizer reduces; in elements."""
+"""DeepSpeed's default `reduce_bucket_size`, and its fixed size without a ZeRO optimizer; in elements."""
 LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of `stage3_max_live_parameters`."""
+"""DeepSpeed's default `stage3_max_live_parameters`."""
 
 
 class Memory(NamedTuple):
-    """Bytes of one rank, by what they hold."""
+    """Bytes of one rank, by purpose."""
 
     weights: float
     gradients: float
     optimizer: float
     """fp32 master weights and Adam's two moments."""
     activations: float
-    """Kept for backward passes, and what the fullest of these needs while it runs."""
+    """Kept for backward passes, plus the working memory of the largest backward pass."""
     buffers: float
-    """What reducing gradients and stepping take beyond that."""
+    """Additional memory for reducing gradients and for the optimizer step."""
 
     @property
     def total(self) -> float:
@@ -37,17 +37,17 @@ class Memory(NamedTuple):
 
 
 def layers_kept(work: Workload) -> list[Kept]:
-    """Of each transformer layer, at the share of tokens that is planned for it."""
+    """What each transformer layer keeps, at its planned share of tokens."""
     routing = work.model.routing
     return [routing.kept(layer, work) for layer in work.model.layer_types]
 
 
 def head_working(work: Workload) -> float:
-    """Of the vocabulary head and its loss, above what the layers keep: its backward pass, with the gradient of its weight."""
+    """Working memory of the head and its loss beyond what the layers keep: its backward pass, including its weight gradient."""
     d, rows, b = work.model.hidden_size, vocabulary_rows(work.model, work.tensor), work.bytes
     n = work.batch * work.length
     logits = min(rows, max(1, LOGITS_AT_ONCE // n)) * n
-    copies = b if b < 4 else 0  # beside float32
+    copies = b if b < 4 else 0  # half-precision copies in addition to float32
     hidden = b * d * n * 2 + 4 * d * n  # final hidden states, scaled, and their summed gradient
     forward = logits * (4 + copies)
     block = logits * (b if logits == n * rows else 4 + copies)
@@ -55,18 +55,18 @@ def head_working(work: Workload) -> float:
 
 
 class Moments(NamedTuple):
-    """Bytes of activations when a step is fullest."""
+    """Bytes of activations at the moments when a step may reach its peak."""
 
     layers: float
-    """While a transformer layer's backward pass runs."""
+    """During the backward pass of a transformer layer."""
     head: float
-    """While the head's does, before there is any gradient of the micro-batch; 0 on a stage without it."""
+    """During the head's backward pass, before the micro-batch has any gradients; 0 on a stage without head."""
     end: float
-    """When a backward pass ends, with the embedding's gradient, which is not counted here."""
+    """At the end of a backward pass. The embedding's gradient exists then too, but is not counted here."""
 
 
 def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: int) -> Moments:
-    """Of one pipeline stage, under 1F1B."""
+    """Activations of one pipeline stage, under 1F1B."""
     stages, b, d = len(cuts) - 1, work.bytes, work.model.hidden_size
     n = work.batch * work.length
     m = n / work.parts
@@ -78,42 +78,42 @@ def activations(work: Workload, cuts: Sequence[int], stage: int, micro_batches: 
         layer.outside + (b * d * m if work.recompute == "full" else layer.input + layer.inside - redone)
         for layer, redone in zip(layers, again, strict=True)
     ]
-    # DeepSpeed keeps a micro-batch's input with a copy, and its output; and has buffers to receive into.
+    # DeepSpeed keeps a micro-batch's input twice, and its output; it also has receive buffers.
     crossing = b * d * m * (2 * (stage > 0) + (stage < stages - 1))
     whole = sum(kept) + crossing + n * 8 * (stage == 0)  # token ids
-    # Backward runs last layer first: each finds what the layers before it keep.
+    # Backward starts with the last layer; at layer i, the layers up to i still keep theirs.
     moments = [sum(kept[: i + 1]) + it.working + again[i] for i, it in enumerate(layers)]
     layer = max(moments) + whole - sum(kept)
     head = whole + m * work.norm(d) + n * 8 + head_working(work)
     held = in_flight(stage, stages, micro_batches) - 1
-    tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)  # each layer's cosines and sines
+    tables = len(layers) * work.length * 4 * (work.model.head_dim or 0)  # cosines and sines of each layer
     always = held * whole + tables + crossing
     return Moments(always + layer, always + head if stage == stages - 1 else 0.0, always)
 
 
 class Share(NamedTuple):
-    """Bytes per parameter of a rank, by what they hold; `/ data` where a rank holds its part only."""
+    """Bytes per parameter on a rank, by purpose; `/ data` where a rank holds only its part."""
 
     weights: float
     gradients: float
     optimizer: float
     reducing: float
-    """For a while after the backward passes, when activations are gone."""
+    """Used briefly after the backward passes, when activations are freed."""
     backward: float
-    """From the first gradient of a micro-batch on."""
+    """Used from the first gradient of a micro-batch on."""
 
 
 def state_bytes(precision: str, zero_stage: int, data: int) -> Share:
-    """What DeepSpeed's optimizer of this precision and ZeRO stage keeps of a parameter."""
+    """Bytes per parameter that DeepSpeed's optimizer keeps for this precision and ZeRO stage."""
     part = 1 / data
     of = {
-        # AdamW itself; gradients are joined to be reduced.
+        # Plain AdamW; gradients are joined for reduction.
         ("fp32", 0): Share(4, 4, 8, 4, 0),
         # DeepSpeedZeroOptimizer: a rank's part of the gradients is copied out, then flattened.
         ("fp32", 1): Share(4, 4, 12 * part, 4 * part, 0),
         ("fp32", 2): Share(4, 4 * part, 12 * part, 4 * part, 4 * part),
         ("fp32", 3): Share(4 * part, 4 * part, 12 * part, 4 * part, 0),
-        # BF16_Optimizer: fp32 gradients, joined to be reduced.
+        # BF16_Optimizer: fp32 gradients, joined for reduction.
         ("bf16", 1): Share(2, 4, 12 * part, 4, 0),
         ("bf16", 2): Share(2, 4 * part, 12 * part, 2 * part, 2 * part),
         ("bf16", 3): Share(2 * part, 4 * part, 12 * part, 4 * part, 0),
@@ -132,10 +132,10 @@ def fullest(
     collected: float = 0.0,
     widened: bool = False,
 ) -> float:
-    """Activations at the fullest moment, with the gradient that a weight has just got.
+    """Peak of activations, including the gradient that a weight has just received.
 
     Args:
-        collected: bytes that the first gradient of a micro-batch brings with it. widened: a gradient is copied to fp32.
+        collected: bytes allocated with the first gradient of a micro-batch. widened: whether gradients are copied to fp32.
     """
     moments, (d, _, _, f) = activations(work, cuts, stage, micro_batches), work.widths
     fresh = work.bytes + 4 * widened
@@ -146,7 +146,7 @@ def fullest(
 
 
 def elements(zero: dict[str, Any], key: str, default: int) -> int:
-    """Raises ConfigError for what is not a number of elements."""
+    """Reads a number of elements. Raises ConfigError for anything else."""
     value = zero.get(key, default)
     if not isinstance(value, int | float) or value < 0:
         raise ConfigError(f"zero_optimization.{key}", value, "a number of elements")
@@ -154,13 +154,13 @@ def elements(zero: dict[str, Any], key: str, default: int) -> int:
 
 
 def is_offloaded(zero: dict[str, Any], what: str) -> bool:
-    """Whether `what`, `optimizer` or `param`, stands in host memory under DeepSpeed's `zero_optimization`."""
+    """Whether DeepSpeed's `zero_optimization` keeps `what`, `optimizer` or `param`, in host memory."""
     given = zero.get(f"offload_{what}")
     return isinstance(given, dict) and given.get("device", "none") == "cpu"
 
 
 def refuse_offloading(zero: dict[str, Any], path: str) -> None:
-    """Raises UserError for offloading that is not planned: anywhere but to host memory, in part, or below ZeRO-3."""
+    """Raises UserError for unsupported offloading: to anything but host memory, partial, or below ZeRO-3."""
     for what in ("optimizer", "param"):
         given = zero.get(f"offload_{what}")
         if given is None or (isinstance(given, dict) and given.get("device", "none") == "none"):
@@ -170,9 +170,9 @@ def refuse_offloading(zero: dict[str, Any], path: str) -> None:
 
 
 def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, float]:
-    """What stays on the device of a parameter's share, and bytes per parameter that go into the host's memory.
+    """The share of a parameter that stays on the device, and bytes per parameter that move to host memory.
 
-    With the optimizer its gradients go too, as the micro-batches sum them up and once more in fp32, as Adam reads them.
+    Offloading the optimizer also moves gradients: the accumulated ones, and their fp32 copy that Adam reads.
     """
     host = 0.0
     if is_offloaded(zero, "optimizer"):
@@ -187,7 +187,7 @@ def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, flo
 def host_memory(
     work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int
 ) -> float:
-    """Bytes that a rank of this stage keeps in its node's memory because of offloading."""
+    """Bytes of its node's host memory that a rank of this stage uses for offloading."""
     _, host = offloaded(state_bytes(precision, zero["stage"], data), zero, data)
     return host * stage_parameters(work.model, work.tensor, cuts)[stage]
 
@@ -202,10 +202,10 @@ def rank_memory(
     data: int,
     micro_batches: int,
 ) -> Memory:
-    """Of a rank of pipeline stage `stage` at its fullest moment.
+    """Peak memory of a rank of pipeline stage `stage`.
 
     Args:
-        cuts: stages as boundaries in the layers. zero: `zero_optimization` of DeepSpeed's settings.
+        cuts: stages as boundaries between layers. zero: `zero_optimization` of DeepSpeed's settings.
     """
     model, kind = work.model, zero["stage"]
     count = stage_parameters(model, work.tensor, cuts)[stage]
@@ -224,7 +224,7 @@ def rank_memory(
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
-    # Activations and gathered weights are gone when gradients are reduced: they never meet.
+    # Activations and gathered weights are freed before gradients are reduced, so the two never add up.
     return Memory(
         share.weights * count,
         share.gradients * count,

@@ -1,1 +1,1 @@
-"""From text to a dataset: find, read, tokenize in many processes, join. No torch in here."""
+"""Turns text into a dataset: finds and reads files, tokenizes in many processes, joins the results. No torch in here."""

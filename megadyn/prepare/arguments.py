@@ -30,7 +30,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="a document that cannot be read ends the job (default) or is counted and left out",
+        help="what to do with a document that cannot be read: fail (default), or skip and count it",
     )
 
 

@@ -14,7 +14,8 @@ PARQUET_BATCH_BYTES = 2**22
 
 
 def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
-    """One document a row, in the column `text_key`. What cannot be read of a row group is lost, and the next one read."""
+    """One document per row, from the column `text_key`. What cannot be read of a row group is lost; reading continues
+    with the next."""
     import pyarrow
 
     try:
@@ -53,7 +54,7 @@ def parquet_rows(span: Span, text_key: str) -> Iterator[Found]:
 
 
 def arrow_rows(span: Span, text_key: str) -> Iterator[Found]:
-    """One document a row, in the column `text_key`, of a file or a stream of record batches."""
+    """One document per row, from the column `text_key`, of a file or stream of record batches."""
     import pyarrow
 
     row = 0
@@ -87,14 +88,14 @@ def arrow_batches(file: Any, text_key: str) -> Iterator[Any]:
 
 
 def open_parquet(file: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile` that reads a row group piece by piece, not at once."""
+    """A `pyarrow.parquet.ParquetFile` that reads row groups in pieces, not all at once."""
     import pyarrow.parquet
 
     return pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def check_column(schema: Any, name: str) -> None:
-    """`DocumentError` unless one column has this name, and holds text or bytes that may be UTF-8."""
+    """Raises `DocumentError` unless exactly one column has this name, and it holds text or bytes (which may be UTF-8)."""
     import pyarrow
     from pyarrow import types
 
@@ -121,22 +122,22 @@ def check_column(schema: Any, name: str) -> None:
 
 
 def column_texts(column: Any) -> Iterator[bytes | DocumentError]:
-    """From the column's buffers, as pyarrow makes Python objects slowly."""
+    """Texts taken from the column's buffers, because pyarrow creates Python objects slowly."""
     import pyarrow
 
     if isinstance(column, pyarrow.ExtensionArray):
         column = column.storage
     if pyarrow.types.is_dictionary(column.type):
-        # 64-bit offsets, for many long texts
+        # 64-bit offsets, because the texts may exceed 2 GB in total.
         column = column.dictionary.cast(pyarrow.large_binary()).take(column.indices)
     column = column.cast(pyarrow.large_binary())
     try:
         column.view(pyarrow.large_string()).validate(full=True)
         sound = True
-    except pyarrow.ArrowInvalid:  # a row is not UTF-8; find which
+    except pyarrow.ArrowInvalid:  # some row is not UTF-8; find out which
         sound = False
     _, ends, raw = column.buffers()
-    if not ends:  # a column of no rows may come without
+    if not ends:  # a column without rows may have no buffers
         return
     offsets = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1].tolist()
     known = column.is_valid().to_pylist() if column.null_count else repeat(True)

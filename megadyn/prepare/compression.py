@@ -1,7 +1,7 @@
-"""What compressed files hold, up to the end of the last member or frame, and as much of damaged ones as there is.
+"""Content of compressed files up to the end of the last member or frame, and as much as possible of damaged files.
 
-pyarrow decompresses at full speed. What it refuses is read again here, member by member: padding is passed over, and
-where something is damaged the content before it and that of the next sound member is still given.
+pyarrow decompresses at full speed. What it refuses is read again here, member by member. Padding is skipped. If
+something is damaged, the content before it and that of the next intact member are still returned.
 """
 
 import bz2
@@ -31,33 +31,33 @@ MAGIC = {
     "lz4": b"\x04\x22\x4d\x18",
 }
 LONGEST_HEAD = 18
-"""Bytes by which a member is known."""
+"""Number of bytes needed to recognise a member."""
 BZ2_BLOCKS = (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")
-"""What follows the four bytes of a bzip2 header: a block, or the end of an empty stream."""
+"""What can follow the four bytes of a bzip2 header: a block, or the end of an empty stream."""
 SKIPPABLE = b"\x2a\x4d\x18"
 """Bytes 1 to 3 of a skippable frame of zstd and lz4; byte 0 is 0x50 to 0x5f."""
 PIECE_BYTES = 2**16
 SCAN_BYTES = 2**20
 LARGEST_ZSTD_BLOCK = 2**17
 LARGEST_ZSTD_WINDOW = 2**27
-"""Of `zstd` without --long, and of pyarrow."""
+"""Limit of `zstd` without --long, and of pyarrow."""
 
 
 class Damage(NamedTuple):
     reason: str
     is_lost: bool
-    """Some of the content is, not only something that stands behind it."""
+    """Whether content is lost; otherwise only bytes after it are damaged."""
 
 
 class Broken(Exception):
-    """A member cannot be read on."""
+    """A member cannot be read any further."""
 
 
 Open = Callable[[], IO[bytes]]
 
 
 def codec_of(head: bytes, suffix: str = "") -> str | None:
-    """The compression of a file by its first `LONGEST_HEAD` bytes; `suffix` tells where these leave two."""
+    """The compression of a file, from its first `LONGEST_HEAD` bytes; `suffix` decides if these leave two possibilities."""
     if len(head) >= 4 and 0x50 <= head[0] <= 0x5F and head[1:4] == SKIPPABLE:
         return "lz4" if SUFFIXES.get(suffix) == "lz4" else "zstd"
     if head.startswith(MAGIC["bz2"]):
@@ -68,7 +68,7 @@ def codec_of(head: bytes, suffix: str = "") -> str | None:
 class Decompressed(io.RawIOBase):
     """The content of a compressed file.
 
-    Where it is damaged it reads as if it ended there, and `damage` says why; to read on gives what follows the damage.
+    At damage it reads as if the file ended there, and `damage` gives the reason. Reading on returns what follows the damage.
     """
 
     def __init__(self, open_file: Open, codec: str) -> None:
@@ -113,19 +113,19 @@ class Decompressed(io.RawIOBase):
         return size
 
     def _begin_again(self) -> None:
-        """Member by member, up to what was given already."""
+        """Restarts member by member, and skips what was already returned."""
         self._fast, self.disk = None, self._open()
         self._pieces = members(self.disk, self._codec)
         skip = self._given
         while skip:
             piece = next(self._pieces)
-            assert isinstance(piece, bytes), "pyarrow read what cannot be read"
+            assert isinstance(piece, bytes), "pyarrow returned content that cannot be read"
             self._left = memoryview(piece)[skip:]
             skip -= min(skip, len(piece))
 
 
 def members(disk: IO[bytes], codec: str) -> Iterator[bytes | Damage]:
-    """The content of all members of a file, in pieces, and what is damaged between them."""
+    """The content of all members of a file, in pieces, and any damage between them."""
     size, at = disk.seek(0, io.SEEK_END), 0
     while (at := past_zeros(disk, at)) < size:
         disk.seek(at)
@@ -152,7 +152,7 @@ def members(disk: IO[bytes], codec: str) -> Iterator[bytes | Damage]:
 
 
 def past_zeros(disk: IO[bytes], at: int) -> int:
-    """Padding, to a block of a tape or a file system, is no content."""
+    """The offset after padding (to the block of a tape or a file system), which is not content."""
     disk.seek(at)
     while chunk := disk.read(PIECE_BYTES):
         kept = chunk.lstrip(b"\0")
@@ -163,7 +163,8 @@ def past_zeros(disk: IO[bytes], at: int) -> int:
 
 
 def next_member(disk: IO[bytes], at: int, codec: str) -> int | None:
-    """Where the next one begins, as far as its head tells; None if there is none, or lz4, whose frames are read together."""
+    """Offset of the next member, as recognised by its head. None if there is none, or for lz4, whose frames are read
+    together."""
     if codec == "lz4":
         return None
     disk.seek(at)
@@ -183,7 +184,7 @@ def next_member(disk: IO[bytes], at: int, codec: str) -> int | None:
 
 
 def is_likely_gzip(head: bytes) -> bool:
-    """Three bytes are found by chance, too; these fields hold few values."""
+    """Checks more fields, which have few valid values, because the three magic bytes also occur by chance."""
     return (
         len(head) == LONGEST_HEAD
         and head[3] < 0x20
@@ -195,17 +196,17 @@ def is_likely_gzip(head: bytes) -> bool:
 class Member(Protocol):
     @property
     def end(self) -> int:
-        """Where it ends in the file, once all of it was read."""
+        """Offset in the file at which it ends; known after all of it was read."""
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none at its end; `Broken` if it is."""
+        """Up to `size` bytes; empty at its end. Raises `Broken` at damage."""
 
     def feed_slowly(self) -> None:
-        """From now on, so that nothing before the damage is lost."""
+        """From now on reads small pieces, so that nothing before the damage is lost."""
 
 
 def pieces_of(disk: IO[bytes], at: int, codec: str) -> Generator[bytes, None, int]:
-    """The content of the member at `at`; returns where it ends. `Broken` behind all that can be had of it."""
+    """Yields the content of the member at `at`; returns where it ends. Raises `Broken` after everything that is readable."""
 
     def opened() -> Member:
         return ByPyarrow(disk, at, codec) if codec in ("zstd", "lz4") else ByLibrary(disk, at, codec)
@@ -222,7 +223,7 @@ def pieces_of(disk: IO[bytes], at: int, codec: str) -> Generator[bytes, None, in
     for _ in range(reads):
         member.read(PIECE_BYTES)
     member.feed_slowly()
-    last = bytearray()  # less than a piece: the read that broke is done again, byte by byte
+    last = bytearray()  # since the last whole piece; a failed read is repeated byte by byte
     try:
         while piece := member.read(1):
             last += piece
@@ -254,7 +255,7 @@ class Inflate:
 
 
 class ByLibrary:
-    """A member by the standard library: gzip, bzip2, xz."""
+    """A member read by the standard library: gzip, bzip2, xz."""
 
     def __init__(self, disk: IO[bytes], at: int, codec: str) -> None:
         self.end = at
@@ -293,7 +294,7 @@ class Ended:
 
 
 class ByPyarrow:
-    """A frame of zstd, or all that follows of lz4."""
+    """One frame of zstd, or for lz4 the whole rest of the file."""
 
     def __init__(self, disk: IO[bytes], at: int, codec: str) -> None:
         import pyarrow
@@ -306,7 +307,7 @@ class ByPyarrow:
         return self._source.at
 
     def feed_slowly(self) -> None:
-        """A block is what zstd is fed anyway."""
+        """Nothing to do: zstd is already fed block by block."""
 
     def read(self, size: int) -> bytes:
         try:
@@ -319,7 +320,7 @@ class ByPyarrow:
 
 
 class Rest(io.RawIOBase):
-    """A file from `at` on."""
+    """A file from offset `at` to its end."""
 
     problem: str | None = None
 
@@ -338,7 +339,7 @@ class Rest(io.RawIOBase):
 
 
 class ZstdFrame(Rest):
-    """One frame, block by block (RFC 8878, section 3.1.1); what is wrong with its structure is its `problem`."""
+    """One frame, block by block (RFC 8878, section 3.1.1); `problem` says what is wrong with its structure."""
 
     def __init__(self, disk: IO[bytes], at: int) -> None:
         super().__init__(disk, at)
@@ -370,7 +371,7 @@ class ZstdFrame(Rest):
         dictionary = self._take((0, 1, 2, 4)[flags & 3])
         content_size = self._take((is_single, 2, 4, 8)[flags >> 6])
         if number := int.from_bytes(dictionary, "little"):
-            raise Broken(f"compressed with dictionary {number}, which is not at hand")
+            raise Broken(f"compressed with dictionary {number}, which is not available")
         if window:
             base = 1 << 10 + (window[0] >> 3)
             needed = base + base // 8 * (window[0] & 7)
@@ -386,7 +387,7 @@ class ZstdFrame(Rest):
             block = int.from_bytes(raw, "little")
             is_last, kind, size = block & 1, block >> 1 & 3, block >> 3
             if kind == 3 or size > LARGEST_ZSTD_BLOCK:
-                raise Broken(f"no zstd block at byte {self.at - 3}")
+                raise Broken(f"invalid zstd block at byte {self.at - 3}")
             yield raw + self._take(1 if kind == 1 else size)
         if has_checksum:
             yield self._take(4)

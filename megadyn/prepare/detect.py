@@ -1,4 +1,4 @@
-"""What a file is, by its content and its name: only what is known is read."""
+"""Detects what a file is, by its content and its name. Unknown formats are not read."""
 
 import io
 import json
@@ -74,9 +74,9 @@ SOURCES = frozenset(
         ".cmake",
     )
 )
-"""Text whatever it looks like; not opened to be told from others until it is read."""
+"""Suffixes of files that are text whatever they look like; their type is not checked before they are read."""
 UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin", ".jl")
-"""Suffixes that JSON lines may have, and other files too; `.jl` is also Julia's."""
+"""Suffixes of JSON lines, but also of other files; `.jl` is also Julia's."""
 KNOWN = "known are UTF-8 text, JSON lines, Parquet and Arrow; text and JSON lines also as gzip, zstd, bzip2, xz or lz4"
 HEAD_BYTES = 2**14
 NOT_READ = {
@@ -102,19 +102,19 @@ NOT_READ = {
     b"MMIDIDX\0": "the index of a dataset",
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS, whose content was not downloaded",
 }
-"""By the first bytes; those that could begin a text are followed by bytes that could not."""
+"""Formats that are not read, by their first bytes. Magic bytes that could begin a text are followed by bytes that could not."""
 MAYBE_TEXT = {b"ORC", b"Rar!", b"GIF8", b"FEA1", b"%PDF"}
 MOST_CONTROLS = 1 / 16
-"""Share of a text's bytes."""
+"""Largest share of control characters in a text."""
 CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1b"))
 BOMS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 class Kind(NamedTuple):
     form: str
-    """How it is read; `refused` where `problem` says why not."""
+    """How it is read; `refused` if it is not (`problem` has the reason)."""
     is_plain: bool = True
-    """Neither compressed nor in another encoding than UTF-8, so that it can be cut."""
+    """Whether it is uncompressed UTF-8, so that it can be cut."""
     problem: str | None = None
 
 
@@ -143,7 +143,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
 
 
 def telling_suffixes(file: Path) -> tuple[str, str]:
-    """In lower case: the suffix before that of a compression, and that, each if there is one."""
+    """(suffix before the compression's suffix, compression's suffix) in lower case; either may be empty."""
     parts = Path(file.name.lower())
     if parts.suffix == ".tgz":
         return ".tar", ".gz"
@@ -158,7 +158,7 @@ def decompressed_head(file: Path, codec: str) -> bytes:
 
 
 def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
-    """(form, why it is not read) of a file whose content begins with `head`."""
+    """(form, reason why it is not read or None) of a file whose content begins with `head`."""
     if head.startswith(b"PAR1"):
         return "parquet", None
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -186,7 +186,7 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
 
 
 def not_text(head: bytes) -> str | None:
-    """What a file is that is not text, if its first bytes tell."""
+    """What a file is if its first bytes show that it is not text; otherwise None."""
     for magic, name in NOT_READ.items():
         if head.startswith(magic) and (magic not in MAYBE_TEXT or is_binary(head)):
             return name
@@ -194,14 +194,15 @@ def not_text(head: bytes) -> str | None:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether it holds more control characters than a text does."""
+    """Whether it contains more control characters than a text would."""
     if any(head.startswith(bom) for bom in BOMS):
         return False
     return len(head) - len(head.translate(None, CONTROLS)) > len(head) * MOST_CONTROLS
 
 
 def encoding_of(head: bytes, form: str) -> str | None:
-    """The encoding of a text that is not UTF-8, by its byte order mark, or for JSON by where its zeros are; else None."""
+    """The encoding of a text that is not UTF-8, from its byte order mark or, for JSON, from the positions of zeros;
+    else None."""
     for bom, name in BOMS.items():
         if head.startswith(bom):
             return name
@@ -218,7 +219,7 @@ def is_json_object(line: bytes) -> bool:
 
 
 def not_by_line(head: bytes) -> str | None:
-    """Why a JSON file does not hold one object per line, if its beginning tells."""
+    """Why a JSON file does not hold one object per line, if its beginning shows that; otherwise None."""
     lines = head.lstrip(b"\xef\xbb\xbf \t\r\n").splitlines()
     first = lines[0].strip() if lines else b""
     if first == b"[" or (first.startswith(b"[{") and not first.endswith(b"}]")):

@@ -1,4 +1,4 @@
-"""The files that a path stands for, and which of those below a folder are no part of a corpus."""
+"""The files that a path refers to, and which of those in a folder are not part of a corpus."""
 
 import glob
 import json
@@ -11,27 +11,27 @@ from typing import Any
 from megadyn.errors import UserError
 
 HUB_FILES = ("README.md", "dataset_infos.json")
-"""Of a repository on Hugging Face's hub: its card, and what its files hold."""
+"""Files of a Hugging Face hub repository that describe it: its card, and the description of its data files."""
 SPARK_FILES = re.compile(r"_SUCCESS|_(common_)?metadata|_(committed|started)_\d+|_temporary|_delta_log")
-"""Beside the data that Spark and its kin write."""
+"""Files that Spark and similar tools write next to the data."""
 SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 
 
 def matches(path: Path) -> list[Path]:
-    """`path` itself, or if there is none, what it matches as a pattern, sorted by name."""
+    """`path` itself; if it does not exist, what it matches as a pattern, sorted by name."""
     if path.exists():
         return [path]
     found = {Path(name) for name in glob.glob(str(path), recursive=True)}
     if not found:
         raise UserError(f"{path}: no such file or folder")
-    # a folder stands for what is in it
+    # A matched folder already includes what is inside it.
     return sorted(match for match in found if found.isdisjoint(match.parents))
 
 
 def files_below(path: Path, left_out: Counter[str], above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """`path` itself if it is a file, else every file below it, each folder sorted by name.
+    """`path` itself if it is a file, otherwise every file below it, each folder sorted by name.
 
-    What is below a folder and no part of a corpus is counted in `left_out`, by kind, a hidden folder as one.
+    Files that are not part of a corpus are counted in `left_out`, by kind; a hidden folder counts as one.
     """
     if not path.is_dir():
         if path.exists() and not path.is_file():
@@ -40,10 +40,10 @@ def files_below(path: Path, left_out: Counter[str], above: tuple[Path, ...] = ()
         return
     here = path.resolve()
     if here in above:
-        raise UserError(f"{path}: a link that leads back to a folder above it")
+        raise UserError(f"{path}: a link to one of its own parent folders")
     children = sorted(path.iterdir())
     if (saved := saved_files(path)) is not None:
-        left_out["beside a saved dataset"] += len(children) - len(saved)
+        left_out["not part of a saved dataset"] += len(children) - len(saved)
         yield from saved
         return
     metadata = metadata_in(path)
@@ -57,7 +57,7 @@ def files_below(path: Path, left_out: Counter[str], above: tuple[Path, ...] = ()
 
 
 def metadata_in(folder: Path) -> tuple[str, ...]:
-    """Names of files in `folder` that describe others."""
+    """Names of files in `folder` that describe other files."""
     saved = (
         ("dataset_dict.json",)
         if isinstance(json_object(folder / "dataset_dict.json").get("splits"), list)
@@ -67,7 +67,7 @@ def metadata_in(folder: Path) -> tuple[str, ...]:
 
 
 def saved_files(folder: Path) -> list[Path] | None:
-    """The data of a `Dataset.save_to_disk` folder, in order, as its state.json lists them; None for another folder."""
+    """The data files of a `Dataset.save_to_disk` folder in the order of its state.json; None for any other folder."""
     state = json_object(folder / "state.json")
     listed = state.get("_data_files")
     if not isinstance(listed, list) or not (folder / "dataset_info.json").exists():
@@ -80,7 +80,7 @@ def saved_files(folder: Path) -> list[Path] | None:
 
 
 def is_hub_snapshot(folder: Path) -> bool:
-    """A download of a whole repository, a clone, or the hub's cache."""
+    """Whether it is a download or clone of a whole repository, or the hub's cache."""
     if (folder / ".cache" / "huggingface").is_dir():
         return True
     if SNAPSHOT.fullmatch(folder.name) and folder.parent.name == "snapshots":
@@ -90,7 +90,7 @@ def is_hub_snapshot(folder: Path) -> bool:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """Its content; empty where there is no such file, or it holds something else."""
+    """Its content; empty if the file does not exist or holds anything else."""
     if not file.is_file():
         return {}
     try:

@@ -1,8 +1,8 @@
-"""Documents of one file, or of a part of it: text and JSON lines, compressed or not (`columns` has the tables).
+"""Reads the documents of a file or of a part of it: text and JSON lines, compressed or not (tables are in `columns`).
 
-Each reader yields (what was found, bytes on disk read so far) and stops at the end of its `Span`. A document is its text
-as UTF-8. One that cannot be read is found as a `DocumentError`; so is, as one, what is lost where a file is damaged. None
-holds more in memory than a document or a few megabytes.
+Each reader yields (document or error, bytes on disk read so far) and stops at the end of its `Span`. A document is its
+text as UTF-8. An unreadable document is yielded as a `DocumentError`; everything lost at one damaged place is yielded
+as a single error. No reader holds more in memory than one document or a few megabytes.
 """
 
 import codecs
@@ -21,25 +21,25 @@ from megadyn.prepare.compression import LONGEST_HEAD, Damage, Decompressed, code
 from megadyn.prepare.detect import HEAD_BYTES, encoding_of, kind_of, not_text, telling_suffixes
 
 LONGEST_DOCUMENT = 2**30
-"""Bytes; a longer line or text is refused, because a document is held in memory."""
+"""Bytes; a longer line or text is refused, because a document must fit in memory."""
 BUFFER_BYTES = 2**20
 DECOMPRESSED_BYTES = 2**16
-"""Asked for at a time."""
+"""Bytes requested at a time."""
 BOM = b"\xef\xbb\xbf"
 
 
 class DocumentError(Exception):
-    """What is wrong with a document; the text begins with its file, and line or row."""
+    """What is wrong with a document; the message begins with its file, and line or row."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file that can be read on its own: those documents that begin in it."""
+    """A part of a file that can be read on its own. It contains the documents that begin in it."""
 
     file: Path
     form: str  # a key of READERS
     first: int  # byte of a JSONL file, row group of a Parquet file; else 0
-    end: int  # the one behind the last, in the same unit
+    end: int  # exclusive, in the same unit
     size: int  # bytes on disk
 
 
@@ -47,7 +47,7 @@ Found = tuple[bytes | DocumentError, int]
 
 
 class Content:
-    """What a file holds as UTF-8: decompressed, and out of UTF-16 or UTF-32."""
+    """The content of a file as UTF-8: decompressed, and converted from UTF-16 or UTF-32."""
 
     def __init__(self, file: Path, form: str) -> None:
         self.disk: IO[bytes] = file.open("rb", BUFFER_BYTES)
@@ -78,12 +78,12 @@ class Content:
 
     @property
     def bytes_read(self) -> int:
-        """On disk."""
+        """Bytes read on disk."""
         first = self._layers[0] if self._layers else None
         return first.disk.tell() if isinstance(first, Decompressed) else self.disk.tell()
 
     def take_damage(self) -> Damage | None:
-        """Why the stream ended where it did, if it was no end."""
+        """Why the stream ended, if it ended because of damage."""
         for layer in self._layers:
             if damage := layer.damage:
                 layer.damage = None
@@ -97,7 +97,7 @@ class Content:
 
 
 class Transcoded(io.RawIOBase):
-    """A text of another encoding, as UTF-8. At invalid bytes it ends for good, with the reason in `damage`."""
+    """Converts a text from another encoding to UTF-8. Ends at invalid bytes, with the reason in `damage`."""
 
     def __init__(self, source: IO[bytes], encoding: str) -> None:
         self.damage: Damage | None = None
@@ -116,7 +116,7 @@ class Transcoded(io.RawIOBase):
                 self._left = self._decoder.decode(raw, final=not raw).encode()
             except UnicodeError as error:
                 self._is_over = True
-                self.damage = Damage(f"no {self._encoding.upper()} text ({error})", is_lost=True)
+                self.damage = Damage(f"not {self._encoding.upper()} text ({error})", is_lost=True)
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size
@@ -132,7 +132,7 @@ def content_of(file: Path, form: str) -> Iterator[Content]:
 
 
 def refused(span: Span, _: str) -> Iterator[Found]:
-    """A file of a format that is not read."""
+    """A file of a format that is not supported."""
     yield (
         DocumentError(f"{span.file}: {kind_of(span.file).problem or 'it changed while the corpus was read'}"),
         span.size,
@@ -140,7 +140,7 @@ def refused(span: Span, _: str) -> Iterator[Found]:
 
 
 def text_file(span: Span, _: str) -> Iterator[Found]:
-    """The whole file, kept to the byte."""
+    """The whole file as one document, byte for byte."""
     try:
         with content_of(span.file, "text") as content:
             raw = content.stream.read(LONGEST_DOCUMENT + 1)
@@ -186,7 +186,7 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
                 for text in texts_of_line(line, text_key):
                     yield text, done
             except DocumentError as error:
-                if not damage and not is_behind_damage:  # else the line is what is left of a damaged one
+                if not damage and not is_behind_damage:  # otherwise the line is the rest of a damaged one
                     yield DocumentError(f"{span.file}:{lines_before(span) + number}: {error}"), done
             if damage:
                 yield (
@@ -197,17 +197,17 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
 
 
 def damage(place: object, error: Exception) -> DocumentError:
-    """`error` as what is wrong with the file; raised on if it comes from the system."""
+    """Converts `error` to a `DocumentError` about the file; re-raises errors of the operating system."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return DocumentError(f"{place}: damaged ({one_line(error)})")
 
 
 def start_of_line(lines: IO[bytes], span: Span) -> int:
-    """Moves to the first line that begins in the span, and says where that is; to its end if none does."""
+    """Seeks to the first line that begins in the span and returns its position; to the span's end if there is none."""
     if not span.first:
         return 0
-    position = lines.seek(span.first - 1)  # a line may begin with the first byte
+    position = lines.seek(span.first - 1)  # one byte earlier, because a line may begin exactly at `first`
     while position < span.end:
         line = lines.readline(BUFFER_BYTES)
         position += len(line)
@@ -217,7 +217,7 @@ def start_of_line(lines: IO[bytes], span: Span) -> int:
 
 
 def skip_line(lines: IO[bytes]) -> int:
-    """Reads on to the end of the line; the number of bytes."""
+    """Reads to the end of the line; returns the number of bytes."""
     size = 0
     while line := lines.readline(BUFFER_BYTES):
         size += len(line)
@@ -227,7 +227,7 @@ def skip_line(lines: IO[bytes]) -> int:
 
 
 def lines_before(span: Span) -> int:
-    """Lines that begin before the span."""
+    """Number of lines that begin before the span."""
     with span.file.open("rb", 0) as file:
         left, count, ends = span.first, 0, True
         while left and (chunk := file.read(min(left, BUFFER_BYTES))):
@@ -238,7 +238,7 @@ def lines_before(span: Span) -> int:
 
 
 def texts_of_line(line: bytes, text_key: str) -> Sequence[bytes]:
-    """The document of a line, none of a blank one; several where `\\r` alone ends them."""
+    """The document of a line; none for a blank line; several if lines end with a bare `\\r`."""
     if not line or line.isspace():
         return ()
     try:
@@ -249,11 +249,11 @@ def texts_of_line(line: bytes, text_key: str) -> Sequence[bytes]:
 
 
 def loaded_by_python(line: bytes, error: orjson.JSONDecodeError) -> Iterator[Any]:
-    """What Python's json, the reference, reads of a line that orjson refuses: NaN, lone surrogates, a byte order mark."""
+    """What Python's json, the reference, reads from a line that orjson refuses: NaN, lone surrogates, a byte order mark."""
     if not line.removeprefix(BOM).strip():
         return
     pieces = [line]
-    if b"\r" in line.rstrip():  # never inside a JSON text's strings
+    if b"\r" in line.rstrip():  # never occurs inside a JSON string
         pieces = [piece for piece in line.split(b"\r") if piece.strip()]
     try:
         entries = [json.loads(line)]

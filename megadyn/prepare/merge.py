@@ -1,4 +1,4 @@
-"""Several indexed datasets copied into one."""
+"""Copies several indexed datasets into one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,20 +12,21 @@ from megadyn.files import os_errors_named, refuse_existing
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = False) -> IndexedDataset:
-    """Writes the datasets one behind the other to `output`: the bytes that preprocessing their inputs at once gives.
+    """Writes the datasets one after another to `output`: the same bytes as from preprocessing all their inputs at once.
 
-    `UserError` if they differ in dtype, tokenizer or end-of-document tokens, if only some of them say what
-    tokenizer made them, or if `output` exists without `overwrite`.
+    Raises `UserError` if they differ in dtype, tokenizer or end-of-document token, if only some of them record their
+    tokenizer, or if `output` exists without `overwrite`.
     """
     refuse_existing(files_of(output).values(), overwrite)
     first = IndexedDataset(prefixes[0])
-    for prefix in prefixes[1:]:  # all, before the first is copied; one at a time, for there may be thousands
+    # Check all before copying the first; one at a time, because there may be thousands.
+    for prefix in prefixes[1:]:
         check_alike(first, IndexedDataset(prefix))
     records = []
     with os_errors_named(output), IndexedWriter(output, first.dtype) as writer:
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
-            check_alike(first, dataset)  # again: it is another file now if it was replaced meanwhile
+            check_alike(first, dataset)  # again, because the file may have been replaced meanwhile
             writer.add_dataset(dataset)
             records.append(dataset.record)
         writer.finish(merged_record(records, writer))

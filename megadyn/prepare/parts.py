@@ -1,16 +1,16 @@
-"""PREFIX.parts: the units of a job that are encoded already, kept until the dataset is complete.
+"""PREFIX.parts: the encoded units of a job, kept until the dataset is complete.
 
-# For each unit, under a name that is a hash of all that decides its tokens:
-#   NAME.bin    the tokens, back to back, in the dtype of the dataset; gone once they are in joined.bin
-#   NAME.len    [D] <i4  tokens in each document, 0 for one without
-#   NAME.json   a `Part`; written last, so with it the part is finished
-# the dataset as far as it is joined, so that a job needs room for hardly more than that:
+# For each unit, under a name that is a hash of everything that determines its tokens:
+#   NAME.bin    the tokens, back to back, in the dtype of the dataset; removed once they are in joined.bin
+#   NAME.len    [D] <i4  number of tokens in each document, may be 0
+#   NAME.json   a `Part`; written last, so its presence means that the part is finished
+# The dataset as far as it has been joined, so that a job needs hardly more disk space than that:
 #   joined.bin  the tokens of the first parts, in order
-#   joined.txt  their names, one a line
-#   publishing  there while its files get their names
-# and under .*.tmp what is being written; the next run removes what is left of that.
+#   joined.txt  their names, one per line
+#   publishing  exists while the dataset's files are being renamed
+# Files named .*.tmp are being written; the next run removes what is left of them.
 
-So a run that was interrupted goes on where it stopped, and none takes a part of another input for its own.
+So an interrupted run continues where it stopped, and no run uses a part made from other input.
 """
 
 import fcntl
@@ -37,40 +37,40 @@ from megadyn.files import temporary_beside
 from megadyn.tokenization.tokenizer import TokenArray
 
 LAYOUT = 1
-"""Part of every name; raised whenever the same unit is to give other files."""
+"""Part of every name; increased whenever the same unit should give different files."""
 LOCK = "lock"
 CHUNK_BYTES = 2**22
 VISIBLE_SECONDS = 120.0
-"""Within them a host sees what another has written: NFS, unless told otherwise, looks again after at most 60 s."""
+"""Time for files written by one host to become visible on another. NFS by default looks again after at most 60 s."""
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a unit came to."""
+    """The result of a unit."""
 
     name: str
     documents: int
     tokens: int
     text_bytes: int
-    """Of the documents' texts, as UTF-8."""
+    """Size of the documents' texts in UTF-8."""
     skipped: int
     first_skipped: str | None
     crc32: int
-    """Of NAME.bin and NAME.len, one behind the other."""
+    """Over NAME.bin followed by NAME.len."""
 
 
 class Parts:
-    """The folder of one job; many processes may use it at a time."""
+    """The folder of one job; several processes may use it at once."""
 
     def __init__(self, prefix: Path) -> None:
         self.folder = Path(f"{prefix}.parts")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder and keeps other runs out of it; `UserError` if another has it.
+        """Creates the folder and locks out other runs; raises `UserError` if another run has it.
 
-        At the end it is removed if no part in it is finished.
+        Afterwards removes the folder if it has no finished part.
         """
         try:
             with lock_in(self.folder):
@@ -83,17 +83,17 @@ class Parts:
                         self.remove()
         finally:
             with suppress(OSError):
-                self.folder.rmdir()  # if it is empty: on NFS the lock keeps a name in it until it is closed
+                self.folder.rmdir()  # only if empty: on NFS the lock file stays until it is closed
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_for_folder(self, rank: int) -> None:
-        """Until `rank`, this one, sees the folder that rank 0 has made; `UserError` after `VISIBLE_SECONDS`."""
+        """Waits until this rank, `rank`, sees the folder that rank 0 created; raises `UserError` after `VISIBLE_SECONDS`."""
         wait_to_see(self.folder / LOCK, 0, "rank 0", f"rank {rank} on {os.uname().nodename}")
 
     def wait_for(self, part: Part, itemsize: int, rank: int) -> None:
-        """Until rank 0, this one, sees the files of a part that `rank` has written; `UserError` after `VISIBLE_SECONDS`."""
+        """Waits until rank 0, which calls this, sees the files that `rank` wrote; raises `UserError` after `VISIBLE_SECONDS`."""
         for path, size in (
             (self.tokens_file(part), part.tokens * itemsize),
             (self._file(part.name, "len"), part.documents * 4),
@@ -101,7 +101,7 @@ class Parts:
             wait_to_see(path, size, f"rank {rank}", f"rank 0 on {os.uname().nodename}")
 
     def load(self, name: str) -> Part | None:
-        """The finished part of this name; None if there is none, or not what was written."""
+        """The finished part of this name; None if there is none or it is damaged."""
         part = self._read(name)
         try:
             return part if part and self.is_sound(part, file_crc(self._file(name, "bin"))) else None
@@ -115,7 +115,7 @@ class Parts:
             return None
 
     def is_sound(self, part: Part, tokens_crc: int) -> bool:
-        """Whether the part's lengths, and tokens of this crc32, are what was written."""
+        """Whether the part's lengths, together with tokens of this crc32, are what was written."""
         try:
             return zlib.crc32(self._file(part.name, "len").read_bytes(), tokens_crc) == part.crc32
         except FileNotFoundError:
@@ -126,9 +126,9 @@ class Parts:
         return self.folder / "joined.bin"
 
     def joined(self, names: Sequence[str], itemsize: int) -> dict[str, Part]:
-        """The parts in joined.bin, as far as they are those of `names`, in order; what follows them is forgotten.
+        """The parts in joined.bin that match the beginning of `names`, in order; later ones are forgotten.
 
-        Whether their tokens are what was written is left to who reads them (`is_sound`).
+        Readers must check whether their tokens are what was written (`is_sound`).
         """
         found: dict[str, Part] = {}
         if self.joined_tokens.exists() and self._joined_list.exists():
@@ -146,7 +146,7 @@ class Parts:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """Notes that the dataset's files are being given their names, for `take_back`."""
+        """Marks that the dataset's files are being renamed, for `take_back`."""
         self._publishing.touch()
         try:
             yield
@@ -154,7 +154,7 @@ class Parts:
             self._publishing.unlink()
 
     def take_back(self, dataset: Mapping[str, Path]) -> None:
-        """Undoes what a run did that was killed while it gave the dataset's files their names; the index gets its own last."""
+        """Undoes the renames of a run that was killed while it published the dataset. The index is renamed last."""
         if self._publishing.exists() and not dataset["idx"].exists():
             if dataset["bin"].exists() and self._joined_list.exists() and not self.joined_tokens.exists():
                 dataset["bin"].replace(self.joined_tokens)
@@ -163,13 +163,13 @@ class Parts:
         self._publishing.unlink(missing_ok=True)
 
     def add_joined(self, part: Part) -> None:
-        """Tells that joined.bin holds this part now, too."""
+        """Records that joined.bin now includes this part."""
         with self._joined_list.open("a") as file:
             file.write(f"{part.name}\n")
         self.tokens_file(part).unlink()
 
     def damaged_joined(self, sound: Iterable[str]) -> UserError:
-        """Forgets all parts in joined.bin but the first, `sound` ones."""
+        """Forgets all parts in joined.bin except the intact ones at its beginning, `sound`."""
         self._rewrite_joined_list(sound)
         return UserError(f"{self.joined_tokens}: damaged; the same command continues from its intact part")
 
@@ -197,7 +197,7 @@ class Parts:
 
 
 class PartWriter:
-    """Writes one part, batch by batch; a context manager that leaves nothing unless `finish` was reached."""
+    """Writes one part, batch by batch. As a context manager it removes everything unless `finish` was called."""
 
     def __init__(self, parts: Parts, name: str) -> None:
         self._final = {kind: parts.folder / f"{name}.{kind}" for kind in ("bin", "len", "json")}
@@ -217,7 +217,7 @@ class PartWriter:
             path.unlink(missing_ok=True)
 
     def add(self, tokens: TokenArray, lengths: NDArray[Any], text_bytes: int) -> None:
-        """A batch of documents: their tokens [N] in the dtype of the dataset, and lengths [D]."""
+        """Adds a batch of documents: tokens [N] in the dtype of the dataset, and lengths [D]."""
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
             raise UserError(
                 f"a document of {lengths.max()} tokens: the format holds at most {LONGEST_SEQUENCE} in a sequence"
@@ -250,7 +250,7 @@ class PartWriter:
 
 
 def part_name(*what: object) -> str:
-    """A name for the part that `what`, made of plain values, decides."""
+    """The name of a part that is determined by `what`, made of plain values."""
     return hashlib.sha256(json.dumps([LAYOUT, *what]).encode()).hexdigest()[:24]
 
 
@@ -263,19 +263,21 @@ def file_crc(path: Path) -> int:
 
 
 def wait_to_see(path: Path, size: int, writer: str, reader: str) -> None:
-    """Returns once `path` has `size` bytes here; `UserError` that names `writer` and `reader` after `VISIBLE_SECONDS`."""
+    """Waits until `path` has `size` bytes here; after `VISIBLE_SECONDS` raises `UserError`, which names `writer` and
+    `reader`."""
     began = time.monotonic()
     while size_of(path) != size:
         if time.monotonic() - began > VISIBLE_SECONDS:
             raise UserError(
-                f"{path}: {writer} has written it, but {reader} does not see it whole within {VISIBLE_SECONDS:g} s; "
+                f"{path}: {writer} has written it, but {reader} does not see all of it within {VISIBLE_SECONDS:g} s; "
                 "the output must be on a file system that all hosts share"
             )
         time.sleep(POLL_SECONDS)
 
 
 def size_of(path: Path) -> int | None:
-    """In bytes, of a file that can be opened: this, unlike a look at its name, makes a network file system ask its server."""
+    """Size in bytes, or None if the file cannot be opened. Opening it makes a network file system ask its server; stat
+    does not."""
     try:
         with path.open("rb", 0) as file:
             return os.fstat(file.fileno()).st_size
@@ -285,12 +287,12 @@ def size_of(path: Path) -> int | None:
 
 @contextmanager
 def lock_in(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds its lock; `UserError` if another process does."""
+    """Creates `folder` and holds its lock; raises `UserError` if another process holds it."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = (folder / LOCK).open("w")
-        except FileNotFoundError:  # its last owner removed the folder just now
+        except FileNotFoundError:  # its previous owner has just removed the folder
             continue
         with lock:
             try:
@@ -302,7 +304,7 @@ def lock_in(folder: Path) -> Iterator[None]:
             except OSError as error:
                 raise UserError(
                     f"{folder}: cannot be locked ({error.strerror}); the output must be on a file system with locks "
-                    "(Lustre has them where it is mounted with flock)"
+                    "(Lustre has them if it is mounted with flock)"
                 ) from error
             if not is_same_file(folder / LOCK, lock.fileno()):
                 continue

@@ -1,7 +1,7 @@
 """Text to an indexed dataset: corpus -> units -> tokenizer processes -> parts on disk -> one dataset.
 
-A unit is a piece of the corpus that one process reads, encodes and writes on its own, so no text crosses processes
-and the result depends neither on their number nor on that of MPI ranks.
+A unit is a piece of the corpus that one process reads, encodes and writes by itself. So no text is sent between
+processes, and the result does not depend on the number of processes or MPI ranks.
 """
 
 import os
@@ -33,11 +33,11 @@ from megadyn.tokenization.gigatoken import with_engine
 from megadyn.tokenization.tokenizer import Encoded, Tokenizer, load_tokenizer
 
 BATCH_BYTES = 2**21
-"""Text that is encoded at a time; less costs speed, as gigatoken begins each batch anew."""
+"""Text encoded at a time; smaller batches are slower, because of gigatoken's overhead per batch."""
 ALONE = Ranks()
 NumberedPart = tuple[int, Part]
 ALL_SENT = None
-"""What another rank sends behind its last part."""
+"""What other ranks send after their last part."""
 
 
 def preprocess(
@@ -56,16 +56,16 @@ def preprocess(
 ) -> Record:
     """Writes PREFIX.bin, .json and .idx: one document per text, with one sequence, or none if it has no tokens.
 
-    `append_eod` ends each document that has tokens with the tokenizer's end-of-document token, or with `eod`, a token of
-    its vocabulary. `max_documents` takes only the first documents; `shuffle_seed` writes them in an order drawn from it.
-    With more than one worker the tokenizer runs in that many processes on each rank; with more than one rank, rank 0
-    always tokenizes in processes of its own. All ranks call this alike and get the record.
+    `append_eod` ends each non-empty document with the tokenizer's end-of-document token, or with `eod`, a token of its
+    vocabulary. `max_documents` takes only the first documents; `shuffle_seed` writes them in a random order with that
+    seed. With more than one worker the tokenizer runs in that many processes on each rank. With more than one rank,
+    rank 0 always tokenizes in separate processes. All ranks must call this with the same arguments, and get the record.
 
-    Raises `UserError` if a document cannot be read (see `Corpus`), the corpus holds no tokens, a worker dies, PREFIX exists
-    without `overwrite`, or another run is writing it. Then nothing is written under PREFIX, but what is encoded stays in
-    PREFIX.parts, and the next run with the same input and options continues from it.
+    Raises `UserError` if a document cannot be read (see `Corpus`), the corpus has no tokens, a worker dies, PREFIX
+    exists without `overwrite`, or another run is writing it. Then nothing is written under PREFIX. Encoded parts stay
+    in PREFIX.parts, and the next run with the same input and options continues from them.
     """
-    # processes are the parallelism; forked, they would miss its threads
+    # We use processes, not the library's threads, which would not survive forking.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     first = ranks.rank == 0
     parts, outputs = Parts(prefix), files_of(prefix)
@@ -74,7 +74,8 @@ def preprocess(
             parts.take_back(outputs)
             refuse_existing(outputs.values(), overwrite)
         reference = load_tokenizer(tokenizer_path, eod)
-        end = end_of_document(reference) if append_eod else None  # refused before the engine's proof
+        # Fail before gigatoken's proof, which takes time.
+        end = end_of_document(reference) if append_eod else None
         units, tokenizer = plan(corpus, reference, engine, [*outputs.values(), parts.folder], ranks)
         encoder = Encoder(corpus, units, tokenizer, parts, eod=end, limit=max_documents)
         encoder.names, encoder.joined = ranks.broadcast(
@@ -82,17 +83,18 @@ def preprocess(
         )
         record = None
         own = range(ranks.rank, len(units), ranks.size)
-        # so it leaves encoding to a worker, and the others' parts do not wait
+        # Rank 0 leaves encoding to a worker, so that it is free to join the other ranks' parts.
         joins_for_others = first and ranks.size > 1
         helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
         with closing(encode_units(encoder, own, helpers)) as encoded:
-            if first:  # it joins the parts while all encode the next ones
+            if first:  # it joins parts while all ranks encode the next ones
                 found = parts_of_all(encoder, encoded, ranks)
                 record = join_parts(
                     encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed
                 )
                 encoded.close()
-                deque(found, maxlen=0)  # others may still be writing parts that are not wanted
+                # Wait for other ranks, which may still be writing parts that are no longer needed.
+                deque(found, maxlen=0)
                 parts.remove()
             else:
                 parts.wait_for_folder(ranks.rank)
@@ -104,7 +106,7 @@ def preprocess(
 
 
 def end_of_document(tokenizer: Tokenizer) -> int:
-    """The token's id, told in the log; `UserError` if there is none."""
+    """The token's id, which is also logged; raises `UserError` if there is none."""
     log.info(
         "end of document: %r (id %d; %s)",
         tokenizer.token_of(tokenizer.eod),
@@ -117,7 +119,7 @@ def end_of_document(tokenizer: Tokenizer) -> int:
 def plan(
     corpus: Corpus, reference: Tokenizer, engine: str, outputs: Sequence[Path], ranks: Ranks
 ) -> tuple[list[Unit], Tokenizer]:
-    """(units, the tokenizer to encode with): rank 0's choice, on every rank. `UserError` if their tokenizers differ."""
+    """(units, tokenizer to encode with): rank 0's choice, on every rank. Raises `UserError` if their tokenizers differ."""
     if ranks.rank == 0:
         corpus.leave_out(outputs)
         units = corpus.units()
@@ -126,13 +128,13 @@ def plan(
         return units, tokenizer
     units, make, *identity = ranks.broadcast(None)
     if identity != [reference.fingerprint, reference.eod_or_none]:
-        raise UserError(f"tokenizer {reference.name}: rank {ranks.rank} finds another one than rank 0")
+        raise UserError(f"tokenizer {reference.name}: differs between rank {ranks.rank} and rank 0")
     made: Tokenizer = make(reference)
     return units, made
 
 
 def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
-    """The documents that can be read, from the beginning."""
+    """The readable documents, from the beginning."""
     readable = Corpus([], text_key=corpus.text_key, on_error="skip")
     for unit in units:
         for text in readable.read(unit):
@@ -141,7 +143,7 @@ def first_texts(corpus: Corpus, units: Sequence[Unit]) -> Iterator[str]:
 
 @dataclass
 class Encoder:
-    """Units to parts."""
+    """Encodes units to parts."""
 
     corpus: Corpus
     units: Sequence[Unit]
@@ -149,12 +151,12 @@ class Encoder:
     parts: Parts
     eod: int | None
     limit: int | None
-    """Documents that are wanted of a unit, from its beginning."""
+    """Number of documents wanted from the beginning of a unit; None: all."""
     progress: Progress | None = None
     names: Sequence[str] = ()
-    """Of the parts, one for each unit."""
+    """Names of the parts, one per unit."""
     joined: Mapping[str, Part] = field(default_factory=dict)
-    """The parts with which the dataset begins already."""
+    """The parts that the dataset already begins with."""
 
     def __post_init__(self) -> None:
         self.dtype = dtype_for(self.tokenizer.vocab_size)
@@ -181,11 +183,12 @@ class Encoder:
             return writer.finish(self.corpus.skipped, self.corpus.first_skipped)
 
     def _encode(self, texts: Sequence[bytes]) -> Encoded:
-        """`texts` in the dtype of the dataset, each that has tokens ended by `eod`."""
+        """`texts` in the dtype of the dataset; each non-empty one ends with `eod`."""
         ids, lengths = self.tokenizer.encode(texts, self.eod)
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
             raise UserError(
-                f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its {self.tokenizer.vocab_size}"
+                f"tokenizer {self.tokenizer.name}: token id {ids.max()} is not below its vocabulary size "
+                f"{self.tokenizer.vocab_size}"
             )
         return Encoded(ids.astype(self.dtype), lengths)
 
@@ -198,7 +201,7 @@ class Encoder:
         names, seen = [], Counter[str]()
         for unit in self.units:
             content = self._content_name(unit)
-            # a file may be given twice, and a part is joined once
+            # A file may be given twice, but a part is joined only once.
             names.append(part_name(content, seen[content]))
             seen[content] += 1
         return names, self.parts.joined(names, self.dtype.itemsize) if in_order else {}
@@ -216,7 +219,7 @@ class Encoder:
 
 
 def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
-    """(consecutive texts, their bytes), each batch closed once it has `BATCH_BYTES` or more."""
+    """(consecutive texts, their size in bytes); a batch is complete once it has `BATCH_BYTES` or more."""
     batch: list[bytes] = []
     size = 0
     for text in texts:
@@ -232,7 +235,7 @@ def batches_of(texts: Iterator[bytes]) -> Iterator[tuple[list[bytes], int]]:
 def encode_units(
     encoder: Encoder, numbers: Sequence[int], workers: int
 ) -> Generator[NumberedPart, None, None]:
-    """(number, part) of each of these units, in order, until there are as many documents as are wanted."""
+    """(number, part) of each of these units, in order, until there are enough documents."""
     documents = 0
     with Progress(sum(span.size for number in numbers for span in encoder.units[number])) as progress:
         reporting = replace(encoder, progress=progress)
@@ -245,9 +248,9 @@ def encode_units(
 
 
 def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[NumberedPart]:
-    """The parts of all ranks in the order of their units, on rank 0; where the next one has not come, `own` goes on.
+    """On rank 0: the parts of all ranks in the order of their units. While the next one has not arrived, continues `own`.
 
-    When it ends, no other rank is writing. `UserError` if a part of another rank cannot be seen here.
+    When it ends, no other rank is writing. Raises `UserError` if a part of another rank cannot be seen here.
     """
     waiting: dict[int, Part] = {}
     number, at_work = 0, ranks.size - 1
@@ -272,7 +275,7 @@ def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) ->
 
 
 def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int | None) -> Iterator[Part]:
-    """The parts of the first `limit` documents; the unit in which these end is encoded once more, up to there."""
+    """The parts with the first `limit` documents. The unit in which the limit falls is encoded again, up to the limit."""
     for number, part in found:
         first = part if limit is None or part.documents <= limit else encoder.part(number, limit)
         yield first
@@ -282,9 +285,9 @@ def first_documents(encoder: Encoder, found: Iterable[NumberedPart], limit: int 
 
 
 def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_seed: int | None) -> Record:
-    """The parts, one behind the other or shuffled by document, as the dataset PREFIX.
+    """Joins the parts to the dataset PREFIX, one after another or shuffled by document.
 
-    One behind the other, they leave their files for the dataset's, from which an interrupted run goes on.
+    Joined one after another, parts are moved into the dataset's file, from which an interrupted run continues.
     """
     corpus, tokenizer, parts = encoder.corpus, encoder.tokenizer, encoder.parts
     joined: list[Part] = []

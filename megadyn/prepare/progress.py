@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long job: a bar on a terminal, otherwise a log line now and then."""
 
 import ctypes
 import multiprocessing
@@ -13,7 +13,7 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts of a job in several processes. All of them `add`; the one that made it calls `show` now and then."""
+    """Counts of a job in several processes. All of them call `add`; the one that created it calls `show` regularly."""
 
     def __init__(self, total_bytes: int) -> None:
         self._total = max(1, total_bytes)
@@ -23,7 +23,7 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            tqdm.monitor_interval = 0  # its thread would be lost, and waited for, in the processes we fork
+            tqdm.monitor_interval = 0  # no monitor thread: forked processes would lack it, but wait for it
             self._bar = tqdm(
                 total=self._total, unit="B", unit_scale=True, mininterval=0.2, dynamic_ncols=True
             )
@@ -44,7 +44,7 @@ class Progress:
             self._counts[1] += tokens
 
     def show(self) -> None:
-        # without the lock, which a killed process may hold for ever
+        # Read without the lock, which a killed process may hold forever.
         done, tokens = list(self._counts.get_obj())
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9)

@@ -1,4 +1,4 @@
-"""The processes of one job under an MPI launcher, or this process alone."""
+"""The processes of one job under an MPI launcher, or only this process."""
 
 import os
 import time
@@ -7,13 +7,14 @@ from typing import Any
 from megadyn.errors import UserError
 
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Processes in the job, as Open MPI, MPICH and its kin, and Slurm's `srun` say; an `mpirun` may have been started by `srun`."""
+"""Number of processes as set by Open MPI, by MPICH and its derivatives, and by Slurm's `srun`, which may have started
+an `mpirun`."""
 
 POLL_SECONDS = 0.02
 
 
 class Ranks:
-    """A job of one process."""
+    """A job with one process."""
 
     rank, size = 0, 1
 
@@ -22,19 +23,19 @@ class Ranks:
         return value
 
     def send(self, value: Any) -> None:
-        """Hands a small `value` to rank 0 and does not wait for it; for the others."""
+        """Sends a small `value` to rank 0 without waiting; only for other ranks."""
         raise ValueError("rank 0 has nobody to send to")
 
     def received(self) -> list[Any]:
-        """What others have sent to this one, rank 0, since the last call; that of each rank in its order."""
+        """What other ranks have sent to rank 0 since the last call; in order for each rank. Only for rank 0."""
         return []
 
     def abort(self, status: int) -> None:
-        """Ends all other ranks, which might wait for this one for ever, and this one."""
+        """Ends all ranks. The others might otherwise wait for this one forever."""
 
 
 class MpiRanks(Ranks):
-    """All processes that MPI has joined; `library` is the name of that MPI."""
+    """All processes that MPI has joined; `library` is the name of the MPI library."""
 
     def __init__(self) -> None:
         try:
@@ -65,7 +66,7 @@ class MpiRanks(Ranks):
         return values
 
     def _wait_for_all(self) -> None:
-        """Asleep: MPI itself waits at full speed, on cores that the workers of other ranks need."""
+        """Sleeps between polls. MPI itself would busy-wait on cores that other ranks' workers need."""
         requests = [*self._sent, self._world.Ibarrier()]
         while not self._test_all(requests):
             time.sleep(POLL_SECONDS)
@@ -77,9 +78,9 @@ class MpiRanks(Ranks):
 
 
 def ranks_of_job() -> Ranks:
-    """Imports MPI only where a launcher has started several processes.
+    """Imports MPI only if a launcher has started several processes.
 
-    `UserError` if MPI is missing or does not join them: each would take itself for the whole job.
+    Raises `UserError` if MPI is missing or does not join them, because each process would then do the whole job.
     """
     started = next((int(os.environ[name]) for name in SIZE_VARIABLES if name in os.environ), None)
     if started == 1 or (started is None and "PMIX_RANK" not in os.environ):
@@ -87,7 +88,7 @@ def ranks_of_job() -> Ranks:
     ranks = MpiRanks()
     if started and ranks.size != started:
         raise UserError(
-            f"started as {started} processes, but MPI ({ranks.library}) joins {ranks.size} of them: take the mpirun "
+            f"started as {started} processes, but MPI ({ranks.library}) joins {ranks.size} of them: use the mpirun "
             "of the MPI that mpi4py finds, or srun with its --mpi (pmix for Open MPI, pmi2 for MPICH)"
         )
     return ranks

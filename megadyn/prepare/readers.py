@@ -34,10 +34,10 @@ class Corpus:
     unknown ones.
 
     A document that cannot be read (not UTF-8, invalid JSON, no such key, not text) raises `UserError` with its file and
-    line number. With `on_error="skip"` it is counted in `skipped` instead; what is lost of a damaged file counts as one.
-    A missing path always raises, at once.
+    line number. With `on_error="skip"` it is counted in `skipped` instead; everything lost at one damaged place counts
+    as one. A missing path always raises, immediately.
 
-    Folders are listed once, at the start: files that come later, such as the output itself, are not read.
+    Folders are listed once, at the start: files that appear later, such as the output itself, are not read.
     """
 
     paths: Sequence[Path]
@@ -45,10 +45,10 @@ class Corpus:
     text_key: str = "text"
     on_error: str = "fail"
     skipped: int = field(default=0, init=False)
-    """Documents left out in the last pass."""
+    """Documents skipped in the last pass."""
     first_skipped: str | None = field(default=None, init=False)
     consumed: int = field(default=0, init=False)
-    """Bytes on disk that the last pass has read so far."""
+    """Bytes on disk read so far in the last pass."""
 
     def __post_init__(self) -> None:
         self._files: list[Path] = []
@@ -64,7 +64,7 @@ class Corpus:
             )
 
     def leave_out(self, outputs: Sequence[Path]) -> None:
-        """Takes these files, and what lies below these folders, for no part of the corpus."""
+        """Excludes these files, and everything in these folders, from the corpus."""
         gone = {path.resolve() for path in outputs if path.exists()}
 
         def is_output(file: Path) -> bool:
@@ -75,7 +75,7 @@ class Corpus:
             self._files = [file for file in self._files if not is_output(file)]
 
     def units(self) -> list[Unit]:
-        """The corpus cut into pieces that can be read apart; `UserError` for a file of no known format."""
+        """Cuts the corpus into pieces that can be read independently; raises `UserError` for a file of unknown format."""
         with os_errors_named("the corpus"):
             return units_of(self._files, self.form, refuse=self.on_error == "fail")
 
@@ -89,7 +89,7 @@ class Corpus:
         self.skipped, self.first_skipped, self.consumed = 0, None, 0
 
     def read(self, unit: Unit) -> Iterator[bytes]:
-        """The documents of one unit, as UTF-8; goes on counting in `skipped` and `consumed`."""
+        """The documents of one unit, as UTF-8; adds to `skipped` and `consumed`."""
         for span in unit:
             before = self.consumed
             with os_errors_named(span.file):

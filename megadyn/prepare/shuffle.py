@@ -1,4 +1,4 @@
-"""Documents of many files written in a random order."""
+"""Writes the documents of many files in a random order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ CHUNK_TOKENS = 2**22
 
 
 def add_shuffled(writer: IndexedWriter, parts: Sequence[tuple[Path, NDArray[np.int32]]], seed: int) -> None:
-    """Adds the documents of `parts` (a file of tokens, and the lengths of its documents) in an order drawn from `seed`.
+    """Adds the documents of `parts` (a file of tokens, and the lengths of its documents) in a random order.
 
-    The order is `numpy.random.default_rng(seed).permutation`; memory: 40 bytes a document.
+    The order is `numpy.random.default_rng(seed).permutation`. Needs 40 bytes of memory per document.
     """
     lengths = np.concatenate([np.empty(0, np.int32), *(lengths for _, lengths in parts)])
     part_of = np.repeat(np.arange(len(parts)), [len(lengths) for _, lengths in parts])

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE tokenizer."""
+"""Trains a byte-level BPE tokenizer."""
 
 import json
 import os
@@ -12,26 +12,26 @@ from megadyn.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257
-"""Every byte, and the end-of-text token."""
+"""All byte values and the end-of-text token."""
 LARGEST_VOCAB = 2**24
-"""Far above any in use; the library makes its tables at once, and breaks off where they are too large."""
+"""Far above any in use. The library allocates its tables at once, and aborts if they are too large."""
 FILES = ("tokenizer.json", "tokenizer_config.json")
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END_OF_TEXT,
     "pad_token": END_OF_TEXT,
     "model_max_length": int(1e30),  # Hugging Face's number for "no limit"
-    "clean_up_tokenization_spaces": False,  # true would change the text in decoding
+    "clean_up_tokenization_spaces": False,  # true would change decoded text
 }
 
 
 def train_tokenizer(
     documents: Iterable[str], vocab_size: int, folder: Path, *, overwrite: bool = False
 ) -> Tokenizer:
-    """Trains on `documents` and writes `folder`, which `transformers.AutoTokenizer` loads as it is.
+    """Trains on `documents` and writes `folder`, which `transformers.AutoTokenizer` can load.
 
-    The same documents give the same bytes. `<|endoftext|>` has id 0. The vocabulary comes out smaller than
-    `vocab_size` where the text has too few different words. The folder appears complete or not at all.
+    The same documents give the same bytes. `<|endoftext|>` has id 0. The vocabulary is smaller than `vocab_size` if the
+    text has too few different words. The folder is written atomically.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
@@ -83,7 +83,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> str:
 
 
 def refuse_folder(folder: Path, overwrite: bool) -> None:
-    """`folder` must be free, empty, or with `overwrite` hold a tokenizer and nothing else."""
+    """Raises `UserError` unless `folder` is missing, empty, or with `overwrite` contains a tokenizer and nothing else."""
     with os_errors_named(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names and not overwrite:
@@ -93,7 +93,7 @@ def refuse_folder(folder: Path, overwrite: bool) -> None:
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
-    """Renames `fresh` to `folder`, and removes what stood there after that."""
+    """Renames `fresh` to `folder`, then removes what was there before."""
     if folder.exists():
         old = temporary_beside(folder)
         os.rename(folder, old)

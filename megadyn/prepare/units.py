@@ -1,4 +1,4 @@
-"""A corpus cut into pieces of work, by what lies on disk and nothing else: the same for any number of workers."""
+"""Cuts a corpus into pieces of work. The cuts depend only on the files, so they are the same for any number of workers."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,18 +9,18 @@ from megadyn.prepare.detect import Kind, kind_of
 from megadyn.prepare.formats import Span
 
 UNIT_BYTES = 2**23
-"""Bytes of text, or a few more or less, that a unit has at least, but for the last one."""
+"""Approximate minimum of text bytes in each unit except the last."""
 PACKED = 4
-"""How much smaller than their text Parquet and compressed files are, about; so their units hold as much as others."""
+"""Approximate compression ratio of Parquet and compressed files, so that their units hold as much text as others."""
 MOST_UNITS = 2**12
-"""A corpus has fewer units than this, and files that cannot be cut; each unit is two small files for a while."""
+"""A corpus has fewer units than this plus the number of files that cannot be cut. Each unit needs two small temporary files."""
 
 Unit = tuple[Span, ...]
-"""Consecutive pieces of a corpus, which one process reads."""
+"""Consecutive pieces of a corpus that one process reads."""
 
 
 def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Unit]:
-    """All of `files`, in order; with `refuse`, `UserError` for the first that cannot be read."""
+    """Units of all `files`, in order; with `refuse`, raises `UserError` for the first file that cannot be read."""
     sized = [(file, file.stat().st_size, kind_of(file, form)) for file in files]
     for file, _, kind in sized:
         if refuse and kind.problem:
@@ -39,7 +39,7 @@ def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Uni
 
 
 def unit_bytes(total: int) -> int:
-    """`UNIT_BYTES` doubled until there are few units; so a corpus that grows a little keeps its units."""
+    """`UNIT_BYTES`, doubled until there are few enough units. So a corpus that grows a little keeps its units."""
     least = UNIT_BYTES
     while total // least >= MOST_UNITS:
         least *= 2
@@ -47,7 +47,7 @@ def unit_bytes(total: int) -> int:
 
 
 def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
-    """`file` in pieces of about `least` bytes on disk, or whole if its format cannot be cut."""
+    """Cuts `file` into pieces of about `least` bytes on disk; one piece if its format cannot be cut."""
     form = kind.form
     if form == "jsonl" and kind.is_plain:
         for first in range(0, size, least):
@@ -63,7 +63,7 @@ def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
 
 
 def row_groups(file: Path) -> int:
-    """0 for a file that is no Parquet: to read it will say why."""
+    """Number of row groups; 0 for a file that is not Parquet (reading it will report why)."""
     import pyarrow
 
     try:

@@ -1,4 +1,4 @@
-"""Processes that do the same with many things; results in order, whatever their number."""
+"""Runs a function on many items in several processes; results are in order, whatever the number of processes."""
 
 import ctypes
 import multiprocessing
@@ -22,18 +22,18 @@ PR_SET_PDEATHSIG = 1
 def in_order(
     do: Callable[[Item], Result], items: Sequence[Item], workers: int, on_wait: Callable[[], None]
 ) -> Generator[Result, None, None]:
-    """`do` of each item, in the order of `items`, in `workers` other processes, or for 0 in this one.
+    """Results of `do` for each item, in the order of `items`, computed in `workers` other processes (0: in this one).
 
-    `on_wait` is called now and then.
-    What fails is raised when its turn comes, so it does not depend on the number of workers which failure that is.
-    A worker that dies raises `UserError`. When the iteration ends early, so do the workers.
+    `on_wait` is called now and then while waiting.
+    A failure is raised when its item's turn comes, so which failure is raised does not depend on the number of workers.
+    Raises `UserError` if a worker dies. If the iteration is stopped early, the workers end too.
     """
     if not workers:
         for item in items:
             on_wait()
             yield do(item)
         return
-    # Forked, so that they begin with the tokenizer and all modules loaded; nothing before this may start a thread.
+    # Forked, so that they start with the tokenizer and all modules loaded; so no thread may be started before this.
     already = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start, (do, os.getpid()))
     futures: deque[Future[Result]] = deque(pool.submit(run, item) for item in items)
@@ -45,7 +45,7 @@ def in_order(
                 on_wait()
             yield future.result()
     except BrokenProcessPool as error:
-        raise UserError("a worker process died (out of memory?); fewer --workers take less") from error
+        raise UserError("a worker process died (out of memory?); fewer --workers need less memory") from error
     finally:
         if futures:
             for process in started:
@@ -53,15 +53,15 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-work: Callable[[Any], Any]  # of a worker process, set once when it starts
+work: Callable[[Any], Any]  # in a worker process; set once when it starts
 
 
 def start(do: Callable[[Any], Any], parent: int) -> None:
     global work
     work = do
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and a parent that is killed takes them along
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # workers end if the parent is killed
     if os.getppid() != parent:
         os._exit(1)
 

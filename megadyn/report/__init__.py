@@ -1,1 +1,1 @@
-"""One page a run: what its output folder holds, as a single HTML file."""
+"""Writes one HTML page per run about the contents of its output folder."""

@@ -1,4 +1,4 @@
-"""Numbers on charts: where ticks stand, how values read, which points a curve needs."""
+"""Axes of charts: where ticks are, how values are formatted, which points a curve needs."""
 
 import math
 
@@ -9,25 +9,25 @@ from megadyn.report.run import Values
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LONGEST_CURVE = 400
-"""Points of a drawn curve: more than a chart has columns."""
+"""Largest number of points in a drawn curve; more than a chart has pixel columns."""
 
 
 class Axis:
-    """One direction of a chart: values from `low` to `high` onto 0 to 1, and ticks at round ones.
+    """One direction of a chart: maps values from `low` to `high` onto 0 to 1, with ticks at round values.
 
-    A logarithmic axis needs values above 0; others are left out of the chart.
+    A logarithmic axis needs values above 0; other values are left out of the chart.
     """
 
     def __init__(self, low: float, high: float, *, log: bool = False, count: int = 5):
         if log:
             low, high = math.log10(low), math.log10(high)
-        if high - low < 1e-9 * max(abs(low), abs(high)) or high == low:  # a constant: give it room
+        if high - low < 1e-9 * max(abs(low), abs(high)) or high == low:  # constant values: widen the range
             room = abs(low) * 0.05 or 1.0
             low, high = low - room, high + room
         self.low, self.high, self.log, self.count = low, high, log, count
 
     def place(self, values: Values) -> Values:
-        """0 to 1; NaN for what a logarithm cannot show."""
+        """0 to 1; NaN for values that a logarithmic axis cannot show."""
         if self.log:
             values = np.log10(np.where(values > 0, values, np.nan))
         return (values - self.low) / (self.high - self.low)
@@ -56,7 +56,7 @@ def round_step(wanted: float) -> float:
 
 
 def label(value: float, step: float, largest: float) -> str:
-    """`value` with as many decimals as `step` needs, in the unit of the axis's `largest` size: `0.75`, `1.2M`, `2e-05`."""
+    """`value` with as many decimals as `step` needs, in the unit for the axis's `largest` value: `0.75`, `1.2M`, `2e-05`."""
     if value == 0:
         return "0"
     if largest < 1e-3:
@@ -67,7 +67,7 @@ def label(value: float, step: float, largest: float) -> str:
 
 
 def brief(value: float) -> str:
-    """Three figures or more: `0.497`, `3,457`, `45.7k`, `2e-05`."""
+    """At least three significant digits: `0.497`, `3,457`, `45.7k`, `2e-05`."""
     if abs(value) < 1e4:
         return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
     unit, suffix = next((unit, suffix) for unit, suffix in UNITS if abs(value) >= unit)
@@ -75,14 +75,14 @@ def brief(value: float) -> str:
 
 
 def spans_decades(values: Values) -> bool:
-    """Whether they read better on a logarithmic axis: all above 0, the largest 50 times the smallest or more."""
+    """Whether to use a logarithmic axis: all values above 0, the largest at least 50 times the smallest."""
     values = values[np.isfinite(values)]
     return bool(values.size and values.min() > 0 and values.max() >= 50 * values.min())
 
 
 def thin(y: Values, most: int = LONGEST_CURVE) -> NDArray[np.int64]:
-    """Which points to draw: all of a short curve, else the lowest and the highest of each of `most` / 2 stretches, so that
-    no spike is lost. A stretch without a number keeps a point, which leaves a gap."""
+    """Indices of the points to draw: all of a short curve, otherwise the lowest and the highest of each of `most` / 2
+    stretches, so that no spike is lost. A stretch without finite values keeps one point, which leaves a gap."""
     if len(y) <= most:
         return np.arange(len(y))
     kept: set[int] = {0, len(y) - 1}
@@ -96,7 +96,7 @@ def thin(y: Values, most: int = LONGEST_CURVE) -> NDArray[np.int64]:
 
 
 def bin_means(x: Values, z: Values, most: int) -> tuple[Values, Values]:
-    """x [N] and z [rows, N] averaged over at most `most` stretches of N; NaN where a stretch has no number."""
+    """x [N] and z [rows, N] averaged over at most `most` stretches of N; NaN for stretches without finite values."""
     stretches = np.array_split(np.arange(len(x)), min(most, len(x)))
     counts = [np.isfinite(z[:, part]).sum(axis=1) for part in stretches]
     sums = [np.nansum(z[:, part], axis=1) for part in stretches]

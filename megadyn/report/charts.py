@@ -1,7 +1,7 @@
-"""Charts as figures of HTML with inline SVG. Colours are classes of page.css, so that one page serves light and dark.
+"""Charts as HTML figures with inline SVG. Colours are classes of page.css, so that the same page works in light and dark mode.
 
-Each chart is drawn for a width of about a phone's and scales with its column. What page.js shows under the pointer stands
-beside the picture, in `data-hover`.
+Each chart is drawn for about the width of a phone and scales with its column. The values that page.js shows under the
+pointer are in the figure's `data-hover`.
 """
 
 import json
@@ -17,12 +17,12 @@ from megadyn.report.run import Values
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 32
 LEVELS = 9
-"""Shades of a heat map; page.css has as many."""
+"""Shades of a heat map; page.css has equally many."""
 COLOURS = 6
-"""Of curves; page.css has as many."""
+"""Colours of curves; page.css has equally many."""
 HEAT_COLUMNS = 90
 FEW_POINTS = 12
-"""So few are marked, since a line alone hides where they stand."""
+"""Curves with at most this many points also mark each point."""
 
 
 class Curve(NamedTuple):
@@ -31,7 +31,7 @@ class Curve(NamedTuple):
     y: Values
     colour: int = 0
     style: str = ""
-    """`dashed`, `dotted` or `mixed`, so that curves differ in more than colour; solid by default."""
+    """`dashed`, `dotted` or `mixed`, so that curves differ not only in colour; default: solid."""
     spread: Values | None = None
     """Half the height of a band around y."""
 
@@ -45,8 +45,8 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     named: bool = True,
 ) -> str:
-    """One or more curves over a common axis, with a legend where `named`; logarithmic where the values span decades. Empty
-    without any number."""
+    """One or more curves over a common axis, with a legend if `named`; logarithmic if the values span decades. Empty
+    string if there are no finite values."""
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
     if not curves:
         return ""
@@ -87,7 +87,7 @@ def grid(x_axis: Axis, y_axis: Axis, x_name: str) -> str:
 
 
 def x_ticks(axis: Axis, bottom: float, name: str, right: float = RIGHT) -> str:
-    """The line under a chart whose plot ends at `bottom`, its ticks, and what they count."""
+    """The horizontal axis of a chart whose plot ends at `bottom`: line, ticks and name."""
     parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - right}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>']
     for value, text in axis.ticks():
         x = LEFT + place(axis, value) * (WIDTH - LEFT - right)
@@ -130,7 +130,7 @@ def draw(curve: Curve, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def path(x: Values, y: Values) -> str:
-    """Commands of an SVG path, broken where y is NaN; a point alone becomes a dot."""
+    """Commands of an SVG path, interrupted where y is NaN; a single point becomes a dot."""
     words, pen_down = [], False
     for a, b in zip(x, y):
         if np.isfinite(b):
@@ -159,8 +159,8 @@ def heat_map(
     high: float,
     log: bool = False,
 ) -> str:
-    """z [layers, N] over x [N], one row per layer, shaded from `low` to `high`; the last value stands behind each row. Of many
-    records a column is the mean of a stretch."""
+    """z [layers, N] over x [N], one row per layer, shaded from `low` to `high`; each row's last value is printed after
+    it. If there are many records, a column is the mean of a stretch."""
     if not np.isfinite(z).any():
         return ""
     columns, means = bin_means(x, z, HEAT_COLUMNS)
@@ -210,7 +210,7 @@ def heat_map(
 
 
 def edges(centres: Values) -> Values:
-    """Borders [N + 1] half-way between rising centres [N]."""
+    """Borders [N + 1] half-way between ascending centres [N]."""
     if len(centres) == 1:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     middle = (centres[1:] + centres[:-1]) / 2
@@ -218,7 +218,7 @@ def edges(centres: Values) -> Values:
 
 
 def runs(mask: np.ndarray[Any, Any]) -> Iterable[tuple[int, int]]:
-    """(first, end) of each stretch of true."""
+    """(first, end) of each run of true values."""
     borders = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return zip(borders[::2].tolist(), borders[1::2].tolist())
 

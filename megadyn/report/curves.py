@@ -1,4 +1,4 @@
-"""Sections of everything that is one number per step: losses, and speed and its kin; the runs over each other."""
+"""Sections on everything with one number per step: losses, learning rate, gradients, speed, memory."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,11 +9,11 @@ from megadyn.report.charts import COLOURS, Curve, line_chart
 from megadyn.report.run import Run, Values
 
 STYLES = (("", "dotted"), ("dashed", "mixed"))
-"""Of the curves of the first and the second run: the usual one, and one that shows where two lie on each other."""
+"""Line styles of the first and second run: the usual one, and one for curves that would cover each other."""
 
 MFU = {"mfu_causal_half": "causal attention at half", "mfu_whole_square": "attention's whole square"}
 RECORDED = {
-    "tokens_per_second_per_gpu": "tokens/s of one device",
+    "tokens_per_second_per_gpu": "tokens/s per device",
     "mfu_causal_half": "MFU",
     "dense_equivalent_tflops": "dense-equivalent TFLOP/s",
     "step_split_ms": "where a step's time goes",
@@ -21,11 +21,11 @@ RECORDED = {
     "grad_norms": "gradient norm by component",
     "learning_rates": "learning rate by parameter group",
 }
-"""What earlier runs lack."""
+"""Fields that earlier runs did not record."""
 
 
 class Over:
-    """Charts of one run, or of two over each other."""
+    """Charts of one run, or of two runs together."""
 
     def __init__(self, runs: Sequence[Run]):
         self.runs, self.several = runs, len(runs) > 1
@@ -38,7 +38,7 @@ class Over:
         return f"{what}, {run.name}" if self.several else what
 
     def chart(self, title: str, *path: str, from_zero: bool = False) -> str:
-        """One number of each record, a curve a run."""
+        """One number per record; one curve per run."""
         found = [
             Curve(
                 run.name if self.several else path[-1],
@@ -52,7 +52,7 @@ class Over:
         return line_chart(title, found, x_name=self.x_name, from_zero=from_zero, named=self.several)
 
     def parts(self, title: str, *path: str, from_zero: bool = False) -> str:
-        """The numbers that stand under `path` in each record, a chart a run; without those that are always 0."""
+        """One chart per run of the numbers at `path` in each record, without those that are always 0."""
         charts = []
         for run in self.runs:
             values = {name: run.values(*path, name) for name in run.keys_under(*path)}
@@ -78,7 +78,7 @@ class Over:
 
 
 def axis_of(runs: Sequence[Run]) -> tuple[str, list[float]]:
-    """What the x axis counts, and how many of it an iteration of each run is: tokens where runs take unequal steps."""
+    """What the x axis counts, and how many of it one iteration of each run is: tokens if runs have different steps."""
     steps = [float(run.tokens_at(np.array([1.0]))[0]) if run.training else 0.0 for run in runs]
     if len(runs) == 1 or len(set(steps)) == 1 or not all(step > 0 for step in steps):
         return "iteration", [1.0] * len(runs)
@@ -144,20 +144,20 @@ def speed_section(runs: Sequence[Run]) -> str:
             )
     charts = [
         over.chart("Throughput (tokens/s)", "tokens_per_second", from_zero=True),
-        over.chart("Tokens/s of one device", "tokens_per_second_per_gpu", from_zero=True),
-        over.chart("Model TFLOP/s of one device", "model_tflops", from_zero=True),
+        over.chart("Tokens/s per device", "tokens_per_second_per_gpu", from_zero=True),
+        over.chart("Model TFLOP/s per device", "model_tflops", from_zero=True),
         over.chart(
-            "TFLOP/s of one device that a dense model needs to be as fast",
+            "TFLOP/s per device that a dense model needs to be as fast",
             "dense_equivalent_tflops",
             from_zero=True,
         ),
         line_chart("MFU: share of the device's peak", mfu, x_name=over.x_name, from_zero=True),
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
         over.parts(
-            "Where the time of the reported step goes (ms, mean of ranks)", "step_split_ms", from_zero=True
+            "Where the time of the reported step goes (ms, mean over ranks)", "step_split_ms", from_zero=True
         ),
-        over.chart("Time of a step spent waiting for data (ms)", "data_time_ms", from_zero=True),
-        over.parts("Memory of the fullest rank (GiB)", "memory_gib", from_zero=True),
+        over.chart("Time per step spent waiting for data (ms)", "data_time_ms", from_zero=True),
+        over.parts("Memory of the rank that uses most (GiB)", "memory_gib", from_zero=True),
     ]
     return section("Speed and memory", runs, charts) + "".join(
         not_recorded(run, over.several) for run in runs
@@ -170,7 +170,7 @@ def section(title: str, runs: Sequence[Run], charts: Sequence[str]) -> str:
 
 
 def not_recorded(run: Run, several: bool) -> str:
-    """A sentence on what there is no chart of, and why."""
+    """A sentence on missing charts and the reason."""
     if not run.training:
         return ""
     missing = [shown for key, shown in RECORDED.items() if not any(key in record for record in run.training)]
@@ -180,7 +180,7 @@ def not_recorded(run: Run, several: bool) -> str:
         sentences.append(f"Not recorded by {by}: {', '.join(missing)}.")
     if "MFU" not in missing and not np.isfinite(run.values("mfu_causal_half")).any():
         sentences.append(
-            f"No MFU{' of run ' + run.name if several else ''}: the peak of its device is not known "
-            "(logging.peak_tflops gives it)."
+            f"No MFU{' of run ' + run.name if several else ''}: the peak of its device is unknown "
+            "(set logging.peak_tflops)."
         )
     return f'<p class="dim">{escape(" ".join(sentences))}</p>' if sentences else ""

@@ -1,4 +1,4 @@
-"""Sections on what a run ran on: its own record, and how two of them differ."""
+"""Sections on the environment of a run: its own record, and the differences between two."""
 
 import platform
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ NOT_COMPARED = ("started", "iteration", "iterations", "command")
 
 
 def environment_rows(run: Run, topology: dict[str, int]) -> list[tuple[str, str]]:
-    """Of the newest start; `topology` is the newest checkpoint's."""
+    """For the newest start; `topology` is the newest checkpoint's."""
     rows: list[tuple[str, str]] = []
     if topology:
         rows.append(("ranks", f"{layout(topology)} (of the newest checkpoint)"))
@@ -44,7 +44,7 @@ def environment_rows(run: Run, topology: dict[str, int]) -> list[tuple[str, str]
         )
     rows.append(
         (
-            "this page, maybe elsewhere",
+            "where this page was made",
             f"megadyn {megadyn.__version__}, Python {platform.python_version()}, torch {installed('torch')}",
         )
     )
@@ -52,7 +52,7 @@ def environment_rows(run: Run, topology: dict[str, int]) -> list[tuple[str, str]
 
 
 def start_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
-    """A record of environment.jsonl; what it lacks is said to be not recorded."""
+    """Rows for a record of environment.jsonl; missing fields are shown as not recorded."""
 
     def listed(key: str, form: str) -> str:
         found = start.get(key)
@@ -84,7 +84,7 @@ def layout(topology: dict[str, int]) -> str:
 
 
 def environment_section(run: Run, topology: dict[str, int], name: str) -> str:
-    """`name` goes behind the heading."""
+    """`name` is appended to the heading."""
     table = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>"
         for key, value in environment_rows(run, topology)
@@ -93,7 +93,7 @@ def environment_section(run: Run, topology: dict[str, int], name: str) -> str:
 
 
 def environment_differences(runs: Sequence[Run]) -> str:
-    """A table of what differs between the newest starts of two runs; empty for one run."""
+    """A table of the differences between the newest starts of two runs; empty for one run."""
     if len(runs) < 2:
         return ""
     first, second = runs

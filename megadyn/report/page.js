@@ -1,4 +1,4 @@
-// Shows the values under the pointer. The page is whole without it.
+// Shows the values under the pointer. The page is complete without this script.
 "use strict";
 const shown = (value) => (Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(value));
 
@@ -11,7 +11,7 @@ function nearest(values, wanted) {
 function linesAt(hover, x) {
   return hover.curves.map((curve) => {
     const i = nearest(curve.x, x);
-    return `${curve.name} ${curve.y[i] === null ? "no number" : shown(curve.y[i])} at ${shown(curve.x[i])}`;
+    return `${curve.name} ${curve.y[i] === null ? "NaN" : shown(curve.y[i])} at ${shown(curve.x[i])}`;
   }).join(" · ");
 }
 
@@ -44,7 +44,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   });
 }
 
-// A finger has no hover: what a token's title says is also written under the text.
+// Touch screens have no hover, so a token's title is also written under the text.
 for (const text of document.querySelectorAll(".text")) {
   const output = text.parentElement.querySelector("output");
   const show = (event) => { if (event.target.title) output.textContent = event.target.title; };

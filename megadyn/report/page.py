@@ -1,4 +1,4 @@
-"""The page: one self-contained HTML file. Its sections are functions of the run, or of the runs that it compares."""
+"""The page: one self-contained HTML file. Each section is a function of the run, or of the two runs that are compared."""
 
 import json
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 NOTHING_LOADED = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""Content security policy: the page may ask for no file and no host."""
+"""Content security policy: the page may load no file and contact no host."""
 
 
 class LayerStatistic(NamedTuple):
     title: str
     bounds: tuple[float, float] | None = None
-    """Of the colours; None: the values' own."""
+    """Bounds of the colour scale; None: those of the values."""
 
 
 SHARE = (0.0, 1.0)
@@ -36,20 +36,21 @@ LAYER_STATISTICS = {
         "Causal agreement: share of tokens on which the causal rule and top-k agree", SHARE
     ),
 }
-"""Of every kind; shown before those in the legend of the run's own kind. What else layers report stands folded below them."""
+"""Statistics of every kind, shown before those in the legend of the run's own kind. All other statistics are in a
+collapsed part."""
 GATES = ("gate_routed", "gate_unrouted")
 
 
 class Subject(NamedTuple):
-    """A run with what was found out about it for the page."""
+    """A run, and what was found out about it for the page."""
 
     run: Run
     checkpoints: list[Checkpoint] | None
-    """None: not looked at."""
+    """None: not read."""
     text: "TextMap | str"
-    """Or a sentence that says why there is none."""
+    """The map, or a sentence on why there is none."""
     text_from: str = ""
-    """What made the map: a checkpoint's name."""
+    """Name of the checkpoint that made the map."""
 
 
 def page(subjects: Sequence[Subject]) -> str:
@@ -68,8 +69,8 @@ def page(subjects: Sequence[Subject]) -> str:
         environment_differences(runs),
         *(checkpoint_section(subject, len(runs) > 1) for subject in subjects),
         *(events(run, len(runs) > 1) for run in runs),
-        "<footer>Curves of more than 400 points keep the lowest and the highest of each stretch; gates and heat maps show "
-        "means of stretches. Figures of training and evaluation are those of metrics.jsonl.</footer>",
+        "<footer>Curves of more than 400 points keep the lowest and the highest value of each stretch; gates and heat maps show "
+        "means of stretches. Training and evaluation figures are those of metrics.jsonl.</footer>",
     ]
     css, script = ((HERE / name).read_text() for name in ("page.css", "page.js"))
     return (
@@ -82,12 +83,12 @@ def page(subjects: Sequence[Subject]) -> str:
 
 
 def of(run: Run, several: bool) -> str:
-    """What tells a run's heading from the other's."""
+    """Suffix of a heading that names the run, if there are two."""
     return f": {escape(run.name)}" if several else ""
 
 
 def head(run: Run, several: bool) -> str:
-    """The run in one line and its last figures."""
+    """The run in one line, and its latest figures."""
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
     warnings = [f"Warned in training: {sentence}." for sentence in run.router_warnings]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*run.notes, *warnings])
@@ -140,8 +141,8 @@ def facts(run: Run) -> list[str]:
             median = float(np.nanmedian(run.values(key)))
             found.append(fact(name, f"{median:.1%}" if key in MFU else brief(median)))
     for name, key in (
-        ("tokens routed, mean of layers", "routed_fraction"),
-        ("causal agreement, mean of layers", "causal_agreement"),
+        ("tokens routed, mean over layers", "routed_fraction"),
+        ("causal agreement, mean over layers", "causal_agreement"),
     ):
         _, values = run.by_layer(key)
         if values.size and np.isfinite(values[:, -1]).any():
@@ -150,12 +151,12 @@ def facts(run: Run) -> list[str]:
 
 
 def last(values: Values) -> float:
-    """The last that is a number."""
+    """The last finite value."""
     return float(values[np.isfinite(values)][-1])
 
 
 def layers(runs: Sequence[Run]) -> str:
-    """Everything that is one number per layer and step."""
+    """Everything with one number per layer and step."""
     names = list(dict.fromkeys(name for run in runs for name in run.layer_statistics()))
     if not names:
         return (
@@ -171,8 +172,8 @@ def layers(runs: Sequence[Run]) -> str:
     gates = "".join(gate_charts(run, len(runs) > 1) for run in runs)
     others = [name for name in names if name not in known and not name.startswith(GATES)]
     parts = [
-        '<h2>Routing by layer</h2><p class="dim">One row per layer, darker for more in the light scheme and lighter in the '
-        "dark one. The number behind a row is its last value.</p>",
+        '<h2>Routing by layer</h2><p class="dim">One row per layer. More is darker in light mode and lighter in '
+        "dark mode. The number after a row is its last value.</p>",
         f'<div class="grid-of">{"".join(layer_maps(runs, name, *shown[name]) for name in shown)}</div>',
         gates,
     ]
@@ -186,7 +187,7 @@ def layers(runs: Sequence[Run]) -> str:
 
 
 def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, float] | None) -> str:
-    """A heat map a run, all in the same colours."""
+    """One heat map per run, all with the same colour scale."""
     found = [(run, *run.by_layer(name)) for run in runs]
     drawn = [
         bin_means(run.iterations, values, HEAT_COLUMNS)[1].ravel() for run, layers, values in found if layers
@@ -214,7 +215,8 @@ def layer_maps(runs: Sequence[Run], name: str, title: str, bounds: tuple[float, 
 
 
 def gate_charts(run: Run, several: bool) -> str:
-    """Gates of routed and unrouted tokens, a chart a layer, all over one range; of many records, means of stretches."""
+    """Gates of routed and unrouted tokens, one chart per layer, all with the same range; many records are averaged over
+    stretches."""
     layers, _ = run.by_layer(GATES[0])
     curves: dict[int, list[Curve]] = {}
     reach = [np.zeros(0)]
@@ -238,8 +240,8 @@ def gate_charts(run: Run, several: bool) -> str:
         for layer, found in curves.items()
     )
     return (
-        f'<h3>Gates{of(run, several)}</h3><p class="dim">Mean of the gate over the routed and over the other tokens, '
-        f"with one standard deviation to either side; all layers over one range.</p>"
+        f'<h3>Gates{of(run, several)}</h3><p class="dim">Mean of the gate over routed and over other tokens, '
+        f"with a band of one standard deviation; all layers have the same range.</p>"
         f'<div class="grid-of">{"".join(charts)}</div>'
     )
 
@@ -269,26 +271,26 @@ def text_section(subject: Subject, several: bool) -> str:
     return (
         f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
         f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
-        f"colour is in how many of the {total} routed layers it {did}; point at it for which.</p>"
+        f"colour shows in how many of the {total} routed layers it {did}; point at it to see which.</p>"
         f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
         f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>'
     )
 
 
 def shade(count: int, total: int) -> float:
-    """0 for no layer, 1 for all, and for one layer enough to be seen."""
+    """0 for no layer, 1 for all; for one layer enough to be visible."""
     return 0.2 + 0.8 * count / total if count else 0.0
 
 
 def shown_counts(total: int) -> list[int]:
-    """0 to `total`, at most nine of them."""
+    """At most nine numbers from 0 to `total`."""
     return sorted({round(k * total / min(total, 8)) for k in range(min(total, 8) + 1)})
 
 
 def visible(piece: str) -> str:
-    """A token's text as HTML that shows spaces, ends of lines and control characters."""
+    """A token's text as HTML that makes spaces, line ends and control characters visible."""
     if not piece:
-        return "<i>▫</i>"  # the beginning of a character that the next token completes
+        return "<i>▫</i>"  # the first bytes of a character that the next token completes
     return "".join(_visible(character) for character in piece)
 
 
@@ -334,7 +336,7 @@ def environment(subject: Subject, several: bool) -> str:
 def checkpoint_section(subject: Subject, several: bool) -> str:
     heading = f"<h2>Checkpoints{of(subject.run, several)}</h2>"
     if subject.checkpoints is None:
-        return f"{heading}<p>They were not read, as asked (--no-checkpoints).</p>"
+        return f"{heading}<p>Not read (--no-checkpoints).</p>"
     if not subject.checkpoints:
         return f"{heading}<p>The run folder holds none.</p>"
     rows = "".join(
@@ -347,7 +349,7 @@ def checkpoint_section(subject: Subject, several: bool) -> str:
 
 def state(one: Checkpoint, run: Path) -> str:
     found = (
-        "whole: every file has its sha256"
+        "intact: the sha256 of every file matches"
         if one.problem is None
         else f"damaged: {one.problem.replace(f'{run}/', '')}"
     )
@@ -364,7 +366,7 @@ def size(count: float) -> str:
 
 
 def events(run: Run, several: bool) -> str:
-    """Records that are neither of a step nor of an evaluation."""
+    """Records of neither a step nor an evaluation."""
     if not run.events:
         return ""
     rows = []

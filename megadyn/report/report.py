@@ -13,10 +13,10 @@ from megadyn.report.run import Run, read_checkpoints, read_runs
 def write_report(
     folders: list[Path], output: Path, *, tokens: int, look_at_checkpoints: bool = True
 ) -> dict[str, Any]:
-    """Writes the page on one run, or on two over each other; a summary of what it shows.
+    """Writes the page about one run, or two runs together; returns a summary of its contents.
 
-    `tokens` of a validation text are run through the newest whole checkpoint; 0 leaves that out.
-    UserError where a folder holds no run or `output` cannot be written; then an earlier file there stays as it was.
+    The first `tokens` tokens of a validation text are run through the newest intact checkpoint; 0 leaves this out.
+    Raises UserError if a folder contains no run or `output` cannot be written; an existing file there is then kept.
     """
     check_output(output)
     subjects = [study(run, tokens, look_at_checkpoints) for run in read_runs(folders)]
@@ -28,13 +28,13 @@ def write_report(
             temporary.replace(output)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:  # of the last line too
+    except OSError as error:  # including an error when the file is closed
         raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     return {"output": str(output), "bytes": len(html), "runs": [summary(subject) for subject in subjects]}
 
 
 def check_output(output: Path) -> None:
-    """Before the work, not after it. The suffix keeps a slip of the pen from replacing a run's metrics."""
+    """Checked before the work. The suffix prevents a typing mistake from replacing a run's metrics."""
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"{output}: the report is an HTML file; give it a name that ends in .html")
     if output.is_dir():
@@ -49,16 +49,16 @@ def study(run: Run, tokens: int, look_at_checkpoints: bool) -> Subject:
     checkpoints = read_checkpoints(run.folder) if look_at_checkpoints else None
     newest = next((one.folder for one in checkpoints or () if one.problem is None and one.is_used), None)
     if tokens == 0:
-        return Subject(run, checkpoints, "it was left out, as asked (--tokens 0)")
+        return Subject(run, checkpoints, "left out (--tokens 0)")
     if newest is None:
         return Subject(
             run,
             checkpoints,
-            "the run folder holds no whole checkpoint"
+            "the run folder holds no intact checkpoint"
             if look_at_checkpoints
-            else "checkpoints were not looked at, as asked (--no-checkpoints)",
+            else "checkpoints were not read (--no-checkpoints)",
         )
-    from megadyn.report.text_map import map_text  # torch, seconds of imports: only where it is needed
+    from megadyn.report.text_map import map_text  # imports torch, which takes seconds: only if needed
 
     try:
         return Subject(run, checkpoints, map_text(run.folder, newest, tokens), newest.name)

@@ -1,4 +1,4 @@
-"""What a run left in its output folder, read without torch. What is broken there is left out and named in `notes`."""
+"""Reads what a run left in its output folder, without torch. Damaged parts are left out and mentioned in `notes`."""
 
 import json
 import math
@@ -25,24 +25,24 @@ EVALUATIONS = ("validation", "test")
 class Run:
     folder: Path
     name: str
-    """Short, and another for each run of a page."""
+    """Short, and unique on a page."""
     config_text: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    """By dotted key, lists whole; empty where there is no readable config.yaml."""
+    """Dotted key -> value; lists stay whole. Empty if there is no readable config.yaml."""
     training: list[Record] = field(default_factory=list)
-    """Records of training steps, by rising iteration."""
+    """Records of training steps, by ascending iteration."""
     evaluations: dict[str, list[Record]] = field(default_factory=dict)
-    """By the set's name."""
+    """Set name -> records."""
     events: list[Record] = field(default_factory=list)
-    """Records of any other sort, in the order written."""
+    """Records of any other type, in file order."""
     starts: list[Record] = field(default_factory=list)
-    """What each start of the run recorded of its environment, in order; empty where it recorded none."""
+    """The environment of each start of the run, in order; empty if none was recorded."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on what is broken or unfinished."""
+    """Sentences on what is damaged or unfinished."""
 
     @property
     def routing(self) -> Kind | None:
-        """The run's kind of routing; None where its configuration is not readable, or its kind is not installed here."""
+        """The run's kind of routing; None if its configuration is unreadable or the kind is not installed here."""
         keys = {
             key.removeprefix("model.routing."): value
             for key, value in self.config.items()
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def router_warnings(self) -> list[str]:
-        """What training warned of: a sentence for each layer and problem, the latest where a run was resumed."""
+        """Warnings from training: one sentence per layer and problem, from the last start of the run."""
         found = {}
         for record in self.events:
             warning = record.get("router_warning")
@@ -74,16 +74,16 @@ class Run:
         return max((record["iteration"] for record in records), default=0)
 
     def tokens_at(self, iterations: Values) -> Values:
-        """Tokens consumed by then, read off between the training records."""
+        """Tokens consumed at these iterations, interpolated between the training records."""
         known = np.concatenate([[0.0], self.iterations])
         return np.interp(iterations, known, np.concatenate([[0.0], self.values("consumed_tokens")]))
 
     def values(self, *path: str) -> Values:
-        """A number of each training record, by the keys that lead to it; NaN where it is missing or null."""
+        """One number per training record, at the path of keys; NaN if it is missing or null."""
         return np.array([number(record, *path) for record in self.training], np.float64)
 
     def keys_under(self, *path: str) -> list[str]:
-        """Names of the numbers that stand under these keys in some training record, in the order of the records."""
+        """Names of the numbers at this path in any training record, in the order of the records."""
         found: dict[str, None] = {}
         for record in self.training:
             value: Any = record
@@ -93,7 +93,7 @@ class Run:
         return list(found)
 
     def evaluated(self, dataset: str, mode: str) -> tuple[Values, Values]:
-        """Iterations and losses on `validation` or `test` under `topk` or `causal`."""
+        """Iterations and losses on `validation` or `test` with routing `topk` or `causal`."""
         records = self.evaluations.get(dataset, [])
         return (
             np.array([record["iteration"] for record in records], np.float64),
@@ -137,7 +137,7 @@ def number(record: Record, *path: str) -> float:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """Raises UserError for what is not a folder, or holds no metrics."""
+    """Raises UserError for a path that is not a folder or contains no metrics."""
     absolute = [folder.resolve() for folder in folders]
     return [read_run(folder, name) for folder, name in zip(absolute, short_names(absolute), strict=True)]
 
@@ -161,20 +161,20 @@ def read_run(folder: Path, name: str) -> Run:
     planned = planned_iterations(run)
     if planned is not None and run.last_iteration < planned:
         run.notes.append(
-            f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run goes on, or stopped."
+            f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run is still going, or stopped."
         )
     return run
 
 
 def planned_iterations(run: Run) -> int | None:
-    """The number of the run's last step: as its newest start worked it out, or as configured; None if neither says it."""
+    """Number of the run's last step, from its newest start or the configuration; None if neither is known."""
     last_start = run.starts[-1] if run.starts else {}
     planned = last_start.get("iterations", run.config.get("training.iterations"))
     return planned if isinstance(planned, int) else None
 
 
 def _take_records(run: Run, text: str) -> None:
-    """Sorts the lines; of two records of one iteration, as a run leaves that went back, the later counts."""
+    """Sorts the lines into the lists of `run`. Of two records for one iteration (a run that went back) the later counts."""
     lines = text.splitlines()
     training: dict[int, Record] = {}
     evaluations: dict[str, dict[int, Record]] = {}
@@ -193,17 +193,17 @@ def _take_records(run: Run, text: str) -> None:
     run.evaluations = {name: [found[at] for at in sorted(found)] for name, found in evaluations.items()}
     if broken and broken[-1] == len(lines):
         run.notes.append(
-            "The last line of metrics.jsonl is half-written and was left out: the run was cut off or is writing it."
+            "The last line of metrics.jsonl is incomplete and was left out: the run was killed or is writing it."
         )
         broken.pop()
     if broken:
         run.notes.append(
-            f"Left out as no whole records: {len(broken)} line(s) of metrics.jsonl, the first of them {broken[0]}."
+            f"Left out as incomplete: {len(broken)} line(s) of metrics.jsonl, the first of them {broken[0]}."
         )
 
 
 def whole_record(line: str) -> Record | None:
-    """The record of a line of metrics.jsonl, or None for one that is not whole."""
+    """The record in a line of metrics.jsonl; None if the line is not a complete record."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -231,7 +231,7 @@ def _take_config(run: Run) -> None:
 
 
 def _take_starts(run: Run) -> None:
-    """Earlier runs have no such file."""
+    """Runs of earlier versions have no such file."""
     path = run.folder / "environment.jsonl"
     if not path.exists():
         return
@@ -240,11 +240,11 @@ def _take_starts(run: Run) -> None:
     found = [whole_record(line) for line in lines]
     run.starts = [record for record in found if record is not None]
     if broken := found.count(None):
-        run.notes.append(f"Left out as no whole records: {broken} line(s) of {path.name}.")
+        run.notes.append(f"Left out as incomplete: {broken} line(s) of {path.name}.")
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Flattens nested sections to dotted keys."""
     if not isinstance(value, dict):
         return {prefix: value}
     found: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Keys that differ, with both values as YAML shows them; `-` where one has no such key."""
+    """Keys that differ, with both values as YAML; `-` if one has no such key."""
 
     def shown(config: dict[str, Any], key: str) -> str:
         return json.dumps(config[key], ensure_ascii=False) if key in config else "-"
@@ -268,7 +268,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """The last parts of each path, as many as tell them apart; numbered where nothing does."""
+    """The last parts of each path, as many as needed to be unique; numbered if the paths are equal."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -280,16 +280,16 @@ class Checkpoint(NamedTuple):
     folder: Path
     iteration: int
     bytes: int
-    """Of all its files, as they are on disk."""
+    """Size of all its files on disk."""
     problem: str | None
-    """What is damaged; None for a whole one."""
+    """What is damaged; None if it is intact."""
     is_used: bool
-    """Not left behind by a run that has since gone back."""
+    """False if the run has since gone back before it."""
     topology: dict[str, int]
 
 
 def read_checkpoints(run: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, newest first, each file held to its sha256."""
+    """All checkpoints of a run, newest first; each file is checked against its sha256."""
     root = run / CHECKPOINTS
     folders = [path for path in root.glob("iteration-*") if NAME.match(path.name) and path.is_dir()]
     used = set(complete_checkpoints(root))

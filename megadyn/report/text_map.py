@@ -1,4 +1,4 @@
-"""Which tokens of a real text the routed layers of a checkpoint process."""
+"""Shows which tokens of a real text the routed layers of a checkpoint process."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,20 +23,20 @@ from megadyn.training.data import open_data
 
 class TextMap(NamedTuple):
     pieces: list[str]
-    """The text of each token [N]; empty where a character goes on in the next."""
+    """The text of each token [N]; empty if the next token completes its character."""
     layers: list[int]
-    """The routed layers, of R."""
+    """Indices of the R routed layers."""
     processed: NDArray[np.bool_]
     """[R, N]"""
     loss: float
-    """Mean over the tokens, of each one's successor; in nats."""
+    """Mean next-token loss over the tokens, in nats."""
 
 
 def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
     """The first `tokens` tokens of the first validation sample, routed causally by `checkpoint` on the CPU.
 
-    A causal rule looks at no later token, so these are the decisions on the whole sample too.
-    UserError where the checkpoint is damaged, the model is dense, or tokenizer or dataset are not at hand.
+    A causal rule does not look ahead, so these are also the decisions within the whole sample.
+    Raises UserError if the checkpoint is damaged, the model is dense, or tokenizer or dataset cannot be opened.
     """
     config = load_config(checkpoint / "config.yaml")
     if config.model.routing.name == DENSE:
@@ -48,7 +48,7 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
             ids, labels = first_sample(config, tokenizer, tokens)
             saved = open_saved(checkpoint)
     except UserError as error:
-        raise UserError(f"{error} (relative paths count from {base})") from None
+        raise UserError(f"{error} (paths are relative to {base})") from None
     saved.model.attention = "sdpa"  # the other backends need a GPU
     network = load_network(saved, torch.device("cpu"))
     layers, processed, loss = processed_tokens(network, torch.from_numpy(ids), torch.from_numpy(labels))
@@ -56,7 +56,7 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
 
 
 def launch_folder(run: Path, config: Config) -> Path:
-    """Where the run was started, as far as its relative output folder tells; else the working directory."""
+    """The folder in which the run was started, if its relative output folder reveals that; otherwise the working directory."""
     parts = Path(config.output_dir).parts
     if not Path(config.output_dir).is_absolute() and run.parts[-len(parts) :] == parts:
         return Path(*run.parts[: -len(parts)])
@@ -66,7 +66,7 @@ def launch_folder(run: Path, config: Config) -> Path:
 def first_sample(
     config: Config, tokenizer: Tokenizer, tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, labels), each [1, N], N at most `tokens`. UserError for ids that the tokenizer does not have."""
+    """(ids, labels), each [1, N], N at most `tokens`. Raises UserError for ids that the tokenizer does not have."""
     samples = open_data(config, start=None).validation
     if samples is None:
         raise UserError("the run has no validation set")
@@ -74,7 +74,7 @@ def first_sample(
     if (largest := int(max(ids.max(), labels.max()))) >= tokenizer.vocab_size:
         raise UserError(
             f"the validation set holds token id {largest}, but tokenizer {tokenizer.name} has "
-            f"{tokenizer.vocab_size} ids only"
+            f"only {tokenizer.vocab_size} ids"
         )
     return ids, labels
 
@@ -83,14 +83,14 @@ def first_sample(
 def processed_tokens(
     network: Network, ids: torch.Tensor, labels: torch.Tensor
 ) -> tuple[list[int], NDArray[np.bool_], float]:
-    """One causal pass over ids [1, N]: the routed layers, which tokens [R, N] each processed, and the loss."""
+    """One causal pass over ids [1, N]. Returns the routed layers, which tokens each processed [R, N], and the loss."""
     routed = routed_layers(network)
     set_routing_mode(routed, "causal")
     seen: dict[int, NDArray[np.bool_]] = {}
 
     def add(index: int, choice: Selection) -> None:
         mask = as_mask(choice, ids.shape)[0].numpy()
-        # a layer may choose for each of its halves
+        # A layer may choose separately for attention and MLP.
         seen[index] = mask | seen[index] if index in seen else mask
 
     for layer in routed:
@@ -100,7 +100,7 @@ def processed_tokens(
 
 
 def watch(layer: RoutedLayer, tell: Callable[[int, Selection], None]) -> None:
-    """Calls tell(layer's index, selection) whenever the layer runs its block: what was chosen is passed to `Layer.run`."""
+    """Calls tell(layer index, selection) whenever the layer runs its block, because `Layer.run` receives the selection."""
     run = layer.run
 
     def watched(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -112,7 +112,7 @@ def watch(layer: RoutedLayer, tell: Callable[[int, Selection], None]) -> None:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text. Bytes that are not yet a whole character count for the token that completes it."""
+    """The text that each token adds. Bytes of an incomplete character count for the token that completes it."""
     found: list[str] = []
     done = 0
     for count in range(1, len(ids) + 1):

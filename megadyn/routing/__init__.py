@@ -1,1 +1,1 @@
-"""Routing: which tokens a layer processes, in training and in generation (mathematics: docs in each file)."""
+"""Routing: which tokens a layer processes, in training and in generation. The mathematics is in each file's docstring."""

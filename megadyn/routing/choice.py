@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a routed layer processes: top-k in training, a causal rule where the future is unknown."""
+"""Chooses the tokens that a routed layer processes: top-k in training, a causal rule when the future is unknown."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,33 +17,34 @@ from megadyn.routing.quantile import QuantileThreshold, guarded
 from megadyn.routing.select import Selection, as_mask, choose_top, choose_where
 from megadyn.routing.tracker import RunningThreshold, Statistic, deviation_where, least, mean_where, most
 
-# ---- where choices pass, so that they can be recorded, or give way to recorded ones --------------
+# ---- recording and replacing choices -------------------------------------------------------------
 
 
 class Choices(NamedTuple):
-    """What a layer chose of B sequences, and by which score: chosen tokens lie at or above the cut, the others at or below it."""
+    """A layer's choices for B sequences, with their scores. Chosen tokens score at or above the cut, others at or below it."""
 
     chosen: Tensor
-    """[B, T], true for tokens taken; [B, T, n] where n things are chosen for each token."""
+    """[B, T], true for chosen tokens; [B, T, n] if n things are chosen per token."""
     score: Tensor
-    """Shaped as `chosen`, in float32."""
+    """float32, same shape as `chosen`."""
     cut: Tensor
-    """[B] or [B, n], in float32."""
+    """float32, [B] or [B, n]."""
 
 
 class Tape:
-    """A layer's choices in one step, for the samples of this rank in their order."""
+    """A layer's choices in one step, for this rank's samples in order."""
 
     def __init__(self, samples: int, given: Tensor | None = None, source: str = "", *, keeps: bool = False):
-        """`given`: what takes the place of the layer's choices, [samples, T], read from `source`. `keeps`: collects its own."""
+        """`given`: choices [samples, T] that replace the layer's own, read from `source`. `keeps`: collect the layer's
+        own."""
         self.samples, self.given, self.source, self.keeps = samples, given, source, keeps
         self.passed = 0
-        """Samples whose choice was settled, so far."""
+        """Number of samples settled so far."""
         self.kept: list[Choices] = []
 
     def settle(self, chosen: Tensor, score: Tensor, cut: Tensor | float | None) -> Tensor:
         first, self.passed = self.passed, self.passed + len(chosen)
-        if self.passed > self.samples:  # the layer's fault; whoever ends the step tells
+        if self.passed > self.samples:  # a fault of the layer, reported at the end of the step
             return chosen
         if self.keeps:
             self.kept.append(
@@ -54,51 +55,51 @@ class Tape:
         given = self.given[first : self.passed].to(chosen.device)
         if given.shape != chosen.shape:
             raise UserError(
-                f"{self.source}: holds choices {list(given.shape[1:])} for each sample, and the layer makes "
+                f"{self.source}: holds choices {list(given.shape[1:])} for each sample, but the layer makes "
                 f"{list(chosen.shape[1:])}"
             )
         return given
 
     def whole(self) -> Choices:
-        """The kept choices of all micro-batches."""
+        """The collected choices of all micro-batches."""
         return Choices(*(torch.cat(parts) for parts in zip(*self.kept, strict=True)))
 
 
 class Decisions:
-    """The one place through which all choices of a layer pass, by `settle`, or by `settle_top` for top-k.
+    """All choices of a layer pass through here, by `settle`, or by `settle_top` for top-k.
 
-    Whatever the layer computes from a choice (gates, losses, statistics, averages over steps) follows from what these return.
-    They are called outside of what is recomputed. Without a tape they return what they are given.
+    Everything that the layer computes from a choice (gates, losses, statistics, averages over steps) must use the
+    result. Both are called outside of recomputation. Without a tape they return their input.
     """
 
     def __init__(self) -> None:
         self.tape: Tape | None = None
-        """Of the training step at hand, if its choices are recorded or replayed."""
+        """The tape of the current training step, if its choices are recorded or replayed."""
 
     def settle(self, chosen: Tensor, score: Tensor, cut: Tensor | float | None = None) -> Tensor:
-        """The mask that counts, for the layer's own mask `chosen` [B, T] or [B, T, n].
+        """The final mask, given the layer's own mask `chosen` [B, T] or [B, T, n].
 
         Args:
-            score: what it follows from, of the same shape, equal on all tensor ranks.
-            cut: what a score must reach; None for the lowest score that was taken.
+            score: the score behind the choice, same shape, equal on all tensor ranks.
+            cut: the score needed to be chosen; None for the lowest chosen score.
         """
         return chosen if self.tape is None else self.tape.settle(chosen, score, cut)
 
     def settle_top(self, top: Selection, score: Tensor) -> Selection:
-        """The same for the `top` of score [B, T]."""
+        """The same for a top-k selection `top` by score [B, T]."""
         if self.tape is None:
             return top
         mask = self.settle(as_mask(top, score.shape), score)
         count = top.places.shape[1]
         if not bool((mask.sum(dim=1) == count).all()):
             raise UserError(
-                f"{self.tape.source}: must take {count} tokens of each sequence, as the layer does"
+                f"{self.tape.source}: must choose {count} tokens of each sequence, as the layer does"
             )
         return Selection(mask.flatten().nonzero().view(len(mask), count))
 
 
 def cut_of(chosen: Tensor, score: Tensor, cut: Tensor | float | None) -> Tensor:
-    """[B] or [B, n]: `cut`, moved between the lowest score taken and the highest one left where a guard took other tokens."""
+    """[B] or [B, n]: `cut`. If a guard changed the choice, it is moved between the lowest chosen and the highest other score."""
     lowest = score.masked_fill(~chosen, torch.inf).amin(dim=1)
     if cut is None:
         return lowest
@@ -106,28 +107,30 @@ def cut_of(chosen: Tensor, score: Tensor, cut: Tensor | float | None) -> Tensor:
     return torch.as_tensor(cut, dtype=score.dtype, device=score.device).maximum(highest_left).minimum(lowest)
 
 
-# ---- how tokens are chosen -----------------------------------------------------------------------
+# ---- choosing tokens -----------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
-    """What a routed layer does with each token of a micro-batch."""
+    """A routed layer's choice for a micro-batch."""
 
     selection: Selection
-    """The tokens that it processes, under the current mode."""
+    """The tokens that it processes in the current mode."""
     in_top: Tensor
-    """[B, T], true where training chooses, whatever the mode: by top-k, or by `model.routing.choose: threshold`."""
+    """[B, T], true for the tokens that training would choose, whatever the mode: by top-k or `model.routing.choose:
+    threshold`."""
     loss: Tensor | None
-    """The predictor's, weighted; None without a predictor."""
+    """The predictor's loss, weighted; None without a predictor."""
     statistics: dict[str, Tensor | Statistic]
-    """For `Monitor`: the share routed (mean, least, most of a sequence), how often the causal rule agrees with top-k."""
+    """For `Monitor`: share of routed tokens (mean; minimum and maximum over sequences), agreement of the causal rule
+    with top-k."""
 
 
 class CausalRouter(nn.Module):
-    """Chooses tokens by score, under either mode, and trains or tracks the causal rule beside top-k.
+    """Chooses tokens by score in either mode. In top-k mode it also trains or tracks the causal rule.
 
     `threshold`: route iff score >= tau, a running average (`RunningThreshold`).
     `predictor`: route iff sigmoid(P(sg(h))) >= 0.5 with P: D -> D/2 -> 1, SiLU, no biases, trained against the top-k choice.
-    `bce`, `sign`: route iff score > 0, for a score that is trained by binary cross-entropy or not learned at all.
+    `bce`, `sign`: route iff score > 0; the score is trained by binary cross-entropy or not learned at all.
     """
 
     def __init__(self, name: str, ctx: LayerContext):
@@ -152,11 +155,11 @@ class CausalRouter(nn.Module):
             self.fc2 = Projection(ctx.make(f"{name}.fc2.weight", (1, d // 2), init), seq=self.seq)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """P(sg(h)) [B, T/seq] in at least float32."""
+        """P(sg(h)), [B, T/seq], in float32 or wider."""
         return self.fc2(F.silu(self.fc1(hidden.detach()))).squeeze(-1)
 
     def forward(self, score: Tensor, hidden: Tensor) -> Choice:
-        """score [B, T], bitwise equal on all tensor ranks, so that all choose alike, and hidden [B, T/seq, D]."""
+        """score [B, T] must be bitwise equal on all tensor ranks, so that all choose alike; hidden is [B, T/seq, D]."""
         score = score.detach()
         threshold = self.threshold
         if isinstance(threshold, QuantileThreshold) and (threshold.decides or not torch.is_grad_enabled()):
@@ -190,7 +193,7 @@ class CausalRouter(nn.Module):
         return Choice(choose_where(causal) if self.mode == "causal" else top, in_top, loss, statistics)
 
     def by_threshold(self, score: Tensor, threshold: QuantileThreshold) -> Choice:
-        """One rule for training and use, but for training's guards (`routing/quantile.py`)."""
+        """The same rule in training and in use, apart from training's guards (`routing/quantile.py`)."""
         tau = threshold.value.to(score.device)
         causal = chosen = score >= tau
         if torch.is_grad_enabled():
@@ -211,7 +214,7 @@ class CausalRouter(nn.Module):
 
 
 class LinearRouter(nn.Module):
-    """r = w . h in at least float32, [B, T/seq, D] -> [B, T/seq]; whole on every tensor rank."""
+    """r = w . h in float32 or wider, [B, T/seq, D] -> [B, T/seq]; not cut over tensor ranks."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
@@ -223,8 +226,8 @@ class LinearRouter(nn.Module):
 
 
 class TwoLayerRouter(nn.Module):
-    """W2 f(W1 h + b1) + b2 with `width` values inside, [B, T/seq, D] -> [B, T/seq, outputs] in at least float32; whole on every
-    tensor rank."""
+    """W2 f(W1 h + b1) + b2 with inner size `width`, [B, T/seq, D] -> [B, T/seq, outputs], in float32 or wider; not cut
+    over tensor ranks."""
 
     def __init__(
         self,
@@ -251,7 +254,7 @@ class TwoLayerRouter(nn.Module):
 
 
 def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Statistic]:
-    """Mean and deviation of gate [B, T] over routed and unrouted tokens (mask [B, T])."""
+    """Mean and standard deviation of gate [B, T] over routed and over unrouted tokens (mask [B, T])."""
     found: dict[str, Statistic] = {}
     for name, mask in (("routed", routed), ("unrouted", ~routed)):
         found |= {f"gate_{name}": mean_where(gate, mask), f"gate_{name}_std": deviation_where(gate, mask)}
@@ -259,7 +262,7 @@ def gate_statistics(gate: Tensor, routed: Tensor) -> dict[str, Statistic]:
 
 
 def share_statistics(routed: Tensor) -> dict[str, Tensor | Statistic]:
-    """The share of tokens routed, by mask [B, T]: its mean, and the least and most of a sequence."""
+    """Share of tokens routed, from mask [B, T]: its mean, and its minimum and maximum over sequences."""
     share = routed.float().mean(dim=1)
     return {
         "routed_fraction": share.mean(),

@@ -1,4 +1,4 @@
-"""Noise that is the same under every layout: a sample's follows from its place in a step's global batch."""
+"""Noise that is the same under every layout: a sample's noise depends on its position in the step's global batch."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ from megadyn.parallel.mappings import own_part
 def uniform_by_sample(
     like: Tensor, seq: Axis, seed_for: Callable[[str], int], name: str, first: int
 ) -> Tensor:
-    """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks, and drawn in float32 for every precision.
+    """Uniform in [0, 1), shaped as `like` [B, T/seq, n], equal on all tensor ranks; drawn in float32 for every precision.
 
     Args:
-        seed_for: of `ParamMaker`. name: of the noise and the step. first: place in the global batch of the first sample.
+        seed_for: from `ParamMaker`. name: of the noise and the step. first: position of the first sample in the global batch.
     """
     noise = like.new_empty(like.shape[0], like.shape[1] * seq.size, *like.shape[2:], dtype=torch.float32)
     generator = torch.Generator(like.device)

@@ -1,12 +1,13 @@
-"""Recorded choices as files, which say nothing of the layout that they were made under.
+"""Files of recorded choices. They are independent of the layout that recorded them.
 
 DIR/recording.json                   what was recorded: `About`
-DIR/layer-003/step-00000017.npz      a layer in a training step; layers count from 0, steps from 1. Arrays of numpy, samples
-                                     in the order of the step's global batch:
-    chosen   bool     [samples, T]   tokens taken; [samples, T, n] where n things are chosen for each token
-    score    float32  as `chosen`    what the choice follows from
-    cut      float32  [samples]      [samples, n]; chosen tokens have scores at or above it, the others at or below it
-    first    int64    []             samples of the run that were consumed before the step
+DIR/layer-003/step-00000017.npz      one layer in one training step; layers count from 0, steps from 1. numpy arrays;
+samples
+                                     are in the order of the step's global batch:
+    chosen   bool     [samples, T]   chosen tokens; [samples, T, n] if n things are chosen per token
+    score    float32  as `chosen`    the score behind the choice
+    cut      float32  [samples]      or [samples, n]; chosen tokens score at or above it, others at or below it
+    first    int64    []             samples that the run had consumed before the step
 """
 
 import json
@@ -27,28 +28,28 @@ from megadyn.files import os_errors_named, temporary_beside
 
 @dataclass(frozen=True)
 class About:
-    """What a recording is of."""
+    """Describes a recording."""
 
     kind: str
     layers: dict[str, str]
-    """Layers that choose, by number: their types."""
+    """Type of each layer that chooses, by layer number."""
     samples: int
-    """In a step."""
+    """Per step."""
     length: int
-    """Tokens of a sample."""
+    """Tokens per sample."""
     data: str
     """Key of the training data and their order."""
     run: str = ""
     """Folder of the run."""
 
     def misfit(self, other: "About") -> str | None:
-        """What of this recording does not fit a run that would be recorded as `other`; None if all does."""
+        """How this recording differs from `other`, the description of a run; None if it fits."""
         for field in fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
             if field.name != "run" and mine != others:
                 if field.name == "data":
-                    return "the training data or their order are not those of this run"
-                return f"{field.name} {shown(mine)}, where this run has {shown(others)}"
+                    return "the training data or their order differ from this run's"
+                return f"{field.name} {shown(mine)}, but this run has {shown(others)}"
         return None
 
 
@@ -57,7 +58,7 @@ def shown(value: Any) -> str:
 
 
 class Recorded(NamedTuple):
-    """One file: a layer's choices in a step."""
+    """The content of one file: a layer's choices in a step."""
 
     chosen: NDArray[np.bool_]
     score: NDArray[np.float32]
@@ -66,7 +67,7 @@ class Recorded(NamedTuple):
 
 
 class Recording:
-    """The folder of a recording."""
+    """A folder with a recording."""
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
@@ -76,18 +77,18 @@ class Recording:
         return self.folder / "recording.json"
 
     def about(self) -> About:
-        """Raises UserError where there is no recording."""
+        """Raises UserError if there is no recording."""
         try:
             return About(**json.loads(self.head.read_text()))
         except OSError as error:
             raise UserError(
-                f"{self.head}: {error.strerror or error}; no recording of routing choices"
+                f"{self.head}: {error.strerror or error}; not a recording of routing choices"
             ) from None
         except (ValueError, TypeError):
-            raise UserError(f"{self.head}: is damaged, or no recording of routing choices") from None
+            raise UserError(f"{self.head}: damaged, or not a recording of routing choices") from None
 
     def begin(self, about: About) -> None:
-        """Makes the folder. Ranks may do so at once: they write the same."""
+        """Creates the folder. Ranks may do this concurrently: they write the same content."""
         with os_errors_named(self.folder):
             for layer in about.layers:
                 self.path(int(layer), 1).parent.mkdir(parents=True, exist_ok=True)
@@ -99,22 +100,22 @@ class Recording:
         return self.folder / f"layer-{layer:03d}" / f"step-{step:08d}.npz"
 
     def steps(self, layer: int) -> set[int]:
-        """Steps that there are of a layer."""
+        """Recorded steps of a layer."""
         folder = self.path(layer, 1).parent
         names = os.listdir(folder) if folder.is_dir() else []
         return {int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{8,})\.npz", name))}
 
     def read(self, layer: int, step: int) -> Recorded:
-        """Raises UserError for a file that is missing or damaged."""
+        """Raises UserError if the file is missing or damaged."""
         path = self.path(layer, step)
         try:
             with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as arrays:
                 chosen, score, cut, first = (arrays[name] for name in Recorded._fields)
                 return Recorded(chosen, score, cut, int(first))
         except FileNotFoundError:
-            raise UserError(f"{path}: is missing from the recording") from None
+            raise UserError(f"{path}: missing from the recording") from None
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"{path}: is damaged, or no recorded step") from None
+            raise UserError(f"{path}: damaged, or not a recorded step") from None
 
     def write(self, layer: int, step: int, recorded: Recorded) -> None:
         path = self.path(layer, step)
@@ -126,15 +127,15 @@ class Recording:
 
 
 class Flips(NamedTuple):
-    """The tokens that changed places between two recordings: one entry for each, by step and layer."""
+    """The choices that differ between two recordings: one entry per token, step and layer."""
 
     compared: int
-    """Choices that were compared, of all steps."""
+    """Number of choices compared, over all steps."""
     steps: NDArray[np.int64]
     layers: NDArray[np.int64]
     distance: NDArray[np.float64]
-    """How far its score lay from its cut, in the recording where that was farther, in units of the root mean square of the
-    layer's scores in the step."""
+    """Distance of the token's score from the cut (the larger of the two recordings'), in units of the root mean square
+    of the layer's scores in the step."""
 
     @property
     def changed(self) -> int:
@@ -146,7 +147,7 @@ class Flips(NamedTuple):
 
     @property
     def first(self) -> "Flips":
-        """Those of the first layer and step that differ: before them, both runs computed the same but for rounding."""
+        """The entries of the first layer and step that differ. Before that, the two runs differ only by rounding."""
         if not self.changed:
             return self
         is_first = (self.steps == self.steps[0]) & (self.layers == self.layers[0])
@@ -154,9 +155,9 @@ class Flips(NamedTuple):
 
 
 def flips(a: Path | str, b: Path | str) -> Flips:
-    """What differs between two recordings of the same kind, model, batch and data, in the steps that both have.
+    """Compares two recordings of the same kind, model, batch and data, in the steps that both have.
 
-    Raises UserError for recordings that cannot be compared.
+    Raises UserError if they cannot be compared.
     """
     first, second = Recording(a), Recording(b)
     about = first.about()
@@ -192,7 +193,7 @@ def flips(a: Path | str, b: Path | str) -> Flips:
 
 
 def from_cut(recorded: Recorded) -> NDArray[np.float64]:
-    """Distance of every score from its cut, relative to the size of all scores (`Flips.distance`)."""
+    """Distance of every score from its cut, relative to the size of the layer's scores (`Flips.distance`)."""
     score = recorded.score.astype(np.float64)
     size = np.sqrt(np.square(score).mean(axis=(0, 1)))
     distance: NDArray[np.float64] = np.abs(score - np.expand_dims(recorded.cut, 1)) / np.maximum(

@@ -1,8 +1,8 @@
 """Training with recorded choices: `training.routing_record` and `training.routing_replay`.
 
-Choices are recorded whole, so that a recording fits every layout: data-parallel ranks bring theirs together at the end of a step,
-and of each pipeline stage the first rank writes. In a replay each rank reads the rows of its own samples. So all ranks must see
-the folder, as they must see `output_dir`.
+A recording is independent of the layout: at the end of a step the data-parallel ranks gather their choices, and the
+first rank of each pipeline stage writes them. In a replay each rank reads the rows of its own samples. So all ranks
+need access to the folder, as they do to `output_dir`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from megadyn.routing.recording import About, Recorded, Recording
 
 
 def about_run(config: Config, choosing: Mapping[int, str], data_key: str) -> About:
-    """What a recording of this run is of. `choosing`: the layers that choose, with their types; `data_key`: of the samples."""
+    """Describes a recording of this run. `choosing`: layers that choose, with their types; `data_key`: key of the samples."""
     return About(
         config.model.routing.name,
         {str(layer): kind for layer, kind in choosing.items()},
@@ -34,14 +34,14 @@ def about_run(config: Config, choosing: Mapping[int, str], data_key: str) -> Abo
 
 
 def refuse_replay(config: Config, choosing: Mapping[int, str], data_key: str, iteration: int) -> None:
-    """Raises UserError for what cannot be recorded or replayed by a run that stands at `iteration`."""
+    """Raises UserError if the run, now at `iteration`, cannot record or replay as configured."""
     training = config.training
     for key in ("routing_record", "routing_replay"):
         if (folder := getattr(training, key)) is not None and not choosing:
             raise ConfigError(
                 f"training.{key}",
                 folder,
-                f"left out with {config.model.routing.describe()}, where no layer chooses tokens",
+                f"left out with {config.model.routing.describe()}, because no layer chooses tokens",
             )
     about = about_run(config, choosing, data_key)
     if training.routing_record is not None:
@@ -56,25 +56,25 @@ def refuse_replay(config: Config, choosing: Mapping[int, str], data_key: str, it
     if training.routing_replay is not None:
         recording = Recording(training.routing_replay)
         if problem := recording.about().misfit(about):
-            raise UserError(f"{recording.head}: does not fit the run: {problem}")
+            raise UserError(f"{recording.head}: does not fit this run: {problem}")
         for layer in choosing:
             there = recording.steps(layer)
             if missing := [
                 step for step in range(iteration + 1, (training.iterations or 0) + 1) if step not in there
             ]:
                 raise UserError(
-                    f"{recording.path(layer, missing[0])}: is missing from the recording, with {len(missing) - 1} "
-                    f"more of the steps {iteration + 1} to {training.iterations} that the run takes"
+                    f"{recording.path(layer, missing[0])}: missing from the recording, like {len(missing) - 1} "
+                    f"more of the steps {iteration + 1} to {training.iterations} of this run"
                 )
 
 
 def same_run(found: About, about: About) -> str:
-    """How a recording differs from what this run would make, where it is this run's own."""
-    return f", with {found.misfit(about)}" if found.run == about.run else ""
+    """If the recording is from this run itself: how it differs from what the run would record now."""
+    return f": {found.misfit(about)}" if found.run == about.run else ""
 
 
 class Replay:
-    """Records the choices of a rank's layers step by step, or puts recorded ones in their place; does nothing unless asked to."""
+    """Records the choices of a rank's layers in each step, or replaces them by recorded ones; does nothing unless configured."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Replay:
         grid: Grid,
         data_key: str,
     ):
-        """`layers`: this rank's, of which those in `choosing` choose."""
+        """`layers`: this rank's layers; those in `choosing` choose tokens."""
         training = config.training
         self.grid = grid
         self.layers = [layer for layer in layers if layer.index in choosing]
@@ -96,8 +96,8 @@ class Replay:
 
     @contextmanager
     def step(self, number: int, consumed: int) -> Iterator[None]:
-        """Around training step `number`, which begins after `consumed` samples. Collective. Raises UserError for a file that is
-        missing, damaged or of other samples, and for a layer whose choices pass elsewhere."""
+        """Wraps training step `number`, which begins after `consumed` samples. Collective. Raises UserError if a file
+        is missing, damaged or for other samples, and for a layer that bypasses its `decisions`."""
         if self.source is None and self.record is None:
             yield
             return
@@ -114,13 +114,13 @@ class Replay:
                 layer.decisions.tape = None
 
     def given(self, layer: int, number: int, consumed: int) -> tuple[Tensor | None, str]:
-        """The recorded choices for this rank's samples, and where they come from."""
+        """The recorded choices for this rank's samples, and their source."""
         if self.source is None:
             return None, ""
         path, found = self.source.path(layer, number), self.source.read(layer, number)
         if found.first != consumed:
             raise UserError(
-                f"{path}: recorded from sample {found.first} of the run on, and the step begins at sample {consumed}"
+                f"{path}: was recorded from sample {found.first} of its run on, but the step begins at sample {consumed}"
             )
         want = (self.about.samples, self.about.length)
         if found.chosen.dtype != bool or found.chosen.shape[:2] != want:
@@ -136,8 +136,8 @@ class Replay:
         if tape.passed != tape.samples:
             kind = self.about.layers[str(layer.index)]
             raise UserError(
-                f"layer {layer.index} ({kind}) can be neither recorded nor replayed: each of the step's "
-                f"{tape.samples} samples must pass RoutedLayer.decisions once, and {tape.passed} did"
+                f"layer {layer.index} ({kind}) cannot be recorded or replayed: each of the step's "
+                f"{tape.samples} samples must pass through RoutedLayer.decisions once, but {tape.passed} did"
             )
         if self.record is None or self.grid.tp.rank:
             return

@@ -1,4 +1,4 @@
-"""Choose tokens, take them out of their sequences, put their updates back."""
+"""Selects tokens, takes them out of their sequences, and puts updates back."""
 
 from typing import Any, NamedTuple
 
@@ -13,29 +13,29 @@ from megadyn.parallel.mappings import copy_to_tp, enter_tp, leave_tp, reduce_fro
 
 
 class Selection(NamedTuple):
-    """Tokens chosen from B sequences of T, in their order; a place is one of the B * T flattened tokens."""
+    """Tokens chosen from B sequences of T, in order. A place is an index into the B * T flattened tokens."""
 
     places: Tensor
-    """[B, C] where every sequence gives C tokens; [1, N], sequence after sequence, where they give different numbers."""
+    """[B, C] if every sequence contributes C tokens; [1, N], one sequence after another, if the numbers differ."""
     sequences: Tensor | None = None
-    """[1, N] the sequence that each token came from; None with places [B, C], a row a sequence."""
+    """[1, N]: the sequence of each token; None with places [B, C], where each row is a sequence."""
 
 
 def choose_top(score: Tensor, count: int) -> Selection:
-    """The `count` highest of score [B, T] in each sequence; of equal scores the first."""
+    """The `count` highest of score [B, T] in each sequence; the first one wins a tie."""
     best = score.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
     starts = torch.arange(score.shape[0], device=score.device).unsqueeze(1) * score.shape[1]
     return Selection(best + starts)
 
 
 def choose_where(mask: Tensor) -> Selection:
-    """The tokens where mask [B, T] is true. Waits for the device: it must know how many there are."""
+    """The tokens where mask [B, T] is true. Waits for the device to learn their number."""
     places = mask.flatten().nonzero().view(1, -1)
     return Selection(places, places // mask.shape[1])
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:
-    """x [B, T] or [B, T, D] at places [b, c], no place twice -> [b, c] or [b, c, D]."""
+    """x [B, T] or [B, T, D] at distinct places [b, c] -> [b, c] or [b, c, D]."""
     if x.ndim == 3 and fused(x):
         from megadyn.kernels.rows import take_rows
 
@@ -44,13 +44,13 @@ def take(x: Tensor, places: Tensor) -> Tensor:
 
 
 def take_any(x: Tensor, places: Tensor) -> Tensor:
-    """`take`, where places may repeat."""
+    """`take`, but places may repeat."""
     return x.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 class _TakeOut(torch.autograd.Function):
-    """The two gradients meet in one copy: no zeros to add into, and rows are copied, as no two take the same place
-    (on a CPU adding at places takes ten times as long)."""
+    """Combines both gradients in one copy: it needs no zero tensor, and copies rows instead of adding them, because
+    places are distinct (on a CPU, index_add takes ten times as long)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,17 +81,17 @@ def _with_added(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
 
 
 def take_out(x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, T, D] itself, for all other uses, and its rows [b, c, D] at places [b, c], which must differ."""
+    """x [B, T, D] itself, for all other uses, and its rows [b, c, D] at distinct places [b, c]."""
     return _TakeOut.apply(x, places)
 
 
 def put_back(x: Tensor, places: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with update [b, c, D] added at places [b, c], which must differ."""
+    """A copy of x [B, T, D] with update [b, c, D] added at distinct places [b, c]."""
     return _PutBack.apply(x, places, update)
 
 
 def put_back_gated(x: Tensor, places: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with gate [B, T] at places [b, c], no place twice, times update [b, c, D] added."""
+    """A copy of x [B, T, D] with update [b, c, D] times gate [B, T] added at distinct places [b, c]."""
     if fused(x):
         from megadyn.kernels.rows import add_rows
 
@@ -100,12 +100,12 @@ def put_back_gated(x: Tensor, places: Tensor, gate: Tensor, update: Tensor) -> T
 
 
 def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x [B, T, D] with rows [b, c, D] in place of those at places [b, c]."""
+    """A copy of x [B, T, D] whose rows at places [b, c] are replaced by rows [b, c, D]."""
     return x.flatten(0, 1).index_copy(0, places.flatten(), rows.flatten(0, 1)).view_as(x)
 
 
 def take_shared(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
-    """`take_out`, from x [B, T/seq, D] of which each rank holds a part; every rank gets all tokens."""
+    """`take_out` for x [B, T/seq, D], of which each rank holds a part; every rank gets all tokens."""
     if seq.size == 1:
         return take_out(x, places)
     index, elsewhere = _of_part(x, places, seq)
@@ -113,7 +113,7 @@ def take_shared(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
 
 
 def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
-    """A copy of x [B, T/seq, D] with gate [B, T/seq] at those places times update [b, c, D], which all ranks hold, added."""
+    """A copy of x [B, T/seq, D] with update [b, c, D], which all ranks hold, times gate [B, T/seq] added at these places."""
     if seq.size == 1:
         return put_back_gated(x, places, gate, update)
     index, elsewhere = _of_part(x, places, seq)
@@ -123,12 +123,12 @@ def put_back_shared(x: Tensor, places: Tensor, gate: Tensor, update: Tensor, seq
 
 
 class SharedOut(NamedTuple):
-    """Chosen tokens of which, under sequence parallelism, each rank takes an equal part, as a block that is split needs them."""
+    """Chosen tokens divided equally among ranks under sequence parallelism, as a split block requires."""
 
     selection: Selection
-    """The tokens, filled up to a number that the ranks share evenly: the last one again, where nobody looks at it."""
+    """The tokens, padded to a multiple of the number of ranks by repeating the last one; the padding is ignored."""
     is_extra: Tensor
-    """[b, c], true where filled up."""
+    """[b, c], true for padding."""
 
     def take(self, x: Tensor, seq: Axis) -> Tensor:
         """x [B, T/seq, D] -> this rank's part [b, c/seq, D] of the tokens."""
@@ -138,7 +138,7 @@ class SharedOut(NamedTuple):
         )
 
     def put_back(self, x: Tensor, gate: Tensor, update: Tensor, seq: Axis) -> Tensor:
-        """A copy of x [B, T/seq, D] with gate [B, T/seq] times the ranks' parts update [b, c/seq, D] added."""
+        """A copy of x [B, T/seq, D] with the ranks' parts update [b, c/seq, D] times gate [B, T/seq] added."""
         index, elsewhere = _of_part(x, self.selection.places, seq)
         weight = take_any(gate, index).masked_fill(elsewhere | self.is_extra, 0)
         added = (weight.unsqueeze(-1) * enter_tp(update, seq, seq)).to(x.dtype)
@@ -146,7 +146,7 @@ class SharedOut(NamedTuple):
 
 
 def shared_out(selection: Selection, seq: Axis) -> SharedOut:
-    """`selection`, of sequences that give different numbers of tokens, for parts of equal size."""
+    """Divides a `selection` with different numbers of tokens per sequence into parts of equal size."""
     places, sequences = selection
     assert sequences is not None, "a row for all sequences"
     count = places.shape[1]
@@ -160,16 +160,16 @@ def shared_out(selection: Selection, seq: Axis) -> SharedOut:
 
 
 def _of_part(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:
-    """Places in this rank's part x [B, T/seq, D], and which tokens lie in another (their places are of no meaning, and not
-    theirs alone)."""
+    """Places in this rank's part x [B, T/seq, D], and a mask of the tokens in other parts (whose places are meaningless
+    and may repeat)."""
     length = x.shape[1]
     sequence, position = places // (length * seq.size), places % (length * seq.size)
     return sequence * length + position % length, position // length != seq.rank
 
 
 def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, Segments | None]:
-    """Where the tokens chosen from sequences of `length` come from: their positions in their documents, shaped as `places`,
-    and the segments that attention among them must not leave (None: each row is one)."""
+    """Origin of tokens chosen from sequences of `length`: their positions in their documents, shaped as `places`, and
+    the segments that limit attention among them (None: each row is one)."""
     places, sequences = selection
     if stream.documents is None:
         return places % length, None if sequences is None else segments_of(
@@ -180,7 +180,7 @@ def origins(stream: Stream, selection: Selection, length: int) -> tuple[Tensor, 
 
 
 def as_mask(selection: Selection, shape: torch.Size) -> Tensor:
-    """[B, T] = `shape`, true at the chosen tokens."""
+    """[B, T] = `shape`, true at chosen tokens."""
     places = selection.places.flatten()
     return (
         torch.zeros(shape.numel(), dtype=torch.bool, device=places.device)

@@ -1,4 +1,4 @@
-"""Which tokens a layer changed most surprisingly (thesis "Dynamic Transformers", eqs. 3.1-3.13)."""
+"""Scores how surprisingly a layer changed each token (thesis "Dynamic Transformers", eqs. 3.1-3.13)."""
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,15 @@ from megadyn.parallel.params import constant
 
 
 def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:
-    """Mean over the last `window` tokens of x [B, T], itself included; before the start of the sample, or of the token's
-    document, stands its first value. Carries no gradient.
+    """Mean of x [B, T] over the last `window` tokens, including the current one. Before the start of the sample, or of
+    the token's document, its first value is repeated. Carries no gradient.
 
-    By running sums in float64: their differences are exact enough at any length, and borders cost nothing.
+    Uses running sums in float64: their differences are precise enough at any length, and document borders cost nothing.
     """
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
-    since = place if documents is None else documents.positions  # tokens of the document before this one
+    since = place if documents is None else documents.positions  # earlier tokens in the same document
     sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))  # sums[t] = x[0] + ... + x[t - 1]
-    inside = since.clamp(max=window - 1)  # of those, how many are in the window
+    inside = since.clamp(max=window - 1)  # how many of these are in the window
     total = sums.gather(1, place + 1) - sums.gather(1, place - inside)
     first = x.detach().gather(1, place - since).double()
     return ((total + (window - 1 - inside) * first) / window).to(x.dtype)
@@ -33,8 +33,9 @@ class SurpriseRouter(nn.Module):
 
     S_CE = sigmoid(a) with a = softplus(beta_ce) (D_st - D_ch + lambda_ce), S_CU = sigmoid(b) with b = softplus(beta_cu) (D_st -
     m_cu MA(D_st)), and four learnable scalars: beta_ce, beta_cu, lambda_ce (`ce_log_offset`) and m_cu (`cu_multiplier`).
-    1 - G = sigmoid(-a) sigmoid(-b), so r = softplus(a) + softplus(b). It orders tokens as G does, but keeps apart those whose
-    G rounds to 1. lambda_ce is the parameter, not its exponential: training drives that below 0, where it has no logarithm.
+    1 - G = sigmoid(-a) sigmoid(-b), so r = softplus(a) + softplus(b). r orders tokens as G does, but still separates
+    those whose G rounds to 1. The parameter is lambda_ce, not its exponential, because training would drive that below
+    0, where log is undefined.
     """
 
     def __init__(self, name: str, ctx: LayerContext, routing: Surprising):
@@ -48,7 +49,7 @@ class SurpriseRouter(nn.Module):
     def forward(
         self, static: Tensor, change: Tensor, documents: Documents | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """D_st, D_ch [B, T/seq] -> r [B, T/seq] and the scalars worth watching."""
+        """D_st, D_ch [B, T/seq] -> r [B, T/seq], and scalars to report."""
         scalars = (self.beta_ce, self.beta_cu, self.ce_log_offset, self.cu_multiplier)
         beta_ce, beta_cu, log_offset, multiplier = (
             upcast(copy_to_tp(scalar, self.seq)) for scalar in scalars
@@ -68,12 +69,12 @@ class SurpriseRouter(nn.Module):
             "ce_log_offset": log_offset,
             "cu_multiplier": multiplier,
         }
-        # softplus(x) as -logsigmoid(-x): torch's own softplus drops the exponential above 20, which float64 would see.
+        # softplus(x) as -logsigmoid(-x): above 20, torch's softplus drops the exponential term, which is visible in float64.
         score = -(F.logsigmoid(-a) + F.logsigmoid(-b))
         return score, {name: x.detach().squeeze().clone() for name, x in watched.items()}
 
 
 def gate_of(score: Tensor) -> Tensor:
-    """G = 1 - exp(-r). Either form is accurate in value and gradient on its side: `expm1` gets its gradient from its value,
-    which has rounded to -1 for large r."""
+    """G = 1 - exp(-r). Each branch is accurate in value and gradient on its side: `expm1` computes its gradient from
+    its value, which rounds to -1 for large r."""
     return torch.where(score < 1, -torch.expm1(-score), 1 - torch.exp(-score))

@@ -1,4 +1,4 @@
-"""What a layer gathers over micro-batches: averages that it carries from step to step, and statistics for reports."""
+"""Values that a layer accumulates over micro-batches: averages carried from step to step, and statistics for reports."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,53 +11,53 @@ from megadyn.routing.select import Selection, take
 
 
 class StepTracker(ABC):
-    """Collects a scalar, or a vector, from every micro-batch of a step; the engine averages it over data-parallel ranks and
-    hands it back.
+    """Collects a scalar or a vector from every micro-batch of a step. The engine averages it over data-parallel ranks
+    and calls `end_step` with the result.
 
-    A plain object, not a module: the engine casts modules' buffers to half precision. A step's micro-batches are
-    averaged before they count, so nothing depends on how a step is split.
+    Not a module, because the engine casts modules' buffers to half precision. A step's micro-batches are averaged
+    first, so nothing depends on how a step is split.
     """
 
     dtype = torch.float32
-    """Of the means, and of what they are taken into."""
+    """Dtype of the means, and of the averages that take them in."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self.micro_batches = 0
-        """Of this step, so far."""
+        """Micro-batches of this step so far."""
 
     @abstractmethod
     def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
-        """Takes in a step: `mean` over its samples of what was observed; `total`: the sum of these over all layers
-        of the model, where `Kind.totals` names this tracker; `rate`: the routers' learning rate in the step."""
+        """Takes in a step. `mean`: mean over its samples of the observed values. `total`: sum of the means over all
+        layers of the model, if `Kind.totals` names this tracker. `rate`: the routers' learning rate in this step."""
 
     @abstractmethod
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds of it."""
+        """State to save in a checkpoint."""
 
     @abstractmethod
     def set_state(self, state: dict[str, float], device: torch.device) -> None:
         """Inverse of `state`."""
 
     def observe(self, value: Tensor) -> None:
-        """A scalar or a vector of one micro-batch; a mean over its samples."""
+        """Records a micro-batch's scalar or vector, a mean over its samples."""
         value = value.detach().to(self.dtype)
         self._sum = value if self._sum is None else self._sum + value
         self.micro_batches += 1
 
     def forget(self) -> None:
-        """Begins the step anew."""
+        """Restarts the step."""
         self._sum, self.micro_batches = None, 0
 
     def take_step_mean(self) -> Tensor:
-        """Mean of what the step's micro-batches on this rank showed; forgets them."""
+        """Mean over the step's micro-batches on this rank; then restarts."""
         assert self._sum is not None, "end of a step without a forward pass"
         mean, self._sum, self.micro_batches = self._sum / self.micro_batches, None, 0
         return mean
 
 
 class StepCount(StepTracker):
-    """How many steps there were; `micro_batches` says which micro-batch of the step this is."""
+    """Counts steps; `micro_batches` is the number of the micro-batch within the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class StepCount(StepTracker):
 
 
 class RunningThreshold(StepTracker):
-    """tau: route iff score >= tau, a causal stand-in for top-k, which looks at the future and so cannot generate. A
-    bias-corrected running average, over training steps, of the mean k-th highest score.
+    """tau: route iff score >= tau. This causal rule replaces top-k, which looks at the future and so cannot be used in
+    generation. tau is a bias-corrected running average, over training steps, of the mean k-th highest score.
 
-    It is kept in float64: where scores stand still, rounding would else lift it above them after some steps, and no token would
-    be routed.
+    It is kept in float64: with constant scores, float32 rounding would push it above them after some steps, and no
+    token would be routed.
     """
 
-    dtype = torch.float64  # the mean of equal numbers is then that number, however many there are
+    dtype = torch.float64  # so that the mean of equal numbers is exactly that number
 
     def __init__(self, momentum: float, average: float = 0.0, steps: int = 0):
         super().__init__()
@@ -91,22 +91,22 @@ class RunningThreshold(StepTracker):
 
     @staticmethod
     def lowest(score: Tensor, top: Selection) -> Tensor:
-        """Mean over sequences of the lowest score [B, T] that top-k took."""
+        """Mean over sequences of the lowest score [B, T] chosen by top-k."""
         return take(score, top.places).amin(dim=1).double().mean()
 
     def watch(self, score: Tensor, top: Selection | None) -> None:
-        """Observes a micro-batch of training: its scores [B, T] and what top-k took, where training goes by that."""
+        """Observes a training micro-batch: its scores [B, T] and, if training uses top-k, what that chose."""
         assert top is not None
         self.observe(self.lowest(score, top))
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
-        """Takes a step's mean over all its sequences into the average."""
+        """Adds a step's mean over all its sequences to the running average."""
         self.average = self.average.to(mean.device) * self.momentum + mean * (1 - self.momentum)
         self.steps += 1
 
     @property
     def value(self) -> Tensor:
-        """tau, a scalar in float32, as scores are; 0 before the first step."""
+        """tau, a scalar in float32 like the scores; 0 before the first step."""
         return (self.average / (1 - self.momentum**self.steps) if self.steps else self.average).float()
 
     def state(self) -> dict[str, float]:
@@ -119,14 +119,14 @@ class RunningThreshold(StepTracker):
         )
 
 
-# ---- statistics: summed on the device, and read only when asked for ------------------------------
+# ---- statistics: accumulated on the device, and read only when requested --------------------------
 #
-# None depends on how a step is split into micro-batches or over ranks: a statistic is kept as sums, or as an extreme, that add
-# up, and becomes a number when it is read.
+# None depends on how a step is split into micro-batches or over ranks: a statistic is kept as sums or as an extreme,
+# which can be combined, and becomes a number only when it is read.
 
 
 class Statistic(NamedTuple):
-    """One statistic of some tokens, so that those of two sets of tokens make that of both."""
+    """A statistic of some tokens, in a form that can be combined with that of other tokens."""
 
     how: str
     """`mean` of [total, count], `std` of [squares, total, count], `min` or `max` of [value]."""
@@ -141,7 +141,7 @@ class Statistic(NamedTuple):
 
     @property
     def value(self) -> Tensor:
-        """The number itself, in float32."""
+        """The statistic's value, in float32."""
         if self.how in ("min", "max"):
             return self.parts[0].float()
         count = self.parts[-1].clamp(min=1)
@@ -152,13 +152,13 @@ class Statistic(NamedTuple):
 
 
 def mean_where(x: Tensor, mask: Tensor) -> Statistic:
-    """Mean of x over the tokens where mask, of its shape, is true; 0 without any."""
+    """Mean of x over the tokens where mask, of the same shape, is true; 0 if there are none."""
     x = x.detach().double() * mask
     return Statistic("mean", torch.stack([x.sum(), mask.sum().double()]))
 
 
 def deviation_where(x: Tensor, mask: Tensor | None = None) -> Statistic:
-    """Standard deviation of x over the tokens where mask, of its shape, is true (default: all); 0 without any."""
+    """Standard deviation of x over the tokens where mask, of the same shape, is true (default: all); 0 if there are none."""
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
     x = x.detach().double() * mask
@@ -174,14 +174,14 @@ def most(x: Tensor) -> Statistic:
 
 
 class Monitor:
-    """The statistics of the micro-batches since the last reading. Recording never waits for the device."""
+    """Statistics of the micro-batches since the last reading. Recording never waits for the device."""
 
     def __init__(self) -> None:
         self._found: dict[str, Statistic] = {}
 
     def record(self, values: Mapping[str, Tensor | Statistic]) -> None:
-        """One micro-batch's; a scalar tensor is a mean over tokens or sequences, of which each micro-batch has as many. The
-        names must be the same in every call of a window."""
+        """Records one micro-batch. A scalar tensor is a mean over tokens or sequences, whose number is equal in all
+        micro-batches. The names must be the same in every call between two readings."""
         for name, value in values.items():
             if isinstance(value, Tensor):
                 value = value.detach().double()
@@ -189,10 +189,10 @@ class Monitor:
             self._found[name] = self._found[name].plus(value) if name in self._found else value
 
     def take(self) -> dict[str, Statistic]:
-        """What was recorded since the last reading; forgets it."""
+        """Returns what was recorded since the last reading, and forgets it."""
         found, self._found = self._found, {}
         return found
 
     def read(self) -> dict[str, Tensor]:
-        """The same as numbers; empty when nothing was recorded."""
+        """The same as numbers; empty if nothing was recorded."""
         return {name: statistic.value for name, statistic in self.take().items()}

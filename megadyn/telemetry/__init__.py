@@ -1,1 +1,1 @@
-"""What a run reports, and where it goes."""
+"""What a run reports, and where it is written."""

@@ -1,11 +1,11 @@
-"""What a run reports, as text."""
+"""Formats a run's reports as text."""
 
 import math
 from typing import Any
 
 
 def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> str:
-    """One line that fits 100 columns. MFU counts causal attention at half."""
+    """One line of at most 100 columns. MFU counts causal attention at half."""
     parts = [progress(record["iteration"], iterations), f"loss {record['lm_loss']:.4f}"]
     parts += [f"{name} {value:.2g}" for name, value in record["aux_losses"].items()]
     norm = record["grad_norm"]
@@ -22,7 +22,7 @@ def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> 
 
 
 def routed_share(record: dict[str, Any]) -> float | None:
-    """Mean over the layers that route, None without any."""
+    """Mean over the layers that route; None if there are none."""
     routed = [layer["routed_fraction"] for layer in record["routing"].values() if "routed_fraction" in layer]
     return sum(routed) / len(routed) if routed else None
 
@@ -33,12 +33,12 @@ def evaluation_line(iteration: int, iterations: int, name: str, losses: dict[str
 
 
 def progress(iteration: int, iterations: int) -> str:
-    """`  120/50000`, as wide in every line of a run."""
+    """`  120/50000`, equally wide in every line of a run."""
     return f"{iteration:>{len(str(iterations))}d}/{iterations}"
 
 
 def short(count: float) -> str:
-    """`3,457`, `45.7k`, `1.23M`: three figures or more."""
+    """`3,457`, `45.7k`, `1.23M`: at least three digits."""
     if count < 10_000:
         return f"{count:,.0f}"
     return f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"

@@ -1,4 +1,4 @@
-"""A view of the run that renews itself at the foot of the terminal; log lines scroll by above it. Rank 0 only."""
+"""A live view of the run at the bottom of the terminal, with log lines scrolling above it. Rank 0 only."""
 
 import logging
 import sys
@@ -16,9 +16,9 @@ from megadyn.telemetry.lines import duration, routed_share, short
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_REPORTS = 24
-"""Losses in the small curve."""
+"""Number of losses in the small curve."""
 RENEWED_S = 0.25
-"""At most so often for a step that brings no report."""
+"""Shortest time between two updates for steps without a report."""
 STYLES = {
     "data": "yellow",
     "forward": "green",
@@ -31,12 +31,12 @@ STYLES = {
 
 class Terminal(Console):
     def on_broken_pipe(self) -> None:
-        """rich would end the process."""
+        """Overrides rich, which would end the process."""
         raise
 
 
 def open_live_view(config: Config) -> "LiveView | None":
-    """As `logging.live` says; None for log lines, also on a terminal that cannot move its cursor."""
+    """The view if `logging.live` asks for it and the terminal can move its cursor; otherwise None, which means log lines."""
     if config.logging.live == "always":
         return LiveView(config, Terminal(force_terminal=True, highlight=False))
     console = Terminal(highlight=False)
@@ -45,10 +45,10 @@ def open_live_view(config: Config) -> "LiveView | None":
 
 
 class LiveView:
-    """The last report, and how far the run has come since. While it stands, whatever is printed goes above it."""
+    """Shows the last report and the progress since then. While it is open, all other output is printed above it."""
 
     def __init__(self, config: Config, console: Console):
-        """Stands from here until `close`."""
+        """Opens the view, until `close`."""
         self.iterations = config.training.iterations or 0
         self.record: dict[str, Any] = {}
         self.losses: deque[float] = deque(maxlen=CURVE_REPORTS)
@@ -56,13 +56,13 @@ class LiveView:
         self.live = Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
         terminal = sys.stdout, sys.stderr
         self.live.start()
-        # Loggers that were set up before, as DeepSpeed's, hold the terminal itself.
+        # Loggers set up earlier, such as DeepSpeed's, write directly to the terminal.
         self.moved = [
             (handler, handler.stream) for handler in stream_handlers() if handler.stream in terminal
         ]
         for handler, stream in self.moved:
             handler.setStream(sys.stdout if stream is terminal[0] else sys.stderr)
-        self.live.console.show_cursor(True)  # a run that is killed leaves no terminal without one
+        self.live.console.show_cursor(True)  # so that a killed run does not leave a hidden cursor
 
     def step(self, iteration: int) -> None:
         self.iteration = iteration
@@ -76,13 +76,13 @@ class LiveView:
         self._draw()
 
     def close(self) -> None:
-        """Leaves the last report standing."""
+        """Closes the view; the last report stays visible."""
         self._draw()
         self.live.stop()
         self._give_back()
 
     def abandon(self) -> None:
-        """Ends what a terminal that is gone can show no more."""
+        """Closes the view after the terminal has gone, without drawing."""
         with suppress(OSError):
             self.live.stop()
         self._give_back()
@@ -101,7 +101,7 @@ class LiveView:
 
 
 def stream_handlers() -> list[logging.StreamHandler[Any]]:
-    """Of all loggers, but for those that follow `sys.stdout` or `sys.stderr` by themselves."""
+    """Stream handlers of all loggers, except those that always use the current `sys.stdout` or `sys.stderr`."""
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     return [
         handler
@@ -124,7 +124,7 @@ def progress_bar(iteration: int, iterations: int, seconds_left: float, width: in
 
 
 def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
-    """A record of a training step, in lines that a terminal may wrap."""
+    """A record of a training step, as lines that the terminal may wrap."""
     norm, mfu = record["grad_norm"], record.get("mfu_causal_half")
     aux = "".join(f"  {name} {value:.2g}" for name, value in record["aux_losses"].items())
     rates = record.get("learning_rates") or {"": record["learning_rate"]}
@@ -132,7 +132,7 @@ def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
         Text(f"loss {record['lm_loss']:.4f} {curve(losses)}{aux}  gradient norm {norm:.3g}"),
         Text("learning rate " + "  ".join(f"{name} {rate:.2e}".strip() for name, rate in rates.items())),
         Text(
-            f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} a device, "
+            f"{short(record['tokens_per_second'])} tokens/s, {short(record['tokens_per_second_per_gpu'])} per device, "
             f"for which a dense model needs {record['dense_equivalent_tflops']:.3g} TFLOP/s"
         ),
         Text(
@@ -169,7 +169,7 @@ def report_lines(record: dict[str, Any], losses: list[float]) -> list[Text]:
 
 
 def split_line(split: dict[str, float]) -> Text:
-    """Shares of a step's time; what rounds to nothing is left out."""
+    """Parts of a step's time as shares; those that round to zero are left out."""
     whole = sum(split.values())
     line = Text(f"a step's {whole:,.0f} ms:")
     for name, spent in split.items():
@@ -179,7 +179,7 @@ def split_line(split: dict[str, float]) -> Text:
 
 
 def curve(values: list[float]) -> str:
-    """A bar each, from the lowest to the highest of them."""
+    """One bar per value, scaled from the lowest to the highest."""
     low, high = min(values), max(values)
     return "".join(
         BARS[int((value - low) / (high - low) * (len(BARS) - 1) + 0.5) if high > low else 0]

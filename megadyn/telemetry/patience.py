@@ -1,4 +1,4 @@
-"""A sink that fails ends no run: what it could not write waits in memory, is tried again, and is counted where it is lost."""
+"""Keeps a failing sink from ending the run: records wait in memory, are written later, and are counted if they are lost."""
 
 from collections import deque
 
@@ -6,17 +6,17 @@ from megadyn.log import log
 from megadyn.telemetry.sinks import Record, Sink
 
 WAITING = 2000
-"""Records that wait for one sink at most: hours of reports, some tens of MB."""
+"""Largest number of records that wait for one sink: hours of reports, some tens of MB."""
 
 
 class PatientSink:
-    """A sink whose methods raise nothing: an OSError is told once, until the sink works again."""
+    """Wraps a sink so that its methods never raise. An OSError is logged once, until the sink works again."""
 
     def __init__(self, sink: Sink):
         self.sink = sink
         self.waiting: deque[Record] = deque()
-        self.back_to: int | None = None  # an iteration to which the sink has yet to go back
-        self.dropped = 0  # records for which there was no more room to wait
+        self.back_to: int | None = None  # iteration to which the sink still has to go back
+        self.dropped = 0  # records dropped because too many were waiting
         self.is_failing = False
 
     def write(self, record: Record) -> None:
@@ -32,7 +32,7 @@ class PatientSink:
         self._catch_up()
 
     def close(self) -> None:
-        """Tries for the last time, and says what was lost."""
+        """Tries a last time, and logs what was lost."""
         self._catch_up()
         try:
             self.sink.close()
@@ -42,7 +42,7 @@ class PatientSink:
             log.warning("%s: %d records could not be written and are lost", self.sink.name, lost)
 
     def _catch_up(self) -> None:
-        """Does all that is still to be done, in order, as far as it goes."""
+        """Does everything that is still waiting, in order, until something fails."""
         try:
             if self.back_to is not None:
                 self.sink.go_back(self.back_to)

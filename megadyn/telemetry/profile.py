@@ -12,9 +12,10 @@ from megadyn.log import log
 
 
 class Profile:
-    """torch.profiler over the steps `logging.profile_steps` on the ranks `logging.profile_ranks`; without them it does nothing.
+    """Runs torch.profiler for the steps `logging.profile_steps` on the ranks `logging.profile_ranks`; does nothing if
+    these are unset.
 
-    A run that ends inside the window keeps what there is. Steps that are done again after a rollback are not traced twice.
+    If the run ends inside the window, the trace so far is kept. Steps repeated after a rollback are not traced twice.
     """
 
     def __init__(self, config: LoggingConfig, folder: Path, rank: int, start_iteration: int):
@@ -23,7 +24,7 @@ class Profile:
         self.is_due = config.profile_steps is not None and rank in config.profile_ranks
         if self.is_due and start_iteration >= self.last:
             log.warning(
-                "nothing is traced: the run continues from iteration %d, after logging.profile_steps = [%d, %d]",
+                "no steps are traced: the run continues from iteration %d, after logging.profile_steps = [%d, %d]",
                 start_iteration,
                 self.first,
                 self.last,
@@ -40,13 +41,13 @@ class Profile:
             self._running.start()
 
     def after_step(self, number: int) -> bool:
-        """Whether the window ended here, so that some rank took its time to write a trace."""
+        """Returns whether the window ended here, so that some rank spent time on writing a trace."""
         if self._running is not None and number >= self.last:
             self.finish(number)
         return number == self.last
 
     def finish(self, number: int) -> None:
-        """Writes the trace, if one is running; whole or not at all. A full disk stops no run."""
+        """Writes the trace, if one is running, atomically. A full disk does not stop the run."""
         if self._running is None:
             return
         trace, self._running = self._running, None

@@ -1,8 +1,8 @@
-"""Tells of routers that stopped doing their work, which the loss does not show, from the statistics that are reported anyway.
+"""Detects routers that have stopped working, which the loss does not show, from statistics that are reported anyway.
 
-`RouterHealth.look` takes the statistics of a report and returns what is new. It runs on rank 0 alone and touches no tensor, so
-it waits for no device. A problem counts once it was there in PERSISTENCE reports in a row, all of them after the averages had
-time to settle. It is told once for each layer and start of a run.
+`RouterHealth.look` takes the statistics of a report and returns new findings. It runs only on rank 0 and uses no
+tensors, so it never waits for the device. A problem counts once it has appeared in PERSISTENCE consecutive reports, all
+of them after the averages had time to settle. It is reported once per layer and start of a run.
 """
 
 import math
@@ -14,38 +14,39 @@ from megadyn.config import Config
 from megadyn.kinds import Kind, capacity_count
 
 PERSISTENCE = 5
-"""Reports in a row: the statistics are of few steps, and one odd batch is no trouble."""
+"""Consecutive reports, because statistics cover only a few steps and one odd batch is not a problem."""
 DEAD_GATE = 1e-6
-"""Mean gate of the chosen tokens. Below it, rounding loses the layer's update in half precision, and its gradient with it."""
+"""Mean gate of chosen tokens. Below it, half precision rounds away the layer's update, and with it its gradient."""
 CLOSED_GATE = 0.1
-"""Mean gate of the chosen tokens. Below it the layer is computed for less than a tenth of its effect."""
+"""Mean gate of chosen tokens. Below it, the layer's full cost buys less than a tenth of its effect."""
 OPEN_GATE = 0.99
-"""Mean gate of the chosen and of the other tokens. Above it no token is held back, and the gate's gradient has vanished."""
+"""Mean gate of chosen and of other tokens. Above it no token is held back, and the gate's gradient has vanished."""
 LEAST_SEPARATION = 0.02
-"""Between the mean gates of chosen and other tokens, of a gate in [0, 1]. Below it which tokens are chosen is nearly a matter
-of rounding, and the choice will not carry over to a causal rule."""
+"""Difference between the mean gates of chosen and other tokens, for gates in [0, 1]. Below it the choice is nearly a
+matter of rounding, and a causal rule cannot reproduce it."""
 LEAST_KAPPA = 0.25
-"""Cohen's kappa of the causal rule and top-k: agreement above chance, by what there is above chance. Below it three quarters of
-what the rule could know are lost in generation."""
+"""Cohen's kappa of the causal rule and top-k: agreement above chance, relative to the maximum above chance. Below it,
+generation loses three quarters of what the rule could know."""
 SHARE_FACTOR = 1.5
-"""Between the share of tokens that a layer takes and the planned one, either way: so far are costs off from the plan's."""
+"""Ratio between the actual and the planned share of tokens of a layer, in either direction. Costs differ from the plan
+as much."""
 
 MEAN_SHARE = "mean_share"
-"""Added to the statistics of kinds whose layers are held to their mean share: that mean in the first layer, NaN in the others, so
-that it is told once."""
+"""Extra statistic for kinds that control only the mean share of their layers: that mean in the first layer, NaN in the
+others, so that it is reported once."""
 
 Statistics = dict[str, float]
 
 
 @dataclass
 class Finding:
-    """What is wrong with the router of one layer."""
+    """A problem of one layer's router."""
 
     layer: int
     problem: str
     """A key of CHECKS."""
     since: int
-    """Iteration of the first of the reports in a row that showed it."""
+    """Iteration of the first of the consecutive reports with this problem."""
     value: float
     sentence: str
 
@@ -60,23 +61,23 @@ class Finding:
 
 
 def chance_agreement(capacity: float) -> float:
-    """Share of tokens on which two independent choices of this share agree."""
+    """Share of tokens on which two independent choices of this capacity agree."""
     return capacity**2 + (1 - capacity) ** 2
 
 
 def gate_size(found: Statistics, routing: Kind) -> float:
-    """Mean gate of the chosen tokens; of a gate that may be negative, its root mean square."""
+    """Mean gate of chosen tokens; for gates that may be negative, their root mean square."""
     if routing.has_signed_gate:
         return math.hypot(found["gate_routed"], found["gate_routed_std"])
     return found["gate_routed"]
 
 
 def is_mixed(found: Statistics) -> bool:
-    """Whether some tokens were chosen and some were not."""
+    """Whether some tokens were chosen and others were not."""
     return 0 < found["routed_fraction"] < 1
 
 
-# Each check: value and what is wrong with it, or None where it does not apply or all is well.
+# Each check returns a value and what is wrong with it, or None if all is well or the check does not apply.
 Told = tuple[float, str] | None
 
 
@@ -96,7 +97,7 @@ def closed_gate(found: Statistics, routing: Kind, planned: float) -> Told:
         return None
     return (
         size,
-        f"its gate is closed (mean {size:.3f} over chosen tokens, under {CLOSED_GATE}): it is computed and hardly used",
+        f"its gate is closed (mean {size:.3f} over chosen tokens, below {CLOSED_GATE}): it is computed but hardly used",
     )
 
 
@@ -115,7 +116,7 @@ def unseparated_scores(found: Statistics, routing: Kind, planned: float) -> Told
         return None
     return (
         distance,
-        f"its router hardly tells tokens apart (gates of chosen and other tokens differ by {distance:.3f})",
+        f"its router hardly separates tokens (gates of chosen and other tokens differ by {distance:.3f})",
     )
 
 
@@ -125,7 +126,7 @@ def chance_choice(found: Statistics, routing: Kind, planned: float) -> Told:
         return None
     return (
         agreement,
-        f"its causal rule agrees with top-k on {agreement:.0%} of tokens, where chance gives {chance:.0%}",
+        f"its causal rule agrees with top-k on {agreement:.0%} of tokens, but chance alone gives {chance:.0%}",
     )
 
 
@@ -134,7 +135,7 @@ def strayed_share(found: Statistics, routing: Kind, planned: float) -> Told:
     if not math.isfinite(share) or planned / SHARE_FACTOR <= share <= planned * SHARE_FACTOR:
         return None
     takes = "all routed layers together take" if MEAN_SHARE in found else "it takes"
-    return share, f"{takes} {share:.1%} of tokens, where {planned:.1%} were planned"
+    return share, f"{takes} {share:.1%} of tokens, but {planned:.1%} were planned"
 
 
 CHECKS: dict[str, Callable[[Statistics, Kind, float], Told]] = {
@@ -145,24 +146,24 @@ CHECKS: dict[str, Callable[[Statistics, Kind, float], Told]] = {
     "chance_choice": chance_choice,
     "strayed_share": strayed_share,
 }
-"""By the problem's name, as metrics.jsonl has it."""
+"""Checks by the problem's name in metrics.jsonl."""
 NEEDED = ("routed_fraction", "gate_routed", "gate_routed_std", "gate_unrouted")
-"""Statistics of a layer that chooses tokens; a layer without them is not looked at."""
+"""Statistics of a layer that chooses tokens; layers without them are not checked."""
 
 
 def planned_share(config: Config) -> float:
-    """Share of a sequence's tokens that each routed layer is planned to take."""
+    """Planned share of a sequence's tokens that each routed layer takes."""
     routing, length = config.model.routing, config.training.sequence_length
     return routing.share if routing.varies else capacity_count(routing.share, length) / length
 
 
 def settled_at(config: Config) -> int:
-    """Iteration from which on reports count: the warm-ups are over, and the thresholds' averages full."""
+    """Iteration from which reports count: after the warm-ups, and once the thresholds' averages have settled."""
     return max(config.optimizer.warmup_iterations, config.model.routing.settling_steps)
 
 
 def with_mean_share(statistics: dict[int, Statistics]) -> dict[int, Statistics]:
-    """The statistics by layer, with MEAN_SHARE."""
+    """Adds MEAN_SHARE to the statistics by layer."""
     shares = [found["routed_fraction"] for found in statistics.values()]
     means = [math.fsum(shares) / len(shares), *[math.nan] * (len(shares) - 1)] if shares else []
     return {
@@ -172,7 +173,7 @@ def with_mean_share(statistics: dict[int, Statistics]) -> dict[int, Statistics]:
 
 
 class RouterHealth:
-    """What all reports of this start of a run showed. Rank 0 only."""
+    """What all reports since this start of the run showed. Rank 0 only."""
 
     def __init__(self, config: Config):
         self.routing, self.planned, self.settled = (
@@ -181,12 +182,12 @@ class RouterHealth:
             settled_at(config),
         )
         self.findings: dict[tuple[int, str], Finding] = {}
-        """All that was told, by layer and problem, with the latest values."""
-        # since when, and in how many reports in a row
+        """Everything reported so far, by layer and problem, with the latest values."""
+        # Iteration of the first, and number of, consecutive reports.
         self._seen: dict[tuple[int, str], tuple[int, int]] = {}
 
     def look(self, iteration: int, statistics: dict[int, Statistics]) -> list[Finding]:
-        """What this report's statistics, by layer, show for the first time."""
+        """The problems that this report's statistics, by layer, show for the first time."""
         if iteration <= self.settled:
             return []
         new = []
@@ -217,11 +218,11 @@ class RouterHealth:
         return Finding(layer, problem, since, value, f"layer {layer}: {what}, since iteration {since}")
 
     def go_back(self) -> None:
-        """Begins to count anew where a run goes back; what was told is not told again."""
+        """Restarts counting when a run goes back. Earlier findings are not reported again."""
         self._seen.clear()
 
     def summary(self) -> list[str]:
-        """A sentence for each finding, for the end of a run; it says where the latest report no longer showed it."""
+        """One sentence per finding, for the end of a run; notes if the latest report no longer shows the problem."""
         return [
             finding.sentence + ("" if key in self._seen else " (no longer at the last report)")
             for key, finding in sorted(self.findings.items())

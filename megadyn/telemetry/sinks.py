@@ -1,7 +1,7 @@
-"""Where records go: metrics.jsonl, TensorBoard, metrics.csv, Weights & Biases. Rank 0 only.
+"""Sinks for records: metrics.jsonl, TensorBoard, metrics.csv, Weights & Biases. Rank 0 only.
 
-A record is an object with an `iteration`. When a run goes back, what was written of later iterations is dropped, or is drawn
-over where a sink cannot drop anything.
+A record is an object with an `iteration`. When a run goes back, records of later iterations are dropped, or overdrawn
+in sinks that cannot drop records.
 """
 
 import importlib.util
@@ -28,11 +28,11 @@ Record = dict[str, Any]
 
 
 class Sink(Protocol):
-    """Opened for a run that stands at an iteration, where bad input is a UserError. Later every method may raise OSError, and
-    has then done nothing, or what another call puts right."""
+    """Opened for a run at some iteration; invalid input is then a UserError. Later, every method may raise OSError. It
+    must then have done nothing, or only what a repeated call corrects."""
 
     name: str
-    """For the log."""
+    """Name for the log."""
 
     def write(self, record: Record) -> None: ...
 
@@ -42,7 +42,7 @@ class Sink(Protocol):
 
 
 def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
-    """All that the configuration asks for, for a run that stands at `iteration`."""
+    """All sinks in the configuration, for a run at `iteration`."""
     asked = config.logging
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", iteration)]
     if asked.csv:
@@ -55,15 +55,15 @@ def open_sinks(config: Config, folder: Path, iteration: int) -> list[Sink]:
 
 
 class Lines:
-    """A file in which each line belongs to an iteration. It is opened for each record, so that after a failure no open file
-    differs from the disk."""
+    """A file in which each line belongs to an iteration. It is reopened for each record, so that after a failure no
+    buffer differs from the disk."""
 
     header = ""
     """First line of the file."""
     lines: Callable[[Record], str]
-    """What is appended for a record; a method of each kind, as the next."""
+    """Returns what to append for a record; a method of each subclass, like the next."""
     iteration_of: Callable[[str], int]
-    """Raises ValueError for a line that is not whole."""
+    """The iteration of a line. Raises ValueError for an incomplete line."""
 
     def __init__(self, path: Path, iteration: int):
         self.path, self.name = path, path.name
@@ -82,11 +82,11 @@ class Lines:
         )
 
     def close(self) -> None:
-        pass  # nothing is open
+        pass  # no file is kept open
 
 
 class JsonLines(Lines):
-    """A line is a record."""
+    """One record per line."""
 
     def lines(self, record: Record) -> str:
         return json.dumps(finite(record), allow_nan=False) + "\n"
@@ -99,7 +99,7 @@ class JsonLines(Lines):
 
 
 class CsvRows(Lines):
-    """A row is an iteration, a name and a value: it needs no column for what some other record has."""
+    """Rows of iteration, name and value, so that records with different fields need no common columns."""
 
     header = "iteration,name,value\n"
 
@@ -113,8 +113,8 @@ class CsvRows(Lines):
 
 
 class TensorBoard:
-    """An event a record, in one file for each start. Built from TensorBoard's own parts and written at once: its writer works
-    in a thread, where an error ends it for good."""
+    """One event per record, one file per start. Uses TensorBoard's building blocks and writes immediately, because its
+    own writer runs in a thread that stops for good at the first error."""
 
     name = "tensorboard"
 
@@ -133,7 +133,7 @@ class TensorBoard:
         )
 
     def go_back(self, iteration: int) -> None:
-        """Later events are hidden by the mark of a new start behind them."""
+        """Appends a start mark, which hides later events that were written before it."""
         self._append(step=iteration + 1, session_log={"status": "START"})
 
     def _append(self, **event: Any) -> None:
@@ -148,12 +148,12 @@ class TensorBoard:
         append(self.path, content.getvalue())
 
     def close(self) -> None:
-        pass  # nothing is open
+        pass  # no file is kept open
 
 
 class WeightsAndBiases:
-    """A run of that service, which a resumed run goes on with. Curves are drawn over `iteration`, not over W&B's own step, which
-    can only rise: so a run that goes back draws over what it had drawn."""
+    """A W&B run, which a resumed run continues. Curves are drawn over `iteration`, not over W&B's own step, which can
+    only rise. So a run that goes back overdraws its earlier points."""
 
     name = "Weights & Biases"
 
@@ -190,7 +190,7 @@ class WeightsAndBiases:
             self.run.log({"iteration": record["iteration"], **dict(flat_scalars(record))})
 
     def go_back(self, iteration: int) -> None:
-        pass  # see the class
+        pass  # see the class docstring
 
     def close(self) -> None:
         with service_errors_named():
@@ -199,7 +199,7 @@ class WeightsAndBiases:
 
 @contextmanager
 def service_errors_named() -> Iterator[None]:
-    """W&B's service may die in many ways; none of them ends a run: all become an OSError, as a full disk is."""
+    """Turns every failure of W&B's service into an OSError, like that of a full disk, so that none ends a run."""
     try:
         yield
     except Exception as error:
@@ -207,7 +207,7 @@ def service_errors_named() -> Iterator[None]:
 
 
 def refuse_wandb(asked: LoggingConfig) -> None:
-    """Raises ConfigError where W&B is asked for and not installed. Imports nothing."""
+    """Raises ConfigError if W&B is enabled but not installed. Imports nothing."""
     if asked.wandb != "none" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "logging.wandb", asked.wandb, "none: the wandb package is missing (pip install wandb)"
@@ -215,7 +215,7 @@ def refuse_wandb(asked: LoggingConfig) -> None:
 
 
 def refuse_wandb_login(asked: LoggingConfig) -> None:
-    """Raises ConfigError where W&B is asked for online and knows no account. Asks the service."""
+    """Raises ConfigError if W&B is enabled online without a login. Asks the service."""
     if asked.wandb != "online":
         return
     import wandb
@@ -233,14 +233,14 @@ def refuse_wandb_login(asked: LoggingConfig) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON lacks: fp16's gradient norm in a step that overflowed."""
+    """`value` with None for NaN and infinity, which JSON lacks; an fp16 gradient norm that overflowed is infinite."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flat_scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:
-    """`a/b/c` names and values of all numbers in a metrics record but its iteration."""
+    """All numbers in a metrics record except its iteration, with names like `a/b/c`."""
     found: list[tuple[str, float]] = []
     for key, value in record.items():
         if isinstance(value, dict):
@@ -251,7 +251,7 @@ def flat_scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Adds all of `content`, or nothing where that fails."""
+    """Appends all of `content`, or nothing if that fails."""
     with path.open("ab", buffering=0) as file:
         end, left = file.tell(), memoryview(content)
         try:
@@ -263,8 +263,8 @@ def append(path: Path, content: bytes) -> None:
 
 
 def keep_lines(path: Path, is_kept: Callable[[str], bool], *, at_start: bool) -> None:
-    """Drops the lines of steps that a resumed run will do again, and half-written ones (ValueError of `is_kept`); all, for a
-    run that begins (`at_start`)."""
+    """Drops the lines of steps that a resumed run will repeat, and incomplete ones (ValueError from `is_kept`). At the
+    start of a new run (`at_start`) drops all lines."""
     if not path.exists():
         return
     kept = []
@@ -275,7 +275,7 @@ def keep_lines(path: Path, is_kept: Callable[[str], bool], *, at_start: bool) ->
             if is_kept(line):
                 kept.append(line)
         except ValueError:
-            log.warning("%s: a half-written line was dropped", path)
+            log.warning("%s: an incomplete line was dropped", path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text("".join(kept))

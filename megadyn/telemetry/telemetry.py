@@ -1,4 +1,4 @@
-"""What a run reports: records to its sinks, and a line in the log or a live view. Rank 0's alone; the others' is silent."""
+"""Reports of a run: records to its sinks, and log lines or a live view. Only rank 0 reports; other ranks are silent."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from megadyn.telemetry.throughput import Throughput
 
 
 class Silent:
-    """Telemetry that tells nothing: of ranks other than 0."""
+    """Telemetry that does nothing, for ranks other than 0."""
 
     def go_back(self, iteration: int, iterations: int) -> None:
         pass
@@ -52,7 +52,7 @@ class Silent:
 
 
 class Telemetry(Silent):
-    """Turns steps into reports. Throughput is over the steps since the last report, evaluation and saving left out."""
+    """Turns steps into reports. Throughput covers the steps since the last report, without evaluation and saving."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Telemetry(Silent):
         start_iteration: int,
         device_name: str | None = None,
     ):
-        """`device_name`: a GPU's, None on a CPU."""
+        """`device_name`: of the GPU; None on a CPU."""
         self.config = config
         self.iterations = config.training.iterations or 0
         self.throughput = Throughput(config, world_size, device_name)
@@ -78,7 +78,7 @@ class Telemetry(Silent):
         self.restart_clock(start_iteration)
 
     def go_back(self, iteration: int, iterations: int) -> None:
-        """Goes on from `iteration` to `iterations`: what was reported of later ones will be done again."""
+        """Continues from `iteration` to `iterations`; later iterations reported earlier will be repeated."""
         self.iterations = iterations
         if self.live:
             self.live.iterations = iterations
@@ -88,11 +88,11 @@ class Telemetry(Silent):
         self.restart_clock(iteration)
 
     def restart_clock(self, iteration: int) -> None:
-        """Measures anew from here: what was done since the last step (evaluating, saving) is not training time."""
+        """Restarts the clock, because the time since the last step (evaluating, saving) is not training time."""
         self._reported, self._since, self._waited_s = iteration, time.perf_counter(), 0.0
 
     def step(self, iteration: int, waited_s: float) -> None:
-        """Counts a step, in which training waited for its data for so long."""
+        """Counts a step, in which training waited `waited_s` seconds for data."""
         self._waited_s += waited_s
         self._show(lambda live: live.step(iteration))
 
@@ -108,7 +108,7 @@ class Telemetry(Silent):
         bad_steps: int = 0,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Reports the state after `iteration` steps; `more` goes into the record as it is."""
+        """Reports the state after `iteration` steps; `more` is added to the record unchanged."""
         steps = max(1, iteration - self._reported)
         step_s = (time.perf_counter() - self._since) / steps
         record = {
@@ -137,13 +137,13 @@ class Telemetry(Silent):
         self.restart_clock(iteration)
 
     def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
-        """Losses on the set `name`, `validation` or `test`, by routing."""
+        """Reports losses on the set `name`, `validation` or `test`, by routing mode."""
         self._write({"iteration": iteration, name: losses})
         log.info("%s", evaluation_line(iteration, self.iterations, name, losses))
         self.restart_clock(iteration)
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
-        """What happened when the run stood at `iteration`: a bad step, a checkpoint."""
+        """Records an event at `iteration`: a bad step, a checkpoint."""
         self._write({"iteration": iteration, name: what})
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class Telemetry(Silent):
             sink.write(record)
 
     def _show(self, act: Callable[[LiveView], None]) -> None:
-        """A terminal that is gone (its window closed, its connection lost) stops no run: log lines follow."""
+        """Updates the view. If the terminal is gone (window closed, connection lost), the run continues with log lines."""
         if self.live is None:
             return
         try:
@@ -162,7 +162,7 @@ class Telemetry(Silent):
             log.warning("the live view ends: %s", error)
 
     def close(self) -> None:
-        """Ends the view and the sinks, whatever one of them does, and sums up what was wrong with routers."""
+        """Closes the view and all sinks, even if one fails, and summarises the routers' problems."""
         self._show(LiveView.close)
         for sentence in self.health.summary():
             log.warning("at the end: %s", sentence)
@@ -171,7 +171,7 @@ class Telemetry(Silent):
 
 
 def auxiliary_losses(routing: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Each auxiliary loss, averaged over the layers that have it, unweighted."""
+    """Each unweighted auxiliary loss, averaged over the layers that have it."""
     found: dict[str, list[float]] = {}
     for record in routing.values():
         for name, value in record.items():

@@ -1,4 +1,4 @@
-"""Speed of a run by several measures, each defined once."""
+"""Speed of a run in several measures, each defined once."""
 
 from typing import Any
 
@@ -8,18 +8,19 @@ from megadyn.planning.flops import dense_twin, training_flops
 
 
 class Throughput:
-    """What follows from the time of a step.
+    """Computes rates from the time of a step.
 
-    `tokens_per_second`, of all devices, and `tokens_per_second_per_gpu`, of one (or of one process on a CPU): they count every
-    token of the batch, also where a layer skips it, so they are dense-equivalent, to be held against a dense run's.
-    `model_tflops`: useful TFLOP/s of one device, of tokens that a layer did process, causal attention at half its square,
-    recomputation not counted. `dense_equivalent_tflops`: what the dense twin (the same model, every token in every layer) would
-    need to be as fast. `mfu_causal_half` is `model_tflops` over the device's peak; `mfu_whole_square` counts attention's whole
-    square instead, as many systems do. Both are None where the peak is not known.
+    `tokens_per_second` (all devices) and `tokens_per_second_per_gpu` (one device, or one process on a CPU) count every
+    token of the batch, even if a layer skips it. They are dense-equivalent: compare them with those of a dense run.
+    `model_tflops`: useful TFLOP/s of one device for tokens that a layer did process; causal attention counts at half of
+    its square, and recomputation does not count. `dense_equivalent_tflops`: what the dense twin (the same model without
+    routing) would need to be as fast.
+    `mfu_causal_half` is `model_tflops` divided by the device's peak; `mfu_whole_square` counts attention's whole
+    square, as many systems do. Both are None if the peak is unknown.
     """
 
     def __init__(self, config: Config, world_size: int, device_name: str | None):
-        """`device_name`: a GPU's, None on a CPU."""
+        """`device_name`: of the GPU; None on a CPU."""
         self.model, self.world_size = config.model, world_size
         self.length, self.samples = config.training.sequence_length, config.training.global_batch_size
         self.peak = config.logging.peak_tflops
@@ -28,7 +29,7 @@ class Throughput:
         self.dense_flops = training_flops(dense_twin(self.model), self.length)
 
     def rates(self, step_s: float, routing: dict[int, dict[str, float]]) -> dict[str, Any]:
-        """Of a step of `step_s` seconds; `routing` tells how many tokens attended where each chose for itself."""
+        """Rates for a step of `step_s` seconds; `routing` gives the share of attending tokens in kinds where tokens choose."""
         shares = {
             layer: found["routed_fraction"] for layer, found in routing.items() if "routed_fraction" in found
         }

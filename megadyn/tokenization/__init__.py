@@ -1,1 +1,1 @@
-"""From text to token ids: the reference tokenizer, and gigatoken where it is proven to agree. No torch in here."""
+"""From text to token ids: the reference tokenizer, and gigatoken if it is proved to agree. No torch in here."""

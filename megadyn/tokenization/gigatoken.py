@@ -1,11 +1,11 @@
-"""gigatoken, a fast engine for BPE tokenizers, used where it gives the ids of the reference tokenizer.
+"""gigatoken, a fast engine for BPE tokenizers, used if it gives the same ids as the reference tokenizer.
 
-The reference is the library that belongs to the tokenizer's file. gigatoken refuses most tokenizers that it does not
-support, but not all: it takes no notice of a `single_word` token, for one. So it is held to the reference before it is
-used: on awkward texts, on each added token in several surroundings, and on the first documents of the corpus.
+The reference is the library that a tokenizer's file belongs to. gigatoken refuses most tokenizers that it does not
+support, but not all: for example, it ignores `single_word` of added tokens. So it is compared with the reference before
+it is used: on awkward texts, on each added token in several contexts, and on the first documents of the corpus.
 
-It knows a later Unicode than the reference does. Pieces of text with characters that the two may class or compose in
-different ways, which are very rare, are therefore left to the reference.
+gigatoken uses a newer Unicode than the reference. The two may classify or compose some very rare characters
+differently. Pieces of text with such characters are therefore encoded by the reference.
 """
 
 import random
@@ -38,7 +38,7 @@ from megadyn.tokenization.tokenizer import (
 ENGINES = ("auto", "gigatoken", "reference")
 PROOF_DOCUMENTS = 256
 PROOF_CHARACTERS = 2**17
-"""Of all documents; the reference takes some 0.1 s for them."""
+"""Total size of the documents compared; the reference takes about 0.1 s for them."""
 PROOF_DOCUMENT_CHARACTERS = 2**14
 AWKWARD = (
     "",
@@ -78,25 +78,25 @@ CHARACTER_RANGES = (
     (0x10000, 0x20000),
 )
 CUT = re.compile(rb"(?<=[0-9A-Za-z])(?=[,;\n])|(?<=[!-~]\n)(?=[A-Za-z])")
-"""Where hardly any tokenizer lets one side depend on the other."""
+"""Places where the tokens on one side hardly ever depend on the other side."""
 
 
 class Unequal(UserError):
-    """Two tokenizers give a text different ids."""
+    """Two tokenizers give different ids for a text."""
 
 
 Make = Callable[[Tokenizer], Tokenizer]
 
 
 class Separator(NamedTuple):
-    """An added token that stands between texts, which are then encoded as one."""
+    """An added token placed between texts, so that several texts can be encoded as one."""
 
     text: bytes
     id: int
 
 
 def separator_of(added: Sequence[AddedToken], eod: int | None) -> Separator | None:
-    """One of the `added` tokens that is found whatever is around it: `eod` itself, if it is such a one."""
+    """One of the `added` tokens that is recognised in any context; `eod` itself if possible."""
     usable = sorted(
         (token for token in added if not token.is_particular and not token.is_normalized),
         key=lambda token: (not token.content.isascii(), token.id != eod),
@@ -112,7 +112,7 @@ def separator_of(added: Sequence[AddedToken], eod: int | None) -> Separator | No
 
 
 def may_overlap(one: str, other: str) -> bool:
-    """Whether a text can hold both so that they share characters; if they are equal, whether it can hold it so twice."""
+    """Whether both can occur in a text with shared characters. If they are equal: whether one can overlap with itself."""
     if one != other and (one in other or other in one):
         return True
     return any(
@@ -122,7 +122,8 @@ def may_overlap(one: str, other: str) -> bool:
 
 
 def refuse_added_tokens(content: TokenizerJson) -> None:
-    """`UserError` if it matters that gigatoken looks for all in the text as it is, for none once it is normalized."""
+    """Raises `UserError` if it matters that gigatoken looks for added tokens only in the original, not in the
+    normalized text."""
     for token in content.added_tokens:
         rivals = (other for other in content.added_tokens if other.is_normalized != token.is_normalized)
         composes = b'"NFC"' in orjson.dumps(content.rules["normalizer"]) and not token.content.isascii()
@@ -135,18 +136,20 @@ def refuse_added_tokens(content: TokenizerJson) -> None:
 
 
 def may_be_cut(content: TokenizerJson) -> bool:
-    """Whether no token reaches over a place to `CUT`: texts are cut by class before, and added tokens hold none."""
+    """Whether no token crosses a place matched by `CUT`, because texts are split by class there and no added token
+    contains one."""
     return b'"ByteLevel"' in orjson.dumps(content.rules["pre_tokenizer"]) and not any(
         token.is_particular or CUT.search(b"!" + token.content.encode()) for token in content.added_tokens
     )
 
 
 class GigatokenTokenizer(Tokenizer):
-    """Another tokenizer, encoding with gigatoken. `UserError` if it is not installed or does not support that one.
+    """Another tokenizer, encoding with gigatoken. Raises `UserError` if gigatoken is not installed or does not support it.
 
-    Texts are encoded as one, with a separator between them: gigatoken's call for many texts is no faster, and imports
-    awkward, which takes a tenth of a second. With `apart` they are not. With `in_pieces`, the reference
-    gets only those pieces of a text in which it may differ; `may_be_cut` says whether that is for the proof to decide.
+    Texts are encoded as one, with a separator between them, because gigatoken's call for many texts is no faster and
+    imports
+    `awkward`, which takes a tenth of a second. With `apart` they are encoded separately. With `in_pieces` the reference
+    gets only those pieces of a text on which it may differ; `may_be_cut` says whether it makes sense to prove this.
     """
 
     def __init__(self, reference: Tokenizer, apart: bool = False, in_pieces: bool = False) -> None:
@@ -165,7 +168,7 @@ class GigatokenTokenizer(Tokenizer):
         self.may_be_cut = may_be_cut(content)
         try:
             self.engine = gigatoken.Tokenizer.from_json(content.text)
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise UserError(
@@ -186,7 +189,7 @@ class GigatokenTokenizer(Tokenizer):
         return ended(joined(arrays), eod)
 
     def _with_reference(self, texts: Sequence[bytes]) -> list[TokenArray]:
-        """The ids of texts with strange characters."""
+        """The ids of texts that contain strange characters."""
         pieces = [
             (i, piece)
             for i, text in enumerate(texts)
@@ -212,7 +215,7 @@ class GigatokenTokenizer(Tokenizer):
         return self._as_one(texts, eod) or ended(self._apart(texts), eod)
 
     def _as_one(self, texts: Sequence[bytes], eod: int | None) -> Encoded | None:
-        """What `encode` returns; None if there is no separator, or one of the texts holds it."""
+        """The result of `encode`; None if there is no separator or a text contains it."""
         if self._separator is None:
             return None
         ids = self.engine.encode(self._separator.text.join([*texts, b""]))
@@ -227,7 +230,7 @@ class GigatokenTokenizer(Tokenizer):
         return Encoded(np.delete(ids, ends[empty]), lengths - empty) if empty.any() else Encoded(ids, lengths)
 
     def _apart(self, texts: Sequence[bytes]) -> Encoded:
-        if self._separator:  # then it is rare that texts are encoded apart
+        if self._separator:  # then texts are rarely encoded apart
             return joined([self.engine.encode(text) for text in texts])
         layout = self.engine.encode_batch(list(texts), parallel=False).layout
         return Encoded(layout.content.data, np.diff(layout.offsets.data))
@@ -248,9 +251,9 @@ class GigatokenTokenizer(Tokenizer):
 def with_engine(
     reference: Tokenizer, engine: str, documents: Callable[[], Iterable[str]]
 ) -> tuple[Tokenizer, Make]:
-    """(the tokenizer to encode with, what makes it of `reference`), and in the log why.
+    """(the tokenizer to encode with, a function that makes it from `reference`). Logs the reason.
 
-    `engine` is one of `ENGINES`; `gigatoken` raises `UserError` where `auto` takes the reference.
+    `engine` is one of `ENGINES`; `gigatoken` raises `UserError` in cases where `auto` uses the reference.
     """
     if engine == "reference":
         return reference, itself
@@ -262,7 +265,7 @@ def with_engine(
             fast = GigatokenTokenizer(reference, apart)
             try:
                 proved = proof.of(fast)
-            except Unequal:  # some tokenizers treat the beginning of a text in a way of its own
+            except Unequal:  # some tokenizers treat the beginning of a text specially
                 if apart:
                     raise
                 apart = True
@@ -285,9 +288,10 @@ def itself(reference: Tokenizer) -> Tokenizer:
 
 
 class Proof:
-    """Texts on which others are held to `reference`, which encodes them in a thread meanwhile: it needs little Python.
+    """Texts on which tokenizers are compared with `reference`, which encodes them in a background thread (it hardly
+    needs the GIL).
 
-    `is_short` leaves out those that depend on the tokenizer alone, for one that was proved with them before.
+    `is_short` leaves out the texts that depend only on the tokenizer, if these were proved earlier.
     """
 
     def __init__(self, reference: Tokenizer, documents: Iterable[str], is_short: bool = False) -> None:
@@ -312,9 +316,11 @@ class Proof:
         self._thread.shutdown()
 
     def of(self, other: Tokenizer, name: str = "gigatoken") -> str:
-        """On what `other`, called `name`, is equal, in words; `Unequal` with the first text on which it is not."""
+        """A phrase saying on which texts `other`, called `name`, agrees. Raises `Unequal` with the first text on which
+        it does not."""
         found = other.encode_batch(self._texts)
-        alone = [other.encode_batch([text])[0] for text in AWKWARD]  # each as the first one, too
+        # So that each is also the first text of a call.
+        alone = [other.encode_batch([text])[0] for text in AWKWARD]
         wanted = self._wanted.result()
         for i, text in enumerate(self._texts):
             if not np.array_equal(found[i], wanted[i]) or (
@@ -327,7 +333,7 @@ class Proof:
         return f"on the first {len(self._first)} documents and {len(self._probes)} awkward texts{earlier}"
 
     def in_pieces(self, other: Tokenizer) -> bool:
-        """Whether `other` gives the pieces of the texts (see `CUT`), each encoded on its own, the ids of the whole texts."""
+        """Whether `other` gives the same ids if the pieces of each text (see `CUT`) are encoded separately."""
         those = [
             i
             for i, text in enumerate(self._texts[: len(self._probes) + CUT_DOCUMENTS])
@@ -340,7 +346,7 @@ class Proof:
 
 
 def probe_texts(tokenizer: Tokenizer) -> Iterator[str]:
-    """Texts on which engines tend to differ; the same in each run."""
+    """Texts on which engines tend to differ; the same in every run."""
     yield from AWKWARD
     yield from CUT_PROBES
     for token in tokenizer.added_tokens():

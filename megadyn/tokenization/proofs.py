@@ -1,6 +1,6 @@
-"""What was proved of gigatoken with a tokenizer, kept for the next start: thousands of added tokens take seconds.
+"""Caches what was proved about gigatoken with a tokenizer, because comparing thousands of added tokens takes seconds.
 
-Kept is only what depends on the tokenizer and the libraries. The documents of the corpus are compared at each start.
+Only proofs that depend on the tokenizer and the libraries are cached. The documents of the corpus are compared at each start.
 """
 
 import hashlib
@@ -17,19 +17,19 @@ from megadyn.log import log
 from megadyn.tokenization.tokenizer import Tokenizer
 
 LAYOUT = 1
-"""Part of every name; raised whenever the proof asks for more, or gigatoken is used in another way."""
+"""Part of every name; increased whenever the proof demands more, or gigatoken is used differently."""
 LIBRARIES = ("gigatoken", "tokenizers", "sentencepiece", "numpy")
 
 
 class Proved(NamedTuple):
-    """How gigatoken gives the ids of the reference tokenizer."""
+    """In which mode gigatoken gives the ids of the reference tokenizer."""
 
     apart: bool
     in_pieces: bool
 
 
 def folder() -> Path:
-    """`$XDG_CACHE_HOME/megadyn/proofs`, by default below ~/.cache."""
+    """`$XDG_CACHE_HOME/megadyn/proofs`, by default in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megadyn" / "proofs"
 
 
@@ -41,7 +41,7 @@ def library_version(name: str) -> str:
 
 
 class KeptProof:
-    """The entry of one tokenizer, under a hash of all that its proof depends on."""
+    """The cache entry of one tokenizer, named by a hash of everything that its proof depends on."""
 
     def __init__(self, reference: Tokenizer) -> None:
         what = [
@@ -57,7 +57,7 @@ class KeptProof:
         self.path = folder() / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]}.json"
 
     def read(self) -> Proved | None:
-        """None if there is none, or it is damaged."""
+        """The entry; None if there is none or it is damaged."""
         try:
             content = json.loads(self.path.read_bytes())
         except (OSError, ValueError):

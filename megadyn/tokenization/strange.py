@@ -1,6 +1,6 @@
-"""Characters on which two tokenizer libraries may differ, because each knows another version of Unicode.
+"""Characters on which two tokenizer libraries may differ because they use different versions of Unicode.
 
-They class characters, and cut a text where the class changes; and some compose characters before (NFC).
+Libraries classify characters, and cut a text where the class changes; some also compose characters first (NFC).
 """
 
 import re
@@ -16,24 +16,25 @@ from numpy.typing import NDArray
 from megadyn.tokenization.tokenizer import AddedToken
 
 FIRST = 0x300
-"""Below this all characters are older than any table of Unicode in use."""
+"""All characters below this are older than any Unicode table in use."""
 FIRST_BYTE = chr(FIRST).encode()[0]
 LAST_KNOWN = 0x323AF
-"""Highest character of Unicode 15 and 16; above are those of later versions, and those that will stay without a class."""
+"""Highest character of Unicode 15 and 16. Higher ones belong to later versions, or never get a class."""
 PICTOGRAPHS = range(0x1F200, 0x1FB00)
-"""Symbols all, those to come too: most of the new characters in real texts, as each Unicode brings new emoji."""
+"""All symbols, including unassigned ones: most new characters in real texts are here, because each Unicode adds
+emoji."""
 SYMBOL_BLIND_STEPS = {"Sequence", "Split", "ByteLevel", "Digits", "Metaspace", "NFC", "Replace", "Prepend"}
 SYMBOL_BLIND_CLASSES = re.compile("[LMNPZ][a-z]?")
-"""Names of classes, as in `\\p{Lu}`, that hold no symbol and no character without a class."""
+"""Names of classes, as in `\\p{Lu}`, that contain neither symbols nor characters without a class."""
 BLOCK = 64
-"""Characters that are looked at together; Unicode gives them out in blocks."""
+"""Characters checked together; Unicode assigns them in blocks."""
 
 
 class StrangeCharacters:
-    """Those that libraries may class in different ways in the eyes of one tokenizer, and may compose if that does."""
+    """Characters that libraries may classify differently for a given tokenizer, or compose differently if it composes."""
 
     def __init__(self, rules: dict[str, Any], added_tokens: Sequence[AddedToken] = ()) -> None:
-        """`rules`: normalizer and pre_tokenizer of a tokenizer.json."""
+        """`rules`: normalizer and pre_tokenizer of tokenizer.json."""
         self._strange = unknown_characters()
         if not tells_symbols(rules):
             self._strange[PICTOGRAPHS] = False
@@ -45,7 +46,7 @@ class StrangeCharacters:
         self._pairs = beginnings(self._strange)
 
     def among(self, texts: Sequence[bytes]) -> list[int]:
-        """Which of the texts, as UTF-8, hold one."""
+        """Indices of the texts, in UTF-8, that contain one."""
         doubtful = [i for i, text in enumerate(texts) if not text.isascii()]
         raw = np.frombuffer(b"".join([*(texts[i] for i in doubtful), b"   "]), np.uint8)
         first = np.flatnonzero(raw >= FIRST_BYTE)
@@ -58,16 +59,16 @@ class StrangeCharacters:
 
 
 def unknown_characters() -> NDArray[np.bool_]:
-    """[all characters] Those without a class in Python's own table.
+    """[all characters] True for characters without a class in Python's own table.
 
-    That is of Unicode 14 or 15, the reference library's of 16, gigatoken's of 17.
+    Python's table is of Unicode 14 or 15, the reference library's of 16, gigatoken's of 17.
     """
     unknown = np.zeros(0x110000, np.bool_)
     unknown[LAST_KNOWN + 1 : 0xE0000] = True
     characters = np.arange(LAST_KNOWN + 1, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
     for first in range(FIRST, len(characters), BLOCK):
         block = characters[first : first + BLOCK]
-        if not block.isprintable():  # which all are in most blocks, and far sooner told
+        if not block.isprintable():  # a fast test, which most blocks pass
             unknown[first : first + len(block)] = [
                 unicodedata.category(character) == "Cn" for character in block
             ]
@@ -76,7 +77,7 @@ def unknown_characters() -> NDArray[np.bool_]:
 
 @cache
 def late_compositions() -> NDArray[np.bool_]:
-    """[all characters] Marks and compositions later than Unicode 3.2: the reference library's table is of about Unicode 9."""
+    """[all characters] Marks and compositions newer than Unicode 3.2; the reference library's table is of about Unicode 9."""
     late = np.zeros(0x110000, np.bool_)
     old = unicodedata.ucd_3_2_0
     for character in map(chr, range(FIRST, LAST_KNOWN + 1)):
@@ -90,7 +91,7 @@ def late_compositions() -> NDArray[np.bool_]:
 
 
 def making_or_breaking(tokens: Sequence[str]) -> list[int]:
-    """Characters with which a text does not hold the same ASCII `tokens` once it is composed, as `>` and U+0338 become one."""
+    """Characters that can create or destroy ASCII `tokens` when a text is composed, as U+0338 does after `>`."""
     characters, last = set("".join(tokens)), {token[-1] for token in tokens}
     found = []
     for code in range(0x80, 0x3000):
@@ -103,7 +104,7 @@ def making_or_breaking(tokens: Sequence[str]) -> list[int]:
 
 
 def tells_symbols(rules: dict[str, Any]) -> bool:
-    """Whether it may matter for where a text is cut that a character without a class has become a symbol."""
+    """Whether cuts may change when a character without a class becomes a symbol."""
     written = orjson.dumps([rules["normalizer"], rules["pre_tokenizer"]]).decode()
     steps, classes = re.findall(r'"type":"(\w+)"', written), re.findall(r"\\[pP]\{?\^?(\w+)", written)
     return (
@@ -114,7 +115,7 @@ def tells_symbols(rules: dict[str, Any]) -> bool:
 
 
 def beginnings(characters: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[256, 256] Whether the UTF-8 of one of `characters` may begin with these two bytes."""
+    """[256, 256]: whether the UTF-8 of one of `characters` can begin with these two bytes."""
     pairs = np.zeros((256, 256), np.bool_)
     pairs[0xC0:0xE0] = characters[:0x800].reshape(32, 64).any(1, keepdims=True)
     pairs[0xE0:0xF0, 0x80:0xC0] = characters[:0x10000].reshape(16, 64, 64).any(2)
@@ -124,7 +125,7 @@ def beginnings(characters: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def characters_at(utf8: NDArray[np.uint8], first: NDArray[np.int64]) -> NDArray[np.int32]:
-    """The characters, of two bytes or more, that begin at `first`; three bytes of any kind follow the last."""
+    """The characters of two or more bytes that begin at `first`; at least three more bytes must follow the last one."""
     lead, *rest = (utf8[first + i].astype(np.int32) for i in range(4))
     one, two, three = (byte & 0x3F for byte in rest)
     return np.select(

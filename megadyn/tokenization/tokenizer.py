@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: Hugging Face `tokenizer.json`, SentencePiece `.model`, bytes.
 
-None of them adds a token of its own accord: no BOS, no EOS, no padding, no truncation. Libraries are imported
-where they are used, which keeps the start of every tool short.
+None of them adds tokens by itself: no BOS, EOS, padding or truncation. Libraries are imported where they are used, so
+that tools start quickly.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from megadyn.errors import UserError
 TokenArray = NDArray[np.integer[Any]]
 
 USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
-"""Special tokens taken for the end of a document, in this order, where the tokenizer names none itself."""
+"""Special tokens assumed to end a document, in this order, if the tokenizer does not name one."""
 
 
 class Encoded(NamedTuple):
@@ -39,7 +39,7 @@ def split(encoded: Encoded) -> list[TokenArray]:
 
 
 def ended(encoded: Encoded, eod: int | None) -> Encoded:
-    """Each text that has tokens ended by `eod`, if that is a token."""
+    """Ends each non-empty text with `eod`, if that is not None."""
     if eod is None:
         return encoded
     lengths = encoded.lengths + (encoded.lengths > 0)
@@ -55,21 +55,21 @@ def ended(encoded: Encoded, eod: int | None) -> Encoded:
 
 
 class AddedToken(NamedTuple):
-    """A text that is one token wherever it stands."""
+    """A text that always becomes one token."""
 
     id: int
     content: str
     is_particular: bool
-    """About the characters around it: it is found between some only, or takes white space along."""
+    """Whether it depends on its context: found only between certain characters, or with surrounding white space."""
     is_normalized: bool
-    """Looked for once the text is."""
+    """Whether it is searched in the normalized text."""
 
 
 class TokenizerJson(NamedTuple):
     text: str
     added_tokens: Sequence[AddedToken]
     rules: dict[str, Any]
-    """Its normalizer and pre_tokenizer; with the vocabulary, large ones take a while to parse."""
+    """Its normalizer and pre_tokenizer. Parsed here because a large vocabulary makes parsing the whole file slow."""
 
 
 class Tokenizer(ABC):
@@ -77,17 +77,18 @@ class Tokenizer(ABC):
     vocab_size: int
     """Highest id + 1."""
     fingerprint: str
-    """sha256 of the content: equal for two tokenizers only if they give every text the same ids.
+    """sha256 of the content. Equal only for tokenizers that give every text the same ids.
 
-    Two with different end-of-document tokens may be equal in it: what uses that token holds it to a dataset's record.
+    Tokenizers that differ only in the end-of-document token may have equal fingerprints; users of that token check it
+    against a dataset's record.
     """
     eod_or_none: int | None
     eod_reason = "part of the tokenizer"
-    """Why `eod_or_none` is what it is."""
+    """Why `eod_or_none` was chosen."""
 
     @property
     def eod(self) -> int:
-        """Id of the end-of-document token; `UserError` if the tokenizer has none."""
+        """Id of the end-of-document token; raises `UserError` if the tokenizer has none."""
         if self.eod_or_none is None:
             raise UserError(
                 f"tokenizer {self.name}: no end-of-document token (neither an eos_token nor, among its special "
@@ -96,7 +97,7 @@ class Tokenizer(ABC):
         return self.eod_or_none
 
     def choose_eod(self, token: str, reason: str) -> None:
-        """Takes `token` for the end of a document; `UserError` if the vocabulary does not have it."""
+        """Makes `token` the end of a document; raises `UserError` if it is not in the vocabulary."""
         found = self.id_of(token)
         if found is None:
             raise UserError(f"tokenizer {self.name}: no token {token!r} in its vocabulary ({reason})")
@@ -104,34 +105,34 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def id_of(self, token: str) -> int | None:
-        """The id of a token as the vocabulary writes it; None if there is none."""
+        """The id of a token spelled as in the vocabulary; None if there is none."""
 
     @abstractmethod
     def token_of(self, id: int) -> str:
-        """The inverse of `id_of`; `UserError` for an id that the vocabulary does not have."""
+        """The inverse of `id_of`; raises `UserError` for an unknown id."""
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[TokenArray]:
         """One array of ids per text, in order."""
 
     def encode(self, texts: Sequence[bytes], eod: int | None = None) -> Encoded:
-        """The ids of all texts, which are UTF-8, in one array; with `eod`, each that has tokens ends with that one."""
+        """The ids of all texts (UTF-8) in one array; with `eod`, each non-empty text ends with it."""
         return ended(joined(self.encode_batch([text.decode() for text in texts])), eod)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens included."""
+        """The text of `ids`, including special tokens."""
 
     def eod_text(self) -> str:
-        """How the end-of-document token is written."""
+        """The text of the end-of-document token."""
         return self.decode([self.eod])
 
     def added_tokens(self) -> list[str]:
-        """Texts that stand for a token of their own, whatever is around them."""
+        """Texts that become a token of their own in any context."""
         return []
 
     def for_gigatoken(self) -> TokenizerJson:
-        """What gigatoken needs to give the same ids (see `engine`); `UserError` if it cannot."""
+        """What gigatoken needs to give the same ids; raises `UserError` if that is impossible."""
         raise UserError(f"the {self.name} tokenizer needs no other engine")
 
 
@@ -185,13 +186,14 @@ class HfTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(raw.decode())
         except Exception as error:  # the library raises bare `Exception`
             raise UserError(f"{path}: cannot load the tokenizer: {error}") from error
-        # some files ask for it, and would cut every document short in silence
+        # Some files enable truncation, which would silently cut every document short.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None  # draws other ids for one text each time
+            self._tokenizer.model.dropout = None  # dropout would give random ids
         settings = tokenizer_settings(folder)
-        splits = settings.get("split_special_tokens") is True  # special tokens that a text spells are text
+        # Special tokens spelled out in a text are plain text.
+        splits = settings.get("split_special_tokens") is True
         self._tokenizer.encode_special_tokens = splits
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         self.name = folder.resolve().name
@@ -221,7 +223,7 @@ class HfTokenizer(Tokenizer):
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def for_gigatoken(self) -> TokenizerJson:
-        # the file may number them otherwise
+        # Not from the file, which may number them differently.
         added = [
             AddedToken(i, token.content, token.single_word or token.lstrip or token.rstrip, token.normalized)
             for i, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -258,14 +260,14 @@ class SentencePieceTokenizer(Tokenizer):
         return self.token_of(self.eod)
 
     def id_of(self, token: str) -> int | None:
-        found: int = self._model.piece_to_id(token)  # of the unknown token where there is no such piece
+        found: int = self._model.piece_to_id(token)  # the unknown token's id if there is no such piece
         return found if self._model.id_to_piece(found) == token else None
 
     def token_of(self, id: int) -> str:
         return known_token(self.name, id, self._model.id_to_piece(id) if 0 <= id < self.vocab_size else None)
 
     def added_tokens(self) -> list[str]:
-        # the latter may not be taken for such, though
+        # Control symbols may not be recognised in texts; listing them anyway is safe.
         return [*user_defined(self._raw), *self._control_symbols()]
 
     def _control_symbols(self) -> list[str]:
@@ -280,7 +282,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"gigatoken does not support tokenizer {self.name} ({error})") from error
         if any(step["type"] == "Precompiled" for step in content["normalizer"]["normalizers"]):
             raise UserError(f"gigatoken and tokenizer {self.name} normalize some characters differently")
-        # SentencePiece spells out control symbols such as </s> where they stand in a text.
+        # SentencePiece treats control symbols such as </s> in a text as plain text.
         control = set(self._control_symbols())
         content["added_tokens"] = [
             token for token in content["added_tokens"] if token["content"] not in control
@@ -296,7 +298,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def user_defined(raw: bytes) -> list[str]:
-    """Symbols that a SentencePiece model takes whole from a text, whatever is around them."""
+    """Symbols that a SentencePiece model always takes whole from a text, in any context."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(raw)
@@ -312,7 +314,7 @@ def known_token(name: str, id: int, token: str | None) -> str:
 def load_tokenizer(path: str | Path, eod: str | None = None, why: str = "--eod") -> Tokenizer:
     """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, or the word `byte`.
 
-    `eod` is a token of its vocabulary that ends a document, in place of its own; `why` says where that was asked for.
+    `eod` is a token of its vocabulary that ends a document, instead of its own; `why` says where this was requested.
     """
     tokenizer = _load_tokenizer(path)
     if eod is not None:
@@ -347,9 +349,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def fingerprint(content: dict[str, Any], splits_special_tokens: bool = False) -> str:
-    """sha256 over what in a tokenizer.json decides the ids, whatever its layout in the file.
+    """sha256 of everything in tokenizer.json that determines ids, independent of the file's formatting.
 
-    Truncation, padding, post-processor and decoder are left out: encoding uses none of them.
+    Truncation, padding, post-processor and decoder are left out, because encoding does not use them.
     """
     deciding = {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
     deciding |= {"split_special_tokens": True} if splits_special_tokens else {}
@@ -357,7 +359,7 @@ def fingerprint(content: dict[str, Any], splits_special_tokens: bool = False) ->
 
 
 def tokenizer_settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    """The object in that file, empty where there is none."""
+    """The JSON object in that file; empty if there is no file."""
     path = folder / name
     try:
         settings = json.loads(read_bytes(path)) if path.exists() else {}
@@ -369,9 +371,9 @@ def tokenizer_settings(folder: Path, name: str = "tokenizer_config.json") -> dic
 
 
 def find_eod(tokenizer: Any, vocab: dict[str, int], folder: Path) -> tuple[int | None, str]:
-    """(id, why it was chosen) of the eos_token that `folder` states, else of the first special token in `USUAL_EODS`.
+    """(id, reason) of the eos_token that `folder` names, otherwise of the first special token in `USUAL_EODS`.
 
-    Only special tokens are looked through: `</s>` is an ordinary token, the HTML tag, in some vocabularies.
+    Only special tokens are considered, because `</s>` is an ordinary token (an HTML tag) in some vocabularies.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         stated = tokenizer_settings(folder, name).get("eos_token")

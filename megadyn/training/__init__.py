@@ -1,1 +1,1 @@
-"""What drives a run: data, length, and the rules of its steps."""
+"""Everything that drives a run: data, length, and the rules about its steps."""

@@ -1,4 +1,4 @@
-"""What a run does after a bad step (`training.on_bad_step`): stop, skip it, or go back. The step has not reached the weights."""
+"""What a run does after a bad step (`training.on_bad_step`): stop, skip it, or go back. A bad step never reaches the weights."""
 
 from megadyn.config import TrainingConfig
 from megadyn.engine.engine import StepResult
@@ -10,13 +10,13 @@ from megadyn.training.state import RunState
 
 
 class BadSteps:
-    """Of one run. Every method is collective."""
+    """Handles the bad steps of a run. Every method is collective."""
 
     def __init__(self, config: TrainingConfig, state: RunState, checkpoints: Checkpoints, telemetry: Silent):
         self.config, self.state, self.checkpoints, self.telemetry = config, state, checkpoints, telemetry
 
     def take(self, result: StepResult) -> None:
-        """Goes on after the bad step `state.iteration`, or raises TrainingDiverged."""
+        """Handles the bad step `state.iteration`: continues, or raises TrainingDiverged."""
         state, at, loss = self.state, self.state.iteration, float(result.loss)
         state.loss_rule.note_bad(at, loss)
         said = f"step {at} ({self._samples()}) is bad: {result.problem}"
@@ -38,7 +38,7 @@ class BadSteps:
 
     def _go_on(self, said: str) -> None:
         state, action = self.state, self.config.on_bad_step
-        kept = f"the step was not taken, and nothing was saved since iteration {max(0, state.saved_at)}"
+        kept = f"the step was not applied, and nothing was saved since iteration {max(0, state.saved_at)}"
         if action == "stop":
             raise TrainingDiverged(f"{said}; {kept} (training.on_bad_step: skip or rollback continues)")
         if excess := state.loss_rule.excess():
@@ -51,6 +51,6 @@ class BadSteps:
         log.warning("%s; %s (%d bad steps so far)", said, done, state.loss_rule.bad_steps)
 
     def _samples(self) -> str:
-        """The bad step's."""
+        """The samples of the bad step."""
         consumed = self.state.consumed_samples
         return f"samples {consumed - self.config.global_batch_size} to {consumed - 1}"

@@ -1,4 +1,4 @@
-"""When a run saves, what it does where it cannot, and which checkpoint it begins at or goes back to."""
+"""When a run saves, what it does if saving fails, and which checkpoint it starts from or goes back to."""
 
 import time
 from pathlib import Path
@@ -22,18 +22,18 @@ from megadyn.training.state import RunState
 
 
 class Checkpoints:
-    """Of one run. Every method is collective."""
+    """The checkpoints of a run. Every method is collective."""
 
     def __init__(self, config: Config, engine: Trained, state: RunState, watchdog: Watchdog):
         self.config, self.engine, self.state, self.watchdog = config, engine, state, watchdog
         self.root = Path(config.output_dir) / layout.CHECKPOINTS
-        self.telemetry = Silent()  # until the run's own opens
+        self.telemetry = Silent()  # until the run's own telemetry is opened
         self.writer = Writer(self.root, config)
-        self._snapshot_s = 0.0  # how long training waited for the checkpoint being written
+        self._snapshot_s = 0.0  # how long training waited for the checkpoint that is being written
 
     def resume(self) -> tuple[Path | None, dict[str, Any]]:
-        """Sets the starting weights and position: a checkpoint's, a Hugging Face folder's, or drawn from the seed. Returns the
-        checkpoint, if any, and which settings changed since it."""
+        """Sets the starting weights and position, from a checkpoint, a Hugging Face folder or the seed. Returns the
+        checkpoint, if any, and the settings that changed since then."""
         settings, changed = self.config.checkpoint, {}
         self.watchdog.progress("verifying checkpoints")
         if settings.fork_from:
@@ -51,7 +51,7 @@ class Checkpoints:
         return found, changed
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
-        """Sets the engine's state and the run's to a checkpoint's; returns its manifest."""
+        """Sets the state of the engine and of the run from a checkpoint; returns its manifest."""
         self.watchdog.progress(f"loading {checkpoint}")
         data_key = None if self.config.checkpoint.allow_other_data else self.state.train.key
         manifest = save_load.load(self.engine, checkpoint, data_key)
@@ -59,7 +59,8 @@ class Checkpoints:
         return manifest
 
     def go_back(self) -> bool:
-        """To the newest good checkpoint, with the samples that follow those consumed so far; false where there is none."""
+        """Goes back to the newest good checkpoint, but continues with new samples. Returns False if there is no such
+        checkpoint."""
         self.finish_save(last=False)
         checkpoint = save_load.newest_good(self.root, only_good=True)
         if checkpoint is None:
@@ -69,7 +70,7 @@ class Checkpoints:
         return True
 
     def save(self, last: bool) -> None:
-        """Saves; where it is the run's last, the checkpoint is whole when this returns."""
+        """Saves. If this is the run's last checkpoint (`last`), waits until it is complete."""
         state = self.state
         self.watchdog.progress(f"saving iteration {state.iteration}")
         self.finish_save(last=False)  # one at a time
@@ -91,7 +92,7 @@ class Checkpoints:
         self.telemetry.restart_clock(state.iteration)
 
     def finish_save(self, last: bool) -> None:
-        """Waits for the checkpoint that is being written, if any; at its failure does what checkpoint.on_error asks for."""
+        """Waits for the checkpoint that is being written, if any. If that failed, does what checkpoint.on_error says."""
         state, began = self.state, time.perf_counter()
         try:
             written = self.writer.collect()
@@ -99,7 +100,7 @@ class Checkpoints:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
             log.warning(
-                "%s; the run continues, its newest checkpoint is of iteration %d",
+                "%s; the run continues; its newest checkpoint is from iteration %d",
                 error,
                 max(0, state.saved_at),
             )
@@ -134,6 +135,6 @@ class Checkpoints:
         return last
 
     def refuse_condemned(self, checkpoint: Path) -> None:
-        """TrainingDiverged for a complete run whose only checkpoint is marked."""
+        """Raises TrainingDiverged if the checkpoint of a complete run is marked as not good."""
         if problem := all_gather(layout.condemned(checkpoint))[0]:
             raise TrainingDiverged(f"{checkpoint} is complete, but not good: {problem}")

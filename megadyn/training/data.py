@@ -1,4 +1,4 @@
-"""From the configuration's dataset names to sets of samples."""
+"""Opens the datasets that the configuration names, as sets of samples."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,20 +21,20 @@ class Data(NamedTuple):
     validation: Samples | None
     test: Samples | None
     eod: int | None
-    """The token that ends a document, where samples are masked by document."""
+    """The token that ends a document, if samples are masked by document."""
 
 
 BEGINNING = Position()
 
 
 def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
-    """Opens and checks tokenizer and datasets, and fills in what follows from them: `model.vocab_size` and
-    `tokenizer.eod` where they were left out, and `training.iterations` where the length of the run is given in something else.
+    """Opens and checks tokenizer and datasets. Fills in what follows from them: `model.vocab_size` and `tokenizer.eod`
+    if they are not set, and `training.iterations` if the run's length is given in other units.
 
     Args:
-        start: where the run goes on from; None if nothing is to be trained, so that its length does not matter.
+        start: position from which the run continues; None if nothing will be trained, so that the length does not matter.
 
-    Raises UserError for files that are missing, damaged, or do not fit each other, the model or the length of the run.
+    Raises UserError for files that are missing, damaged, or do not match each other, the model or the length of the run.
     """
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eod, "tokenizer.eod")
     if config.model.vocab_size is None:
@@ -53,7 +53,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     assert section.split is not None
     _, for_validation, for_test = section.split
     splits = [split_documents(dataset, for_validation, for_test, seed) for dataset in datasets]
-    # Another seed for each dataset, or those with as many documents would be shuffled alike.
+    # A different seed for each dataset, because datasets with equally many documents would be shuffled alike.
     train = blended(
         sources,
         [
@@ -64,14 +64,14 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if start is not None:
         settle_length(config, train, start)
         log.info(
-            "data: %s, %s samples before any repeats; the run takes %s",
+            "data: %s, %s samples before any repeats; the run uses %s",
             dataset_names(sources),
             f"{len(train):,}",
             f"{config.training.samples_at_end(*start):,}",
         )
 
     def held_out(name: str, share: float) -> Samples | None:
-        """The datasets that `name` names, or else its share of those for training."""
+        """The datasets named under `name`, or otherwise that share of the training datasets."""
         if own := section.sources(name):
             return blended(
                 own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own]
@@ -106,7 +106,7 @@ def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDa
 def cut(
     config: Config, dataset: IndexedDataset, documents: Mask | None = None, seed: int | None = None
 ) -> SampleSet:
-    """Samples in an order drawn from `seed`, or one pass in the order of the file."""
+    """Samples in an order drawn from `seed`; without a seed, one pass in file order."""
     return SampleSet(
         dataset,
         sequence_length=config.training.sequence_length,
@@ -118,7 +118,7 @@ def cut(
 
 
 def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
-    """Each set in its share, or in proportion to its size where none is given."""
+    """Blends the sets by their shares, or in proportion to their sizes if no shares are given."""
     if len(sets) == 1:
         return sets[0]
     return Blend(
@@ -135,7 +135,7 @@ def dataset_names(sources: Sequence[Source]) -> str:
 
 
 def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -> int:
-    """Samples of the set `name` that an evaluation uses: `wanted`, or fewer, a multiple of what one round of ranks takes."""
+    """Number of samples from the set `name` used per evaluation: `wanted` or fewer, a multiple of one round over all ranks."""
     per_round = plan.micro_batch * plan.data_parallel
     size = min(wanted, len(samples)) // per_round * per_round
     if size == 0:

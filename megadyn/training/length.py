@@ -1,4 +1,4 @@
-"""How long a run is and how far it has come, where the batch size may have changed between its starts."""
+"""The length of a run and its progress, if the batch size may change when it is resumed."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,23 +12,23 @@ from megadyn.errors import ConfigError
 
 
 class Position(NamedTuple):
-    """Where a run stands."""
+    """A position in a run."""
 
     iteration: int = 0
     consumed_samples: int = 0
-    """Also those of steps that a rollback has undone: they are not used again."""
+    """Includes samples of steps that a rollback has undone, because they are not used again."""
 
 
 class Course:
-    """How many samples a run had consumed at each of its iterations."""
+    """The number of samples that a run had consumed at each iteration."""
 
     def __init__(self, batch: float):
-        """Of a run that begins with `batch` samples a step."""
+        """`batch`: samples per step at the start of the run."""
         self._stretches: list[tuple[int, int, float]] = [(0, 0, batch)]
-        """(iteration, consumed samples, samples per step from there on), of rising iterations."""
+        """(iteration, consumed samples, samples per step from there on), by ascending iteration."""
 
     def go_on(self, position: Position, batch: int) -> None:
-        """From `position` on, a step takes `batch` samples. What lay beyond has been undone."""
+        """From `position` on, a step uses `batch` samples. Later entries were undone and are removed."""
         before = [stretch for stretch in self._stretches if stretch[0] < position.iteration] or [
             (0, 0, batch)
         ]
@@ -37,7 +37,7 @@ class Course:
             self._stretches = [*before, (*position, batch)]
 
     def consumed_at(self, iteration: int) -> float:
-        """Samples consumed at `iteration`; for one that is still to come, at the present batch size."""
+        """Samples consumed at `iteration`; for a future one, at the current batch size."""
         start, consumed, batch = [stretch for stretch in self._stretches if stretch[0] <= iteration][-1]
         return consumed + (iteration - start) * batch
 
@@ -46,7 +46,7 @@ class Course:
 
     @classmethod
     def from_manifest(cls, manifest: dict[str, Any]) -> "Course":
-        """Of a checkpoint. Earlier versions did not record it: then all its steps count as of one size."""
+        """Reads it from a checkpoint. Earlier versions did not record it; then all steps are assumed to have the same size."""
         course = cls(manifest["consumed_samples"] / max(1, manifest["iteration"]))
         if "course" in manifest:
             course._stretches = [
@@ -56,8 +56,8 @@ class Course:
 
 
 def schedule_of(config: Config, course: Course, position: Position) -> Schedule | None:
-    """How far the learning rate's schedule has come. A run of so many iterations goes by these (None), any other by what it
-    has consumed: its rate does not jump where the batch size changes."""
+    """Progress of the learning rate's schedule. None for a run whose length is given in iterations. Any other run uses
+    the consumed samples, so that the rate does not jump when the batch size changes."""
     if config.training.length is None:
         return None
     batch = config.training.global_batch_size
@@ -70,17 +70,17 @@ def schedule_of(config: Config, course: Course, position: Position) -> Schedule 
 
 
 def settle_length(config: Config, train: Samples, start: Position) -> None:
-    """Sets `training.iterations` for a run that goes on from `start`.
+    """Sets `training.iterations` for a run that continues from `start`.
 
     Raises:
-        ConfigError: the run would use a sample twice and may not (`data.repeat`), or is given in epochs and makes no step.
+        ConfigError: the run would repeat samples although `data.repeat` is false, or its length in epochs gives no step.
     """
     config.training.settle(len(train), *start)
     refuse_repeats(config, config.data.sources("train"), train, start)
 
 
 def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples, start: Position) -> None:
-    """ConfigError if the run would use a dataset twice and may not."""
+    """Raises ConfigError if the run would repeat a dataset although it may not."""
     wanted, per_step = config.training.samples_at_end(*start), config.training.global_batch_size
     if config.data.repeat or wanted <= len(train):
         return

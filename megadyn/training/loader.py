@@ -1,4 +1,4 @@
-"""Micro-batches, read by a thread before they are asked for."""
+"""Micro-batches, read ahead by a thread."""
 
 import time
 from collections import deque
@@ -15,14 +15,14 @@ from megadyn.data.batches import read_batch
 from megadyn.data.samples import Samples
 
 AHEAD = 8
-"""Micro-batches that are read and not yet asked for, at most."""
+"""Largest number of micro-batches read ahead."""
 
 
 class Loader:
-    """Micro-batches of the samples `ids`, in their order: (tokens, labels), [b, T] int64 each.
+    """Micro-batches of the samples `ids`, in order: (tokens, labels), [b, T] int64 each.
 
-    A thread reads ahead. What goes wrong in it is raised where the micro-batch is asked for. For a CUDA device the
-    tensors lie in pinned memory, from which the copy to the device need not be waited for.
+    A thread reads ahead. Its errors are raised when the micro-batch is requested. For a CUDA device the tensors are in
+    pinned memory, so that copying them to the device does not block.
     """
 
     def __init__(self, samples: Samples, ids: Iterator[Sequence[int]], device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Loader:
         self._pinned = device.type == "cuda"
         self._waited_s = 0.0
         self._ready: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        # A new thread stands on GPU 0: pinning there, every rank of a node would take some of its memory.
+        # A new thread uses GPU 0 by default. If it pinned memory there, every rank of a node would use memory of that GPU.
         self._reader = ThreadPoolExecutor(
             1, "loader", partial(torch.cuda.set_device, device) if self._pinned else None
         )
@@ -42,7 +42,7 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends the thread, after the micro-batch that it is reading."""
+        """Ends the thread after the micro-batch that it is reading."""
         self._reader.shutdown(cancel_futures=True)
 
     def __iter__(self) -> Self:
@@ -58,7 +58,7 @@ class Loader:
         return batch
 
     def take_wait(self) -> float:
-        """Seconds that micro-batches were waited for since the last call."""
+        """Seconds spent waiting for micro-batches since the last call."""
         waited, self._waited_s = self._waited_s, 0.0
         return waited
 

@@ -1,4 +1,4 @@
-"""Which losses spoil a run, and when it is not to go on."""
+"""Which losses count as bad, and when a run must stop because of them."""
 
 import math
 import statistics
@@ -10,41 +10,41 @@ from megadyn.errors import RunError
 
 
 class TrainingDiverged(RunError):
-    """A step was bad and the run is not to go on. The step did not reach the weights; the last checkpoint is intact."""
+    """A step was bad and the run must not continue. The step did not reach the weights; the last checkpoint is intact."""
 
     is_everywhere = True
 
 
 class LossRule:
-    """Which losses are bad: NaN, infinite, or a spike over the median of the good steps before. Counts bad steps. Equal on all
-    ranks; part of every checkpoint."""
+    """Detects bad losses: NaN, infinite, or a spike above the median of recent good steps. Also counts bad steps. Equal
+    on all ranks; saved in every checkpoint."""
 
     def __init__(self, config: TrainingConfig):
         self.factor, self.window = config.spike_factor, config.spike_window
         self.most_in_a_row, self.most = config.max_bad_steps, config.max_bad_steps_total
         self.recent: deque[float] = deque(maxlen=self.window)
         self.bad_steps = 0
-        """Of the whole run."""
+        """In the whole run."""
         self.in_a_row = 0
-        """Without progress: since the last good step beyond all bad ones."""
+        """Bad steps since the last progress, that is, since the last good step beyond all bad ones."""
         self.last_bad = 0
-        """The highest iteration whose step was bad."""
+        """The highest iteration with a bad step."""
         self.last_was_bad = False
-        """The last step was bad: what is saved now does not count as a good checkpoint."""
+        """Whether the last step was bad; a checkpoint saved now does not count as good."""
         self.last_loss = 0.0
 
     @property
     def limit(self) -> float:
-        """The highest good loss; infinite until `spike_window` good steps were seen, or without a spike rule."""
+        """The highest good loss; infinite until `spike_window` good steps have been seen, or without a spike rule."""
         if not self.factor or len(self.recent) < self.window:
             return math.inf
         return self.factor * statistics.median(self.recent)
 
     def note(self, iteration: int, loss: float) -> None:
-        """Takes a good step into the rule."""
+        """Records a good step."""
         self.recent.append(loss)
         self.last_was_bad, self.last_loss = False, loss
-        if iteration > self.last_bad:  # after a rollback the steps up to the bad one are no progress
+        if iteration > self.last_bad:  # after a rollback, steps up to the bad one are no progress
             self.in_a_row = 0
 
     def note_bad(self, iteration: int, loss: float) -> None:
@@ -54,7 +54,7 @@ class LossRule:
         self.last_was_bad, self.last_loss = True, loss
 
     def excess(self) -> str | None:
-        """Which limit the bad steps so far exceed, as words that follow "this is bad step"; None while the run may go on."""
+        """Which limit the bad steps exceed, as a phrase that follows "it makes"; None while the run may continue."""
         if self.in_a_row > self.most_in_a_row:
             return f"{self.in_a_row} in a row, more than training.max_bad_steps = {self.most_in_a_row}"
         if self.bad_steps > self.most:
@@ -71,7 +71,7 @@ class LossRule:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """The counts only rise: going back does not undo bad steps."""
+        """Counts only rise: going back does not undo bad steps."""
         self.recent = deque(state["recent_losses"], maxlen=self.window)
         self.bad_steps = max(self.bad_steps, state["bad_steps"])
         self.in_a_row = max(self.in_a_row, state.get("bad_in_a_row", 0))
@@ -80,10 +80,10 @@ class LossRule:
 
 
 def problem_at_end(evaluations: dict[str, dict[str, float]], last_loss: float) -> str | None:
-    """Why the model of a complete run is worthless: NaN or infinite losses. None if it is not.
+    """Why the model of a complete run is unusable (NaN or infinite losses); None if it is fine.
 
     Args:
-        evaluations: by set and routing mode. last_loss: of the last step, which counts where nothing was evaluated.
+        evaluations: losses by set and routing mode. last_loss: of the last step; used only if nothing was evaluated.
     """
     for name, losses in evaluations.items():
         for mode, loss in losses.items():

@@ -1,4 +1,4 @@
-"""What can be known to fail before the engine is built: one sentence instead of minutes of waiting."""
+"""Checks for failures that can be foreseen before the engine is built, to save minutes of waiting."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ from megadyn.training.length import Position
 
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
-    """Raises UserError for what can be known to fail before the ranks meet."""
+    """Raises UserError for failures that can be foreseen before the ranks meet."""
     launch.check_precision(config.precision)
     attention_backend(config.model, config.precision)
     kernel_choice(config.training.kernels)
@@ -49,7 +49,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
     if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
         raise UserError(
-            f"{checkpoints} holds checkpoints and checkpoint.resume is never: "
+            f"{checkpoints} holds checkpoints, but checkpoint.resume is never: "
             "set checkpoint.resume=auto, or another output_dir"
         )
     if start := likely_start(config.checkpoint, checkpoints):
@@ -61,17 +61,17 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     with os_errors_named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(config.output_dir, os.W_OK):
-            raise ConfigError("output_dir", config.output_dir, "a folder that can be written to")
+            raise ConfigError("output_dir", config.output_dir, "a writable folder")
 
 
 def expected_start(config: Config) -> Position:
-    """Where the run will most likely go on from; what depends on it is looked at again once a checkpoint is loaded."""
+    """The position from which the run will most likely continue. What depends on it is checked again after loading."""
     start = likely_start(config.checkpoint, Path(config.output_dir) / layout.CHECKPOINTS)
     return Position(start[1]["iteration"], start[1]["consumed_samples"]) if start else Position()
 
 
 def refuse_login(config: Config) -> None:
-    """Raises UserError on every rank where W&B is asked for and knows no account. Collective: rank 0 alone asks the service."""
+    """Raises UserError on every rank if W&B is enabled without a login. Collective, but only rank 0 asks the service."""
     if config.logging.wandb != "online":
         return
     problem: list[str | None] = [None]

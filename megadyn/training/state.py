@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""The position and state of a run."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from megadyn.training.loss_rule import LossRule
 
 
 class RunState:
-    """What a checkpoint holds of a run, beside the engine's state. Equal on all ranks."""
+    """What a checkpoint holds of a run in addition to the engine's state. Equal on all ranks."""
 
     def __init__(self, config: Config, train: Samples):
         self.config, self.train = config, train
         self.iteration = 0
-        """Steps that count: a rollback lowers it."""
+        """Number of steps that count; a rollback lowers it."""
         self.consumed_samples = 0
         self.course = Course(config.training.global_batch_size)
         self.loss_rule = LossRule(config.training)
         self.saved_at = -1
-        """The newest whole checkpoint's iteration."""
+        """Iteration of the newest complete checkpoint."""
         self.forked_from: str | None = None
 
     @property
@@ -42,7 +42,7 @@ class RunState:
         return learning_rate(self.config.optimizer, self.iteration, self.total, schedule)
 
     def due(self, interval: int, iteration: int | None = None) -> bool:
-        """At every `interval`-th iteration and the last; at the last only where `interval` is 0."""
+        """True at every `interval`-th iteration and at the last; if `interval` is 0, only at the last."""
         iteration = self.iteration if iteration is None else iteration
         return iteration == self.total or (interval > 0 and iteration % interval == 0)
 
@@ -51,12 +51,12 @@ class RunState:
         self.consumed_samples += self.config.training.global_batch_size
 
     def set_course(self) -> None:
-        """Works out, from where the run stands, how many steps are left."""
+        """Computes how many steps are left from the current position."""
         self.course.go_on(self.position, self.config.training.global_batch_size)
         settle_length(self.config, self.train, self.position)
 
     def take(self, manifest: dict[str, Any]) -> None:
-        """Stands where a checkpoint stood, but for the samples consumed, which a rollback does not give back."""
+        """Takes over a checkpoint's state, except for consumed samples, because a rollback does not reuse samples."""
         self.iteration = self.saved_at = manifest["iteration"]
         self.course = Course.from_manifest(manifest)
         if manifest["loss_rule"]:

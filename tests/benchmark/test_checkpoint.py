@@ -81,7 +81,8 @@ def test_saving_both_ways_verifying_and_restoring_are_timed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sabotage", "message"), [(spoil_restoring, "is not what was saved"), (no_room, "two checkpoints need")]
+    ("sabotage", "message"),
+    [(spoil_restoring, "differs from what was saved"), (no_room, "two checkpoints need")],
 )
 def test_what_went_wrong_is_told(tmp_path, sabotage, message):
     status, lines = outcome(tmp_path, sabotage=sabotage)
@@ -91,5 +92,5 @@ def test_what_went_wrong_is_told(tmp_path, sabotage, message):
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         checkpoint.main([*SMALL, f"--folder={tmp_path}/missing"])

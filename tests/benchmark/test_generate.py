@@ -136,7 +136,7 @@ def test_an_export_is_measured_against_qwen2_of_its_shape(tmp_path, capsys):
     ("options", "message"),
     [
         (["--models", "moe"], "--models moe: must be KIND"),
-        (["--models", "mod:x"], "--models mod:x: 'x' is no number"),
+        (["--models", "mod:x"], "--models mod:x: 'x' is not a number"),
         (["--export", "nowhere"], "nowhere"),
     ],
 )

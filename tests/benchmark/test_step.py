@@ -106,8 +106,8 @@ def test_as_many_tokens_attend_as_asked(share):
     ("arguments", "message"),
     [
         (["--models", "moe"], "--models moe: must be KIND"),
-        (["--models", "mod:x"], "'x' is no number"),
-        (["--models", "mod:0.5", "qwen2"], "takes its weights from a dense model"),
+        (["--models", "mod:x"], "'x' is not a number"),
+        (["--models", "mod:0.5", "qwen2"], "copies the weights of the dense model"),
         (["--models", "mod:2"], "model.routing.capacity"),
         (["--models", "dtrnet", "--compile"], "training.compile = True: must be false with dtrnet"),
     ],
@@ -119,5 +119,7 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 def test_a_model_that_computes_something_else_is_an_error(monkeypatch):
     monkeypatch.setattr(step, "float64_error", lambda *_: 2e-4)
-    with pytest.raises(UserError, match="dense: loss or gradients differ from float64's by 2.0e-04"):
+    with pytest.raises(
+        UserError, match="dense: loss or gradients have a relative difference of 2.0e-04 from float64"
+    ):
         step.measure(argparse.Namespace(**vars(step.parse_args(SMALL))), CPU)

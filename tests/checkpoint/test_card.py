@@ -39,7 +39,7 @@ def test_the_hub_can_read_it(kind: str) -> None:
     assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "text-generation")
     assert {"megadyn", "custom_code"} <= set(metadata["tags"])
     assert "license" not in metadata
-    assert "# license: to be filled in" in text
+    assert "# license: add the license" in text
     assert f"{160 * 24:,} tokens (40 steps of 4 sequences of 24)" in text
     assert "| training | " in text
     assert "None" not in text
@@ -54,7 +54,7 @@ def test_losses_by_routing_only_where_there_are_two() -> None:
         assert "| validation |  | 3.7500 | 30 |" in text
         assert "topk" not in text
     assert "At the end of training 37.5% attended" in own_choice
-    assert "Not known" in card_of(tiny_config("mod"), history={})
+    assert "Unknown:" in card_of(tiny_config("mod"), history={})
 
 
 def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:
@@ -78,7 +78,7 @@ def test_work_follows_what_was_routed() -> None:
         for share in (0.9, 0.1)
     }
     assert measured[0.1] < measured[0.9]
-    assert "depends on what the tokens choose" in card_of(tiny_config("dtrnet-token"), history={})
+    assert "depends on the tokens' choices" in card_of(tiny_config("dtrnet-token"), history={})
     assert "without routing" not in card_of(tiny_config("dense"))
 
 

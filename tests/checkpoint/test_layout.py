@@ -64,8 +64,8 @@ def test_any_flipped_bit_of_latest_is_told_and_never_repeats_steps(
         caplog.clear()
         assert layout.complete_checkpoints(tmp_path)[0] == newest, bytes(broken)
         if bytes(broken).split() != content.split():
-            assert caplog.messages[0].endswith("passed over, iteration-00000006 is the highest iteration"), (
-                bytes(broken)
+            assert caplog.messages[0].endswith("ignored; iteration-00000006 is the highest iteration"), bytes(
+                broken
             )
     latest.write_bytes(content)
     caplog.clear()

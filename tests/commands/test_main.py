@@ -133,7 +133,7 @@ def test_train_refuses_once_what_no_rank_could_run(capsys, monkeypatch, tmp_path
     assert "deepspeed_config = 'none.json'" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "0")
     assert main(["train", str(path), "--processes", "2"]) == 2
-    assert "where a launcher" in capsys.readouterr().err
+    assert "if a launcher" in capsys.readouterr().err
     assert not started
 
 

@@ -78,7 +78,7 @@ def test_the_split_is_stated_once(tmp_path, data, split):
 
 THREE = "three shares, of training (above 0), validation and test, that sum to 1"
 PREFIX = "a dataset's prefix, or {prefix: ..., weight: ...}, or {prefix: ..., tokens: ...}"
-POSITIVE = "a number above 0 (leave out a dataset that is not to be used)"
+POSITIVE = "a number above 0 (remove a dataset that should not be used)"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ POSITIVE = "a number above 0 (leave out a dataset that is not to be used)"
         (
             {"train": ["a", {"prefix": "b", "tokens": 1}]},
             "data.train[1]",
-            "given like the first, with a prefix alone",
+            "given like the first, with only a prefix",
         ),
         (
             {"train": [{"prefix": "a", "weight": 1}, {"prefix": "b", "tokens": 1}]},

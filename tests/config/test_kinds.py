@@ -216,16 +216,16 @@ def test_an_import_that_a_kind_itself_lacks_is_not_hidden(tmp_path, package):
     [
         ("KIND = Mine", "", "KIND must be a dataclass derived from megadyn.kinds.Kind"),
         ("KIND = Mine", "KIND = 3", "KIND must be a dataclass derived from megadyn.kinds.Kind"),
-        ('title = "a kind of one\'s own"', "", "Mine.title is missing: a string"),
-        ('name = "mine"', "", "Mine.name is missing: a string"),
-        ('sentence = "It does what it does."', "", "Mine.sentence is missing: a string"),
+        ('title = "a kind of one\'s own"', "", "Mine.title is missing: it must be a string"),
+        ('name = "mine"', "", "Mine.name is missing: it must be a string"),
+        ('sentence = "It does what it does."', "", "Mine.sentence is missing: it must be a string"),
         (
             'layers = {"mine": "AnyLayer"}',
             "",
-            "Mine.layers is missing: layer types and their classes in layers.py",
+            "Mine.layers is missing: it must map layer types to classes in layers.py",
         ),
-        ("(Laid, TopK)", "(TopK)", "Mine.layer_types is missing: the type of each layer"),
-        ('"strength")', '"length")', "recorded names 'length', which is no key of Mine"),
+        ("(Laid, TopK)", "(TopK)", "Mine.layer_types is missing: it must return the type of each layer"),
+        ('"strength")', '"length")', "recorded names 'length', which is not a key of Mine"),
     ],
 )
 def test_a_kind_that_lacks_something_is_refused_in_one_sentence(tmp_path, package, old, new, said):
@@ -238,5 +238,5 @@ def test_a_kind_that_lacks_something_is_refused_in_one_sentence(tmp_path, packag
 def test_a_kind_without_one_of_its_files_is_refused(tmp_path, package, part):
     (package / f"{part}.py").unlink()
     assert refusal(tmp_path, "model.routing.kind=own_kinds.mine") == (
-        f"routing kind own_kinds.mine: {part}.py is missing beside its __init__.py"
+        f"routing kind own_kinds.mine: {part}.py is missing next to its __init__.py"
     )

@@ -71,8 +71,8 @@ def test_the_older_offset_is_read_as_its_logarithm_and_later_files_still_count(t
 def test_both_spellings_of_the_offset_are_refused(tmp_path):
     message = refusal(tmp_path, "model.routing.ce_offset_init=1", "model.routing.ce_log_offset_init=0")
     assert message == (
-        "model.routing.ce_offset_init in the command line: is the older spelling of "
-        "model.routing.ce_log_offset_init, which is given too; keep one of them"
+        "model.routing.ce_offset_init in the command line: this is the older spelling of "
+        "model.routing.ce_log_offset_init, which is also given; keep one of them"
     )
 
 

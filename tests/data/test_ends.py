@@ -74,10 +74,10 @@ def test_the_written_token_is_adopted_and_others_are_held_to_it(made, logged):
     assert tokenizer.eod == 256
     adopt_eod(tokenizer, bang)
     assert tokenizer.eod == 33
-    assert "in place of tokenizer byte's own" in logged.messages[-1]
+    assert "instead of tokenizer byte's own" in logged.messages[-1]
     check_eod(bang, 33)
     check_eod(none, 33)
-    with pytest.raises(UserError, match="ends its documents with token id 256, but 33 is meant"):
+    with pytest.raises(UserError, match="ends its documents with token id 256, but 33 should"):
         check_eod(usual, 33)
 
 
@@ -88,7 +88,7 @@ def test_masks_need_documents_that_end_with_the_token(made):
         check_marked(made("c"), 256)
     with pytest.raises(UserError, match="document 0 of dataset .* ends with token id 101, not with 256"):
         check_marked(without_record(made("d")), 256)
-    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 is meant"):
+    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 should"):
         check_marked(made("e", append_eod=True, eod="!"), 256)
 
 

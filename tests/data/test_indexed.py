@@ -292,7 +292,7 @@ def test_id_out_of_range_is_refused_and_leaves_nothing(tmp_path, token):
 def test_counts_that_disagree_are_our_mistake(tmp_path):
     with IndexedWriter(tmp_path / "x", "<u2") as writer:
         for lengths, sequences in [([1], [1]), ([2], [2])]:
-            with pytest.raises(ValueError, match="2 tokens for lengths of"):
+            with pytest.raises(ValueError, match="2 tokens for lengths with sum"):
                 writer.add(np.array([1, 2]), lengths, sequences)
 
 

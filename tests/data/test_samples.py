@@ -150,7 +150,7 @@ def test_too_few_tokens_for_one_sample(write_dataset):
     dataset = write_dataset([[3], [], [2]])
     assert len(SampleSet(dataset, sequence_length=4, seed=0)) == 1
     with pytest.raises(
-        UserError, match=r"the 5 tokens of 3 documents are too few .* sequence length 5, which takes 6"
+        UserError, match=r"the 5 tokens of 3 documents are too few .* sequence length 5, which needs 6"
     ):
         SampleSet(dataset, sequence_length=5, seed=0)
     with pytest.raises(UserError, match="the 0 tokens of 1 documents"):

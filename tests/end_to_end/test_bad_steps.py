@@ -47,7 +47,7 @@ def test_stop_is_one_sentence_and_leaves_what_was_saved(config_file: Path) -> No
     crew = run(config_file, "checkpoint.interval=2", "parallel.tensor=2", factors={4: math.nan}, world=2)
     assert crew.statuses == [1, 1]
     assert crew.errors(0) == [
-        "error: step 4 (samples 12 to 15) is bad: a loss of nan; the step was not taken, and nothing was "
+        "error: step 4 (samples 12 to 15) is bad: a loss of nan; the step was not applied, and nothing was "
         "saved since iteration 2 (training.on_bad_step: skip or rollback continues)"
     ]
     assert crew.errors(1) == []
@@ -141,7 +141,7 @@ def test_weights_that_overflow_are_never_saved(config_file: Path) -> None:
         factors={},
     )
     assert crew.statuses == [1]
-    assert "holds a number that is not finite at iteration 1: nothing was saved" in crew.errors()[0]
+    assert "is NaN or infinite at iteration 1: nothing was saved" in crew.errors()[0]
     assert not list((config_file.parent / "out").glob("checkpoints/iteration-*"))
 
 

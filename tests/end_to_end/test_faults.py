@@ -65,7 +65,7 @@ def test_a_full_disk_on_one_rank_stops_the_run_or_not_as_configured(
     done = train(config_file, *settings, "checkpoint.on_error=continue", world=2, sabotage=fails_first)
     assert done.returncode == 0, done.output
     assert stopped in done.output
-    assert "the run continues, its newest checkpoint is of iteration 2" in done.output
+    assert "the run continues; its newest checkpoint is from iteration 2" in done.output
     assert {path.name for path in checkpoints.iterdir()} == {
         "iteration-00000002",
         "iteration-00000006",

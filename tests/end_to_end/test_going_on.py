@@ -105,7 +105,7 @@ def test_a_model_that_gives_nan_is_no_success_at_any_start(config_file: Path) ->
     second = train(config_file, *settings, factors=dict.fromkeys(range(1, 5), math.nan))
     assert second.statuses == [1]  # from the good one, through the same steps
     assert resumed_at(second.output()) == 2
-    assert second.output().count("checkpoint passed over: ") == 2
+    assert second.output().count("checkpoint skipped: ") == 2
     third = train(
         config_file, *settings, "training.max_bad_steps_total=2", factors=dict.fromkeys(range(1, 4), math.nan)
     )
@@ -145,9 +145,9 @@ def test_a_rollback_passes_over_what_was_saved_among_bad_steps(config_file: Path
     [
         (
             "model.routing.kind=mod",
-            "model.routing.kind is 'dtf' there and 'mod' here (it decides which layers",
+            "model.routing.kind is 'dtf' in the checkpoint and 'mod' here (it determines the layers",
         ),
-        ("training.seed=5", "training.seed is 1234 there and 5 here (it decides which samples"),
+        ("training.seed=5", "training.seed is 1234 in the checkpoint and 5 here (it determines the order"),
     ],
 )
 def test_what_must_be_equal_is_refused_with_the_reason(override: str, said: str, config_file: Path) -> None:

@@ -131,7 +131,7 @@ def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
 
     status, output = train(config_file, "model.hidden_size=64")
     assert status == 2
-    assert "model.hidden_size is 32 there and 64 here" in output
+    assert "model.hidden_size is 32 in the checkpoint and 64 here" in output
 
     status, output = train(config_file, "checkpoint.resume=never")
     assert status == 2

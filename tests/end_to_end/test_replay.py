@@ -45,6 +45,6 @@ def test_a_recording_that_does_not_fit_is_one_sentence(config_file: Path, tmp_pa
     crew = Crew(config_file, f"training.routing_replay={tmp_path / 'none'}")
     assert crew.wait() == [2]
     assert crew.errors() == [
-        f"error: {tmp_path}/none/recording.json: No such file or directory; no recording of routing choices"
+        f"error: {tmp_path}/none/recording.json: No such file or directory; not a recording of routing choices"
     ]
     assert "Traceback" not in crew.output()

@@ -99,9 +99,9 @@ WHOLE = {
     [
         (
             [["model.embed_tokens.weight", "norm.weight"], ["lm_head.weight"]],
-            "q_proj.weight stands on stages \\[\\]",
+            "q_proj.weight is on stages \\[\\]",
         ),
-        ([list(WHOLE)[:3], list(WHOLE)[2:]], "norm.weight stands on stages \\[0, 1\\]"),
+        ([list(WHOLE)[:3], list(WHOLE)[2:]], "norm.weight is on stages \\[0, 1\\]"),
         ([list(WHOLE)[:2], [*list(WHOLE)[2:], "other"]], "the whole model has no other"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_wrong_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Sharding, "cut", lambda self, name, whole, rank: whole.chunk(self.size, self.dim(name))[0]
     )
-    with pytest.raises(RuntimeError, match="its parts do not make the whole"):
+    with pytest.raises(RuntimeError, match="its parts do not join to the whole"):
         check_cuts(shapes, WHOLE, Sharding(2, 2), 0, VOCAB)
 
 
@@ -194,7 +194,7 @@ def test_the_tool_builds_ranks() -> None:
         (("--gpus", 8, "--gpu-memory", 3), "error: --reserve-gib 4 leaves nothing"),
         (("--gpus", 8, "--gpu-memory", 80, "--rank", 9), "error: --rank 9: must be 0 to 7"),
         (("model.hidden_sise=1", "--gpus", 8, "--gpu-memory", 80), "error: model.hidden_sise"),
-        (("model.vocab_size=null", "--gpus", 8, "--gpu-memory", 80), "error: model.vocab_size is left out"),
+        (("model.vocab_size=null", "--gpus", 8, "--gpu-memory", 80), "error: model.vocab_size is not set"),
     ],
 )
 def test_the_tool_says_in_one_line_what_is_wrong(words: tuple[object, ...], said: str) -> None:

@@ -334,7 +334,7 @@ def test_bits_per_byte_need_a_record_of_the_bytes(
             ]
         )
         out = capsys.readouterr().out
-        assert ("bits per byte: not known" not in out) == (" bits per byte\n" in out) == known
+        assert ("bits per byte: unknown" not in out) == (" bits per byte\n" in out) == known
         assert (json.loads(out.splitlines()[-1])["bits_per_byte"] is not None) == known
 
 

@@ -157,7 +157,7 @@ def test_log_likelihoods_are_the_oracles(
     [
         ("mod", {"ROUTING": "topk", "BATCH": "4"}, "BATCH = 4: must be 1 with ROUTING=topk"),
         ("mod", {"ROUTING": "best"}, "ROUTING = best: must be causal or topk"),
-        ("nowhere", {}, "nowhere: no folder that"),
+        ("nowhere", {}, "nowhere: not a folder written by"),
     ],
 )
 def test_run_sh_refuses_in_one_sentence(

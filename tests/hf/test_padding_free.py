@@ -259,9 +259,9 @@ def running(*lengths: int) -> Tensor:
         ),
         ({"block_tables": 1}, TypeError, "unexpected keyword argument 'block_tables'"),
         ({"token_type_ids": TOKENS}, TypeError, "unexpected keyword argument 'token_type_ids'"),
-        ({"is_causal": False}, ValueError, "is_causal = False: this model has only True"),
+        ({"is_causal": False}, ValueError, "is_causal = False: this model supports only True"),
         ({"output_router_logits": True}, ValueError, "output_router_logits = True"),
-        ({"cache_position": torch.arange(5, 44)}, ValueError, "cache_position: must count from 0"),
+        ({"cache_position": torch.arange(5, 44)}, ValueError, "cache_position: must start at 0"),
     ],
 )
 def test_keywords_that_would_be_ignored_are_refused(keywords, error, message):
@@ -294,7 +294,7 @@ def test_running_lengths_are_of_whole_sequences():
     cache = model(TOKENS).past_key_values
     with pytest.raises(ValueError, match="whole sequences"):
         model(TOKENS, past_key_values=cache, cu_seq_lens_q=running(30, 9))
-    with pytest.raises(ValueError, match="must not go on in the next row"):
+    with pytest.raises(ValueError, match="must not continue in the next row"):
         model(TOKENS.view(3, 13), cu_seq_lens_q=running(20, 19))
 
 

@@ -239,7 +239,7 @@ def test_the_token_that_ended_documents_in_training_is_the_exports(
     assert set(special.values()) == {300} == {theirs.eos_token_id}
     monkeypatch.setattr("megadyn.log.log.propagate", True)
     special, _ = write_tokenizer(str(source), tmp_path / "ordinary", 24, "!")
-    assert "does not name '!', which ends its documents" in caplog.messages[-1]
+    assert "does not declare '!', which ends its documents" in caplog.messages[-1]
     assert set(special.values()) == {reference.id_of("!")}
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "ordinary")
     assert theirs("a! b")["input_ids"] == reference.encode_batch(["a! b"])[0].tolist()

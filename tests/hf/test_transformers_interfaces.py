@@ -87,7 +87,9 @@ def test_caches_of_transformers_are_refused_in_a_sentence(kind):
             partial(model, TOKENS, past_key_values=cache),
             partial(model.generate, TOKENS, past_key_values=cache, max_new_tokens=2),
         ):
-            with pytest.raises(ValueError, match=f"is a {type(cache).__name__}, which.*makes a MegadynCache"):
+            with pytest.raises(
+                ValueError, match=f"is a {type(cache).__name__}, which.*creates a MegadynCache"
+            ):
                 asked()
     for asked in (lambda: model.generate_batch([[1, 2], [3]]), model.init_continuous_batching):
         with pytest.raises(ValueError, match="continuous batching .generate_batch. is not supported"):

@@ -115,5 +115,5 @@ def test_the_second_pass_keeps_keys_of_its_own_tokens_alone():
 def test_mirrors_that_do_not_match_are_refused():
     fields = to_hf_config(tiny_config("skip_middle").model, "float32")
     name = next(name for name in ("routed_layer_types", "layer_types") if name in fields)
-    with pytest.raises(ValueError, match="as many skip_middle_out"):
+    with pytest.raises(ValueError, match="must be half skip_middle_out"):
         MegadynConfig(**fields | {name: fields[name][::-1]})

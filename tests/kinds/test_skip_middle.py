@@ -79,7 +79,7 @@ def test_a_token_that_left_is_away_up_to_the_mirror():
 
 
 def test_what_it_cannot_do_is_refused():
-    with pytest.raises(ConfigError, match="parallel.pipeline.*one tensor alone crosses"):
+    with pytest.raises(ConfigError, match="parallel.pipeline.*only one tensor is sent"):
         tiny_config("skip_middle", pipeline=2)
     with pytest.raises(ConfigError, match="model.num_layers.*mirror"):
         tiny_config("skip_middle", num_layers=5)

@@ -43,7 +43,7 @@ def test_hosts_are_read_in_their_order(tmp_path):
         ),
         (
             "localhost slots=1\n127.0.0.2 slots=1\n",
-            "localhost is another machine on each of 2 hosts; give the name",
+            "localhost means a different machine on each of 2 hosts; give the name",
         ),
         ("127.0.0.1 slots=1\nno-such-host.invalid slots=1\n", "host 'no-such-host.invalid' is unknown here"),
     ],

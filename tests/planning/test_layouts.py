@@ -55,7 +55,7 @@ def test_what_cannot_run_is_refused_with_the_sentence_of_a_run(example: Any) -> 
     _, refused = layouts(example("dtf_7b"), Machine(16, 80))
     said = {(it.tensor, it.pipeline, it.zero_stage): it.reason for it in refused}
     assert said[8, 1, 1] == "parallel.tensor = 8: must be a divisor of model.num_heads = 28"
-    assert said[16, 1, 1] == "parallel.tensor is more than the 8 GPUs of a node"
+    assert said[16, 1, 1] == "parallel.tensor is larger than the 8 GPUs of a node"
     assert "must be at least 1 with precision = bf16" in said[1, 1, 0]
     assert "must be 0 or 1 with parallel.pipeline > 1" in said[1, 2, 3]
     assert (1, 1, 1) not in said
@@ -127,7 +127,7 @@ def test_sizes_that_are_no_numbers_are_refused(zero: dict[str, Any], key: str, t
 def test_no_vocabulary_is_no_plan() -> None:
     config = tiny_config("dense")
     config.model.vocab_size = None
-    with pytest.raises(UserError, match=r"model\.vocab_size is left out"):
+    with pytest.raises(UserError, match=r"model\.vocab_size is not set"):
         layouts(config, Machine(2, 80))
 
 

@@ -46,6 +46,6 @@ def test_the_table_shows_what_each_stage_holds_and_costs():
         "stage  layers     share of FLOPs",
         "    0  0-4         53.3%  embedding",
         "    1  5-7         46.7%  head",
-        "the dearest costs 1.07 times the mean",
+        "the most expensive stage costs 1.07 times the mean",
     ]
     assert stage_table([1.0], 1.0, [0, 1]).splitlines()[1] == "    0  0          100.0%  embedding, head"

@@ -276,12 +276,12 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
 
 def test_why_a_frame_is_not_read_is_told(tmp_path):
     for raw, reason in [
-        (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not at hand"),
+        (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not available"),
         (
             raw_frame((0, SHORT), window=0xA8),
             "its window of 2048 MiB is over 128; decompress it with zstd --long=31 first",
         ),
-        (raw_frame((3, SHORT)), "no zstd block at byte 33"),
+        (raw_frame((3, SHORT)), "invalid zstd block at byte 33"),
     ]:
         good = pyarrow.compress(SHORT, "zstd", asbytes=True)
         (tmp_path / "x.jsonl.zst").write_bytes(good + raw + good)

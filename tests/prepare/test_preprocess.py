@@ -248,5 +248,5 @@ def test_eod_is_kept_whatever_the_type_of_the_ids(wide):
 def test_id_beyond_the_vocabulary_is_refused():
     tokenizer = byte()
     tokenizer.vocab_size = 98
-    with pytest.raises(UserError, match="token id 98 is not below its 98"):
+    with pytest.raises(UserError, match="token id 98 is not below its vocabulary size 98"):
         Encoder(Corpus([]), [], tokenizer, Parts(Path("x")), eod=None, limit=None)._encode([b"ab"])

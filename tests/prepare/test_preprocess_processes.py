@@ -215,7 +215,7 @@ def test_a_killed_run_takes_its_workers_along_and_goes_on_when_started_again(
     else:
         assert (run.returncode, error) == (
             130,
-            "error: interrupted; the same command goes on from what is finished\n",
+            "error: interrupted; the same command continues from what is finished\n",
         )
     began = time.monotonic()
     while any(path.exists() for path in workers):

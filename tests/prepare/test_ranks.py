@@ -146,7 +146,7 @@ def test_a_part_that_rank_0_cannot_see_ends_the_job(encoder, monkeypatch, kind):
     file.write_bytes(whole[:-1])
     with pytest.raises(
         UserError,
-        match=rf"part1\.{kind}: rank 1 has written it, but rank 0 on .* not see it whole within 0.05",
+        match=rf"part1\.{kind}: rank 1 has written it, but rank 0 on .* not see all of it within 0.05",
     ):
         taken()
     file.unlink()

@@ -62,7 +62,7 @@ def test_everything_of_a_run_is_on_its_page(make_run, tmp_path):
         "Auxiliary loss: prior, unweighted",
         "Learning rate",
         "Throughput (tokens/s)",
-        "Model TFLOP/s of one device",
+        "Model TFLOP/s per device",
         "Share of tokens routed",
         "Causal agreement: share of tokens on which the causal rule and top-k agree",
         "S_CE: expected change, mean over tokens",
@@ -90,7 +90,7 @@ def test_everything_of_a_run_is_on_its_page(make_run, tmp_path):
     }
     assert {count: {"0": "--k:0", "1": "--k:0.6", "2": "--k:1"}[count] for count in shades} == shades
     assert len(shades) > 1
-    assert "whole: every file has its sha256" in html and "not recorded by the run" in html
+    assert "intact: the sha256 of every file matches" in html and "not recorded by the run" in html
     assert "routing:\n" in "".join(outline.text["pre"])
 
 
@@ -100,11 +100,11 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
     write_starts(run, start(), start(4, hosts={"node<1>": 4}))
     html = made([run], tmp_path / "a.html", tokens=0)
     assert {
-        "Where the time of the reported step goes (ms, mean of ranks)",
+        "Where the time of the reported step goes (ms, mean over ranks)",
         "MFU: share of the device's peak",
-        "Tokens/s of one device",
-        "TFLOP/s of one device that a dense model needs to be as fast",
-        "Memory of the fullest rank (GiB)",
+        "Tokens/s per device",
+        "TFLOP/s per device that a dense model needs to be as fast",
+        "Memory of the rank that uses most (GiB)",
         "Gradient norm by component",
         "Learning rate by parameter group",
     } <= set(captions(html))
@@ -123,7 +123,7 @@ def test_speed_and_environment_are_shown_where_they_were_recorded(make_run, tmp_
 def test_what_an_earlier_run_lacks_is_not_recorded(make_run, tmp_path):
     html = made([make_run()], tmp_path / "a.html", tokens=0)
     assert (
-        "Not recorded by this run: tokens/s of one device, MFU, dense-equivalent TFLOP/s, where a step&#x27;s time goes, "
+        "Not recorded by this run: tokens/s per device, MFU, dense-equivalent TFLOP/s, where a step&#x27;s time goes, "
         "memory, gradient norm by component, learning rate by parameter group."
     ) in html
     assert "not recorded by the run" in html
@@ -138,8 +138,8 @@ def test_what_an_earlier_run_lacks_is_not_recorded(make_run, tmp_path):
     (on_cpu / "environment.jsonl").write_text('{"iteration": 3, "versions": {}}\n{"iterat')
     html = made([on_cpu], tmp_path / "b.html", tokens=0)
     assert "Not recorded by this run" not in html
-    assert "No MFU: the peak of its device is not known" in html and "MFU" not in " ".join(captions(html))
-    assert "Left out as no whole records: 1 line(s) of environment.jsonl." in html
+    assert "No MFU: the peak of its device is unknown" in html and "MFU" not in " ".join(captions(html))
+    assert "Left out as incomplete: 1 line(s) of environment.jsonl." in html
     assert {"none", "not recorded"} <= set(Outline(html).text["td"])
 
 
@@ -151,7 +151,7 @@ def test_two_runs_compare_speed_and_environment(make_run, tmp_path):
     write_starts(second, start(9, started="later", devices={"NVIDIA H100": 4}))
     html = made([first, second], tmp_path / "a.html", tokens=0)
     for run in ("one", "two"):
-        assert f"Where the time of the reported step goes (ms, mean of ranks), {run}" in captions(html)
+        assert f"Where the time of the reported step goes (ms, mean over ranks), {run}" in captions(html)
     assert captions(html).count("MFU: share of the device's peak") == 1
     assert "causal attention at half, two" in Outline(html).text["span"]
     table = html[html.rindex('class="differences"') :]
@@ -265,13 +265,13 @@ def test_what_is_missing_is_said(make_run, tmp_path):
     html = made([dense], tmp_path / "a.html")
     assert (
         "The run folder holds none." in html
-        and "holds no whole checkpoint" in html
+        and "holds no intact checkpoint" in html
         and "config.yaml cannot be read" in html
     )
     write_metrics(dense, records()[:1])
     assert "No training step was logged yet." in made([dense], tmp_path / "a.html")
     for options, said in (
-        ({"tokens": 0}, "as asked (--tokens 0)"),
+        ({"tokens": 0}, "left out (--tokens 0)"),
         ({"look_at_checkpoints": False}, "(--no-checkpoints)"),
     ):
         assert said in made([make_run("mod", said)], tmp_path / "a.html", **options)
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_the_run_went_back_from_is_not_run(make_run, tmp_path)
     shutil.copytree(run / "checkpoints" / "iteration-00000006", run / "checkpoints" / "iteration-00000009")
     html = made([run], tmp_path / "a.html")
     assert "run through iteration-00000006 with causal routing" in html
-    assert "whole: every file has its sha256; not used: the run has since gone back before it" in html
+    assert "intact: the sha256 of every file matches; not used: the run has since gone back before it" in html
 
 
 def test_events_are_listed(make_run, tmp_path):

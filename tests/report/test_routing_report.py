@@ -42,7 +42,7 @@ def test_a_page_and_its_summary(tool, make_run, tmp_path, capsys):
     assert (one["iteration"], one["training_records"], one["text_tokens"], one["no_text"]) == (6, 6, 20, None)
     assert (one["checkpoints"], one["damaged_checkpoints"], one["notes"]) == (1, 0, [])
     assert two["text_tokens"] == 0 and "dense" in two["no_text"]
-    assert "half-written" in two["notes"][0] and two["notes"][0] in out
+    assert "incomplete" in two["notes"][0] and two["notes"][0] in out
     assert sorted(
         path.name for path in tmp_path.iterdir() if path.is_file() and path.name.startswith((".", "a"))
     ) == ["a.html"]

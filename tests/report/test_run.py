@@ -45,7 +45,7 @@ def test_a_half_written_last_line_is_left_out_and_named(make_run, cut):
     run = read_run(folder, "a")
     assert (len(run.training), run.last_iteration) == (6, 6)
     (note,) = run.notes
-    assert "half-written" in note
+    assert "incomplete" in note
 
 
 def test_broken_lines_before_the_end_are_counted(make_run):
@@ -55,7 +55,7 @@ def test_broken_lines_before_the_end_are_counted(make_run):
     run = read_run(folder, "a")
     assert len(run.training) == 6
     assert [
-        ("half-written" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes
+        ("last line" in note, "2 line(s)" in note and "the first of them 4" in note) for note in run.notes
     ] == [(True, False), (False, True)]
 
 

@@ -120,7 +120,7 @@ def test_what_is_missing_is_said_in_a_sentence(make_run, tmp_path):
     for before, after, said in (
         ("path: byte", "path: gone", "gone: no such file"),
         (f"validation: {tmp_path}/text", "validation: null", "no validation set"),
-        (f"validation: {tmp_path}/text", "validation: gone/text", "relative paths count from"),
+        (f"validation: {tmp_path}/text", "validation: gone/text", "paths are relative to"),
     ):
         assert before in text
         path.write_text(text.replace(before, after))
@@ -138,7 +138,7 @@ def test_ids_of_another_tokenizer_are_refused(make_run, monkeypatch):
     small = ByteTokenizer()
     small.vocab_size = 100
     monkeypatch.setattr("megadyn.report.text_map.load_tokenizer", lambda path: small)
-    with pytest.raises(UserError, match="has 100 ids only"):
+    with pytest.raises(UserError, match="has only 100 ids"):
         map_text(run, checkpoint_of(run), 9)
 
 

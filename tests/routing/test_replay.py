@@ -117,9 +117,7 @@ def test_flips_are_counted_with_their_distance_from_the_cut(recorded: Path, tmp_
 def test_recordings_of_different_runs_are_not_compared(recorded: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     run(config_of("mod", record=other))
-    with pytest.raises(
-        UserError, match=r"cannot be compared with .*other: kind dtf, where the other has mod"
-    ):
+    with pytest.raises(UserError, match=r"cannot be compared with .*other: kind dtf, but the other has mod"):
         flips(recorded, other)
     about = Recording(recorded).about()
     Recording(tmp_path / "empty").begin(about)
@@ -156,7 +154,8 @@ def test_a_fitting_recording_is_not_refused(recorded: Path) -> None:
 @pytest.mark.parametrize("key", ["record", "replay"])
 def test_a_kind_that_does_not_choose_is_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=rf"training\.routing_{key} = .*: must be left out with dense, where no layer chooses"
+        UserError,
+        match=rf"training\.routing_{key} = .*: must be left out with dense, because no layer chooses",
     ):
         refuse(config_of("dense", **{key: tmp_path}))
 
@@ -175,7 +174,7 @@ def test_the_folder_of_another_run_is_not_written_to(recorded: Path) -> None:
     ):
         refuse(config_of(record=recorded, output_dir="elsewhere"))
     with pytest.raises(
-        UserError, match=r"unused, with layers 1 \(dtf_dynamic\), 3 \(dtf_dynamic\), where this run has"
+        UserError, match=r"unused: layers 1 \(dtf_dynamic\), 3 \(dtf_dynamic\), but this run has"
     ):
         refuse(config_of(record=recorded, num_layers=2))
 
@@ -190,16 +189,16 @@ def other_shape(config: Config) -> Config:
     [
         (
             lambda folder: config_of("mod", replay=folder),
-            "does not fit the run: kind dtf, where this run has mod",
+            "does not fit this run: kind dtf, but this run has mod",
         ),
         (
             lambda folder: config_of(replay=folder, num_layers=2),
-            r"layers 1 .*, 3 .*, where this run has 1 \(dtf_dynamic\)$",
+            r"layers 1 .*, 3 .*, but this run has 1 \(dtf_dynamic\)$",
         ),
-        (lambda folder: other_shape(config_of(replay=folder)), "length 24, where this run has 12"),
+        (lambda folder: other_shape(config_of(replay=folder)), "length 24, but this run has 12"),
         (
             lambda folder: config_of(replay=folder / "layer-001"),
-            "recording.json: No such file or directory; no recording",
+            "recording.json: No such file or directory; not a recording",
         ),
     ],
 )
@@ -211,14 +210,14 @@ def test_what_does_not_fit_is_not_replayed(
 
 
 def test_other_data_are_not_replayed(recorded: Path) -> None:
-    with pytest.raises(UserError, match="the training data or their order are not those of this run"):
+    with pytest.raises(UserError, match="the training data or their order differ from this run's"):
         refuse(config_of(replay=recorded), data="others")
 
 
 def test_a_missing_step_is_refused_unless_the_run_is_past_it(recorded: Path) -> None:
     Recording(recorded).path(3, 1).unlink()
     with pytest.raises(
-        UserError, match=r"layer-003/step-00000001.npz: is missing .*, with 0 more of the steps 1 to 2"
+        UserError, match=r"layer-003/step-00000001.npz: missing .*, like 0 more of the steps 1 to 2"
     ):
         refuse(config_of(replay=recorded))
     refuse(config_of(replay=recorded), iteration=1)
@@ -227,7 +226,7 @@ def test_a_missing_step_is_refused_unless_the_run_is_past_it(recorded: Path) -> 
 @pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"kind": "dtf"})])
 def test_a_damaged_description_is_refused(text: str, recorded: Path) -> None:
     (recorded / "recording.json").write_text(text)
-    with pytest.raises(UserError, match=r"recording.json: is damaged, or no recording"):
+    with pytest.raises(UserError, match=r"recording.json: damaged, or not a recording"):
         refuse(config_of(replay=recorded))
 
 
@@ -251,13 +250,13 @@ def rewritten(change: Callable[[Recorded], Recorded]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (half, "is damaged, or no recorded step"),
-        (Path.unlink, "is missing from the recording"),
-        (lambda path: path.write_text(""), "is damaged, or no recorded step"),
-        (another, "is damaged, or no recorded step"),
+        (half, "damaged, or not a recorded step"),
+        (Path.unlink, "missing from the recording"),
+        (lambda path: path.write_text(""), "damaged, or not a recorded step"),
+        (another, "damaged, or not a recorded step"),
         (
             rewritten(lambda it: it._replace(first=0)),
-            "recorded from sample 0 of the run on, and the step begins at sample 4",
+            "recorded from sample 0 of its run on, but the step begins at sample 4",
         ),
         (
             rewritten(lambda it: it._replace(chosen=it.chosen[:, :7])),
@@ -270,7 +269,7 @@ def rewritten(change: Callable[[Recorded], Recorded]) -> Callable[[Path], None]:
         ),
         (
             rewritten(lambda it: it._replace(chosen=~it.chosen & False)),
-            "must take 12 tokens of each sequence, as the layer does",
+            "must choose 12 tokens of each sequence, as the layer does",
         ),
     ],
     ids=range(9),
@@ -286,7 +285,7 @@ def test_a_layer_whose_choices_pass_elsewhere_is_refused(
 ) -> None:
     monkeypatch.setattr(Decisions, "settle_top", lambda self, top, score: top)
     with pytest.raises(
-        UserError, match=r"layer 1 \(dtf_dynamic\) can be neither recorded nor replayed: .* and 0 did"
+        UserError, match=r"layer 1 \(dtf_dynamic\) cannot be recorded or replayed: .* but 0 did"
     ):
         run(config_of(record=tmp_path / "recorded"))
 

@@ -92,7 +92,7 @@ def test_lines_scroll_by_above_the_view(monkeypatch):
     assert lines[82:] == [
         "loss 1.0000 ██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▃▂▂▂▁▁  prior 0.012  gradient norm 1.25",
         "learning rate base 3.00e-04  router 3.00e-03",
-        "45.7k tokens/s, 5,710 a device, for which a dense model needs 350 TFLOP/s",
+        "45.7k tokens/s, 5,710 per device, for which a dense model needs 350 TFLOP/s",
         "312 TFLOP/s per device  MFU 41.2% (causal half), 45.1% (whole square)",
         "a step's 100 ms: data 1% forward 30% backward 50% communication 15% optimizer 4%",
         "memory, GiB: allocated peak 61.2",

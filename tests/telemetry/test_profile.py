@@ -51,7 +51,7 @@ def test_a_run_that_ends_or_begins_inside_the_window_keeps_what_there_is(tmp_pat
 def test_a_window_that_lies_behind_is_named(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(log, "propagate", True)
     run(Profile(config(), tmp_path, 0, 3), range(4, 6))
-    assert "nothing is traced: the run continues from iteration 3" in caplog.text
+    assert "no steps are traced: the run continues from iteration 3" in caplog.text
     assert not list(tmp_path.iterdir())
 
 

@@ -126,7 +126,7 @@ def test_a_problem_is_told_once_and_only_where_it_stays():
     assert shown_by(health, 1, gate_routed=0.05, gate_unrouted=0.01) == ["closed_gate"]
     assert shown_by(health, 20, gate_routed=0.04, gate_unrouted=0.01) == []
     assert [re.sub(r"\d{3}", "N", line) for line in health.summary()] == [
-        f"layer 1: its gate is closed (mean 0.N over chosen tokens, under {CLOSED_GATE}): it is computed and hardly used, "
+        f"layer 1: its gate is closed (mean 0.N over chosen tokens, below {CLOSED_GATE}): it is computed but hardly used, "
         "since iteration N"
     ]
     assert "mean 0.040" in health.summary()[0]
@@ -163,7 +163,7 @@ def test_warnings_go_into_the_log_and_the_metrics(tmp_path, monkeypatch, caplog)
     telemetry.close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (warned,) = (record for record in records if "router_warning" in record)
-    sentence = "layer 1: its causal rule agrees with top-k on 55% of tokens, where chance gives 50%, since iteration 110"
+    sentence = "layer 1: its causal rule agrees with top-k on 55% of tokens, but chance alone gives 50%, since iteration 110"
     assert warned == {
         "iteration": 150,
         "router_warning": {

@@ -71,7 +71,7 @@ def test_a_half_written_line_is_dropped_with_a_warning(tmp_path, caplog, monkeyp
     path.write_text(whole + cut)
     kind(path, 10).close()
     assert path.read_text() == whole
-    assert "half-written" in caplog.text
+    assert "incomplete line" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 

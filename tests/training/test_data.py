@@ -249,7 +249,7 @@ def test_documents_end_with_the_token_that_was_written(tmp_path):
             opened(**data)
     config = configured(train=bang)
     config.tokenizer.eod = "<|endoftext|>"
-    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 is meant"):
+    with pytest.raises(UserError, match="ends its documents with token id 33, but 256 should"):
         open_data(config)
     config.tokenizer.eod = "<nope>"
     with pytest.raises(UserError, match=r"no token '<nope>' in its vocabulary \(tokenizer\.eod\)"):

@@ -136,7 +136,7 @@ def test_the_course_knows_changes_and_rollbacks():
         ({"warmup_iterations": 20, "schedule": "constant"}, None),
         (
             {"schedule": "wsd", "decay_iterations": 16},
-            "optimizer.decay_iterations = 16 does not fit behind a warm-up of 5 into 20 "
+            "optimizer.decay_iterations = 16 does not fit after a warm-up of 5 into 20 "
             "iterations: the decay takes 15",
         ),
         ({"schedule": "wsd", "decay_iterations": 15}, None),

@@ -1,4 +1,4 @@
-"""No routing: every token goes through every layer."""
+"""No routing: every layer processes every token."""
 
 from dataclasses import dataclass
 

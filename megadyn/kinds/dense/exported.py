@@ -1,4 +1,4 @@
-"""A dense exported model has no layers of its own: DenseLayer is every kind's."""
+"""A dense exported model has no layers of its own: DenseLayer is part of every export."""
 
 from megadyn.hf.configuration_megadyn import ExportedKind, Router
 

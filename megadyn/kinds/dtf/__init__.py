@@ -47,7 +47,7 @@ class Dtf(Surprising):
             )
 
     def layer_types(self, num_layers: int) -> list[str]:
-        """Odd layers decide, even ones skip; a last odd one is dense."""
+        """Odd layers decide, even ones skip; if the number is odd, the last layer is dense."""
         return [DECISION, DYNAMIC] * (num_layers // 2) + [DENSE] * (num_layers % 2)
 
     def to_export(self, shape: Shape) -> dict[str, object]:
@@ -75,9 +75,11 @@ class Dtf(Surprising):
         if layer == DENSE:
             return dense_kept(work)
         d, b, n, m = work.model.hidden_size, work.bytes, work.tokens, work.part
-        # Both differences and the prior's inner width, all behind the block and so gone before its backward pass.
+        # Both differences and the prior's inner activations. They come after the block, so they are freed before its
+        # backward pass.
         prior = m * b * (2 * d + 2 * self.prior_size(work.model))
-        compared = m * d * (8 + b + (b if b < 4 else 0))  # gradients of both, in float32, and of the stream
+        # Gradients of both in float32, and that of the residual stream.
+        compared = m * d * (8 + b + (b if b < 4 else 0))
         return Kept(
             m * b * d,
             whole_block(work) + prior,

@@ -1,4 +1,4 @@
-"""DTF in an exported model: Decision layers score tokens, Dynamic layers process the most surprising (see README.md)."""
+"""DTF in an exported model: Decision layers score tokens, Dynamic layers process the most surprising ones (see README.md)."""
 
 import math
 from typing import Any, cast
@@ -13,13 +13,13 @@ from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, gate_of, log_of_o
 
 
 def threshold_of_older(tau: Tensor) -> Tensor:
-    """The threshold on r for one on G. One of 1 took the tokens whose G rounds to 1 in float32: those with 1 - G < 2^-25."""
+    """Converts a threshold on G to one on r. A threshold of 1 took the tokens whose float32 G rounds to 1: 1 - G < 2^-25."""
     return torch.where(tau < 1, -torch.log1p(-tau), 25 * math.log(2))
 
 
 def convert_older(model: Any) -> None:
-    """Gives a DTF export of an earlier version, as loaded, today's form: training would drive its offset below 0, to NaN.
-    Where weights are offloaded it stays as it is, and runs by the older rules."""
+    """Converts a loaded DTF export of an earlier version to the current form, because training would drive its offset
+    below 0, to NaN. A model with offloaded weights is left as it is, and runs by the older rules."""
     layers = [module for module in model.modules() if isinstance(module, SurpriseRouter | ThresholdRule)]
     offloaded = any(tensor.is_meta for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
     if model.config.routing.get("score") != "gate" or offloaded:
@@ -39,7 +39,7 @@ def convert_older(model: Any) -> None:
 
 
 def convert_older_state(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """The same for the weights alone, in place, before `load_state_dict` puts them into a model of today's form."""
+    """The same for bare weights, in place, before `load_state_dict` loads them into a model of the current form."""
     older = [name for name in state if name.startswith(prefix) and name.endswith("router.ce_offset")]
     if model.config.routing.get("score") != "log" or not older:
         return
@@ -51,7 +51,7 @@ def convert_older_state(model: Any, state: dict[str, Tensor], prefix: str, *_: A
 
 
 class DecisionLayer(DenseLayer):
-    """Dense for every token; scores each for the dynamic layer that follows."""
+    """Dense; also scores each token for the following dynamic layer."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
@@ -70,11 +70,11 @@ class DecisionLayer(DenseLayer):
 
 
 class DynamicLayer(RoutedLayer):
-    """Only tokens that the decision layer's score selects; the gate is G = 1 - exp(-r)."""
+    """Processes only tokens selected by the decision layer's score; the gate is G = 1 - exp(-r)."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
-        self.routing = config.routing  # whose `score` changes where an older export is converted
+        self.routing = config.routing  # shared, because converting an older export changes its `score`
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         score_BT = cast(Tensor, stream.score_BC)
@@ -85,13 +85,13 @@ class DynamicLayer(RoutedLayer):
 
 
 def check_pairs(layer_types: list[str]) -> None:
-    """ValueError unless a dynamic layer follows each decision layer, and only it."""
+    """Raises ValueError unless dynamic layers follow decision layers, and only these."""
     for i, layer_type in enumerate(layer_types):
         follows_decision = i > 0 and layer_types[i - 1] == "dtf_decision"
         if (layer_type == "dtf_dynamic") != follows_decision:
             raise ValueError(
-                f"routed_layer_types[{i}] = {layer_type!r}: a dtf_dynamic layer follows each dtf_decision, "
-                "and only it"
+                f"routed_layer_types[{i}] = {layer_type!r}: every dtf_decision must be followed by a dtf_dynamic, "
+                "which may be nowhere else"
             )
     if layer_types[-1] == "dtf_decision":
         raise ValueError("routed_layer_types ends in a dtf_decision without its dtf_dynamic")

@@ -1,8 +1,8 @@
 """DTF, surprise-based routing over pairs of layers (thesis "Dynamic Transformers", eqs. 3.1-3.13).
 
-A Decision layer runs densely and compares what it did with a cheap prediction of it; the most surprising
-tokens of each sequence go through the Dynamic layer that follows. The score r, and with it the gate G, is known at the
-end of the Decision layer, so (hidden, r) is all that passes between the two, and a pipeline cut may fall there.
+A Decision layer runs densely and compares its update with a cheap prediction of it. The most surprising tokens of each
+sequence go through the Dynamic layer that follows. The score r, and so the gate G, is known at the end of the Decision
+layer. So only (hidden, r) is passed between the two, and a pipeline stage may end there.
 """
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from megadyn.routing.surprise import SurpriseRouter, gate_of
 
 
 class DecisionLayer(RoutedLayer):
-    """Dense for every token, and scores each token's surprise for the Dynamic layer behind it."""
+    """Dense for every token; also scores each token's surprise for the following Dynamic layer."""
 
     chooses = False
 
@@ -47,14 +47,14 @@ class DecisionLayer(RoutedLayer):
         return post, score, prior_loss, statistics
 
     def forward(self, stream: Stream) -> Stream:
-        """The dense layer's output, with r as its score; the prior's loss is attached to it in training."""
+        """The dense layer's output with r as score. In training, the prior's loss is attached to it."""
         post, score, prior_loss, statistics = self.run(self.decide, stream.hidden, stream.documents)
         self.monitor.record(statistics | {"prior_loss": prior_loss})
         return Stream(self.attach(post, prior_loss, weight=self.loss_weight), score, stream.documents)
 
 
 class DynamicLayer(SkippingLayer):
-    """Runs its block on the most surprising tokens of each sequence; the rest pass unchanged: post + G Block(post) for these."""
+    """post + G Block(post) for the most surprising tokens of each sequence; the others pass unchanged."""
 
     takes_score = True
 

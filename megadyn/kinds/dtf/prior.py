@@ -1,4 +1,4 @@
-"""DTF's prior, a cheap prediction of what a Decision layer does, and how far the layer is from its input and from it."""
+"""DTF's prior, a cheap prediction of a Decision layer's update, and the distances of the layer's output from input and prior."""
 
 from typing import Any
 
@@ -12,8 +12,9 @@ from megadyn.parallel.params import ParamMaker, constant, normal
 
 
 class Prior(nn.Module):
-    """PriorFFN(RMSNorm(h)), a narrow SwiGLU without biases; whole on every tensor rank. All four weights stand here, not in
-    modules of their own, because one function takes them all and ZeRO-3 gathers what the running module holds."""
+    """PriorFFN(RMSNorm(h)), a narrow SwiGLU without biases; not cut over tensor ranks. It holds all four weights
+    itself, without submodules: one function uses them all, and ZeRO-3 gathers only the weights of the running
+    module."""
 
     def __init__(self, name: str, hidden_size: int, width: int, eps: float, *, make: ParamMaker):
         super().__init__()
@@ -24,10 +25,10 @@ class Prior(nn.Module):
         self.down_proj = make(f"{name}.down_proj.weight", (hidden_size, width), init)
 
     def forward(self, hidden: Tensor, post: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h and what the layer made of it, [B, T, D] -> D_st and D_ch [B, T] and the prior's loss, in at least float32.
+        """Input h and the layer's output post, [B, T, D] -> D_st and D_ch [B, T] and the prior's loss, in float32 or wider.
 
         D_st = mean (post - h)^2 and D_ch = mean (post - prior)^2, prior = h + PriorFFN(RMSNorm(h)). The loss is the mean of
-        D_ch, but its gradient reaches the prior's weights alone.
+        D_ch, but its gradient reaches only the prior's weights.
         """
         weights = (
             copy_to_tp(weight, self.seq)
@@ -37,11 +38,11 @@ class Prior(nn.Module):
 
 
 class _Surprise(torch.autograd.Function):
-    """Runs the prior once forward and once backward, for the surprise and the loss together.
+    """Runs the prior once forward and once backward, for surprise and loss together.
 
-    At each token both send the same vector into the prior, post - prior, times a number of the token's own; and the way
-    back through the prior is linear. So it is gone once, without these numbers, and each result takes those it is due: the
-    weights both, the input the surprise's alone.
+    For each token, both gradients into the prior are the same vector, post - prior, times a scalar; and backward
+    through the prior is linear. So it runs once, without these scalars, and each result is then scaled by its own: the
+    weights by the sum of both, the input by the surprise's only.
 
     N tokens, D hidden size, W the prior's width.
     """
@@ -77,7 +78,7 @@ class _Surprise(torch.autograd.Function):
         of_static, of_change = (2 / size * d.reshape(-1, 1) for d in (d_static, d_change))  # [N, 1]
         of_both = of_change + 2 / size * d_loss / len(x)
 
-        # Backwards through the prior, as if -error were the gradient of its output: here all is narrow, [N, W].
+        # Backward through the prior with -error as gradient of its output. From here on tensors are narrow, [N, W].
         gate, up = upcast(gate), upcast(up)
         share = gate.sigmoid()
         silu = gate * share
@@ -86,7 +87,7 @@ class _Surprise(torch.autograd.Function):
         inward = torch.cat([d_gate, d_up], dim=1)  # [N, 2 W]
         both_proj = torch.cat([gate_proj, up_proj])  # [2 W, D]
 
-        # The norm's factors go into the narrow tensors too: its output is x * scale * norm.
+        # The norm's factors are applied to the narrow tensors as well: its output is x * scale * norm.
         scale = (torch.linalg.vector_norm(upcast(x), dim=1, keepdim=True).square() / size + ctx.eps).rsqrt()
         by_x = (of_both * scale * inward).to(dtype).T @ x  # [2 W, D]
         d_gate_proj, d_up_proj = (by_x * norm).split(len(gate_proj))

@@ -1,4 +1,4 @@
-"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass of it; every token keeps its MLP."""
+"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass; every token keeps its MLP."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,31 +18,31 @@ from megadyn.kinds.topk import TopK
 class Dtrnet(Laid, TopK):
     kind: str = "dtrnet"
     router_type: str = "token_choice"
-    """`token_choice` (each token attends iff it prefers to) or `expert_choice` (top-k by `capacity`). With token choice,
-    `capacity` is the share that plans count with."""
+    """`token_choice` (each token attends if it prefers to) or `expert_choice` (top-k by `capacity`). With token choice,
+    `capacity` is only the share that plans assume."""
     aux_loss_lambda: float = 8e-4
-    """Weight of the load-weighted attention loss; with `target_share`, where each layer's lambda starts."""
+    """Weight of the load-weighted attention loss; with `target_share`, the initial lambda of each layer."""
     aux_loss_warmup: int = 0
-    """Steps over which that weight rises from 0."""
+    """Steps over which `aux_loss_lambda` rises from 0."""
     target_share: float | None = None
-    """Token choice: share of tokens that is to attend, in (0, 1]. Each layer then has a lambda of its own, which moves from
-    step to step so that the layer's share follows this target. Left out, lambda is fixed, as in the paper, and the share
-    goes where training takes it."""
+    """Token choice: the share of tokens that should attend, in (0, 1]. Each layer then has its own lambda, which is
+    adjusted after each step so that the layer's share follows this target. Without it lambda is fixed, as in the paper,
+    and training decides the share."""
     aux_loss_lambda_limit: float = 0.1
-    """With `target_share`: lambda stays between minus and plus this."""
+    """With `target_share`: lambda stays within plus and minus this value."""
     safe_min_attn_ratio: float = 0.05
-    """Token choice, in training: at least this share of a sequence attends; 0 turns it off."""
+    """Token choice, in training: at least this share of each sequence attends; 0 turns this off."""
     jitter: float = 0.0
-    """In training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter], drawn anew for each sample and
+    """In training: router logits are multiplied by uniform noise in [1 - jitter, 1 + jitter], drawn for each sample and
     step."""
     entropy_bonus: float = 0.0
-    """Weight of the router's entropy, which training then raises."""
+    """Weight of a reward for the router's entropy."""
 
     name = "dtrnet"
     benchmark = "dtrnet:0.1"
     title = "DTRNet"
     sentence = (
-        "In a routed layer a token either attends to the other attending tokens, or bypasses attention by a linear map; "
+        "In a routed layer a token either attends to the other attending tokens, or takes a linear bypass of attention; "
         "every token keeps its feed-forward (arXiv 2509.00925)."
     )
     sources = ("arXiv 2509.00925",)
@@ -53,7 +53,7 @@ class Dtrnet(Laid, TopK):
         "f": "f: share of tokens that attended",
         "lead": "lead: logit difference, mean over tokens",
         "lambda": "lambda: weight of the attention loss",
-        "refills": "refills: share of sequences that the safe minimum filled up",
+        "refills": "refills: share of sequences that were raised to the safe minimum",
     }
     layers = {"dtrnet": "DtrLayer"}
     totals = ("loads",)
@@ -86,7 +86,7 @@ class Dtrnet(Laid, TopK):
             raise ConfigError(
                 "model.routing.choose",
                 self.choose,
-                "left out with token choice: a token goes by no threshold",
+                "left out with token choice, which uses no threshold",
             )
         if self.target_share is not None:
             self._check_target_share(self.target_share)
@@ -96,20 +96,20 @@ class Dtrnet(Laid, TopK):
             raise ConfigError(
                 "model.routing.target_share",
                 target,
-                "left out without token choice: elsewhere model.routing.capacity sets the share",
+                "left out without token choice, where model.routing.capacity sets the share",
             )
         if not max(self.safe_min_attn_ratio, 1e-3) <= target <= 1:
             raise ConfigError(
                 "model.routing.target_share",
                 target,
                 "in [0.001, 1] and at least "
-                f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training holds",
+                f"model.routing.safe_min_attn_ratio = {self.safe_min_attn_ratio}, which training guarantees",
             )
         if self.aux_loss_warmup:
             raise ConfigError(
                 "model.routing.aux_loss_warmup",
                 self.aux_loss_warmup,
-                "0 with model.routing.target_share, which moves the weight from the first step",
+                "0 with model.routing.target_share, which adjusts the weight from the first step",
             )
         if self.aux_loss_lambda > self.aux_loss_lambda_limit:
             raise ConfigError(
@@ -124,7 +124,7 @@ class Dtrnet(Laid, TopK):
 
     @property
     def token_choice(self) -> bool:
-        """Each token chooses for itself, in training and in use alike."""
+        """Whether each token chooses for itself, by the same rule in training and in use."""
         return self.router_type == "token_choice"
 
     @property
@@ -172,7 +172,7 @@ class Dtrnet(Laid, TopK):
     @classmethod
     def from_export(cls, routing: Mapping[str, Any], layer_types: list[str]) -> Self:
         given = dict(routing)
-        if given.get("causal") == "token_choice":  # the training rule itself: no rule stands in for it
+        if given.get("causal") == "token_choice":  # token choice is causal itself and needs no causal rule
             del given["causal"]
         return super().from_export(given, layer_types)
 
@@ -188,7 +188,7 @@ class Dtrnet(Laid, TopK):
         return 0 if layer == DENSE else (d + 1) * (d // 2) + 2 * (d // 2) + 2
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """Token choice: at the planned share."""
+        """With token choice: at the planned share."""
         if layer == DENSE:
             return dense_kept(work)
         (d, q, k, f), b, n, m = work.widths, work.bytes, work.tokens, work.part

@@ -11,7 +11,7 @@ from megadyn.hf.packing_megadyn import Packed, pack, put_back, take
 
 
 class AttendOrBypass(nn.Module):
-    """Logits [B, T, 2] of attending and of bypassing attention."""
+    """Logits [B, T, 2] for attending and for bypassing attention."""
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
@@ -23,10 +23,10 @@ class AttendOrBypass(nn.Module):
 
 
 class DTRNetLayer(RoutedLayer):
-    """Only chosen tokens attend, to each other; the rest take their own values. Feed-forward for every token.
+    """Only chosen tokens attend, to each other; the others take their own values. Feed-forward for every token.
 
-    Tokens are scored by the difference of the two logits: probabilities round to 0 and 1, where tokens tie. Thresholds of
-    older exports are probabilities.
+    The score is the difference of the two logits, because probabilities round to 0 and 1, where tokens tie. Thresholds
+    of older exports are probabilities.
     """
 
     def __init__(self, config: MegadynConfig, number: int) -> None:

@@ -1,4 +1,4 @@
-"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass of it; every token keeps its MLP."""
+"""DTRNet (arXiv 2509.00925): each token takes attention or a linear bypass; every token keeps its MLP."""
 
 import math
 
@@ -19,11 +19,11 @@ from megadyn.routing.tracker import Statistic, StepTracker, deviation_where
 
 
 class DtrLayer(RoutedLayer):
-    """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them); the others: a = p1 O(V(x)), their own value
-    alone. u = h + a; h_out = u + MLP(Norm(u)) for every token.
+    """p = softmax(router(h)). Attending tokens: a = p0 O(attention among them). The others: a = p1 O(V(x)), only their
+    own value. u = h + a; h_out = u + MLP(Norm(u)) for every token.
 
-    Tokens are ranked by the logit difference (`lead`), and p0 > 0.5 is lead > 0: the same order, but p0 rounds to 0 or 1 in
-    float32, where tokens tie.
+    Tokens are ranked by the logit difference (`lead`), and p0 > 0.5 is lead > 0. The order is that of p0, but p0 rounds
+    to 0 or 1 in float32, where tokens tie.
     """
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
@@ -31,7 +31,7 @@ class DtrLayer(RoutedLayer):
         routing = ctx.model.routing
         assert isinstance(routing, Dtrnet)
         self.router = TwoLayerRouter(f"{self.name}.router", ctx, ctx.model.hidden_size // 2, 2)
-        # Token choice is causal as it stands; expert choice is a top-k and needs a rule beside it.
+        # Token choice is causal by itself; expert choice uses top-k and needs a causal rule.
         self.causal_router = None if routing.token_choice else CausalRouter(f"{self.name}.causal_router", ctx)
         self.least = routing.safe_min_attn_ratio
         self.jitter, self.entropy_bonus = routing.jitter, routing.entropy_bonus
@@ -49,7 +49,7 @@ class DtrLayer(RoutedLayer):
         return super().trackers() | {"loads": self.load}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of (attend, bypass), [B, T/seq, 2], with jitter in training."""
+        """Logits of (attend, bypass), [B, T/seq, 2], with jitter in training."""
         logits = self.router(hidden)
         if self.jitter and torch.is_grad_enabled():
             logits = logits * (1 + self.jitter * (2 * self.noise(logits) - 1))
@@ -60,8 +60,8 @@ class DtrLayer(RoutedLayer):
         return self.logits(hidden).softmax(dim=-1)
 
     def noise(self, logits: Tensor) -> Tensor:
-        """Uniform in [0, 1), shaped as logits [B, T/seq, 2]. A sample's noise follows from the step and the sample's place in the
-        global batch, so it is the same on every tensor rank and under every layout."""
+        """Uniform in [0, 1), shaped as logits [B, T/seq, 2]. It depends only on the step and the sample's position in
+        the global batch, so it is the same on every tensor rank and under every layout."""
         noise = logits.new_empty(logits.shape[0], self.length(logits), 2)
         generator = torch.Generator(logits.device)
         first = self.first_sample + self.load.micro_batches * len(logits)
@@ -71,7 +71,7 @@ class DtrLayer(RoutedLayer):
         return own_part(noise, self.seq)
 
     def choice(self, lead: Tensor, hidden: Tensor) -> tuple[Selection, Tensor, dict[str, Tensor | Statistic]]:
-        """Logit differences [B, T] -> the attending tokens, as a selection and as a mask [B, T], and statistics."""
+        """Logit differences [B, T] -> the attending tokens, as a selection and as a mask [B, T]; and statistics."""
         if self.causal_router is not None:
             choice = self.causal_router(lead, hidden)
             return choice.selection, as_mask(choice.selection, lead.shape), choice.statistics
@@ -80,14 +80,14 @@ class DtrLayer(RoutedLayer):
         if self.least and torch.is_grad_enabled():
             least = math.ceil(self.least * lead.shape[1])
             short = mask.sum(dim=1, keepdim=True) < least
-            # A superset of the mask: the best are those above 0.
+            # A superset of the mask, because the tokens with the best leads include all those above 0.
             mask = mask | (short & as_mask(choose_top(lead.detach(), least), lead.shape))
             statistics["refills"] = short.float().mean()
         mask = self.decisions.settle(mask, lead, 0.0)
         return choose_where(mask), mask, statistics | share_statistics(mask)
 
     def lead(self, hidden: Tensor) -> Tensor:
-        """The logit differences [B, T] by which it chooses, of the whole sequence."""
+        """The logit differences [B, T] of the whole sequence, by which the layer chooses."""
         logits = self.logits(hidden).detach()
         return whole_sequence(logits[..., 0] - logits[..., 1], self.seq)
 
@@ -106,7 +106,8 @@ class DtrLayer(RoutedLayer):
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
-        """To within a hundredth of the tokens: where scores lie farthest apart, so that rounding moves no token."""
+        """Sets the bias in the widest gap between scores within a hundredth of the tokens, so that rounding changes no
+        choice."""
         if self.causal_router is not None:
             return
         logits = self.router(stream.hidden)
@@ -118,13 +119,13 @@ class DtrLayer(RoutedLayer):
         self.router.fc2.bias[1] += near[widest : widest + 2].mean().to(self.router.fc2.bias.dtype)
 
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
-        """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens as a selection and as a mask [B, T]."""
+        """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens, as a selection and as a mask [B, T]."""
         mixed = self.mix(stream, self.input_layernorm(stream.hidden), selection)
         weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
         return self.feed_forward(stream.hidden, (weight * mixed).to(stream.hidden.dtype))
 
     def mix(self, stream: Stream, normed: Tensor, selection: Selection) -> Tensor:
-        """O(attention) of attending tokens, O(V) of the others, [B, T/seq, D]; `normed` is the norm of the stream."""
+        """O(attention) for attending tokens, O(V) for the others, [B, T/seq, D]; `normed` is the norm of the stream."""
         attention = self.self_attn
         places, length = selection.places, self.length(normed)
         positions, segments = origins(stream, selection, length)
@@ -139,7 +140,7 @@ class DtrLayer(RoutedLayer):
         return attention.o_proj(replace(passed, places, attended))
 
     def statistics(self, lead: Tensor, mask: Tensor) -> dict[str, Tensor | Statistic]:
-        """For `Monitor`, for logit differences [B, T] and the attending tokens [B, T]; the loss is unweighted."""
+        """For `Monitor`, from logit differences [B, T] and the mask of attending tokens [B, T]; the loss is unweighted."""
         attend = lead.sigmoid()
         mean = attend.mean()
         found: dict[str, Tensor | Statistic] = {

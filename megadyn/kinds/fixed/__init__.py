@@ -1,4 +1,4 @@
-"""A control: which tokens a layer processes follows from their positions, not from what they are."""
+"""A control: the tokens that a layer processes depend only on their positions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Fixed(Laid, Capped):
     score: str = "random"
     """`random` (a hash; in training new for each sample and step) or `stride` (positions spread evenly, always the same)."""
     seed: int = 0
-    """Of the hash, in [0, 2^32)."""
+    """Seed of the hash, in [0, 2^32)."""
 
     name = "fixed"
     title = "Control with a fixed choice of tokens"
@@ -45,7 +45,7 @@ class Fixed(Laid, Capped):
             return f"{self.sentence}\n\nIn training and in use alike these are {self.share:.1%} of the positions, evenly spread."
         return (
             f"{self.sentence}\n\n**In training** a routed layer takes exactly {self.share:.1%} of a sequence's tokens, drawn "
-            'anew for each sample and step. **In use** (`config.routing_mode = "causal"`) a hash of the layer and the '
+            'newly for each sample and step. **In use** (`config.routing_mode = "causal"`) a hash of the layer and the '
             f"position takes each with probability {self.share:g}, always the same."
         )
 

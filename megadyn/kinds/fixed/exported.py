@@ -1,4 +1,4 @@
-"""The control in an exported model: layers that process tokens chosen by position alone (see megadyn/kinds/fixed/README.md)."""
+"""The control in an exported model: layers that process tokens chosen only by position (see megadyn/kinds/fixed/README.md)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream
 
 
 def hashed(*parts: int | Tensor) -> Tensor:
-    """Numbers in [0, 1) that follow from `parts`, whole numbers that broadcast."""
+    """Pseudo-random numbers in [0, 1) determined by `parts`, integers that broadcast."""
     state = torch.tensor(0)
     for part in parts:
         state = ((state ^ part) + 0x9E3779B9) & 0xFFFFFFFF
@@ -20,7 +20,7 @@ def hashed(*parts: int | Tensor) -> Tensor:
 
 
 class FixedLayer(RoutedLayer):
-    """Only tokens at positions that a hash, or an even spread, selects."""
+    """Processes only tokens at positions selected by a hash or by an even spread."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
@@ -28,7 +28,7 @@ class FixedLayer(RoutedLayer):
         self.is_random = config.routing["score"] == "random"
 
     def score(self, place_BC: Tensor) -> Tensor:
-        """Above 0 where the token is processed."""
+        """Positive if the token is processed."""
         if self.is_random:
             return (self.share - hashed(self.seed, self.index, 0, 0, place_BC)).float()
         after_BC = (place_BC + 1).double() * self.share

@@ -1,4 +1,4 @@
-"""A control: which tokens a layer processes follows from their positions, not from what they are."""
+"""A control: the tokens that a layer processes depend only on their positions."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from megadyn.routing.tracker import StepCount, StepTracker
 
 
 def mixed(x: Any) -> Any:
-    """Whole numbers, permuted within [0, 2^32) so that each bit depends on all others. No product reaches 2^63."""
+    """Permutes integers in [0, 2^32) so that each bit depends on all others. No product reaches 2^63."""
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def hashed(*parts: int | Tensor) -> Tensor:
-    """Numbers in [0, 1) that follow from `parts`, whole numbers that broadcast."""
+    """Pseudo-random numbers in [0, 1) determined by `parts`, integers that broadcast."""
     state: Any = 0
     for part in parts:
         state = mixed(((state ^ part) + 0x9E3779B9) & 0xFFFFFFFF)
@@ -29,19 +29,20 @@ def hashed(*parts: int | Tensor) -> Tensor:
 
 
 def random_score(capacity: float, *parts: int | Tensor) -> Tensor:
-    """Above 0 for a share `capacity` of all tokens, in the mean."""
+    """Positive for a share `capacity` of all tokens on average."""
     return (capacity - hashed(*parts)).float()
 
 
 def stride_score(capacity: float, positions: Tensor) -> Tensor:
-    """Above 0 at exactly floor(capacity T) of the positions 0 .. T - 1, whatever T; elsewhere the lower, the longer ago."""
-    after = (positions + 1).double() * capacity  # as capacity_count multiplies, so that the counts agree
+    """Positive at exactly floor(capacity T) of the positions 0 .. T - 1, for every T; elsewhere it falls with the
+    distance to the last chosen position."""
+    after = (positions + 1).double() * capacity  # multiplied as in capacity_count, so that the counts agree
     chosen = after.floor() > (positions.double() * capacity).floor()
     return (chosen.double() - (after - after.floor())).float()
 
 
 class FixedLayer(SkippingLayer):
-    """h_out[i] = h[i] + Block(h)[i] for the top-k of a score that knows positions alone."""
+    """h_out[i] = h[i] + Block(h)[i] for the top-k of a score that depends only on positions."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
@@ -54,8 +55,8 @@ class FixedLayer(SkippingLayer):
         return super().trackers() | ({} if self.count is None else {"steps": self.count})
 
     def score(self, stream: Stream) -> Tensor:
-        """[B, T]. In training a random score follows from the step, the sample's place in the global batch and the token's place
-        in the sample; otherwise, as in use, from the token's position in its document."""
+        """[B, T]. In training a random score depends on the step, the sample's position in the global batch and the
+        token's position in the sample; otherwise, as in use, on the token's position in its document."""
         batch, device = len(stream.hidden), stream.hidden.device
         places = torch.arange(self.length(stream.hidden), device=device)
         positions = places if stream.documents is None else stream.documents.positions

@@ -15,7 +15,7 @@ from megadyn.kinds.topk import TopK
 class Mod(Laid, TopK):
     kind: str = "mod"
     gate: str = "sigmoid"
-    """What a token's update is multiplied by: `sigmoid` of its logit, or the logit itself (`identity`, the paper's)."""
+    """Factor on a token's update: `sigmoid` of its logit, or the logit itself (`identity`, as in the paper)."""
     bce_loss_weight: float = 0.01
     """Weight of the binary cross-entropy of the logit against the top-k choice."""
     z_loss_weight: float = 1e-4
@@ -77,7 +77,7 @@ class Mod(Laid, TopK):
             return dense_kept(work)
         d, b = work.model.hidden_size, work.bytes
         reads = self.predictor_kept(work)
-        widened = work.part * 4 * d * (b < 4)  # scores are made from a float32 copy of the input
+        widened = work.part * 4 * d * (b < 4)  # scores are computed from a float32 copy of the input
         return skipping_kept(
             work,
             self.share,

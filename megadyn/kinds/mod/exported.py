@@ -1,4 +1,4 @@
-"""Mixture-of-Depths in an exported model: layers that process the tokens a linear score selects."""
+"""Mixture-of-Depths in an exported model: layers that process the tokens selected by a linear score."""
 
 from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
@@ -6,7 +6,7 @@ from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream, Wid
 
 
 class MixtureOfDepthsLayer(RoutedLayer):
-    """Only tokens that a linear router selects."""
+    """Processes only tokens selected by a linear router."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)

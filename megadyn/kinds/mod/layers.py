@@ -51,5 +51,5 @@ class ModLayer(SkippingLayer):
         ]
 
     def gate(self, logit: Tensor) -> Tensor:
-        """g(r), of any shape: `model.routing.gate`."""
+        """g(r) of any shape, by `model.routing.gate`."""
         return logit.sigmoid() if self.sigmoid_gate else logit

@@ -1,4 +1,4 @@
-"""Dynamic Nested Depth (arXiv 2510.11001): tokens that a router finds worth it pass the same layer once more."""
+"""Dynamic Nested Depth (arXiv 2510.11001): tokens with a high router score pass the same layer a second time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from megadyn.kinds.laid import Laid
 class Nested(Laid, OwnChoice):
     kind: str = "nested"
     capacity: float = 0.2
-    """Share of all tokens that a routed layer is to process twice; its threshold follows it."""
+    """Share of all tokens that a routed layer should process twice; its threshold is adjusted to reach this."""
     threshold_start: float = 0.5
-    """The threshold before the first step; scores lie in (0, 1)."""
+    """The initial threshold; scores are in (0, 1)."""
     threshold_rate: float = 0.02
-    """How far the threshold moves in a step, as a multiple of the excess of the share taken over `capacity`."""
+    """Change of the threshold per step, as a multiple of (share taken - `capacity`)."""
 
     name = "nested"
     title = "Dynamic Nested Depth"
     sentence = (
-        "A routed layer processes every token; those whose score, made from the result, reaches a threshold pass the "
-        "same layer once more, among themselves (arXiv 2510.11001)."
+        "A routed layer processes every token; those whose score, computed from the result, reaches a threshold pass the "
+        "same layer a second time, among themselves (arXiv 2510.11001)."
     )
     sources = ("arXiv 2510.11001",)
     tags = ("dynamic-nested-depth",)
@@ -69,12 +69,12 @@ class Nested(Laid, OwnChoice):
         return 0 if layer == DENSE else shape.hidden_size
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """At the share `model.routing.capacity`. Of the two passes, full recomputation repeats one at a time."""
+        """At the share `model.routing.capacity`. Full recomputation repeats one of the two passes at a time."""
         first = dense_kept(work)
         if layer == DENSE:
             return first
         again = skipping_kept(work, self.capacity)
-        # any number of tokens is in segments
+        # A varying number of tokens attends in segments.
         split = work.chosen(self.capacity) * work.segments * (not work.documents)
         repeated = again.inside + split
         row = work.part * work.model.hidden_size
@@ -93,7 +93,8 @@ class Nested(Laid, OwnChoice):
         )
 
     def summed(self, layer: str, work: Workload) -> float:
-        """Once more for the tokens that pass twice; under sequence parallelism these are also handed out and gathered."""
+        """All tokens, and those that pass twice once more; under sequence parallelism these are also distributed and
+        gathered."""
         if layer == DENSE:
             return 1.0
         return 1.0 + self.capacity * (1.5 if work.sequence else 1.0)

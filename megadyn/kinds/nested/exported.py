@@ -6,7 +6,7 @@ from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing,
 
 
 class NestedLayer(RoutedLayer):
-    """Every token, and once more those whose score reaches the threshold; the second time has keys and values of its own."""
+    """Processes every token, and a second time those whose score reaches the threshold. The second pass has its own cache."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)

@@ -1,4 +1,4 @@
-"""Dynamic Nested Depth (arXiv 2510.11001): tokens that a router finds worth it pass the same layer once more."""
+"""Dynamic Nested Depth (arXiv 2510.11001): tokens with a high router score pass the same layer a second time."""
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from megadyn.routing.tracker import RunningThreshold, StepTracker
 
 
 class FollowingThreshold(RunningThreshold):
-    """tau, which rises while more than `share` of the tokens reach it and falls while fewer do: tau += rate (taken - share), once
-    a step, with the share taken of the whole global batch."""
+    """tau, which rises while more than `share` of the tokens reach it and falls while fewer do: tau += rate (taken -
+    share), once per step, where `taken` is the share over the whole global batch."""
 
     def __init__(self, start: float, rate: float, share: float):
         super().__init__(momentum=0.0, average=start)  # without momentum the average is the value itself
@@ -27,8 +27,8 @@ class FollowingThreshold(RunningThreshold):
 
 
 class NestedLayer(RoutedLayer):
-    """h' = h + Block(h) for every token; p = sigmoid(w h'). Tokens with p >= tau: h'' = h' + p Block(h'), attention among them
-    only, which is (1 - p) h' + p Layer(h'). The others: h'' = h'."""
+    """h' = h + Block(h) for every token; p = sigmoid(w h'). Tokens with p >= tau, attending only to each other: h'' =
+    h' + p Block(h'), which is (1 - p) h' + p Layer(h'). The others: h'' = h'."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
@@ -49,7 +49,7 @@ class NestedLayer(RoutedLayer):
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
-        """By the threshold."""
+        """Sets the threshold."""
         score = (
             self.score(self.dense(stream.hidden, stream.documents))[1].flatten().sort(descending=True).values
         )
@@ -57,7 +57,7 @@ class NestedLayer(RoutedLayer):
         self.threshold.average = score[count - 1 : count + 1].double().mean()
 
     def score(self, post: Tensor) -> tuple[Tensor, Tensor]:
-        """h' [B, T/seq, D] -> p [B, T/seq], and without gradient of the whole sequence [B, T]."""
+        """h' [B, T/seq, D] -> p [B, T/seq], and p of the whole sequence [B, T] without gradient."""
         p = self.router(post).sigmoid()
         return p, whole_sequence(p.detach(), self.seq)
 
@@ -80,8 +80,8 @@ class NestedLayer(RoutedLayer):
         return Stream(out, documents=stream.documents)
 
     def repeat(self, stream: Stream, gate: Tensor, selection: Selection) -> Tensor:
-        """h'' [B, T/seq, D] of h', with gate [B, T/seq]. Under sequence parallelism each rank has its part of the tokens, as in
-        the first pass: the weights are the same."""
+        """h' -> h'' [B, T/seq, D], for gate [B, T/seq]. Under sequence parallelism each rank has its part of the
+        tokens, as in the first pass, because the weights are the same."""
         hidden, length = stream.hidden, self.length(stream.hidden)
         if self.seq.size == 1:
             positions, segments = origins(stream, selection, length)

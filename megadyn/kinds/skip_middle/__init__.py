@@ -1,4 +1,4 @@
-"""Skipping the middle layers (arXiv 2506.21103): a token that leaves at some layer comes back at that layer's mirror."""
+"""Skipping the middle layers (arXiv 2506.21103): a token that leaves at a layer comes back at that layer's mirror image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ OUT, BACK = "skip_middle_out", "skip_middle_back"
 class SkipMiddle(OwnChoice):
     kind: str = "skip_middle"
     capacity: float = 0.7
-    """Share of tokens that layers are to process, mean over layers; the pressure on the gates follows it."""
+    """Share of tokens that layers should process, averaged over layers; the pressure on the gates is adjusted to reach
+    this."""
     pressure_rate: float = 0.001
-    """How far the weight of the gates' mean, in the loss, moves in a step, as a multiple of the excess of the share over
-    `capacity`."""
+    """Change per step of the mean gate's weight in the loss, as a multiple of (share - `capacity`)."""
 
     name = "skip_middle"
     title = "Skip-middle transformer"
     sentence = (
-        "Gates that add up over the first half of the layers decide for each token how far towards the middle it goes; "
+        "Gates that accumulate over the first half of the layers decide how far towards the middle each token goes; "
         "from there it skips to the mirror image, in the second half, of the layer at which it left (arXiv 2506.21103)."
     )
     sources = ("arXiv 2506.21103",)
@@ -55,7 +55,7 @@ class SkipMiddle(OwnChoice):
                 "parallel.pipeline",
                 pipeline,
                 f"1 with model.routing.kind = {self.kind}: a layer needs the gate "
-                "of its mirror image, and one tensor alone crosses from stage to stage",
+                "of its mirror image, but only one tensor is sent between stages",
             )
 
     def layer_types(self, num_layers: int) -> list[str]:
@@ -81,10 +81,10 @@ class SkipMiddle(OwnChoice):
         return shape.hidden_size + 1 if layer == OUT else 0
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """At the share `model.routing.capacity` in each layer, but for what only one of them needs at a time: the outermost take
-        about all tokens."""
+        """At the share `model.routing.capacity` in each layer, except for what only one layer at a time needs: that is
+        planned with all tokens, because the outermost layers take about all."""
         d, b = work.model.hidden_size, work.bytes
-        reads = layer == OUT  # the router, a float32 copy of the layer's input
+        reads = layer == OUT  # whether it has a router, which reads a float32 copy of the layer's input
 
         def at(share: float) -> Kept:
             kept = skipping_kept(
@@ -93,7 +93,7 @@ class SkipMiddle(OwnChoice):
                 input=work.part * b * d * (reads and b == 4),
                 outside=work.part * 4 * d * (reads and b < 4) + 40 * work.tokens,
             )
-            # any number of tokens is in segments
+            # A varying number of tokens attends in segments.
             split = work.chosen(share) * work.segments * (not work.documents)
             return kept._replace(inside=kept.inside + split, inner=kept.inner + split)
 

@@ -1,4 +1,4 @@
-"""Skipping the middle layers in an exported model: a token that leaves at some layer comes back at that layer's mirror."""
+"""Skipping the middle layers in an exported model: a token that leaves at a layer comes back at that layer's mirror image."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing,
 
 
 class MirroredLayer(RoutedLayer):
-    """Only tokens whose gate is open. `Stream.score_BC` [B, C, layers] holds what adds up over the layers of the first half."""
+    """Processes only tokens whose gate is open. `Stream.score_BC` [B, C, layers] holds m of the layers of the first half."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
-        DenseLayer.__init__(self, config, number)  # the gate itself is the causal rule
+        DenseLayer.__init__(self, config, number)  # needs no causal router: the gate itself is causal
 
     def choose(self, score_BT: Tensor, h_BTD: Tensor, context: Context) -> Tensor:
         return (score_BT > 0) & context.tokens.valid_BC
@@ -26,7 +26,7 @@ class MirroredLayer(RoutedLayer):
 
 
 class LeavingLayer(MirroredLayer):
-    """Of the first half."""
+    """A layer of the first half."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
@@ -41,7 +41,7 @@ class LeavingLayer(MirroredLayer):
 
 
 class ReturningLayer(MirroredLayer):
-    """Of the second half: with the gate of its mirror image."""
+    """A layer of the second half, which uses the gate of its mirror image."""
 
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         assert stream.score_BC is not None
@@ -53,7 +53,7 @@ def check_types(layer_types: list[str]) -> None:
     half = len(layer_types) // 2
     if layer_types != ["skip_middle_out"] * half + ["skip_middle_back"] * half:
         raise ValueError(
-            f"routed_layer_types = {layer_types!r}: must be as many skip_middle_out as skip_middle_back behind them"
+            f"routed_layer_types = {layer_types!r}: must be half skip_middle_out, then half skip_middle_back"
         )
 
 

@@ -1,4 +1,4 @@
-"""Skipping the middle layers (arXiv 2506.21103): a token that leaves at some layer comes back at that layer's mirror."""
+"""Skipping the middle layers (arXiv 2506.21103): a token that leaves at a layer comes back at that layer's mirror image."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from megadyn.routing.tracker import StepTracker
 
 
 class LeavingRouter(nn.Module):
-    """ReLU(w . h + b) in at least float32, [B, T/seq, D] -> [B, T/seq]."""
+    """ReLU(w . h + b) in float32 or wider, [B, T/seq, D] -> [B, T/seq]."""
 
     def __init__(self, name: str, ctx: LayerContext):
         super().__init__()
@@ -31,8 +31,8 @@ class LeavingRouter(nn.Module):
 
 
 class Pressure(StepTracker):
-    """What the mean gate weighs in the loss: it rises while the layers process more than `target` of the tokens, and falls while
-    they process less, once a step, from the share of the whole global batch and of all layers."""
+    """Weight of the mean gate in the loss. It rises while the layers process more than `target` of the tokens, and
+    falls while they process less. Updated once per step, from the share over the whole global batch and all layers."""
 
     def __init__(self, layers: int, target: float, rate: float):
         super().__init__()
@@ -53,13 +53,13 @@ class Pressure(StepTracker):
 
 
 class MirroredLayer(GatedLayer):
-    """h + g Block(h), g = 1 - min(m, 1), for tokens with m < 1, attention among them only; h for the others."""
+    """h + g Block(h), g = 1 - min(m, 1), for tokens with m < 1, which attend only to each other; h for the others."""
 
     def gated(self, stream: Stream, m: Tensor, **statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """m [B, T/seq] -> h_out [B, T/seq, D], g [B, T/seq] and which tokens were processed, [B, T]."""
+        """m [B, T/seq] -> h_out [B, T/seq, D], g [B, T/seq] and the mask of processed tokens [B, T]."""
         score = whole_sequence(1 - m.detach(), self.seq)
         mask = self.decisions.settle(score > 0, score, 0.0)
-        # By the mask, not by m: at its edge g is continuous, but its gradient is not.
+        # Uses the mask, not m: at m = 1 the gate is continuous, but its gradient is not.
         gate = (1 - m).masked_fill(~own_part(mask, self.seq), 0)
         self.monitor.record(
             share_statistics(mask) | gate_statistics(score.masked_fill(~mask, 0), mask) | statistics
@@ -68,15 +68,15 @@ class MirroredLayer(GatedLayer):
 
 
 def can_return(gate: Tensor, m: Tensor, pressure: Tensor) -> Tensor:
-    """The gate [B, T/seq]; under a pressure below 0 it has the gradient of 1 - m also for tokens that have left (m >= 1), where
-    it is flat. Without it a layer that all tokens have left stays empty whatever the pressure becomes."""
+    """The gate [B, T/seq]. If the pressure is negative, it has the gradient of 1 - m also for tokens that have left (m
+    >= 1), where the gate itself is flat. Otherwise a layer that all tokens have left would stay empty whatever the pressure."""
     lost = torch.where((pressure < 0) & (m >= 1), -m, torch.zeros_like(m))
     return gate + lost - lost.detach()
 
 
 class LeavingLayer(MirroredLayer):
-    """Of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.score` holds m of this half's layers,
-    [B, T/seq, layers]."""
+    """A layer of the first half: m_l = m_(l-1) + ReLU(w_l . h + b_l), m_0 = 0. `Stream.score` holds m of this half's
+    layers, [B, T/seq, layers]."""
 
     def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
         super().__init__(ctx, index, loss_scale)
@@ -105,7 +105,7 @@ class LeavingLayer(MirroredLayer):
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
-        """Of the tokens that have not left before: by the bias."""
+        """Sets the bias, considering only tokens that have not left earlier."""
         m = self.accumulate(stream).flatten().sort().values
         count = capacity_count(share, len(m))
         self.router.bias.add_(1 - m[count - 1 : count + 1].mean())
@@ -124,7 +124,8 @@ class LeavingLayer(MirroredLayer):
 
 
 class ReturningLayer(MirroredLayer):
-    """Of the second half: m is that of its mirror, the last layer in `Stream.score` that has not met its own."""
+    """A layer of the second half: m is that of its mirror image, the last layer in `Stream.score` not yet used by a
+    mirror image."""
 
     def choose(self, stream: Stream) -> Selection:
         assert stream.score is not None

@@ -1,4 +1,4 @@
-"""Subjective Timescale Transformer (arXiv 2511.21408): surprise over time decides which updates of a layer count."""
+"""Subjective Timescale Transformer (arXiv 2511.21408): surprise over time decides which updates of a layer are applied."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +20,14 @@ class Stt(Laid, Surprising):
     title = "Subjective Timescale Transformer (STT)"
     sentence = (
         "A routed layer updates only the tokens whose change surprises a network that predicts it from the token "
-        "before; the others pass it unchanged (arXiv 2511.21408). Training computes every token's change to know that, "
-        "so it saves nothing there; in use a small network decides before the layer runs."
+        "before; the others pass it unchanged (arXiv 2511.21408). Training must compute every token's change for that, "
+        "so it saves nothing; in use a small network decides before the layer runs."
     )
     sources = ("arXiv 2511.21408",)
     tags = ("subjective-timescale-transformer",)
     verb = "was updated"
     legend = SURPRISE_LEGEND | {
-        "prior_loss": "prior_loss: what the prediction from the token before misses, mean square"
+        "prior_loss": "prior_loss: mean squared error of the prediction from the previous token"
     }
     layers = {"stt": "SubjectiveLayer"}
     fixed = Laid.fixed | Surprising.fixed
@@ -39,7 +39,7 @@ class Stt(Laid, Surprising):
                 "model.routing.choose",
                 self.choose,
                 f"topk with model.routing.kind = {self.kind}: in use a "
-                "score is known only once the layer has run",
+                "score is known only after the layer has run",
             )
         super().check()
 
@@ -47,7 +47,7 @@ class Stt(Laid, Surprising):
         return super().to_export(shape) | {"gate": "score", "score": "log", "router_type": "surprise"}
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
-        """Of every token, whatever the share: what training does."""
+        """For every token, whatever the share, because training computes all."""
         if layer == DENSE:
             return flops_of_layer(shape, length)
         prior = 2 * length * shape.hidden_size * self.prior_size(shape) * 3
@@ -64,7 +64,7 @@ class Stt(Laid, Surprising):
         )
 
     def kept(self, layer: str, work: Workload) -> Kept:
-        """Under sequence parallelism each tensor rank compares all tokens, and runs its heads and widths on them."""
+        """Under sequence parallelism each tensor rank compares all tokens, and runs its part of the heads and widths on them."""
         if layer == DENSE:
             return dense_kept(work)
         d, b, n = work.model.hidden_size, work.bytes, work.tokens

@@ -20,7 +20,7 @@ from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, gate_of, moving_a
 
 
 class SubjectiveLayer(RoutedLayer):
-    """Updates chosen tokens by G times what the layer makes of them; in causal mode they are all that it sees."""
+    """Updates chosen tokens by G times the block's update; in causal mode it sees only the chosen tokens."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
@@ -54,12 +54,12 @@ class SubjectiveLayer(RoutedLayer):
         )
 
     def surprise(self, h_BCD: Tensor, post_BCD: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        """The score r of tokens that follow each other: each is held against a prediction from the one before."""
+        """The score r of consecutive tokens; each is compared with a prediction from the previous one."""
         seen, made_BCD = context.tokens, post_BCD.detach()
         last_BD = torch.zeros_like(made_BCD[:, 0])
         if cache is not None and cache.last_BD is not None:
             last_BD = take_rows(cache.last_BD, seen)
-        line_BCD = torch.cat((last_BD[:, None], made_BCD), dim=1)  # one column earlier than the tokens
+        line_BCD = torch.cat((last_BD[:, None], made_BCD), dim=1)  # shifted by one column against the tokens
         begins_BC = torch.zeros_like(seen.valid_BC) if seen.segment_BC is None else changes(seen.segment_BC)
         begins_BC[:, 0] = ~context.continues_B
         before_BCD = line_BCD[:, :-1].masked_fill(begins_BC.unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""Subjective Timescale Transformer (arXiv 2511.21408): surprise over time decides which updates of a layer count."""
+"""Subjective Timescale Transformer (arXiv 2511.21408): surprise over time decides which updates of a layer are applied."""
 
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ from megadyn.routing.surprise import SurpriseRouter, gate_of
 
 
 class TransitionNetwork(nn.Module):
-    """Predicts a token's update from the token before: a narrow SwiGLU of its norm, without biases; whole on every tensor rank.
-    All four weights stand here, because ZeRO-3 gathers what the running module holds."""
+    """Predicts a token's update from the previous token: a narrow SwiGLU of its norm, without biases; not cut over
+    tensor ranks. It holds all four weights itself, because ZeRO-3 gathers only the weights of the running module."""
 
     def __init__(self, name: str, hidden_size: int, width: int, eps: float, *, make: ParamMaker):
         super().__init__()
@@ -32,8 +32,8 @@ class TransitionNetwork(nn.Module):
         self.down_proj = make(f"{name}.down_proj.weight", (hidden_size, width), init)
 
     def forward(self, before: Tensor, update: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the layer made of the token before, without gradient, and its update of the token, [B, T, D] -> D_st and D_ch
-        [B, T] and the loss, the mean of D_ch whose gradient reaches these weights alone; in at least float32."""
+        """The layer's output for the previous token, without gradient, and its update of this token, [B, T, D] -> D_st
+        and D_ch [B, T] and the loss (the mean of D_ch; its gradient reaches only these weights); in float32 or wider."""
         x = F.rms_norm(before, self.norm.shape, self.norm, self.eps)
         predicted = (F.silu(x @ self.gate_proj.T) * (x @ self.up_proj.T)) @ self.down_proj.T
         update = upcast(update)
@@ -42,10 +42,10 @@ class TransitionNetwork(nn.Module):
 
 
 class SubjectiveLayer(RoutedLayer):
-    """Training: h_out[i] = h[i] + G[i] Block(h)[i] for the top-k of the surprise G of Block(h), computed for every token.
-    Use: the same for the tokens that the predictor takes, which are then the whole sequence that the layer sees.
+    """Training: h_out[i] = h[i] + G[i] Block(h)[i] for the top-k by surprise G of Block(h), which is computed for every
+    token. Use: the same for the tokens that the predictor takes; the layer sees only those.
 
-    Under sequence parallelism each rank compares all tokens, so what is made of them is the same on all.
+    Under sequence parallelism each rank compares all tokens, so the results are equal on all ranks.
     """
 
     block_is_split = False
@@ -78,13 +78,13 @@ class SubjectiveLayer(RoutedLayer):
         )
         hidden = self.updated(stream.hidden, places, gate, take(delta, places))
         hidden = self.attach(hidden, choice.loss)
-        # Each part of the sequence holds the whole loss, and sends it.
+        # Every part of the sequence holds the whole loss, and sends its gradient.
         return Stream(
             self.attach(hidden, loss, weight=self.loss_weight * self.seq.size), documents=stream.documents
         )
 
     def causally(self, stream: Stream) -> Stream:
-        """Where the predictor decides; the block runs on its tokens alone."""
+        """The layer in causal mode: the predictor decides, and the block runs only on its tokens."""
         mask = self.predicted(stream)
         self.monitor.record(share_statistics(mask))
         selection = choose_where(mask)
@@ -111,8 +111,8 @@ class SubjectiveLayer(RoutedLayer):
     def surprise(
         self, stream: Stream, selection: Selection | None
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Of the selected tokens [b, c] (None: of all, [B, T]), which see each other alone: the update [b, c, D], the score r
-        [b, c], the prior's loss, statistics."""
+        """For the selected tokens [b, c] (None: all, [B, T]), which see only each other: the update [b, c, D], the
+        score r [b, c], the prior's loss, statistics."""
         hidden, length = stream.hidden, self.length(stream.hidden)
         if selection is None and self.seq.size == 1:
             segments, positions = stream.documents or (None, None)
@@ -124,7 +124,7 @@ class SubjectiveLayer(RoutedLayer):
             hidden = take_shared(hidden, selection.places, self.seq)[1]
         delta = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
         delta = self.feed_forward(hidden, delta) - hidden
-        # The token before, among those of the same sequence and document; nothing before the first.
+        # The previous token in the same sequence and document; zeros before the first.
         before = F.pad((hidden + delta).detach()[:, :-1], (0, 0, 1, 0))
         documents = None
         if segments is not None:
@@ -148,7 +148,7 @@ class SubjectiveLayer(RoutedLayer):
 
 
 def since_border(ids: Tensor) -> Tensor:
-    """How many tokens of the same id stand before each, for ids [b, c] of which equal ones stand side by side in a row."""
+    """How many tokens with the same id come before each token, for ids [b, c] in which equal ids are adjacent within a row."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -16,23 +16,23 @@ from megadyn.kinds.laid import Laid
 class Subskip(Laid, OwnChoice):
     kind: str = "subskip"
     capacity: float = 0.5
-    """Share of all halves (a token's attention, a token's feed-forward) that routed layers are to keep."""
+    """Share of all halves (a token's attention, a token's feed-forward) that routed layers should keep."""
     keep_loss_weight: float = 1.0
     """Weight of the squared difference between the share kept and `capacity`."""
     temperature_end: float = 0.1
     """The temperature of the Gumbel-softmax falls from 1 to this."""
     temperature_steps: int = 10_000
-    """Steps over which it falls: as a rule those of the run."""
+    """Steps over which the temperature falls, usually the length of the run."""
 
     name = "subskip"
     title = "SkipGPT"
     sentence = (
         "In a routed layer two small routers decide for each token whether it goes through attention and whether it goes "
-        "through the feed-forward; what it does not go through leaves it unchanged (arXiv 2506.04179)."
+        "through the feed-forward; a part that it skips does not change it (arXiv 2506.04179)."
     )
     sources = ("arXiv 2506.04179",)
     tags = ("skipgpt",)
-    verb = "was processed, counted by the work of attention and feed-forward"
+    verb = "was processed, counted by the operations of attention and feed-forward"
     legend = {
         "attention_fraction": "attention_fraction: share of tokens that attended",
         "mlp_fraction": "mlp_fraction: share of tokens that went through the feed-forward",
@@ -59,15 +59,15 @@ class Subskip(Laid, OwnChoice):
                 f"{measured['mlp_fraction']:.1%} went through the feed-forward."
             )
         return (
-            f"{self.sentence}\n\nIn training the routers' choices are drawn at random, the likelier one more often; in use "
-            f"the likelier one is taken.{seen}"
+            f"{self.sentence}\n\nIn training the routers' choices are random draws, in which the likelier one comes up more "
+            f"often; in use the likelier one is always taken.{seen}"
         )
 
     def to_export(self, shape: Shape) -> dict[str, Any]:
         return super().to_export(shape) | {"router_type": "two_halves"}
 
     def flops(self, layer: str, shape: Shape, length: int, share: float | None = None) -> LayerFlops:
-        """At the share of tokens that, kept in both halves alike, costs as much: the layer's `routed_fraction`."""
+        """`share`: the share of tokens that would cost as much if each were kept in both halves (`routed_fraction`)."""
         if layer == DENSE:
             return flops_of_layer(shape, length)
         d = shape.hidden_size
@@ -84,13 +84,13 @@ class Subskip(Laid, OwnChoice):
             return dense_kept(work)
         d, b, m, c = work.model.hidden_size, work.bytes, work.part, work.chosen(self.capacity)
         block = skipping_kept(work, self.capacity)
-        split = c * work.segments * (not work.documents)  # any number of tokens is in segments
+        split = c * work.segments * (not work.documents)  # a varying number of tokens attends in segments
         routers = 2 * router_kept(work, d // 4) + 64 * work.tokens
-        inside = block.inside + c * b * d + split  # attention's own update is kept
+        inside = block.inside + c * b * d + split  # attention's own update is also kept
         return Kept(m * b * d, inside, block.inner + split, routers, block.working)
 
     def summed(self, layer: str, work: Workload) -> float:
-        """Under sequence parallelism the chosen are summed once more in each half, when they come together from the parts."""
+        """Under sequence parallelism, chosen tokens are summed once more in each half, when they are gathered from the parts."""
         if layer == DENSE:
             return 1.0
         return self.capacity * (2.0 if work.sequence else 1.0)

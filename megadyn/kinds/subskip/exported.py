@@ -10,7 +10,7 @@ from megadyn.hf.packing_megadyn import Packed, pack, put_back, take
 
 
 class HalfRouter(nn.Module):
-    """Keep's lead over skip [B, T]."""
+    """The logit for keeping minus that for skipping, [B, T]."""
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class HalfRouter(nn.Module):
 
 
 class SubskipLayer(DenseLayer):
-    """A token goes through attention, and through the feed-forward, if that router says so. For reports, the tokens that
-    attended."""
+    """A token goes through attention, and through the feed-forward, if the router of that half keeps it. Reports show
+    the tokens that attended."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)

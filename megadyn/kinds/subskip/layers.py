@@ -17,7 +17,7 @@ from megadyn.routing.tracker import StepTracker
 
 
 class KeptShare(StepTracker):
-    """Share of all halves that the routed layers of the whole model kept in the step before, and how many steps there were."""
+    """Share of all halves that the routed layers of the whole model kept in the previous step, and the number of steps."""
 
     def __init__(self, layers: int, target: float, temperature_end: float, temperature_steps: int):
         super().__init__()
@@ -31,8 +31,8 @@ class KeptShare(StepTracker):
         return 1 - (1 - self.end) * min(1.0, self.steps / self.duration)
 
     def loss(self, kept: Tensor) -> Tensor:
-        """A layer's term of a loss whose gradient is that of (share kept - target)^2, the difference being that of the step
-        before: linear in `kept`, the layer's share of this micro-batch, it does not depend on how a step is split."""
+        """A layer's term of the loss. It is linear in `kept`, the layer's share in this micro-batch, so it does not
+        depend on how a step is split. Its gradient is that of (share kept - target)^2 at the previous step's share."""
         return 2 * (self.share.to(kept) - self.target) * kept
 
     def end_step(self, mean: Tensor, total: Tensor | None, rate: float = 0.0) -> None:
@@ -48,8 +48,8 @@ class KeptShare(StepTracker):
 
 
 class SubskipLayer(RoutedLayer):
-    """u = h + Attn(Norm1(h)) for tokens that keep attention, which attend to each other alone, and u = h for the others; then
-    h_out = u + MLP(Norm2(u)) for tokens that keep the feed-forward, and u for the others. Both routers read h."""
+    """u = h + Attn(Norm1(h)) for tokens that keep attention, which attend only to each other; u = h for the others.
+    Then h_out = u + MLP(Norm2(u)) for tokens that keep the feed-forward, and u for the others. Both routers read h."""
 
     block_is_split = False
 
@@ -74,12 +74,12 @@ class SubskipLayer(RoutedLayer):
         return {"kept": self.kept}
 
     def leads(self, hidden: Tensor) -> Tensor:
-        """[B, T/seq, 2]: of keep's logit over skip's, for attention and feed-forward."""
+        """[B, T/seq, 2]: logit for keeping minus logit for skipping, for attention and feed-forward."""
         logits = torch.stack([router(hidden) for router in self.router.values()], dim=-2)
         return logits[..., 0] - logits[..., 1]
 
     def noise(self, leads: Tensor) -> Tensor:
-        """The difference of two Gumbel variables, which is logistic, for each lead [B, T/seq, 2]."""
+        """The difference of two Gumbel variables (a logistic one) for each lead, [B, T/seq, 2]."""
         first = self.first_sample + self.kept.micro_batches * len(leads)
         uniform = uniform_by_sample(
             leads, self.seq, self.seed_for, f"{self.name}.gumbel/{self.kept.steps}", first
@@ -87,8 +87,8 @@ class SubskipLayer(RoutedLayer):
         return uniform.clamp(1e-7, 1 - 1e-7).logit()
 
     def decide(self, leads: Tensor) -> tuple[Tensor, Tensor]:
-        """Leads [B, T/seq, 2] -> which halves tokens keep, [B, T, 2], and gates [B, T/seq, 2]: 1, with the gradient of the
-        Gumbel-softmax in training."""
+        """Leads [B, T/seq, 2] -> the halves that tokens keep, [B, T, 2], and gates [B, T/seq, 2]. Gates are 1; in
+        training they have the gradient of the Gumbel-softmax."""
         if not torch.is_grad_enabled():
             return whole_sequence(leads, self.seq) > 0, torch.ones_like(leads)
         leads = leads + self.noise(leads)
@@ -105,7 +105,7 @@ class SubskipLayer(RoutedLayer):
 
     @torch.no_grad()
     def set_share(self, stream: Stream, share: float) -> None:
-        """Of each half."""
+        """Sets the share of each half."""
         leads = self.leads(stream.hidden).flatten(0, 1).sort(dim=0, descending=True).values
         count = capacity_count(share, len(leads))
         for half, middle in zip(("attn", "mlp"), leads[count - 1 : count + 1].mean(dim=0), strict=True):
@@ -113,7 +113,7 @@ class SubskipLayer(RoutedLayer):
             bias[1] += middle.to(bias.dtype)
 
     def work(self, attention: Tensor, mlp: Tensor) -> Tensor:
-        """Masks [B, T] -> [B, 1], the share that, kept in both halves, would cost as many operations."""
+        """Masks [B, T] -> [B, 1]: the share of tokens that would cost as many operations if each were kept in both halves."""
         length = attention.shape[1]
         attended, fed = (mask.double().mean(dim=1, keepdim=True) for mask in (attention, mlp))
         square, of_mlp = attention_flops(self.model, length), mlp_flops(self.model, length)
@@ -138,14 +138,14 @@ class SubskipLayer(RoutedLayer):
         )
         out = self.run(self.halves, stream, gates, choose_where(attention), choose_where(mlp))
         if torch.is_grad_enabled():
-            # the hard choice, with the soft one's gradient
+            # The value of the hard choice, with the gradient of the soft one.
             soft = own_part(kept, self.seq).to(gates.dtype) + (gates - 1)
             out = self.attach(out, self.kept.loss(soft.mean()), weight=self.loss_weight)
             self.kept.observe(share)
         return Stream(out, documents=stream.documents)
 
     def halves(self, stream: Stream, gates: Tensor, attending: Selection, feeding: Selection) -> Tensor:
-        """h_out [B, T/seq, D], for gates [B, T/seq, 2]. What `run` recomputes: both choices are fixed by now."""
+        """h_out [B, T/seq, D], for gates [B, T/seq, 2]. `run` may recompute this: both choices are already fixed."""
         length = self.length(stream.hidden)
         positions, segments = origins(stream, attending, length)
         hidden, taken = take_shared(stream.hidden, attending.places, self.seq)
@@ -155,5 +155,5 @@ class SubskipLayer(RoutedLayer):
         normed = self.post_attention_layernorm(taken)
         update = self.mlp(normed)
         if self.hybrid:
-            update = normed - taken + update  # Z + MLP(Z) in place of u
+            update = normed - taken + update  # Z + MLP(Z) - u
         return put_back_shared(hidden, feeding.places, gates[..., 1], update, self.seq)
