@@ -171,7 +171,7 @@ def test_a_folder_that_another_rank_cannot_see_ends_the_job(tmp_path, monkeypatc
     monkeypatch.setattr(parts_module, "VISIBLE_SECONDS", 0.05)
     parts = Parts(tmp_path / "x")
     with pytest.raises(
-        UserError, match=r"x\.parts/lock: rank 0 has written it, but rank 3 on .* does not see it"
+        UserError, match=r"x\.parts/lock: rank 0 has written it, but rank 3 on .* does not see all of it"
     ):
         parts.wait_for_folder(3)
     with parts.locked():
