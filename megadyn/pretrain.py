@@ -6,6 +6,11 @@ also under `torchrun -m megadyn.pretrain`, `mpirun python -m megadyn.pretrain`, 
 run is complete, or was asked to stop (SIGTERM) and has saved; 2 on bad input, with one line `error: ...`.
 """
 
+from megadyn.log import loading, log, start_logging
+
+if __name__ == "__main__":
+    loading("torch and DeepSpeed")  # said first: the imports below take seconds
+
 import argparse
 import faulthandler
 import os
@@ -34,7 +39,6 @@ from megadyn.launch.lock import RunLock
 from megadyn.launch.processes import Process, launchers
 from megadyn.launch.signals import Signals
 from megadyn.launch.watchdog import Watchdog
-from megadyn.log import log, start_logging
 from megadyn.network import choosing_layers
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from megadyn.arguments import add_config_arguments, command_parser, positive
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.errors import Parser, UserError
+from megadyn.log import loading
 
 MAIN_JOB = "megadyn.pretrain"
-LOADING = "loading torch and DeepSpeed"
 
 
 def make_parser() -> Parser:
@@ -37,16 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.processes is not None:
         start_processes(args.processes, str(args.config), args.overrides)
-    if os.environ.get("RANK", "0") == "0":
-        say(LOADING)
+    loading("torch and DeepSpeed")
     from megadyn.pretrain import main_of_a_rank  # seconds of imports, which help and mistakes do without
 
     main_of_a_rank([str(args.config), *args.overrides])
-
-
-def say(line: str) -> None:
-    """At once: what follows takes seconds in silence."""
-    print(line, flush=True)
 
 
 def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
@@ -60,6 +54,6 @@ def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
     batch_plan(config, number)
     if number > 1:  # as torchrun would, which prints a warning that it does
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    say(f"{number} processes: {LOADING}")
+    print(f"starting {number} processes", flush=True)  # torchrun takes seconds to do so
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
     os.execv(sys.executable, [sys.executable, *launcher, "-m", MAIN_JOB, path, *overrides])

@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from megadyn.config import Config
-from megadyn.telemetry.lines import duration, routed_share, short
+from megadyn.progress import duration
+from megadyn.telemetry.lines import routed_share, short
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_REPORTS = 24
