@@ -6,10 +6,10 @@
 # GPUS            without HOSTFILE: how many of this machine's (default: all)
 # MASTER_ADDR     the first host's address as all hosts reach it (default: its name in HOSTFILE)
 # MASTER_PORT     (default: 29500)
-# DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
+# DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank", or "--log_level info" for its own log
 # Over ssh the deepspeed command hands on variables of Python and NCCL alone; others stand in ~/.deepspeed_env, NAME=value a line.
 set -euo pipefail
-options=(--master_port "${MASTER_PORT:-29500}")
+options=(--log_level error --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then
     by_ssh=(--ssh)
     if [[ -n ${NODE_RANK:-} ]]; then by_ssh=(); fi
