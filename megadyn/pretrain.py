@@ -42,6 +42,7 @@ from megadyn.launch.watchdog import Watchdog
 from megadyn.network import choosing_layers
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path
+from megadyn.progress import each
 from megadyn.routing.replay import Replay
 from megadyn.telemetry.profile import Profile
 from megadyn.telemetry.telemetry import Silent, Telemetry
@@ -281,12 +282,12 @@ class Job:
         plan = self.engine.plan
         size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
         routed = self.config.model.routing.name != DENSE
-        losses = {}
+        rounds, losses = size // (plan.micro_batch * plan.data_parallel), {}
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
             with self.loader(samples, 0, size, step=size) as loader:
                 losses[mode] = self.engine.evaluate(
-                    loader, size // (plan.micro_batch * plan.data_parallel), mode
+                    each(loader, f"{name} loss, {mode}", rounds), rounds, mode
                 )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses

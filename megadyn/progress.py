@@ -24,11 +24,16 @@ BYTES = "B"
 T = TypeVar("T")
 
 
+taken = threading.Event()
+"""Set while something else, the live view of a run, holds the terminal."""
+
+
 def has_bars() -> bool:
-    """On a terminal, for rank 0. Other threads than the main one may run beside the live view, which holds the terminal."""
+    """On a terminal that nothing else holds, for rank 0 and its main thread."""
     return (
         sys.stderr is not None
         and sys.stderr.isatty()
+        and not taken.is_set()
         and os.environ.get("RANK", "0") == "0"
         and threading.current_thread() is threading.main_thread()
     )

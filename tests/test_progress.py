@@ -66,7 +66,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(monkeypatch, capsys):
     assert "tensors:" in shown and " left" in shown
 
 
-def test_other_ranks_and_threads_have_no_bars(monkeypatch):
+def test_other_ranks_and_threads_and_those_beside_a_live_view_have_no_bars(monkeypatch):
     be_on_a_terminal(monkeypatch)
     assert has_bars()
     seen = []
@@ -74,6 +74,11 @@ def test_other_ranks_and_threads_have_no_bars(monkeypatch):
     thread.start()
     thread.join()
     assert seen == [False]
+    progress.taken.set()
+    try:
+        assert not has_bars()
+    finally:
+        progress.taken.clear()
     monkeypatch.setenv("RANK", "1")
     assert not has_bars()
 

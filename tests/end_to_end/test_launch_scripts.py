@@ -127,7 +127,8 @@ printf '%s\\n' "$@"
         (
             "deepspeed.sh",
             {"GPUS": "2", "DEEPSPEED_ARGS": "--bind_cores_to_rank --quiet"},
-            "--log_level error --master_port 29500 --num_accelerators 2 --bind_cores_to_rank --quiet --module megadyn.pretrain CONFIG a=b c",
+            "--log_level error --master_port 29500 --num_accelerators 2 --bind_cores_to_rank --quiet "
+            "--module megadyn.pretrain CONFIG a=b c",
         ),
         (
             "deepspeed.sh",
