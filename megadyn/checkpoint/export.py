@@ -19,6 +19,7 @@ from megadyn.kinds import DENSE
 from megadyn.log import log
 from megadyn.parallel.params import PRECISIONS
 from megadyn.progress import each
+from megadyn.tokenization.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -48,6 +49,7 @@ def export(
         raise UserError(problem)
     _refuse_output(output, checkpoint, overwrite)
     config = load_config(checkpoint / "config.yaml")
+    _refuse_tokenizer(tokenizer, config.tokenizer.path)
     kind = config.model.routing.name
     if style == "qwen2" and kind != DENSE:
         raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
@@ -90,6 +92,19 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
+
+
+def _refuse_tokenizer(given: str | None, of_run: str) -> None:
+    """Before anything is written. The run's own path may lead nowhere from here."""
+    try:
+        load_tokenizer(given or of_run)
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(
+            f"{error}; the run's configuration names it, and relative paths count from the working directory: "
+            "export from the folder where the run was started, or name the tokenizer with --tokenizer"
+        ) from None
 
 
 def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from megadyn.errors import Parser, UserError
 from megadyn.log import loading
 
 MAIN_JOB = "megadyn.pretrain"
+TORCHRUN = "megadyn.launch.torchrun"
 
 
 def make_parser() -> Parser:
@@ -55,5 +56,5 @@ def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
     if number > 1:  # as torchrun would, which prints a warning that it does
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"starting {number} processes", flush=True)  # torchrun takes seconds to do so
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    launcher = ["-m", TORCHRUN, "--standalone", "--nproc_per_node", str(number)]
     os.execv(sys.executable, [sys.executable, *launcher, "-m", MAIN_JOB, path, *overrides])
