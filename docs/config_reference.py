@@ -8,7 +8,9 @@ from pathlib import Path
 from megadyn.config.describe import REQUIRED, ROUTING, Key, keys
 from megadyn.kinds import find_kind, make_kind
 
-ABOUT_ROUTING = "`kind` chooses the kind; every kind then has its own keys. A key that the chosen kind lacks is refused."
+ABOUT_ROUTING = (
+    "`kind` chooses the kind; every kind then has its own keys. A key that the chosen kind lacks is refused."
+)
 
 
 def sections() -> Iterator[tuple[str, str, list[Key]]]:

@@ -2,11 +2,16 @@
 
 import argparse
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from megadyn.errors import Parser
 from megadyn.paths import user_path
+
+NARROW = 80
+"""Columns of a terminal that leave no room for a wide column of options."""
 
 
 def command_parser(name: str, doc: str | None) -> Parser:
@@ -39,10 +44,24 @@ def command_parser(name: str, doc: str | None) -> Parser:
 
 
 class HelpText(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of texts; puts an option and its help on one line if both fit."""
+    """Texts as they are written, but for paragraphs too wide for the terminal; names of options and what they mean on one
+    line where both fit."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
+        columns = shutil.get_terminal_size().columns
+        super().__init__(prog, max_help_position=32 if columns >= NARROW else 20)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = super()._fill_text(text, width, indent).split("\n\n")
+        return "\n\n".join(narrowed(paragraph, width) for paragraph in paragraphs)
+
+
+def narrowed(paragraph: str, width: int) -> str:
+    """A paragraph in lines of `width` where one is longer; commands and lists, which are indented, stay as they are."""
+    lines = paragraph.splitlines()
+    if all(len(line) <= width for line in lines) or any(line.startswith(" ") for line in lines):
+        return paragraph
+    return textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, example: str = "training.iterations=20") -> None:

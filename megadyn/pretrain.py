@@ -6,6 +6,11 @@ It also runs under `torchrun -m megadyn.pretrain`, `mpirun python -m megadyn.pre
 run is complete, or was asked to stop (SIGTERM) and has saved; 2 for invalid input, with one line `error: ...`.
 """
 
+from megadyn.log import loading, log, start_logging
+
+if __name__ == "__main__":
+    loading("torch and DeepSpeed")  # said first: the imports below take seconds
+
 import argparse
 import faulthandler
 import os
@@ -34,10 +39,10 @@ from megadyn.launch.lock import RunLock
 from megadyn.launch.processes import Process, launchers
 from megadyn.launch.signals import Signals
 from megadyn.launch.watchdog import Watchdog
-from megadyn.log import log, start_logging
 from megadyn.network import choosing_layers
 from megadyn.parallel.grid import make_grid
 from megadyn.paths import user_path
+from megadyn.progress import each
 from megadyn.routing.replay import Replay
 from megadyn.telemetry.profile import Profile
 from megadyn.telemetry.telemetry import Silent, Telemetry
@@ -277,12 +282,12 @@ class Job:
         plan = self.engine.plan
         size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
         routed = self.config.model.routing.name != DENSE
-        losses = {}
+        rounds, losses = size // (plan.micro_batch * plan.data_parallel), {}
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
             with self.loader(samples, 0, size, step=size) as loader:
                 losses[mode] = self.engine.evaluate(
-                    loader, size // (plan.micro_batch * plan.data_parallel), mode
+                    each(loader, f"{name} loss, {mode}", rounds), rounds, mode
                 )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses

@@ -44,6 +44,7 @@ ROOMS = (
     "arguments",
     "paths",
     "files",
+    "progress",
     "errors",
     "log",
 )

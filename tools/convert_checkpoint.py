@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Sequence
 
 from megadyn.arguments import add_json_argument
-from megadyn.commands import checkpoint, export
-from megadyn.errors import Parser, run_tool
+from megadyn.commands import checkpoint, export, run_command
+from megadyn.errors import Parser
 from megadyn.paths import user_path
 
 
@@ -31,4 +31,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(main))
+    raise SystemExit(run_command(main))

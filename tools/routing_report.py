@@ -1,9 +1,9 @@
 """`megadyn report` as a script."""
 
+from megadyn.commands import run_command
 from megadyn.commands.report import main, parse_args
-from megadyn.errors import run_tool
 
 __all__ = ["main", "parse_args"]
 
 if __name__ == "__main__":
-    raise SystemExit(run_tool(main))
+    raise SystemExit(run_command(main))

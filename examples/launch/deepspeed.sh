@@ -6,11 +6,11 @@
 # GPUS            without HOSTFILE: number of this machine's GPUs to use (default: all)
 # MASTER_ADDR     the first host's address, reachable from all hosts (default: its name in HOSTFILE)
 # MASTER_PORT     (default: 29500)
-# DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank"
+# DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank", or "--log_level info" for its own log
 # Over ssh the deepspeed command passes on only variables of Python and NCCL. Put others into ~/.deepspeed_env, one
 # NAME=value per line.
 set -euo pipefail
-options=(--master_port "${MASTER_PORT:-29500}")
+options=(--log_level error --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then
     by_ssh=(--ssh)
     if [[ -n ${NODE_RANK:-} ]]; then by_ssh=(); fi

@@ -31,8 +31,8 @@ for split in train validation; do
         --tokenizer "$run/tokenizer" --output-prefix "$run/data/$split" --append-eod --workers 2
 done
 
-step "training: $layout"
-deepspeed --num_accelerators $((tensor * pipeline * data)) --module megadyn.pretrain "$here/config.yaml" \
+step "training: $layout; deepspeed starts first, which takes seconds"
+deepspeed --quiet --num_accelerators $((tensor * pipeline * data)) --module megadyn.pretrain "$here/config.yaml" \
     parallel.tensor="$tensor" parallel.pipeline="$pipeline" "$@"
 
 step "export to Hugging Face, evaluation, a sample"

@@ -16,7 +16,10 @@ from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
 from megadyn.kinds import DENSE
+from megadyn.log import log
 from megadyn.parallel.params import PRECISIONS
+from megadyn.progress import each
+from megadyn.tokenization.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -41,14 +44,17 @@ def export(
         UserError: damaged checkpoint, a routed model as Qwen2, an existing output.
     """
     manifest = read_manifest(checkpoint)
+    log.info("verifying %s", checkpoint)
     if problem := damage(checkpoint, sorted(manifest["files"])):
         raise UserError(problem)
     _refuse_output(output, checkpoint, overwrite)
     config = load_config(checkpoint / "config.yaml")
+    _refuse_tokenizer(tokenizer, config.tokenizer.path)
     kind = config.model.routing.name
     if style == "qwen2" and kind != DENSE:
         raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
     precision = precision or config.precision
+    log.info("writing %s", output)
     temporary = output.with_name(f".writing-{output.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,6 +94,19 @@ def export(
     return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
 
 
+def _refuse_tokenizer(given: str | None, of_run: str) -> None:
+    """Before anything is written. The run's own path may lead nowhere from here."""
+    try:
+        load_tokenizer(given or of_run)
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(
+            f"{error}; the run's configuration names it, and relative paths count from the working directory: "
+            "export from the folder where the run was started, or name the tokenizer with --tokenizer"
+        ) from None
+
+
 def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
     """Only an earlier export may be replaced: never a run, or a folder of something else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -103,7 +122,8 @@ def _refuse_output(output: Path, checkpoint: Path, overwrite: bool) -> None:
 def whole_tensors(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by name, one at a time: weights in `dtype`, thresholds in fp32."""
     weights = ShardedTensors(checkpoint, "weights")
-    for name in sorted(weights.names()):
+    names = sorted(weights.names())
+    for name in each(names, "exporting tensors", len(names)):
         yield name, weights.whole(name).to(dtype)
     for layer, threshold in thresholds(read_manifest(checkpoint)).items():
         yield f"model.layers.{layer}.causal_router.threshold", threshold.value.reshape(1)

@@ -27,18 +27,22 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megadyn.errors import UserError
 from megadyn.kinds.older import newer_manifest
 from megadyn.log import log
+from megadyn.progress import BYTES, Bar
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints inside its output folder."""
 NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+CHUNK_BYTES = 2**20
+"""Read at once, for a hash."""
 WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
 """Prefixes of a checkpoint's name while it is being written, replaced or removed."""
 NOT_GOOD = "not-good"
@@ -221,20 +225,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, names: list[str]) -> str | None:
-    """How the named files differ from the manifest, or None. Raises UserError for a damaged manifest."""
-    manifest = read_manifest(folder)
-    for name in names:
-        path, want = folder / name, manifest["files"][name]
-        try:
-            if path.stat().st_size != want["bytes"]:
-                return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
-            if file_digest(path)["sha256"] != want["sha256"]:
-                return f"{path}: damaged (its sha256 does not match the manifest)"
-        except FileNotFoundError:
-            return f"{path}: missing"
-        except OSError as error:
-            return f"{path}: cannot be read ({error.strerror})"
+    """What is wrong with the named files against the manifest, or None. Raises UserError for a damaged manifest."""
+    files = read_manifest(folder)["files"]
+    with Bar(f"verifying {folder.name}", sum(files[name]["bytes"] for name in names), BYTES) as bar:
+        for name in names:
+            path, want = folder / name, files[name]
+            try:
+                if path.stat().st_size != want["bytes"]:
+                    return f"{path}: {path.stat().st_size} bytes, {want['bytes']} expected"
+                if sha256_of(path, bar.add) != want["sha256"]:
+                    return f"{path}: damaged (its sha256 is not the manifest's)"
+            except FileNotFoundError:
+                return f"{path}: missing"
+            except OSError as error:
+                return f"{path}: cannot be read ({error.strerror})"
     return None
+
+
+def sha256_of(path: Path, read: Callable[[int], None]) -> str:
+    """Of a file; `read` is told of its bytes, chunk by chunk."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", 0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            read(size)
+    return digest.hexdigest()
 
 
 def resolve(path: Path) -> Path:

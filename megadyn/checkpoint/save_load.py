@@ -34,6 +34,7 @@ from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.objects import all_gather
 from megadyn.parallel.params import component, counts_here, name_of
+from megadyn.progress import each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -322,7 +323,8 @@ def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource
     """Sets every parameter that `weights` has, and its moments if given."""
     access, rank, sharding = OptimizerAccess(engine), engine.grid.tp.rank, engine.sharding
     known = weights.names()
-    for param in engine.parameters():
+    parameters = list(engine.parameters())
+    for param in each(parameters, "loading weights", len(parameters)):
         name = name_of(param)
         if name in known:
             values = {"weight": part_for(weights, name, sharding, rank)}

@@ -3,12 +3,15 @@
 So `megadyn --help` needs neither torch nor any other large package.
 """
 
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import megadyn
 from megadyn.errors import UserError, did_you_mean, run_tool
+from megadyn.log import start_logging
 
 COMMANDS = {
     "new": "copy an example's configuration and run script into this folder",
@@ -33,18 +36,28 @@ COMMANDS = {
 
 def overview() -> str:
     width = max(map(len, COMMANDS))
+    columns = shutil.get_terminal_size().columns
+
+    def entry(name: str, text: str) -> str:
+        return textwrap.fill(
+            text, columns, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4)
+        )
+
     return "\n".join(
         [
             "usage: megadyn COMMAND ...",
             "",
-            "Pretraining of routed transformers: text to a dataset, to a trained model, to a Hugging Face folder.",
+            textwrap.fill(
+                "Pretraining of routed transformers: text to a dataset, to a trained model, to a Hugging Face folder.",
+                columns,
+            ),
             "",
             "commands:",
-            *(f"  {name:{width}}  {text}" for name, text in COMMANDS.items()),
+            *(entry(name, text) for name, text in COMMANDS.items()),
             "",
             "options:",
-            f"  {'-h, --help':{width}}  show this text; `megadyn COMMAND --help` shows a command's own",
-            f"  {'--version':{width}}  show the version",
+            entry("-h, --help", "show this text; `megadyn COMMAND --help` shows a command's own"),
+            entry("--version", "show the version"),
             "",
             "example:",
             "    megadyn new quickstart",
@@ -69,6 +82,12 @@ def dispatch(words: Sequence[str]) -> int:
     return status or 0
 
 
+def run_command(main: Callable[[], int | None]) -> int:
+    """`run_tool`, with a log that says on standard error what is being done; results alone go to standard output."""
+    start_logging(stream="stderr")
+    return run_tool(main)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command."""
-    return run_tool(lambda: dispatch(sys.argv[1:] if argv is None else argv))
+    return run_command(lambda: dispatch(sys.argv[1:] if argv is None else argv))

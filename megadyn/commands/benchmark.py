@@ -20,6 +20,7 @@ from importlib import import_module
 
 from megadyn.arguments import command_parser
 from megadyn.errors import Parser
+from megadyn.log import log
 
 BENCHMARKS = {
     "data": "megadyn.benchmark.preparation",
@@ -47,4 +48,5 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(words[:1])
+    log.info("loading the benchmark")
     import_module(BENCHMARKS[args.what]).main(words[1:])

@@ -14,6 +14,7 @@ from megadyn.arguments import add_config_arguments, command_parser, positive
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.errors import Parser, UserError
 from megadyn.launch.hosts import check_ssh, read_hostfile
+from megadyn.log import log
 from megadyn.paths import user_path
 
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = batch_plan(config, processes) if processes else None
     if args.ssh:
         if not hosts:
-            raise UserError("--ssh: needs --hostfile, which names the hosts to reach")
+            raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
+        log.info("asking %d hosts over ssh", len(hosts))
         check_ssh(hosts)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from megadyn.arguments import add_json_argument, command_parser
 from megadyn.checkpoint.layout import damage, read_manifest, resolve
 from megadyn.errors import Parser, UserError
+from megadyn.log import log
 from megadyn.paths import user_path
 
 
@@ -38,6 +39,7 @@ def describe(checkpoint: Path) -> dict[str, object]:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = resolve(args.checkpoint)
+    log.info("verifying %s", checkpoint)
     result = describe(checkpoint)
     if result["damage"]:
         raise UserError(str(result["damage"]))

@@ -14,6 +14,7 @@ import shtab
 from megadyn.arguments import command_parser, output_prefix
 from megadyn.commands import COMMANDS
 from megadyn.errors import Parser
+from megadyn.log import log
 from megadyn.paths import expanded, user_path
 
 SHELLS = ("bash", "zsh")
@@ -28,7 +29,7 @@ def make_parser() -> Parser:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """One parser with all commands. Imports all their modules, which takes seconds."""
+    """One parser with all commands. Their modules are imported, which takes a second or two."""
 
     def of_command(prog: str, **_: object) -> Any:
         return importlib.import_module(f"megadyn.commands.{prog.split()[-1]}").make_parser()
@@ -54,5 +55,6 @@ def complete_paths(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    log.info("reading the options of all commands")
     print(shtab.complete(whole_parser(), args.shell))
     return 0

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.errors import Parser
-from megadyn.evaluation.losses import evaluate
+from megadyn.log import log
 from megadyn.paths import user_path
 from megadyn.telemetry.sinks import finite
 
@@ -45,6 +45,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     modes = ("topk", "causal") if args.routing == "both" else (args.routing,)
+    log.info("loading torch")
+    from megadyn.evaluation.losses import evaluate  # seconds of imports, which help and mistakes do without
+
     result = evaluate(
         args.checkpoint,
         args.data,

@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 
 from megadyn.arguments import add_output_arguments, byte_count, command_parser
-from megadyn.checkpoint.export import SHARD_BYTES, export
 from megadyn.checkpoint.layout import resolve
+from megadyn.config.run import PRECISIONS
 from megadyn.errors import Parser
-from megadyn.parallel.params import PRECISIONS
+from megadyn.log import log
 from megadyn.paths import expanded, user_path
 
 
@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="megadyn",
         help="qwen2: export a dense model as plain Qwen2ForCausalLM",
     )
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the weights (default: the run's)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default: the run's)")
     parser.add_argument(
         "--max-shard-size",
         type=byte_count,
-        default=SHARD_BYTES,
+        default="5GB",
         metavar="SIZE",
         help="size of a weight file, such as 2GB (default: 5GB); tensors are never split",
     )
@@ -52,6 +52,9 @@ def make_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = resolve(args.checkpoint)
+    log.info("loading torch")
+    from megadyn.checkpoint.export import export  # seconds of imports, which help and mistakes do without
+
     result = export(
         checkpoint,
         args.output,

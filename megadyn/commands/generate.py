@@ -18,6 +18,7 @@ from typing import Any
 
 from megadyn.arguments import command_parser, seed
 from megadyn.errors import Parser, UserError
+from megadyn.log import log
 from megadyn.paths import user_path
 
 
@@ -61,11 +62,13 @@ def load(folder: Path) -> tuple[Any, Any]:
         raise UserError(
             f"--model {folder}: {'no config.json there' if folder.is_dir() else 'no such folder'}"
         )
+    log.info("loading transformers")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
+    log.info("loading %s", folder)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -107,6 +110,7 @@ def generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
         if args.temperature
         else {"do_sample": False}
     )
+    log.info("generating %d tokens on %s", args.max_new_tokens, model.device)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     output = model.generate(

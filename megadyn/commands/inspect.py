@@ -15,6 +15,7 @@ from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.inspection import length_histogram, verify
 from megadyn.data.samples import SampleSet
 from megadyn.errors import Parser, UserError
+from megadyn.log import log
 from megadyn.paths import expanded, user_path
 from megadyn.tokenization.tokenizer import TokenArray, Tokenizer, load_tokenizer
 
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"made with tokenizer {dataset.record.tokenizer} ({dataset.record.vocab_size:,} ids); documents {ends}"
         )
     if args.verify:
+        log.info("reading all tokens")
         made_with = dataset.record or tokenizer
         found = verify(dataset, made_with.vocab_size if made_with else None)
         result |= {

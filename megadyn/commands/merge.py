@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megadyn.arguments import add_output_arguments, command_parser, output_prefix
 from megadyn.errors import Parser
+from megadyn.log import log
 from megadyn.paths import user_path
 from megadyn.prepare.merge import merge_datasets
 
@@ -29,6 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    log.info("opening %d datasets", len(args.inputs))
     merged = merge_datasets(args.inputs, args.output_prefix, overwrite=args.overwrite)
     print(
         f"{len(args.inputs)} datasets, {merged.num_documents:,} documents, {merged.num_tokens:,} tokens "

@@ -18,9 +18,11 @@ from dataclasses import fields
 from megadyn.arguments import above_zero, add_config_arguments, command_parser, positive
 from megadyn.config import Config, load_config
 from megadyn.errors import Parser, UserError
+from megadyn.log import log, without_remarks
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import GIB, Layout, Machine, Refusal, layouts
 from megadyn.planning.parameters import total_parameters
+from megadyn.progress import each
 
 ASSUMED = {
     "tflops": "TFLOP/s that a GPU achieves in matrix products",
@@ -83,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[dict[str, object]]:
-    from megadyn.engine.dry_run import dry_run  # imports take seconds: only if modules are built
+    log.info("loading torch and DeepSpeed")
+    without_remarks()
+    from megadyn.engine.dry_run import dry_run  # seconds of imports: only where modules are built
 
     records = []
-    for rank in ranks:
+    for rank in each(ranks, "building ranks", len(ranks)):
         found = dry_run(config, machine, rank)
         print(found.text())
         records.append(found.record())
@@ -94,6 +98,7 @@ def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[
 
 
 def list_layouts(config: Config, machine: Machine, top: int) -> list[dict[str, object]]:
+    log.info("planning layouts over %d GPUs", machine.gpus)
     found, refused = layouts(config, machine)
     print(headline(config, machine))
     fitting = [layout for layout in found if layout.fits]

@@ -10,6 +10,7 @@ finished parts are kept in data/corpus.parts: after an interruption, repeat the 
 import argparse
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from dataclasses import asdict
 
 from megadyn.arguments import add_output_arguments, command_parser, output_prefix, positive, seed
 from megadyn.errors import Parser, UserError, line_lost, run_tool
-from megadyn.log import start_logging
+from megadyn.log import log, start_logging
 from megadyn.paths import expanded
 from megadyn.prepare.arguments import add_corpus_arguments, corpus_of
 from megadyn.prepare.preprocess import preprocess
@@ -79,6 +80,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     if ranks.rank == 0:
         start_logging(raises=line_lost)
+    else:
+        log.setLevel(logging.WARNING)
+    log.info("looking at the input and the tokenizer")
     corpus = corpus_of(args)
     began = time.perf_counter()
     record = preprocess(

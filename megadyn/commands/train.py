@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from megadyn.arguments import add_config_arguments, command_parser, positive
 from megadyn.config import batch_plan, engine_settings, load_config
 from megadyn.errors import Parser, UserError
+from megadyn.log import loading
 
 MAIN_JOB = "megadyn.pretrain"
-LOADING = "loading torch and DeepSpeed"
+TORCHRUN = "megadyn.launch.torchrun"
 
 
 def make_parser() -> Parser:
@@ -37,16 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if args.processes is not None:
         start_processes(args.processes, str(args.config), args.overrides)
-    if os.environ.get("RANK", "0") == "0":
-        say(LOADING)
-    from megadyn.pretrain import main_of_a_rank  # imports take seconds, which help and errors do not need
+    loading("torch and DeepSpeed")
+    from megadyn.pretrain import main_of_a_rank  # seconds of imports, which help and mistakes do without
 
     main_of_a_rank([str(args.config), *args.overrides])
-
-
-def say(line: str) -> None:
-    """Prints immediately, because what follows takes seconds without output."""
-    print(line, flush=True)
 
 
 def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
@@ -61,6 +56,6 @@ def start_processes(number: int, path: str, overrides: Sequence[str]) -> None:
     batch_plan(config, number)
     if number > 1:  # torchrun would do the same, but print a warning
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    say(f"{number} processes: {LOADING}")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+    print(f"starting {number} processes", flush=True)  # torchrun takes seconds to do so
+    launcher = ["-m", TORCHRUN, "--standalone", "--nproc_per_node", str(number)]
     os.execv(sys.executable, [sys.executable, *launcher, "-m", MAIN_JOB, path, *overrides])

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -100,21 +100,30 @@ class IndexedWriter:
         self._write(np.ascontiguousarray(tokens, self.dtype).view(np.uint8).data)
         self._add_counts(lengths, sequences)
 
-    def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends a copy of a whole dataset of the same dtype. Raises `UserError` if it changes meanwhile."""
+    def add_dataset(self, dataset: IndexedDataset, copied: Callable[[int], None] | None = None) -> None:
+        """Appends a whole dataset of the same dtype: a copy of its bytes. `UserError` if they change meanwhile.
+
+        `copied` is told of bytes as they are written.
+        """
         if dataset.dtype != self.dtype:
             raise ValueError(f"{dataset.dtype} tokens cannot be copied among {self.dtype} ones")
-        self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index))
+        self.add_file(files_of(dataset.prefix)["bin"], dataset.sizes, np.diff(dataset.document_index), copied)
 
-    def add_file(self, path: Path, lengths: NDArray[np.int32], sequences: NDArray[np.int64]) -> None:
-        """Appends documents (see `add`) whose tokens are in the file `path`, already in the dtype of the dataset.
+    def add_file(
+        self,
+        path: Path,
+        lengths: NDArray[np.int32],
+        sequences: NDArray[np.int64],
+        copied: Callable[[int], None] | None = None,
+    ) -> None:
+        """Appends documents (see `add`) whose tokens are those in `path`, in the dtype of the dataset already.
 
         If that fails, for example because the disk is full, none of them has been appended.
         """
         before = self._bin.tell()
         try:
             with path.open("rb", 0) as tokens:
-                self._copy(tokens)
+                self._copy(tokens, copied)
             if self._bin.tell() - before != self._bytes_of(lengths):
                 raise UserError(f"{path}: changed while it was copied")
         except BaseException:
@@ -134,9 +143,11 @@ class IndexedWriter:
         self._add_counts(lengths, sequences)
         return crc
 
-    def _copy(self, tokens: io.FileIO) -> None:
+    def _copy(self, tokens: io.FileIO, copied: Callable[[int], None] | None) -> None:
         while size := tokens.readinto(self._buffer):
             self._write(self._buffer[:size])
+            if copied:
+                copied(size)
 
     def _write(self, raw: memoryview) -> None:
         self._hash.update(raw)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from megadyn.data.indexed import IndexedDataset
 from megadyn.errors import UserError
+from megadyn.progress import BYTES, Bar
 
 CHUNK_TOKENS = 2**22
 
@@ -36,11 +37,13 @@ def verify(dataset: IndexedDataset, vocab_size: int | None) -> Verified:
     from the one whose hash the dataset records.
     """
     stream, low, high = hashlib.sha256(), [], []
-    for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
-        chunk = dataset.tokens[first : first + CHUNK_TOKENS]
-        stream.update(chunk.tobytes())
-        low.append(int(chunk.min()))
-        high.append(int(chunk.max()))
+    with Bar(f"verifying {dataset.prefix}", dataset.num_tokens * dataset.dtype.itemsize, BYTES) as bar:
+        for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
+            chunk = dataset.tokens[first : first + CHUNK_TOKENS]
+            stream.update(chunk.tobytes())
+            low.append(int(chunk.min()))
+            high.append(int(chunk.max()))
+            bar.add(chunk.nbytes)
     found = Verified(stream.hexdigest(), min(low, default=None), max(high, default=None))
     if found.smallest_id is not None and found.smallest_id < 0:
         raise UserError(f"{dataset.prefix}.bin: token id {found.smallest_id} is negative")

@@ -12,6 +12,7 @@ from megadyn.data.samples import content_key
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named, temporary_beside
 from megadyn.log import log
+from megadyn.progress import BYTES, Bar
 
 CHUNK_TOKENS = 2**20
 """Tokens read at once; few enough to stay in the CPU cache between computing minimum and maximum."""
@@ -81,11 +82,13 @@ def _scan(dataset: IndexedDataset, size: int) -> IdRange:
     if size > SLOW_BYTES:
         log.info("dataset %s: reading its %.0f GB once for the largest token id", dataset.prefix, size / 1e9)
     smallest, largest = 0, -1
-    for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
-        chunk = dataset.tokens[first : first + CHUNK_TOKENS]
-        largest = max(largest, int(chunk.max()))
-        if dataset.dtype.kind == "i":  # unsigned types have no negative ids
-            smallest = min(smallest, int(chunk.min()))
+    with Bar(f"reading {dataset.prefix}", dataset.num_tokens * dataset.dtype.itemsize, BYTES) as bar:
+        for first in range(0, dataset.num_tokens, CHUNK_TOKENS):
+            chunk = dataset.tokens[first : first + CHUNK_TOKENS]
+            largest = max(largest, int(chunk.max()))
+            if dataset.dtype.kind == "i":  # an unsigned type has no ids below 0
+                smallest = min(smallest, int(chunk.min()))
+            bar.add(chunk.nbytes)
     return IdRange(smallest, largest)
 
 

@@ -20,6 +20,7 @@ from megadyn.data.indexed import IndexedDataset
 from megadyn.errors import UserError
 from megadyn.files import temporary_beside
 from megadyn.log import log
+from megadyn.progress import Bar
 
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -27,7 +28,9 @@ Mask = NDArray[np.bool_]
 LAYOUT = 1
 """Part of every cache key; increased whenever the same inputs should give other samples."""
 SPLIT, SEQUENCES, SAMPLES = range(3)
-"""Purposes of a random order; keep orders from the same seed independent."""
+"""What a random order is for; keeps orders of one seed apart."""
+SLOW_INDEX = 10**7
+"""Sequences and samples of an epoch; putting more of them in order takes seconds, and is announced."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -160,10 +163,17 @@ class SampleSet:
     def _build(self, number: int) -> Epoch:
         chosen = np.arange(len(self.dataset)) if self._chosen is None else np.flatnonzero(self._chosen)
         sequences, order = chosen.astype(self._type), np.arange(len(self), dtype=self._type)
-        if self.shuffle:
-            random_order(self.seed, SEQUENCES, number).shuffle(sequences)
-            random_order(self.seed, SAMPLES, number).shuffle(order)
-        places = sample_places(self.dataset.sizes.take(sequences), self.sequence_length)
+        what = f"dataset {self.dataset.prefix}: index of epoch {number + 1}"
+        if self.shuffle and len(sequences) + len(order) > SLOW_INDEX:
+            log.info("%s: putting %s samples in order", what, f"{len(order):,}")
+        with Bar(what, len(sequences) + 2 * len(order)) as bar:
+            if self.shuffle:
+                random_order(self.seed, SEQUENCES, number).shuffle(sequences)
+                bar.add(len(sequences))
+                random_order(self.seed, SAMPLES, number).shuffle(order)
+                bar.add(len(order))
+            places = sample_places(self.dataset.sizes.take(sequences), self.sequence_length)
+            bar.reach(bar.total)
         return Epoch(sequences, places.astype(self._type), order)
 
 

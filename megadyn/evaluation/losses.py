@@ -16,6 +16,7 @@ from megadyn.errors import UserError
 from megadyn.evaluation.saved import Saved, load_network, open_saved
 from megadyn.log import log
 from megadyn.network import routed_layers, set_routing_mode
+from megadyn.progress import each
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def evaluate(
         (see their functions); for a routed model `routed_fraction` of the last mode and `causal_agreement`, means over
         its routed layers.
     """
+    log.info("loading %s", path)
     saved = open_saved(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = load_network(saved, device)
@@ -47,12 +49,14 @@ def evaluate(
     length = sequence_length or saved.sequence_length
     chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
     count = min(len(chosen), samples or len(chosen))
+    log.info("scoring %s samples of %s tokens on %s", f"{count:,}", f"{length:,}", device)
     routed = routed_layers(network)
     result: dict[str, Any] = {}
     for mode in modes:
         set_routing_mode(routed, mode)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for first in range(0, count, batch_size):
+        batches = range(0, count, batch_size)
+        for first in each(batches, f"scoring, {mode} routing", len(batches)):
             size = min(batch_size, count - first)
             tokens, labels = (
                 torch.from_numpy(part).to(device) for part in read_batch(chosen, range(first, first + size))

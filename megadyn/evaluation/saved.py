@@ -11,11 +11,13 @@ from megadyn.config import ModelConfig, load_config
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.tokenizer_files import FINGERPRINT
+from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, routed_layers, thresholds_of
 from megadyn.parallel.params import PRECISIONS, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
+from megadyn.progress import each
 from megadyn.routing.layer import LossScale
 from megadyn.routing.tracker import RunningThreshold
 from megadyn.tokenization.tokenizer import load_tokenizer, tokenizer_settings
@@ -42,6 +44,7 @@ def open_saved(path: Path) -> Saved:
     if (path / "config.json").is_file():
         return _open_hf(path)
     folder = resolve(path)
+    log.info("verifying %s", folder)
     manifest = read_manifest(folder)
     if problem := damage(folder, sorted(manifest["files"])):
         raise UserError(problem)
@@ -96,7 +99,8 @@ def load_network(saved: Saved, device: torch.device) -> Network:
     if missing:
         raise UserError(f"the saved model lacks {len(missing)} of its tensors, for example {missing[0]}")
     with torch.no_grad():
-        for param in network.parameters():
+        parameters = list(network.parameters())
+        for param in each(parameters, "loading weights", len(parameters)):
             whole = saved.weights.whole(name_of(param))
             if whole.shape != param.shape:
                 raise UserError(

@@ -47,6 +47,7 @@ def write_hf_folder(
     summary = write_shards(
         with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes
     )
+    log.info("writing tokenizer and configuration")
     special, note = write_tokenizer(tokenizer, folder, model.max_position, eod)
     described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
     documents = document_fields(load_tokenizer(tokenizer, eod).eod if document_mask else None)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megadyn.errors import ConfigError, RunError, UserError
-from megadyn.log import log
+from megadyn.log import MPI_RANKS, log
 
 MPI_VARIABLES = {
-    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "RANK": MPI_RANKS,
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
     "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
@@ -110,6 +110,7 @@ def join(timeout_s: float = 1800.0) -> None:
     # one operation here; by itself it would ask for each of its operations whether it could be compiled, at every start.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if get_accelerator().device_name() == "cpu":
+        log.info("device: cpu (DeepSpeed %s)", _why_cpu())
         _share_cores()
     else:
         check_devices(int(os.environ["LOCAL_RANK"]), local_ranks(), get_accelerator().device_count())
@@ -156,6 +157,15 @@ def _hold_groups_to(timeout: timedelta) -> None:
 
 def leave() -> None:
     dist.destroy_process_group()
+
+
+def _why_cpu() -> str:
+    asked = os.environ.get("DS_ACCELERATOR")
+    return (
+        f"is told so by DS_ACCELERATOR={asked}"
+        if asked
+        else "found no GPU; DS_ACCELERATOR=cuda insists on one"
+    )
 
 
 def _share_cores() -> None:

@@ -81,6 +81,7 @@ PROGRAMS = re.compile(
 MODULES = (
     "torch.distributed.run",
     "torch.distributed.launch",
+    "megadyn.launch.torchrun",
     "deepspeed.launcher.runner",
     "deepspeed.launcher.launch",
 )

@@ -9,6 +9,7 @@ from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.record import Record
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named, refuse_existing
+from megadyn.progress import BYTES, Bar, each
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = False) -> IndexedDataset:
@@ -19,18 +20,28 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, *, overwrite: bool = 
     """
     refuse_existing(files_of(output).values(), overwrite)
     first = IndexedDataset(prefixes[0])
-    # Check all before copying the first; one at a time, because there may be thousands.
-    for prefix in prefixes[1:]:
-        check_alike(first, IndexedDataset(prefix))
+    total = bytes_of(first)
+    # all, before the first is copied; one at a time, for there may be thousands
+    for prefix in each(prefixes[1:], "opening datasets", len(prefixes) - 1):
+        check_alike(first, other := IndexedDataset(prefix))
+        total += bytes_of(other)
     records = []
-    with os_errors_named(output), IndexedWriter(output, first.dtype) as writer:
+    with (
+        os_errors_named(output),
+        IndexedWriter(output, first.dtype) as writer,
+        Bar("copying", total, BYTES) as bar,
+    ):
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
-            check_alike(first, dataset)  # again, because the file may have been replaced meanwhile
-            writer.add_dataset(dataset)
+            check_alike(first, dataset)  # again: it is another file now if it was replaced meanwhile
+            writer.add_dataset(dataset, bar.add)
             records.append(dataset.record)
         writer.finish(merged_record(records, writer))
     return IndexedDataset(output)
+
+
+def bytes_of(dataset: IndexedDataset) -> int:
+    return dataset.num_tokens * dataset.dtype.itemsize
 
 
 def check_alike(first: IndexedDataset, other: IndexedDataset) -> None:

@@ -85,6 +85,10 @@ class Corpus:
             for text in self.read(unit):
                 yield text.decode()
 
+    def size(self) -> int:
+        """Bytes on disk that a whole pass reads."""
+        return sum(span.size for unit in self.units() for span in unit)
+
     def restart(self) -> None:
         self.skipped, self.first_skipped, self.consumed = 0, None, 0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from megadyn.errors import UserError
 from megadyn.files import temporary_beside
+from megadyn.log import log
 from megadyn.report.page import Subject, page
 from megadyn.report.run import Run, read_checkpoints, read_runs
 
@@ -19,6 +20,7 @@ def write_report(
     Raises UserError if a folder contains no run or `output` cannot be written; an existing file there is then kept.
     """
     check_output(output)
+    log.info("reading %s", " and ".join(map(str, folders)))
     subjects = [study(run, tokens, look_at_checkpoints) for run in read_runs(folders)]
     html = page(subjects).encode()
     temporary = temporary_beside(output)
@@ -58,7 +60,8 @@ def study(run: Run, tokens: int, look_at_checkpoints: bool) -> Subject:
             if look_at_checkpoints
             else "checkpoints were not read (--no-checkpoints)",
         )
-    from megadyn.report.text_map import map_text  # imports torch, which takes seconds: only if needed
+    log.info("loading torch, to route a text through %s", newest)
+    from megadyn.report.text_map import map_text  # torch, seconds of imports: only where it is needed
 
     try:
         return Subject(run, checkpoints, map_text(run.folder, newest, tokens), newest.name)

@@ -1,7 +1,8 @@
 """Formats a run's reports as text."""
 
-import math
 from typing import Any
+
+from megadyn.progress import duration
 
 
 def train_line(record: dict[str, Any], iterations: int, seconds_left: float) -> str:
@@ -42,17 +43,3 @@ def short(count: float) -> str:
     if count < 10_000:
         return f"{count:,.0f}"
     return f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
-
-
-def duration(seconds: float) -> str:
-    """`3d04h`, `2h05m`, `4m07s`, `9s`: the two largest units."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d{h:02d}h"
-    if h:
-        return f"{h}h{m:02d}m"
-    return f"{m}m{s:02d}s" if m else f"{s}s"

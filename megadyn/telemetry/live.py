@@ -11,8 +11,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from megadyn import progress
 from megadyn.config import Config
-from megadyn.telemetry.lines import duration, routed_share, short
+from megadyn.progress import duration
+from megadyn.telemetry.lines import routed_share, short
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE_REPORTS = 24
@@ -56,7 +58,8 @@ class LiveView:
         self.live = Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
         terminal = sys.stdout, sys.stderr
         self.live.start()
-        # Loggers set up earlier, such as DeepSpeed's, write directly to the terminal.
+        progress.taken.set()
+        # Loggers that were set up before, as DeepSpeed's, hold the terminal itself.
         self.moved = [
             (handler, handler.stream) for handler in stream_handlers() if handler.stream in terminal
         ]
@@ -88,6 +91,7 @@ class LiveView:
         self._give_back()
 
     def _give_back(self) -> None:
+        progress.taken.clear()
         for handler, stream in self.moved:
             handler.setStream(stream)
 

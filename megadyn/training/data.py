@@ -145,13 +145,4 @@ def evaluation_size(name: str, samples: Samples, wanted: int, plan: BatchPlan) -
             f"at least {per_round} (one micro-batch per data-parallel rank), and the {name} set "
             f"must have that many; it has {len(samples)}",
         )
-    if size < wanted:
-        log.info(
-            "evaluations on the %s set use %d samples (%d wanted, %d available, in rounds of %d)",
-            name,
-            size,
-            wanted,
-            len(samples),
-            per_round,
-        )
     return size

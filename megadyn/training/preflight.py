@@ -14,6 +14,7 @@ from megadyn.files import os_errors_named
 from megadyn.hf.source import open_source
 from megadyn.kernels.rule import kernel_choice
 from megadyn.launch import launch
+from megadyn.log import log
 from megadyn.model.attention import attention_backend
 from megadyn.model.compiled import check_compiler
 from megadyn.network import choosing_layers
@@ -45,7 +46,17 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
         )
     for name, samples in (("validation", data.validation), ("test", data.test)):
         if samples is not None:
-            evaluation_size(name, samples, config.training.eval_samples, plan)
+            wanted = config.training.eval_samples
+            size = evaluation_size(name, samples, wanted, plan)
+            if size < wanted:
+                log.info(
+                    "evaluations on the %s set use %d samples (%d wanted, %d available, in rounds of %d)",
+                    name,
+                    size,
+                    wanted,
+                    len(samples),
+                    plan.micro_batch * plan.data_parallel,
+                )
     checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
     if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
         raise UserError(

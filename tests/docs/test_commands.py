@@ -53,6 +53,7 @@ RUN_BY = {
     ".": "tests/docs/test_commands.py::test_the_quickstart_takes_the_steps_that_are_tested_here",
     "pytest": "tests/end_to_end/test_deaths.py::test_killed_anywhere_the_run_ends_with_the_same_weights",
     "tail": "tests/end_to_end/test_pretrain.py::losses",
+    "examples/quickstart/run.sh": "tests/docs/test_commands.py::test_the_quickstart_takes_the_steps_that_are_tested_here",
     "examples/study/study.py": "tests/docs/test_commands.py::test_the_studys_runs_can_be_loaded",
     "examples/eval/run.sh": "tests/hf/test_lm_eval.py::scores",
     "examples/eval/make_tasks.py": "tests/hf/test_lm_eval.py::workplace",

@@ -123,22 +123,23 @@ printf '%s\\n' "$@"
 @pytest.mark.parametrize(
     ("script", "settings", "started"),
     [
-        ("deepspeed.sh", {}, "--master_port 29500 --module megadyn.pretrain CONFIG a=b c"),
+        ("deepspeed.sh", {}, "--log_level error --master_port 29500 --module megadyn.pretrain CONFIG a=b c"),
         (
             "deepspeed.sh",
             {"GPUS": "2", "DEEPSPEED_ARGS": "--bind_cores_to_rank --quiet"},
-            "--master_port 29500 --num_accelerators 2 --bind_cores_to_rank --quiet --module megadyn.pretrain CONFIG a=b c",
+            "--log_level error --master_port 29500 --num_accelerators 2 --bind_cores_to_rank --quiet "
+            "--module megadyn.pretrain CONFIG a=b c",
         ),
         (
             "deepspeed.sh",
             {"HOSTFILE": "HOSTS", "MASTER_PORT": "1"},
-            "--master_port 1 --hostfile HOSTS --no_ssh_check --master_addr "
+            "--log_level error --master_port 1 --hostfile HOSTS --no_ssh_check --master_addr "
             "127.0.0.2 --force_multi --module megadyn.pretrain CONFIG a=b c",
         ),
         (
             "deepspeed.sh",
             {"HOSTFILE": "HOSTS", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"},
-            "--master_port 29500 --hostfile HOSTS "
+            "--log_level error --master_port 29500 --hostfile HOSTS "
             "--no_ssh_check --master_addr 10.0.0.1 --no_ssh --node_rank 1 --module megadyn.pretrain CONFIG a=b c",
         ),
         (

@@ -23,7 +23,7 @@ def test_the_object_of_a_model_that_diverged_is_json(monkeypatch, capsys):
         "bits_per_byte": None,
         "perplexity": {"topk": math.nan, "causal": math.inf},
     }
-    monkeypatch.setattr(tool, "evaluate", lambda *args, **options: result)
+    monkeypatch.setattr("megadyn.evaluation.losses.evaluate", lambda *args, **options: result)
     assert tool.main(["--checkpoint", "run", "--data", "set", "--json"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert json.loads(line) == {

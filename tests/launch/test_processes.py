@@ -20,6 +20,7 @@ LAUNCH = f"{PYTHON} -u -m deepspeed.launcher.launch --world_info=x --module mega
         ([LAUNCH, "init"], 1),
         ([f"{PYTHON} /venv/bin/torchrun --nproc_per_node 2", "bash", "init"], 1),
         ([f"{PYTHON} -m torch.distributed.run --nproc_per_node 2", "bash", "init"], 1),
+        ([f"{PYTHON} -m megadyn.launch.torchrun --nproc_per_node 2", "bash", "init"], 1),
         (["numactl -C 0 python", LAUNCH, RUNNER, "init"], 2),  # a wrapper between
         (["bash -c python", "slurmstepd: [12.0]", "init"], 1),
         (["/usr/bin/orted --daemonize", "init"], 1),

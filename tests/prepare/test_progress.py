@@ -1,5 +1,6 @@
 import logging
 import sys
+import time
 
 import pytest
 
@@ -10,7 +11,7 @@ from megadyn.prepare.progress import Progress
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("megadyn.prepare.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megadyn.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -22,13 +23,15 @@ def test_a_line_now_and_then_where_there_is_no_terminal(clock, caplog, monkeypat
             clock[0] = 100.0 + seconds
             progress.add(2_000_000, 5_000_000)
             progress.show()
-    assert caplog.messages == [" 20 %, 0.8 MB/s, 2.0M tokens/s, 40 s left"]
+    assert caplog.messages == [" 20 %, 0.8 MB/s, 2.0M tokens/s, 40s left"]
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("megadyn.progress.BAR_AFTER_SECONDS", 0.0)
     with Progress(40_000_000) as progress:
         progress.add(20_000_000, 5_000_000)
+        time.sleep(0.21)  # between two pictures
         progress.show()
     shown = capsys.readouterr().err
     assert " 50%" in shown

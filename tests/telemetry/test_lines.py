@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from megadyn.telemetry.lines import duration, train_line
+from megadyn.progress import duration
+from megadyn.telemetry.lines import train_line
 from tests.telemetry.test_telemetry import ROUTING
 
 
