@@ -1,5 +1,6 @@
 """A model on disk, a checkpoint or an exported one, opened whole in one process and without DeepSpeed."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Saved:
     thresholds: dict[int, RunningThreshold]
     precision: str
     sequence_length: int
+    window: int | None = None
+    """The longest sequence on which this is the model that was saved: its sliding window, where it had one."""
     eod: int | None = None
     """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
     fingerprint: str | None = None
@@ -51,6 +54,7 @@ def open_saved(path: Path) -> Saved:
         thresholds(manifest),
         config.precision,
         config.training.sequence_length,
+        None,
         load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod
         if config.data.document_mask
         else None,
@@ -79,7 +83,8 @@ def _open_hf(path: Path) -> Saved:
         folder,
         found,
         precisions.get(folder.dtype, "fp32"),
-        model.max_position or 1024,
+        min(model.max_position or 1024, folder.window or sys.maxsize),
+        folder.window,
         folder.eod,
         fingerprint=tokenizer_settings(path).get(FINGERPRINT),
     )

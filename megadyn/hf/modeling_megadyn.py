@@ -14,7 +14,8 @@ are independent: each is computed as if it stood alone. DOCUMENTS (`config.docum
 `eod_token_id` and are parts of one sequence: attention and averages stay inside a document, but top-k counts over the sequence.
 
 Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
-in `packing_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's arguments in `inputs_megadyn.py`.
+in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's
+arguments in `inputs_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -110,7 +111,9 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
-        check_rotary(config.rope_parameters)  # it may have been changed since the configuration was made
+        check_rotary(
+            config.rope_parameters, config.head_dim
+        )  # it may have been changed since the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kind = exported_kind(config.routing)
         layers = {"dense": DenseLayer} | kind.layers

@@ -113,6 +113,7 @@ class Layer(nn.Module):
             backend=ctx.attention,
             make=make,
             output_std=output_std,
+            turns=index not in model.rope.skip_layers,
             recompute=inner,
         )
         self.post_attention_layernorm = RMSNorm(
@@ -156,6 +157,7 @@ class Layer(nn.Module):
         if self.compile_run and torch.is_grad_enabled():
             hidden = inputs[0].hidden if isinstance(inputs[0], Stream) else inputs[0]
             # grown out here: a graph is for a table that stays
-            self.self_attn.rotary.angles(self.length(hidden), hidden)
+            if self.self_attn.rotary is not None:
+                self.self_attn.rotary.angles(self.length(hidden), hidden)
             function = partial(compiled, function)
         return recomputed(function, *inputs) if self.recompute else function(*inputs)
