@@ -278,7 +278,8 @@ class CheckpointConfig:
     allow_other_data: bool = False
     """Resume although the training data, or their order, are not those of the checkpoint."""
     init_from: str | None = None
-    """Hugging Face folder whose weights the run starts from."""
+    """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
+    SmolLM3 of transformers."""
 
     def check(self) -> None:
         for name in ("resume", "fork_from", "init_from"):

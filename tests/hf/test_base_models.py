@@ -22,7 +22,7 @@ from megadyn.hf.dense_map import misfit
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.source import open_source
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
+from tests.helpers.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
 
 VOCAB, LENGTH, ORIGINAL = 259, 24, 12
 """Sequences are twice as long as the context that the stretched models were made for."""
@@ -472,3 +472,9 @@ def test_a_key_that_is_left_out_has_transformers_default() -> None:
         assert (ours.norm_eps, ours.rope.theta) == (theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"])
         turns = getattr(theirs, "no_rope_layers", [1, 1])
         assert ours.rope.skip_layers == [layer for layer in (0, 1) if not turns[layer]]
+
+
+def test_the_documents_name_every_architecture() -> None:
+    for page in ("configuration.md", "export.md"):
+        text = (ROOT / "docs" / page).read_text()
+        assert all(f"`{style}`" in text for style in DENSE_TYPES), page
