@@ -84,6 +84,16 @@ def test_types_of_rotary_positions(name: str, tmp_path: Path) -> None:
                 model(tokens, position_ids=torch.arange(24).view(1, -1) % 12, use_cache=False)
 
 
+@pytest.mark.parametrize("name", ["default", "yarn"])
+def test_gradients_pass_a_turn(name: str) -> None:
+    """Also one that scales: the way back is then no plain turn by the opposite angle."""
+    rope = RopeConfig(name, 100.0, **ROPES[name])
+    rope.check()
+    rotary, positions = Rotary(8, rope), torch.tensor([[0, 3, 17]])
+    q, k = (torch.randn(1, 3, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (2, 1))
+    assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, positions, LENGTH), (q, k))
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("length", [4096, 16384])
 @pytest.mark.parametrize(
