@@ -29,8 +29,6 @@ class ModelConfig:
     """The tokenizer's when left out. Larger is allowed; the excess ids never occur in the data."""
     max_position: int | None = None
     """Longest sequence the model is meant for; `training.sequence_length` when left out."""
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    """Rotary positions: their base, and how they are stretched to longer contexts."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm. Change it only to match a model that you start from."""
     qkv_bias: bool = False
@@ -51,6 +49,8 @@ class ModelConfig:
     different lengths) or `sdpa`, which runs anywhere."""
     routing: Kind = field(default_factory=lambda: make_kind(DENSE))
     """Which layers skip tokens, and how: `kind` and the keys that this kind has (`megadyn/kinds`)."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary positions: their base, and how they are stretched to longer contexts."""
 
     def check(self) -> None:
         self.rope.check()

@@ -32,7 +32,7 @@ class Saved:
     precision: str
     sequence_length: int
     window: int | None = None
-    """The longest sequence on which this is the model that was saved: its sliding window, where it had one."""
+    """A folder's sliding window: on longer sequences this is not the model that was saved."""
     eod: int | None = None
     """The token that ends a document, if the run masked its samples by document; its export says so in config.json."""
     fingerprint: str | None = None

@@ -298,7 +298,6 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
         edited(sliding_window=23),
         "sliding_window = 23 in config.json: must be at least training.sequence_length = 24",
     ),
-    "a sliding window by default": ("mistral", edited(sliding_window=7), "sliding_window = 7"),
     "a sliding window of some layers": (
         "qwen3",
         edited(sliding_window=8),
