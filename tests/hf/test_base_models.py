@@ -17,8 +17,10 @@ from megadyn.checkpoint.export import export
 from megadyn.config import Config, RopeConfig
 from megadyn.errors import UserError, run_tool
 from megadyn.evaluation.saved import load_network, open_saved
-from megadyn.hf.config_map import DENSE_TYPES, from_hf_config
+from megadyn.hf.config_map import DENSE_TYPES, from_hf_config, to_hf_config
+from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.dense_map import misfit
+from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.source import open_source
 from tests.helpers.ranks import run_on_ranks
@@ -173,6 +175,33 @@ def test_a_run_starts_with_their_loss(started: tuple[Path, dict[str, float]], na
     with torch.no_grad():
         ours = load_network(open_saved(folder / name), torch.device("cpu"))(samples[:, :-1])
     assert (ours - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_cached_generation_is_theirs(name: str, tmp_path: Path) -> None:
+    """One token after another, to twice the original context: of `dynamic` too, whose base grows on the way."""
+    write_random(BASES[name], tmp_path)
+    folder = HfFolder(tmp_path)
+    ours = MegadynForCausalLM(MegadynConfig(**to_hf_config(folder.model, "float32"))).eval()
+    weights = {key: folder.whole(key) for key in folder.names()}
+    missing, unexpected = ours.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    ours.tie_weights()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    found, want = (
+        model.generate(
+            held_out()[:2, :8],
+            max_new_tokens=LENGTH - 8,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        for model in (ours, theirs)
+    )
+    assert found.sequences.tolist() == want.sequences.tolist()
+    for step, (mine, reference) in enumerate(zip(found.logits, want.logits, strict=True)):
+        assert (mine - reference).abs().max() < 1e-4, step
 
 
 def test_a_routed_model_starts_from_one(started: tuple[Path, dict[str, float]]) -> None:
