@@ -39,7 +39,7 @@ class HfFolder:
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
         index = folder / "model.safetensors.index.json"
         files = files_of(index) if index.exists() else ["model.safetensors"]
-        if not index.exists() and not (folder / files[0]).exists() and any(folder.glob("*.bin")):
+        if not index.exists() and not (folder / files[0]).exists() and any(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder} has its weights in .bin files, which may run code when they are read: save it as safetensors "
                 f"first (AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) of transformers) and give the new folder"
