@@ -278,9 +278,16 @@ def test_the_exported_modelling_files_need_nothing_of_megadyn_but_each_other():
         "configuration_megadyn": ("routing_of",),
         "packing_megadyn": (),
         "cache_megadyn": ("packing_megadyn",),
-        "layers_megadyn": ("cache_megadyn", "configuration_megadyn", "packing_megadyn"),
+        "rope_megadyn": ("configuration_megadyn",),
+        "layers_megadyn": ("cache_megadyn", "configuration_megadyn", "packing_megadyn", "rope_megadyn"),
         "surprise_megadyn": ("cache_megadyn", "configuration_megadyn", "layers_megadyn", "packing_megadyn"),
-        "inputs_megadyn": ("cache_megadyn", "configuration_megadyn", "layers_megadyn", "packing_megadyn"),
+        "inputs_megadyn": (
+            "cache_megadyn",
+            "configuration_megadyn",
+            "layers_megadyn",
+            "packing_megadyn",
+            "rope_megadyn",
+        ),
         "modeling_megadyn": (
             "cache_megadyn",
             "configuration_megadyn",

@@ -12,7 +12,7 @@ from megadyn.arguments import positive
 from megadyn.benchmark.clock import PRECISION_OF
 from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError
-from megadyn.hf.config_map import to_qwen2_config
+from megadyn.hf.config_map import to_dense_config
 from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext
@@ -135,7 +135,7 @@ def qwen2_like(dense: Model, recompute: bool) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config, parameter = dense.config, next(dense.module.parameters())
-    theirs = Qwen2Config.from_dict(to_qwen2_config(config, "float32"), attn_implementation="sdpa")
+    theirs = Qwen2Config.from_dict(to_dense_config(config, REFERENCE, "float32"), attn_implementation="sdpa")
     model = Qwen2ForCausalLM(theirs)
     model.load_state_dict({name_of(param): param.detach() for param in dense.module.parameters()})
     if recompute:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
 from megadyn.config import ModelConfig
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config, to_hf_config, to_qwen2_config
+from megadyn.hf.config_map import from_hf_config, to_dense_config, to_hf_config
 from megadyn.hf.reader import THRESHOLD, read_json
 from megadyn.kinds import DENSE, capacity_count
 from megadyn.network import Network
@@ -102,7 +102,7 @@ def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     """transformers' Qwen2 with random weights and the shape of `config`."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM(Qwen2Config.from_dict(to_qwen2_config(config, "float32")))
+    model = Qwen2ForCausalLM(Qwen2Config.from_dict(to_dense_config(config, REFERENCE, "float32")))
     return Served(REFERENCE, model.to(device=device, dtype=dtype).eval(), dense_twin(config))
 
 

@@ -8,6 +8,7 @@ from megadyn.config import Config, ModelConfig
 from megadyn.data.indexed import files_of
 from megadyn.data.record import read_record
 from megadyn.errors import UserError
+from megadyn.hf.dense_map import TITLES
 from megadyn.kinds import DENSE
 from megadyn.log import log
 from megadyn.planning.flops import dense_twin, training_flops
@@ -32,7 +33,7 @@ def model_card(
 
     Args:
         history: from `last_records`.
-        style: `megadyn` or `qwen2`; precision: of the weights; tokenizer: a sentence about it.
+        style: `megadyn` or one of DENSE_TYPES; precision: of the weights; tokenizer: a sentence on it.
     """
     model, length = config.model, config.training.sequence_length
     routing = model.routing
@@ -116,12 +117,19 @@ def _architecture(model: ModelConfig, precision: str, tokenizer: str) -> dict[st
         + ", ".join(f"{model.layer_types.count(kind)} `{kind}`" for kind in dict.fromkeys(model.layer_types)),
         "hidden size, feed-forward": f"{model.hidden_size}, {model.ffn_size} (SwiGLU)",
         "heads": f"{model.num_heads} of size {model.head_dim}, {model.num_kv_heads} for keys and values",
-        "positions": f"rotary, base {model.rope_theta:g}; up to {model.max_position}",
-        "norms": f"RMSNorm {norms[model.normalization]}",
+        "positions": _positions(model),
+        "norms": f"RMSNorm {norms[model.normalization]}{', and on queries and keys' if model.qk_norm else ''}",
         "vocabulary": f"{model.vocab_size:,}{', input and output embeddings tied' if model.tie_embeddings else ''}",
         "weights": precision,
         "tokenizer": tokenizer,
     }
+
+
+def _positions(model: ModelConfig) -> str:
+    rope = model.rope
+    stretched = "" if rope.type == "default" else f", `{rope.type}` by {rope.factor:g}"
+    skipped = f", none in layers {', '.join(map(str, rope.skip_layers))}" if rope.skip_layers else ""
+    return f"rotary, base {rope.theta:g}{stretched}{skipped}; up to {model.max_position}"
 
 
 def _means_over_layers(history: dict[str, Any]) -> dict[str, float]:
@@ -197,9 +205,9 @@ def _loss(value: float | None) -> str:
 
 
 def _use(style: str) -> str:
-    if style == "qwen2":
+    if style in TITLES:
         return (
-            "A plain Qwen2: any tool that knows Qwen2 loads it, without `trust_remote_code`.\n\n```python\n"
+            f"A plain {TITLES[style]}: any tool that knows {TITLES[style]} loads it, without `trust_remote_code`.\n\n```python\n"
             "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast\n\n"
             'model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")\n'
             "tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)\n" + GENERATE + "```"

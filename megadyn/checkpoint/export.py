@@ -15,7 +15,7 @@ from megadyn.checkpoint.merge import ShardedTensors, thresholds
 from megadyn.config import load_config
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
-from megadyn.kinds import DENSE
+from megadyn.hf.dense_map import misfit
 from megadyn.log import log
 from megadyn.parallel.params import PRECISIONS
 from megadyn.progress import each
@@ -37,11 +37,11 @@ def export(
     """Merges a checkpoint's shards into `output`, which appears complete or not at all; returns a summary.
 
     Args:
-        style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
+        style: `megadyn`, or one of DENSE_TYPES for a dense model as plain Qwen2ForCausalLM and so on.
         precision: of the weights; tokenizer: its path. The run's own when left out.
 
     Raises:
-        UserError: damaged checkpoint, a routed model as Qwen2, an existing output.
+        UserError: damaged checkpoint, a model that does not fit the architecture, an existing output.
     """
     manifest = read_manifest(checkpoint)
     log.info("verifying %s", checkpoint)
@@ -49,10 +49,9 @@ def export(
         raise UserError(problem)
     _refuse_output(output, checkpoint, overwrite)
     config = load_config(checkpoint / "config.yaml")
+    if style != "megadyn" and (problem := misfit(config.model, style)):
+        raise UserError(f"{checkpoint} cannot be exported as {style}: {problem}")
     _refuse_tokenizer(tokenizer, config.tokenizer.path)
-    kind = config.model.routing.name
-    if style == "qwen2" and kind != DENSE:
-        raise UserError(f"{checkpoint} is a {kind} model: only a dense one can be exported as qwen2")
     precision = precision or config.precision
     log.info("writing %s", output)
     temporary = output.with_name(f".writing-{output.name}")

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megadyn.config import Config, resolved_config
+from megadyn.config.rope import with_rope_section
 from megadyn.errors import UserError
 from megadyn.kinds import expand_layout
 from megadyn.kinds.kind import SHAPES, TRAINED_SO
@@ -31,12 +32,15 @@ MUST_EQUAL = {
                 "ffn_size",
                 "vocab_size",
                 "qkv_bias",
+                "output_bias",
+                "qk_norm",
                 "tie_embeddings",
             )
         ),
         SHAPES,
     ),
     "model.normalization": TRAINED_SO,
+    "model.rope.skip_layers": TRAINED_SO,
     "model.routing.kind": "it determines the layers and tensors of the model",
     "training.seed": ORDER,
     "training.sequence_length": ORDER,
@@ -81,7 +85,8 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
 
 def changes(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     """By dotted key: the value when the verified checkpoint was saved (`was`) and the value now (`is`)."""
-    there = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+    path = folder / "config.yaml"
+    there = flat(with_rope_section(OmegaConf.to_container(OmegaConf.load(path)), str(path)))
     here = flat(resolved_config(config))
     return {
         key: {"was": there[key], "is": value}

@@ -299,7 +299,7 @@ def init_from(engine: Trained, path: Path) -> None:
 
     Raises UserError for another model, and for a missing or an unexpected tensor, by name.
     """
-    folder = open_source(path, engine.config.model)
+    folder = open_source(path, engine.config.model, engine.config.training.sequence_length)
     upcycled = folder.model.routing.name == DENSE
     wanted = set().union(*all_gather({name_of(param) for param in engine.parameters()}))
     given = {name for name in folder.names() if not name.endswith(THRESHOLD)}

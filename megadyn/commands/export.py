@@ -14,6 +14,7 @@ from megadyn.arguments import add_output_arguments, byte_count, command_parser
 from megadyn.checkpoint.layout import resolve
 from megadyn.config.run import PRECISIONS
 from megadyn.errors import Parser
+from megadyn.hf.config_map import DENSE_TYPES
 from megadyn.log import log
 from megadyn.paths import expanded, user_path
 
@@ -24,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--as",
         dest="style",
-        choices=("megadyn", "qwen2"),
+        choices=("megadyn", *DENSE_TYPES),
         default="megadyn",
-        help="qwen2: export a dense model as plain Qwen2ForCausalLM",
+        help="a dense model as an architecture of transformers: qwen2 as plain Qwen2ForCausalLM, and so on",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default: the run's)")
     parser.add_argument(

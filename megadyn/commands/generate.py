@@ -96,7 +96,10 @@ def generate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
 
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     prompt_tokens = inputs["input_ids"].shape[1]
-    longest = model.config.max_position_embeddings
+    rope = model.config.rope_parameters
+    # of `dynamic` the configuration has the length before the context was stretched
+    stretch = rope["factor"] if rope["rope_type"] == "dynamic" else 1
+    longest = int(model.config.max_position_embeddings * stretch)
     if prompt_tokens == 0:
         raise UserError("--prompt is empty")
     if prompt_tokens + args.max_new_tokens > longest:

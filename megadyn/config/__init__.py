@@ -3,6 +3,7 @@
 from megadyn.config.data import DataConfig, Source
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.rope import RopeConfig
 from megadyn.config.run import (
     REDUCED_IN,
     BatchPlan,
@@ -39,6 +40,7 @@ __all__ = [
     "MultipliersConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RopeConfig",
     "Source",
     "TokenizerConfig",
     "TrainingConfig",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from megadyn.checks import at_least, in_range, one_of
+from megadyn.config.rope import RopeConfig
 from megadyn.errors import ConfigError
 from megadyn.kinds import DENSE, Kind, make_kind
 
@@ -28,12 +29,14 @@ class ModelConfig:
     """The tokenizer's when left out. Larger is allowed; the excess ids never occur in the data."""
     max_position: int | None = None
     """Longest sequence the model is meant for; `training.sequence_length` when left out."""
-    rope_theta: float = 10000.0
-    """Base of the rotary positions' wavelengths. Larger for longer sequences; Qwen2.5 has 1e6."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm. Change it only to match a model that you start from."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias, as in Qwen2.5."""
+    output_bias: bool = False
+    """Whether the output projection of attention has a bias, as in Llama with `attention_bias`."""
+    qk_norm: bool = False
+    """Whether queries and keys pass an RMSNorm over each head before they are turned to their positions, as in Qwen3."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weight. Saves parameters in small models with large vocabularies."""
     init_std: float = 0.02
@@ -46,8 +49,17 @@ class ModelConfig:
     different lengths) or `sdpa`, which runs anywhere."""
     routing: Kind = field(default_factory=lambda: make_kind(DENSE))
     """Which layers skip tokens, and how: `kind` and the keys that this kind has (`megadyn/kinds`)."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary positions: their base, and how they are stretched to longer contexts."""
 
     def check(self) -> None:
+        self.rope.check()
+        if self.qk_norm and self.normalization == "hybridnorm":
+            raise ConfigError(
+                "model.qk_norm",
+                True,
+                "false with model.normalization = hybridnorm, which norms queries and keys too",
+            )
         for name in (
             "hidden_size",
             "num_layers",
@@ -80,7 +92,15 @@ class ModelConfig:
         one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
         one_of("model.attention", self.attention, ("auto", "flash", "varlen", "sdpa"))
         in_range("model.norm_eps", self.norm_eps, 0, 1)
-        in_range("model.rope_theta", self.rope_theta, 1, math.inf)
+        if self.rope.type == "dynamic" and self.head_dim < 4:
+            raise ConfigError("model.head_dim", self.head_dim, "at least 4 with model.rope.type = dynamic")
+        if absent := [layer for layer in self.rope.skip_layers if not 0 <= layer < self.num_layers]:
+            raise ConfigError(
+                "model.rope.skip_layers",
+                absent[0],
+                f"a layer from 0 to {self.num_layers - 1}, as model.num_layers = {self.num_layers}",
+            )
+        self.rope.skip_layers = sorted(set(self.rope.skip_layers))
         at_least("model.init_std", self.init_std, 0)
         self.routing.check_shape(self)
 

@@ -23,6 +23,7 @@ from megadyn.config.kinds import settle_kind
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
 from megadyn.config.numbers import count
+from megadyn.config.rope import with_rope_section
 from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError, did_you_mean
 from megadyn.kinds.older import with_newer_keys
@@ -160,6 +161,12 @@ def check_together(config: Config) -> None:
         )
     if training.compile:
         check_compilable(config)
+    if model.rope.type == "dynamic" and config.data.document_mask:
+        raise ConfigError(
+            "model.rope.type",
+            model.rope.type,
+            "another one with data.document_mask: its base follows from the length of a sequence, not of a document",
+        )
     model.routing.check_run(
         pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask
     )
@@ -207,7 +214,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for source, given in (*files, ("the command line", words)):
         _check_sections(Config, given, "", str(source))
         _read_counts(given)
-        layers.append((source, with_newer_keys(given, str(source))))
+        layers.append((source, with_newer_keys(with_rope_section(given, str(source)), str(source))))
     kind = settle_kind(layers)
     try:
         defaults = OmegaConf.structured(Config(model=ModelConfig(routing=kind())))

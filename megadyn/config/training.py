@@ -285,7 +285,8 @@ class CheckpointConfig:
     allow_other_data: bool = False
     """Resume even if the training data, or their order, differ from those of the checkpoint."""
     init_from: str | None = None
-    """Hugging Face folder with the initial weights."""
+    """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
+    SmolLM3 of transformers."""
 
     def check(self) -> None:
         for name in ("resume", "fork_from", "init_from"):

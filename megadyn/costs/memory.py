@@ -114,6 +114,7 @@ def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: 
         )
     else:
         whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
+        whole += work.norm(q) + work.norm(k) if work.model.qk_norm else 0
     return n * (whole + split / parts + attention + 4 * b * f)
 
 

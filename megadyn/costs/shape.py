@@ -14,6 +14,8 @@ class Shape(Protocol):
     head_dim: int | None
     ffn_size: int | None
     qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
     normalization: str
     vocab_size: int | None
     tie_embeddings: bool

@@ -4,6 +4,8 @@ from typing import Any
 
 from megadyn.config import ModelConfig
 from megadyn.errors import ConfigError, UserError
+from megadyn.hf.dense_map import DEFAULTS, TITLES, blocks_of, difference
+from megadyn.hf.rope_map import from_hf_rope, to_hf_rope
 from megadyn.kinds import DENSE, Kind, find_kind
 
 FIELDS = {
@@ -22,7 +24,8 @@ FIELDS = {
 }
 """Ours: theirs."""
 
-DENSE_TYPES = ("qwen2", "llama", "mistral")
+DENSE_TYPES = tuple(TITLES)
+"""Architectures of transformers that are dense models of ours."""
 
 
 def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -35,7 +38,10 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
             "AutoModel": "modeling_megadyn.MegadynModel",
             "AutoModelForCausalLM": "modeling_megadyn.MegadynForCausalLM",
         },
-        **_shared_fields(model, dtype),
+        **shared_fields(model, dtype),
+        "attention_output_bias": model.output_bias,
+        "qk_norm": model.qk_norm,
+        "no_rope_layers": no_rope_layers(model) if model.rope.skip_layers else None,
         "normalization": model.normalization,
         "routing_mode": "causal",
         "routed_layer_types": model.layer_types,
@@ -43,36 +49,48 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def to_qwen2_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json of a dense model as plain Qwen2, whose q, k and v always have a bias."""
-    fields = _shared_fields(model, dtype)
-    del fields["attention_bias"]
+def to_dense_config(model: ModelConfig, style: str, dtype: str) -> dict[str, Any]:
+    """config.json of a dense model as plain `style`, one of DENSE_TYPES, into which it fits (`misfit`)."""
+    fields = shared_fields(model, dtype) | {"attention_bias": model.qkv_bias or model.output_bias}
+    if style in ("qwen2", "mistral"):  # which have no choice
+        del fields["attention_bias"]
+    if style == "mistral":
+        fields["sliding_window"] = None
+    elif style != "llama":
+        fields["use_sliding_window"] = False
+    if style == "smollm3":
+        fields["no_rope_layers"] = no_rope_layers(model)
     return {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": style,
+        "architectures": [f"{TITLES[style]}ForCausalLM"],
         **fields,
-        "use_sliding_window": False,
     }
 
 
-def _shared_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    return {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()} | {
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "dtype": dtype,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-    }
+def shared_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    return (
+        {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()}
+        | {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "dtype": dtype}
+        | to_hf_rope(model)
+    )
 
 
-ONLY = {"hidden_act": "silu", "use_sliding_window": False, "partial_rotary_factor": 1.0, "mlp_bias": False}
+def no_rope_layers(model: ModelConfig) -> list[int]:
+    """SmolLM3's list: 1 for a layer with rotary positions, 0 for one without."""
+    return [int(layer not in model.rope.skip_layers) for layer in range(model.num_layers)]
+
+
+ONLY = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mlp_bias": False}
 """Keys of config.json that must have this value, where they stand: we compute nothing else."""
+
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+"""Of layers of a dense architecture; `window_of` has the window of the second."""
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def from_hf_config(config: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json of megadyn, Qwen2, Llama or Mistral describes. UserError for what we cannot run."""
+    """The model that a config.json of megadyn or of one of DENSE_TYPES describes. UserError for what we cannot run."""
     try:
         return _described(config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -83,37 +101,28 @@ def _described(config: dict[str, Any]) -> ModelConfig:
     kind = config.get("model_type")
     if kind != "megadyn" and kind not in DENSE_TYPES:
         raise UserError(
-            f"model_type {kind!r} in config.json: must be one of megadyn, {', '.join(DENSE_TYPES)}"
+            f"model_type {kind!r} in config.json: must be one of megadyn, {', '.join(DENSE_TYPES)}{difference(kind)}"
         )
+    config = DEFAULTS.get(kind, {}) | config
     for key, value in ONLY.items():
         if config.get(key, value) != value:
             raise UserError(f"{key} = {config[key]!r} in config.json: must be {value!r}")
-    if kind == "mistral" and config.get("sliding_window"):
-        raise UserError(f"sliding_window = {config['sliding_window']!r} in config.json: must be null")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(
-            f"rope_type {rope.get('rope_type')!r} in config.json: only default rotary positions are supported"
-        )
     if missing := [theirs for theirs in NEEDED if theirs not in config]:
         raise UserError(f"config.json has no {missing[0]}")
     values = {ours: config[theirs] for ours, theirs in FIELDS.items() if config.get(theirs) is not None}
     for ours, value in values.items():
         if not isinstance(value, (int, float)):
             raise UserError(f"{FIELDS[ours]} = {value!r} in config.json: must be a number or a truth value")
-    values["qkv_bias"] = kind == "qwen2" or bool(config.get("attention_bias"))
-    if kind == "llama" and values["qkv_bias"]:
-        raise UserError(
-            "attention_bias = True in config.json: Llama then has a bias on its output projection, which we have not"
-        )
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     layer_types = _layer_types(config) if kind == "megadyn" else []
+    if kind != "megadyn" and (other := set(config.get("layer_types") or []) - ATTENTION_TYPES):
+        raise UserError(f"layer_types in config.json: {min(other)!r} is no attention of ours")
     model = ModelConfig(
-        **values,
-        rope_theta=float(theta),
+        **values | blocks_of(config),
+        rope=from_hf_rope(config, config.get("default_theta", 10000.0)),
         normalization=config.get("normalization", "pre"),
         routing=_from_hf_routing(config.get("routing", {}), layer_types),
     )
+    model.rope.skip_layers = _skipped_layers(config)
     model.routing.check()
     model.check()
     if layer_types and layer_types != model.layer_types:
@@ -121,6 +130,21 @@ def _described(config: dict[str, Any]) -> ModelConfig:
             f"routed_layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.name}"
         )
     return model
+
+
+def _skipped_layers(config: dict[str, Any]) -> list[int]:
+    """Layers without rotary positions."""
+    if config["model_type"] not in ("megadyn", "smollm3"):
+        return []
+    layers, turns = config["num_hidden_layers"], config.get("no_rope_layers")
+    if turns is None:
+        every = 0 if config["model_type"] == "megadyn" else config["no_rope_layer_interval"]
+        return [layer for layer in range(layers) if every and (layer + 1) % every == 0]
+    if len(turns) < layers:
+        raise UserError(
+            f"no_rope_layers in config.json: must have {layers} entries, one per layer, not {len(turns)}"
+        )
+    return [layer for layer, turn in enumerate(turns[:layers]) if not turn]
 
 
 def _layer_types(config: dict[str, Any]) -> list[str]:

@@ -1,6 +1,11 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and six of its own:
+Qwen2's fields, and nine of its own:
+
+    attention_output_bias
+                    whether the output projection of attention has a bias; `attention_bias` is of queries, keys and values
+    qk_norm         whether queries and keys pass an RMSNorm over each head, as in Qwen3
+    no_rope_layers  per layer, as in SmolLM3: 1 where queries and keys turn to their positions, 0 where they do not; null: all do
 
     normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
                     square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
@@ -37,7 +42,7 @@ Qwen2's fields, and six of its own:
 
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
@@ -74,8 +79,29 @@ def one_of(name: str, got: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} = {got!r}: must be one of {', '.join(allowed)}")
 
 
-def check_rotary(rope_parameters: dict[str, Any] | None) -> None:
-    one_of("rope_parameters.rope_type", (rope_parameters or {}).get("rope_type"), ("default",))
+ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""By `rope_type`: what must be given, each a number above 0."""
+
+
+def check_rotary(rope_parameters: dict[str, Any] | None, head_dim: int | None) -> None:
+    rope = rope_parameters or {}
+    rope_type = rope.get("rope_type")
+    one_of("rope_parameters.rope_type", rope_type, tuple(ROPE_NUMBERS))
+    for key in ROPE_NUMBERS[cast(str, rope_type)]:
+        if type(rope.get(key)) not in (int, float) or rope[key] <= 0:
+            raise ValueError(f"rope_parameters.{key} = {rope.get(key)!r}: must be a number above 0")
+    if rope.get("truncate") is False:
+        raise ValueError("rope_parameters.truncate = False: must be left out, or true")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError("rope_parameters.partial_rotary_factor: must be left out, or 1")
+    if rope_type == "dynamic" and (head_dim or 0) < 4:
+        raise ValueError(f"head_dim = {head_dim}: must be at least 4 with rope_type = 'dynamic'")
 
 
 def check_number(key: str, value: Any) -> None:
@@ -164,7 +190,10 @@ class MegadynConfig(PretrainedConfig):
     """Filled in from `rope_theta` (else 10000) if left out."""
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
-    """Whether q, k and v have a bias (the output projection has none)."""
+    """Whether q, k and v have a bias."""
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+    no_rope_layers: list[int] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -192,7 +221,15 @@ class MegadynConfig(PretrainedConfig):
         one_of("hidden_act", self.hidden_act, ("silu",))
         one_of("normalization", self.normalization, NORMALIZATIONS)
         one_of("routing_mode", self.routing_mode, ROUTING_MODES)
-        check_rotary(self.rope_parameters)
+        check_rotary(self.rope_parameters, self.head_dim)
+        if self.qk_norm and self.normalization == "hybridnorm":
+            raise ValueError(
+                "qk_norm = True: must be false with normalization = 'hybridnorm', which has these norms"
+            )
+        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"no_rope_layers has {len(self.no_rope_layers)} entries, but num_hidden_layers = {self.num_hidden_layers}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads}: must divide "

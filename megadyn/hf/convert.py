@@ -10,15 +10,16 @@ from torch import Tensor
 
 from megadyn.config import ModelConfig
 from megadyn.files import readable
-from megadyn.hf.config_map import document_fields, to_hf_config, to_qwen2_config
-from megadyn.hf.tokenizer_files import check_qwen2, write_json, write_tokenizer
+from megadyn.hf.config_map import document_fields, to_dense_config, to_hf_config
+from megadyn.hf.dense_map import TITLES, zero_biases
+from megadyn.hf.tokenizer_files import check_auto_tokenizer, write_json, write_tokenizer
 from megadyn.kinds import Kind, module_of
 from megadyn.log import log
 from megadyn.tokenization.tokenizer import load_tokenizer
 
-QWEN2_UNMASKED = (
-    "The model was trained with masked documents, but transformers' Qwen2 does not mask them by itself: for a text "
-    "with several documents, pass position_ids that start again"
+UNMASKED = (
+    "The model was trained with masked documents, but transformers' {} does not mask them by itself: for a text "
+    "of several documents give it position_ids that start again"
 )
 
 
@@ -37,29 +38,30 @@ def write_hf_folder(
     """Fills an empty `folder` with weights, configuration, tokenizer and, in `megadyn` style, the model code.
 
     Args:
-        tensors: whole tensors with their Hugging Face names; consumed one at a time.
-        style: `megadyn`, or `qwen2` for a dense model as plain Qwen2ForCausalLM.
-        dtype: torch's name of the weights' dtype, for config.json.
-        eod: the token that ended documents in training, if it differs from the tokenizer's own.
-        document_mask: whether training masked attention across documents; written to config.json with the
-            id that ends a document.
+        tensors: whole tensors under their Hugging Face names, taken one at a time.
+        style: `megadyn`, or one of DENSE_TYPES for a dense model as plain Qwen2ForCausalLM and so on.
+        dtype: torch's name of the weights' type, for config.json.
+        eod: the token that ended documents in training, if that is not the tokenizer's own.
+        document_mask: whether the run masked its samples by document; config.json then says so, with the id that ends one.
     """
+    is_dense = style != "megadyn"
     summary = write_shards(
-        with_zero_bias(tensors) if style == "qwen2" and not model.qkv_bias else tensors, folder, shard_bytes
+        with_zero_biases(tensors, zero_biases(model, style)) if is_dense else tensors, folder, shard_bytes
     )
     log.info("writing tokenizer and configuration")
     special, note = write_tokenizer(tokenizer, folder, model.max_position, eod)
-    described = (to_qwen2_config if style == "qwen2" else to_hf_config)(model, dtype)
+    described = to_dense_config(model, style, dtype) if is_dense else to_hf_config(model, dtype)
     documents = document_fields(load_tokenizer(tokenizer, eod).eod if document_mask else None)
     write_json(folder / "config.json", described | special | documents)
     write_json(folder / "generation_config.json", {"do_sample": False, **special})
-    if style == "megadyn":
+    if not is_dense:
         write_code(folder, type(model.routing))
-    elif warning := check_qwen2(folder, tokenizer):
+    elif warning := check_auto_tokenizer(folder, tokenizer, TITLES[style]):
         note += f". {warning}"
-    if style == "qwen2" and document_mask:
-        log.warning("%s", QWEN2_UNMASKED)
-        note += f". {QWEN2_UNMASKED}"
+    if is_dense and document_mask:
+        unmasked = UNMASKED.format(TITLES[style])
+        log.warning("%s", unmasked)
+        note += f". {unmasked}"
     return summary | {"tokenizer": note}
 
 
@@ -70,6 +72,7 @@ CODE = (
     "layers_megadyn.py",
     "modeling_megadyn.py",
     "packing_megadyn.py",
+    "rope_megadyn.py",
 )
 """Files of this folder that every export contains."""
 
@@ -99,11 +102,13 @@ def exported_kind(routing: dict[str, Any]) -> ExportedKind:
 '''
 
 
-def with_zero_bias(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Adds zero biases for q, k and v to a model without them, because Qwen2 always has these biases."""
+def with_zero_biases(
+    tensors: Iterable[tuple[str, Tensor]], projections: tuple[str, ...]
+) -> Iterable[tuple[str, Tensor]]:
+    """With a bias of zeros for `projections`, which the model has without and the architecture with."""
     for name, tensor in tensors:
         yield name, tensor
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        if name.endswith(tuple(f"{projection}.weight" for projection in projections)):
             yield name.replace(".weight", ".bias"), tensor.new_zeros(tensor.shape[0])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cache_megadyn import Call, MegadynCache, Texts
 from .configuration_megadyn import MegadynConfig
-from .layers_megadyn import Context, rotary_table
+from .layers_megadyn import Context
 from .packing_megadyn import (
     Borders,
     Packed,
@@ -24,6 +24,7 @@ from .packing_megadyn import (
     take,
     whole,
 )
+from .rope_megadyn import rotary_table
 
 SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
 """Keywords that transformers may pass, with the values that change nothing."""
@@ -173,9 +174,15 @@ def context_of_call(
             segment_BC = segment_BC + before.segment_B[:, None]
         tokens = tokens._replace(segment_BC=segment_BC)
         sequence_BC = None if borders is None else borders.sequence_BC.cumsum(1)
-    theta = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
-    cos_BCK, sin_BCK = rotary_table(position_BC, cast(int, config.head_dim), theta, x_BTD.dtype)
-    packed = tokens._replace(index_BC=None)  # layers see the packed columns as the original ones
+    if (
+        cast(dict[str, Any], config.rope_parameters)["rope_type"] == "dynamic"
+        and tokens.segment_BC is not None
+    ):
+        raise ValueError(
+            "rope_type = 'dynamic': give each text a row of its own, because the base follows from a text's length"
+        )
+    cos_BCK, sin_BCK = rotary_table(config, position_BC, tokens.valid_BC, x_BTD.dtype)
+    packed = tokens._replace(index_BC=None)  # to layers they stand where they have been pushed
     context = Context(packed, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
     ended_BC = None if borders is None else borders.ended_BC
     return context, Call(x_BTD.shape[1], tokens, before, position_BC, place_BC, ended_BC)

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_megadyn import LayerCache
 from .configuration_megadyn import MegadynConfig
 from .packing_megadyn import Packed, best_of_each_row, mask_inside, pack, put_back, take
+from .rope_megadyn import rotate
 
 # ---- one transformer layer -----------------------------------------------------------------------
 
@@ -57,23 +58,6 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rotary_table(
-    position_BC: Tensor, head_size: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, C, K] of rotary positions, computed in at least float32."""
-    precision = torch.float64 if dtype == torch.float64 else torch.float32
-    exponent = torch.arange(0, head_size, 2, device=position_BC.device).to(precision) / head_size
-    angle = position_BC.to(precision)[..., None] * (1.0 / theta**exponent)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x_BCHK: Tensor, cos_BCK: Tensor, sin_BCK: Tensor) -> Tensor:
-    """Dimension i turns with dimension i + K/2, Qwen2's convention."""
-    first, second = x_BCHK.chunk(2, dim=-1)
-    return x_BCHK * cos_BCK.unsqueeze(2) + torch.cat((-second, first), dim=-1) * sin_BCK.unsqueeze(2)
-
-
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -109,10 +93,12 @@ class MegadynRMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: MegadynConfig) -> None:
+    def __init__(self, config: MegadynConfig, number: int) -> None:
+        """`number` of the layer in the model, from 1."""
         super().__init__()
         self.config = config
         self.head_size = cast(int, config.head_dim)
+        self.turns = config.no_rope_layers is None or bool(config.no_rope_layers[number - 1])
         q_size = config.num_attention_heads * self.head_size
         kv_size = cast(int, config.num_key_value_heads) * self.head_size
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
@@ -121,10 +107,11 @@ class Attention(nn.Module):
         self.num_key_value_groups = q_size // kv_size
         # read by transformers' attention functions
         self.scaling, self.is_causal = self.head_size**-0.5, True
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        hybrid = config.normalization == "hybridnorm"
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
+        normed = {"hybridnorm": "qkv"}.get(config.normalization, "qk" if config.qk_norm else "")
         self.q_norm, self.k_norm, self.v_norm = (
-            MegadynRMSNorm(self.head_size, config.rms_norm_eps) if hybrid else nn.Identity() for _ in range(3)
+            MegadynRMSNorm(self.head_size, config.rms_norm_eps) if kind in normed else nn.Identity()
+            for kind in "qkv"
         )
 
     def values(self, x_BCD: Tensor) -> Tensor:
@@ -143,8 +130,10 @@ class Attention(nn.Module):
         """Each head's average of values [B, C, H, K], the output projection's input, and attention's weights [B, H, C, P] if
         the implementation gives them."""
         heads = (-1, self.head_size)
-        q_BCHK = rotate(self.q_norm(self.q_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
-        k_BCGK = rotate(self.k_norm(self.k_proj(x_BCD).unflatten(-1, heads)), cos_BCK, sin_BCK)
+        q_BCHK = self.q_norm(self.q_proj(x_BCD).unflatten(-1, heads))
+        k_BCGK = self.k_norm(self.k_proj(x_BCD).unflatten(-1, heads))
+        if self.turns:
+            q_BCHK, k_BCGK = (rotate(x, cos_BCK, sin_BCK) for x in (q_BCHK, k_BCGK))
         q_BHCK, k_BGPK, v_BGPK = (x.transpose(1, 2) for x in (q_BCHK, k_BCGK, v_BCGK))
         if cache is None:
             mask_BCP = mask_inside(tokens)
@@ -205,7 +194,7 @@ class DenseLayer(CheckpointedLayer):
         super().__init__()
         self.is_hybrid = config.normalization == "hybridnorm"
         scale = 1 / math.sqrt(number) if config.normalization == "lns" else 1.0
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, number)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.input_layernorm = (
             nn.Identity()

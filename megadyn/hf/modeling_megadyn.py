@@ -13,8 +13,9 @@ A row may hold several texts. SEQUENCES of a padding-free batch (`position_ids` 
 are independent: each is computed as if it were alone. DOCUMENTS (`config.document_mask`, for models trained with it) end with
 `eod_token_id` and are parts of one sequence: attention and averages stay within a document, but top-k spans the sequence.
 
-Layers common to all kinds of routing are in `layers_megadyn.py`; those of this model's kind are in `routing_<kind>.py`. Packing
-is in `packing_megadyn.py`, the cache in `cache_megadyn.py`, and the handling of a call's arguments in `inputs_megadyn.py`.
+Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
+in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's
+arguments in `inputs_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -110,7 +111,9 @@ class MegadynPreTrainedModel(PreTrainedModel):
 class MegadynModel(MegadynPreTrainedModel):
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__(config)
-        check_rotary(config.rope_parameters)  # may have changed since the configuration was created
+        check_rotary(
+            config.rope_parameters, config.head_dim
+        )  # it may have been changed since the configuration was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         kind = exported_kind(config.routing)
         layers = {"dense": DenseLayer} | kind.layers

@@ -226,9 +226,9 @@ def sentencepiece_as_json(raw: bytes) -> str:
     return text
 
 
-def check_qwen2(folder: Path, path: str) -> str | None:
-    """A warning for users of a Qwen2 folder, or None. For this model type AutoTokenizer uses Qwen2's own splitting rules,
-    whatever tokenizer.json says, which may give other ids than in training."""
+def check_auto_tokenizer(folder: Path, path: str, title: str) -> str | None:
+    """What a reader of a folder of `title` (Qwen2) must know: for this type of model AutoTokenizer may take rules of splitting of
+    its own, whatever tokenizer.json says, and so give other ids than in training. None if it gives the same."""
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists():
@@ -239,8 +239,8 @@ def check_qwen2(folder: Path, path: str) -> str | None:
     if all(ids == wanted.tolist() for ids, wanted in zip(found, reference.encode_batch(texts), strict=True)):
         return None
     warning = (
-        "for this model type AutoTokenizer splits texts by Qwen2's rules, not by tokenizer.json's: "
-        "load it with PreTrainedTokenizerFast.from_pretrained, which gives the ids of training"
+        f"AutoTokenizer splits texts by {title}'s rules for this type of model, not by tokenizer.json's: "
+        "load PreTrainedTokenizerFast.from_pretrained instead, which gives the ids of training"
     )
     log.warning("%s", warning)
     return warning

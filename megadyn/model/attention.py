@@ -143,8 +143,10 @@ class Attention(nn.Module):
         backend: str,
         make: ParamMaker,
         output_std: float,
+        turns: bool = True,
         recompute: bool = False,
     ):
+        """`turns`: whether queries and keys turn to their positions."""
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
         d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
@@ -160,12 +162,19 @@ class Attention(nn.Module):
             f"{name}.v_proj", d, model.num_kv_heads, self.head_dim, make=make, init=init, bias=model.qkv_bias
         )
         self.o_proj = RowParallelLinear(
-            f"{name}.o_proj", model.num_heads * self.head_dim, d, make=make, init=normal(output_std)
+            f"{name}.o_proj",
+            model.num_heads * self.head_dim,
+            d,
+            make=make,
+            init=normal(output_std),
+            bias=model.output_bias,
         )
-        self.rotary = Rotary(self.head_dim, model.rope_theta)
-        hybrid = model.normalization == "hybridnorm"
+        self.rotary = Rotary(self.head_dim, model.rope) if turns else None
+        normed = {"hybridnorm": "qkv"}.get(model.normalization, "qk" if model.qk_norm else "")
         self.q_norm, self.k_norm, self.v_norm = (
-            HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make) if hybrid else None
+            HeadNorm(f"{name}.{kind}_norm", self.head_dim, model.norm_eps, make=make)
+            if kind in normed
+            else None
             for kind in "qkv"
         )
 
@@ -191,7 +200,8 @@ class Attention(nn.Module):
         segments: Segments | None,
     ) -> Tensor:
         """[B, S, H/tp * K], the input of the output projection. Arguments as in `forward`."""
-        q, k = self.rotary(q, k, positions, length)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, positions, length)
         return causal_attention(q, k, v, self.backend, segments).flatten(-2)
 
     def term(self, *inputs: Any) -> Tensor:

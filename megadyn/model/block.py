@@ -114,6 +114,7 @@ class Layer(nn.Module):
             backend=ctx.attention,
             make=make,
             output_std=output_std,
+            turns=index not in model.rope.skip_layers,
             recompute=inner,
         )
         self.post_attention_layernorm = RMSNorm(
@@ -157,6 +158,7 @@ class Layer(nn.Module):
         if self.compile_run and torch.is_grad_enabled():
             hidden = inputs[0].hidden if isinstance(inputs[0], Stream) else inputs[0]
             # Grow the table outside of the graph, which requires a fixed size.
-            self.self_attn.rotary.angles(self.length(hidden), hidden)
+            if self.self_attn.rotary is not None:
+                self.self_attn.rotary.angles(self.length(hidden), hidden)
             function = partial(compiled, function)
         return recomputed(function, *inputs) if self.recompute else function(*inputs)

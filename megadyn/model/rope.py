@@ -1,26 +1,39 @@
 """Rotary position embedding (arXiv 2104.09864), in the half-split form of Llama and Qwen2."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megadyn.config import RopeConfig
+
 
 class Rotary:
     """Turns queries and keys by their token's original position. Holds a table, no parameters."""
 
-    def __init__(self, head_dim: int, theta: float):
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, rope: RopeConfig):
+        self.head_dim, self.rope = head_dim, rope
         self.cos = self.sin = torch.empty(0)
+        self.reach = 0
+        """Of `dynamic`: the length of sequence that the table is for, which the base follows."""
 
     def angles(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, [length, head_dim / 2], in at least float32; grown and kept for the next call."""
+        """cos and sin, [length, head_dim / 2], in at least float32, times `yarn`'s factor; grown and kept for the next call."""
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if self.cos.shape[0] < length or self.cos.device != like.device or self.cos.dtype != dtype:
+        reach = max(length, self.rope.original_max_position or 0) if self.rope.type == "dynamic" else 0
+        if (
+            self.cos.shape[0] < length
+            or self.reach != reach
+            or self.cos.device != like.device
+            or self.cos.dtype != dtype
+        ):
             exponent = torch.arange(0, self.head_dim, 2, dtype=dtype, device=like.device) / self.head_dim
             positions = torch.arange(length, dtype=dtype, device=like.device)
-            angle = torch.outer(positions, self.theta**-exponent)
-            self.cos, self.sin = angle.cos(), angle.sin()
+            angle = torch.outer(positions, frequencies(self.rope, exponent, self.head_dim, length))
+            self.cos, self.sin, self.reach = angle.cos(), angle.sin(), reach
+            if self.rope.attention_factor is not None:
+                self.cos, self.sin = (x * self.rope.attention_factor for x in (self.cos, self.sin))
         return self.cos[:length], self.sin[:length]
 
     def __call__(self, q: Tensor, k: Tensor, positions: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +48,49 @@ class Rotary:
         )
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # over all heads alike
         return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)
+
+
+def frequencies(rope: RopeConfig, exponent: Tensor, head_dim: int, length: int) -> Tensor:
+    """Radians per position of each pair of dimensions, [head_dim / 2], for sequences of `length` tokens.
+
+    Args:
+        exponent: 0, 2/head_dim, ... of `theta`.
+    """
+    factor, original = rope.factor or 1.0, rope.original_max_position or 1
+    if rope.type == "dynamic":
+        stretch = factor * max(length, original) / original - (factor - 1)
+        return (rope.theta * stretch ** (head_dim / (head_dim - 2))) ** -exponent
+    plain = rope.theta**-exponent
+    if rope.type == "default":
+        return plain
+    if rope.type == "linear":
+        return plain / factor
+    kept = llama3_kept(rope, plain) if rope.type == "llama3" else yarn_kept(rope, plain, head_dim)
+    return plain / factor * (1 - kept) + plain * kept
+
+
+def llama3_kept(rope: RopeConfig, plain: Tensor) -> Tensor:
+    """Share of each pair's frequency that stays: from 0 to 1 between `low_freq_factor` and `high_freq_factor` turns in the
+    original context."""
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    assert rope.original_max_position and low and high
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def yarn_kept(rope: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
+    """As `llama3_kept`, but the share falls with the pair's number, between the whole numbers around the pairs that turn
+    `beta_fast` and `beta_slow` times."""
+
+    def pair(turns: float) -> float:
+        assert rope.original_max_position
+        wavelength = rope.original_max_position / turns
+        return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
+
+    assert rope.beta_fast and rope.beta_slow
+    first, last = max(math.floor(pair(rope.beta_fast)), 0), min(math.ceil(pair(rope.beta_slow)), head_dim - 1)
+    number = torch.arange(len(plain), dtype=plain.dtype, device=plain.device)
+    return 1 - ((number - first) / (last - first or 0.001)).clamp(0, 1)
 
 
 class _Turn(torch.autograd.Function):

@@ -68,12 +68,22 @@ class KeyValueLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with W [D, F] cut along its inputs: each rank holds one term of the sum. x [B, T, F/tp] -> [B, T/seq, D]."""
+    """y = x W^T + b with W [D, F] cut along its inputs: each rank holds one term of the sum. x [B, T, F/tp] -> [B, T/seq, D]."""
 
-    def __init__(self, name: str, in_features: int, out_features: int, *, make: ParamMaker, init: Init):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        make: ParamMaker,
+        init: Init,
+        bias: bool = False,
+    ):
         super().__init__()
         self.tp, self.seq = make.tp, make.seq
         self.weight = make(f"{name}.weight", (out_features, in_features), init)  # [D, F/tp]
+        self.bias = make(f"{name}.bias", (out_features,), constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sum_of(self.term(x))
@@ -83,8 +93,10 @@ class RowParallelLinear(nn.Module):
         return F.linear(x, self.weight)
 
     def sum_of(self, term: Tensor) -> Tensor:
-        """The sum of all ranks' terms [B, T, D]; under sequence parallelism, this rank's part of it: [B, T/seq, D]."""
-        return leave_tp(term, self.tp, self.seq)
+        """The sum of all ranks' terms [B, T, D], and the bias; this rank takes its part of the sequence: [B, T/seq, D]."""
+        total = leave_tp(term, self.tp, self.seq)
+        # after the sum: before it, the bias would count once for each rank
+        return total if self.bias is None else total + copy_to_tp(self.bias, self.seq)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -15,6 +15,8 @@ def layer_parameters(model: Shape, tensor: int = 1) -> list[int]:
     heads = model.num_heads // tensor
     block = d * head * (2 * heads + 2 * keys) + 3 * d * model.ffn_size // tensor
     block += head * (heads + 2 * keys) if model.qkv_bias else 0
+    block += d if model.output_bias else 0
+    block += 2 * head if model.qk_norm else 0
     block += d + 3 * head if model.normalization == "hybridnorm" else 2 * d
     return [block + model.routing.parameters(layer, model) for layer in model.layer_types]
 

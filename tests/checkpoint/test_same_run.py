@@ -47,7 +47,7 @@ def changed(kind: str, **changes: Any) -> tuple[Config, Config]:
         ("dtrnet-token", {"model__routing__aux_loss_lambda": 0.01}),
         ("dtrnet-token", {"model__routing__safe_min_attn_ratio": 0.1}),
         ("dtrnet-expert", {"model__routing__layout": "T1DDD"}),
-        ("dense", {"model__rope_theta": 5e5}),
+        ("dense", {"model__rope__theta": 5e5}),
         ("dense", {"model__norm_eps": 1e-5}),
         ("dense", {"model__max_position": 99}),
         ("dense", {"optimizer__learning_rate": 1.0}),

@@ -352,7 +352,7 @@ IMPOSSIBLE = [
     ("model.normalization=post", "model.normalization", "one of pre"),
     ("model.attention=flsh", "model.attention", "did you mean 'flash'?"),
     ("model.norm_eps=0", "model.norm_eps", "in (0, 1]"),
-    ("model.rope_theta=1", "model.rope_theta", "in (1, inf]"),
+    ("model.rope_theta=1", "model.rope.theta", "in (1, inf]"),
     ("model.init_std=-1", "model.init_std", "at least 0"),
     (
         "model.routing.kind=dtf model.num_layers=1",

@@ -50,9 +50,9 @@ for folder in {folders!r}:
 """Loads exports as someone would who has neither megadyn nor the kinds' packages."""
 
 
-def write_export(case: Case, folder: Path) -> tuple[Network, Any]:
-    """A tiny float32 network of the kind, and its export into `folder`."""
-    network, config = network_of(case)
+def write_export(case: Case, folder: Path, **settings: Any) -> tuple[Network, Any]:
+    """A tiny float32 network of the kind, and its export into `folder`; `settings` as of `config_of`."""
+    network, config = network_of(case, **settings)
     network = network.float()
     folder.mkdir()
     tensors = [(name_of(param), param.detach()) for param in network.parameters()]

@@ -163,7 +163,7 @@ def test_shapes_are_those_of_qwen(name: str, shape: tuple[int, ...]) -> None:
         model.ffn_size,
         model.vocab_size,
     ) == shape
-    assert (model.qkv_bias, model.tie_embeddings, model.rope_theta, model.norm_eps) == (
+    assert (model.qkv_bias, model.tie_embeddings, model.rope.theta, model.norm_eps) == (
         True,
         name != "qwen2.5_7b",
         1e6,

@@ -67,7 +67,7 @@ class NaiveLayer:
 
     def attention(self, x: Sequence[Tensor], chosen: Sequence[int]) -> dict[int, Tensor]:
         """O(Attn) of the chosen tokens among themselves; `x` holds the normed tokens of the sequence."""
-        theta, group = self.model.rope_theta, self.model.num_heads // self.model.num_kv_heads
+        theta, group = self.model.rope.theta, self.model.num_heads // self.model.num_kv_heads
         q = {t: [turned(head, t, theta) for head in self.heads(x[t], "q")] for t in chosen}
         k = {t: [turned(head, t, theta) for head in self.heads(x[t], "k")] for t in chosen}
         v = {t: self.heads(x[t], "v") for t in chosen}

@@ -83,15 +83,52 @@ def swiglu(x: Array, weights: Weights, prefix: str) -> Array:
     return (silu(a) * b) @ weights[f"{prefix}.down_proj.weight"].T
 
 
-def rotate(x: Array, position: int, theta: float) -> Array:
+def rotate(x: Array, position: int, frequencies: list[float], scale: float) -> Array:
     """RoPE on one head's vector [K]: dimension i turns with dimension i + K/2 (the convention of Qwen2's weights)."""
     half = len(x) // 2
     out = np.empty_like(x)
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
-        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+        angle = position * frequencies[i]
+        out[i] = scale * (x[i] * math.cos(angle) - x[i + half] * math.sin(angle))
+        out[i + half] = scale * (x[i + half] * math.cos(angle) + x[i] * math.sin(angle))
     return out
+
+
+def pair_frequencies(config: dict[str, Any], size: int, length: int) -> list[float]:
+    """Radians per position of each pair of a head of `size` dimensions, for a sequence of `length` tokens."""
+    rope = config.get("rope_parameters") or config
+    kind, theta, factor = rope.get("rope_type", "default"), rope["rope_theta"], rope.get("factor", 1)
+    found = []
+    for i in range(size // 2):
+        frequency = theta ** (-2 * i / size)
+        if kind == "linear":
+            frequency /= factor
+        elif kind == "dynamic":  # NTK: a larger base, only for what is longer than the original context
+            original = config["max_position_embeddings"]
+            if length > original:
+                longer = theta * (factor * length / original - factor + 1) ** (size / (size - 2))
+                frequency = longer ** (-2 * i / size)
+        elif kind == "llama3":
+            turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if turns < low:
+                frequency /= factor
+            elif turns <= high:
+                smooth = (turns - low) / (high - low)
+                frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        elif kind == "yarn":
+            original = rope["original_max_position_embeddings"]
+            first, last = (  # the pairs that turn beta_fast and beta_slow times in the original context
+                size * math.log(original / (2 * math.pi * rope[beta])) / (2 * math.log(theta))
+                for beta in ("beta_fast", "beta_slow")
+            )
+            first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
+            ramp = min(max((i - first) / (last - first if last != first else 0.001), 0), 1)
+            frequency = ramp * frequency / factor + (1 - ramp) * frequency
+        elif kind != "default":
+            raise ValueError(f"the oracle does not read rope_type {kind!r}")
+        found.append(frequency)
+    return found
 
 
 # ---- one transformer layer -----------------------------------------------------------------------
@@ -109,8 +146,8 @@ class Reader:
         self.num_heads = self.config["num_attention_heads"]
         self.num_kv_heads = self.config["num_key_value_heads"]
         self.head_size = self.config.get("head_dim") or self.config["hidden_size"] // self.num_heads
-        rope = self.config.get("rope_parameters") or self.config
-        self.theta = rope["rope_theta"]
+        self.rope = self.config.get("rope_parameters") or self.config
+        self.frequencies: list[float] = []
 
     def linear(self, x: Array, name: str) -> Array:
         y = x @ self.weights[f"{name}.weight"].T
@@ -120,10 +157,20 @@ class Reader:
         return rms_norm(x, self.weights[f"{name}.weight"], self.eps)
 
     def heads(self, x: Array, which: str, prefix: str) -> Array:
-        """q, k or v [T, H, K] of the rows of `x`, before RoPE; normalised over the head under hybridnorm."""
+        """q, k or v [T, H, K] of the rows of `x`, before RoPE; normalised over the head by hybridnorm, q and k by qk_norm."""
         y = self.linear(x, f"{prefix}.self_attn.{which}_proj")
         y = y.reshape(len(x), y.shape[-1] // self.head_size, self.head_size)
-        return self.norm(y, f"{prefix}.self_attn.{which}_norm") if self.normalization == "hybridnorm" else y
+        is_normed = self.normalization == "hybridnorm" or (
+            which in "qk" and self.config.get("qk_norm", False)
+        )
+        return self.norm(y, f"{prefix}.self_attn.{which}_norm") if is_normed else y
+
+    def turned(self, x: Array, position: int, prefix: str) -> Array:
+        """One head's vector, turned to its position unless the layer has none."""
+        turns = self.config.get("no_rope_layers")
+        if turns and not turns[int(prefix.rpartition(".")[2])]:
+            return x
+        return rotate(x, position, self.frequencies, self.rope.get("attention_factor", 1))
 
     def attention(self, x: Array, positions: list[int], prefix: str) -> Array:
         """Causal grouped-query attention among the rows of `x`, which keep their original `positions`."""
@@ -133,8 +180,8 @@ class Reader:
         out = np.zeros((count, self.num_heads, size))
         for head in range(self.num_heads):
             kv = head // heads_per_kv
-            q_head = np.array([rotate(q[t, head], positions[t], self.theta) for t in range(count)])
-            k_head = np.array([rotate(k[t, kv], positions[t], self.theta) for t in range(count)])
+            q_head = np.array([self.turned(q[t, head], positions[t], prefix) for t in range(count)])
+            k_head = np.array([self.turned(k[t, kv], positions[t], prefix) for t in range(count)])
             for t in range(count):
                 scores = k_head[: t + 1] @ q_head[t] / math.sqrt(size)
                 share = np.exp(scores - scores.max())
@@ -366,6 +413,7 @@ class Reader:
 
     def logits(self, tokens: list[int]) -> Array:
         """[T, V]"""
+        self.frequencies = pair_frequencies(self.config, self.head_size, len(tokens))
         h = self.weights["model.embed_tokens.weight"][tokens]
         scores: list[float] = []
         sums: list[list[float]] = []

@@ -10,8 +10,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from megadyn.hf.config_map import to_hf_config, to_qwen2_config
-from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_qwen2, write_json, write_tokenizer
+from megadyn.hf.config_map import to_dense_config, to_hf_config
+from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_auto_tokenizer, write_json, write_tokenizer
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from megadyn.tokenization.gigatoken import probe_texts
 from megadyn.tokenization.tokenizer import load_tokenizer
@@ -85,9 +85,11 @@ def test_a_qwen2_folder_says_where_auto_tokenizer_gives_other_ids(
     special, _ = write_tokenizer(path, folder, None)
     write_json(
         folder / "config.json",
-        to_qwen2_config(tiny_config("dense", vocab_size=400).model, "float32") | special,
+        to_dense_config(tiny_config("dense", vocab_size=400).model, "qwen2", "float32") | special,
     )
-    assert ("PreTrainedTokenizerFast" in (check_qwen2(folder, path) or "")) == (name == "bpe")
+    assert ("PreTrainedTokenizerFast" in (check_auto_tokenizer(folder, path, "Qwen2") or "")) == (
+        name == "bpe"
+    )
     texts = list(probe_texts(load_tokenizer(path)))
     assert PreTrainedTokenizerFast.from_pretrained(folder)(texts)["input_ids"] == [
         ids.tolist() for ids in load_tokenizer(path).encode_batch(texts)

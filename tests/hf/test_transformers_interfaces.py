@@ -212,6 +212,6 @@ def test_buffers_of_routers_start_with_values(monkeypatch):
 
 def test_rotary_positions_changed_later_are_refused():
     config = tiny_config("dense")
-    config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(ValueError, match="rope_type = 'linear'"):
+    config.rope_parameters = {"rope_type": "longrope", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(ValueError, match="rope_type = 'longrope'"):
         MegadynForCausalLM(config)

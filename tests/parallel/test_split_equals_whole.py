@@ -75,6 +75,9 @@ def check_all() -> None:
     for kind in ("dense", "dtf", "mod", "dtrnet-token", "dtrnet-expert"):
         check_network(tp, kind, sequence=True, num_kv_heads=1, normalization="hybridnorm")
         check_network(tp, kind, sequence=True, tied=True, normalization="lns", recompute="full")
+    for kind in ("dense", "mod", "dtrnet-token"):
+        for sequence in (False, True):
+            check_network(tp, kind, sequence=sequence, num_kv_heads=1, qk_norm=True, output_bias=True)
     if tp.size == 4:
         check_grids()
 

@@ -76,13 +76,14 @@ def _settled() -> Iterator[None]:
         ("dtf", "activations", "bf16", "none", {"documents": True}),
         ("dtrnet-token", "activations", "bf16", "none", {"router_type": "expert_choice"}),
         ("dtf", "activations", "bf16", "full", {"normalization": "hybridnorm"}),
+        ("dense", "activations", "bf16", "none", {"qk_norm": True}),
     ],
 )
 def test_a_step_of_the_whole_model(
     kind: str, heavy: str, precision: str, recompute: str, extra: dict[str, Any]
 ) -> None:
     """Weights, gradients, and activations of a forward and backward pass, without DeepSpeed."""
-    shape = {key: value for key, value in extra.items() if key == "normalization"}
+    shape = {key: value for key, value in extra.items() if key in ("normalization", "qk_norm")}
     config = sized_config(kind, heavy, precision=precision, recompute=recompute, **shape)
     config = with_routing(config, **{key: value for key, value in extra.items() if key == "router_type"})
     config.data.document_mask = extra.get("documents", False)

@@ -18,7 +18,13 @@ from tests.helpers.tiny import KINDS, tiny_config
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "shape", [{}, {"normalization": "hybridnorm"}, {"qkv_bias": False, "tied": True, "head_dim": 6}]
+    "shape",
+    [
+        {},
+        {"normalization": "hybridnorm"},
+        {"qkv_bias": False, "tied": True, "head_dim": 6},
+        {"qk_norm": True, "output_bias": True},
+    ],
 )
 def test_the_whole_model_is_counted(kind: str, shape: dict[str, Any]) -> None:
     config = tiny_config(kind, **shape)

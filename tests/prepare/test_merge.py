@@ -75,7 +75,9 @@ def test_merged_datasets_beyond_2_32_bytes_have_their_offsets_right(tmp_path, mo
             writer._bin.seek(2 * (2**31 - 1))
             writer._add_counts(np.array([2**31 - 1]), np.array([1]))
             writer.finish()
-    monkeypatch.setattr(IndexedWriter, "_copy", lambda writer, tokens: writer._bin.seek(tokens.seek(0, 2), 1))
+    monkeypatch.setattr(
+        IndexedWriter, "_copy", lambda writer, tokens, copied: writer._bin.seek(tokens.seek(0, 2), 1)
+    )
     merged = merge_datasets([tmp_path / name for name in ("a", "b", "c")], tmp_path / "abc")
     assert merged.num_tokens == 3 * (2**31 - 1)
     assert merged.starts(np.arange(3)).tolist() == [0, 2**31 - 1, 2 * (2**31 - 1)]

@@ -1,0 +1,129 @@
+"""How the dense architectures of transformers differ from each other, and from what we can express."""
+
+from typing import Any
+
+from megadyn.config import ModelConfig
+from megadyn.kinds import DENSE
+
+TITLES = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+"""By `model_type`: as transformers writes it in the names of classes."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+        "default_theta": 2000000.0,
+    },
+}
+"""What transformers takes for a key that config.json lacks, where that is not what we would take."""
+
+DIFFERENCES = {
+    "gpt2": "its positions are learned, and its norms are LayerNorm",
+    "gpt_neox": "attention and feed-forward stand side by side, and its norms are LayerNorm",
+    "phi": "attention and feed-forward stand side by side, and its norms are LayerNorm",
+    "falcon": "attention and feed-forward stand side by side, and its norms are LayerNorm",
+    "starcoder2": "its norms are LayerNorm, and its feed-forward has no gate",
+    "stablelm": "its norms are LayerNorm, and only some dimensions of a head turn",
+    "gemma": "it scales the embedding, and its feed-forward has GELU",
+    "gemma2": "it scales the embedding, caps logits, and norms the outputs of attention and feed-forward",
+    "gemma3": "it scales the embedding, and norms the outputs of attention and feed-forward",
+    "gemma3_text": "it scales the embedding, and norms the outputs of attention and feed-forward",
+    "olmo": "its norms have no weights",
+    "olmo2": "it norms the outputs of attention and feed-forward, and queries and keys over their whole width",
+    "olmo3": "it norms the outputs of attention and feed-forward, and queries and keys over their whole width",
+    "phi3": "one tensor holds queries, keys and values, another gate and up",
+    "granite": "it multiplies embedding, residuals, attention and logits by numbers of its own",
+    "cohere": "attention and feed-forward stand side by side, and it scales logits",
+    "cohere2": "attention and feed-forward stand side by side, and it scales logits",
+    "llama4_text": "it is a mixture of experts",
+    "mixtral": "it is a mixture of experts",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+    "olmoe": "it is a mixture of experts",
+    "gpt_oss": "it is a mixture of experts",
+    "deepseek_v2": "it is a mixture of experts whose keys and values share a latent vector",
+    "deepseek_v3": "it is a mixture of experts whose keys and values share a latent vector",
+    "qwen3_next": "some of its layers have linear attention",
+    "mamba": "it has no attention",
+    "mamba2": "it has no attention",
+}
+"""By `model_type`: why a model is none of ours."""
+
+
+def difference(model_type: object) -> str:
+    """ " (gemma2: ...)", or nothing where we know nothing of the architecture."""
+    known = DIFFERENCES.get(str(model_type))
+    return f" ({model_type}: {known})" if known else ""
+
+
+def blocks_of(config: dict[str, Any]) -> dict[str, bool]:
+    """Which biases and norms attention has, by a config.json of ours or of a dense architecture."""
+    kind, bias = config["model_type"], bool(config.get("attention_bias"))
+    if kind == "megadyn":
+        return {
+            "qkv_bias": bias,
+            "output_bias": bool(config.get("attention_output_bias")),
+            "qk_norm": bool(config.get("qk_norm")),
+        }
+    has_choice = kind not in ("qwen2", "mistral")
+    return {
+        "qkv_bias": kind == "qwen2" or (has_choice and bias),
+        "output_bias": has_choice and bias,
+        "qk_norm": kind == "qwen3",
+    }
+
+
+def window_of(config: dict[str, Any]) -> int | None:
+    """`sliding_window` of a config.json if some layer's attention is cut to it, else None."""
+    kind = config.get("model_type", "")
+    config = DEFAULTS.get(kind, {}) | config
+    window: int | None = config.get("sliding_window")
+    if kind == "mistral" or window is None:
+        return window if kind in TITLES else None
+    if kind not in ("qwen2", "qwen3", "smollm3") or not config.get("use_sliding_window"):
+        return None
+    if config.get("layer_types") is not None:
+        return window if "sliding_attention" in config["layer_types"] else None
+    if kind == "smollm3":  # its layers without rotary positions
+        return window
+    return window if config["num_hidden_layers"] > config["max_window_layers"] else None
+
+
+def misfit(model: ModelConfig, style: str) -> str | None:
+    """Why a model is no `style`, one of TITLES; None if it is one. A bias that it lacks can be zeros (`zero_biases`)."""
+    title = TITLES[style]
+    if model.routing.name != DENSE:
+        return f"it is a {model.routing.name} model, and only a dense one fits"
+    if model.normalization != "pre":
+        return f"{title} has norms before attention and feed-forward alone, not model.normalization = {model.normalization}"
+    if model.qk_norm != (style == "qwen3"):
+        has = "norms" if style == "qwen3" else "has no norms on"
+        return f"{title} {has} queries and keys, but model.qk_norm = {str(model.qk_norm).lower()}"
+    if model.rope.skip_layers and style != "smollm3":
+        return f"{title} has rotary positions in every layer, but model.rope.skip_layers = {model.rope.skip_layers}"
+    if style == "mistral" and (model.qkv_bias or model.output_bias):
+        return f"{title} has no biases, but model.{'qkv' if model.qkv_bias else 'output'}_bias = true"
+    if style == "qwen2" and model.output_bias:
+        return f"{title} has no bias on the output of attention, but model.output_bias = true"
+    if style == "llama" and model.hidden_size % model.num_heads:
+        return (
+            f"{title} needs a hidden size that its heads divide, but model.hidden_size = {model.hidden_size} and "
+            f"model.num_heads = {model.num_heads}"
+        )
+    return None
+
+
+def zero_biases(model: ModelConfig, style: str) -> tuple[str, ...]:
+    """Projections of attention that have a bias in `style` and none in the model."""
+    if style == "mistral":
+        return ()
+    has_output = style != "qwen2" and (model.qkv_bias or model.output_bias)
+    has_qkv = style == "qwen2" or has_output
+    return (
+        *(("q_proj", "k_proj", "v_proj") if has_qkv and not model.qkv_bias else ()),
+        *(("o_proj",) if has_output and not model.output_bias else ()),
+    )
