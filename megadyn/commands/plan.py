@@ -130,8 +130,8 @@ def headline(config: Config, machine: Machine) -> str:
             f"steps of {config.training.global_batch_size:,} x {length:,} tokens",
             "assumed, not measured:",
             *(f"  {getattr(machine, name):>5g}  {text}" for name, text in ASSUMED.items()),
-            "  communication between data-parallel ranks overlaps with computation if the DeepSpeed",
-            "  settings have overlap_comm, and otherwise comes after the passes",
+            "  communication between data-parallel ranks overlaps with computation if the",
+            "  DeepSpeed settings have overlap_comm, and otherwise comes after the passes",
             *(
                 ["  memory and times of uncompiled layers: training.compile is not planned"]
                 * config.training.compile
