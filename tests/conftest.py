@@ -22,12 +22,20 @@ from megadyn.log import log
 pytest_plugins = ("tests.helpers.datasets",)
 
 
+HANDLERS, LEVEL, PROPAGATE = list(log.handlers), log.level, log.propagate
+
+
+def _reset_logger() -> None:
+    log.handlers[:], log.propagate = HANDLERS, PROPAGATE
+    log.setLevel(LEVEL)
+
+
 @pytest.fixture(autouse=True)
 def _logger_as_it_was() -> Iterator[None]:
-    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+    """Also after a fixture of a module or a session, which runs before this one and may start logging."""
+    _reset_logger()
     yield
-    log.handlers[:], log.propagate = handlers, propagate
-    log.setLevel(level)
+    _reset_logger()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

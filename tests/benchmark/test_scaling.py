@@ -53,7 +53,7 @@ def test_what_the_cores_allow(monkeypatch):
 
 @pytest.mark.parametrize("loss", [1.001, math.nan])
 def test_a_layout_that_computes_something_else_is_an_error(loss):
-    with pytest.raises(RunError, match=f"layout 1x2x1: the loss is {loss}, and 1.0 under 1x1x1"):
+    with pytest.raises(RunError, match=f"layout 1x2x1: the loss is {loss}, but 1.0 under 1x1x1"):
         check_losses([Layout(1, 1, 1), Layout(1, 2, 1)], [1.0, loss], "fp32")
 
 

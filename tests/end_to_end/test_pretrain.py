@@ -147,7 +147,7 @@ def test_damaged_and_foreign_checkpoints(config_file: Path) -> None:
 
     status, output = train(config_file)  # auto takes the newest good one, and says so
     assert status == 0, output
-    assert "passed over" in output
+    assert "checkpoint skipped" in output
     assert "resumed from" in output
     assert "iteration-00000003" in output
     assert sorted(losses(config_file)) == [1, 2, 3, 4, 5, 6]

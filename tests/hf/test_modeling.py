@@ -575,7 +575,7 @@ TOKEN, EXPERT = LAYOUTS["dtrnet-token"][1], LAYOUTS["dtrnet-expert"][1]
         ({"routed_layer_types": ["mod"] * 4}, "'mod': must be one of"),
         ({"normalization": "post"}, "normalization = 'post': must be one of pre, lns, hybridnorm"),
         ({"routing_mode": "greedy"}, "routing_mode = 'greedy'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type = 'longrope'"),
         ({"num_key_value_heads": 3}, "must divide"),
     ],
 )
