@@ -83,7 +83,10 @@ def test_bad_input_is_one_sentence(tool, folder, capsys, tmp_path):
             "12 unexpected keys in its weights, e.g. model.layers.0.self_attn.k_proj.bias",
         ),
         (["--model", folder, "--prompt", ""], "--prompt is empty"),
-        (["--model", folder, "--prompt", "w1", "--max-new-tokens", 128], "more than the model's maximum of 128"),
+        (
+            ["--model", folder, "--prompt", "w1", "--max-new-tokens", 128],
+            "more than the model's maximum of 128",
+        ),
         (["--model", folder, "--prompt", "w1", "--max-new-tokens", 0], "must be at least 1"),
         (["--model", folder, "--prompt", "w1", "--top-p", 0], "must be in (0, 1]"),
         (["--model", folder, "--prompt", "w1", "--temperature", -1], "must be 0 or more"),
