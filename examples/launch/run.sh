@@ -10,4 +10,8 @@ if [[ ${1:-} == *.yaml ]]; then
     config=$1
     shift
 fi
+if [[ ! -f $folder/$config ]]; then
+    echo "error: $folder/$config: no such file; there are $(cd "$folder" && echo *.yaml)" >&2
+    exit 2
+fi
 exec "$folder/../launch/${LAUNCHER:-deepspeed}.sh" "$folder/$config" "$@"

@@ -269,6 +269,13 @@ def test_what_cannot_start_is_one_line_and_status_2(
     assert said in done.stderr
 
 
+def test_a_folder_of_several_configurations_asks_for_one() -> None:
+    script = ROOT / "examples/kinds/run.sh"
+    done = subprocess.run([script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "kinds/config.yaml: no such file; there are fixed.yaml" in done.stderr
+
+
 def test_the_scripts_are_clean() -> None:
     """By shellcheck, at its strictest level of severity."""
     for script in SCRIPTS:
