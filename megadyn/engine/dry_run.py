@@ -8,7 +8,7 @@ import torch
 
 from megadyn.config import Config, batch_plan, engine_settings
 from megadyn.engine.pipeline import part_boundaries
-from megadyn.errors import UserError
+from megadyn.errors import RunError, UserError
 from megadyn.model.block import LayerContext
 from megadyn.network import LayerMaker, layer_list
 from megadyn.parallel.grid import Axis, Grid
@@ -82,7 +82,7 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
 
     Raises:
         UserError: the layout cannot run there, the rank does not exist, or the vocabulary size is missing.
-        RuntimeError: a check failed.
+        RunError: a check failed.
     """
     if config.model.vocab_size is None:
         raise UserError(
@@ -163,7 +163,7 @@ def shapes_of(parts: Iterable[LayerMaker]) -> Shapes:
     for part in parts:
         for param in part.build(*part.arguments).parameters():
             if name_of(param) in found:
-                raise RuntimeError(f"{name_of(param)} is built twice")
+                raise RunError(f"{name_of(param)} is built twice")
             found[name_of(param)] = tuple(param.shape)
     return found
 
@@ -176,7 +176,7 @@ def tie(stages: Sequence[Shapes]) -> None:
 
 
 def check_stages(stages: Sequence[Shapes], whole: Shapes) -> None:
-    """Raises RuntimeError unless each tensor is on exactly one stage; a tied embedding is on the first and the last."""
+    """Raises RunError unless each tensor is on exactly one stage; a tied embedding is on the first and the last."""
     for name in whole:
         holding = [stage for stage, shapes in enumerate(stages) if name in shapes]
         shared = (
@@ -185,13 +185,13 @@ def check_stages(stages: Sequence[Shapes], whole: Shapes) -> None:
             else holding[:1]
         )
         if not holding or holding != sorted(set(shared)):
-            raise RuntimeError(f"{name} is on stages {holding}")
+            raise RunError(f"{name} is on stages {holding}")
     if unknown := set().union(*stages) - set(whole):
-        raise RuntimeError(f"the whole model has no {sorted(unknown)[0]}")
+        raise RunError(f"the whole model has no {sorted(unknown)[0]}")
 
 
 def check_cuts(shapes: Shapes, whole: Shapes, sharding: Sharding, rank: int, vocab_size: int) -> None:
-    """Raises RuntimeError unless each shape is this rank's part of the whole tensor, and the parts of all ranks join to
+    """Raises RunError unless each shape is this rank's part of the whole tensor, and the parts of all ranks join to
     the whole."""
     for name, shape in shapes.items():
         dim, full = sharding.dim(name), list(whole[name])
@@ -200,14 +200,14 @@ def check_cuts(shapes: Shapes, whole: Shapes, sharding: Sharding, rank: int, voc
             line = torch.arange(full[dim]).view([-1 if d == dim else 1 for d in range(len(full))])
             pieces = [sharding.cut(name, line, r) for r in range(sharding.size)]
             if not torch.equal(sharding.uncut(name, pieces, vocab_size), line):
-                raise RuntimeError(f"{name}: its parts do not join to the whole")
+                raise RunError(f"{name}: its parts do not join to the whole")
             full[dim] = pieces[rank].shape[dim]
         check_equal(f"shape of {name}", list(shape), full)
 
 
 def check_equal(what: str, found: object, wanted: object) -> None:
     if found != wanted:
-        raise RuntimeError(f"{what}: built {found}, planned {wanted}")
+        raise RunError(f"{what}: built {found}, planned {wanted}")
 
 
 def count(shapes: Shapes) -> int:

@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from megadyn.engine import dry_run as module
 from megadyn.engine.dry_run import check_cuts, check_stages, dry_run, place_of
-from megadyn.errors import UserError
+from megadyn.errors import RunError, UserError
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import Machine
@@ -106,25 +106,25 @@ WHOLE = {
     ],
 )
 def test_a_tensor_lost_or_doubled_between_stages_is_found(stages: list[list[str]], said: str) -> None:
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(RunError, match=said):
         check_stages([{name: WHOLE.get(name, (1,)) for name in names} for names in stages], WHOLE)
 
 
 def test_a_wrong_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"model.embed_tokens.weight": (31, 8), "a.self_attn.q_proj.weight": (4, 8), "norm.weight": (8,)}
     check_cuts(shapes, WHOLE, Sharding(2, 2), 0, VOCAB)
-    with pytest.raises(RuntimeError, match=r"shape of norm.weight: built \[4\], planned \[8\]"):
+    with pytest.raises(RunError, match=r"shape of norm.weight: built \[4\], planned \[8\]"):
         check_cuts(shapes | {"norm.weight": (4,)}, WHOLE, Sharding(2, 2), 0, VOCAB)
     monkeypatch.setattr(
         Sharding, "cut", lambda self, name, whole, rank: whole.chunk(self.size, self.dim(name))[0]
     )
-    with pytest.raises(RuntimeError, match="its parts do not join to the whole"):
+    with pytest.raises(RunError, match="its parts do not join to the whole"):
         check_cuts(shapes, WHOLE, Sharding(2, 2), 0, VOCAB)
 
 
 def test_a_wrong_count_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "total_parameters", lambda model: 7)
-    with pytest.raises(RuntimeError, match="parameters of the whole model: built .*, planned 7"):
+    with pytest.raises(RunError, match="parameters of the whole model: built .*, planned 7"):
         dry_run(tiny_config("dense"), Machine(1, 80), 0)
 
 
