@@ -50,9 +50,8 @@ class Bar:
         if has_bars():
             from tqdm import tqdm
 
-            tqdm.monitor_interval = (
-                0  # its thread would be lost, and waited for, in processes that are forked
-            )
+            # No monitor thread: forked processes would lack it, and wait for it.
+            tqdm.monitor_interval = 0
             self._bar = tqdm(
                 total=self.total,
                 desc=what or None,

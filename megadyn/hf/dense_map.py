@@ -23,9 +23,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 DIFFERENCES = {
     "gpt2": "its positions are learned, and its norms are LayerNorm",
-    "gpt_neox": "attention and feed-forward stand side by side, and its norms are LayerNorm",
-    "phi": "attention and feed-forward stand side by side, and its norms are LayerNorm",
-    "falcon": "attention and feed-forward stand side by side, and its norms are LayerNorm",
+    "gpt_neox": "attention and feed-forward run in parallel, and its norms are LayerNorm",
+    "phi": "attention and feed-forward run in parallel, and its norms are LayerNorm",
+    "falcon": "attention and feed-forward run in parallel, and its norms are LayerNorm",
     "starcoder2": "its norms are LayerNorm, and its feed-forward has no gate",
     "stablelm": "its norms are LayerNorm, and only some dimensions of a head turn",
     "gemma": "it scales the embedding, and its feed-forward has GELU",
@@ -37,8 +37,8 @@ DIFFERENCES = {
     "olmo3": "it norms the outputs of attention and feed-forward, and queries and keys over their whole width",
     "phi3": "one tensor holds queries, keys and values, another gate and up",
     "granite": "it multiplies embedding, residuals, attention and logits by numbers of its own",
-    "cohere": "attention and feed-forward stand side by side, and it scales logits",
-    "cohere2": "attention and feed-forward stand side by side, and it scales logits",
+    "cohere": "attention and feed-forward run in parallel, and it scales logits",
+    "cohere2": "attention and feed-forward run in parallel, and it scales logits",
     "llama4_text": "it is a mixture of experts",
     "mixtral": "it is a mixture of experts",
     "qwen2_moe": "it is a mixture of experts",
@@ -51,7 +51,7 @@ DIFFERENCES = {
     "mamba": "it has no attention",
     "mamba2": "it has no attention",
 }
-"""By `model_type`: why a model is none of ours."""
+"""By `model_type`: how it differs from every model here."""
 
 
 def difference(model_type: object) -> str:
@@ -94,7 +94,7 @@ def window_of(config: dict[str, Any]) -> int | None:
 
 
 def misfit(model: ModelConfig, style: str) -> str | None:
-    """Why a model is no `style`, one of TITLES; None if it is one. A bias that it lacks can be zeros (`zero_biases`)."""
+    """Why a model does not fit `style`, one of TITLES; None if it fits. A bias that it lacks can be zeros (`zero_biases`)."""
     title = TITLES[style]
     if model.routing.name != DENSE:
         return f"it is a {model.routing.name} model, and only a dense one fits"

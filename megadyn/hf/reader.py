@@ -1,5 +1,6 @@
 """A Hugging Face folder as a source of whole tensors."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -50,8 +51,7 @@ class HfFolder:
                 handle = safe_open(folder / name, framework="pt")
             except Exception as error:  # the library raises its own types for a missing or damaged file
                 raise UserError(f"{folder / name}: {error}") from None
-            names = (name for name in handle.keys() if not DERIVED.search(name))  # noqa: SIM118
-            self._where |= dict.fromkeys(names, handle)
+            self._where |= dict.fromkeys(itertools.filterfalse(DERIVED.search, handle.keys()), handle)
         if self.model.tie_embeddings and HEAD in self._where:
             self._leave_out_head()
 

@@ -96,4 +96,4 @@ def attention_factor(rope: dict[str, Any]) -> float:
     if rope["rope_type"] != "yarn":
         return 1.0
     given = rope.get("attention_factor")
-    return (0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0) if given is None else given
+    return 0.1 * math.log(max(rope["factor"], 1.0)) + 1 if given is None else given

@@ -161,11 +161,7 @@ def leave() -> None:
 
 def _why_cpu() -> str:
     asked = os.environ.get("DS_ACCELERATOR")
-    return (
-        f"is told so by DS_ACCELERATOR={asked}"
-        if asked
-        else "found no GPU; DS_ACCELERATOR=cuda insists on one"
-    )
+    return f"has DS_ACCELERATOR={asked}" if asked else "found no GPU; set DS_ACCELERATOR=cuda to require one"
 
 
 def _share_cores() -> None:

@@ -12,9 +12,8 @@ from megadyn.parallel.mappings import copy_to_tp, leave_tp
 from megadyn.parallel.params import Init, ParamMaker, constant
 
 
-class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The
-    caller must pass x through `enter_tp` first, once for all layers that use it."""
+class _Linear(nn.Module):
+    """W [F, D] and an optional bias [F], as `make` cuts them."""
 
     def __init__(
         self,
@@ -27,8 +26,14 @@ class ColumnParallelLinear(nn.Module):
         bias: bool = False,
     ):
         super().__init__()
-        self.weight = make(f"{name}.weight", (out_features, in_features), init)  # [F/tp, D]
+        self.tp, self.seq = make.tp, make.seq
+        self.weight = make(f"{name}.weight", (out_features, in_features), init)
         self.bias = make(f"{name}.bias", (out_features,), constant(0.0)) if bias else None
+
+
+class ColumnParallelLinear(_Linear):
+    """y = x W^T + b with W [F, D] cut along its outputs (arXiv 1909.08053, section 3): x [..., D] -> [..., F/tp]. The
+    caller must pass x through `enter_tp` first, once for all layers that use it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -54,7 +59,6 @@ class KeyValueLinear(ColumnParallelLinear):
         bias: bool,
     ):
         super().__init__(name, in_features, heads * head_dim, make=make, init=init, bias=bias)
-        self.tp = make.tp
         self.rows: slice | None = None
         if make.sharding.kv_is_whole:
             head = make.tp.rank * heads // make.tp.size
@@ -67,23 +71,8 @@ class KeyValueLinear(ColumnParallelLinear):
         return F.linear(x, copy_to_tp(self.weight, self.tp)[self.rows], bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """y = x W^T + b with W [D, F] cut along its inputs: each rank holds one term of the sum. x [B, T, F/tp] -> [B, T/seq, D]."""
-
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        *,
-        make: ParamMaker,
-        init: Init,
-        bias: bool = False,
-    ):
-        super().__init__()
-        self.tp, self.seq = make.tp, make.seq
-        self.weight = make(f"{name}.weight", (out_features, in_features), init)  # [D, F/tp]
-        self.bias = make(f"{name}.bias", (out_features,), constant(0.0)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.sum_of(self.term(x))

@@ -76,9 +76,10 @@ class ParamMaker:
             low, high = max(begin, first), min(end, stop)
             part.narrow(dim, low - first, high - low).copy_(values.narrow(dim, low - begin, high - low))
 
-        strips = range(first // slices, -(-stop // slices))
-        if len(strips) == 1:
-            fill(strips[0])
+        strips = range(first // slices, -(-stop // slices)) if first < stop else range(0)
+        if len(strips) <= 1:
+            for strip in strips:
+                fill(strip)
         else:
             with ThreadPoolExecutor(own_cores()) as pool:  # torch draws without Python's lock
                 list(pool.map(fill, strips))

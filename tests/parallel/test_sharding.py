@@ -82,6 +82,13 @@ def test_some_ranks_may_hold_nothing_but_padding():
     parts = [sharding.cut("model.embed_tokens.weight", whole, rank) for rank in range(4)]
     assert torch.equal(parts[3], torch.zeros(2, 3))
     assert torch.equal(sharding.uncut("model.embed_tokens.weight", parts, 5), whole)
+    drawn = [
+        ParamMaker(sharding, tp=Axis("tp", rank, 4))("model.embed_tokens.weight", (5, 3), normal(0.5))
+        for rank in range(4)
+    ]
+    assert torch.equal(drawn[3], torch.zeros(2, 3))
+    alone = ParamMaker(Sharding(1, 4))("model.embed_tokens.weight", (5, 3), normal(0.5))
+    assert torch.equal(sharding.uncut("model.embed_tokens.weight", drawn, 5), alone)
 
 
 def test_a_parameter_that_does_not_divide_is_never_padded_in_silence():
