@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,9 @@ def export(
         raise UserError(f"{checkpoint} cannot be exported as {style}: {problem}")
     _refuse_tokenizer(tokenizer, config.tokenizer.path)
     precision = precision or config.precision
-    log.info("writing %s", output)
-    temporary = output.with_name(f".writing-{output.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with _complete_folder(output) as folder:
         summary = write_hf_folder(
-            temporary,
+            folder,
             config.model,
             whole_tensors(checkpoint, PRECISIONS[precision]),
             tokenizer=tokenizer or config.tokenizer.path,
@@ -70,7 +67,7 @@ def export(
             document_mask=config.data.document_mask,
         )
         history = last_records(checkpoint.absolute().parent.parent / "metrics.jsonl", manifest["iteration"])
-        (temporary / "README.md").write_text(
+        (folder / "README.md").write_text(
             model_card(
                 config,
                 manifest["iteration"],
@@ -81,7 +78,19 @@ def export(
                 tokenizer=summary["tokenizer"],
             )
         )
-        old = output.with_name(f".replaced-{output.name}")
+    return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
+
+
+@contextmanager
+def _complete_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the name `output`, and the place of what had it, when the block ends well."""
+    log.info("writing %s", output)
+    temporary = output.with_name(f".writing-{output.name}")
+    old = output.with_name(f".replaced-{output.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
         if output.exists():
             output.rename(old)
         temporary.rename(output)
@@ -90,7 +99,6 @@ def export(
         raise UserError(f"{output}: not written: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}
 
 
 def _refuse_tokenizer(given: str | None, of_run: str) -> None:

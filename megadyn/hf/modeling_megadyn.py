@@ -21,6 +21,7 @@ arguments in `inputs_megadyn.py`.
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
 #       P packed tokens in a layer's cache, W moving-average window, L columns seen so far.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ from .inputs_megadyn import (
     sequences_of_call,
     tokens_of_call,
 )
-from .layers_megadyn import DenseLayer, Float32Module, MegadynRMSNorm, Routing, Stream
+from .layers_megadyn import Context, DenseLayer, Float32Module, MegadynRMSNorm, Routing, Stream
 from .packing_megadyn import Packed, pack, put_back, take
 from .routing_of import exported_kind
 
@@ -189,14 +190,8 @@ class MegadynModel(MegadynPreTrainedModel):
 
         if cache is not None:
             cache.begin_call()  # after all checks, so that a refused call does not change the cache
-        stream, hidden_states, routings = Stream(take(x_BTD, tokens)), [], []
-        for i, layer in enumerate(self.layers):
-            if output_hidden_states:
-                hidden_states.append(unpacked(stream.hidden_BCD))
-                # continue from the returned tensor, so that its gradients are right
-                stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))
-            stream, chosen = layer(stream, context, None if cache is None else cache.layers[i])
-            routings.append(chosen)
+        hidden_states: list[Tensor] | None = [] if output_hidden_states else None
+        stream, routings = self._through_layers(x_BTD, tokens, context, cache, unpacked, hidden_states)
         last_hidden_state = unpacked(self.norm(stream.hidden_BCD))
         attentions = (
             self.attentions_of_call(routings, tokens, mask_BL, x_BTD, cache) if output_attentions else None
@@ -210,11 +205,32 @@ class MegadynModel(MegadynPreTrainedModel):
         return MegadynModelOutput(
             last_hidden_state=last_hidden_state,
             past_key_values=cache,
-            hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
+            hidden_states=None if hidden_states is None else (*hidden_states, last_hidden_state),
             attentions=attentions,
             routing=routing,
             gates=gates,
         )
+
+    def _through_layers(
+        self,
+        x_BTD: Tensor,
+        tokens: Packed,
+        context: Context,
+        cache: MegadynCache | None,
+        unpacked: Callable[[Tensor], Tensor],
+        hidden_states: list[Tensor] | None,
+    ) -> tuple[Stream, list[Routing]]:
+        """The stream behind the last layer, and each layer's routing. Adds to `hidden_states` what goes into each layer,
+        [B, T, D]."""
+        stream, routings = Stream(take(x_BTD, tokens)), []
+        for i, layer in enumerate(self.layers):
+            if hidden_states is not None:
+                hidden_states.append(unpacked(stream.hidden_BCD))
+                # continue from the returned tensor, so that its gradients are right
+                stream = stream._replace(hidden_BCD=take(hidden_states[-1], tokens))
+            stream, routing = layer(stream, context, None if cache is None else cache.layers[i])
+            routings.append(routing)
+        return stream, routings
 
     @property
     def topk(self) -> bool:

@@ -88,14 +88,7 @@ def preprocess(
         helpers = workers if joins_for_others or min(workers, len(own)) > 1 else 0
         with closing(encode_units(encoder, own, helpers)) as encoded:
             if first:  # it joins parts while all ranks encode the next ones
-                found = parts_of_all(encoder, encoded, ranks)
-                record = join_parts(
-                    encoder, first_documents(encoder, found, max_documents), prefix, shuffle_seed
-                )
-                encoded.close()
-                # Wait for other ranks, which may still be writing parts that are no longer needed.
-                deque(found, maxlen=0)
-                parts.remove()
+                record = join_as_they_come(encoder, encoded, ranks, prefix, shuffle_seed)
             else:
                 parts.wait_for_folder(ranks.rank)
                 for numbered in encoded:
@@ -245,6 +238,19 @@ def encode_units(
                 documents += part.documents
                 if encoder.limit is not None and documents >= encoder.limit:
                     break
+
+
+def join_as_they_come(
+    encoder: Encoder, own: Generator[NumberedPart], ranks: Ranks, prefix: Path, shuffle_seed: int | None
+) -> Record:
+    """Joins this rank's parts and those that the others send, and removes them all."""
+    found = parts_of_all(encoder, own, ranks)
+    record = join_parts(encoder, first_documents(encoder, found, encoder.limit), prefix, shuffle_seed)
+    own.close()
+    # Wait for other ranks, which may still be writing parts that are no longer needed.
+    deque(found, maxlen=0)
+    encoder.parts.remove()
+    return record
 
 
 def parts_of_all(encoder: Encoder, own: Iterator[NumberedPart], ranks: Ranks) -> Iterator[NumberedPart]:

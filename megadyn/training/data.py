@@ -37,14 +37,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     Raises UserError for files that are missing, damaged, or do not match each other, the model or the length of the run.
     """
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eod, "tokenizer.eod")
-    if config.model.vocab_size is None:
-        config.model.vocab_size = tokenizer.vocab_size
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})",
-        )
+    settle_vocabulary(config, tokenizer)
     section, seed = config.data, config.training.seed
     sources = section.sources("train")
     if config.tokenizer.eod is None:
@@ -90,6 +83,18 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
         config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
     return Data(train, validation, test, tokenizer.eod if section.document_mask else None)
+
+
+def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """Sets `model.vocab_size` if it is not given; raises ConfigError if the tokenizer has more tokens."""
+    if config.model.vocab_size is None:
+        config.model.vocab_size = tokenizer.vocab_size
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"at least the tokenizer's {tokenizer.vocab_size} ({config.tokenizer.path})",
+        )
 
 
 def open_dataset(prefix: str, config: Config, tokenizer: Tokenizer) -> IndexedDataset:
