@@ -52,7 +52,7 @@ LAYOUTS = (
     *EVERY,
     Layout(tensor=2, recompute="full"),
     Layout(data=2, zero=2),
-    Layout(data=2, zero=3, recompute="full"),
+    Layout(data=2, zero=3),
 )
 RESUMED = (Layout(pipeline=2), Layout(data=2, zero=2))
 """Where a run that tensor ranks saved goes on."""

@@ -16,6 +16,7 @@ from tests.end_to_end.test_faults import tensors
 from tests.end_to_end.test_pretrain import DEEPSPEED, ENVIRONMENT
 from tests.helpers.crew import Crew, last_step, lines, resumed_at, wait_until
 from tests.helpers.sabotage import in_step, slow_disk
+from tests.helpers.tiny import ROOT
 
 ENDLESS = ("training.iterations=100000", "training.eval_interval=0", "data.validation_fraction=0")
 TIMEOUT = 20.0
@@ -174,26 +175,18 @@ def ranks_of(launcher: int, config_file: Path) -> dict[int, psutil.Process]:
 
 
 def test_torchrun_restarts_a_run_that_lost_a_rank(config_file: Path) -> None:
+    """By the script, which `test_launch_scripts.py` does not start again."""
     out = config_file.parent / "out"
-    torchrun = [
-        "torchrun",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--max-restarts",
-        "1",
-        "-m",
-        "megadyn.pretrain",
-    ]
     settings = [
         "data.validation_fraction=0",
-        "training.iterations=100",
+        "training.iterations=25",
         "parallel.tensor=2",
         "checkpoint.interval=5",
     ]
     process = subprocess.Popen(
-        [*torchrun, str(config_file), *settings],
-        env=ENVIRONMENT,
+        [ROOT / "examples/launch/torchrun.sh", str(config_file), *settings],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"GPUS": "2", "MAX_RESTARTS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -207,7 +200,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(config_file: Path) -> None:
     assert process.returncode == 0, output
     assert resumed_at(output) >= 5
     assert "exitcode: -9" in output or "Signal 9" in output or "died: killed" in output
-    assert json.loads((out / "checkpoints/iteration-00000100/manifest.json").read_text())["iteration"] == 100
+    assert json.loads((out / "checkpoints/iteration-00000025/manifest.json").read_text())["iteration"] == 25
 
 
 def test_deepspeed_ends_all_when_one_rank_is_killed(config_file: Path) -> None:

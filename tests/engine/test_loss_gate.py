@@ -67,12 +67,10 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = [
-    Layout(0),
     Layout(1, tensor=2),
     Layout(2),
     Layout(3),
     Layout(0, pipeline=2),
-    Layout(1, precision="bf16"),
     Layout(3, precision="bf16"),
     Layout(1, precision="fp16"),
     Layout(1, pipeline=2, precision="bf16"),

@@ -11,7 +11,7 @@ from tests.helpers.networks import end_step
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
-STEPS = 10
+STEPS, FEWER = 10, 4
 EVERYTHING_CUT = Path(__file__).with_name("zero3_everything_cut.json")
 """By default ZeRO-3 keeps parameters below 100,000 elements whole: here, all of them."""
 
@@ -43,9 +43,15 @@ class Case(NamedTuple):
         """Evaluation depends neither on ZeRO nor on recomputation: one case of each layout shows it."""
         return (
             self.zero == 1
+            and self.precision == "fp32"
             and not (self.recompute != "none" or self.tied or self.documents)
             and self.norm == "pre"
         )
+
+    @property
+    def steps(self) -> int:
+        """The README promises ten steps: plain cases show it. The others' faults would show in the first few."""
+        return STEPS if self.is_evaluated else FEWER
 
     def __str__(self) -> str:
         marks = {
@@ -141,7 +147,7 @@ def _curve(case: Case) -> Curve:
     share = plan.global_batch // plan.data_parallel
     curve: Curve = {"loss": [], "grad_norm": []}
     batches = []
-    for step, samples in enumerate(tokens_of(case)):
+    for step, samples in enumerate(tokens_of(case)[: case.steps]):
         batches = micro_batches(samples[grid.dp.rank * share : (grid.dp.rank + 1) * share], case.micro_batch)
         result = engine.train_step(batches, learning_rate(config.optimizer, step, STEPS))
         curve["loss"].append(float(result.loss))

@@ -18,21 +18,16 @@ LAYOUTS = (
     (4, 1, 1),
     (1, 4, 1),
 )
-ONE_OF_EACH = ("dtf", "mod", "dtrnet-token")
-
 # DTF under every layout; DTF under each ZeRO stage. The conformance suite has every kind and rule, dense among them, under the
 # layouts of two processes, with ZeRO 2 and 3, sequence parallelism, documents and recomputation.
 CASES = [Case("dtf", *layout) for layout in LAYOUTS]
 CASES += [
     Case("dtf", *layout, zero=zero) for layout, zero in (((2, 1, 1), 0), ((1, 1, 2), 2), ((1, 1, 2), 3))
 ]
-CASES += [Case("dtf", *layout, zero=zero) for layout, zero in (((1, 2, 2), 0), ((2, 1, 2), 2))]
+CASES += [Case("dtf", 2, 1, 2, zero=2)]
 CASES += [Case("dense", 1, 1, 2, zero=zero) for zero in (0, 3)]
-CASES += [Case(kind, 2, 2, 1, recompute="full") for kind in ONE_OF_EACH]
-CASES += [
-    Case("dtf", *layout, zero=zero, tied=True)
-    for layout, zero in (((2, 2, 1), 1), ((1, 2, 1), 0), ((1, 1, 2), 3))
-]
+CASES += [Case("dtf", 2, 2, 1, recompute="full"), Case("mod", 1, 1, 2, zero=3, recompute="full")]
+CASES += [Case("dtf", *layout, zero=zero, tied=True) for layout, zero in (((1, 2, 1), 0), ((1, 1, 2), 3))]
 CASES += [
     Case(kind)
     for kind in ("dense", "mod", "mod-predictor", "mod-bce", "dtf-predictor", "dtrnet-token", "dtrnet-expert")
@@ -49,7 +44,7 @@ CASES += [Case("dtf", 1, 4, 1, documents=True), Case("mod", 1, 2, 1, documents=T
 # Sequence parallelism with a pipeline cut between Decision and Dynamic layer, documents and recomputation; ZeRO.
 CASES += [
     Case("dtrnet-token", 2, 2, 1, sequence=True, documents=True, recompute="full"),
-    Case("mod", 2, 2, 1, sequence=True, recompute="selective"),
+    Case("mod", 2, 1, 1, sequence=True, recompute="selective"),
     Case("dtf", 2, 1, 2, zero=3, sequence=True),
     Case("dtf", 2, 2, 1, sequence=True, tied=True),
 ]
@@ -61,7 +56,7 @@ HALF += [
     for layout in LAYOUTS[:2]
 ]
 HALF += [Case("dtf", 1, 1, 2, zero=zero, precision="bf16") for zero in (2, 3)]
-HALF += [Case("dtf", 2, 2, 1, precision="bf16"), Case("dtf", 2, 1, 1, precision="bf16", sequence=True)]
+HALF += [Case("dtf", 2, 1, 1, precision="bf16", sequence=True)]
 HALF += [Case("dtf", *layout, precision="fp16") for layout in LAYOUTS[:2]]
 
 
@@ -102,8 +97,9 @@ def farthest(got: list[float], want: list[float]) -> float:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fp32_curve_is_that_of_one_process(case: Case, trained: dict[str, Curve]) -> None:
     curve, whole = trained[str(case)], plain(case.kind, case.tied, case.norm, case.documents)
-    assert farthest(curve["loss"], whole["loss"]) < 1e-5
-    assert farthest(curve["grad_norm"], whole["grad_norm"]) < 1e-5
+    assert len(curve["loss"]) == case.steps
+    assert farthest(curve["loss"], whole["loss"][: case.steps]) < 1e-5
+    assert farthest(curve["grad_norm"], whole["grad_norm"][: case.steps]) < 1e-5
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.is_evaluated], ids=str)

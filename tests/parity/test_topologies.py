@@ -19,9 +19,7 @@ ELSEWHERE = [
     Case("mod", 1, 4, 1),
     Case("dtrnet-token", 4, 1, 1, tied=True),
     Case("dtrnet-expert", 1, 1, 4),
-    Case("dense", 2, 1, 2),
-    Case("dtf", 1, 1, 4, zero=0),
-    Case("mod", 2, 1, 2, zero=2),
+    Case("dense", 2, 1, 2, zero=2),
     Case("dtrnet-token", 1, 1, 4, zero=3),
 ]
 """Each kind, also with tied embeddings; the vocabulary of 61 is padded wherever it is cut. Saved under ZeRO 1."""
