@@ -15,7 +15,7 @@ from megadyn.model.block import Layer, LayerContext, Stream
 from megadyn.model.documents import documents_of
 from megadyn.model.norm import RMSNorm
 from megadyn.parallel.linear import VocabParallelEmbedding
-from megadyn.parallel.loss import linear_cross_entropy
+from megadyn.parallel.loss import capped, linear_cross_entropy
 from megadyn.parallel.mappings import enter_tp, gather_from_tp
 from megadyn.parallel.params import ParamMaker, normal
 from megadyn.routing.layer import LossScale, RoutedLayer
@@ -35,7 +35,7 @@ class Embed(VocabParallelEmbedding):
             make=ctx.make,
             init=normal(model.init_std),
         )
-        self.eod = ctx.eod
+        self.eod, self.options = ctx.eod, ctx.logits
 
     def forward(self, tokens: Tensor) -> Stream:  # type: ignore[override]
         return Stream(
@@ -54,9 +54,11 @@ class FinalNorm(RMSNorm):
 class Head(nn.Module):
     """Hidden states -> mean next-token loss; the vocabulary is cut over tensor ranks."""
 
-    def __init__(self, model: ModelConfig, make: ParamMaker, tied_to: nn.Parameter | None = None):
+    def __init__(self, ctx: LayerContext, tied_to: nn.Parameter | None = None):
         super().__init__()
+        model, make = ctx.model, ctx.make
         assert model.vocab_size is not None
+        self.options = ctx.logits
         self.vocab_size, self.tp, self.seq = model.vocab_size, make.tp, make.seq
         shape = (model.vocab_size, model.hidden_size)
         self.weight = make("lm_head.weight", shape, normal(model.init_std)) if tied_to is None else tied_to
@@ -69,8 +71,11 @@ def read_out(head: "Head | Embed", stream: Stream, labels: Tensor | None = None)
     """Mean loss for labels [B, T]; without labels all logits [B, T, V]. `head` may be the Embed, if it is tied."""
     hidden = enter_tp(stream.hidden, head.tp, head.seq)
     if labels is None:
-        return gather_from_tp(F.linear(hidden, head.weight), head.tp)[..., : head.vocab_size]
-    return linear_cross_entropy(hidden, head.weight, labels, vocab_size=head.vocab_size, tp=head.tp)
+        logits = capped(F.linear(hidden, head.weight), head.options.softcap).to(hidden.dtype)
+        return gather_from_tp(logits, head.tp)[..., : head.vocab_size]
+    return linear_cross_entropy(
+        hidden, head.weight, labels, vocab_size=head.vocab_size, tp=head.tp, options=head.options
+    )
 
 
 class LayerMaker(NamedTuple):
@@ -104,7 +109,7 @@ def layer_list(ctx: LayerContext, loss_scale: LossScale) -> list[LayerMaker]:
         LayerMaker(Embed, (ctx,)),
         *layers,
         LayerMaker(FinalNorm, (model, make)),
-        LayerMaker(Head, (model, make)),
+        LayerMaker(Head, (ctx,)),
     ]
 
 

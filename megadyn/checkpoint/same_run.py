@@ -40,6 +40,7 @@ MUST_EQUAL = {
         SHAPES,
     ),
     "model.normalization": TRAINED_SO,
+    "model.logit_softcap": TRAINED_SO,
     "model.rope.skip_layers": TRAINED_SO,
     "model.routing.kind": "it determines the layers and tensors of the model",
     "training.seed": ORDER,

@@ -39,6 +39,9 @@ class ModelConfig:
     """Whether queries and keys pass an RMSNorm over each head before they are turned to their positions, as in Qwen3."""
     tie_embeddings: bool = False
     """Whether the output head shares the embedding's weight. Saves parameters in small models with large vocabularies."""
+    logit_softcap: float | None = None
+    """Bound c of the output logits, which become c tanh(logits / c), as in Gemma 2 (30 there). It keeps logits from growing
+    without end; unbounded when left out."""
     init_std: float = 0.02
     """Standard deviation of the normal distribution that weights are drawn from."""
     normalization: str = "pre"
@@ -60,6 +63,8 @@ class ModelConfig:
                 True,
                 "false with model.normalization = hybridnorm, which norms queries and keys too",
             )
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ConfigError("model.logit_softcap", self.logit_softcap, "a number above 0")
         for name in (
             "hidden_size",
             "num_layers",

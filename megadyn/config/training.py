@@ -140,6 +140,10 @@ class TrainingConfig:
     routing_replay: str | None = None
     """Folder of recorded choices that replace the routed layers' own, in training only and under any layout. Scores,
     gates, losses and statistics are computed as usual. For comparing layouts, and for studies."""
+    z_loss_weight: float = 0.0
+    """Weight of the z-loss: the mean square of each token's log of the sum of exponentiated logits (PaLM, arXiv 2204.02311).
+    It keeps logits from drifting, which half precision needs in long runs; 1e-4 is usual. Only gradients contain it, not the
+    losses that are reported."""
     on_bad_step: str = "stop"
     """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; the step never
     reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,
@@ -184,6 +188,7 @@ class TrainingConfig:
         at_least("training.spike_factor", self.spike_factor, 0)
         if 0 < self.spike_factor <= 1:
             raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
+        at_least("training.z_loss_weight", self.z_loss_weight, 0)
         at_least("training.spike_window", self.spike_window, 1)
         at_least("training.max_bad_steps", self.max_bad_steps, 0)
         at_least("training.max_bad_steps_total", self.max_bad_steps_total, 0)

@@ -16,6 +16,7 @@ class Shape(Protocol):
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
+    logit_softcap: float | None
     normalization: str
     vocab_size: int | None
     tie_embeddings: bool

@@ -148,6 +148,7 @@ class Engine:
             first,
             self.config.training.recompute,
             self.config.training.compile,
+            self.config.training.z_loss_weight,
         )
         if grid.pp.size == 1:
             return Network(ctx, self.loss_scale)

@@ -41,6 +41,7 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
         **shared_fields(model, dtype),
         "attention_output_bias": model.output_bias,
         "qk_norm": model.qk_norm,
+        "final_logit_softcapping": model.logit_softcap,
         "no_rope_layers": no_rope_layers(model) if model.rope.skip_layers else None,
         "normalization": model.normalization,
         "routing_mode": "causal",

@@ -1,9 +1,11 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and nine of its own:
+Qwen2's fields, and ten of its own:
 
     attention_output_bias
                     whether the output projection of attention has a bias; `attention_bias` is of queries, keys and values
+    final_logit_softcapping
+                    bound c of the logits, which become c tanh(logits / c), as in Gemma 2; null: none
     qk_norm         whether queries and keys pass an RMSNorm over each head, as in Qwen3
     no_rope_layers  per layer, as in SmolLM3: 1 where queries and keys turn to their positions, 0 where they do not; null: all do
 
@@ -193,6 +195,7 @@ class MegadynConfig(PretrainedConfig):
     """Whether q, k and v have a bias."""
     attention_output_bias: bool = False
     qk_norm: bool = False
+    final_logit_softcapping: float | None = None
     no_rope_layers: list[int] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02

@@ -60,14 +60,15 @@ def difference(model_type: object) -> str:
     return f" ({model_type}: {known})" if known else ""
 
 
-def blocks_of(config: dict[str, Any]) -> dict[str, bool]:
-    """Which biases and norms attention has, by a config.json of ours or of a dense architecture."""
+def blocks_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Which biases and norms attention has, and the cap of the logits, by a config.json of ours or of a dense architecture."""
     kind, bias = config["model_type"], bool(config.get("attention_bias"))
     if kind == "megadyn":
         return {
             "qkv_bias": bias,
             "output_bias": bool(config.get("attention_output_bias")),
             "qk_norm": bool(config.get("qk_norm")),
+            "logit_softcap": config.get("final_logit_softcapping"),
         }
     has_choice = kind not in ("qwen2", "mistral")
     return {
@@ -103,6 +104,8 @@ def misfit(model: ModelConfig, style: str) -> str | None:
     if model.qk_norm != (style == "qwen3"):
         has = "norms" if style == "qwen3" else "has no norms on"
         return f"{title} {has} queries and keys, but model.qk_norm = {str(model.qk_norm).lower()}"
+    if model.logit_softcap is not None:
+        return f"{title} does not cap logits, but model.logit_softcap = {model.logit_softcap}"
     if model.rope.skip_layers and style != "smollm3":
         return f"{title} has rotary positions in every layer, but model.rope.skip_layers = {model.rope.skip_layers}"
     if style == "mistral" and (model.qkv_bias or model.output_bias):

@@ -355,6 +355,8 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = ((logits.float() / cap).tanh() * cap).to(logits.dtype)
         loss = None
         if labels is not None or of_loss.get("shift_labels") is not None:
             loss = self.loss_function(

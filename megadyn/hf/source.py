@@ -9,7 +9,9 @@ from megadyn.hf.config_map import FIELDS
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import DENSE
 
-HF_SHAPE = sorted({*FIELDS, "output_bias", "qk_norm", "normalization"} - {"max_position", "init_std"})
+HF_SHAPE = sorted(
+    {*FIELDS, "output_bias", "qk_norm", "normalization", "logit_softcap"} - {"max_position", "init_std"}
+)
 """Keys of the model section that a Hugging Face folder must share with the configuration, beside those of `model.rope`."""
 
 

@@ -17,6 +17,7 @@ from megadyn.model.norm import RMSNorm
 from megadyn.model.recompute import recomputed
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megadyn.parallel.loss import LogitOptions
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
@@ -48,6 +49,12 @@ class LayerContext:
     """`training.recompute`. Routing decisions are never recomputed."""
     compile: bool = False
     """`training.compile`, used in training only: causal rules choose varying numbers of tokens in evaluation."""
+    z_weight: float = 0.0
+    """`training.z_loss_weight`."""
+
+    @property
+    def logits(self) -> LogitOptions:
+        return LogitOptions(self.model.logit_softcap, self.z_weight)
 
 
 class Mlp(nn.Module):

@@ -5,10 +5,14 @@ of exponentials and dropped. The backward pass computes them again, as Cut Cross
 is a fourth matrix product in addition to three, but the gradient of the whole weight is not accumulated repeatedly in
 float32. If there is only one block, its logits are kept. The vocabulary is cut over tensor ranks as in Megatron-LM
 (arXiv 1909.08053, section 3).
+
+Two options: logits capped to c tanh(logits / c), as in Gemma 2 (arXiv 2408.00118); and the z-loss, the mean square of each
+token's log of the sum of exponentials, times a weight (PaLM, arXiv 2204.02311, section 5). The z-loss adds to the gradient
+alone; the loss that is returned does not contain it.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +23,34 @@ from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import max_over, sum_over
 
 
+class LogitOptions(NamedTuple):
+    softcap: float | None = None
+    """Bound of the logits; None leaves them unbounded."""
+    z_weight: float = 0.0
+    """Weight of the z-loss."""
+
+
+PLAIN = LogitOptions()
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap) in float32 or wider; the same logits without a cap."""
+    return logits if softcap is None else (upcast(logits) / softcap).tanh() * softcap
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """N tokens, D hidden size, V words, v of them per block."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, tp: Axis, training: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        tp: Axis,
+        options: LogitOptions,
+        training: bool,
     ) -> Tensor:
         """hidden [N, D], weight [V/tp, D], labels [N] -> mean loss, a scalar, equal on all tensor ranks."""
         count, rows = hidden.shape[0], weight.shape[0]
@@ -37,7 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         top = hidden.new_full((count,), torch.finfo(wide).min, dtype=wide)
         total, target = top.new_zeros(count), top.new_zeros(count)
         for block in blocks:
-            logits = hidden @ weight[block].T  # [N, v]
+            logits = capped(hidden @ weight[block].T, options.softcap)  # [N, v]
+            slope = _slope(logits, options.softcap) if training and len(blocks) == 1 else None
             here, index = _in_block(local, block)
             target += logits.gather(1, index).squeeze(1) * here
             highest = torch.maximum(top, logits.amax(dim=1))
@@ -48,13 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         highest = max_over(top, tp)
         share = (top - highest).exp_()
         total, target = sum_over(torch.stack([total * share, target]), tp)
+        log_total = highest + total.log()
         grad_logits = None
         if training and len(blocks) == 1:
-            grad_logits = _minus_labels(logits.mul_((share / total).unsqueeze(1)), local, blocks[0]).to(
-                weight.dtype
-            )
-        ctx.blocks, ctx.tp = blocks, tp
-        ctx.save_for_backward(hidden, weight, local, highest + total.log(), grad_logits)
+            probs = logits.mul_((share / total).unsqueeze(1))
+            grad_logits = _grad_logits(probs, log_total, local, blocks[0], slope, options).to(weight.dtype)
+        ctx.blocks, ctx.options = blocks, options
+        ctx.save_for_backward(hidden, weight, local, log_total, grad_logits)
         return (total.log() - (target - highest)).mean()
 
     @staticmethod
@@ -66,13 +93,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight)
         for block in ctx.blocks:
             if len(ctx.blocks) > 1:
-                grad_logits = _minus_labels(
-                    _minus(hidden @ weight[block].T, log_total).exp_(), local, block
-                ).to(weight.dtype)
+                grad_logits = _recomputed(hidden, weight[block], log_total, local, block, ctx.options)
             grad_hidden += grad_logits @ weight[block]
             torch.mm(grad_logits.T, scaled, out=grad_weight[block])
         grad_weight[ctx.blocks[-1].stop if ctx.blocks else 0 :] = 0  # padding
-        return grad_hidden.mul_(scale).to(hidden.dtype), grad_weight, None, None, None, None
+        return grad_hidden.mul_(scale).to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
 def _in_block(local: Tensor, block: slice) -> tuple[Tensor, Tensor]:
@@ -86,14 +111,40 @@ def _minus(logits: Tensor, shift: Tensor) -> Tensor:
     return logits.sub_(shift.unsqueeze(1)) if logits.dtype == shift.dtype else logits - shift.unsqueeze(1)
 
 
-def _minus_labels(probs: Tensor, local: Tensor, block: slice) -> Tensor:
-    """Probabilities [N, v] minus 1 at the labels, in place: N times the gradient of the mean loss with respect to the logits."""
+def _slope(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Derivative [N, v] of capped logits with respect to the logits before; None without a cap."""
+    return None if softcap is None else 1 - (logits / softcap).square()
+
+
+def _grad_logits(
+    probs: Tensor, log_total: Tensor, local: Tensor, block: slice, slope: Tensor | None, options: LogitOptions
+) -> Tensor:
+    """N times the gradient [N, v] of mean loss and z-loss with respect to the logits before a cap, in place of `probs`."""
     here, index = _in_block(local, block)
-    return probs.scatter_add_(1, index, -here.to(probs.dtype).unsqueeze(1))
+    if options.z_weight:
+        probs.mul_((1 + 2 * options.z_weight * log_total).unsqueeze(1))
+    probs.scatter_add_(1, index, -here.to(probs.dtype).unsqueeze(1))
+    return probs if slope is None else probs.mul_(slope)
+
+
+def _recomputed(
+    hidden: Tensor, weight: Tensor, log_total: Tensor, local: Tensor, block: slice, options: LogitOptions
+) -> Tensor:
+    """`_grad_logits` in the weight's dtype, from the hidden states; frees what it needs on the way."""
+    logits = capped(hidden @ weight.T, options.softcap)
+    slope = _slope(logits, options.softcap)
+    logits = _minus(logits, log_total).exp_()
+    return _grad_logits(logits, log_total, local, block, slope, options).to(weight.dtype)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, tp: Axis
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    tp: Axis,
+    options: LogitOptions = PLAIN,
 ) -> Tensor:
     """Mean of -log softmax(hidden W^T)[label] over all tokens.
 
@@ -101,7 +152,8 @@ def linear_cross_entropy(
         hidden: [..., D], equal on all tensor ranks; the caller must pass it through `enter_tp` first.
         weight: [V/tp, D], this rank's rows; rows from `vocab_size` on are padding.
         labels: [...], ids in the whole vocabulary; an id outside of it makes the loss NaN.
+        options: a cap, which the loss contains, and a z-loss, which only the gradient contains.
     """
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), vocab_size, tp, torch.is_grad_enabled()
+        hidden.flatten(0, -2), weight, labels.flatten(), vocab_size, tp, options, torch.is_grad_enabled()
     )

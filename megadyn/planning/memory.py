@@ -49,8 +49,10 @@ def head_working(work: Workload) -> float:
     logits = min(rows, max(1, LOGITS_AT_ONCE // n)) * n
     copies = b if b < 4 else 0  # half-precision copies in addition to float32
     hidden = b * d * n * 2 + 4 * d * n  # final hidden states, scaled, and their summed gradient
-    forward = logits * (4 + copies)
-    block = logits * (b if logits == n * rows else 4 + copies)
+    # A cap takes three float32 numbers per logit at once: capped, its square, and the slope.
+    computing = 4 + copies if work.model.logit_softcap is None else 12
+    forward = logits * computing
+    block = logits * (b if logits == n * rows else computing)
     return hidden + max(forward - 4 * d * n - b * d * n, rows * d * b + max(block, logits * b + b * d * n))
 
 

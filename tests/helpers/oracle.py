@@ -442,7 +442,9 @@ class Reader:
                 raise ValueError(f"layer {layer}: the oracle does not read the kind {kind!r}")
         h = self.norm(h, "model.norm")
         head = "model.embed_tokens.weight" if self.config["tie_word_embeddings"] else "lm_head.weight"
-        return h @ self.weights[head].T
+        logits = h @ self.weights[head].T
+        cap = self.config.get("final_logit_softcapping")
+        return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 def oracle_logits(folder: str | Path, tokens: NDArray[np.integer], mode: str = "causal") -> Array:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from megadyn.parallel import loss
 from megadyn.parallel.linear import upcast
-from megadyn.parallel.loss import linear_cross_entropy
+from megadyn.parallel.loss import LogitOptions, linear_cross_entropy
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.networks import ALONE
 
@@ -36,6 +36,26 @@ def test_loss_and_gradients_equal_torchs_for_every_block(monkeypatch, block_rows
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(got, (hidden.grad, weight.grad))
     assert not got[1][11:].any()
+
+
+@pytest.mark.parametrize("block_rows", [4, 1000])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("z_weight", [0.0, 0.3])
+def test_capped_logits_and_z_loss_equal_a_plain_computation(monkeypatch, block_rows, softcap, z_weight):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", block_rows * 15)
+    hidden, weight, labels = draw(rows=14)
+    options = LogitOptions(softcap, z_weight)
+    out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE, options=options)
+    out.backward(torch.tensor(1.7, dtype=torch.float64))
+    got = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    logits = (hidden @ weight[:11].T).flatten(0, 1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    want = F.cross_entropy(logits, labels.flatten())
+    torch.testing.assert_close(out, want)
+    ((want + z_weight * logits.logsumexp(1).square().mean()) * 1.7).backward()
+    torch.testing.assert_close(got, (hidden.grad, weight.grad))
 
 
 def test_gradcheck(monkeypatch):

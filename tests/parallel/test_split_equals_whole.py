@@ -315,10 +315,18 @@ def check_loss(tp: Axis, vocab: int, block_rows: int) -> None:
     labels[0, 0], labels[1, 1] = 0, vocab - 1
     grad = torch.tensor(-1.7, dtype=F64)
 
-    whole = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
-    whole.backward(grad)
+    logits = 1.5 * torch.tanh((hidden @ weight.T).flatten(0, 1) / 1.5)
+    whole = F.cross_entropy(logits, labels.flatten())
+    ((whole + 0.3 * logits.logsumexp(1).square().mean()) * grad).backward()
     default, loss.LOGITS_AT_ONCE = loss.LOGITS_AT_ONCE, block_rows * labels.numel()
-    split = linear_cross_entropy(copy_to_tp(hidden_split, tp), mine, labels, vocab_size=vocab, tp=tp)
+    split = linear_cross_entropy(
+        copy_to_tp(hidden_split, tp),
+        mine,
+        labels,
+        vocab_size=vocab,
+        tp=tp,
+        options=loss.LogitOptions(softcap=1.5, z_weight=0.3),
+    )
     loss.LOGITS_AT_ONCE = default
     split.backward(grad)
     assert_close(split, whole)

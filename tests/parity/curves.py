@@ -109,6 +109,8 @@ def config_of(case: Case) -> Any:
     if case.zero == 3:
         config.deepspeed_config = str(EVERYTHING_CUT)
     config.parallel.sequence = case.sequence
+    if case.tied:  # the embedding is the head then, which has these from elsewhere
+        config.model.logit_softcap, config.training.z_loss_weight = 5.0, 1e-2
     if hasattr(config.model.routing, "jitter"):
         # noise too depends on no layout
         config.model.routing.jitter = 0.1 if case.kind == "dtrnet-token" else 0.0
@@ -172,7 +174,10 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
 
     config = config_of(case)
     make = ParamMaker(Sharding(1, 2), config.training.seed)
-    net = Network(LayerContext(config.model, make, eod=EOD if case.documents else None), LossScale())
+    ctx = LayerContext(
+        config.model, make, eod=EOD if case.documents else None, z_weight=config.training.z_loss_weight
+    )
+    net = Network(ctx, LossScale())
     decayed = [p for p in net.parameters() if p.ndim >= 2]
     kept = [p for p in net.parameters() if p.ndim < 2]
     adam = torch.optim.AdamW(

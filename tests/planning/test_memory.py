@@ -77,13 +77,16 @@ def _settled() -> Iterator[None]:
         ("dtrnet-token", "activations", "bf16", "none", {"router_type": "expert_choice"}),
         ("dtf", "activations", "bf16", "full", {"normalization": "hybridnorm"}),
         ("dense", "activations", "bf16", "none", {"qk_norm": True}),
+        ("dense", "words", "bf16", "none", {"logit_softcap": 5.0}),
     ],
 )
 def test_a_step_of_the_whole_model(
     kind: str, heavy: str, precision: str, recompute: str, extra: dict[str, Any]
 ) -> None:
     """Weights, gradients, and activations of a forward and backward pass, without DeepSpeed."""
-    shape = {key: value for key, value in extra.items() if key in ("normalization", "qk_norm")}
+    shape = {
+        key: value for key, value in extra.items() if key in ("normalization", "qk_norm", "logit_softcap")
+    }
     config = sized_config(kind, heavy, precision=precision, recompute=recompute, **shape)
     config = with_routing(config, **{key: value for key, value in extra.items() if key == "router_type"})
     config.data.document_mask = extra.get("documents", False)
