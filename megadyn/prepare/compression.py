@@ -68,7 +68,8 @@ def codec_of(head: bytes, suffix: str = "") -> str | None:
 class Decompressed(io.RawIOBase):
     """The content of a compressed file.
 
-    At damage it reads as if the file ended there, and `damage` gives the reason. Reading on returns what follows the damage.
+    At damage it reads as if the file ended there, and `damage` gives the reason. Whoever sees it sets it to None; reading on
+    then returns what follows. Until then it stays at the damage, so that a look ahead cannot swallow it.
     """
 
     def __init__(self, open_file: Open, codec: str) -> None:
@@ -89,7 +90,8 @@ class Decompressed(io.RawIOBase):
         super().close()
 
     def readinto(self, buffer: Any) -> int:
-        self.damage = None
+        if self.damage is not None:
+            return 0
         if self._fast is not None:
             try:
                 size: int = self._fast.readinto(buffer)

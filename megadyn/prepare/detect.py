@@ -2,10 +2,9 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
-
-import orjson
 
 from megadyn.prepare.compression import LONGEST_HEAD, SUFFIXES, Decompressed, codec_of
 
@@ -18,6 +17,7 @@ TABLES = {
     ".tab": "a table of tab-separated values",
     ".psv": "a table of separated values",
     ".xls": "a spreadsheet",
+    ".ipynb": "a notebook",
 }
 SOURCES = frozenset(
     (
@@ -75,8 +75,6 @@ SOURCES = frozenset(
     )
 )
 """Suffixes of files that are text whatever they look like; their type is not checked before they are read."""
-UNTELLING = (".dat", ".data", ".out", ".part", ".tmp", ".bin", ".jl")
-"""Suffixes of JSON lines, but also of other files; `.jl` is also Julia's."""
 KNOWN = "known are UTF-8 text, JSON lines, Parquet and Arrow; text and JSON lines also as gzip, zstd, bzip2, xz or lz4"
 HEAD_BYTES = 2**14
 NOT_READ = {
@@ -104,6 +102,8 @@ NOT_READ = {
 }
 """Formats that are not read, by their first bytes. Magic bytes that could begin a text are followed by bytes that could not."""
 MAYBE_TEXT = {b"ORC", b"Rar!", b"GIF8", b"FEA1", b"%PDF"}
+BEGINS_OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*["\[{\d\-tfnNI]')
+"""A JSON object up to the beginning of its first value."""
 MOST_CONTROLS = 1 / 16
 """Largest share of control characters in a text."""
 CONTROLS = bytes({*range(32), 127} - set(b"\t\n\v\f\r\b\x1b"))
@@ -130,7 +130,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
         return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is not")
     if codec:
         head = decompressed_head(file, codec)
-    found, problem = (form, None) if form in ("text", "jsonl") else form_of(suffix, head)
+    found, problem = (form, None) if form in ("text", "jsonl") else form_of(file, suffix, head)
     if form in ("parquet", "arrow"):
         found, problem = form, None
     if problem is None and codec and found in ("parquet", "arrow"):
@@ -157,17 +157,20 @@ def decompressed_head(file: Path, codec: str) -> bytes:
         return content.read(HEAD_BYTES)
 
 
-def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
+def form_of(file: Path, suffix: str, head: bytes) -> tuple[str, str | None]:
     """(form, reason why it is not read or None) of a file whose content begins with `head`."""
+    # Also x.csv.1 and x.csv~, but not x.csv.md.
+    inner = [] if suffix in SOURCES else re.findall(r"\.[a-z]+", file.name.lower())
+    table = next((name for name in reversed(inner) if name in TABLES), None)
     if head.startswith(b"PAR1"):
         return "parquet", None
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow", None
     if problem := not_text(head):
         return "text", f"{problem}: not supported ({KNOWN})"
-    if suffix in TABLES:
+    if table:
         return "text", (
-            f"{TABLES[suffix]}: not supported, convert it to JSON lines or Parquet, or read it as text with "
+            f"{TABLES[table]}: not supported, convert it to JSON lines or Parquet, or read it as text with "
             f"--format text ({KNOWN})"
         )
     if suffix in JSONL_SUFFIXES:
@@ -176,9 +179,7 @@ def form_of(suffix: str, head: bytes) -> tuple[str, str | None]:
         return "parquet", None
     if suffix in ARROW_SUFFIXES:
         return "arrow", None
-    if (not suffix or suffix in UNTELLING or suffix[1:].isdigit()) and is_json_object(
-        head.partition(b"\n")[0]
-    ):
+    if suffix not in SOURCES and is_json_lines(head):
         return "jsonl", None
     if suffix not in SOURCES and is_binary(head):
         return "text", f"unknown format ({KNOWN})"
@@ -211,10 +212,15 @@ def encoding_of(head: bytes, form: str) -> str | None:
     return None
 
 
-def is_json_object(line: bytes) -> bool:
+def is_json_lines(head: bytes) -> bool:
+    """Whether the first line that is not blank is a JSON object, or begins as one and goes on behind `head`."""
+    text = head.decode(encoding_of(head, "jsonl") or "utf-8-sig", errors="ignore").lstrip()
+    line, end, _ = text.partition("\n")
+    if not end and len(head) == HEAD_BYTES:
+        return bool(BEGINS_OBJECT.match(line))
     try:
-        return isinstance(orjson.loads(line), dict)
-    except orjson.JSONDecodeError:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
 
 

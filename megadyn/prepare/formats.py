@@ -97,26 +97,33 @@ class Content:
 
 
 class Transcoded(io.RawIOBase):
-    """Converts a text from another encoding to UTF-8. Ends at invalid bytes, with the reason in `damage`."""
+    """Converts a text from another encoding to UTF-8.
+
+    At invalid bytes it reads as if the text ended there, and `damage` gives the reason; as in `Decompressed`, reading goes on
+    behind them once that is None again.
+    """
 
     def __init__(self, source: IO[bytes], encoding: str) -> None:
         self.damage: Damage | None = None
         self._source, self._encoding = source, encoding
-        self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._left, self._is_over = b"", False
+        # One that keeps an incomplete character in `buffer`, and the byte order in itself.
+        self._decoder: Any = codecs.getincrementaldecoder(encoding)()
+        self._raw, self._left, self._is_over = b"", b"", False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._left and not self._is_over:
-            raw = self._source.read(DECOMPRESSED_BYTES)
-            self._is_over = not raw
+        while not self._left and not self._is_over and self.damage is None:
+            raw, self._raw = self._raw or self._source.read(DECOMPRESSED_BYTES), b""
             try:
                 self._left = self._decoder.decode(raw, final=not raw).encode()
-            except UnicodeError as error:
-                self._is_over = True
-                self.damage = Damage(f"not {self._encoding.upper()} text ({error})", is_lost=True)
+                self._is_over = not raw
+            except UnicodeDecodeError as error:
+                self._decoder.buffer = b""
+                self._left = self._decoder.decode(error.object[: error.start]).encode()
+                self._raw = error.object[error.end :]
+                self.damage = Damage(f"not {self._encoding.upper()} text ({error.reason})", is_lost=True)
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
         return size

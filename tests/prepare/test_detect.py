@@ -54,6 +54,11 @@ def zipped() -> bytes:
         "part-00000",
         "x.jsonl.1",
         "0123abcd.data",
+        "x.jsonl.bak",
+        "x.jsonl~",
+        "web.jsonl-00000-of-00002",
+        "x.json_lines",
+        "x.v2",
         "x.JSONL.GZ",
         "x.gz",
         "blob",
@@ -63,6 +68,30 @@ def test_json_lines_by_every_name(tmp_path, name):
     content = gzip.compress(LINE, mtime=0) if name.lower().endswith(".gz") or name == "blob" else LINE
     (tmp_path / name).write_bytes(content)
     assert list(Corpus([tmp_path])) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "one"}\n{"text": "' + b"1" * 20_000 + b'"}\n',
+        b'{"text": "' + b"1" * 20_000 + b'"}\n{"text": "one"}\n',
+        b'{"text": "one", "other": NaN}\n',
+        b"\n \n" + LINE,
+        b"\xef\xbb\xbf" + LINE,
+        LINE.decode().encode("utf-16"),
+        LINE.decode().encode("utf-16-le"),
+    ],
+    ids=["short", "long", "NaN", "blank first", "mark", "UTF-16", "UTF-16 without mark"],
+)
+def test_json_lines_by_content_alone(tmp_path, content):
+    (tmp_path / "part-00000").write_bytes(content)
+    assert "one" in list(Corpus([tmp_path]))
+
+
+@pytest.mark.parametrize("content", [b"{ some text }\n", b'{"a" b}\n', b'"one"\n', b"[1]\n"])
+def test_what_only_looks_like_json_is_text(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    assert list(Corpus([tmp_path])) == [content.decode()]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.PARQUET", "x.pq", "x", "x.dat", "x.json"])
@@ -84,6 +113,9 @@ def test_text_by_every_name(tmp_path, name):
     [
         ("x.csv", b"a,b\n1,2\n", "a table of comma-separated values: not supported"),
         ("X.TSV", b"a\tb\n1\t2\n", "a table of tab-separated values: not supported"),
+        ("x.csv.1", b"a,b\n1,2\n", "a table of comma-separated values: not supported"),
+        ("X.CSV~", b"a,b\n1,2\n", "a table of comma-separated values: not supported"),
+        ("x.ipynb", b'{"cells": []}\n', "a notebook: not supported"),
         ("x.csv.gz", gzip.compress(b"a,b\n", mtime=0), "a table of comma-separated values: not supported"),
         ("x.tar", tar(), "a tar archive: not supported"),
         ("x", tar(), "a tar archive: not supported"),

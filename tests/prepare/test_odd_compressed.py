@@ -274,6 +274,43 @@ def test_only_what_is_damaged_is_lost(tmp_path, suffix):
     assert "damaged after its text" in corpus.first_skipped
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz", "lz4"])
+@pytest.mark.parametrize("form", ["jsonl", "txt"])
+def test_damage_before_any_content_is_told(tmp_path, suffix, form):
+    """What looks at a file's first bytes must not swallow it."""
+    path = tmp_path / f"x.{form}.{suffix}"
+    content = RANDOM * 3
+    if suffix in ("zst", "lz4"):
+        codec = {"zst": "zstd", "lz4": "lz4"}[suffix]
+        with pyarrow.CompressedOutputStream(str(path), codec) as stream:
+            stream.write(content)
+        raw = path.read_bytes()
+    else:
+        raw = {"gz": gzip, "bz2": bz2, "xz": lzma}[suffix].compress(content)
+    for name, damaged in {
+        "cut": raw[: 24 if suffix in ("gz", "xz") else len(raw) // 3],
+        "zeros": raw[:30] + bytes(40) + raw[70:],
+    }.items():
+        if name == "zeros" and suffix == "lz4":
+            continue  # pyarrow writes no checksum
+        path.write_bytes(damaged)
+        corpus = Corpus([path], on_error="skip")
+        found = list(corpus)
+        assert corpus.skipped >= 1, (name, found)
+        assert all(len(text) <= len(RANDOM) for text in found)
+        with pytest.raises(UserError, match=f"x.{form}.{suffix}"):
+            list(Corpus([path]))
+
+
+def test_behind_invalid_characters_the_next_line_is_read(tmp_path):
+    lines = [f'{{"text": "{n}"}}\n' for n in range(4)]
+    raw = "".join(lines).encode("utf-16-le").replace("1".encode("utf-16-le"), b"\x00\xdc")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe" + raw)
+    corpus = Corpus([tmp_path / "x.jsonl"], on_error="skip")
+    assert list(corpus) == ["0", "2", "3"]
+    assert corpus.skipped == 1 and "not UTF-16 text" in corpus.first_skipped
+
+
 def test_why_a_frame_is_not_read_is_told(tmp_path):
     for raw, reason in [
         (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not available"),
