@@ -36,7 +36,7 @@ from megadyn.kinds import DENSE
 from megadyn.launch import launch
 from megadyn.launch.environment import record_start
 from megadyn.launch.lock import RunLock
-from megadyn.launch.processes import Process, launchers
+from megadyn.launch.processes import Process, launchers, while_alive
 from megadyn.launch.signals import Signals
 from megadyn.launch.watchdog import Watchdog
 from megadyn.network import choosing_layers
@@ -60,9 +60,10 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
     # The engine reads this again; check it before the data are opened.
     engine_settings(config)
     plan = batch_plan(config, launch.world_size())
-    data = open_data(config, expected_start(config))
-    refuse_early(config, plan, data)
-    launch.join(config.training.collective_timeout_s)
+    with while_alive(watched):
+        data = open_data(config, expected_start(config))
+        refuse_early(config, plan, data)
+        launch.join(config.training.collective_timeout_s)
     with (
         RunLock(Path(config.output_dir)) as lock,
         Watchdog(

@@ -3,7 +3,10 @@
 import os
 import re
 import socket
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -128,3 +131,27 @@ def _connection(process: Process, look: Callable[[int], Process | None]) -> list
         process_above is not None and process_above.words[:1] and process_above.words[0].startswith("sshd")
     )
     return [process_above] if is_server and process_above is not None else []
+
+
+@contextmanager
+def while_alive(launchers: Sequence[Process], end: Callable[[int], object] = os._exit) -> Iterator[None]:
+    """Ends this process with status 1 if one of `launchers` ends during the block, even if the main thread is stuck.
+
+    For the time in which ranks wait for each other, before a `Watchdog` exists.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.5):
+            if gone := next((process for process in launchers if not process.is_alive), None):
+                print(f"error: the launcher ({gone}) is gone", file=sys.stderr, flush=True)
+                end(1)
+                return
+
+    thread = threading.Thread(target=watch, name="launchers", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

@@ -14,7 +14,7 @@ import yaml
 from tests.end_to_end.test_deaths import ENDLESS, ranks_of
 from tests.end_to_end.test_pretrain import DEEPSPEED, ENVIRONMENT
 from tests.helpers.crew import Crew, last_step, lines, resumed_at, wait_until
-from tests.helpers.sabotage import spoiled_losses
+from tests.helpers.sabotage import never_joined, spoiled_losses
 
 QUIET = "data.validation_fraction=0"
 
@@ -171,6 +171,20 @@ def test_two_runs_in_one_folder_cannot_be(config_file: Path) -> None:
     first.signal(0, signal.SIGTERM)
     assert first.wait() == [0], first.output()
     assert not list(out.glob("*.lock"))
+
+
+def test_a_rank_that_waits_for_another_ends_with_its_launcher(config_file: Path) -> None:
+    launcher = subprocess.Popen(["sleep", "3600"])
+    crew = Crew(config_file, world=2, sabotage=partial(never_joined, launcher=launcher.pid))
+    try:
+        wait_until(lambda: "device: cpu" in crew.output())  # the last line before they meet
+        assert crew.ranks[0].is_alive()
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not crew.ranks[0].is_alive(), 10)
+    assert crew.end_after(0)[0] == 1
+    assert crew.errors() == [f"error: the launcher (sleep, process {launcher.pid}) is gone"]
 
 
 def test_ranks_end_with_their_launcher(config_file: Path) -> None:

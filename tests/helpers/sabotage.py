@@ -13,6 +13,7 @@ import torch
 
 from megadyn import network, pretrain
 from megadyn.checkpoint import writing
+from megadyn.launch.processes import process_of
 from megadyn.training.loader import Loader
 
 
@@ -27,6 +28,13 @@ def spoiled_losses(_rank: int, *, factors: dict[int, float], micro_batches: int 
         return real(*arguments, **named) * factors.get((seen + micro_batches - 1) // micro_batches, 1.0)
 
     network.linear_cross_entropy = loss
+
+
+def never_joined(rank: int, *, launcher: int) -> None:
+    """Rank 1 never meets rank 0, whose launcher is the process `launcher`."""
+    pretrain.launchers = lambda: [process_of(launcher)]
+    if rank == 1:
+        time.sleep(3600)
 
 
 def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
