@@ -9,6 +9,7 @@ from megadyn.config import load_config
 from megadyn.config.numbers import count
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
+from tests.helpers.tiny import ROOT
 
 PATHS = """
 data: {train: [{prefix: $CORPUS/web, weight: 1}, {prefix: ~/code, weight: 2}], validation: ~/held-out, cache: $CORPUS/cache}
@@ -115,3 +116,9 @@ def test_what_is_no_count_is_refused_by_key(given: object) -> None:
         ConfigError, match=r"^training\.tokens = .*: must be a whole number, which may be written as"
     ):
         count("training.tokens", given)
+
+
+def test_no_tool_takes_a_path_as_it_stands() -> None:
+    """`user_path` replaces ~ and variables; a plain `Path` would make a folder of that name."""
+    sources = [path for room in ("megadyn", "tools") for path in sorted((ROOT / room).rglob("*.py"))]
+    assert not [str(path) for path in sources if "type=Path" in path.read_text()]

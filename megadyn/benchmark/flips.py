@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace) -> list[Comparison]:
 
 def as_table(found: Sequence[Comparison]) -> str:
     rows = [
-        "| choices | within 1e-5 for | loss apart by | gradient norm by | tokens that changed places, in all | the first |",
+        "| choices | steps within 1e-5 | largest difference in loss | in gradient norm | changed choices | first change |",
         "|---|---|---|---|---|---|",
     ]
     for line in found:
@@ -151,7 +151,7 @@ def as_table(found: Sequence[Comparison]) -> str:
         if line.first_step is not None:
             first = f"step {line.first_step}: {line.first_changed}, at most {line.first_farthest:.1e} from the cut"
         rows.append(
-            f"| {line.run} | {line.together} steps | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of "
+            f"| {line.run} | {line.together} | {line.loss:.1e} | {line.grad_norm:.1e} | {line.changed:,} of "
             f"{line.compared:,}, at most {line.farthest:.1e} from the cut | {first} |"
         )
     return "\n".join(rows)

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from megadyn.config import ModelConfig
 from megadyn.errors import UserError
 from megadyn.kinds import DENSE
 from megadyn.parallel.params import PRECISIONS
+from megadyn.paths import user_path
 from megadyn.planning.flops import head_flops
 
 MODELS = (REFERENCE, DENSE, *(name for name in DEFAULT_MODELS if ":" in name))
@@ -300,7 +300,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--export",
-        type=Path,
+        type=user_path,
         metavar="HF_DIR",
         help="measure this exported folder instead of --models and sizes",
     )

@@ -33,6 +33,7 @@ from megadyn.benchmark.soak_bounds import FAIL, OK, SEEN, Curves, Soaked, verdic
 from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of
+from megadyn.paths import user_path
 
 LENGTH, BATCH, LAYERS = 32, 8, 4
 """Tokens in a sample, samples in a step, layers of the full models."""
@@ -313,8 +314,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {', '.join((*CONTROLS, *RULES))}, each also with /{', /'.join(SETUPS)}",
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/soak"), metavar="DIR")
-    parser.add_argument("--page", type=Path, metavar="PATH", help="write PATH.md and PATH.png")
+    parser.add_argument("--output", type=user_path, default=Path("runs/soak"), metavar="DIR")
+    parser.add_argument("--page", type=user_path, metavar="PATH", help="write PATH.md and PATH.png")
     parser.add_argument("--again", action="store_true", help="forget what was run before")
     add_json_argument(parser)
     return parser.parse_args(argv)

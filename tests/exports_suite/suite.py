@@ -23,6 +23,11 @@ KINDS = {
     "mod": "mod",
     "dtrnet-token": "dtrnet-token",
     "dtrnet-expert": "dtrnet-expert",
+    "fixed": "fixed",
+    "nested": "nested",
+    "subskip": "subskip",
+    "skip_middle": "skip_middle",
+    "stt": "stt",
 }
 """Name in the table of known failures: key of LAYOUTS."""
 
@@ -55,8 +60,10 @@ class Tester:
     hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 32, 2, 4, 99
 
     def __init__(self, kind: str) -> None:
-        self.layer_types, self.routing = LAYOUTS[KINDS[kind]]
-        self.num_hidden_layers = 2  # one dense or decision layer, one routed
+        layer_types, self.routing = LAYOUTS[KINDS[kind]]
+        # One dense or decision layer, one routed; of skip_middle a layer and its mirror image.
+        self.num_hidden_layers = 2
+        self.layer_types = layer_types[1:3] if kind == "skip_middle" else layer_types[:2]
 
     def get_config(self) -> MegadynConfig:
         return MegadynConfig(
@@ -67,7 +74,7 @@ class Tester:
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=2,
             max_position_embeddings=128,
-            routed_layer_types=self.layer_types[: self.num_hidden_layers],
+            routed_layer_types=self.layer_types,
             routing=self.routing,
             pad_token_id=0,
             bos_token_id=1,

@@ -19,7 +19,7 @@ from megadyn.parallel.params import name_of
 from tests.helpers.tiny import KINDS as ENGINE_KINDS
 from tests.helpers.tiny import tiny_config as engine_config
 from tests.hf.test_modeling import qwen2_like
-from tests.hf.tiny_models import KINDS, MAIN_KINDS, ROUTED, WINDOW, random_tokens, tiny_model
+from tests.hf.tiny_models import KINDS, MAIN_KINDS, REST, ROUTED, WINDOW, random_tokens, tiny_model
 from tests.routing.test_documents import EOD, network, packed
 
 LENGTHS = (WINDOW + 6, 1, 9, 2 * WINDOW, 2)
@@ -64,7 +64,7 @@ def batches() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *REST])
 def test_sequences_are_as_alone(kind, mode):
     model = tiny_model(kind, routing_mode=mode)
     alone = [model(part, output_routing=True) for part in PARTS]

@@ -31,6 +31,16 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
 }
 """Layer types and `routing` of each kind of model."""
 KINDS = tuple(LAYOUTS)
+REST = ("nested", "subskip", "skip_middle")
+"""Kinds that only a few tests here try; the conformance suite holds all to the engine."""
+LAYOUTS |= {
+    "nested": (["dense", "nested"] * 2, {"kind": "nested", "router_type": "linear", "causal": "threshold"}),
+    "subskip": (["dense", "subskip"] * 2, {"kind": "subskip", "router_type": "two_halves"}),
+    "skip_middle": (
+        ["skip_middle_out"] * 2 + ["skip_middle_back"] * 2,
+        {"kind": "skip_middle", "router_type": "accumulated"},
+    ),
+}
 MAIN_KINDS = ("dense", "dtf5", "mod", "dtrnet-token", "dtrnet-expert")
 NORMALIZATIONS = ("pre", "lns", "hybridnorm")
 ROUTED = ("dtf_dynamic", "mod", "dtrnet", "fixed", "stt")
