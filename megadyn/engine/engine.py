@@ -30,7 +30,7 @@ from megadyn.engine.optimizer import (
     make_optimizer,
 )
 from megadyn.engine.pipeline import Stages
-from megadyn.engine.replaced import replaced, without_compiler
+from megadyn.engine.replaced import replaced, spare_dynamo, without_compiler
 from megadyn.engine.statistics import over_ranks
 from megadyn.engine.step_clock import PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
@@ -107,6 +107,8 @@ class Engine:
         self.module = self._build_module()
         self.routed = routed_layers(self.module)
         even_out_groups(self.module, grid.pp)
+        if not config.training.compile:
+            spare_dynamo()
         optimizer = make_optimizer(self.module, config.optimizer)
         self.clipper: GradientClipper | None = None
         if self.zero_stage == 0:

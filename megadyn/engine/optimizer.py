@@ -1,5 +1,6 @@
 """AdamW's parameter groups, and the learning rate of each iteration."""
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -42,12 +43,19 @@ def even_out_groups(module: nn.Module, pp: Axis) -> None:
 STAND_IN = "stand_in"
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, less the wrapper of `step` that imports torch's compiler at every start and serves steps that are
+    differentiated or compiled themselves."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with groups by component and weight decay; vectors and scalars do not decay."""
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for param in module.parameters():
         groups.setdefault(group_key(param), []).append(param)
-    return torch.optim.AdamW(
+    return AdamW(
         [
             {
                 "params": params,

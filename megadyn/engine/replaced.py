@@ -1,10 +1,11 @@
-"""Temporarily replaces attributes of torch or DeepSpeed."""
+"""Replaces attributes of torch or DeepSpeed, most of them for a while only."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -30,3 +31,22 @@ def without_compiler() -> AbstractContextManager[None]:
     """
     # Used as a decorator with options, it is first called without a function.
     return replaced(torch, "compile", lambda function=None, **options: function or (lambda inner: inner))
+
+
+def spare_dynamo() -> None:
+    """Lets optimizers and recomputation run without importing torch's compiler, which takes seconds in every process.
+
+    Some of their functions are wrapped so that the compiler, if one is at work, leaves them alone; the wrapper imports it to
+    ask. Each wrapper keeps what it found in an attribute, which is set here to the plain function. Only for a process that
+    compiles nothing.
+    """
+    optimizer = torch.optim.Optimizer
+    for wrapper in (
+        optimizer.add_param_group,
+        optimizer.load_state_dict,
+        optimizer.state_dict,
+        optimizer.zero_grad,
+        checkpoint,
+    ):
+        if function := getattr(wrapper, "__wrapped__", None):
+            function.__dynamo_disable = function
