@@ -44,6 +44,8 @@ class Key:
 def type_name(hint: Any) -> str:
     if getattr(hint, "__origin__", None) is list:
         return f"list of {type_name(get_args(hint)[0])}"
+    if getattr(hint, "__origin__", None) is dict:
+        return f"mapping of {' to '.join(type_name(part) for part in get_args(hint))}"
     return NAMES[hint] if hint in NAMES else " or ".join(type_name(part) for part in get_args(hint))
 
 
@@ -202,6 +204,8 @@ def _value_schema(key: Key) -> dict[str, Any]:
 def _options(hint: Any) -> list[dict[str, Any]]:
     if getattr(hint, "__origin__", None) is list:
         return [{"type": "array", "items": {"anyOf": _options(get_args(hint)[0])}}]
+    if getattr(hint, "__origin__", None) is dict:
+        return [{"type": "object", "additionalProperties": {"anyOf": _options(get_args(hint)[1])}}]
     if hint is Any:
         return [{}]
     return (

@@ -52,6 +52,12 @@ class OptimizerConfig:
     two-dimensional parameters (including embeddings), not to norms, biases or router scalars."""
     clip_grad: float = 1.0
     """Largest global gradient norm; gradients above it are scaled down. 0 turns clipping off."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates by name: shell patterns of tensor names, and what each multiplies the rate of the matching tensors by, as
+    `{"model.embed_tokens.*": 0.1}`. The first pattern that matches counts. Names are those of an export."""
+    freeze: list[str] = field(default_factory=list)
+    """Shell patterns of the names of tensors that do not change, as `["model.layers.*.mlp.*"]`. Their gradients count as 0, also
+    in the gradient norm; the optimizer still holds their state."""
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     """Learning rate of each parameter group, relative to `learning_rate`."""
 
@@ -70,6 +76,13 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}", getattr(self, name), "in [0, 1)")
         in_range("optimizer.eps", self.eps, 0, 1)
+        for pattern, factor in self.rates.items():
+            if not 0 < factor < math.inf:
+                raise ConfigError(
+                    f"optimizer.rates[{pattern!r}]",
+                    factor,
+                    "a number above 0; optimizer.freeze stops changes",
+                )
         if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
                 "optimizer.min_learning_rate",

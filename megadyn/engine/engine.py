@@ -27,7 +27,9 @@ from megadyn.engine.optimizer import (
     STAND_IN,
     GradientClipper,
     even_out_groups,
+    freeze,
     make_optimizer,
+    refuse_unmatched,
 )
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced, spare_dynamo, without_compiler
@@ -106,7 +108,8 @@ class Engine:
         self.gate = LossGate(plan.micro_batches, grid.dp)
         self.module = self._build_module()
         self.routed = routed_layers(self.module)
-        even_out_groups(self.module, grid.pp)
+        refuse_unmatched(self.module, config.optimizer, grid.pp)
+        even_out_groups(self.module, config.optimizer, grid.pp)
         if not config.training.compile:
             spare_dynamo()
         optimizer = make_optimizer(self.module, config.optimizer)
@@ -124,6 +127,7 @@ class Engine:
                 config=self._deepspeed_config(),
                 mpu=Mpu(grid) if grid.pp.size == 1 else None,
             )
+        freeze(self.module, config.optimizer)
         # DeepSpeed would raise when the loss scale cannot fall further; `problem_of` reports this instead.
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False

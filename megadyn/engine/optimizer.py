@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -9,19 +10,63 @@ import torch.distributed as dist
 from torch import nn
 
 from megadyn.config import OptimizerConfig
+from megadyn.errors import ConfigError
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import sum_over
 from megadyn.parallel.params import component, counts_here, mark, name_of
 
-GroupKey = tuple[str, bool]
-"""(component, whether weight decay applies) of a parameter group."""
+
+class GroupKey(NamedTuple):
+    """What the parameters of a group have in common."""
+
+    component: str
+    decay: bool
+    """Whether weight decay applies."""
+    factor: float
+    """Of the learning rate, by name; 0 for frozen parameters."""
+
+    def __str__(self) -> str:
+        return self.component if self.factor == 1 else f"{self.component} x {self.factor:g}"
 
 
-def group_key(param: nn.Parameter) -> GroupKey:
-    return component(name_of(param)), param.ndim >= 2
+def group_key(param: nn.Parameter, cfg: OptimizerConfig) -> GroupKey:
+    name = name_of(param)
+    factor = getattr(param, "rate_factor", None)  # of a stand-in, which has no name of its own
+    return GroupKey(component(name), param.ndim >= 2, factor_of(name, cfg) if factor is None else factor)
 
 
-def even_out_groups(module: nn.Module, pp: Axis) -> None:
+def factor_of(name: str, cfg: OptimizerConfig) -> float:
+    """What `optimizer.rates` and `optimizer.freeze` multiply the learning rate of a parameter by."""
+    if any(fnmatchcase(name, pattern) for pattern in cfg.freeze):
+        return 0.0
+    return next((factor for pattern, factor in cfg.rates.items() if fnmatchcase(name, pattern)), 1.0)
+
+
+def refuse_unmatched(module: nn.Module, cfg: OptimizerConfig, pp: Axis) -> None:
+    """Raises ConfigError for a pattern of `rates` or `freeze` that matches no parameter of any stage. Collective if there are
+    patterns."""
+    patterns = {f"optimizer.{key}": list(getattr(cfg, key)) for key in ("rates", "freeze")}
+    if not any(patterns.values()):
+        return
+    names = [name_of(param) for param in module.parameters()]
+    if pp.size > 1:
+        stages: list[Any] = [None] * pp.size
+        dist.all_gather_object(stages, names, group=pp.group)
+        names = [name for stage in stages for name in stage]
+    for key, some in patterns.items():
+        for pattern in some:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(key, pattern, f"a pattern that matches a tensor, as {names[0]}")
+
+
+def freeze(module: nn.Module, cfg: OptimizerConfig) -> None:
+    """From now on gradients of frozen parameters are zeros."""
+    for param in module.parameters():
+        if group_key(param, cfg).factor == 0 and param.requires_grad:
+            param.register_hook(torch.zeros_like)
+
+
+def even_out_groups(module: nn.Module, cfg: OptimizerConfig, pp: Axis) -> None:
     """Gives each pipeline stage a member of every parameter group that any stage has.
 
     DeepSpeed's ZeRO optimizer computes the gradient norm with one all-reduce per group, so stages with different
@@ -29,15 +74,16 @@ def even_out_groups(module: nn.Module, pp: Axis) -> None:
     """
     if pp.size == 1:
         return
-    mine = {group_key(param) for param in module.parameters()}
+    mine = {group_key(param, cfg) for param in module.parameters()}
     stages: list[Any] = [None] * pp.size
     dist.all_gather_object(stages, mine, group=pp.group)
-    for name, decay in sorted(set().union(*stages) - mine):
+    for number, key in enumerate(sorted(set().union(*stages) - mine)):
         stand_in = nn.Parameter(
-            torch.zeros((1, 1) if decay else (1,), device=next(module.parameters()).device)
+            torch.zeros((1, 1) if key.decay else (1,), device=next(module.parameters()).device)
         )
-        mark(stand_in, f"{STAND_IN}.{name}", is_cut=False)
-        module.register_parameter(f"{STAND_IN}_{name}_{'matrix' if decay else 'vector'}", stand_in)
+        mark(stand_in, f"{STAND_IN}.{key.component}", is_cut=False)
+        stand_in.rate_factor = key.factor  # type: ignore[attr-defined]
+        module.register_parameter(f"{STAND_IN}_{number}", stand_in)
 
 
 STAND_IN = "stand_in"
@@ -51,19 +97,20 @@ class AdamW(torch.optim.AdamW):
 
 
 def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with groups by component and weight decay; vectors and scalars do not decay."""
+    """AdamW (arXiv 1711.05101) with groups by component, weight decay and rate; vectors, scalars and what is frozen do not
+    decay."""
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for param in module.parameters():
-        groups.setdefault(group_key(param), []).append(param)
+        groups.setdefault(group_key(param, cfg), []).append(param)
     return AdamW(
         [
             {
                 "params": params,
-                "weight_decay": cfg.weight_decay if decay else 0.0,
-                "component": name,
-                "lr_multiplier": getattr(cfg.multipliers, name),
+                "weight_decay": cfg.weight_decay if key.decay and key.factor else 0.0,
+                "component": str(key),
+                "lr_multiplier": getattr(cfg.multipliers, key.component) * key.factor,
             }
-            for (name, decay), params in sorted(groups.items())
+            for key, params in sorted(groups.items())
         ],
         lr=cfg.learning_rate,
         betas=(cfg.beta1, cfg.beta2),

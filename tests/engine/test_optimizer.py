@@ -73,7 +73,7 @@ def test_groups_are_cut_by_component_and_by_whether_weights_decay():
         ("prior", 0.1),
         ("router", 0.0),
     }
-    assert len({group_key(p) for p in network.parameters()}) == len(optimizer.param_groups)
+    assert len({group_key(p, config.optimizer) for p in network.parameters()}) == len(optimizer.param_groups)
 
 
 def test_a_tied_embedding_stands_in_one_group_once():

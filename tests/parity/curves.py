@@ -28,6 +28,8 @@ class Case(NamedTuple):
     norm: str = "pre"
     documents: bool = False
     sequence: bool = False
+    partial: bool = False
+    """Some tensors frozen, others at rates of their own."""
 
     @property
     def world(self) -> int:
@@ -44,7 +46,7 @@ class Case(NamedTuple):
         return (
             self.zero == 1
             and self.precision == "fp32"
-            and not (self.recompute != "none" or self.tied or self.documents)
+            and not (self.recompute != "none" or self.tied or self.documents or self.partial)
             and self.norm == "pre"
         )
 
@@ -61,6 +63,7 @@ class Case(NamedTuple):
             self.norm: self.norm != "pre",
             "documents": self.documents,
             "sequence": self.sequence,
+            "partial": self.partial,
         }
         extras = [word for word, on in marks.items() if on]
         return "-".join(
@@ -109,6 +112,9 @@ def config_of(case: Case) -> Any:
     if case.zero == 3:
         config.deepspeed_config = str(EVERYTHING_CUT)
     config.parallel.sequence = case.sequence
+    if case.partial:
+        config.optimizer.freeze = ["model.embed_tokens.*", "*.layers.1.*"]
+        config.optimizer.rates = {"*.mlp.*": 0.3, "*.layers.2.*": 2.0}
     if case.tied:  # the embedding is the head then, which has these from elsewhere
         config.model.logit_softcap, config.training.z_loss_weight = 5.0, 1e-2
     if hasattr(config.model.routing, "jitter"):
@@ -168,7 +174,7 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
     from megadyn.engine.optimizer import learning_rate
     from megadyn.model.block import LayerContext
     from megadyn.network import Network
-    from megadyn.parallel.params import ParamMaker
+    from megadyn.parallel.params import ParamMaker, name_of
     from megadyn.parallel.sharding import Sharding
     from megadyn.routing.layer import LossScale
 
@@ -178,17 +184,26 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
         config.model, make, eod=EOD if case.documents else None, z_weight=config.training.z_loss_weight
     )
     net = Network(ctx, LossScale())
-    decayed = [p for p in net.parameters() if p.ndim >= 2]
-    kept = [p for p in net.parameters() if p.ndim < 2]
+    groups = []
+    for param in net.parameters():
+        name, factor = name_of(param), 1.0
+        if case.partial and (name.startswith("model.embed_tokens.") or ".layers.1." in name):
+            param.requires_grad_(False)
+            continue
+        if case.partial and ".mlp." in name:
+            factor = 0.3
+        elif case.partial and ".layers.2." in name:
+            factor = 2.0
+        groups.append({"params": [param], "weight_decay": 0.1 if param.ndim >= 2 else 0.0, "factor": factor})
     adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
+        groups,
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps,
     )
     curve: Curve = {"loss": [], "grad_norm": []}
     for step, samples in enumerate(tokens_of(case) if drawn is None else drawn):
         for group in adam.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, STEPS)
+            group["lr"] = learning_rate(config.optimizer, step, STEPS) * group["factor"]
         ((tokens, labels),) = micro_batches(samples, 4)
         loss = net(tokens, labels)
         loss.backward()
