@@ -91,7 +91,7 @@ class OptimizerConfig:
             )
 
 
-LENGTHS = ("iterations", "tokens", "samples", "epochs")
+LENGTHS = ("iterations", "tokens", "samples", "epochs", "flops")
 """Keys for the length of a run; exactly one of them is given."""
 
 
@@ -99,7 +99,7 @@ class Length(NamedTuple):
     """The length of a run that was not given in iterations."""
 
     unit: str
-    """`tokens`, `samples` or `epochs`."""
+    """`tokens`, `samples`, `epochs` or `flops`."""
     amount: float
     iterations: int | None
     """The equivalent number of iterations, once it is known."""
@@ -121,6 +121,9 @@ class TrainingConfig:
     epochs: float | None = None
     """Length of the run in passes over the training data (for a blend: until its first dataset runs out); rounded down
     to whole steps."""
+    flops: float | None = None
+    """Length of the run in floating-point operations of forward and backward passes (1e18), rounded down to whole steps.
+    Counted as the plan does, with routed layers at their planned share of tokens: for comparing models at equal cost."""
     global_batch_size: int = 32
     """Samples per step, over all data-parallel ranks and micro-batches. It affects the result; to save memory change
     `micro_batch_size` instead."""
@@ -221,55 +224,71 @@ class TrainingConfig:
         one_of("training.kernels", self.kernels, KERNELS)
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.seed", self.seed, 0)
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise ConfigError("training.epochs", self.epochs, "a finite number above 0")
+        for name in ("epochs", "flops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"training.{name}", value, "a finite number above 0")
         given = [f"training.{name}" for name in LENGTHS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
                 "training.iterations",
                 self.iterations,
-                "given, or else training.tokens, training.samples or "
-                f"training.epochs, one of the four{' and not ' + ' with '.join(given) if given else ''}",
+                "given, or else training.tokens, training.samples, "
+                f"training.epochs or training.flops, one of the five{' and not ' + ' with '.join(given) if given else ''}",
             )
         unit = given[0].removeprefix("training.")
         if unit != "iterations":
             self.length = Length(unit, getattr(self, unit), None)
         elif self.length and self.length.iterations != self.iterations:  # `iterations` was set afterwards
             self.length = None
-        if unit in ("tokens", "samples"):  # an epoch's iterations are known only after the data are opened
-            self.settle(0)
+        # The iterations of epochs and operations are known only after data and tokenizer are opened.
+        if unit in ("tokens", "samples"):
+            self.settle()
 
-    def settle(self, epoch_samples: int, iteration: int = 0, consumed_samples: int = 0) -> None:
+    def settle(
+        self,
+        iteration: int = 0,
+        consumed_samples: int = 0,
+        *,
+        epoch_samples: int = 0,
+        sample_flops: float = math.inf,
+    ) -> None:
         """Sets `iterations` to the number of the run's last step, if the length was given in another unit.
 
         The remaining length is measured in batches of the current size, so earlier batch sizes do not matter.
 
         Args:
-            epoch_samples: samples in one epoch of the training data.
             iteration, consumed_samples: position of the run; after rollbacks these are not proportional.
+            epoch_samples: samples in one epoch of the training data. sample_flops: operations for one sample.
 
         Raises:
-            ConfigError: the epochs do not contain a single step.
+            ConfigError: the epochs or operations do not contain a single step.
         """
         if self.length is None:
             return
         unit, amount, _ = self.length
         length = self.sequence_length
-        wanted = {"samples": amount, "tokens": -(-amount // length), "epochs": int(amount * epoch_samples)}[
-            unit
-        ]
+        wanted = {
+            "samples": amount,
+            "tokens": -(-amount // length),
+            "epochs": int(amount * epoch_samples),
+            "flops": int(amount // sample_flops),
+        }[unit]
         left = max(0, int(wanted) - consumed_samples)
-        steps = left // self.global_batch_size if unit == "epochs" else -(-left // self.global_batch_size)
+        rounds_up = unit in ("samples", "tokens")
+        steps = -(-left // self.global_batch_size) if rounds_up else left // self.global_batch_size
         self.iterations = iteration + steps
         if self.iterations == 0:
+            has = f"an epoch has {epoch_samples} samples"
+            if unit == "flops":
+                has = f"a sample takes {sample_flops:.3g}"
             raise ConfigError(
-                "training.epochs",
+                f"training.{unit}",
                 amount,
-                f"more: an epoch has {epoch_samples} samples, and a step takes "
-                f"training.global_batch_size = {self.global_batch_size}",
+                f"more: {has}, and a step takes training.global_batch_size = {self.global_batch_size}",
             )
         self.length = self.length._replace(iterations=self.iterations)
-        self.tokens = self.samples = self.epochs = None  # the original unit is what is saved
+        self.tokens = self.samples = self.epochs = self.flops = None  # the original unit is what is saved
 
     @property
     def tokens_per_step(self) -> int:

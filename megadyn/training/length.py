@@ -9,6 +9,7 @@ from megadyn.data.blend import Blend
 from megadyn.data.samples import Samples
 from megadyn.engine.optimizer import Schedule
 from megadyn.errors import ConfigError
+from megadyn.planning.flops import training_flops
 
 
 class Position(NamedTuple):
@@ -73,9 +74,13 @@ def settle_length(config: Config, train: Samples, start: Position) -> None:
     """Sets `training.iterations` for a run that continues from `start`.
 
     Raises:
-        ConfigError: the run would repeat samples although `data.repeat` is false, or its length in epochs gives no step.
+        ConfigError: the run would repeat samples although `data.repeat` is false, or its length gives no step.
     """
-    config.training.settle(len(train), *start)
+    config.training.settle(
+        *start,
+        epoch_samples=len(train),
+        sample_flops=training_flops(config.model, config.training.sequence_length),
+    )
     refuse_repeats(config, config.data.sources("train"), train, start)
 
 

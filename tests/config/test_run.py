@@ -407,12 +407,12 @@ IMPOSSIBLE = [
     (
         "training.tokens=100",
         "training.iterations",
-        "one of the four and not training.iterations with training.tokens",
+        "one of the five and not training.iterations with training.tokens",
     ),
     (
         "training.iterations=null",
         "training.iterations",
-        "training.tokens, training.samples or training.epochs, one of the four",
+        "training.tokens, training.samples, training.epochs or training.flops, one of the five",
     ),
     (
         "training.iterations=null training.samples=3 training.epochs=1",
@@ -420,7 +420,8 @@ IMPOSSIBLE = [
         "and not training.samples with training.epochs",
     ),
     *(
-        (f"training.iterations=null training.epochs={value}", "training.epochs", "a finite number above 0")
+        (f"training.iterations=null training.{key}={value}", f"training.{key}", "a finite number above 0")
+        for key in ("epochs", "flops")
         for value in ("0", "-1", ".inf", ".nan")
     ),
     ("training.iterations=null training.samples=0", "training.samples", "at least 1"),
@@ -558,7 +559,7 @@ def test_epochs_become_whole_steps_that_repeat_nothing(tmp_path, epochs, iterati
         tmp_path, "training.iterations=null", f"training.epochs={epochs}", "training.global_batch_size=4"
     ).training
     assert training.iterations is None
-    training.settle(100)
+    training.settle(epoch_samples=100)
     assert (training.iterations, training.epochs) == (iterations, None)
 
 
@@ -598,7 +599,7 @@ def test_too_small_an_epoch_for_a_step_is_refused(tmp_path):
         match=r"^training\.epochs = 1\.0: must be more: an epoch has 3 samples, and a step takes "
         r"training\.global_batch_size = 4$",
     ):
-        training.settle(3)
+        training.settle(epoch_samples=3)
 
 
 @pytest.mark.parametrize(

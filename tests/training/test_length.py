@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megadyn.config import Config, DataConfig, TokenizerConfig
+from megadyn.config import Config, DataConfig, TokenizerConfig, resolved_config
 from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import ConfigError
+from megadyn.planning.flops import training_flops
 from megadyn.training.data import open_data
 from megadyn.training.length import Course, Position, schedule_of
 from tests.helpers.tiny import tiny_config
@@ -57,6 +58,16 @@ def test_what_was_consumed_counts_whatever_the_batch_was(make, length, start, ba
         config.training.samples_at_end(*start) == 96 + (iterations - start.iteration) * batch
         or start.iteration == 24
     )
+
+
+def test_operations_are_those_of_the_plan(make):
+    config = make(flops=1e9, global_batch_size=16)
+    open_data(config, Position(12, 96))
+    per_sample = training_flops(config.model, LENGTH)
+    assert config.training.iterations == 12 + (int(1e9 // per_sample) - 96) // 16
+    assert resolved_config(config)["training"]["flops"] == 1e9
+    with pytest.raises(ConfigError, match=r"training\.flops = 1000\.0: must be more: a sample takes"):
+        open_data(make(flops=1e3), Position())
 
 
 def test_an_uninterrupted_run_is_as_long_as_it_was(make):
