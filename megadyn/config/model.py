@@ -13,6 +13,10 @@ from megadyn.kinds import DENSE, Kind, make_kind
 class ModelConfig:
     """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
 
+    shape_from: str | None = None
+    """A Hugging Face folder whose config.json says the shape: sizes, biases, norms, rotary positions and, unless they are given
+    here, `max_position` and `init_std`. What else is given here must agree with it. A saved configuration has the keys
+    themselves in its place."""
     hidden_size: int = 512
     """Width of the residual stream."""
     num_layers: int = 8
@@ -53,6 +57,7 @@ class ModelConfig:
     """Rotary positions: their base, and how they are stretched to longer contexts."""
 
     def check(self) -> None:
+        assert self.shape_from is None, "load_config puts the shape in its place"
         self.rope.check()
         if self.qk_norm and self.normalization == "hybridnorm":
             raise ConfigError(

@@ -33,6 +33,7 @@ from tests.docs.commands import (
     script_of,
 )
 from tests.helpers.crew import Crew
+from tests.helpers.published import write_models
 from tests.helpers.tiny import ROOT
 
 DOCUMENTS = [
@@ -293,6 +294,7 @@ def test_other_blocks_are_what_they_say(name: str, block: Block, root: Path, tmp
     if block.language == "python":
         compile("\n".join(block.text), name, "exec")
         return
+    write_models(root)
     path = tmp_path / "block.yaml"
     is_whole = any(line.startswith("output_dir:") for line in block.text)
     rest = [] if is_whole else [f"extends: {ROOT}/examples/study/config.yaml", "output_dir: unused"]

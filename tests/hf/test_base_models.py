@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megadyn.checkpoint.export import export
 from megadyn.config import Config, RopeConfig
+from megadyn.config.config_map import DENSE_TYPES, from_hf_config, to_hf_config
+from megadyn.config.dense_map import misfit
 from megadyn.errors import UserError, run_tool
 from megadyn.evaluation.saved import load_network, open_saved
-from megadyn.hf.config_map import DENSE_TYPES, from_hf_config, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
-from megadyn.hf.dense_map import misfit
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.source import open_source

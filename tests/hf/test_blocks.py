@@ -12,9 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from megadyn.config import RopeConfig
+from megadyn.config.rope_map import from_hf_rope
 from megadyn.errors import ConfigError
 from megadyn.hf.configuration_megadyn import MegadynConfig
-from megadyn.hf.rope_map import from_hf_rope
 from megadyn.hf.rope_megadyn import rotary_table
 from megadyn.kinds import BUILT_IN
 from megadyn.model.rope import Rotary

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megadyn.config import ModelConfig
+from megadyn.config.model import ModelConfig
 from megadyn.kinds import DENSE
 
 TITLES = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "smollm3": "SmolLM3"}

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megadyn.config import ModelConfig
+from megadyn.config.dense_map import DEFAULTS, TITLES, blocks_of, difference
+from megadyn.config.model import ModelConfig
+from megadyn.config.rope_map import from_hf_rope, to_hf_rope
 from megadyn.errors import ConfigError, UserError
-from megadyn.hf.dense_map import DEFAULTS, TITLES, blocks_of, difference
-from megadyn.hf.rope_map import from_hf_rope, to_hf_rope
 from megadyn.kinds import DENSE, Kind, find_kind
 
 FIELDS = {
