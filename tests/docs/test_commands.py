@@ -148,6 +148,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Works in `finished_run`; what a test adds to it stays."""
+    write_models(finished_run)
     monkeypatch.chdir(finished_run)
     environment = dict(os.environ)
     yield finished_run
@@ -294,7 +295,6 @@ def test_other_blocks_are_what_they_say(name: str, block: Block, root: Path, tmp
     if block.language == "python":
         compile("\n".join(block.text), name, "exec")
         return
-    write_models(root)
     path = tmp_path / "block.yaml"
     is_whole = any(line.startswith("output_dir:") for line in block.text)
     rest = [] if is_whole else [f"extends: {ROOT}/examples/study/config.yaml", "output_dir: unused"]
