@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,8 @@ BASES = {
 
 EVERYWHERE = ("qwen2", "llama3", "mistral", "qwen3", "smollm3")
 """Under several layouts: one of each architecture."""
+LAYOUTS = ((1, 1, 1), (2, 2, 1), (1, 1, 2))
+"""Tensor x pipeline x data."""
 
 
 def config_of(base: Base, kind: str = "dense", **layout: Any) -> Config:
@@ -130,8 +133,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
     for name, base in BASES.items():
         write_random(base, folder / name)
     losses = {}
-    for tensor, pipeline in ((1, 1), (2, 2)):
-        run_on_ranks(_start_all, tensor * pipeline, str(folder), tensor, pipeline)
+    for tensor, pipeline, data in LAYOUTS:
+        run_on_ranks(_start_all, tensor * pipeline * data, str(folder), tensor, pipeline)
         losses |= json.loads((folder / "losses.json").read_text())
     return folder, losses
 
@@ -145,13 +148,15 @@ def _start_all(folder: str, tensor: int, pipeline: int) -> None:
 
     launch.join()
     losses = {}
-    cases = [(name, "dense") for name in BASES if tensor == 1 or name in EVERYWHERE]
-    for name, kind in cases + ([("qwen3", "mod")] if tensor == 1 else []):
+    grid = make_grid(tensor, pipeline)
+    layout = f"{tensor}x{pipeline}x{grid.dp.size}"
+    cases = [(name, "dense") for name in BASES if layout == "1x1x1" or name in EVERYWHERE]
+    for name, kind in cases + ([("qwen3", "mod")] if layout == "1x1x1" else []):
         config = config_of(BASES[name], kind, tensor=tensor, pipeline=pipeline)
-        engine = Engine(config, batch_plan(config, dist.get_world_size()), make_grid(tensor, pipeline), None)
+        engine = Engine(config, batch_plan(config, dist.get_world_size()), grid, None)
         save_load.init_from(engine, Path(folder) / name)
-        batches = micro_batches(held_out(), 1)
-        losses[f"{name} {kind} {tensor}x{pipeline}"] = engine.evaluate(batches, len(batches), "topk")
+        batches = micro_batches(held_out()[grid.dp.rank :: grid.dp.size], 1)
+        losses[f"{name} {kind} {layout}"] = engine.evaluate(batches, len(batches), "topk")
         if kind == "dense" and (pipeline == 2 or name not in EVERYWHERE):
             save_load.save(engine, Path(folder) / f"{name}-run", iteration=0, consumed_samples=0)
         engine.engine.destroy()
@@ -170,11 +175,25 @@ def test_a_run_starts_with_their_loss(started: tuple[Path, dict[str, float]], na
     folder, losses = started
     samples, logits = held_out(), logits_of_folder(folder / name)
     want = F.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()).item()
-    for layout in ("1x1", "2x2") if name in EVERYWHERE else ("1x1",):
+    for layout in ("1x1x1", "2x2x1", "1x1x2") if name in EVERYWHERE else ("1x1x1",):
         assert losses[f"{name} dense {layout}"] == pytest.approx(want, rel=1e-5)
     with torch.no_grad():
         ours = load_network(open_saved(folder / name), torch.device("cpu"))(samples[:, :-1])
     assert (ours - logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BASES)
+def test_long_positions_in_bf16(started: tuple[Path, dict[str, float]], name: str) -> None:
+    """At twice the original context, ours strays from float32 no further than transformers' own bfloat16 does."""
+    folder, tokens = started[0] / name, held_out()[:, :-1]
+    exact = logits_of_folder(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()(tokens).logits
+    half = replace(open_saved(folder), precision="bf16")
+    ours = load_network(half, torch.device("cpu"))(tokens)
+    late = slice(ORIGINAL, None)
+    strayed, allowed = ((x.float() - exact)[:, late].square().mean().sqrt() for x in (ours, theirs))
+    assert 0 < strayed < 1.5 * allowed
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -206,7 +225,7 @@ def test_cached_generation_is_theirs(name: str, tmp_path: Path) -> None:
 
 def test_a_routed_model_starts_from_one(started: tuple[Path, dict[str, float]]) -> None:
     _, losses = started
-    assert 1 < losses["qwen3 mod 1x1"] != pytest.approx(losses["qwen3 dense 1x1"], rel=1e-3)
+    assert 1 < losses["qwen3 mod 1x1x1"] != pytest.approx(losses["qwen3 dense 1x1x1"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", BASES)
