@@ -57,7 +57,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = _merged(ModelConfig(routing=kind()), layers)
         if config.model.shape_from is not None:
-            shape = read_shape(config.model.shape_from, config.training.sequence_length)
+            shape = read_shape(config.model.shape_from)
             config = _merged(replace(shape, routing=kind()), layers)
             check_agrees(config.model, shape)
             config.model.shape_from = None  # from here on its values stand in its place

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megadyn.config import ModelConfig
 from megadyn.config.config_map import eod_of_masked, from_hf_config
-from megadyn.config.dense_map import window_of
 from megadyn.errors import UserError
 from megadyn.files import read_json
 from megadyn.kinds.older import log_offset, newer_name, newer_threshold_of, older_name
@@ -33,8 +32,6 @@ class HfFolder:
         config = read_json(folder / "config.json")
         self.model: ModelConfig = from_hf_config(config)
         self.eod: int | None = eod_of_masked(config)
-        self.window: int | None = window_of(config)
-        """The sliding window of some layers' attention, in tokens. We attend to all: both agree on sequences up to it."""
         self.newer_threshold = newer_threshold_of(config.get("routing", {}))
         """Converts the thresholds of an older export; None if they need no conversion."""
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megadyn.config import ModelConfig
-from megadyn.config.shape import check_window, shape_of
+from megadyn.config.shape import shape_of
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import DENSE
@@ -29,7 +29,7 @@ def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
             f"{path}: that is a {there.name} model, this is {here.name} (model.routing.kind): only a dense model can "
             "become one of another kind"
         )
-    was, now = shape_of(folder.model), shape_of(model)
+    was, now = (shape_of(shape, length) for shape in (folder.model, model))
     found = [
         f"model.{key} is {was[key]!r} there and {now[key]!r} here" for key in was if was[key] != now[key]
     ]
@@ -37,7 +37,6 @@ def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
         found = _routing_differences(folder.model, model)
     if found:
         raise UserError(f"{path} is another model: {'; '.join(found)}")
-    check_window(folder.window, length, str(path))
     return folder
 
 

@@ -87,16 +87,31 @@ BASES = {
         rope("dynamic", {"factor": 2.0}) | {"max_position_embeddings": ORIGINAL},
         {"rope": RopeConfig("dynamic", 100.0, 2.0, 12)},
     ),
-    "mistral": Base("mistral", {"sliding_window": LENGTH}, {}),
+    "mistral": Base("mistral", {"sliding_window": 7}, {"sliding_window": 7}),
     "qwen3": Base(
         "qwen3",
-        rope("yarn", YARN) | {"use_sliding_window": True, "sliding_window": 99, "max_window_layers": 1},
-        {"qk_norm": True, "rope": RopeConfig("yarn", 100.0, original_max_position=12, **YARN)},
+        rope("yarn", YARN) | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        {
+            "qk_norm": True,
+            "sliding_window": 9,
+            "window_layers": [1, 2, 3],
+            "rope": RopeConfig("yarn", 100.0, original_max_position=12, **YARN),
+        },
     ),
     "smollm3": Base(
         "smollm3",
-        {"no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True},
-        {"tied": True, "rope": RopeConfig(theta=2e6, skip_layers=[1])},
+        {
+            "no_rope_layers": [1, 0, 1, 1],
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+        {
+            "tied": True,
+            "sliding_window": 5,
+            "window_layers": [1],
+            "rope": RopeConfig(theta=2e6, skip_layers=[1]),
+        },
     ),
 }
 
@@ -263,7 +278,7 @@ FITS = {
     "llama3": {"llama", "smollm3"},
     "llama-linear": {"qwen2", "llama", "mistral", "smollm3"},
     "llama-dynamic": {"qwen2", "llama", "mistral", "smollm3"},
-    "mistral": {"qwen2", "llama", "mistral", "smollm3"},
+    "mistral": {"qwen2", "mistral", "smollm3"},
     "qwen3": {"qwen3"},
     "smollm3": {"smollm3"},
 }
@@ -283,6 +298,13 @@ def test_which_architectures_a_model_fits(name: str) -> None:
         ("qwen3", "dense", {}, "Qwen3 norms queries and keys, but model.qk_norm = false"),
         ("llama", "dense", {"qk_norm": True}, "no norms on queries and keys, but model.qk_norm = true"),
         ("llama", "dense", {"rope": RopeConfig(skip_layers=[2])}, r"but model\.rope\.skip_layers = \[2\]"),
+        ("llama", "dense", {"sliding_window": 8}, "no sliding window, but model.sliding_window = 8"),
+        (
+            "mistral",
+            "dense",
+            {"sliding_window": 8, "window_layers": [1]},
+            r"in every layer or none, but model.window_layers = \[1\]",
+        ),
         ("mistral", "dense", {"qkv_bias": True}, "Mistral has no biases, but model.qkv_bias = true"),
         ("qwen2", "dense", {"output_bias": True}, "but model.output_bias = true"),
         ("llama", "dense", {"hidden_size": 30}, "needs a hidden size that its heads divide"),
@@ -343,12 +365,12 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "a sliding window": (
         "mistral",
         edited(sliding_window=23),
-        "sliding_window = 23 in config.json: must be at least training.sequence_length = 24",
+        "model.sliding_window is 23 there and 7 here$",
     ),
     "a sliding window of some layers": (
         "qwen3",
-        edited(sliding_window=8),
-        "sliding_window = 8 in config.json: must be at least training.sequence_length = 24",
+        edited(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2),
+        r"model.window_layers is \[2, 3\] there and \[1, 2, 3\] here$",
     ),
     "pickled weights": (
         "llama3",
@@ -401,8 +423,11 @@ def test_a_folder_that_cannot_be_started_from(case: str, tmp_path: Path) -> None
     ("name", "change"),
     [
         ("llama3", with_tensors(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(8))),
-        ("mistral", edited(sliding_window=None)),
-        ("qwen3", edited(use_sliding_window=False, sliding_window=4)),
+        (
+            "qwen2",
+            edited(use_sliding_window=True, sliding_window=LENGTH, layer_types=["sliding_attention"] * 4),
+        ),
+        ("qwen2", edited(use_sliding_window=False, sliding_window=4, max_window_layers=0)),
         (
             "llama3",  # as Llama 3.1 was published
             edited(
@@ -427,12 +452,6 @@ def test_a_tied_head_may_be_there_twice(tmp_path: Path) -> None:
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     with_tensors(lm_head__weight=embedding.clone())(tmp_path)
     assert open_source(tmp_path, config_of(BASES["smollm3"]).model, LENGTH).names() == names
-
-
-def test_evaluation_stays_within_a_window(tmp_path: Path) -> None:
-    write_random(BASES["mistral"], tmp_path)
-    edited(sliding_window=16)(tmp_path)
-    assert open_saved(tmp_path).sequence_length == 16
 
 
 DENSE = {
@@ -490,6 +509,15 @@ DENSE = {
         (
             {"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]},
             "layer_types in config.json: 'linear_attention' is no attention of ours",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention"],
+            },
+            "layer_types in config.json: must have 2 entries",
         ),
         (
             {"model_type": "smollm3", "no_rope_layers": [1]},

@@ -1,5 +1,5 @@
-"""Norms of queries and keys, stretched and missing rotary positions, a bias on attention's output: in every kind, the engine, its
-export with and without a cache, and the float64 oracle agree."""
+"""Norms of queries and keys, stretched and missing rotary positions, a bias on attention's output, a sliding window: in every
+kind, the engine, its export with and without a cache, and the float64 oracle agree."""
 
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ def test_every_kind_has_the_blocks(kind: str, tmp_path: Path) -> None:
         length=LENGTH,
         qk_norm=True,
         output_bias=True,
+        sliding_window=5,
+        window_layers=[0, 1, 3],
         rope=RopeConfig(type="yarn", theta=100.0, skip_layers=[1, 3], **ROPES["yarn"]),
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
