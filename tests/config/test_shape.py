@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from megadyn.commands.config import main as config_tool
+from megadyn.commands.plan import headline
 from megadyn.commands.plan import main as plan_tool
 from megadyn.config import Config, load_config, save_config
 from megadyn.config.config_map import to_hf_config
 from megadyn.errors import UserError
+from megadyn.planning.layouts import Machine
 from tests.config.test_rope import RUN
 from tests.helpers.tiny import tiny_config
 
@@ -71,8 +73,10 @@ def test_a_run_has_the_shape_of_the_folder(base: Path) -> None:
 def test_the_window_is_part_of_the_shape(tmp_path: Path) -> None:
     slides = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 3}
     base = write(tmp_path / "base", QWEN3 | slides)
-    model = load(base, ", window_layers: [3, 4, 5]").model
-    assert (model.sliding_window, model.window_layers) == (512, [3, 4, 5])
+    config = load(base, ", window_layers: [3, 4, 5]")
+    assert (config.model.sliding_window, config.model.window_layers) == (512, [3, 4, 5])
+    assert "masks for the sliding window" in headline(config, Machine(1, 8))
+    assert "sliding" not in headline(load(base, "", "training.sequence_length=512"), Machine(1, 8))
     with pytest.raises(UserError, match=r"^model\.sliding_window = 256: must be 512, "):
         load(base, ", sliding_window: 256")
 

@@ -22,6 +22,7 @@ def test_a_run_takes_its_shape_and_its_weights_and_goes_on(config_file: Path, tm
     out = tmp_path / "out"
     saved = yaml.safe_load((out / "config.yaml").read_text())["model"]
     assert (saved["num_layers"], saved["qk_norm"], saved["rope"]["type"]) == (4, True, "yarn")
+    assert (saved["sliding_window"], saved["window_layers"]) == (9, [1, 2, 3])
 
     second = Crew(path, "training.iterations=2")
     assert second.wait() == [0], second.output()
