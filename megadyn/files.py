@@ -1,9 +1,11 @@
-"""Writes output that appears under its final name only when it is complete."""
+"""Reads JSON, and writes output that appears under its final name only when it is complete."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megadyn.errors import UserError
 
@@ -46,3 +48,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError unless `path` holds one JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object")
+    return content

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from megadyn.arguments import positive
 from megadyn.benchmark.clock import PRECISION_OF
 from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
+from megadyn.config.config_map import to_dense_config
 from megadyn.errors import ConfigError, UserError
-from megadyn.hf.config_map import to_dense_config
 from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
 from megadyn.model.attention import attention_backend
 from megadyn.model.block import LayerContext

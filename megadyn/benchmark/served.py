@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
 from megadyn.config import ModelConfig
+from megadyn.config.config_map import from_hf_config, to_dense_config, to_hf_config
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config, to_dense_config, to_hf_config
-from megadyn.hf.reader import THRESHOLD, read_json
+from megadyn.files import read_json
+from megadyn.hf.reader import THRESHOLD
 from megadyn.kinds import DENSE, capacity_count
 from megadyn.network import Network
 from megadyn.parallel.params import name_of

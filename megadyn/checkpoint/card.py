@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.config import Config, ModelConfig
+from megadyn.config.dense_map import TITLES
 from megadyn.data.indexed import files_of
 from megadyn.data.record import read_record
 from megadyn.errors import UserError
-from megadyn.hf.dense_map import TITLES
 from megadyn.kinds import DENSE
 from megadyn.log import log
 from megadyn.planning.flops import dense_twin, training_flops

@@ -14,9 +14,9 @@ from megadyn.checkpoint.card import last_records, model_card
 from megadyn.checkpoint.layout import damage, read_manifest
 from megadyn.checkpoint.merge import ShardedTensors, thresholds
 from megadyn.config import load_config
+from megadyn.config.dense_map import misfit
 from megadyn.errors import UserError
 from megadyn.hf.convert import write_hf_folder
-from megadyn.hf.dense_map import misfit
 from megadyn.log import log
 from megadyn.parallel.params import PRECISIONS
 from megadyn.progress import each

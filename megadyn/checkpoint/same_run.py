@@ -42,6 +42,8 @@ MUST_EQUAL = {
     "model.normalization": TRAINED_SO,
     "model.logit_softcap": TRAINED_SO,
     "model.rope.skip_layers": TRAINED_SO,
+    "model.sliding_window": TRAINED_SO,
+    "model.window_layers": TRAINED_SO,
     "model.routing.kind": "it determines the layers and tensors of the model",
     "training.seed": ORDER,
     "training.sequence_length": ORDER,

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from megadyn.arguments import add_output_arguments, byte_count, command_parser
 from megadyn.checkpoint.layout import resolve
+from megadyn.config.config_map import DENSE_TYPES
 from megadyn.config.run import PRECISIONS
 from megadyn.errors import Parser
-from megadyn.hf.config_map import DENSE_TYPES
 from megadyn.log import log
 from megadyn.paths import expanded, user_path
 

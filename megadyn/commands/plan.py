@@ -136,6 +136,12 @@ def headline(config: Config, machine: Machine) -> str:
                 ["  memory and times of uncompiled layers: training.compile is not planned"]
                 * config.training.compile
             ),
+            *(
+                [
+                    "  memory of masks for the sliding window, which sdpa and routed layers need, is not planned"
+                ]
+                * (model.sliding_window is not None and model.sliding_window < length)
+            ),
         ]
     )
 

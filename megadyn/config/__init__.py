@@ -1,6 +1,8 @@
-"""The configuration of a run. `run` combines the sections defined in the other modules, and reads them from files."""
+"""The configuration of a run. `run` combines the sections defined in the other modules, and `load`
+reads them from files."""
 
 from megadyn.config.data import DataConfig, Source
+from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
 from megadyn.config.rope import RopeConfig
@@ -13,10 +15,7 @@ from megadyn.config.run import (
     batch_plan,
     check_together,
     engine_settings,
-    load_config,
     reduction_type,
-    resolved_config,
-    save_config,
 )
 from megadyn.config.training import (
     KERNELS,

@@ -13,6 +13,10 @@ from megadyn.kinds import DENSE, Kind, make_kind
 class ModelConfig:
     """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
 
+    shape_from: str | None = None
+    """A Hugging Face folder whose config.json says the shape: sizes, biases, norms, rotary positions and, unless they are given
+    here, `max_position` and `init_std`. What else is given here must agree with it. A saved configuration has the keys
+    themselves in its place."""
     hidden_size: int = 512
     """Width of the residual stream."""
     num_layers: int = 8
@@ -44,6 +48,12 @@ class ModelConfig:
     without end; unbounded when left out."""
     init_std: float = 0.02
     """Standard deviation of the normal distribution that weights are drawn from."""
+    sliding_window: int | None = None
+    """Positions that a token sees in the layers of `window_layers`, its own included: a token sees itself and what stands at most
+    `sliding_window` - 1 positions before it in the text, however many tokens of these a routed layer left out. All when left
+    out."""
+    window_layers: list[int] | None = None
+    """Layers, counted from 0, whose attention has the sliding window; all layers when left out."""
     normalization: str = "pre"
     """`pre`; `lns` (pre-norms scaled by 1/sqrt(layer), arXiv 2502.05795); `hybridnorm` (norms on q, k, v and after attention,
     arXiv 2503.04598)."""
@@ -56,6 +66,7 @@ class ModelConfig:
     """Rotary positions: their base, and how they are stretched to longer contexts."""
 
     def check(self) -> None:
+        assert self.shape_from is None, "load_config puts the shape in its place"
         self.rope.check()
         if self.qk_norm and self.normalization == "hybridnorm":
             raise ConfigError(
@@ -99,15 +110,38 @@ class ModelConfig:
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         if self.rope.type == "dynamic" and self.head_dim < 4:
             raise ConfigError("model.head_dim", self.head_dim, "at least 4 with model.rope.type = dynamic")
-        if absent := [layer for layer in self.rope.skip_layers if not 0 <= layer < self.num_layers]:
+        self.rope.skip_layers = self._layers("model.rope.skip_layers", self.rope.skip_layers)
+        self._check_window()
+        at_least("model.init_std", self.init_std, 0)
+        self.routing.check_shape(self)
+
+    def _check_window(self) -> None:
+        at_least("model.sliding_window", self.sliding_window, 1)
+        if self.sliding_window is None:
+            if self.window_layers is not None:
+                raise ConfigError(
+                    "model.window_layers", self.window_layers, "null without model.sliding_window"
+                )
+            return
+        if self.window_layers is None:
+            self.window_layers = list(range(self.num_layers))
+        if not self.window_layers:
+            raise ConfigError("model.window_layers", [], "some layers with model.sliding_window")
+        self.window_layers = self._layers("model.window_layers", self.window_layers)
+
+    def _layers(self, key: str, layers: list[int]) -> list[int]:
+        """`layers` in order. Raises ConfigError if one is none of the model's."""
+        if absent := [layer for layer in layers if not 0 <= layer < self.num_layers]:
             raise ConfigError(
-                "model.rope.skip_layers",
+                key,
                 absent[0],
                 f"a layer from 0 to {self.num_layers - 1}, as model.num_layers = {self.num_layers}",
             )
-        self.rope.skip_layers = sorted(set(self.rope.skip_layers))
-        at_least("model.init_std", self.init_std, 0)
-        self.routing.check_shape(self)
+        return sorted(set(layers))
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions a token sees in this layer, its own included; None: all."""
+        return self.sliding_window if layer in (self.window_layers or ()) else None
 
     @property
     def layer_types(self) -> list[str]:

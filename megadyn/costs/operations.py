@@ -8,6 +8,13 @@ from typing import NamedTuple
 from megadyn.costs.shape import Shape
 
 
+def seen_share(shape: Shape, layer: int, length: int) -> float:
+    """Share of causal attention's half square that a layer's sliding window leaves of sequences of `length` tokens, and so of
+    tokens spread evenly over them."""
+    window = shape.window_of(layer)
+    return 1.0 if window is None or window >= length else 1 - (1 - window / length) ** 2
+
+
 class LayerFlops(NamedTuple):
     """Forward operations of one layer on one sequence."""
 
@@ -19,6 +26,10 @@ class LayerFlops(NamedTuple):
     """The part of `cut` for attention's scores and averages, half of the square."""
     detached: float = 0.0
     """The part of `whole` that sends no gradient to its input, so its backward pass costs one forward pass, not two."""
+
+    def seeing(self, share: float) -> "LayerFlops":
+        """With this share of attention's scores and averages."""
+        return self._replace(cut=self.cut - (1 - share) * self.attention, attention=share * self.attention)
 
     @property
     def total(self) -> float:

@@ -22,6 +22,8 @@ class Shape(Protocol):
     tie_embeddings: bool
     routing: Any
 
+    def window_of(self, layer: int) -> int | None: ...
+
     @property
     def layer_types(self) -> list[str]: ...
 

@@ -47,11 +47,6 @@ def evaluate(
     dataset = IndexedDataset(data)
     check_dataset(dataset, saved)
     length = sequence_length or saved.sequence_length
-    if saved.window is not None and length > saved.window:
-        raise UserError(
-            f"{path}: sliding_window = {saved.window} in config.json: must be at least the sequence length {length}, because "
-            "attention here sees the whole sequence"
-        )
     chosen = SampleSet(dataset, sequence_length=length, seed=0, shuffle=False)
     count = min(len(chosen), samples or len(chosen))
     log.info("scoring %s samples of %s tokens on %s", f"{count:,}", f"{length:,}", device)

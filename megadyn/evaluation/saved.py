@@ -1,6 +1,5 @@
 """Opens a model on disk, a checkpoint or an export, in one process and without DeepSpeed."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +32,6 @@ class Saved:
     thresholds: dict[int, RunningThreshold]
     precision: str
     sequence_length: int
-    window: int | None = None
-    """A folder's sliding window: on longer sequences this is not the model that was saved."""
     eod: int | None = None
     """The token that ends a document, if the run masked its samples by document; in an export, config.json says so."""
     fingerprint: str | None = None
@@ -58,7 +55,6 @@ def open_saved(path: Path) -> Saved:
         thresholds(manifest),
         config.precision,
         config.training.sequence_length,
-        None,
         load_tokenizer(config.tokenizer.path, config.tokenizer.eod).eod
         if config.data.document_mask
         else None,
@@ -87,8 +83,7 @@ def _open_hf(path: Path) -> Saved:
         folder,
         found,
         precisions.get(folder.dtype, "fp32"),
-        min(model.max_position or 1024, folder.window or sys.maxsize),
-        folder.window,
+        model.max_position or 1024,
         folder.eod,
         fingerprint=tokenizer_settings(path).get(FINGERPRINT),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .packing_megadyn import Packed, at_last, mask_inside, put_rows, take_rows
+from .packing_megadyn import Packed, at_last, is_near, mask_inside, places_of, put_rows, take_rows
 
 
 class Slots(NamedTuple):
@@ -115,6 +115,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.keys, self.values = Room(2), Room(2)  # [B, G, P, K]
+        self.places = Room(1)  # of each token in its text, if the layer has a sliding window
         self.segments = Room(1)  # the text that each token belongs to; without a block each row is one text
         self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
         self.last_BD: Tensor | None = None  # the layer's output for its latest token
@@ -130,10 +131,10 @@ class LayerCache:
             self.again.begin_call()
 
     def append(
-        self, key_BGCK: Tensor, value_BGCK: Tensor, new: Packed
+        self, key_BGCK: Tensor, value_BGCK: Tensor, new: Packed, window: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stores the new tokens. Returns the keys and values [rows in it, G, P, K] to attend to, and the mask
-        [rows, C, P] (None: each token sees all before it)."""
+        [rows, C, P] (None: each token sees all before it). `window`: places in its text that a token sees."""
         self.counts = self.counts or [0] * new.batch
         is_first = not any(self.counts)
         slots = Slots.of(new, self.counts, key_BGCK.device)
@@ -143,10 +144,12 @@ class LayerCache:
         self.values.write(value_BGCK, slots)
         if new.segment_BC is not None:
             self.segments.write(new.segment_BC, slots)  # tokens before the first border belong to text 0
+        if window is not None:
+            self.places.write(places_of(new), slots)
         if is_first:
-            return key_BGCK, value_BGCK, mask_inside(new)
+            return key_BGCK, value_BGCK, mask_inside(new, window)
         longest = max(slots.after)
-        mask_BCP = self.mask(slots, longest, key_BGCK.device)
+        mask_BCP = self.mask(slots, longest, key_BGCK.device, window)
         return self.keys.read(longest, new), self.values.read(longest, new), mask_BCP
 
     def set_counts(self, counts: list[int]) -> None:
@@ -174,11 +177,11 @@ class LayerCache:
             setattr(self, name, trail.at_end(new._replace(counts=counts)))
         self.begin_call()
 
-    def mask(self, slots: Slots, longest: int, device: torch.device) -> Tensor | None:
+    def mask(self, slots: Slots, longest: int, device: torch.device, window: int | None) -> Tensor | None:
         """[rows, C, P]: what each new token sees. None: everything that its row holds."""
         new = slots.new
         columns = new.valid_BC.shape[1]
-        if columns == 1 and min(slots.after) == longest and new.segment_BC is None:
+        if columns == 1 and min(slots.after) == longest and new.segment_BC is None and window is None:
             return None
         last_BC = torch.tensor(slots.before, device=device)[:, None] + torch.arange(columns, device=device)
         mask_BCP = torch.arange(longest, device=device) <= last_BC[..., None]
@@ -186,6 +189,9 @@ class LayerCache:
             is_inside_BCP = self.segments.read(longest, new)[:, None, :] == new.segment_BC[..., None]
             # A query that sees nothing would give NaN.
             mask_BCP = mask_BCP & (is_inside_BCP | ~new.valid_BC[..., None])
+        if window is not None:
+            is_near_BCP = is_near(places_of(new), self.places.read(longest, new), window)
+            mask_BCP = mask_BCP & (is_near_BCP | ~new.valid_BC[..., None])
         return mask_BCP
 
     def continues(self, new: Packed) -> Tensor:
@@ -215,7 +221,7 @@ class LayerCache:
             self.recent_BW = self.recent_BW.index_select(0, row_B)
         if self.last_BD is not None:
             self.last_BD = self.last_BD.index_select(0, row_B)
-        for room in (self.keys, self.values, self.segments):
+        for room in (self.keys, self.values, self.segments, self.places):
             room.select_rows(row_B)
         self.counts = [self.counts[row] for row in rows] if self.counts else []
 

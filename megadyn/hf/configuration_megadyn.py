@@ -1,6 +1,6 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and ten of its own:
+Qwen2's fields, and twelve of its own:
 
     attention_output_bias
                     whether the output projection of attention has a bias; `attention_bias` is of queries, keys and values
@@ -8,6 +8,10 @@ Qwen2's fields, and ten of its own:
                     bound c of the logits, which become c tanh(logits / c), as in Gemma 2; null: none
     qk_norm         whether queries and keys pass an RMSNorm over each head, as in Qwen3
     no_rope_layers  per layer, as in SmolLM3: 1 where queries and keys turn to their positions, 0 where they do not; null: all do
+
+    sliding_window  positions of its text that a token sees, its own included; null: all. Places count, not the tokens that a
+                    routed layer kept
+    sliding_layers  per layer: 1 where attention has the sliding window, 0 where it does not; null: all have it, if there is one
 
     normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
                     square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
@@ -197,6 +201,8 @@ class MegadynConfig(PretrainedConfig):
     qk_norm: bool = False
     final_logit_softcapping: float | None = None
     no_rope_layers: list[int] | None = None
+    sliding_window: int | None = None
+    sliding_layers: list[int] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -229,10 +235,14 @@ class MegadynConfig(PretrainedConfig):
             raise ValueError(
                 "qk_norm = True: must be false with normalization = 'hybridnorm', which has these norms"
             )
-        if self.no_rope_layers is not None and len(self.no_rope_layers) != self.num_hidden_layers:
-            raise ValueError(
-                f"no_rope_layers has {len(self.no_rope_layers)} entries, but num_hidden_layers = {self.num_hidden_layers}"
-            )
+        for name in ("no_rope_layers", "sliding_layers"):
+            per_layer = getattr(self, name)
+            if per_layer is not None and len(per_layer) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(per_layer)} entries, but num_hidden_layers = {self.num_hidden_layers}"
+                )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window = {self.sliding_window}: must be at least 1, or null")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads}: must divide "

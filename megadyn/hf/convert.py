@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.config import ModelConfig
+from megadyn.config.config_map import document_fields, to_dense_config, to_hf_config
+from megadyn.config.dense_map import TITLES, zero_biases
 from megadyn.files import readable
-from megadyn.hf.config_map import document_fields, to_dense_config, to_hf_config
-from megadyn.hf.dense_map import TITLES, zero_biases
 from megadyn.hf.tokenizer_files import check_auto_tokenizer, write_json, write_tokenizer
 from megadyn.kinds import Kind, module_of
 from megadyn.log import log

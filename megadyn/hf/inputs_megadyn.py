@@ -182,7 +182,8 @@ def context_of_call(
             "rope_type = 'dynamic': give each text a row of its own, because the base follows from a text's length"
         )
     cos_BCK, sin_BCK = rotary_table(config, position_BC, tokens.valid_BC, x_BTD.dtype)
-    packed = tokens._replace(index_BC=None)  # to layers they stand where they have been pushed
+    # To layers they stand where they have been pushed.
+    packed = tokens._replace(index_BC=None, place_BC=None if config.sliding_window is None else place_BC)
     context = Context(packed, cos_BCK, sin_BCK, continues_B, topk, place_BC, sequence_BC, attentions)
     ended_BC = None if borders is None else borders.ended_BC
     return context, Call(x_BTD.shape[1], tokens, before, position_BC, place_BC, ended_BC)

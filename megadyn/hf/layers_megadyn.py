@@ -99,6 +99,8 @@ class Attention(nn.Module):
         self.config = config
         self.head_size = cast(int, config.head_dim)
         self.turns = config.no_rope_layers is None or bool(config.no_rope_layers[number - 1])
+        slides = config.sliding_layers is None or bool(config.sliding_layers[number - 1])
+        self.window = config.sliding_window if slides else None
         q_size = config.num_attention_heads * self.head_size
         kv_size = cast(int, config.num_key_value_heads) * self.head_size
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
@@ -136,9 +138,9 @@ class Attention(nn.Module):
             q_BCHK, k_BCGK = (rotate(x, cos_BCK, sin_BCK) for x in (q_BCHK, k_BCGK))
         q_BHCK, k_BGPK, v_BGPK = (x.transpose(1, 2) for x in (q_BCHK, k_BCGK, v_BCGK))
         if cache is None:
-            mask_BCP = mask_inside(tokens)
+            mask_BCP = mask_inside(tokens, self.window)
         else:
-            k_BGPK, v_BGPK, mask_BCP = cache.append(k_BGPK, v_BGPK, tokens)
+            k_BGPK, v_BGPK, mask_BCP = cache.append(k_BGPK, v_BGPK, tokens, self.window)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         return attention(
             self,
@@ -336,7 +338,7 @@ class RoutedLayer(DenseLayer):
     ) -> tuple[Stream, Routing]:
         """h + gate * Block(h) for the tokens that the score selects, h for the rest."""
         routing = Routing(self.choose(score_BT.detach(), h_BTD, context), score_BT.detach())
-        chosen = pack(routing.processed_BC, context.tokens.segment_BC)
+        chosen = pack(routing.processed_BC, context.tokens)
         if not any(chosen.counts):
             return Stream(h_BTD), routing
         h_BCD, cos_BCK, sin_BCK = (take(x, chosen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))

@@ -29,6 +29,8 @@ class Packed(NamedTuple):
     row_B: Tensor | None = None  # the same on the device
     # The text that each token belongs to, which limits its attention. None: each row is one text.
     segment_BC: Tensor | None = None
+    # Of each token in its text, from 0, whichever others were left out; None if no layer has a sliding window.
+    place_BC: Tensor | None = None
 
     def columns(self) -> Tensor:
         """[B, C]: the original column of each token."""
@@ -47,26 +49,29 @@ def whole(rows: int, columns: int, device: torch.device) -> Packed:
     return Packed(torch.ones(rows, columns, dtype=torch.bool, device=device), [columns] * rows, rows)
 
 
-def pack(mask_BT: Tensor, segment_BT: Tensor | None = None, all_rows: bool = False) -> Packed:
+def pack(mask_BT: Tensor, among: Packed | None = None, all_rows: bool = False) -> Packed:
     """The tokens where the mask is True, in as many columns as the longest row needs. Rows without any are left out.
 
-    With `all_rows` they stay, and there is at least one column. Waits for the device once, to read the counts.
+    With `all_rows` they stay, and there is at least one column. Waits for the device once, to read the counts. `among`: the
+    tokens that the mask is of, whose texts and places they keep.
     """
+    segment_BT, place_BT = (None, None) if among is None else (among.segment_BC, among.place_BC)
     batch, columns = mask_BT.shape
     counts, rows, row_B = mask_BT.sum(1).tolist(), None, None
     if not all_rows and 0 in counts:
         rows = [row for row, count in enumerate(counts) if count]
         counts = [counts[row] for row in rows]
         row_B = torch.tensor(rows, dtype=torch.long, device=mask_BT.device)
-        mask_BT, segment_BT = mask_BT[row_B], None if segment_BT is None else segment_BT[row_B]
+        mask_BT = mask_BT[row_B]
+        segment_BT, place_BT = (None if x is None else x[row_B] for x in (segment_BT, place_BT))
     if min(counts, default=columns) == columns:
-        return Packed(mask_BT, counts, batch, None, rows, row_B, segment_BT)
+        return Packed(mask_BT, counts, batch, None, rows, row_B, segment_BT, place_BT)
     width = max(1, *counts)
     index_BC = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
     count_B = torch.tensor(counts, device=mask_BT.device)
     valid_BC = torch.arange(width, device=mask_BT.device) < count_B[:, None]
-    segment_BC = None if segment_BT is None else segment_BT.gather(1, index_BC)
-    return Packed(valid_BC, counts, batch, index_BC, rows, row_B, segment_BC)
+    segment_BC, place_BC = (None if x is None else x.gather(1, index_BC) for x in (segment_BT, place_BT))
+    return Packed(valid_BC, counts, batch, index_BC, rows, row_B, segment_BC, place_BC)
 
 
 def take(x: Tensor, packed: Packed) -> Tensor:
@@ -199,8 +204,27 @@ def first_columns(begins_BC: Tensor) -> Tensor:
     return torch.where(begins_BC, column_C, -1).cummax(dim=1).values
 
 
-def mask_inside(tokens: Packed) -> Tensor | None:
-    """Mask [B, C, C]: each token sees the earlier tokens of its own text. None: it sees all before it in the row."""
-    if tokens.segment_BC is None:
+def mask_inside(tokens: Packed, window: int | None = None) -> Tensor | None:
+    """Mask [B, C, C]: each token sees the earlier tokens of its own text, of which `window` places end with its own. None: it
+    sees all before it in the row."""
+    if tokens.segment_BC is None and window is None:
         return None
-    return (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :]).tril()
+    columns = tokens.valid_BC.shape[1]
+    mask_BCC = torch.ones(1, columns, columns, dtype=torch.bool, device=tokens.valid_BC.device).tril()
+    if tokens.segment_BC is not None:
+        mask_BCC = mask_BCC & (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :])
+    if window is not None:
+        mask_BCC = mask_BCC & is_near(places_of(tokens), places_of(tokens), window)
+    return mask_BCC.expand(len(tokens.counts), -1, -1)
+
+
+def places_of(tokens: Packed) -> Tensor:
+    """Raises ValueError if they are unknown: a window would then be counted over the wrong tokens."""
+    if tokens.place_BC is None:
+        raise ValueError("a layer with a sliding window needs tokens packed `among` those of the call")
+    return tokens.place_BC
+
+
+def is_near(query_BC: Tensor, key_BP: Tensor, window: int) -> Tensor:
+    """Mask [B, C, P] by places in the text: the key's is less than `window` before the query's."""
+    return query_BC[:, :, None] - key_BP[:, None, :] < window

@@ -1,7 +1,6 @@
 """A Hugging Face folder as a source of whole tensors."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megadyn.config import ModelConfig
+from megadyn.config.config_map import eod_of_masked, from_hf_config
 from megadyn.errors import UserError
-from megadyn.hf.config_map import eod_of_masked, from_hf_config
-from megadyn.hf.dense_map import window_of
+from megadyn.files import read_json
 from megadyn.kinds.older import log_offset, newer_name, newer_threshold_of, older_name
 
 THRESHOLD = "causal_router.threshold"
@@ -33,8 +32,6 @@ class HfFolder:
         config = read_json(folder / "config.json")
         self.model: ModelConfig = from_hf_config(config)
         self.eod: int | None = eod_of_masked(config)
-        self.window: int | None = window_of(config)
-        """The sliding window of some layers' attention, in tokens. We attend to all: both agree on sequences up to it."""
         self.newer_threshold = newer_threshold_of(config.get("routing", {}))
         """Converts the thresholds of an older export; None if they need no conversion."""
         self.dtype: str = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -95,15 +92,3 @@ def files_of(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: has no weight_map from tensor names to files")
     return sorted(set(weight_map.values()))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold one JSON object")
-    return content

@@ -1,18 +1,12 @@
 """Whether a run can start from the weights of a Hugging Face folder."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from megadyn.config import ModelConfig
+from megadyn.config.shape import shape_of
 from megadyn.errors import UserError
-from megadyn.hf.config_map import FIELDS
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import DENSE
-
-HF_SHAPE = sorted(
-    {*FIELDS, "output_bias", "qk_norm", "normalization", "logit_softcap"} - {"max_position", "init_std"}
-)
-"""Keys of the model section that a Hugging Face folder must share with the configuration, beside those of `model.rope`."""
 
 
 def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
@@ -35,11 +29,7 @@ def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
             f"{path}: that is a {there.name} model, this is {here.name} (model.routing.kind): only a dense model can "
             "become one of another kind"
         )
-    was, now = (
-        {key: getattr(shape, key) for key in HF_SHAPE}
-        | {f"rope.{key}": value for key, value in asdict(shape.rope).items()}
-        for shape in (folder.model, model)
-    )
+    was, now = (shape_of(shape, length) for shape in (folder.model, model))
     found = [
         f"model.{key} is {was[key]!r} there and {now[key]!r} here" for key in was if was[key] != now[key]
     ]
@@ -47,11 +37,6 @@ def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
         found = _routing_differences(folder.model, model)
     if found:
         raise UserError(f"{path} is another model: {'; '.join(found)}")
-    if folder.window is not None and folder.window < length:
-        raise UserError(
-            f"{path}: sliding_window = {folder.window} in config.json: must be at least training.sequence_length = {length}, "
-            "because attention here sees the whole sequence"
-        )
     return folder
 
 

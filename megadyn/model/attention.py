@@ -15,6 +15,7 @@ from megadyn.model.documents import Segments, segments_of
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
 from megadyn.model.rope import Rotary
+from megadyn.model.window import attention_in_window
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
@@ -29,20 +30,30 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
         no_kernel = "no flash kernels for fp32"
     elif not no_kernel and (head_dim % 8 or head_dim > 256):
         no_kernel = f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256"
+    window = model.sliding_window
     if asked != "auto":
-        if asked != "sdpa" and (problem := no_kernel or _problem_with(asked, head_dim, precision)):
+        if asked != "sdpa" and (problem := no_kernel or _problem_with(asked, head_dim, precision, window)):
             raise ConfigError("model.attention", asked, f"sdpa on this machine: {problem}")
         return asked, "as configured"
     if no_kernel:
         return "sdpa", f"auto: {no_kernel}"
-    no_flash = _problem_with("flash", head_dim, precision)
+    no_flash = _problem_with("flash", head_dim, precision, window)
     if no_flash is None:
         return "flash", "auto: flash-attn runs"
-    no_varlen = _problem_with("varlen", head_dim, precision)
+    no_varlen = _problem_with("varlen", head_dim, precision, window)
     return ("sdpa", f"auto: {no_flash}; {no_varlen}") if no_varlen else ("varlen", f"auto: {no_flash}")
 
 
-def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
+def _check_window(backend: str, v: Tensor) -> None:
+    """Raises ValueError unless a window of two tokens is one of two: v [1, 3, 1, K] holds 1, 2, 3, and equal queries and keys
+    average what they see."""
+    for segments in (None, segments_of(torch.zeros_like(v[..., 0, 0], dtype=torch.int64), 1, 3)):
+        found = causal_attention(torch.zeros_like(v), torch.zeros_like(v), v, backend, segments, 2)
+        if (found[0, :, 0, 0].tolist()) != [1.0, 1.5, 2.5]:
+            raise ValueError("it takes another sliding window than asked for")
+
+
+def _problem_with(backend: str, head_dim: int, precision: str, window: int | None) -> str | None:
     """Why the backend fails at attention of three tokens in two segments, with two heads in a group, forward and backward: a
     package may be installed and lack the functions (flash-attn 4 does), or the kernels for this GPU."""
     if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
@@ -57,6 +68,8 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
         ids = torch.tensor([[0, 0, 1]], device=device)
         for segments in (None, segments_of(ids, 2, 2)):
             causal_attention(q, k, k, backend, segments).sum().backward()
+        if window is not None:
+            _check_window(backend, torch.arange(1.0, 4.0).to(q).view(1, 3, 1, 1).expand_as(k))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
@@ -65,7 +78,13 @@ def _problem_with(backend: str, head_dim: int, precision: str) -> str | None:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    backend: str,
+    segments: Segments | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v, each token seeing itself and what stands before it.
 
@@ -73,18 +92,39 @@ def causal_attention(
         q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H (grouped-query attention).
         backend: `flash` (flash-attn), `varlen` (torch's own kernels for segments, its SDPA else) or `sdpa`.
         segments: of these tokens; attention stays inside each, and in one row may run over several sequences' tokens.
+        window: positions that a token sees, its own included; None: all.
+        positions: [B, S], with a window among tokens of which others were left out: no kernel knows these, so that SDPA with a
+            mask takes the place of every backend. None: tokens follow each other.
 
     Returns:
         [B, S, H, K].
     """
+    if window is not None and (backend == "sdpa" or positions is not None):
+        return attention_in_window(q, k, v, window, positions, None if segments is None else segments.ids)
+    if window is not None and backend == "varlen" and segments is None:
+        segments = _rows(q)
     if segments is not None:
-        flat = _attention_in_segments(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments)
+        flat = _attention_in_segments(
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments, window
+        )
         return flat.view_as(q)
     if backend == "flash":
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v, causal=True)
+        return flash_attn_func(q, k, v, causal=True, window_size=_before(window))
     return _sdpa(q, k, v)
+
+
+def _rows(q: Tensor) -> Segments:
+    """Each row of q [B, S, H, K] as a segment."""
+    rows, length = q.shape[:2]
+    ids = torch.arange(rows, device=q.device).repeat_interleave(length)
+    return segments_of(ids.view(rows, length), rows, length)
+
+
+def _before(window: int | None) -> tuple[int, int]:
+    """A kernel's `window_size`: how many tokens before and after its own a token sees; -1: all."""
+    return (-1 if window is None else window - 1, 0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,15 +134,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ).transpose(1, 2)
 
 
-def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments) -> Tensor:
-    """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask."""
+def _attention_in_segments(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments, window: int | None
+) -> Tensor:
+    """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask. A window is for kernels alone."""
     _, ends, longest = segments
     if not q.shape[0]:
         return q + (k.sum() + v.sum())  # nothing, but each of the three gets its gradient: zeros
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, causal=True)
+        return flash_attn_varlen_func(
+            q, k, v, ends, ends, longest, longest, causal=True, window_size=_before(window)
+        )
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -115,12 +159,12 @@ def _attention_in_segments(q: Tensor, k: Tensor, v: Tensor, backend: str, segmen
                 ends,
                 longest,
                 longest,
-                window_size=(-1, 0),
+                window_size=_before(window),
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0))
+            out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=_before(window))
         assert isinstance(out, Tensor)
         return out
     lengths = [length for length in ends.diff().tolist() if length]
@@ -144,13 +188,14 @@ class Attention(nn.Module):
         make: ParamMaker,
         output_std: float,
         turns: bool = True,
+        window: int | None = None,
         recompute: bool = False,
     ):
-        """`turns`: whether queries and keys turn to their positions."""
+        """`turns`: whether queries and keys turn to their positions. `window`: see `causal_attention`."""
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
         d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
-        self.tp, self.seq, self.recompute = make.tp, make.seq, recompute
+        self.tp, self.seq, self.recompute, self.window = make.tp, make.seq, recompute, window
         init = normal(model.init_std)
         self.q_proj = ColumnParallelLinear(
             f"{name}.q_proj", d, model.num_heads * self.head_dim, make=make, init=init, bias=model.qkv_bias
@@ -198,24 +243,33 @@ class Attention(nn.Module):
         positions: Tensor | None,
         length: int,
         segments: Segments | None,
+        whole: bool = False,
     ) -> Tensor:
         """[B, S, H/tp * K], the input of the output projection. Arguments as in `forward`."""
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions, length)
-        return causal_attention(q, k, v, self.backend, segments).flatten(-2)
+        window = self.window if self.window is not None and self.window < length else None
+        apart = None if whole else positions
+        return causal_attention(q, k, v, self.backend, segments, window, apart).flatten(-2)
 
     def term(self, *inputs: Any) -> Tensor:
         """This rank's term of the output, for the arguments of `attend`."""
         return self.o_proj.term(self.attend(*inputs))
 
     def forward(
-        self, x: Tensor, positions: Tensor | None, length: int, segments: Segments | None = None
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        length: int,
+        segments: Segments | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """x [B, S/seq, D] -> [B, S/seq, D].
 
         Args:
             positions: [B, S], below `length`; None for 0 .. S-1. segments: see `causal_attention`.
+            whole: whether no token was left out, so that within a segment positions follow each other.
         """
         x = enter_tp(x, self.tp, self.seq)
-        inputs = (*self.queries_keys(x), self.values(x), positions, length, segments)
+        inputs = (*self.queries_keys(x), self.values(x), positions, length, segments, whole)
         return self.o_proj.sum_of(recomputed(self.term, *inputs) if self.recompute else self.term(*inputs))

@@ -122,6 +122,7 @@ class Layer(nn.Module):
             make=make,
             output_std=output_std,
             turns=index not in model.rope.skip_layers,
+            window=model.window_of(index),
             recompute=inner,
         )
         self.post_attention_layernorm = RMSNorm(
@@ -132,9 +133,8 @@ class Layer(nn.Module):
     def dense(self, hidden: Tensor, documents: Documents | None = None) -> Tensor:
         """h + Block(h) for every token, [B, T/seq, D]."""
         segments, positions = documents or (None, None)
-        return self.feed_forward(
-            hidden, self.self_attn(self.input_layernorm(hidden), positions, self.length(hidden), segments)
-        )
+        normed, length = self.input_layernorm(hidden), self.length(hidden)
+        return self.feed_forward(hidden, self.self_attn(normed, positions, length, segments, whole=True))
 
     def length(self, hidden: Tensor) -> int:
         """T, for hidden [B, T/seq, D]."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megadyn.config import ModelConfig
-from megadyn.costs.operations import LayerFlops
+from megadyn.costs.operations import LayerFlops, seen_share
 from megadyn.costs.shape import Shape
 from megadyn.kinds import make_kind
 
@@ -20,12 +20,14 @@ Shares = Mapping[int, float]
 def layer_flops(model: Shape, length: int, shares: Shares | None = None) -> list[LayerFlops]:
     """Operations of each layer on one sequence of `length` tokens, at the planned share of tokens or at measured `shares`.
 
+    A sliding window leaves the part of attention that it sees.
     If sequences take different numbers of tokens, attention really costs a little more, because it is quadratic.
     """
     routing = model.routing
     seen = shares if shares and routing.varies else {}
     return [
-        routing.flops(layer, model, length, seen.get(index)) for index, layer in enumerate(model.layer_types)
+        routing.flops(layer, model, length, seen.get(index)).seeing(seen_share(model, index, length))
+        for index, layer in enumerate(model.layer_types)
     ]
 
 

@@ -54,6 +54,8 @@ LAYOUTS = (
     Layout(data=2, zero=2),
     Layout(data=2, zero=3),
 )
+WINDOW = {"sliding_window": 6, "window_layers": [0, 1, 3]}
+"""Of layouts with documents, so that these try it too."""
 RESUMED = (Layout(pipeline=2), Layout(data=2, zero=2))
 """Where a run that tensor ranks saved goes on."""
 
@@ -116,6 +118,7 @@ def curve(
             sequence=layout.sequence,
             recompute=layout.recompute,
             micro_batch=micro_batch,
+            **(WINDOW if layout.documents else {}),
         )
     except ConfigError as error:
         return {"refused": str(error)}

@@ -33,6 +33,7 @@ from tests.docs.commands import (
     script_of,
 )
 from tests.helpers.crew import Crew
+from tests.helpers.published import write_models
 from tests.helpers.tiny import ROOT
 
 DOCUMENTS = [
@@ -147,6 +148,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Works in `finished_run`; what a test adds to it stays."""
+    write_models(finished_run)
     monkeypatch.chdir(finished_run)
     environment = dict(os.environ)
     yield finished_run

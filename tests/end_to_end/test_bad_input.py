@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from megadyn.hf.config_map import to_hf_config
+from megadyn.config.config_map import to_hf_config
 from megadyn.pretrain import main
 from tests.helpers.tiny import ROOT, tiny_config
 

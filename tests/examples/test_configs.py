@@ -18,8 +18,9 @@ INDEX = (EXAMPLES / "README.md").read_text()
 CONFIGS = sorted(
     path.relative_to(EXAMPLES).as_posix()
     for path in EXAMPLES.rglob("*.yaml")
-    if path.parent.name not in ("bases", "tasks")
+    if path.parent.name not in ("bases", "tasks", "upcycle")
 )
+"""Those in `upcycle/` have a table and a test of their own."""
 ON_A_CPU = {
     "quickstart/config.yaml": ["model.vocab_size=4096"],
     "study/config.yaml": ["model.vocab_size=4096"],

@@ -172,6 +172,13 @@ class Reader:
             return x
         return rotate(x, position, self.frequencies, self.rope.get("attention_factor", 1))
 
+    def window(self, prefix: str) -> float:
+        """How many positions a token of the layer sees, its own included."""
+        window, layers = self.config.get("sliding_window"), self.config.get("sliding_layers")
+        if window is None or (layers and not layers[int(prefix.rpartition(".")[2])]):
+            return math.inf
+        return window
+
     def attention(self, x: Array, positions: list[int], prefix: str) -> Array:
         """Causal grouped-query attention among the rows of `x`, which keep their original `positions`."""
         count, size = len(x), self.head_size
@@ -183,9 +190,10 @@ class Reader:
             q_head = np.array([self.turned(q[t, head], positions[t], prefix) for t in range(count)])
             k_head = np.array([self.turned(k[t, kv], positions[t], prefix) for t in range(count)])
             for t in range(count):
-                scores = k_head[: t + 1] @ q_head[t] / math.sqrt(size)
+                seen = [s for s in range(t + 1) if positions[t] - positions[s] < self.window(prefix)]
+                scores = k_head[seen] @ q_head[t] / math.sqrt(size)
                 share = np.exp(scores - scores.max())
-                out[t, head] = share / share.sum() @ v[: t + 1, kv]
+                out[t, head] = share / share.sum() @ v[seen, kv]
         return self.linear(out.reshape(count, self.num_heads * size), f"{prefix}.self_attn.o_proj")
 
     def first_norm(self, h: Array, layer: int) -> Array:

@@ -1,5 +1,5 @@
-"""Norms of queries and keys, stretched and missing rotary positions, a bias on attention's output, capped logits: in every
-kind, the engine, its export with and without a cache, and the float64 oracle agree."""
+"""Norms of queries and keys, stretched and missing rotary positions, a bias on attention's output, a sliding window, capped
+logits: in every kind, the engine, its export with and without a cache, and the float64 oracle agree."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from megadyn.config import RopeConfig
+from megadyn.config.rope_map import from_hf_rope
 from megadyn.errors import ConfigError
 from megadyn.hf.configuration_megadyn import MegadynConfig
-from megadyn.hf.rope_map import from_hf_rope
 from megadyn.hf.rope_megadyn import rotary_table
 from megadyn.kinds import BUILT_IN
 from megadyn.model.rope import Rotary
@@ -44,6 +44,8 @@ def test_every_kind_has_the_blocks(kind: str, tmp_path: Path) -> None:
         qk_norm=True,
         output_bias=True,
         logit_softcap=1.5,
+        sliding_window=5,
+        window_layers=[0, 1, 3],
         rope=RopeConfig(type="yarn", theta=100.0, skip_layers=[1, 3], **ROPES["yarn"]),
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()

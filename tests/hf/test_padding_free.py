@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from megadyn.hf.config_map import document_fields, to_hf_config
+from megadyn.config.config_map import document_fields, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.inputs_megadyn import context_of_call
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM

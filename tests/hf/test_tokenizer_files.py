@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from megadyn.hf.config_map import to_dense_config, to_hf_config
+from megadyn.config.config_map import to_dense_config, to_hf_config
 from megadyn.hf.tokenizer_files import SENTENCEPIECE, check_auto_tokenizer, write_json, write_tokenizer
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from megadyn.tokenization.gigatoken import probe_texts

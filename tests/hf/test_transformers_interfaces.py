@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from megadyn.config.config_map import from_hf_config, to_hf_config
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.convert import write_hf_folder
 from megadyn.hf.layers_megadyn import FixedLinear, ThresholdRule

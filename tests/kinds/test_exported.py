@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megadyn.hf.config_map import from_hf_config, to_hf_config
+from megadyn.config.config_map import from_hf_config, to_hf_config
 from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.network import Network, routed_layers, set_routing_mode, thresholds_of

@@ -30,10 +30,12 @@ def trained(config, compile_run: bool):
 
 
 @pytest.mark.parametrize(
-    ("kind", "recompute", "graphs"),
-    [("dtf", "none", 2), ("mod-predictor", "full", 2), ("dense", "selective", 2)],
+    ("kind", "recompute", "window", "graphs"),
+    [("dtf", "none", None, 2), ("mod-predictor", "full", 5, 2), ("dense", "selective", None, 2)],
 )
-def test_compiled_layers_equal_plain_ones_and_share_their_graphs(monkeypatch, kind, recompute, graphs):
+def test_compiled_layers_equal_plain_ones_and_share_their_graphs(
+    monkeypatch, kind, recompute, window, graphs
+):
     """Captured and differentiated as for real, but run by torch's own kernels: building C++ takes a minute. The dense model's
     norms are scaled layer by layer, which takes a second graph, but no third."""
     built = []
@@ -46,7 +48,7 @@ def test_compiled_layers_equal_plain_ones_and_share_their_graphs(monkeypatch, ki
     compiled._compiled.cache_clear()
     torch._dynamo.reset()
     norm = "lns" if kind == "dense" else "pre"
-    config = tiny_config(kind, recompute=recompute, normalization=norm, num_layers=4)
+    config = tiny_config(kind, recompute=recompute, normalization=norm, num_layers=4, sliding_window=window)
     assert_close(trained(config, True), trained(config, False))
     compiled._compiled.cache_clear()
     assert len(built) == graphs

@@ -122,6 +122,24 @@ def test_a_mod_layer_is_counted_by_hand():
     assert layer_costs(model, 10)[1] == 2 * (3 * block + 2 * 3 * 3 * 8 / 2 + 10 * (router + predictor))
 
 
+@pytest.mark.parametrize("kind", ["dense", "mod"])
+def test_a_window_leaves_the_scores_that_it_sees(kind):
+    """Of a routed layer's tokens, spread evenly, it sees the same share."""
+    length, size = 1000, 200
+    whole, some = (
+        layer_flops(tiny_config(kind, **window).model, length)
+        for window in ({}, {"sliding_window": size, "window_layers": [1, 2]})
+    )
+    seen = sum(min(t + 1, size) for t in range(length)) / sum(t + 1 for t in range(length))
+    assert (some[0], some[3]) == (whole[0], whole[3])
+    for layer in (1, 2):
+        assert some[layer].attention / whole[layer].attention == pytest.approx(seen, rel=0.01)
+        assert some[layer].total - whole[layer].total == pytest.approx(
+            some[layer].attention - whole[layer].attention
+        )
+    assert layer_flops(tiny_config(kind, sliding_window=length).model, length) == whole
+
+
 def test_a_skipping_layer_costs_less_than_its_capacity_for_attention_is_quadratic():
     config = with_routing(tiny_config("dtf"), capacity=0.25)
     dense, dynamic = block_flops(config.model, 400), layer_costs(config.model, 400)[1]

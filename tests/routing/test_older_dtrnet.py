@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megadyn.hf.config_map import to_hf_config
+from megadyn.config.config_map import to_hf_config
 from megadyn.hf.reader import HfFolder
 from megadyn.kinds import make_kind
 from megadyn.kinds.older import lead_threshold, newer_manifest

@@ -61,11 +61,11 @@ def test_what_was_consumed_counts_whatever_the_batch_was(make, length, start, ba
 
 
 def test_operations_are_those_of_the_plan(make):
-    config = make(flops=1e9, global_batch_size=16)
+    config = make(flops=3e9, global_batch_size=16)
     open_data(config, Position(12, 96))
     per_sample = training_flops(config.model, LENGTH)
-    assert config.training.iterations == 12 + (int(1e9 // per_sample) - 96) // 16
-    assert resolved_config(config)["training"]["flops"] == 1e9
+    assert config.training.iterations == 12 + (int(3e9 // per_sample) - 96) // 16
+    assert resolved_config(config)["training"]["flops"] == 3e9
     with pytest.raises(ConfigError, match=r"training\.flops = 1000\.0: must be more: a sample takes"):
         open_data(make(flops=1e3), Position())
 

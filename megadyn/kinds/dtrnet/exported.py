@@ -40,7 +40,7 @@ class DTRNetLayer(RoutedLayer):
         score_BT = logits_BT2[..., 0] - logits_BT2[..., 1] if self.by_logit or context.topk else attend_BT
         routing = Routing(self.choose(score_BT.detach(), stream.hidden_BCD, context), attend_BT.detach())
         gate_BT = torch.where(routing.processed_BC, attend_BT, bypass_BT)
-        chosen = pack(routing.processed_BC, context.tokens.segment_BC)
+        chosen = pack(routing.processed_BC, context.tokens)
         h_BTD = self.run(
             self.process_all,
             stream.hidden_BCD,

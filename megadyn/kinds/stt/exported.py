@@ -32,7 +32,7 @@ class SubjectiveLayer(RoutedLayer):
         h_BTD, mask_BT = stream.hidden_BCD, context.tokens.valid_BC
         if not context.topk:  # the predictor needs no score
             mask_BT = self.causal_router(h_BTD[..., 0], h_BTD) & mask_BT
-        seen = pack(mask_BT, context.tokens.segment_BC, all_rows=context.topk)
+        seen = pack(mask_BT, context.tokens, all_rows=context.topk)
         none_BT, score_BT = torch.zeros_like(mask_BT), torch.zeros_like(wide(h_BTD[..., 0]))
         if not any(seen.counts):
             return stream, Routing(none_BT, score_BT)

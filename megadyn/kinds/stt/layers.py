@@ -114,6 +114,7 @@ class SubjectiveLayer(RoutedLayer):
         """For the selected tokens [b, c] (None: all, [B, T]), which see only each other: the update [b, c, D], the
         score r [b, c], the prior's loss, statistics."""
         hidden, length = stream.hidden, self.length(stream.hidden)
+        takes_all = selection is None
         if selection is None and self.seq.size == 1:
             segments, positions = stream.documents or (None, None)
         else:
@@ -122,7 +123,7 @@ class SubjectiveLayer(RoutedLayer):
                 selection = Selection(every.view(len(hidden), length))
             positions, segments = origins(stream, selection, length)
             hidden = take_shared(hidden, selection.places, self.seq)[1]
-        delta = self.self_attn(self.input_layernorm(hidden), positions, length, segments)
+        delta = self.self_attn(self.input_layernorm(hidden), positions, length, segments, whole=takes_all)
         delta = self.feed_forward(hidden, delta) - hidden
         # The previous token in the same sequence and document; zeros before the first.
         before = F.pad((hidden + delta).detach()[:, :-1], (0, 0, 1, 0))

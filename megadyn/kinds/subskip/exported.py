@@ -34,7 +34,7 @@ class SubskipLayer(DenseLayer):
         h_BTD, valid_BT = stream.hidden_BCD, context.tokens.valid_BC
         attention_BT, mlp_BT = (router(h_BTD).detach() for router in self.router.values())
         attending, feeding = (
-            pack((lead_BT > 0) & valid_BT, context.tokens.segment_BC) for lead_BT in (attention_BT, mlp_BT)
+            pack((lead_BT > 0) & valid_BT, context.tokens) for lead_BT in (attention_BT, mlp_BT)
         )
         h_BTD = self.run(
             self.halves, h_BTD, context.cos_BCK, context.sin_BCK, attending, feeding, cache=cache

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megadyn.costs.operations import attention_flops, block_flops, mlp_flops
+from megadyn.costs.operations import attention_flops, block_flops, mlp_flops, seen_share
 from megadyn.costs.shape import capacity_count
 from megadyn.kinds.subskip import Subskip
 from megadyn.model.block import LayerContext, Stream
@@ -118,6 +118,7 @@ class SubskipLayer(RoutedLayer):
         attended, fed = (mask.double().mean(dim=1, keepdim=True) for mask in (attention, mlp))
         square, of_mlp = attention_flops(self.model, length), mlp_flops(self.model, length)
         linear = block_flops(self.model, length) - square  # c tokens cost linear c/T + square (c/T)^2
+        square *= seen_share(self.model, self.index, length)
         spent = square * attended.square() + (linear - of_mlp) * attended + of_mlp * fed
         return ((linear**2 + 4 * square * spent).sqrt() - linear) / (2 * square)
 

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from megadyn.config import ModelConfig, RopeConfig
-from megadyn.config.rope import NUMBERS
+from megadyn.config.model import ModelConfig
+from megadyn.config.rope import NUMBERS, RopeConfig
 from megadyn.errors import ConfigError, UserError
 
 FIELDS = {

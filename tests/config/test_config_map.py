@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from megadyn.config.config_map import from_hf_config, to_hf_config
 from megadyn.errors import UserError
-from megadyn.hf.config_map import from_hf_config, to_hf_config
 from tests.helpers.tiny import KINDS, tiny_config
 
 

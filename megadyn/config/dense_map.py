@@ -2,11 +2,15 @@
 
 from typing import Any
 
-from megadyn.config import ModelConfig
+from megadyn.config.model import ModelConfig
+from megadyn.errors import UserError
 from megadyn.kinds import DENSE
 
 TITLES = {"qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
 """By `model_type`: as transformers writes it in the names of classes."""
+
+CHOOSE_WINDOWS = ("qwen2", "qwen3", "smollm3")
+"""Whose `use_sliding_window` says whether `sliding_window` counts."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
@@ -78,20 +82,62 @@ def blocks_of(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def window_of(config: dict[str, Any]) -> int | None:
-    """`sliding_window` of a config.json if some layer's attention is cut to it, else None."""
-    kind = config.get("model_type", "")
-    config = DEFAULTS.get(kind, {}) | config
+def window_of(config: dict[str, Any]) -> tuple[int, list[int]] | None:
+    """The sliding window of a config.json and the layers whose attention it limits; None if there are none.
+
+    Raises:
+        UserError: a list that is too short.
+    """
+    kind, layers = config["model_type"], config["num_hidden_layers"]
     window: int | None = config.get("sliding_window")
-    if kind == "mistral" or window is None:
-        return window if kind in TITLES else None
-    if kind not in ("qwen2", "qwen3", "smollm3") or not config.get("use_sliding_window"):
+    if window is None or kind == "llama" or (kind in CHOOSE_WINDOWS and not config.get("use_sliding_window")):
         return None
-    if config.get("layer_types") is not None:
-        return window if "sliding_attention" in config["layer_types"] else None
+    name = "sliding_layers" if kind == "megadyn" else "layer_types"
+    given = None if kind == "mistral" else config.get(name)
+    if given is not None and len(given) < layers:
+        raise UserError(f"{name} in config.json: must have {layers} entries, one per layer, not {len(given)}")
+    found = [layer for layer in range(layers) if _slides(config, kind, given, layer)]
+    return (window, found) if found else None
+
+
+def _slides(config: dict[str, Any], kind: str, given: list[Any] | None, layer: int) -> bool:
+    if given is not None:
+        return given[layer] in (1, "sliding_attention")
     if kind == "smollm3":  # its layers without rotary positions
-        return window
-    return window if config["num_hidden_layers"] > config["max_window_layers"] else None
+        return not turns_of(config)[layer]
+    return kind in ("megadyn", "mistral") or layer >= config["max_window_layers"]
+
+
+def turns_of(config: dict[str, Any]) -> list[int]:
+    """Per layer: 1 if its queries and keys turn to their positions, 0 if not. Raises UserError for a list that is too short."""
+    layers = config["num_hidden_layers"]
+    if config["model_type"] not in ("megadyn", "smollm3"):
+        return [1] * layers
+    turns: list[int] | None = config.get("no_rope_layers")
+    if turns is None:
+        every = 0 if config["model_type"] == "megadyn" else config["no_rope_layer_interval"]
+        return [0 if every and (layer + 1) % every == 0 else 1 for layer in range(layers)]
+    if len(turns) < layers:
+        raise UserError(
+            f"no_rope_layers in config.json: must have {layers} entries, one per layer, not {len(turns)}"
+        )
+    return turns[:layers]
+
+
+def window_fields(model: ModelConfig, style: str) -> dict[str, Any]:
+    """What the config.json of `style`, one of TITLES, says of a model's window."""
+    if style == "llama":
+        return {}
+    if style == "mistral":
+        return {"sliding_window": model.sliding_window}
+    if model.sliding_window is None:
+        return {"use_sliding_window": False}
+    slides = [model.window_of(layer) is not None for layer in range(model.num_layers)]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": model.sliding_window,
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+    }
 
 
 def misfit(model: ModelConfig, style: str) -> str | None:
@@ -108,6 +154,10 @@ def misfit(model: ModelConfig, style: str) -> str | None:
         return f"{title} does not cap logits, but model.logit_softcap = {model.logit_softcap}"
     if model.rope.skip_layers and style != "smollm3":
         return f"{title} has rotary positions in every layer, but model.rope.skip_layers = {model.rope.skip_layers}"
+    if style == "llama" and model.sliding_window is not None:
+        return f"{title} has no sliding window, but model.sliding_window = {model.sliding_window}"
+    if style == "mistral" and len(model.window_layers or ()) not in (0, model.num_layers):
+        return f"{title} has a sliding window in every layer or none, but model.window_layers = {model.window_layers}"
     if style == "mistral" and (model.qkv_bias or model.output_bias):
         return f"{title} has no biases, but model.{'qkv' if model.qkv_bias else 'output'}_bias = true"
     if style == "qwen2" and model.output_bias:

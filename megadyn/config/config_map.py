@@ -2,10 +2,18 @@
 
 from typing import Any
 
-from megadyn.config import ModelConfig
+from megadyn.config.dense_map import (
+    DEFAULTS,
+    TITLES,
+    blocks_of,
+    difference,
+    turns_of,
+    window_fields,
+    window_of,
+)
+from megadyn.config.model import ModelConfig
+from megadyn.config.rope_map import from_hf_rope, to_hf_rope
 from megadyn.errors import ConfigError, UserError
-from megadyn.hf.dense_map import DEFAULTS, TITLES, blocks_of, difference
-from megadyn.hf.rope_map import from_hf_rope, to_hf_rope
 from megadyn.kinds import DENSE, Kind, find_kind
 
 FIELDS = {
@@ -43,6 +51,8 @@ def to_hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "qk_norm": model.qk_norm,
         "final_logit_softcapping": model.logit_softcap,
         "no_rope_layers": no_rope_layers(model) if model.rope.skip_layers else None,
+        "sliding_window": model.sliding_window,
+        "sliding_layers": sliding_layers(model),
         "normalization": model.normalization,
         "routing_mode": "causal",
         "routed_layer_types": model.layer_types,
@@ -55,10 +65,7 @@ def to_dense_config(model: ModelConfig, style: str, dtype: str) -> dict[str, Any
     fields = shared_fields(model, dtype) | {"attention_bias": model.qkv_bias or model.output_bias}
     if style in ("qwen2", "mistral"):  # which have no choice
         del fields["attention_bias"]
-    if style == "mistral":
-        fields["sliding_window"] = None
-    elif style != "llama":
-        fields["use_sliding_window"] = False
+    fields |= window_fields(model, style)
     if style == "smollm3":
         fields["no_rope_layers"] = no_rope_layers(model)
     return {
@@ -79,6 +86,13 @@ def shared_fields(model: ModelConfig, dtype: str) -> dict[str, Any]:
 def no_rope_layers(model: ModelConfig) -> list[int]:
     """SmolLM3's list: 1 for a layer with rotary positions, 0 for one without."""
     return [int(layer not in model.rope.skip_layers) for layer in range(model.num_layers)]
+
+
+def sliding_layers(model: ModelConfig) -> list[int] | None:
+    """Per layer: 1 if its attention has the sliding window. None if all have it or none."""
+    if len(model.window_layers or ()) in (0, model.num_layers):
+        return None
+    return [int(model.window_of(layer) is not None) for layer in range(model.num_layers)]
 
 
 ONLY = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "mlp_bias": False}
@@ -123,7 +137,9 @@ def _described(config: dict[str, Any]) -> ModelConfig:
         normalization=config.get("normalization", "pre"),
         routing=_from_hf_routing(config.get("routing", {}), layer_types),
     )
-    model.rope.skip_layers = _skipped_layers(config)
+    model.rope.skip_layers = [layer for layer, turn in enumerate(turns_of(config)) if not turn]
+    if window := window_of(config):
+        model.sliding_window, model.window_layers = window
     model.routing.check()
     model.check()
     if layer_types and layer_types != model.layer_types:
@@ -131,21 +147,6 @@ def _described(config: dict[str, Any]) -> ModelConfig:
             f"routed_layer_types in config.json: must be {model.layer_types} for routing.kind = {model.routing.name}"
         )
     return model
-
-
-def _skipped_layers(config: dict[str, Any]) -> list[int]:
-    """Layers without rotary positions."""
-    if config["model_type"] not in ("megadyn", "smollm3"):
-        return []
-    layers, turns = config["num_hidden_layers"], config.get("no_rope_layers")
-    if turns is None:
-        every = 0 if config["model_type"] == "megadyn" else config["no_rope_layer_interval"]
-        return [layer for layer in range(layers) if every and (layer + 1) % every == 0]
-    if len(turns) < layers:
-        raise UserError(
-            f"no_rope_layers in config.json: must have {layers} entries, one per layer, not {len(turns)}"
-        )
-    return [layer for layer, turn in enumerate(turns[:layers]) if not turn]
 
 
 def _layer_types(config: dict[str, Any]) -> list[str]:
