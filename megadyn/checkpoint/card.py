@@ -1,6 +1,7 @@
 """README.md of an exported folder: what the model is, how it was trained, its losses, and how to load it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ def model_card(
     style: str,
     precision: str,
     tokenizer: str,
+    averaged: Sequence[int] = (),
 ) -> str:
     """The whole text, including front matter for the Hugging Face hub.
 
     Args:
         history: from `last_records`.
+        averaged: the steps of the checkpoints whose average the weights are, if they are one.
         style: `megadyn` or one of DENSE_TYPES; precision: of the weights; tokenizer: a sentence on it.
     """
     model, length = config.model, config.training.sequence_length
@@ -60,16 +63,27 @@ def model_card(
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
         f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
-        f"{start}. A base model: it continues text and does not follow "
+        f"{start}.{_average(averaged)} A base model: it continues text and does not follow "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),
         "## Work per token\n\n" + _work(model, length, history),
         "## Data\n\n" + _data(config),
-        "## Losses\n\n" + _losses(history, has_topk=routing.has_topk),
+        "## Losses\n\n" + (OF_RUN if averaged else "") + _losses(history, has_topk=routing.has_topk),
         "## Use\n\n" + _use(style),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+OF_RUN = "Of the run's own weights at these steps, not of their average.\n\n"
+
+
+def _average(steps: Sequence[int]) -> str:
+    if not steps:
+        return ""
+    low, high = min(steps), max(steps)
+    at = f"of step {low:,}" if low == high else f"of steps {low:,} to {high:,}"
+    return f" The weights are the average of {len(steps)} checkpoints {at}."
 
 
 def last_records(metrics: Path, iteration: int) -> dict[str, Any]:

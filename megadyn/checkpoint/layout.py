@@ -16,6 +16,8 @@ A checkpoint is written under a temporary name in the same folder, synced to dis
 is complete. A checkpoint is good unless it was saved right after a bad step (the manifest's `loss_rule`) or contains a
 file `not-good` with the reason: its model was evaluated at the end of the run and gave NaN.
 
+An average of checkpoints (`averaging.py`) has the same files, but for those of the optimizer.
+
 `latest` decides, not the highest iteration, because a run that went back leaves higher iterations behind. If `latest`
 is missing or damaged, readers take the highest iteration; they warn if it is damaged. Its first line is just the name,
 for scripts.
@@ -39,6 +41,8 @@ from megadyn.progress import BYTES, Bar
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints inside its output folder."""
+AVERAGES = "averages"
+"""Folder of averages of a run's checkpoints, beside CHECKPOINTS and with the same names inside. No run resumes from them."""
 NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 CHUNK_BYTES = 2**20

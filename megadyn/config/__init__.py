@@ -21,6 +21,7 @@ from megadyn.config.run import (
 from megadyn.config.training import (
     KERNELS,
     RECOMPUTE,
+    AverageConfig,
     CheckpointConfig,
     MultipliersConfig,
     OptimizerConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "KERNELS",
     "RECOMPUTE",
     "REDUCED_IN",
+    "AverageConfig",
     "BatchPlan",
     "CheckpointConfig",
     "Config",

@@ -105,6 +105,7 @@ class Config:
             self.optimizer.multipliers,
             self.optimizer,
             self.training,
+            self.checkpoint.average,
             self.checkpoint,
             self.logging,
         ):

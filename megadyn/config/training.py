@@ -263,6 +263,31 @@ class TrainingConfig:
 
 
 @dataclass
+class AverageConfig:
+    """Which averages a run writes; at most one of the two keys is given."""
+
+    last: int | None = None
+    """Beside each checkpoint, the average of this many newest good checkpoints of the run (of fewer at its beginning).
+    `checkpoint.keep` must keep as many."""
+    ema: float | None = None
+    """Beside each checkpoint, a moving average over the run's checkpoints: this share of the average before, the rest of
+    the new checkpoint. It starts with the first checkpoint."""
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.last is not None or self.ema is not None
+
+    def check(self) -> None:
+        at_least("checkpoint.average.last", self.last, 2)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("checkpoint.average.ema", self.ema, "between 0 and 1")
+        if self.last is not None and self.ema is not None:
+            raise ConfigError(
+                "checkpoint.average.ema", self.ema, "left out where checkpoint.average.last is given"
+            )
+
+
+@dataclass
 class CheckpointConfig:
     interval: int = 0
     """Steps between checkpoints; 0 saves only at the end (and on SIGTERM). A fault loses at most this many steps."""
@@ -287,6 +312,9 @@ class CheckpointConfig:
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
     SmolLM3 of transformers."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """Averages of the run's weights (arXiv 1803.05407), written to OUTPUT_DIR/averages after each checkpoint, and kept like
+    checkpoints. Each is read back from disk, so it costs no device memory."""
 
     def check(self) -> None:
         for name in ("resume", "fork_from", "init_from"):
@@ -311,3 +339,15 @@ class CheckpointConfig:
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)
         one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))
+        if self.average.is_wanted and not self.interval:
+            raise ConfigError(
+                "checkpoint.interval",
+                self.interval,
+                "above 0 with checkpoint.average: there would be one checkpoint",
+            )
+        if self.average.last is not None and 0 < self.keep < self.average.last:
+            raise ConfigError(
+                "checkpoint.keep",
+                self.keep,
+                f"0 or at least checkpoint.average.last = {self.average.last}, so that these checkpoints remain",
+            )

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.same_run import changes, changes_line
 from megadyn.checkpoint.start import find_start
+from megadyn.checkpoint.together import CheckpointError
 from megadyn.checkpoint.trained import Trained
-from megadyn.checkpoint.writing import CheckpointError, Writer
+from megadyn.checkpoint.writing import Writer, Written
 from megadyn.config import Config
 from megadyn.files import os_errors_named
 from megadyn.launch.watchdog import Watchdog
@@ -56,6 +57,8 @@ class Checkpoints:
         data_key = None if self.config.checkpoint.allow_other_data else self.state.train.key
         manifest = save_load.load(self.engine, checkpoint, data_key)
         self.state.take(manifest)
+        if "averaged" in manifest:
+            log.info("%s is an average: the optimizer's moments start from zero", checkpoint)
         return manifest
 
     def go_back(self) -> bool:
@@ -107,24 +110,31 @@ class Checkpoints:
             self.telemetry.event(state.iteration, "checkpoint", {"error": str(error)})
             return
         if written:
-            state.saved_at = written.iteration
-            stall_s = self._snapshot_s + time.perf_counter() - began
-            log.info(
-                "saved %s: training waited %.2f s, written in %.2f s",
-                written.folder,
-                stall_s,
-                written.write_s,
-            )
-            self.telemetry.event(
-                state.iteration,
-                "checkpoint",
-                {
-                    "iteration": written.iteration,
-                    "stall_s": stall_s,
-                    "write_s": written.write_s,
-                    "rank_bytes": written.bytes,
-                },
-            )
+            self._saved(written, self._snapshot_s + time.perf_counter() - began)
+
+    def _saved(self, written: Written, stall_s: float) -> None:
+        """Reports a checkpoint, and its average if there is one."""
+        state, average, problem = self.state, written.average, written.average_error
+        state.saved_at = written.iteration
+        log.info(
+            "saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s
+        )
+        what: dict[str, Any] = {
+            "iteration": written.iteration,
+            "stall_s": stall_s,
+            "write_s": written.write_s,
+            "rank_bytes": written.bytes,
+        }
+        if average:
+            log.info("averaged %d into %s in %.2f s", average.size, average.folder, average.write_s)
+            what |= {"averaged": average.size, "average_s": average.write_s}
+        if problem:
+            what |= {"average_error": str(problem)}
+        self.telemetry.event(state.iteration, "checkpoint", what)
+        if problem and self.config.checkpoint.on_error == "stop":
+            raise problem
+        if problem:
+            log.warning("%s; the checkpoint is complete, and the run continues", problem)
 
     def condemn_last(self, problem: str) -> Path:
         """Marks the last step's checkpoint, if there is one, as not good; returns its path."""
