@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.samples import Samples
+from megadyn.data.text_bytes import in_bits_per_byte, mean_bytes_per_token
 from megadyn.engine.engine import Engine, MicroBatch, StepResult
 from megadyn.engine.optimizer import schedule_problem
 from megadyn.errors import Parser, RunError, UserError
@@ -158,7 +159,7 @@ class Job:
     def train(self) -> None:
         state, stopping = self.state, False
         if state.iteration == 0:
-            self.evaluate("validation", self.data.validation)
+            self.validate()
         while not (state.is_complete or stopping):
             # Recomputed after a rollback, which repeats steps with new samples.
             end = self.config.training.samples_at_end(*state.position)
@@ -214,14 +215,14 @@ class Job:
         if state.iteration == state.total:
             self.end()
         elif state.due(self.config.training.eval_interval):
-            self.evaluate("validation", self.data.validation)
+            self.validate()
         return stopping
 
     def end(self) -> None:
         """Evaluates the complete run. Raises TrainingDiverged, and marks the last checkpoint, if its model gives NaN."""
         self.has_ended = True
         self.evaluations.clear()
-        self.evaluate("validation", self.data.validation)
+        self.validate()
         self.evaluate("test", self.data.test)
         if problem := problem_at_end(self.evaluations, self.state.loss_rule.last_loss):
             last = self.checkpoints.condemn_last(problem)
@@ -275,6 +276,10 @@ class Job:
             more=more,
         )
 
+    def validate(self) -> None:
+        for name, samples in self.data.validations.items():
+            self.evaluate(name, samples)
+
     def evaluate(self, name: str, samples: Samples | None) -> None:
         """Loss on held-out samples with each routing mode; a dense model has only one loss, which is reported for both."""
         if samples is None:
@@ -291,7 +296,10 @@ class Job:
                 )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses
-        self.telemetry.evaluation(self.state.iteration, name, losses)
+        per_token = mean_bytes_per_token(samples) if "/" in name else None
+        bits = None if per_token is None else in_bits_per_byte(losses, per_token)
+        self.telemetry.evaluation(self.state.iteration, name, losses, bits)
+        self.checkpoints.evaluated(name, losses["causal"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

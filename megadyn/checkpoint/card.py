@@ -75,6 +75,8 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+EVALUATED = ("lm_loss", "validation", "test")
+"""Keys that tell records of metrics.jsonl apart; sets with a name have `validation/NAME`."""
 OF_RUN = "Of the run's own weights at these steps, not of their average.\n\n"
 
 
@@ -87,7 +89,8 @@ def _average(steps: Sequence[int]) -> str:
 
 
 def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
-    """The last training, `validation` and `test` records in a run's metrics.jsonl up to `iteration`, if there are any."""
+    """The last training record and those of each evaluated set in a run's metrics.jsonl up to `iteration`, by what
+    distinguishes them in it."""
     found: dict[str, Any] = {}
     try:
         lines = metrics.read_text(errors="replace").splitlines()
@@ -103,9 +106,7 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             continue
         if record["iteration"] <= iteration:
-            for key in ("lm_loss", "validation", "test"):
-                if key in record:
-                    found[key] = record
+            found |= {key: record for key in record if key in EVALUATED or key.startswith("validation/")}
     return found
 
 
@@ -203,14 +204,21 @@ def _losses(history: dict[str, Any], has_topk: bool) -> str:
         rows.append(
             f"| training | {'topk' if has_topk else ''} | {_loss(record['lm_loss'])} | {record['iteration']:,} |"
         )
-    for name in ("validation", "test"):
-        record = history.get(name, {name: {}})
-        for mode, loss in record[name].items():
-            if has_topk or mode == "causal":
+    for name, record in sorted(history.items(), key=lambda item: (item[0] == "test", item[0])):
+        if name == "lm_loss":
+            continue
+        for mode in ("topk", "causal") if has_topk else ("causal",):
+            if mode in record[name]:
                 rows.append(
-                    f"| {name} | {mode if has_topk else ''} | {_loss(loss)} | {record['iteration']:,} |"
+                    f"| {name} | {mode if has_topk else ''} | {_shown(record[name], mode)} | {record['iteration']:,} |"
                 )
     return "\n".join(rows)
+
+
+def _shown(losses: dict[str, Any], mode: str) -> str:
+    """A set's loss, and what it is in bits per byte if that is known."""
+    bits = losses.get("bits_per_byte", {}).get(mode)
+    return _loss(losses[mode]) + ("" if bits is None else f" ({bits:.4f} bits per byte)")
 
 
 def _loss(value: float | None) -> str:

@@ -6,7 +6,7 @@ from os.path import realpath
 from typing import NamedTuple
 
 from megadyn.checks import at_least, in_range, one_of
-from megadyn.errors import ConfigError
+from megadyn.errors import ConfigError, did_you_mean
 from megadyn.paths import expanded
 
 
@@ -312,6 +312,9 @@ class CheckpointConfig:
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
     SmolLM3 of transformers."""
+    keep_best: str | None = None
+    """Name of a validation set (`validation` if it has no name): also keep the checkpoint with the lowest loss on it, causal
+    where the model routes. A file `best` in its folder says so. `interval` must be a multiple of `training.eval_interval`."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """Averages of the run's weights (arXiv 1803.05407), written to OUTPUT_DIR/averages after each checkpoint, and kept like
     checkpoints. Each is read back from disk, so it costs no device memory."""
@@ -339,6 +342,7 @@ class CheckpointConfig:
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)
         one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))
+        self.average.check()
         if self.average.is_wanted and not self.interval:
             raise ConfigError(
                 "checkpoint.interval",
@@ -350,4 +354,21 @@ class CheckpointConfig:
                 "checkpoint.keep",
                 self.keep,
                 f"0 or at least checkpoint.average.last = {self.average.last}, so that these checkpoints remain",
+            )
+
+    def check_best(self, eval_interval: int, names: list[str]) -> None:
+        """Whether `keep_best` names one of the validation sets, and each checkpoint is evaluated."""
+        if self.keep_best is None:
+            return
+        if self.keep_best not in names:
+            known = f"one of {', '.join(names)}" if names else "null, because there is no validation set"
+            raise ConfigError(
+                "checkpoint.keep_best", self.keep_best, f"{known}{did_you_mean(self.keep_best, names)}"
+            )
+        if not eval_interval or not self.interval or self.interval % eval_interval:
+            raise ConfigError(
+                "checkpoint.interval",
+                self.interval,
+                f"a multiple of training.eval_interval = {eval_interval}, both above 0, with checkpoint.keep_best: each "
+                "checkpoint must be evaluated",
             )

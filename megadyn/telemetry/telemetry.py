@@ -41,7 +41,9 @@ class Silent:
     ) -> None:
         pass
 
-    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
+    def evaluation(
+        self, iteration: int, name: str, losses: dict[str, float], bits: dict[str, float] | None = None
+    ) -> None:
         pass
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
@@ -136,10 +138,15 @@ class Telemetry(Silent):
             self.event(iteration, "router_warning", finding.record())
         self.restart_clock(iteration)
 
-    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
-        """Reports losses on the set `name`, `validation` or `test`, by routing mode."""
-        self._write({"iteration": iteration, name: losses})
-        log.info("%s", evaluation_line(iteration, self.iterations, name, losses))
+    def evaluation(
+        self, iteration: int, name: str, losses: dict[str, float], bits: dict[str, float] | None = None
+    ) -> None:
+        """Reports losses on the set `name` (`validation`, `validation/NAME` or `test`) by routing mode, in nats per token
+        and, if given, in bits per byte."""
+        self._write(
+            {"iteration": iteration, name: losses if bits is None else losses | {"bits_per_byte": bits}}
+        )
+        log.info("%s", evaluation_line(iteration, self.iterations, name, losses, bits))
         self.restart_clock(iteration)
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
