@@ -105,7 +105,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
     telemetry = Silent()
     with os_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        record_start(folder, engine.grid, engine.zero_stage, device, state.iteration, state.total)
+        hosts = record_start(folder, engine.grid, engine.zero_stage, device, state.iteration, state.total)
         profile = Profile(config.logging, folder, rank, state.iteration)
         if rank == 0:
             save_config(config, folder / "config.yaml")
@@ -118,6 +118,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
                 folder,
                 state.iteration,
                 torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+                hosts,
             )
     try:
         yield telemetry, profile
@@ -265,6 +266,7 @@ class Job:
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}
         if is_measured:
             more |= self.engine.step_statistics(norm)
+        rank_ms = more.pop("rank_ms", None)
         self.telemetry.train(
             state.iteration,
             consumed_samples=state.consumed_samples,
@@ -273,6 +275,7 @@ class Job:
             learning_rate=rate,
             routing=routing,
             bad_steps=state.loss_rule.bad_steps,
+            rank_ms=rank_ms,
             more=more,
         )
 

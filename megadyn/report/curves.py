@@ -180,6 +180,11 @@ def speed_section(runs: Sequence[Run]) -> str:
         over.parts(
             "Where the time of the reported step goes (ms, mean over ranks)", "step_split_ms", from_zero=True
         ),
+        *(
+            [over.parts("Own time of a rank in the reported step (ms)", "rank_time_ms", from_zero=True)]
+            if any(run.keys_under("rank_time_ms") for run in runs)
+            else []
+        ),
         over.chart("Time per step spent waiting for data (ms)", "data_time_ms", from_zero=True),
         over.parts("Memory of the rank that uses most (GiB)", "memory_gib", from_zero=True),
     ]

@@ -90,7 +90,7 @@ def of(run: Run, several: bool) -> str:
 def head(run: Run, several: bool) -> str:
     """The run in one line, and its latest figures."""
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
-    warnings = [f"Warned in training: {sentence}." for sentence in run.router_warnings]
+    warnings = [f"Warned in training: {sentence}." for sentence in [*run.router_warnings, *run.slow_ranks]]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*run.notes, *warnings])
     return f'{name}<p class="dim">{escape(describe(run))}</p>{notes}<div class="facts">{"".join(facts(run))}</div>'
 

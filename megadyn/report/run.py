@@ -73,6 +73,16 @@ class Run:
         return list(found.values())
 
     @property
+    def slow_ranks(self) -> list[str]:
+        """One sentence per rank that was slow, from the last time."""
+        found = {}
+        for record in self.events:
+            slow = record.get("slow_rank")
+            if isinstance(slow, dict) and isinstance(slow.get("sentence"), str):
+                found[slow.get("rank")] = f"{slow['sentence']}, up to iteration {record['iteration']:,}"
+        return list(found.values())
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 

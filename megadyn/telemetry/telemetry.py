@@ -1,7 +1,7 @@
 """Reports of a run: records to its sinks, and log lines or a live view. Only rank 0 reports; other ranks are silent."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megadyn.telemetry.live import LiveView, open_live_view
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.router_health import RouterHealth
 from megadyn.telemetry.sinks import open_sinks
+from megadyn.telemetry.slow_ranks import SlowRanks
 from megadyn.telemetry.throughput import Throughput
 
 
@@ -37,6 +38,7 @@ class Silent:
         learning_rate: float,
         routing: dict[int, dict[str, float]],
         bad_steps: int = 0,
+        rank_ms: Sequence[float] | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
         pass
@@ -63,8 +65,9 @@ class Telemetry(Silent):
         folder: Path,
         start_iteration: int,
         device_name: str | None = None,
+        hosts: Sequence[str] | None = None,
     ):
-        """`device_name`: of the GPU; None on a CPU."""
+        """`device_name`: of the GPU; None on a CPU. `hosts`: of each rank; None if unknown."""
         self.config = config
         self.iterations = config.training.iterations or 0
         self.throughput = Throughput(config, world_size, device_name)
@@ -76,6 +79,12 @@ class Telemetry(Silent):
             )
         self.sinks = [PatientSink(sink) for sink in open_sinks(config, folder, start_iteration)]
         self.health = RouterHealth(config)
+        self.slow_ranks = SlowRanks(
+            config.logging.slow_rank_factor,
+            hosts or ["an unknown host"] * world_size,
+            config.parallel.pipeline,
+            config.logging.interval,
+        )
         self.live = open_live_view(config)
         self.restart_clock(start_iteration)
 
@@ -87,6 +96,7 @@ class Telemetry(Silent):
         for sink in self.sinks:
             sink.go_back(iteration)
         self.health.go_back()
+        self.slow_ranks.restart()
         self.restart_clock(iteration)
 
     def restart_clock(self, iteration: int) -> None:
@@ -108,9 +118,11 @@ class Telemetry(Silent):
         learning_rate: float,
         routing: dict[int, dict[str, float]],
         bad_steps: int = 0,
+        rank_ms: Sequence[float] | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Reports the state after `iteration` steps; `more` is added to the record unchanged."""
+        """Reports the state after `iteration` steps; `more` is added to the record unchanged. `rank_ms`: own time of each
+        rank in the last step, if it was measured."""
         steps = max(1, iteration - self._reported)
         step_s = (time.perf_counter() - self._since) / steps
         record = {
@@ -127,6 +139,7 @@ class Telemetry(Silent):
             "routing": {str(layer): routing[layer] for layer in sorted(routing)},
             "bad_steps": bad_steps,
             **(more or {}),
+            **(self.slow_ranks.figures(rank_ms) if rank_ms else {}),
         }
         self._write(record)
         seconds_left = (self.iterations - iteration) * step_s
@@ -136,6 +149,9 @@ class Telemetry(Silent):
         for finding in self.health.look(iteration, routing):
             log.warning("%s", finding.sentence)
             self.event(iteration, "router_warning", finding.record())
+        if rank_ms and (slow := self.slow_ranks.look(rank_ms)):
+            log.warning("%s", slow.sentence)
+            self.event(iteration, "slow_rank", slow.record())
         self.restart_clock(iteration)
 
     def evaluation(

@@ -446,6 +446,8 @@ IMPOSSIBLE = [
         "checkpoint.keep",
         "0 or at least checkpoint.average.last = 3",
     ),
+    ("logging.slow_rank_factor=1", "logging.slow_rank_factor", "above 1, or 0"),
+    ("logging.slow_rank_factor=-1", "logging.slow_rank_factor", "at least 0"),
     ("checkpoint.keep_best=code", "checkpoint.keep_best", "one of validation"),
     ("checkpoint.keep_best=validatoin", "checkpoint.keep_best", "did you mean 'validation'?"),
     ("checkpoint.keep_best=validation", "checkpoint.interval", "a multiple of training.eval_interval = "),
