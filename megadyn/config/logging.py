@@ -28,8 +28,8 @@ class LoggingConfig:
     unknown and not given, MFU is not reported."""
     slow_rank_factor: float = 1.5
     """A rank is named as slow, with its host, if its own part of a step (without waiting for others) takes longer than this
-    multiple of the median of its pipeline stage, in two reports in a row that span at least 5 steps; 0 names nobody. Lower it
-    on GPUs whose ranks are otherwise even."""
+    multiple of the median of its pipeline stage in successive reports, at least two and over at least 5 steps; 0 names
+    nobody. Lower it on GPUs whose ranks are otherwise even."""
     profile_steps: list[int] | None = None
     """[first, last] step of a torch.profiler trace, written to OUTPUT_DIR/profile."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])

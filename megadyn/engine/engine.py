@@ -129,6 +129,7 @@ class Engine:
         """Attributes time to a part of the step; the clock's method in a measured step, otherwise it does nothing."""
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
+        self.clock.watch(dist.Work, ("wait",))  # of a collective that was started early
         self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
 
     def _build_module(self) -> nn.Module:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from megadyn.checkpoint import averaging, layout
 from megadyn.checkpoint.averaging import terms_of
 from megadyn.checkpoint.merge import ShardedTensors, thresholds
+from megadyn.checkpoint.start import starting_point
 from megadyn.commands import main
+from megadyn.config import CheckpointConfig
 from megadyn.errors import UserError
 from megadyn.evaluation.losses import evaluate
 from tests.helpers.crew import Crew, lines
@@ -204,3 +206,11 @@ def test_a_run_forks_from_an_average_with_fresh_moments(
     new = tmp_path / "out/checkpoints/iteration-00000007"
     assert layout.read_manifest(new)["optimizer_steps"] == 1
     assert "averaged" not in layout.read_manifest(new)
+
+
+def test_a_run_can_go_back_to_an_average_of_its_own(tmp_path: Path) -> None:
+    own = tmp_path / "checkpoints" / NAME
+    mine, others = (folder / "averages" / NAME for folder in (tmp_path, tmp_path / "other"))
+    assert starting_point(CheckpointConfig(fork_from=str(mine)), own) == mine
+    assert starting_point(CheckpointConfig(fork_from=str(others)), own) == own
+    assert starting_point(CheckpointConfig(fork_from=str(others)), None) == others
