@@ -32,8 +32,8 @@ from megadyn.kinds import DENSE
 from megadyn.log import log
 from megadyn.progress import each
 
-SHARD_BYTES = 2**30
-"""Of averaged tensors that are held before they are written; one tensor may be larger."""
+SHARD_BYTES = 2**29
+"""Of averaged tensors that a process holds before it writes them; one tensor may be larger."""
 NO_EFFECT = ("routing", "init_std", "attention")
 """Keys of `model` that do not change what the model computes, and `routing`, which is compared as an export records it."""
 
