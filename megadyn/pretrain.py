@@ -299,6 +299,7 @@ class Job:
                 )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses
+        # The records of sets without a name stay as other tools know them.
         per_token = mean_bytes_per_token(samples) if "/" in name else None
         bits = None if per_token is None else in_bits_per_byte(losses, per_token)
         self.telemetry.evaluation(self.state.iteration, name, losses, bits)
