@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.samples import Samples
+from megadyn.data.text_bytes import in_bits_per_byte, mean_bytes_per_token
 from megadyn.engine.engine import Engine, MicroBatch, StepResult
 from megadyn.engine.optimizer import schedule_problem
 from megadyn.errors import Parser, RunError, UserError
@@ -105,7 +106,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
     telemetry = Silent()
     with os_errors_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        record_start(folder, engine.grid, engine.zero_stage, device, state.iteration, state.total)
+        hosts = record_start(folder, engine.grid, engine.zero_stage, device, state.iteration, state.total)
         profile = Profile(config.logging, folder, rank, state.iteration)
         if rank == 0:
             save_config(config, folder / "config.yaml")
@@ -118,6 +119,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
                 folder,
                 state.iteration,
                 torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+                hosts,
             )
     try:
         yield telemetry, profile
@@ -159,7 +161,7 @@ class Job:
     def train(self) -> None:
         state, stopping = self.state, False
         if state.iteration == 0:
-            self.evaluate("validation", self.data.validation)
+            self.validate()
         while not (state.is_complete or stopping):
             # Recomputed after a rollback, which repeats steps with new samples.
             end = self.config.training.samples_at_end(*state.position)
@@ -215,14 +217,14 @@ class Job:
         if state.iteration == state.total:
             self.end()
         elif state.due(self.config.training.eval_interval):
-            self.evaluate("validation", self.data.validation)
+            self.validate()
         return stopping
 
     def end(self) -> None:
         """Evaluates the complete run. Raises TrainingDiverged, and marks the last checkpoint, if its model gives NaN."""
         self.has_ended = True
         self.evaluations.clear()
-        self.evaluate("validation", self.data.validation)
+        self.validate()
         self.evaluate("test", self.data.test)
         if problem := problem_at_end(self.evaluations, self.state.loss_rule.last_loss):
             last = self.checkpoints.condemn_last(problem)
@@ -265,6 +267,7 @@ class Job:
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}
         if is_measured:
             more |= self.engine.step_statistics(norm)
+        rank_ms = more.pop("rank_ms", None)
         self.telemetry.train(
             state.iteration,
             consumed_samples=state.consumed_samples,
@@ -273,8 +276,13 @@ class Job:
             learning_rate=rate,
             routing=routing,
             bad_steps=state.loss_rule.bad_steps,
+            rank_ms=rank_ms,
             more=more,
         )
+
+    def validate(self) -> None:
+        for name, samples in self.data.validations.items():
+            self.evaluate(name, samples)
 
     def evaluate(self, name: str, samples: Samples | None) -> None:
         """Loss on held-out samples with each routing mode; a dense model has only one loss, which is reported for both."""
@@ -292,7 +300,11 @@ class Job:
                 )
         losses.setdefault("causal", losses["topk"])
         self.evaluations[name] = losses
-        self.telemetry.evaluation(self.state.iteration, name, losses)
+        # The records of sets without a name stay as other tools know them.
+        per_token = mean_bytes_per_token(samples) if "/" in name else None
+        bits = None if per_token is None else in_bits_per_byte(losses, per_token)
+        self.telemetry.evaluation(self.state.iteration, name, losses, bits)
+        self.checkpoints.evaluated(name, losses["causal"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

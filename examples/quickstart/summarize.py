@@ -13,15 +13,21 @@ from pathlib import Path
 def main(run: Path, evaluation_file: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [record for record in records if "lm_loss" in record]
-    validation = [record for record in records if "validation" in record]
+    # Of one set without a name, or of several by name (`data.validation`), the first of which counts below.
+    sets: dict[str, list[dict[str, float]]] = {}
+    for record in records:
+        for name in record:
+            if name.partition("/")[0] == "validation":
+                sets.setdefault(name, []).append(record[name])
+    validation = next(iter(sets.values()))
     warnings = [record["router_warning"]["sentence"] for record in records if "router_warning" in record]
     evaluation = json.loads(evaluation_file.read_text().splitlines()[-1])
     speeds = sorted(record["tokens_per_second"] for record in training)
     summary = {
         "iterations": training[-1]["iteration"],
         "tokens": training[-1]["consumed_tokens"],
-        "validation_loss_before": validation[0]["validation"]["topk"],
-        "validation_loss_after": validation[-1]["validation"]["topk"],
+        "validation_loss_before": validation[0]["topk"],
+        "validation_loss_after": validation[-1]["topk"],
         "topk_loss": evaluation["topk"],
         "causal_loss": evaluation["causal"],
         "routed_fraction": evaluation.get("routed_fraction", 1.0),
@@ -30,6 +36,8 @@ def main(run: Path, evaluation_file: Path) -> None:
         "router_warnings": warnings,
         "folder": str(run),
     }
+    if len(sets) > 1 or "validation" not in sets:
+        summary["validations"] = {name.partition("/")[2]: found[-1] for name, found in sets.items()}
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"""
 trained     {summary["iterations"]} iterations, {summary["tokens"]:,} tokens, {summary["tokens_per_second"]:,.0f} tokens/s

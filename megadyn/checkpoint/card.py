@@ -1,6 +1,7 @@
 """README.md of an exported folder: what the model is, how it was trained, its losses, and how to load it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ def model_card(
     style: str,
     precision: str,
     tokenizer: str,
+    averaged: Sequence[int] = (),
 ) -> str:
     """The whole text, including front matter for the Hugging Face hub.
 
     Args:
         history: from `last_records`.
+        averaged: the steps of the checkpoints whose average the weights are, if they are one.
         style: `megadyn` or one of DENSE_TYPES; precision: of the weights; tokenizer: a sentence on it.
     """
     model, length = config.model, config.training.sequence_length
@@ -60,20 +63,34 @@ def model_card(
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
         f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
-        f"{start}. A base model: it continues text and does not follow "
+        f"{start}.{_average(averaged)} A base model: it continues text and does not follow "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),
         "## Work per token\n\n" + _work(model, length, history),
         "## Data\n\n" + _data(config),
-        "## Losses\n\n" + _losses(history, has_topk=routing.has_topk),
+        "## Losses\n\n" + (OF_RUN if averaged else "") + _losses(history, has_topk=routing.has_topk),
         "## Use\n\n" + _use(style),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+EVALUATED = ("lm_loss", "validation", "test")
+"""Keys that tell records of metrics.jsonl apart; sets with a name have `validation/NAME`."""
+OF_RUN = "Of the run's own weights at these steps, not of their average.\n\n"
+
+
+def _average(steps: Sequence[int]) -> str:
+    if not steps:
+        return ""
+    low, high = min(steps), max(steps)
+    at = f"of step {low:,}" if low == high else f"of steps {low:,} to {high:,}"
+    return f" The weights are the average of {len(steps)} checkpoints {at}."
+
+
 def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
-    """The last training, `validation` and `test` records in a run's metrics.jsonl up to `iteration`, if there are any."""
+    """The last training record and those of each evaluated set in a run's metrics.jsonl up to `iteration`, by what
+    distinguishes them in it."""
     found: dict[str, Any] = {}
     try:
         lines = metrics.read_text(errors="replace").splitlines()
@@ -89,9 +106,7 @@ def last_records(metrics: Path, iteration: int) -> dict[str, Any]:
         if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
             continue
         if record["iteration"] <= iteration:
-            for key in ("lm_loss", "validation", "test"):
-                if key in record:
-                    found[key] = record
+            found |= {key: record for key in record if key in EVALUATED or key.startswith("validation/")}
     return found
 
 
@@ -189,14 +204,21 @@ def _losses(history: dict[str, Any], has_topk: bool) -> str:
         rows.append(
             f"| training | {'topk' if has_topk else ''} | {_loss(record['lm_loss'])} | {record['iteration']:,} |"
         )
-    for name in ("validation", "test"):
-        record = history.get(name, {name: {}})
-        for mode, loss in record[name].items():
-            if has_topk or mode == "causal":
+    for name, record in sorted(history.items(), key=lambda item: (item[0] == "test", item[0])):
+        if name == "lm_loss":
+            continue
+        for mode in ("topk", "causal") if has_topk else ("causal",):
+            if mode in record[name]:
                 rows.append(
-                    f"| {name} | {mode if has_topk else ''} | {_loss(loss)} | {record['iteration']:,} |"
+                    f"| {name} | {mode if has_topk else ''} | {_shown(record[name], mode)} | {record['iteration']:,} |"
                 )
     return "\n".join(rows)
+
+
+def _shown(losses: dict[str, Any], mode: str) -> str:
+    """A set's loss, and what it is in bits per byte if that is known."""
+    bits = losses.get("bits_per_byte", {}).get(mode)
+    return _loss(losses[mode]) + ("" if bits is None else f" ({bits:.4f} bits per byte)")
 
 
 def _loss(value: float | None) -> str:

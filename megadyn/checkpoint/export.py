@@ -76,6 +76,7 @@ def export(
                 style=style,
                 precision=precision,
                 tokenizer=summary["tokenizer"],
+                averaged=[one["iteration"] for one in manifest.get("averaged", {"of": []})["of"]],
             )
         )
     return {"output": str(output), "iteration": manifest["iteration"], "precision": precision, **summary}

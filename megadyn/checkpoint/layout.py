@@ -16,6 +16,8 @@ A checkpoint is written under a temporary name in the same folder, synced to dis
 is complete. A checkpoint is good unless it was saved right after a bad step (the manifest's `loss_rule`) or contains a
 file `not-good` with the reason: its model was evaluated at the end of the run and gave NaN.
 
+An average of checkpoints (`averaging.py`) has the same files, but for those of the optimizer.
+
 `latest` decides, not the highest iteration, because a run that went back leaves higher iterations behind. If `latest`
 is missing or damaged, readers take the highest iteration; they warn if it is damaged. Its first line is just the name,
 for scripts.
@@ -23,6 +25,7 @@ for scripts.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +42,8 @@ from megadyn.progress import BYTES, Bar
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
 """Folder of a run's checkpoints inside its output folder."""
+AVERAGES = "averages"
+"""Folder of averages of a run's checkpoints, beside CHECKPOINTS and with the same names inside. No run resumes from them."""
 NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 CHUNK_BYTES = 2**20
@@ -47,6 +52,8 @@ WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
 """Prefixes of a checkpoint's name while it is being written, replaced or removed."""
 NOT_GOOD = "not-good"
 """File in a checkpoint whose model turned out to be bad; contains the reason."""
+BEST = "best"
+"""File in the run's best checkpoint by a validation loss; contains the set's name and the loss, as JSON."""
 
 
 def folder_name(iteration: int) -> str:
@@ -120,6 +127,35 @@ def mark_not_good(folder: Path, reason: str) -> None:
     write_file(folder / NOT_GOOD, reason + "\n")
 
 
+def best_of(folder: Path) -> tuple[str, float] | None:
+    """The validation set and the loss by which the checkpoint is marked as best; None if it is not. An unreadable mark has
+    an infinite loss."""
+    try:
+        mark = json.loads((folder / BEST).read_bytes())
+        return str(mark["validation"]), float(mark["loss"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return "", math.inf
+
+
+def mark_best(folder: Path, validation: str, loss: float) -> bool:
+    """Marks the newest checkpoint as the run's best by this loss, unless an earlier one has a loss as low on the same set.
+    Removes earlier marks, each after the new one exists."""
+    marks = {
+        path: best_of(path) for path in complete_checkpoints(folder.parent, quiet=True) if path != folder
+    }
+    earlier = {path: mark for path, mark in marks.items() if mark is not None}
+    if not math.isfinite(loss) or any(
+        name == validation and lowest <= loss for name, lowest in earlier.values()
+    ):
+        return False
+    write_file(folder / BEST, json.dumps({"validation": validation, "loss": loss}) + "\n")
+    for path in earlier:
+        (path / BEST).unlink(missing_ok=True)
+    return True
+
+
 def read_latest(path: Path) -> tuple[str | None, str]:
     """(name, checksum of the name). Files of earlier versions have no checksum. The name is None if it cannot be read."""
     try:
@@ -179,12 +215,13 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes all checkpoints except the `keep` newest (0 keeps all), the newest good one, and those whose iteration is
-    a multiple of `keep_every`."""
+    """Removes all checkpoints except the `keep` newest (0 keeps all), the newest good one, the one marked as best, and
+    those whose iteration is a multiple of `keep_every`."""
     complete = complete_checkpoints(root)
     newest_good = next((path for path in complete if reservation(path) is None), None)
     for path in complete[keep:] if keep else []:
-        if path != newest_good and not (keep_every and iteration_of(path) % keep_every == 0):
+        is_kept = path == newest_good or (path / BEST).exists()
+        if not is_kept and not (keep_every and iteration_of(path) % keep_every == 0):
             # A partly removed checkpoint must not have a checkpoint's name.
             dying = path.with_name(f"{REMOVING}{path.name}")
             path.rename(dying)

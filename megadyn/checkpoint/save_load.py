@@ -238,7 +238,8 @@ def _routing_state(engine: Trained) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str, Any]:
-    """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest.
+    """Sets weights, optimizer and routing state from a verified checkpoint; returns its manifest. An average is for engines
+    that have not taken a step.
 
     Raises UserError if the checkpoint is of another model or, if `data_key` is given, of other training data.
     """
@@ -254,7 +255,9 @@ def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str
     lacking = [name_of(param) for param in engine.parameters() if name_of(param) not in known]
     if strange := [name for name in lacking if CAUSAL_RULE not in name]:
         raise UserError(f"{folder} has no tensor {strange[0]} ({len(strange)} are missing)")
-    set_parameters(engine, weights, ShardedTensors(folder, "optimizer"))
+    # An average has no moments; those of an engine that has not taken a step are zero.
+    moments = None if "averaged" in manifest else ShardedTensors(folder, "optimizer")
+    set_parameters(engine, weights, moments)
     OptimizerAccess(engine).steps = manifest["optimizer_steps"]
     engine.set_loss_scaler_state(manifest["loss_scaler"])
     for name, of_layers in trackers_of(engine.routed).items():

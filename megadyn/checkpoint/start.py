@@ -16,7 +16,8 @@ def starting_point(settings: CheckpointConfig, own: Path | None) -> Path | None:
         own: the best of the run's own checkpoints, if there is one that it may resume from.
 
     `fork_from` applies to the start of a run: a run with checkpoints of its own resumes from those. If `fork_from`
-    names one of the run's own checkpoints, the run goes back to it, unless the newest one has already continued from there.
+    names one of the run's own checkpoints or averages, the run goes back to it, unless the newest one has already
+    continued from there.
 
     Raises:
         UserError: `fork_from` is needed, but there is no checkpoint.
@@ -26,7 +27,8 @@ def starting_point(settings: CheckpointConfig, own: Path | None) -> Path | None:
     fork = Path(settings.fork_from)
     if own is None:
         return layout.resolve(fork)
-    is_own = fork.resolve().parent == own.resolve().parent
+    beside = own.resolve().parent
+    is_own = fork.resolve().parent in (beside, beside.with_name(layout.AVERAGES))
     if is_own and fork.resolve() != own.resolve() and lineage(own) != str(fork.resolve()):
         return layout.resolve(fork)
     return own

@@ -8,22 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megadyn.checkpoint import layout
+from megadyn.checkpoint.run_averages import Average, write_average
+from megadyn.checkpoint.together import CheckpointError, together
 from megadyn.config import Config, save_config
-from megadyn.errors import RunError
 from megadyn.files import readable
 from megadyn.log import log
-from megadyn.parallel.objects import all_gather
-
-
-class CheckpointError(RunError):
-    """A checkpoint could not be written; earlier ones are intact."""
-
-    is_everywhere = True
 
 
 class Snapshot(NamedTuple):
@@ -46,7 +39,7 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
     """
     final = root / layout.folder_name(snapshot.iteration)
     temporary = root / f"{layout.WRITING}{final.name}"
-    first = dist.get_rank() == 0
+    first, what = dist.get_rank() == 0, f"{root}: checkpoint"
 
     def prepare() -> None:
         if first:
@@ -62,10 +55,10 @@ def write(snapshot: Snapshot, root: Path, config: Config, group: dist.ProcessGro
             layout.publish(temporary, final)
 
     try:
-        _together(prepare, root, group)
-        shards = _together(lambda: _write_shards(snapshot, temporary), root, group)
-        _together(
-            lambda: finish({name: digest for shard in shards for name, digest in shard.items()}), root, group
+        together(prepare, what, group)
+        shards = together(lambda: _write_shards(snapshot, temporary), what, group)
+        together(
+            lambda: finish({name: digest for shard in shards for name, digest in shard.items()}), what, group
         )
     except CheckpointError:
         if first:
@@ -89,19 +82,6 @@ def _write_shards(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         layout.sync_file(folder / name)
         written[name] = layout.file_digest(folder / name)
     return written
-
-
-def _together(action: Any, root: Path, group: dist.ProcessGroup | None) -> list[Any]:
-    """Runs action() on every rank and returns all results. If it fails on one, raises CheckpointError on all."""
-    try:
-        outcome: tuple[str | None, Any] = (None, action())
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk gives SafetensorError
-        outcome = (f"{type(error).__name__}: {error}", None)
-    outcomes = all_gather(outcome, group)
-    failed = [f"rank {rank}: {error}" for rank, (error, _) in enumerate(outcomes) if error]
-    if failed:
-        raise CheckpointError(f"{root}: checkpoint not written ({failed[0]})")
-    return [result for _, result in outcomes]
 
 
 class Writer:
@@ -149,6 +129,10 @@ class Written(NamedTuple):
     """From the snapshot to the finished checkpoint."""
     bytes: int
     """Size of this rank's tensors."""
+    average: Average | None = None
+    """The average beside it, if `checkpoint.average` asks for one."""
+    average_error: CheckpointError | None = None
+    """Why it was not written."""
 
 
 class _Job(threading.Thread):
@@ -159,10 +143,24 @@ class _Job(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        snapshot, began = self.arguments[0], time.perf_counter()
+        began = time.perf_counter()
         try:
             folder = write(*self.arguments)
-            self.written = Written(snapshot.iteration, folder, time.perf_counter() - began, snapshot.bytes)
+            taken = self.arguments[0]
+            self.written = Written(taken.iteration, folder, time.perf_counter() - began, taken.bytes)
+            del taken
         except Exception as error:  # reported when the write is collected
             self.error = error
+        config, group = self.arguments[2:]
         del self.arguments  # frees the host memory
+        if self.written is not None and config.checkpoint.average.is_wanted:
+            self._average(self.written, config, group)
+
+    def _average(self, written: Written, config: Config, group: dist.ProcessGroup) -> None:
+        """The checkpoint is complete, whatever becomes of the average."""
+        try:
+            self.written = written._replace(average=write_average(written.folder, config, group))
+        except CheckpointError as error:
+            self.written = written._replace(average_error=error)
+        except Exception as error:
+            self.error = error

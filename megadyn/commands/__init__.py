@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "check whether a run can start",
     "train": "train, or resume training",
     "checkpoint": "describe a checkpoint and verify its files",
+    "average": "average the weights of checkpoints into another one",
     "evaluate": "loss, perplexity and bits per byte on a dataset",
     "export": "write a checkpoint as a Hugging Face folder",
     "generate": "continue a prompt with an exported model",

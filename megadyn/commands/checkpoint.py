@@ -32,6 +32,7 @@ def describe(checkpoint: Path) -> dict[str, object]:
     return {key: manifest[key] for key in ("iteration", "consumed_samples", "topology")} | {
         "kind": manifest["model"]["routing"]["kind"],
         "files": len(manifest["files"]),
+        "averaged": len(manifest.get("averaged", {"of": []})["of"]),
         "bytes": sum(file["bytes"] for file in manifest["files"].values()),
         "damage": damage(checkpoint, sorted(manifest["files"])),
     }
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     result = describe(checkpoint)
     if result["damage"]:
         raise UserError(str(result["damage"]))
+    averaged = f"average of {result['averaged']} checkpoints, " if result["averaged"] else ""
     print(
-        f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {result['files']} files, all intact"
+        f"{checkpoint}: iteration {result['iteration']}, {result['kind']}, {averaged}{result['files']} files, all intact"
     )
     if args.json:
         print(json.dumps(result))

@@ -20,6 +20,7 @@ from megadyn.config.run import (
 from megadyn.config.training import (
     KERNELS,
     RECOMPUTE,
+    AverageConfig,
     CheckpointConfig,
     MultipliersConfig,
     OptimizerConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "KERNELS",
     "RECOMPUTE",
     "REDUCED_IN",
+    "AverageConfig",
     "BatchPlan",
     "CheckpointConfig",
     "Config",

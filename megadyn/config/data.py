@@ -1,5 +1,6 @@
 """The `data` section of the configuration: the datasets, their proportions, and how they are split."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,9 @@ from megadyn.paths import expanded
 
 SHARE_UNITS = ("weight", "tokens")
 VALIDATION_SHARE = 0.01
+UNNAMED = "validation"
+"""What a validation set without a name is called, in metrics too; one with a name is `validation/NAME` there."""
+SET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class DataConfig:
     `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts (2e12, 300B) are proportions
     and need not sum to 1; without them each dataset counts by its number of samples."""
     validation: Any = None
-    """A separate validation set, given like `train`; otherwise `split` takes a share of the documents of `train`."""
+    """A separate validation set, given like `train`, or several: a mapping of names to sets (`{code: ..., web: ...}`), each
+    evaluated and reported by its name. Otherwise `split` takes a share of the documents of `train`."""
     test: Any = None
     """A separate test set, given like `train`; otherwise `split` takes a share of the documents of `train`. Its loss is
     reported once, at the end."""
@@ -49,9 +54,14 @@ class DataConfig:
     """Memory-map datasets; false uses plain reads, for file systems where memory maps are slow or missing."""
 
     def check(self) -> None:
+        if _is_named(self.validation):
+            given = self.validation
+            self.validation = {name: _with_paths(f"data.validation.{name}", given[name]) for name in given}
         for name in ("train", "validation", "test"):
             setattr(self, name, _with_paths(f"data.{name}", getattr(self, name)))
-            self.sources(name)
+        self.sources("train")
+        self.sources("test")
+        self.validation_sources()
         if self.cache is not None:
             self.cache = expanded(self.cache, "data.cache")
         fraction = VALIDATION_SHARE if self.validation_fraction is None else self.validation_fraction
@@ -77,27 +87,51 @@ class DataConfig:
                 )
 
     def sources(self, name: str) -> list[Source]:
-        """The datasets named under `train`, `validation` or `test`, each once; empty if the key is not set."""
-        key, given = f"data.{name}", getattr(self, name)
-        if given is None and name != "train":
-            return []
-        entries = given if isinstance(given, list) else [given]
-        if not entries:
-            raise ConfigError(key, given, "a prefix, or a list of at least one")
-        found = [
-            _source(f"{key}[{i}]" if isinstance(given, list) else key, entry)
-            for i, entry in enumerate(entries)
-        ]
-        for i, (source, unit) in enumerate(found):
-            if unit != found[0][1]:
-                raise ConfigError(
-                    f"{key}[{i}]", entries[i], f"given like the first, with {found[0][1] or 'only a prefix'}"
-                )
-            if source.prefix in {other.prefix for other, _ in found[:i]}:
-                raise ConfigError(
-                    f"{key}[{i}].prefix", source.prefix, "named once, with the sum of its shares"
-                )
-        return [source for source, _ in found]
+        """The datasets named under `train` or `test`, or under `validation` if it is one set, each once; empty if the key
+        is not set."""
+        given = getattr(self, name)
+        return [] if given is None and name != "train" else _sources(f"data.{name}", given)
+
+    def validation_sources(self) -> dict[str, list[Source]]:
+        """The datasets of each separate validation set, by its name; of one without a name by "". Empty if there is none."""
+        if not _is_named(self.validation):
+            return {"": own} if (own := self.sources("validation")) else {}
+        for name in self.validation:
+            if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
+                raise ConfigError("data.validation", name, "a name of letters, digits, '.', '_' and '-'")
+        return {name: _sources(f"data.validation.{name}", given) for name, given in self.validation.items()}
+
+    @property
+    def validation_names(self) -> list[str]:
+        """Names of all validation sets; of one without a name, separate or split off, UNNAMED."""
+        if _is_named(self.validation):
+            return list(self.validation)
+        return [UNNAMED] if self.validation is not None or (self.split and self.split[1]) else []
+
+
+def _is_named(validation: Any) -> bool:
+    """Whether it is a mapping of names to sets, not one set given as `{prefix: ..., weight: ...}`."""
+    return (
+        isinstance(validation, dict) and bool(validation) and not {"prefix", *SHARE_UNITS} & validation.keys()
+    )
+
+
+def _sources(key: str, given: Any) -> list[Source]:
+    """The datasets of one set or blend, each once."""
+    entries = given if isinstance(given, list) else [given]
+    if not entries:
+        raise ConfigError(key, given, "a prefix, or a list of at least one")
+    found = [
+        _source(f"{key}[{i}]" if isinstance(given, list) else key, entry) for i, entry in enumerate(entries)
+    ]
+    for i, (source, unit) in enumerate(found):
+        if unit != found[0][1]:
+            raise ConfigError(
+                f"{key}[{i}]", entries[i], f"given like the first, with {found[0][1] or 'only a prefix'}"
+            )
+        if source.prefix in {other.prefix for other, _ in found[:i]}:
+            raise ConfigError(f"{key}[{i}].prefix", source.prefix, "named once, with the sum of its shares")
+    return [source for source, _ in found]
 
 
 def _with_paths(key: str, given: Any) -> Any:

@@ -26,6 +26,10 @@ class LoggingConfig:
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for MFU. Known for common devices (`planning/devices.py`) in 16-bit precision. If
     unknown and not given, MFU is not reported."""
+    slow_rank_factor: float = 1.5
+    """A rank is named as slow, with its host, if its own part of a step (without waiting for others) takes longer than this
+    multiple of the median of its pipeline stage in successive reports, at least two and over at least 5 steps; 0 names
+    nobody. Lower it on GPUs whose ranks are otherwise even."""
     profile_steps: list[int] | None = None
     """[first, last] step of a torch.profiler trace, written to OUTPUT_DIR/profile."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
@@ -37,6 +41,9 @@ class LoggingConfig:
         one_of("logging.live", self.live, ("auto", "always", "never"))
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float("inf"):
             raise ConfigError("logging.peak_tflops", self.peak_tflops, "a finite number above 0")
+        at_least("logging.slow_rank_factor", self.slow_rank_factor, 0)
+        if 0 < self.slow_rank_factor <= 1:
+            raise ConfigError("logging.slow_rank_factor", self.slow_rank_factor, "above 1, or 0 for no rule")
         steps = self.profile_steps
         if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise ConfigError("logging.profile_steps", steps, "[first, last], with 1 <= first <= last")

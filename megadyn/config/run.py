@@ -145,6 +145,7 @@ def check_together(config: Config) -> None:
         )
     if training.compile:
         check_compilable(config)
+    config.checkpoint.check_best(training.eval_interval, config.data.validation_names)
     if model.rope.type == "dynamic" and config.data.document_mask:
         raise ConfigError(
             "model.rope.type",

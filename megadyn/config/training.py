@@ -6,7 +6,7 @@ from os.path import realpath
 from typing import NamedTuple
 
 from megadyn.checks import at_least, in_range, one_of
-from megadyn.errors import ConfigError
+from megadyn.errors import ConfigError, did_you_mean
 from megadyn.paths import expanded
 
 
@@ -300,6 +300,31 @@ class TrainingConfig:
 
 
 @dataclass
+class AverageConfig:
+    """Which averages a run writes; at most one of the two keys is given."""
+
+    last: int | None = None
+    """Beside each checkpoint, the average of this many newest good checkpoints of the run (of fewer at its beginning).
+    `checkpoint.keep` must keep as many."""
+    ema: float | None = None
+    """Beside each checkpoint, a moving average over the run's checkpoints: this share of the average before, the rest of
+    the new checkpoint. It starts with the first checkpoint."""
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.last is not None or self.ema is not None
+
+    def check(self) -> None:
+        at_least("checkpoint.average.last", self.last, 2)
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("checkpoint.average.ema", self.ema, "between 0 and 1")
+        if self.last is not None and self.ema is not None:
+            raise ConfigError(
+                "checkpoint.average.ema", self.ema, "left out where checkpoint.average.last is given"
+            )
+
+
+@dataclass
 class CheckpointConfig:
     interval: int = 0
     """Steps between checkpoints; 0 saves only at the end (and on SIGTERM). A fault loses at most this many steps."""
@@ -324,6 +349,12 @@ class CheckpointConfig:
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
     SmolLM3 of transformers."""
+    keep_best: str | None = None
+    """Name of a validation set (`validation` if it has no name): also keep the checkpoint with the lowest loss on it, causal
+    where the model routes. A file `best` in its folder says so. `interval` must be a multiple of `training.eval_interval`."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """Averages of the run's weights (arXiv 1803.05407), written to OUTPUT_DIR/averages after each checkpoint, and kept like
+    checkpoints. Each is read back from disk, so it costs no device memory."""
 
     def check(self) -> None:
         for name in ("resume", "fork_from", "init_from"):
@@ -348,3 +379,33 @@ class CheckpointConfig:
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)
         one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))
+        self.average.check()
+        if self.average.is_wanted and not self.interval:
+            raise ConfigError(
+                "checkpoint.interval",
+                self.interval,
+                "above 0 with checkpoint.average: there would be one checkpoint",
+            )
+        if self.average.last is not None and 0 < self.keep < self.average.last:
+            raise ConfigError(
+                "checkpoint.keep",
+                self.keep,
+                f"0 or at least checkpoint.average.last = {self.average.last}, so that these checkpoints remain",
+            )
+
+    def check_best(self, eval_interval: int, names: list[str]) -> None:
+        """Whether `keep_best` names one of the validation sets, and each checkpoint is evaluated."""
+        if self.keep_best is None:
+            return
+        if self.keep_best not in names:
+            known = f"one of {', '.join(names)}" if names else "null, because there is no validation set"
+            raise ConfigError(
+                "checkpoint.keep_best", self.keep_best, f"{known}{did_you_mean(self.keep_best, names)}"
+            )
+        if not eval_interval or not self.interval or self.interval % eval_interval:
+            raise ConfigError(
+                "checkpoint.interval",
+                self.interval,
+                f"a multiple of training.eval_interval = {eval_interval}, both above 0, with checkpoint.keep_best: each "
+                "checkpoint must be evaluated",
+            )

@@ -7,7 +7,6 @@ Without pipeline stages the list runs as a plain module, under any ZeRO stage. W
 import io
 import logging
 import math
-import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from megadyn.engine.optimizer import (
 )
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced, spare_dynamo, without_compiler
-from megadyn.engine.statistics import over_ranks
+from megadyn.engine.statistics import memory_gib, over_ranks
 from megadyn.engine.step_clock import PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
@@ -136,6 +135,7 @@ class Engine:
         """Attributes time to a part of the step; the clock's method in a measured step, otherwise it does nothing."""
         self.clock.watch(dist, COLLECTIVES)
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
+        self.clock.watch(dist.Work, ("wait",))  # of a collective that was started early
         self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
 
     def _build_module(self) -> nn.Module:
@@ -325,20 +325,24 @@ class Engine:
     def step_statistics(self, grad_norm: float) -> dict[str, Any]:
         """Statistics of the last step, which was measured and had this gradient norm, over all ranks. `grad_norms`: by
         COMPONENTS, before clipping. `step_split_ms`: by PARTS, mean over ranks; the sum is the step's time.
-        `memory_gib`: maximum over ranks. Collective; measuring needs no other collectives."""
+        `memory_gib`: maximum over ranks. `rank_ms`: of each rank, the step without its communication, in which it also
+        waits for others. Collective; measuring needs no other collectives."""
         squares, split = self.norms.take(self.device), self.clock.read()
-        sums = torch.cat(
-            [squares, torch.tensor([split[part] for part in PARTS], dtype=torch.float64, device=self.device)]
-        )
+        # Each rank's own time in a place of its own, so that the sum holds those of all.
+        own = [0.0] * dist.get_world_size()
+        own[dist.get_rank()] = sum(split.values()) - split["communication"]
+        times = [split[part] for part in PARTS] + own
+        sums = torch.cat([squares, torch.tensor(times, dtype=torch.float64, device=self.device)])
         dist.all_reduce(sums)
         memory = memory_gib(self.device)
         peaks = torch.tensor(list(memory.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         norms = unclipped(sums[: len(COMPONENTS)], grad_norm, self.config.optimizer.clip_grad)
-        spent = (sums[len(COMPONENTS) :] / dist.get_world_size()).tolist()
+        spent = sums[len(COMPONENTS) :].tolist()
         return {
             "grad_norms": dict(zip(COMPONENTS, norms)),
-            "step_split_ms": dict(zip(PARTS, spent)),
+            "step_split_ms": {part: total / len(own) for part, total in zip(PARTS, spent)},
+            "rank_ms": spent[len(PARTS) :],
             "memory_gib": dict(zip(memory, peaks.tolist())),
         }
 
@@ -390,16 +394,3 @@ class Engine:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_multiplier"]
-
-
-def memory_gib(device: torch.device) -> dict[str, float]:
-    """Peaks of this process so far: memory allocated and reserved by torch on a CUDA device, otherwise the resident set size."""
-    if device.type == "cuda":
-        peaks = {
-            "allocated_peak": torch.cuda.max_memory_allocated(device),
-            "reserved_peak": torch.cuda.max_memory_reserved(device),
-        }
-    else:
-        # Linux counts in KiB.
-        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return {name: size / 2**30 for name, size in peaks.items()}

@@ -1,5 +1,6 @@
-"""Combines statistics of routed layers over all ranks that see different tokens."""
+"""Statistics of a rank, and those of routed layers combined over all ranks that see different tokens."""
 
+import resource
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,16 @@ def over_ranks(statistics: Sequence[Statistic], axes: Sequence[Axis]) -> list[St
         pieces = parts.split([it.parts.numel() for it in mine.values()])
         found |= {at: Statistic(it.how, piece * signs[at]) for (at, it), piece in zip(mine.items(), pieces)}
     return [found[at] for at in range(len(statistics))]
+
+
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peaks of this process so far: memory allocated and reserved by torch on a CUDA device, otherwise the resident set size."""
+    if device.type == "cuda":
+        peaks = {
+            "allocated_peak": torch.cuda.max_memory_allocated(device),
+            "reserved_peak": torch.cuda.max_memory_reserved(device),
+        }
+    else:
+        # Linux counts in KiB.
+        peaks = {"resident_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {name: size / 2**30 for name, size in peaks.items()}

@@ -15,8 +15,9 @@ PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 """`data`: waiting for samples and moving them to the device. `communication`: every blocking collective, send and
 receive, whatever calls it (tensor parallelism in forward and backward, pipeline stages, gradient reduction, weight
 gathering). It includes waiting for other ranks, and so the pipeline bubble. An asynchronous collective (ZeRO's
-`overlap_comm`, its prefetching of weights) counts where it is waited for, if at all. `forward`, `backward` and
-`optimizer` are what remains of these; recomputation counts as `backward`. `other`: everything else."""
+`overlap_comm`, its prefetching of weights) counts where its handle is waited for; a wait for a stream is not seen.
+`forward`, `backward` and `optimizer` are what remains of these; recomputation counts as `backward`. `other`: everything
+else."""
 
 
 class StepClock:

@@ -12,6 +12,7 @@ from megadyn.data.ends import check_marked
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.largest import check_ids
 from megadyn.data.samples import SampleSet
+from megadyn.data.text_bytes import bytes_per_token, in_bits_per_byte
 from megadyn.errors import UserError
 from megadyn.evaluation.saved import Saved, load_network, open_saved
 from megadyn.log import log
@@ -109,10 +110,7 @@ def perplexity(loss: float) -> float:
 def bits_per_byte(losses: dict[str, float], dataset: IndexedDataset) -> dict[str, float] | None:
     """Losses in bits per byte of text, which are independent of the tokenizer; None if the dataset does not record its bytes.
 
-    This is nats per token, times tokens per byte, divided by ln 2. Tokens per byte are those of the whole dataset, from
-    its record: all tokens (including end-of-document tokens) divided by the documents' UTF-8 bytes before tokenizing.
+    Bytes per token are those of the whole dataset (`text_bytes.bytes_per_token`).
     """
-    if dataset.record is None or not dataset.record.text_bytes:
-        return None
-    tokens_per_byte = dataset.record.tokens / dataset.record.text_bytes
-    return {mode: loss * tokens_per_byte / math.log(2) for mode, loss in losses.items()}
+    per_token = bytes_per_token(dataset)
+    return None if per_token is None else in_bits_per_byte(losses, per_token)

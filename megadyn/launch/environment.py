@@ -31,8 +31,9 @@ NOT_OF_THE_RUN = re.compile(
 
 def record_start(
     folder: Path, grid: Grid, zero_stage: int, device: torch.device, iteration: int, iterations: int
-) -> None:
-    """Adds this start's record to the run folder. Collective: rank 0 gathers all hosts and devices, and writes."""
+) -> list[str]:
+    """Adds this start's record to the run folder; returns the host of each rank. Collective: rank 0 gathers all hosts and
+    devices, and writes."""
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -45,6 +46,7 @@ def record_start(
         # A new run starts a new file, as for metrics.jsonl.
         with (folder / "environment.jsonl").open("a" if iteration else "w") as file:
             print(json.dumps(record), file=file)
+    return [host for host, _ in places]
 
 
 def describe(places: list[tuple[str, str]], grid: Grid, zero_stage: int, iteration: int) -> dict[str, Any]:

@@ -111,11 +111,35 @@ def loss_section(runs: Sequence[Run]) -> str:
                 Curve(over.named(run, shown), over.x(run, at), values, colour, STYLES[i][mode == "causal"])
             )
     charts = [line_chart("Loss (nats per token)", losses, x_name=over.x_name)]
+    charts += [chart for title, *mode in BY_SET for chart in set_charts(over, title, *mode)]
     charts += [
         over.chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
         for name in dict.fromkeys(name for run in runs for name in run.auxiliary())
     ]
     return section("Loss", runs, charts)
+
+
+BY_SET = (
+    ("Validation loss by set, top-k (nats per token)", "topk"),
+    ("Validation loss by set, causal (nats per token)", "causal"),
+    ("Validation by set, causal (bits per byte)", "bits_per_byte", "causal"),
+)
+"""Title of a chart with one curve per validation set that has a name, and where its numbers are in the records."""
+
+
+def set_charts(over: Over, title: str, *mode: str) -> list[str]:
+    """One chart for each run that has such sets."""
+    charts = []
+    for run in over.runs:
+        found = [(name.partition("/")[2], *run.evaluated(name, *mode)) for name in run.named_sets]
+        curves = [
+            Curve(name, over.x(run, at), values, i % COLOURS, STYLES[i // COLOURS % len(STYLES)][0])
+            for i, (name, at, values) in enumerate(found)
+            if np.isfinite(values).any()
+        ]
+        if curves:
+            charts.append(line_chart(over.named(run, title), curves, x_name=over.x_name))
+    return charts
 
 
 def optimization_section(runs: Sequence[Run]) -> str:
@@ -155,6 +179,11 @@ def speed_section(runs: Sequence[Run]) -> str:
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
         over.parts(
             "Where the time of the reported step goes (ms, mean over ranks)", "step_split_ms", from_zero=True
+        ),
+        *(
+            [over.parts("Own time of a rank in the reported step (ms)", "rank_time_ms", from_zero=True)]
+            if any(run.keys_under("rank_time_ms") for run in runs)
+            else []
         ),
         over.chart("Time per step spent waiting for data (ms)", "data_time_ms", from_zero=True),
         over.parts("Memory of the rank that uses most (GiB)", "memory_gib", from_zero=True),

@@ -90,7 +90,7 @@ def of(run: Run, several: bool) -> str:
 def head(run: Run, several: bool) -> str:
     """The run in one line, and its latest figures."""
     name = f"<h3>{escape(run.name)}</h3>" if several else ""
-    warnings = [f"Warned in training: {sentence}." for sentence in run.router_warnings]
+    warnings = [f"Warned in training: {sentence}." for sentence in [*run.router_warnings, *run.slow_ranks]]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in [*run.notes, *warnings])
     return f'{name}<p class="dim">{escape(describe(run))}</p>{notes}<div class="facts">{"".join(facts(run))}</div>'
 
@@ -119,7 +119,7 @@ def facts(run: Run) -> list[str]:
         for mode, shown in (("topk", "top-k"), ("causal", "causal")):
             _, losses = run.evaluated(dataset, mode)
             if np.isfinite(losses).any():
-                found.append(fact(f"{dataset} loss, {shown}", f"{last(losses):.4f}"))
+                found.append(fact(f"{escape(dataset)} loss, {shown}", f"{last(losses):.4f}"))
     for name, key, unit in (("training loss", "lm_loss", ""), ("tokens", "consumed_tokens", "")):
         if np.isfinite(run.values(key)).any():
             found.append(
@@ -353,6 +353,8 @@ def state(one: Checkpoint, run: Path) -> str:
         if one.problem is None
         else f"damaged: {one.problem.replace(f'{run}/', '')}"
     )
+    if one.best:
+        found += f"; the best by its loss on {one.best[0]}: {one.best[1]:.4f}"
     return escape(found + ("" if one.is_used else "; not used: the run has since gone back before it"))
 
 

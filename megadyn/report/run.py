@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from megadyn.checkpoint.layout import CHECKPOINTS, NAME, complete_checkpoints, damage, read_manifest
+from megadyn.checkpoint.layout import (
+    CHECKPOINTS,
+    NAME,
+    best_of,
+    complete_checkpoints,
+    damage,
+    read_manifest,
+)
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named
 from megadyn.kinds import Kind, find_kind, keys_of
@@ -19,6 +26,7 @@ Values = NDArray[np.float64]
 Record = dict[str, Any]
 
 EVALUATIONS = ("validation", "test")
+"""Sets without a name; others are `validation/NAME`."""
 
 
 @dataclass
@@ -65,6 +73,16 @@ class Run:
         return list(found.values())
 
     @property
+    def slow_ranks(self) -> list[str]:
+        """One sentence per rank that was slow, from the last time."""
+        found = {}
+        for record in self.events:
+            slow = record.get("slow_rank")
+            if isinstance(slow, dict) and isinstance(slow.get("sentence"), str):
+                found[slow.get("rank")] = f"{slow['sentence']}, up to iteration {record['iteration']:,}"
+        return list(found.values())
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 
@@ -92,13 +110,19 @@ class Run:
             found |= dict.fromkeys(value if isinstance(value, dict) else ())
         return list(found)
 
-    def evaluated(self, dataset: str, mode: str) -> tuple[Values, Values]:
-        """Iterations and losses on `validation` or `test` with routing `topk` or `causal`."""
+    def evaluated(self, dataset: str, *mode: str) -> tuple[Values, Values]:
+        """Iterations and losses on the set `dataset` with routing `topk` or `causal`; in bits per byte with
+        `bits_per_byte`, a mode."""
         records = self.evaluations.get(dataset, [])
         return (
             np.array([record["iteration"] for record in records], np.float64),
-            np.array([number(record, dataset, mode) for record in records], np.float64),
+            np.array([number(record, dataset, *mode) for record in records], np.float64),
         )
+
+    @property
+    def named_sets(self) -> list[str]:
+        """The validation sets with names, as in the records."""
+        return [name for name in self.evaluations if name not in EVALUATIONS]
 
     def auxiliary(self) -> list[str]:
         """Names of the auxiliary losses."""
@@ -185,7 +209,7 @@ def _take_records(run: Run, text: str) -> None:
             broken.append(at)
         elif "lm_loss" in record:
             training[record["iteration"]] = record
-        elif found := [name for name in EVALUATIONS if name in record]:
+        elif found := [name for name in record if name in EVALUATIONS or name.startswith("validation/")]:
             evaluations.setdefault(found[0], {})[record["iteration"]] = record
         else:
             run.events.append(record)
@@ -286,6 +310,8 @@ class Checkpoint(NamedTuple):
     is_used: bool
     """False if the run has since gone back before it."""
     topology: dict[str, int]
+    best: tuple[str, float] | None = None
+    """The validation set and the loss by which it is the run's best."""
 
 
 def read_checkpoints(run: Path) -> list[Checkpoint]:
@@ -308,4 +334,6 @@ def _checkpoint(folder: Path, is_used: bool) -> Checkpoint:
             topology, problem = manifest["topology"], damage(folder, sorted(manifest["files"]))
         except UserError as error:
             problem = str(error)
-    return Checkpoint(folder, int(folder.name.rpartition("-")[2]), size, problem, is_used, topology)
+    return Checkpoint(
+        folder, int(folder.name.rpartition("-")[2]), size, problem, is_used, topology, best_of(folder)
+    )

@@ -67,7 +67,7 @@ def first_sample(
     config: Config, tokenizer: Tokenizer, tokens: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(ids, labels), each [1, N], N at most `tokens`. Raises UserError for ids that the tokenizer does not have."""
-    samples = open_data(config, start=None).validation
+    samples = next(iter(open_data(config, start=None).validations.values()), None)
     if samples is None:
         raise UserError("the run has no validation set")
     ids, labels = (part[:, :tokens].copy() for part in read_batch(samples, [0]))

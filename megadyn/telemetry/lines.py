@@ -28,9 +28,17 @@ def routed_share(record: dict[str, Any]) -> float | None:
     return sum(routed) / len(routed) if routed else None
 
 
-def evaluation_line(iteration: int, iterations: int, name: str, losses: dict[str, float]) -> str:
-    shown = "  ".join(f"{mode} {loss:.4f}" for mode, loss in losses.items())
-    return f"{progress(iteration, iterations)}  {name} loss  {shown}"
+def evaluation_line(
+    iteration: int,
+    iterations: int,
+    name: str,
+    losses: dict[str, float],
+    bits: dict[str, float] | None = None,
+) -> str:
+    """Losses in nats per token, and in bits per byte if given."""
+    shown = [f"{mode} {loss:.4f}" for mode, loss in losses.items()]
+    shown += [f"bits per byte {' '.join(f'{value:.4f}' for value in bits.values())}"] if bits else []
+    return f"{progress(iteration, iterations)}  {name} loss  {'  '.join(shown)}"
 
 
 def progress(iteration: int, iterations: int) -> str:

@@ -1,7 +1,7 @@
 """Reports of a run: records to its sinks, and log lines or a live view. Only rank 0 reports; other ranks are silent."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from megadyn.telemetry.live import LiveView, open_live_view
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.router_health import RouterHealth
 from megadyn.telemetry.sinks import open_sinks
+from megadyn.telemetry.slow_ranks import SlowRanks
 from megadyn.telemetry.throughput import Throughput
 
 
@@ -37,11 +38,14 @@ class Silent:
         learning_rate: float,
         routing: dict[int, dict[str, float]],
         bad_steps: int = 0,
+        rank_ms: Sequence[float] | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
         pass
 
-    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
+    def evaluation(
+        self, iteration: int, name: str, losses: dict[str, float], bits: dict[str, float] | None = None
+    ) -> None:
         pass
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
@@ -61,8 +65,9 @@ class Telemetry(Silent):
         folder: Path,
         start_iteration: int,
         device_name: str | None = None,
+        hosts: Sequence[str] | None = None,
     ):
-        """`device_name`: of the GPU; None on a CPU."""
+        """`device_name`: of the GPU; None on a CPU. `hosts`: of each rank; None if unknown."""
         self.config = config
         self.iterations = config.training.iterations or 0
         self.throughput = Throughput(config, world_size, device_name)
@@ -74,6 +79,12 @@ class Telemetry(Silent):
             )
         self.sinks = [PatientSink(sink) for sink in open_sinks(config, folder, start_iteration)]
         self.health = RouterHealth(config)
+        self.slow_ranks = SlowRanks(
+            config.logging.slow_rank_factor,
+            hosts or ["an unknown host"] * world_size,
+            config.parallel.pipeline,
+            config.logging.interval,
+        )
         self.live = open_live_view(config)
         self.restart_clock(start_iteration)
 
@@ -85,6 +96,7 @@ class Telemetry(Silent):
         for sink in self.sinks:
             sink.go_back(iteration)
         self.health.go_back()
+        self.slow_ranks.restart()
         self.restart_clock(iteration)
 
     def restart_clock(self, iteration: int) -> None:
@@ -106,9 +118,11 @@ class Telemetry(Silent):
         learning_rate: float,
         routing: dict[int, dict[str, float]],
         bad_steps: int = 0,
+        rank_ms: Sequence[float] | None = None,
         more: dict[str, Any] | None = None,
     ) -> None:
-        """Reports the state after `iteration` steps; `more` is added to the record unchanged."""
+        """Reports the state after `iteration` steps; `more` is added to the record unchanged. `rank_ms`: own time of each
+        rank in the last step, if it was measured."""
         steps = max(1, iteration - self._reported)
         step_s = (time.perf_counter() - self._since) / steps
         record = {
@@ -125,6 +139,7 @@ class Telemetry(Silent):
             "routing": {str(layer): routing[layer] for layer in sorted(routing)},
             "bad_steps": bad_steps,
             **(more or {}),
+            **(self.slow_ranks.figures(rank_ms) if rank_ms else {}),
         }
         self._write(record)
         seconds_left = (self.iterations - iteration) * step_s
@@ -134,12 +149,20 @@ class Telemetry(Silent):
         for finding in self.health.look(iteration, routing):
             log.warning("%s", finding.sentence)
             self.event(iteration, "router_warning", finding.record())
+        if rank_ms and (slow := self.slow_ranks.look(rank_ms)):
+            log.warning("%s", slow.sentence)
+            self.event(iteration, "slow_rank", slow.record())
         self.restart_clock(iteration)
 
-    def evaluation(self, iteration: int, name: str, losses: dict[str, float]) -> None:
-        """Reports losses on the set `name`, `validation` or `test`, by routing mode."""
-        self._write({"iteration": iteration, name: losses})
-        log.info("%s", evaluation_line(iteration, self.iterations, name, losses))
+    def evaluation(
+        self, iteration: int, name: str, losses: dict[str, float], bits: dict[str, float] | None = None
+    ) -> None:
+        """Reports losses on the set `name` (`validation`, `validation/NAME` or `test`) by routing mode, in nats per token
+        and, if given, in bits per byte."""
+        self._write(
+            {"iteration": iteration, name: losses if bits is None else losses | {"bits_per_byte": bits}}
+        )
+        log.info("%s", evaluation_line(iteration, self.iterations, name, losses, bits))
         self.restart_clock(iteration)
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:

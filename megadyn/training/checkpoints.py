@@ -9,9 +9,11 @@ import torch.distributed as dist
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.same_run import changes, changes_line
 from megadyn.checkpoint.start import find_start
+from megadyn.checkpoint.together import CheckpointError
 from megadyn.checkpoint.trained import Trained
-from megadyn.checkpoint.writing import CheckpointError, Writer
+from megadyn.checkpoint.writing import Writer, Written
 from megadyn.config import Config
+from megadyn.config.data import UNNAMED
 from megadyn.files import os_errors_named
 from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log
@@ -29,6 +31,7 @@ class Checkpoints:
         self.root = Path(config.output_dir) / layout.CHECKPOINTS
         self.telemetry = Silent()  # until the run's own telemetry is opened
         self.writer = Writer(self.root, config)
+        self._losses: dict[int, float] = {}  # by iteration, for `checkpoint.keep_best`
         self._snapshot_s = 0.0  # how long training waited for the checkpoint that is being written
 
     def resume(self) -> tuple[Path | None, dict[str, Any]]:
@@ -53,9 +56,12 @@ class Checkpoints:
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Sets the state of the engine and of the run from a checkpoint; returns its manifest."""
         self.watchdog.progress(f"loading {checkpoint}")
+        self._losses.clear()
         data_key = None if self.config.checkpoint.allow_other_data else self.state.train.key
         manifest = save_load.load(self.engine, checkpoint, data_key)
         self.state.take(manifest)
+        if "averaged" in manifest:
+            log.info("%s is an average: the optimizer's moments start from zero", checkpoint)
         return manifest
 
     def go_back(self) -> bool:
@@ -107,23 +113,56 @@ class Checkpoints:
             self.telemetry.event(state.iteration, "checkpoint", {"error": str(error)})
             return
         if written:
-            state.saved_at = written.iteration
-            stall_s = self._snapshot_s + time.perf_counter() - began
-            log.info(
-                "saved %s: training waited %.2f s, written in %.2f s",
-                written.folder,
-                stall_s,
-                written.write_s,
-            )
+            self._saved(written, self._snapshot_s + time.perf_counter() - began)
+
+    def _saved(self, written: Written, stall_s: float) -> None:
+        """Reports a checkpoint, and its average if there is one."""
+        state, average, problem = self.state, written.average, written.average_error
+        state.saved_at = written.iteration
+        self._mark_best()
+        log.info(
+            "saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s
+        )
+        what: dict[str, Any] = {
+            "iteration": written.iteration,
+            "stall_s": stall_s,
+            "write_s": written.write_s,
+            "rank_bytes": written.bytes,
+        }
+        if average:
+            log.info("averaged %d into %s in %.2f s", average.size, average.folder, average.write_s)
+            what |= {"averaged": average.size, "average_s": average.write_s}
+        if problem:
+            what |= {"average_error": str(problem)}
+        self.telemetry.event(state.iteration, "checkpoint", what)
+        if problem and self.config.checkpoint.on_error == "stop":
+            raise problem
+        if problem:
+            log.warning("%s; the checkpoint is complete, and the run continues", problem)
+
+    def evaluated(self, name: str, loss: float) -> None:
+        """Notes a loss at the current iteration on the set `name`, as in metrics."""
+        wanted = self.config.checkpoint.keep_best
+        if name == f"{UNNAMED}/{wanted}" or name == wanted == UNNAMED:
+            self._losses[self.state.iteration] = loss
+            self._mark_best()
+
+    def _mark_best(self) -> None:
+        """Marks the newest complete checkpoint as the best one if it is. It may be complete before or after its evaluation."""
+        at, validation = self.state.saved_at, self.config.checkpoint.keep_best
+        loss = self._losses.get(at)
+        self._losses = {iteration: known for iteration, known in self._losses.items() if iteration > at}
+        if validation is None or loss is None or dist.get_rank() != 0:
+            return
+        folder = self.root / layout.folder_name(at)
+        with os_errors_named(folder):
+            is_best = layout.mark_best(folder, validation, loss)
+        if is_best:
+            log.info("%s is the best so far: %s loss %.4f", folder, validation, loss)
             self.telemetry.event(
-                state.iteration,
-                "checkpoint",
-                {
-                    "iteration": written.iteration,
-                    "stall_s": stall_s,
-                    "write_s": written.write_s,
-                    "rank_bytes": written.bytes,
-                },
+                self.state.iteration,
+                "best_checkpoint",
+                {"iteration": at, "validation": validation, "loss": loss},
             )
 
     def condemn_last(self, problem: str) -> Path:

@@ -1,10 +1,11 @@
 """Opens the datasets that the configuration names, as sets of samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from megadyn.config import BatchPlan, Config
-from megadyn.config.data import Source
+from megadyn.config.data import UNNAMED, Source
 from megadyn.data.blend import Blend
 from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
@@ -22,6 +23,15 @@ class Data(NamedTuple):
     test: Samples | None
     eod: int | None
     """The token that ends a document, if samples are masked by document."""
+    named: Mapping[str, Samples] = MappingProxyType({})
+    """Validation sets with names; `validation` is then None."""
+
+    @property
+    def validations(self) -> dict[str, Samples]:
+        """All validation sets, by their names in metrics."""
+        if self.validation is not None:
+            return {UNNAMED: self.validation}
+        return {f"{UNNAMED}/{name}": samples for name, samples in self.named.items()}
 
 
 BEGINNING = Position()
@@ -63,12 +73,13 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
             f"{config.training.samples_at_end(*start):,}",
         )
 
-    def held_out(name: str, share: float) -> Samples | None:
-        """The datasets named under `name`, or otherwise that share of the training datasets."""
-        if own := section.sources(name):
-            return blended(
-                own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own]
-            )
+    def separate(own: Sequence[Source]) -> Samples:
+        return blended(own, [cut(config, open_dataset(source.prefix, config, tokenizer)) for source in own])
+
+    def held_out(name: str, own: Sequence[Source], share: float) -> Samples | None:
+        """The datasets `own`, or otherwise that share of the training datasets."""
+        if own:
+            return separate(own)
         if not share:
             return None
         return blended(
@@ -79,10 +90,13 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
             ],
         )
 
-    validation, test = held_out("validation", for_validation), held_out("test", for_test)
+    of_validation = section.validation_sources()
+    validation = held_out("validation", of_validation.pop("", []), for_validation)
+    test = held_out("test", section.sources("test"), for_test)
+    named = {name: separate(own) for name, own in of_validation.items()}
     if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
         config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
-    return Data(train, validation, test, tokenizer.eod if section.document_mask else None)
+    return Data(train, validation, test, tokenizer.eod if section.document_mask else None, named)
 
 
 def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

@@ -44,7 +44,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
             config.logging.profile_steps,
             f"steps of the run, which has {config.training.iterations}",
         )
-    for name, samples in (("validation", data.validation), ("test", data.test)):
+    for name, samples in (*data.validations.items(), ("test", data.test)):
         if samples is not None:
             wanted = config.training.eval_samples
             size = evaluation_size(name, samples, wanted, plan)

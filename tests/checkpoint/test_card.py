@@ -57,6 +57,25 @@ def test_losses_by_routing_only_where_there_are_two() -> None:
     assert "Unknown:" in card_of(tiny_config("mod"), history={})
 
 
+def test_each_validation_set_with_a_name_has_its_rows(tmp_path: Path) -> None:
+    lines = [
+        HISTORY["lm_loss"],
+        {"iteration": 20, "validation/code": {"topk": 9.0, "causal": 9.0}},
+        {
+            "iteration": 30,
+            "validation/code": {"topk": 2.5, "causal": 2.75, "bits_per_byte": {"causal": 1.25}},
+        },
+        {"iteration": 30, "validation/web": {"topk": 3.5, "causal": 3.75}},
+        {"iteration": 50, "validation/web": {"topk": 9.0, "causal": 9.0}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = card_of(tiny_config("mod"), last_records(tmp_path / "metrics.jsonl", 40))
+    assert "| validation/code | topk | 2.5000 | 30 |" in card
+    assert "| validation/code | causal | 2.7500 (1.2500 bits per byte) | 30 |" in card
+    assert "| validation/web | causal | 3.7500 | 30 |" in card
+    assert "9.0" not in card
+
+
 def test_a_loss_that_is_no_number_is_no_reason_not_to_export() -> None:
     card = card_of(
         tiny_config("mod"), {"validation": {"iteration": 5, "validation": {"topk": None, "causal": 3.0}}}

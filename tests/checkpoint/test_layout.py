@@ -42,6 +42,30 @@ def test_the_newest_and_every_so_many_are_kept(
     assert kept(tmp_path) == left
 
 
+def test_the_best_by_a_validation_loss_is_kept_and_is_one(tmp_path: Path) -> None:
+    """Every mark is of the newest checkpoint, as in a run; one of a run that went back goes with its folder."""
+    best = []
+    for iteration, loss in ((2, 5.0), (4, 3.0), (6, 3.0), (8, float("nan")), (10, 4.0), (12, 2.0), (14, 2.5)):
+        make(tmp_path, iteration)
+        layout.prune(tmp_path, 1)
+        layout.mark_best(tmp_path / layout.folder_name(iteration), "code", loss)
+        best.append([layout.iteration_of(path.parent) for path in tmp_path.glob("*/best")])
+    assert best == [[2], [4], [4], [4], [4], [12], [12]]
+    assert kept(tmp_path) == [12, 14]
+    assert layout.best_of(tmp_path / layout.folder_name(12)) == ("code", 2.0)
+    assert layout.best_of(tmp_path / layout.folder_name(14)) is None
+    assert layout.mark_best(
+        tmp_path / layout.folder_name(14), "web", 9.0
+    )  # the losses of another set do not count
+    (tmp_path / layout.folder_name(14) / "best").write_text("{")
+    make(tmp_path, 16)
+    layout.prune(tmp_path, 1)
+    assert kept(tmp_path) == [14, 16]  # what is marked unreadably is kept until there is a better one
+    assert layout.mark_best(tmp_path / layout.folder_name(16), "web", 9.5)
+    make(tmp_path, 16)
+    assert layout.best_of(tmp_path / layout.folder_name(16)) is None
+
+
 def test_pruning_leaves_what_lies_beyond_latest(tmp_path: Path) -> None:
     make(tmp_path, 2, 4, 8, 6)  # back from 8 to 4, and on
     layout.prune(tmp_path, 1)

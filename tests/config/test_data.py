@@ -52,6 +52,29 @@ def test_a_blend_may_replace_a_dataset_on_the_command_line(tmp_path):
     assert load(tmp_path, "data.train=a", train=["b", "c"]).sources("train") == [Source("a")]
 
 
+def test_validation_sets_may_have_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    blend = [{"prefix": "a", "weight": 1}, {"prefix": "b", "weight": 2}]
+    section = load(tmp_path, validation={"code": "$DATA/code", "web-2.0": blend, "one": {"prefix": "c"}})
+    assert section.validation_sources() == {
+        "code": [Source("/data/code")],
+        "web-2.0": [Source("a", 1.0), Source("b", 2.0)],
+        "one": [Source("c")],
+    }
+    assert section.validation_names == ["code", "one", "web-2.0"]  # as the file has them
+    assert section.split == [1.0, 0.0, 0.0]
+    section = load(tmp_path, "data.validation.web=w", validation={"code": "c"})
+    assert section.validation_sources() == {"code": [Source("c")], "web": [Source("w")]}
+
+
+def test_a_set_without_a_name_is_called_validation(tmp_path):
+    one = {"prefix": "v", "weight": 2}
+    assert load(tmp_path, validation=one).validation_sources() == {"": [Source("v", 2.0)]}
+    assert load(tmp_path, validation=one).validation_names == ["validation"]
+    assert load(tmp_path).validation_names == ["validation"]  # split off
+    assert load(tmp_path, validation_fraction=0).validation_names == []
+
+
 def test_held_out_sets_are_none_unless_named(tmp_path):
     section = load(tmp_path)
     assert section.sources("validation") == section.sources("test") == []
@@ -149,6 +172,17 @@ POSITIVE = "a number above 0 (remove a dataset that should not be used)"
         ),
         ({"train": ["a", "b", "a"]}, "data.train[2].prefix", "named once, with the sum of its shares"),
         ({"test": ["a", "a"]}, "data.test[1].prefix", "named once"),
+        ({"test": {"code": "a"}}, "data.test", PREFIX),
+        ({"validation": {}}, "data.validation", PREFIX),
+        ({"validation": {"a/b": "x"}}, "data.validation", "a name of letters, digits, '.', '_' and '-'"),
+        ({"validation": {"a,b": "x"}}, "data.validation", "a name of letters"),
+        ({"validation": {"code": None}}, "data.validation.code", PREFIX),
+        ({"validation": {"code": ["a", "a"]}}, "data.validation.code[1].prefix", "named once"),
+        (
+            {"validation": {"code": "a"}, "split": [0.8, 0.1, 0.1]},
+            "data.split",
+            "0 for the validation set, because data.validation names",
+        ),
     ],
     ids=str,
 )

@@ -72,7 +72,10 @@ RUN_BY |= {
     key.replace("tools/benchmark.py", "megadyn benchmark"): test
     for key, test in RUN_BY.items()
     if key.startswith("tools/benchmark.py")
-} | {"megadyn completion": "tests/commands/test_completion.py"}
+} | {
+    "megadyn completion": "tests/commands/test_completion.py",
+    "megadyn average": "tests/checkpoint/test_averaging.py",
+}
 """Which test runs the programs of unmarked commands that are not run below: a file, or a function of it."""
 
 WITHOUT_TORCH = [
@@ -81,12 +84,15 @@ WITHOUT_TORCH = [
 """Started as processes of their own, which takes little and lets them fork theirs; others run in this one."""
 
 
+NOT_HERE = ("tools/benchmark.py", "megadyn benchmark", "megadyn completion", "megadyn average")
+
+
 def is_run_here(command: Command) -> bool:
     """What takes a second or two on a tiny run."""
     program = key_of(command)
     return (
         not command.is_marked
-        and not program.startswith(("tools/benchmark.py", "megadyn benchmark", "megadyn completion"))
+        and not program.startswith(NOT_HERE)
         and program.startswith(("tools/", "megadyn ", "megadyn.pretrain", "deepspeed"))
     )
 

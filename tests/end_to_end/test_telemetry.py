@@ -2,13 +2,16 @@
 
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megadyn.engine.gradient_norms import COMPONENTS
 from megadyn.engine.step_clock import PARTS
+from megadyn.report.report import write_report
 from tests.helpers.crew import Crew, lines
+from tests.helpers.sabotage import slow_steps
 
 
 def without_login(rank: int) -> None:
@@ -97,3 +100,37 @@ def test_ranks_that_there_are_not_trace_nothing(config_file: Path) -> None:
     crew = Crew(config_file, "logging.profile_steps=[1,2]", "logging.profile_ranks=[0,1]")
     assert crew.wait() == [2]
     assert "logging.profile_ranks = [0, 1]: must be below 1, the number of processes" in crew.output()
+
+
+@pytest.mark.parametrize("slow_s", [0.1, 0.5])
+def test_a_slowed_rank_is_named_within_20_steps_and_an_even_run_names_nobody(
+    slow_s: float, config_file: Path, tmp_path: Path
+) -> None:
+    """Each rank is held up for at least 0.1 s per step, so that this machine's own unevenness is small beside it."""
+    crew = Crew(
+        config_file,
+        "logging.interval=2",
+        "logging.slow_rank_factor=2",
+        "data.validation_fraction=0",
+        "training.iterations=8",
+        world=2,
+        sabotage=partial(slow_steps, seconds=[0.1, slow_s]),
+    )
+    assert crew.wait() == [0, 0], crew.output()
+    out = tmp_path / "out"
+    found = [line for line in lines(out) if "slow_rank" in line]
+    reports = [line for line in lines(out) if "lm_loss" in line]
+    assert all(line["rank_time_ms"]["slowest"] >= line["rank_time_ms"]["median"] >= 100 for line in reports)
+    if slow_s == 0.1:
+        assert not found and "is slow" not in crew.output()
+        return
+    assert [line["slowest_rank"] for line in reports] == [1] * 4
+    (named_in,) = found
+    assert named_in["iteration"] == 8 and named_in["slow_rank"]["rank"] == 1
+    (start,) = map(json.loads, (out / "environment.jsonl").read_text().splitlines())
+    assert named_in["slow_rank"]["host"] == next(iter(start["hosts"]))
+    assert f"rank 1 on {named_in['slow_rank']['host']} is slow: its own part of a step took" in crew.output()
+    write_report([out], tmp_path / "report.html", tokens=0)
+    page = (tmp_path / "report.html").read_text()
+    assert "Own time of a rank in the reported step (ms)" in page
+    assert "Warned in training: rank 1 on" in page

@@ -37,6 +37,18 @@ def never_joined(rank: int, *, launcher: int) -> None:
         time.sleep(3600)
 
 
+def slow_steps(rank: int, *, seconds: list[float], micro_batches: int = 2) -> None:
+    """Each rank computes for so many seconds longer in a step, outside of all collectives."""
+    real = network.linear_cross_entropy
+
+    def loss(*arguments: Any, **named: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            time.sleep(seconds[rank] / micro_batches)
+        return real(*arguments, **named)
+
+    network.linear_cross_entropy = loss
+
+
 def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
     """The victim raises an error (`fail`), hangs (`hang`) or crashes (`crash`) when it reads the samples of a step."""
     real_watched, real_next = pretrain.Job.watched, Loader.__next__

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megadyn.progress import duration
-from megadyn.telemetry.lines import train_line
+from megadyn.telemetry.lines import evaluation_line, train_line
 from tests.telemetry.test_telemetry import ROUTING
 
 
@@ -41,6 +41,16 @@ def record(**changes) -> dict:
         "tokens_per_second": 45678.9,
         "model_tflops": 1.2345,
     } | changes
+
+
+def test_an_evaluation_line_shows_bits_per_byte_where_they_are_known():
+    losses = {"topk": 2.0, "causal": 2.25}
+    assert (
+        evaluation_line(5, 10, "validation", losses) == " 5/10  validation loss  topk 2.0000  causal 2.2500"
+    )
+    assert evaluation_line(5, 10, "validation/code", losses, {"topk": 1.0, "causal": 1.5}) == (
+        " 5/10  validation/code loss  topk 2.0000  causal 2.2500  bits per byte 1.0000 1.5000"
+    )
 
 
 def test_a_train_line_shows_what_matters():

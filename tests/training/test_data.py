@@ -1,5 +1,7 @@
 """From a configuration to sets of samples: blends, splits, separate sets, the length of a run; and what is refused."""
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from megadyn.data.blend import Blend
 from megadyn.data.indexed import IndexedDataset
 from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.samples import SampleSet, split_documents
+from megadyn.data.text_bytes import in_bits_per_byte, mean_bytes_per_token
 from megadyn.errors import ConfigError, UserError
 from megadyn.model.documents import documents_of
 from megadyn.prepare.preprocess import preprocess
@@ -53,6 +56,29 @@ def letters(samples: Any, count: int) -> str:
     rows = samples.take(range(count))
     assert (rows == rows[:, :1]).all()
     return bytes(rows[:, 0].astype(np.uint8)).decode()
+
+
+def test_validation_sets_with_names_are_opened_each(make, tmp_path):
+    shares = [{"prefix": make("b", 9), "weight": 1}, {"prefix": make("c", 9), "weight": 1}]
+    data = opened(train=make("a", 9), validation={"b": make("b", 9), "both": shares})
+    assert data.validation is None and list(data.validations) == ["validation/b", "validation/both"]
+    assert letters(data.validations["validation/b"], 3) == "bbb"
+    assert sorted(letters(data.validations["validation/both"], 4)) == ["b", "b", "c", "c"]
+    assert list(opened(train=make("a", 9), validation=make("b", 9)).validations) == ["validation"]
+    assert mean_bytes_per_token(data.validations["validation/b"]) is None  # made without a text
+
+
+def test_bytes_per_token_are_those_of_the_shares(tmp_path):
+    for name, size in (("one", 10), ("two", 30)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "x" * size}) + "\n")
+        preprocess(Corpus([tmp_path / f"{name}.jsonl"]), "byte", tmp_path / name, append_eod=True)
+    one, two = (
+        SampleSet(IndexedDataset(tmp_path / name), sequence_length=8, seed=0, shuffle=False)
+        for name in ("one", "two")
+    )
+    assert mean_bytes_per_token(one) == 10 / 11
+    assert mean_bytes_per_token(Blend([one, two], [1, 3])) == pytest.approx(0.25 * 10 / 11 + 0.75 * 30 / 31)
+    assert in_bits_per_byte({"causal": 2.0}, 10 / 11)["causal"] == pytest.approx(2.0 * 1.1 / math.log(2))
 
 
 def test_one_dataset_is_cut_as_it_always_was(make):
