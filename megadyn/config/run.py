@@ -33,7 +33,8 @@ from megadyn.paths import expanded
 @dataclass
 class TokenizerConfig:
     path: str = "???"
-    """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
+    """Folder with tokenizer.json, a SentencePiece `.model` file, a repository on the Hugging Face hub with tokenizer.json
+    (`ORG/NAME` or `ORG/NAME@REVISION`), or `byte`."""
     eod: str | None = None
     """The token that ends a document, spelled as in the vocabulary. Default: the one with which the datasets were made,
     otherwise the tokenizer's own."""
@@ -189,7 +190,7 @@ def check_compilable(config: Config) -> None:
 REQUIRED = {
     "output_dir": "a folder for everything that the run writes",
     "data.train": "the prefix of an indexed dataset, or a list of them",
-    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, or byte",
+    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, ORG/NAME on the Hugging Face hub, or byte",
 }
 """Keys without a default, and what to give for them."""
 
