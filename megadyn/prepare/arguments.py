@@ -1,19 +1,22 @@
 """Command-line arguments that name a corpus."""
 
 import argparse
+from pathlib import Path
 
 from megadyn.paths import user_path
 from megadyn.prepare.readers import FORMATS, Corpus
+from megadyn.prepare.remote import is_address
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input",
-        type=user_path,
+        type=path_or_address,
         nargs="+",
         required=True,
         metavar="PATH",
-        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them",
+        help="text, JSONL, Parquet or Arrow files, also compressed; folders or patterns of them; also at addresses "
+        "(https://, s3://, gs://, hf://datasets/ORG/NAME/)",
     )
     parser.add_argument(
         "--format",
@@ -32,6 +35,10 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         default="fail",
         help="what to do with a document that cannot be read: fail (default), or skip and count it",
     )
+
+
+def path_or_address(text: str) -> Path | str:
+    return text if is_address(text) else user_path(text)
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import orjson
 
 from megadyn.prepare.compression import LONGEST_HEAD, SUFFIXES, Decompressed, codec_of
+from megadyn.prepare.remote import File
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson")
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
@@ -118,7 +119,7 @@ class Kind(NamedTuple):
     problem: str | None = None
 
 
-def kind_of(file: Path, form: str = "auto") -> Kind:
+def kind_of(file: File, form: str = "auto") -> Kind:
     """What `file` is, or how it can be read as `form`."""
     suffix, outer = telling_suffixes(file)
     if suffix in SOURCES and not outer and form in ("auto", "text"):
@@ -142,7 +143,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
     return Kind(found, is_plain=not codec and encoding_of(head, found) is None)
 
 
-def telling_suffixes(file: Path) -> tuple[str, str]:
+def telling_suffixes(file: File) -> tuple[str, str]:
     """(suffix before the compression's suffix, compression's suffix) in lower case; either may be empty."""
     parts = Path(file.name.lower())
     if parts.suffix == ".tgz":
@@ -152,7 +153,7 @@ def telling_suffixes(file: Path) -> tuple[str, str]:
     return parts.suffix, ""
 
 
-def decompressed_head(file: Path, codec: str) -> bytes:
+def decompressed_head(file: File, codec: str) -> bytes:
     with io.BufferedReader(Decompressed(lambda: file.open("rb"), codec), HEAD_BYTES) as content:
         return content.read(HEAD_BYTES)
 

@@ -1,7 +1,8 @@
-"""A web server on this machine that serves files by ranges, breaks connections on demand, and can speak as much of the Hugging
-Face hub's protocol as its library needs to download."""
+"""A web server on this machine that serves files by ranges and breaks connections on demand. It can speak as much of the Hugging
+Face hub's protocol, or of S3's, as their libraries need to list and to download."""
 
 import hashlib
+import json
 import re
 import socket
 import struct
@@ -10,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
+JSON = "application/json"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -29,6 +32,8 @@ class FileServer(ThreadingHTTPServer):
         """How many of the next responses with a file's content end in the middle."""
         self.failures: Counter[str] = Counter()
         """How many of the next requests for a file's content are answered 503."""
+        self.refusals: dict[str, int] = {}
+        """Status codes by path."""
         self.is_reset = False
         """Whether connections are cut by a reset, not by their end."""
         self.has_ranges = True
@@ -42,7 +47,13 @@ class FileServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def refusal(self, path: str) -> tuple[int, dict[str, str]] | None:
-        return None if path in self.files else (404, {})
+        """Why a file is not sent, if it is not: a status code, and headers."""
+        status = self.refusals.get(path, 200 if path in self.files else 404)
+        return None if status == 200 else (status, {})
+
+    def page(self, path: str, query: dict[str, str], body: bytes) -> tuple[bytes, str] | None:
+        """A computed answer and its type, if there is one for this path."""
+        return None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that leaves early is none of our errors."""
@@ -77,6 +88,78 @@ class HubServer(FileServer):
         commit = next(self.headers[file]["X-Repo-Commit"] for file in known)
         return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
 
+    def page(self, path: str, query: dict[str, str], body: bytes) -> tuple[bytes, str] | None:
+        """Of the API for data sets: a repository's commit, its tree below a folder, and what some paths are."""
+        asks = r"/api/(datasets/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(/.*)?)?"
+        if not (found := re.fullmatch(asks, path)):
+            return None
+        repository, ask, revision = found[1], found[2] or "revision", found[3] or "main"
+        folder = (found[4] or "").strip("/")
+        start = f"/{repository}/resolve/{COMMIT}/"
+        names = [file.removeprefix(start) for file in self.files if file.startswith(start)]
+        if not names or revision not in ("main", COMMIT):
+            return None
+        if ask == "revision":
+            name = repository.removeprefix("datasets/")
+            return json.dumps({"id": name, "sha": COMMIT, "siblings": [], "tags": []}).encode(), JSON
+        if ask == "tree":
+            below = [name for name in names if name.startswith(f"{folder}/" if folder else "")]
+            parents = {str(parent) for name in below for parent in PurePosixPath(name).parents} - {
+                ".",
+                folder,
+            }
+            wanted = sorted({*below, *parents})
+            if query.get("recursive") not in ("true", "True"):
+                wanted = [name for name in wanted if str(PurePosixPath(name).parent) == (folder or ".")]
+        else:
+            wanted = (
+                dict(parse_qsl(body.decode())).get("paths", "").split(",")
+                if b"=" in body
+                else json.loads(body)["paths"]
+            )
+        entries = [self.entry(start, name, names) for name in wanted]
+        return json.dumps([entry for entry in entries if entry]).encode(), JSON
+
+    def entry(self, start: str, name: str, names: list[str]) -> dict[str, Any] | None:
+        if name in names:
+            content = self.files[start + name]
+            oid = hashlib.sha1(content).hexdigest()
+            return {"type": "file", "path": name, "size": len(content), "oid": oid}
+        if any(other.startswith(f"{name}/") for other in names):
+            return {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
+        return None
+
+
+class S3Server(FileServer):
+    """Buckets: the first part of a path. Signatures are not checked."""
+
+    def page(self, path: str, query: dict[str, str], body: bytes) -> tuple[bytes, str] | None:
+        if "list-type" not in query:
+            return None
+        bucket, prefix, delimiter = path.strip("/"), query.get("prefix", ""), query.get("delimiter", "")
+        contents, folders = "", dict[str, None]()
+        for file, content in sorted(self.files.items()):
+            key = file.removeprefix(f"/{bucket}/")
+            if key == file or not key.startswith(prefix):
+                continue
+            head, found, _ = key.removeprefix(prefix).partition(delimiter) if delimiter else ("", "", "")
+            if found:
+                folders[f"{prefix}{head}{delimiter}"] = None
+                continue
+            contents += (
+                f"<Contents><Key>{key}</Key><Size>{len(content)}</Size><ETag>&quot;{etag(content)}&quot;</ETag>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
+            )
+        common = "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in folders)
+        return (
+            f"<ListBucketResult><Name>{bucket}</Name><Prefix>{prefix}</Prefix><IsTruncated>false</IsTruncated>"
+            f"{contents}{common}</ListBucketResult>"
+        ).encode(), "application/xml"
+
+
+def etag(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
 
 class Handler(BaseHTTPRequestHandler):
     server: FileServer
@@ -87,17 +170,29 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer(with_content=True)
 
+    do_POST = do_GET
+
     def answer(self, with_content: bool) -> None:
-        server, path = self.server, self.path.partition("?")[0]
+        server, (path, _, query) = self.server, self.path.partition("?")
+        path = unquote(path)
         wanted = self.headers.get("Range", "")
         server.seen.append(f"{self.command} {path} {wanted}".strip())
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if page := server.page(path, dict(parse_qsl(query)), body):
+            self.head(200, {"Content-Type": page[1], "Content-Length": str(len(page[0]))})
+            self.wfile.write(page[0])
+            return None
         if refusal := server.refusal(path):
             return self.head(refusal[0], refusal[1] | {"Content-Length": "0"})
         if with_content and server.failures[path]:
             server.failures[path] -= 1
             return self.head(503, {"Content-Length": "0"})
         content = server.files[path]
-        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **server.headers.get(path, {})}
+        headers = {
+            "ETag": f'"{etag(content)}"',
+            "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
+            **server.headers.get(path, {}),
+        }
         status = 200
         found = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
         if server.has_ranges:
