@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from megadyn import hub
 from megadyn.errors import UserError
 from megadyn.hub import COMMIT, INDEX, MODEL, SHAPE, TOKENIZER, WEIGHTS, local_path, once_per_machine
+from tests.helpers.crew import wait_until
 from tests.helpers.servers import COMMIT as HEAD
 from tests.helpers.servers import HubServer, lay_out, serving
 
@@ -196,18 +198,34 @@ def test_of_the_processes_of_a_launcher_one_does_it(tmp_path: Path) -> None:
         assert outcomes == {"/a/folder" if case == "good" else "no network"}
 
 
+def test_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    first = fork.Process(target=be_rank, args=(0, tmp_path, "endless"))
+    first.start()
+    wait_until((tmp_path / "endless done").exists)
+    first.kill()
+    first.join()
+    second = fork.Process(target=be_rank, args=(0, tmp_path, "good"))
+    second.start()
+    second.join(60)
+    assert (tmp_path / "good 0").read_text() == "/a/folder"
+
+
 def be_rank(rank: int, folder: Path, case: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
+    subject = "org/model bad" if case == "bad" else "org/model"
 
     def do() -> Path:
         with (folder / f"{case} done").open("a") as file:
             file.write(f"{rank}\n")
         if case == "bad":
             raise UserError("no network")
+        if case == "endless":
+            time.sleep(600)
         return Path("/a/folder")
 
     try:
-        outcome = str(once_per_machine(folder / "locks", f"org/model {case}", do))
+        outcome = str(once_per_machine(folder / "locks", subject, do))
     except UserError as error:
         outcome = str(error)
     (folder / f"{case} {rank}").write_text(outcome)

@@ -27,7 +27,10 @@ def files_at(address: str, left_out: Counter[str]) -> list[RemoteFile]:
     a pattern matches what the page of its folder links to. Raises UserError if there is nothing.
     """
 
+    counted = Counter[str]()
+
     def listed() -> list[RemoteFile]:
+        counted.clear()
         system, path = file_system(address)
         if protocol_of(address) == "hf":
             path = at_commit(system, path)
@@ -35,11 +38,12 @@ def files_at(address: str, left_out: Counter[str]) -> list[RemoteFile]:
             return web_files(system, path)
         return [
             described(system, name, entry)
-            for name, entry in sorted(stored_files(system, path, left_out).items(), key=by_parts)
+            for name, entry in sorted(stored_files(system, path, counted).items(), key=by_parts)
         ]
 
     with waiting(f"listing {shown(address)}"):
         found = patiently(listed, shown(address))
+    left_out.update(counted)
     if not found:
         raise UserError(f"{shown(address)}: no such file or folder")
     return found

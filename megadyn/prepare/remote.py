@@ -49,6 +49,10 @@ VERSIONS = (
 """What shows whether a file has changed, by fsspec's file systems; the first that there is."""
 TRANSIENT = (408, 425, 429)
 """Status codes below 500 after which to try again."""
+FINAL = ("NoCredentialsError", "DefaultCredentialsError", "OfflineModeIsEnabled")
+"""Errors of botocore, google-auth and the hub's library, by name, because these may not be installed."""
+NOT_FOUND = ("RepositoryNotFoundError", "GatedRepoError")
+"""What the hub also answers to those who may not see a repository."""
 
 T = TypeVar("T")
 
@@ -225,6 +229,8 @@ def status_of(error: Exception) -> int | None:
 
 
 def is_final(error: Exception) -> bool:
+    if type(error).__name__ in FINAL:
+        return True
     status = status_of(error)
     if status is not None:
         return 400 <= status < 500 and status not in TRANSIENT
@@ -235,6 +241,10 @@ def is_final(error: Exception) -> bool:
 
 def reason(error: Exception) -> str:
     status = status_of(error)
+    if type(error).__name__ in NOT_FOUND:
+        return "no such repository, or one that is private or gated (hf auth login, or HF_TOKEN)"
+    if type(error).__name__ == "RevisionNotFoundError":
+        return "no such revision"
     if isinstance(error, FileNotFoundError) or status == 404:
         return "no such file or folder"
     if isinstance(error, PermissionError) or status in (401, 403):

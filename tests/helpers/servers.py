@@ -74,7 +74,7 @@ class HubServer(FileServer):
                 self.headers[path] = {"X-Repo-Commit": commit}
 
     def refusal(self, path: str) -> tuple[int, dict[str, str]] | None:
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
+        found = re.fullmatch(r"(?:/api)?/((?:datasets/)?[^/]+/[^/]+)/(?:resolve|revision)/([^/]+)(/.*)?", path)
         repository, revision = found.groups()[:2] if found else ("", "")
         if repository in self.gated:
             return 403, {"X-Error-Code": "GatedRepo"}

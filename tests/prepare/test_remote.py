@@ -295,11 +295,25 @@ def test_a_hub_repository_without_what_describes_it(hub: HubServer) -> None:
             f"@{COMMIT}/a/c.txt",
             f"@{COMMIT}/b.txt",
         ]
-        # of a later commit in which they are the same
+        # also of a later commit in which they are the same
         assert [remote.identity_of(file)[0] for file in files] == [
             "hf://datasets/org/corpus/a/c.txt",
             "hf://datasets/org/corpus/b.txt",
         ]
+
+
+def test_refusals_of_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put("datasets/org/corpus", {"a.txt": b"text"})
+    for address, sentence in (
+        ("hf://datasets/org/none/a.txt", "no such repository, or one that is private or gated"),
+        ("hf://datasets/org/corpus@v9/a.txt", "no such revision"),
+        ("hf://datasets/org/corpus/b.txt", "no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=f"^{address}: {sentence}"):
+            Corpus([address])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="corpus/c.txt: .*offline"):
+        Corpus(["hf://datasets/org/corpus/c.txt"])
 
 
 def test_nothing_secret_is_shown_or_recorded() -> None:
