@@ -54,6 +54,10 @@ FINAL = ("NoCredentialsError", "DefaultCredentialsError", "OfflineModeIsEnabled"
 NOT_FOUND = ("RepositoryNotFoundError", "GatedRepoError")
 """What the hub also answers to those who may not see a repository."""
 
+KEPT: dict[int, Any] = {}
+"""Every file system that was used. A forked process must not close its parent's, as it would when it forgets them: it would take
+their connections out of what the parent waits for."""
+
 T = TypeVar("T")
 
 
@@ -280,8 +284,9 @@ def file_system(address: str) -> tuple[Any, str]:
         raise UserError(
             f"{shown(address)}: the protocol {protocol}:// is not known; known are https, s3, gs and hf, and those of fsspec"
         ) from None
-    found: tuple[Any, str] = fsspec.core.url_to_fs(address, **options)
-    return found
+    system, path = fsspec.core.url_to_fs(address, **options)
+    KEPT[id(system)] = system
+    return system, path
 
 
 def described(system: Any, path: str, entry: dict[str, Any] | None = None) -> RemoteFile:

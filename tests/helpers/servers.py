@@ -74,7 +74,9 @@ class HubServer(FileServer):
                 self.headers[path] = {"X-Repo-Commit": commit}
 
     def refusal(self, path: str) -> tuple[int, dict[str, str]] | None:
-        found = re.fullmatch(r"(?:/api)?/((?:datasets/)?[^/]+/[^/]+)/(?:resolve|revision)/([^/]+)(/.*)?", path)
+        found = re.fullmatch(
+            r"(?:/api)?/((?:datasets/)?[^/]+/[^/]+)/(?:resolve|revision)/([^/]+)(/.*)?", path
+        )
         repository, revision = found.groups()[:2] if found else ("", "")
         if repository in self.gated:
             return 403, {"X-Error-Code": "GatedRepo"}
@@ -163,6 +165,7 @@ def etag(content: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     server: FileServer
+    protocol_version = "HTTP/1.1"  # connections stay open, as those of most servers
 
     def do_HEAD(self) -> None:
         self.answer(with_content=False)
@@ -217,6 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         if is_cut:
             self.server.cuts[path] -= 1
             content = content[: len(content) // 2]
+            self.close_connection = True
         self.server.sent[path] += len(content)
         self.wfile.write(content)
         if is_cut and self.server.is_reset:

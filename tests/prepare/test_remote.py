@@ -144,6 +144,20 @@ def test_the_dataset_is_that_of_local_files(
         assert ranges and max(int(last) - int(first) for first, last in ranges) < remote.BLOCK_BYTES
 
 
+def test_connections_outlive_a_fork(
+    web: FileServer,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first process reads before its workers start, and again when a limit falls inside a unit."""
+    monkeypatch.setattr(remote, "READ_SECONDS", 2.0)
+    record = made(put(web, {"a.jsonl": files["a.jsonl"]}), tmp_path / "data", workers=2, max_documents=700)
+    assert record.documents == 700
+    assert "trying again" not in caplog.text
+
+
 @pytest.mark.parametrize("is_reset", [False, True])
 def test_cut_connections_lose_and_repeat_nothing(
     web: FileServer, files: dict[str, bytes], local: Path, tmp_path: Path, is_reset: bool
