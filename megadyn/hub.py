@@ -103,14 +103,16 @@ def _on_this_machine(address: Address, need: Need) -> Path:
 
 def _from_cache(address: Address, need: Need, why: str) -> Path:
     """The folder in the cache; raises UserError unless all that is needed is there. `why` the hub was not asked."""
-    folder = None if (first := _cached(address, need.first)) is None else first.parent
-    lacks = need.first if folder is None else _missing_weights(folder) if need.weights else None
-    if folder is None or lacks:
+    first, lacks = _cached(address, need.first), None
+    if first is not None:
+        lacks = _missing_weights(first.parent) if need.weights else None
+    if first is None or lacks:
+        revision = "" if address.revision == "main" else f" --revision {address.revision}"
         raise UserError(
-            f"{why}, and the cache has no {lacks} of {address} (fetch it where there is a network: hf download "
-            f"{address.repository}{'' if address.revision == 'main' else f' --revision {address.revision}'})"
+            f"{why}, and the cache has no {lacks or need.first} of {address} (fetch it where there is a network: hf download "
+            f"{address.repository}{revision})"
         )
-    return folder
+    return first.parent
 
 
 def _missing_weights(folder: Path) -> str | None:

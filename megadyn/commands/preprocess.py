@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     else:
         log.setLevel(logging.WARNING)
     log.info("looking at the input and the tokenizer")
-    corpus = corpus_of(args)
+    corpus = corpus_of(args, is_listed=ranks.rank == 0)
     began = time.perf_counter()
     record = preprocess(
         corpus,

@@ -41,5 +41,8 @@ def path_or_address(text: str) -> Path | str:
     return text if is_address(text) else user_path(text)
 
 
-def corpus_of(args: argparse.Namespace) -> Corpus:
-    return Corpus(args.input, form=args.format, text_key=args.text_key, on_error=args.on_error)
+def corpus_of(args: argparse.Namespace, is_listed: bool = True) -> Corpus:
+    """`is_listed`: whether this process needs to know the files; otherwise it reads what another one tells it to."""
+    return Corpus(
+        args.input if is_listed else (), form=args.format, text_key=args.text_key, on_error=args.on_error
+    )

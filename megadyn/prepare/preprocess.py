@@ -60,7 +60,8 @@ def preprocess(
     `append_eod` ends each non-empty document with the tokenizer's end-of-document token, or with `eod`, a token of its
     vocabulary. `max_documents` takes only the first documents; `shuffle_seed` writes them in a random order with that
     seed. With more than one worker the tokenizer runs in that many processes on each rank. With more than one rank,
-    rank 0 always tokenizes in separate processes. All ranks must call this with the same arguments, and get the record.
+    rank 0 always tokenizes in separate processes. All ranks must call this with the same arguments, and get the record; only
+    rank 0's corpus needs paths.
 
     Raises `UserError` if a document cannot be read (see `Corpus`), the corpus has no tokens, a worker dies, PREFIX
     exists without `overwrite`, or another run is writing it. Then nothing is written under PREFIX. Encoded parts stay

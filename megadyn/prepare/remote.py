@@ -23,7 +23,8 @@ ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://")
 WEB = ("http", "https")
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 """What to install for a protocol. fsspec itself reads others, too, with packages of their own."""
-COMMIT = re.compile(r"@[0-9a-f]{40}(?=/)")
+AT_COMMIT = re.compile(r"^(hf://[^@]*)@[0-9a-f]{40}(?=/)")
+"""The beginning of an address on the hub whose content does not change."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Waiting times after each failure of a request: two minutes in all."""
 CONNECT_SECONDS, READ_SECONDS = 30.0, 60.0
@@ -111,7 +112,7 @@ def size_of(file: File) -> int:
 def identity_of(file: File) -> list[Any]:
     """Plain values; equal only for the same file with the same content."""
     if isinstance(file, RemoteFile):
-        return [COMMIT.sub("", file.address), file.size, file.version]
+        return [AT_COMMIT.sub(r"\1", file.address), file.size, file.version]
     state = file.stat()
     return [str(file.absolute()), state.st_size, state.st_mtime_ns]
 
@@ -177,7 +178,7 @@ class RangeReader(io.RawIOBase):
 
     def _opened(self) -> Any:
         system, path = file_system(self._file.address)
-        if not COMMIT.search(self._file.address) and self._is_another(described(system, path)):
+        if not AT_COMMIT.match(self._file.address) and self._is_another(described(system, path)):
             raise UserError(
                 f"{self._file}: changed since it was listed; the same command begins again with it"
             )
@@ -272,8 +273,13 @@ def file_system(address: str) -> tuple[Any, str]:
             import aiohttp
 
             timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-            # `trust_env`: proxies of the environment, and passwords in ~/.netrc
-            options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+            options["client_kwargs"] = {
+                "timeout": timeout,
+                "trust_env": True,  # proxies of the environment, and passwords in ~/.netrc
+                "headers": {
+                    "Accept-Encoding": "identity"
+                },  # ranges are of the file, not of its compressed form
+            }
     except ImportError as error:
         package = PACKAGES.get(protocol)
         install = f"pip install {package}" if package else one_line(error)
@@ -293,7 +299,7 @@ def described(system: Any, path: str, entry: dict[str, Any] | None = None) -> Re
     """The file at `path`; `entry`: what its file system says of it, if known."""
     entry = entry or system.info(path)
     address = system.unstrip_protocol(path)
-    if entry["size"] is None:
+    if entry.get("size") is None:
         raise UserError(f"{shown(address)}: the server does not say how large it is: download it first")
     version = next((str(entry[key]) for key in VERSIONS if entry.get(key)), "")
     return RemoteFile(address, int(entry["size"]), version)

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from megadyn.commands.preprocess import parse_args
+from megadyn.commands.tokenizer import main as train
 from megadyn.data.record import Record
 from megadyn.errors import UserError
 from megadyn.prepare import detect, remote, units
@@ -335,6 +336,13 @@ def test_nothing_secret_is_shown_or_recorded() -> None:
     assert shown("s3://bucket/a?b") == "s3://bucket/a?b"
     file = RemoteFile("https://host/a/b.jsonl.gz?token=secret", 1, "")
     assert (str(file), file.name) == ("https://host/a/b.jsonl.gz", "b.jsonl.gz")
+
+
+def test_a_tokenizer_from_the_web(web: FileServer, files: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(files["a.jsonl"])
+    for name, given in (("here", str(tmp_path / "a.jsonl")), ("there", put(web, files)[0])):
+        train(["--input", given, "--vocab-size", "300", "--output", str(tmp_path / name)])
+    assert (tmp_path / "here/tokenizer.json").read_bytes() == (tmp_path / "there/tokenizer.json").read_bytes()
 
 
 def test_the_command_takes_paths_and_addresses() -> None:
