@@ -157,7 +157,9 @@ class RangeReader(io.RawIOBase):
 
     def _load(self) -> None:
         """The block that begins here."""
-        if self._until is not None and self._at < self._until:
+        if not self._at:
+            size = self._step = FIRST_BYTES  # its head may be all that is wanted of it here
+        elif self._until is not None and self._at < self._until:
             size, self._step = self._until - self._at, FIRST_BYTES
         else:
             reads_on = len(self._block) > 0 and self._at == self._begin + len(self._block)
