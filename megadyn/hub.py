@@ -28,6 +28,8 @@ RETRY_SECONDS = (1.0, 4.0, 16.0)
 HEAD_START_SECONDS = 5.0
 """Time that local rank 0, which may show its progress, has to begin before another process of the machine does."""
 POLL_SECONDS = 0.1
+CLOCK_SECONDS = 2.0
+"""Between clocks of this machine and of its files."""
 
 
 class Need(NamedTuple):
@@ -321,6 +323,8 @@ def once_per_machine(folder: Path, subject: str, do: Callable[[], Path]) -> Path
 def _outcome(path: Path, start: str) -> dict[str, str] | None:
     """What a process of the same start has left; None if there is nothing yet."""
     try:
+        if path.stat().st_mtime < _began() - CLOCK_SECONDS:  # of an earlier start by the same parent
+            return None
         outcome = json.loads(path.read_bytes())
     except (OSError, ValueError):  # being written, or never written
         return None
@@ -331,5 +335,15 @@ def _this_start() -> str:
     """Equal for processes with the same parent, a launcher, and the same attempt of it. Processes that a script of its own
     starts differ, and each asks the hub."""
     parent = os.getppid()
-    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{parent} {began} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return f"{parent} {_ticks(parent)} {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def _began() -> float:
+    """When this process began, in seconds since 1970. The processes of a start begin at nearly the same time."""
+    since_boot = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - since_boot + _ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> int:
+    """Time from boot to the beginning of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -198,6 +198,20 @@ def test_of_the_processes_of_a_launcher_one_does_it(tmp_path: Path) -> None:
         assert outcomes == {"/a/folder" if case == "good" else "no network"}
 
 
+def test_an_outcome_of_an_earlier_start_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HEAD_START_SECONDS", 0.0)
+
+    def asked(rank: int, folder: str) -> str:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        return str(once_per_machine(tmp_path, "org/model", lambda: Path(folder)))
+
+    assert [asked(0, "/a"), asked(1, "/b"), asked(0, "/c"), asked(1, "/d")] == ["/a", "/a", "/c", "/c"]
+    os.utime(next(tmp_path.iterdir()), (0, time.time() - 3600))  # before this process began
+    assert asked(1, "/e") == "/e"
+
+
 def test_a_killed_process_holds_nobody_up(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     first = fork.Process(target=be_rank, args=(0, tmp_path, "endless"))
