@@ -183,7 +183,8 @@ def test_no_network(
     assert f"using commit {HEAD} of the cache" in caplog.text
 
 
-def test_of_the_processes_of_a_launcher_one_does_it(tmp_path: Path) -> None:
+def test_of_the_processes_of_a_launcher_one_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HEAD_START_SECONDS", 60.0)
     for case in ("good", "bad"):
         ranks = [
             multiprocessing.get_context("fork").Process(target=be_rank, args=(rank, tmp_path, case))

@@ -153,7 +153,7 @@ def test_connections_outlive_a_fork(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first process reads before its workers start, and again when a limit falls inside a unit."""
-    monkeypatch.setattr(remote, "READ_SECONDS", 2.0)
+    monkeypatch.setattr(remote, "READ_SECONDS", 20.0)
     record = made(put(web, {"a.jsonl": files["a.jsonl"]}), tmp_path / "data", workers=2, max_documents=700)
     assert record.documents == 700
     assert "trying again" not in caplog.text
