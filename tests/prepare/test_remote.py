@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,6 +184,17 @@ def test_hardly_more_is_fetched_than_there_is(
     spans = -(-len(content) // units.UNIT_BYTES)
     assert spans == 3
     assert web.sent["/corpus/a.jsonl"] <= len(content) + (1 + 2 * spans) * remote.FIRST_BYTES
+
+
+def test_of_a_table_one_column_is_fetched(web: FileServer, tmp_path: Path) -> None:
+    texts = random_texts(200, seed=5)
+    other = [random.Random(i).randbytes(4000) for i in range(200)]
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"other": other, "text": texts}), table, row_group_size=50)
+    content = table.getvalue().to_pybytes()
+    record = made(put(web, {"a.parquet": content}), tmp_path / "data", engine="reference")
+    assert record.text_bytes == sum(len(text.encode()) for text in texts)
+    assert web.sent["/corpus/a.parquet"] < len(content) / 2
 
 
 def test_an_interrupted_job_goes_on(
