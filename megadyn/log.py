@@ -14,6 +14,8 @@ log = logging.getLogger("megadyn")
 
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 """Set by Open MPI, MPICH and Intel MPI, and srun; torch's launchers set RANK."""
+MPI_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+"""The same of the number among the processes of a machine; torch's launchers set LOCAL_RANK."""
 
 
 NO_GPU = "Setting accelerator to CPU"

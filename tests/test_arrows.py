@@ -43,6 +43,7 @@ ROOMS = (
     "checks",
     "arguments",
     "paths",
+    "hub",
     "files",
     "progress",
     "errors",

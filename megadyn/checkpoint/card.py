@@ -10,6 +10,7 @@ from megadyn.config.dense_map import TITLES
 from megadyn.data.indexed import files_of
 from megadyn.data.record import read_record
 from megadyn.errors import UserError
+from megadyn.hub import address_in
 from megadyn.kinds import DENSE
 from megadyn.log import log
 from megadyn.planning.flops import dense_twin, training_flops
@@ -41,11 +42,10 @@ def model_card(
     model, length = config.model, config.training.sequence_length
     routing = model.routing
     is_dense = routing.name == DENSE
-    start = (
-        f", starting from the weights of {Path(config.checkpoint.init_from).name}"
-        if config.checkpoint.init_from
-        else ""
-    )
+    given = config.checkpoint.init_from
+    # Of a path only its last part: the rest is specific to the machine.
+    origin = given and (given if address_in(given) else Path(given).name)
+    start = f", starting from the weights of {origin}" if origin else ""
     # False if the batch size changed during the run.
     is_uniform = iteration * config.training.global_batch_size == consumed_samples
     batch = f" of {config.training.global_batch_size}" if is_uniform else ","

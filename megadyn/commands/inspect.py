@@ -49,7 +49,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--tokenizer",
         type=expanded,
-        metavar="DIR|FILE.model|byte",
+        metavar="DIR|FILE.model|ORG/NAME|byte",
         help="decode the tokens; must be the tokenizer that made the dataset",
     )
     parser.add_argument("--verify", action="store_true", help="read and check every token")

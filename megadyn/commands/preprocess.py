@@ -40,8 +40,8 @@ def make_parser() -> Parser:
         "--tokenizer",
         type=expanded,
         required=True,
-        metavar="DIR|FILE.model|byte",
-        help="folder with tokenizer.json, SentencePiece model, or the word byte",
+        metavar="DIR|FILE.model|ORG/NAME|byte",
+        help="folder with tokenizer.json, SentencePiece model, a repository on the Hugging Face hub, or the word byte",
     )
     parser.add_argument("--output-prefix", type=output_prefix, required=True, metavar="PREFIX")
     parser.add_argument(
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
     else:
         log.setLevel(logging.WARNING)
     log.info("looking at the input and the tokenizer")
-    corpus = corpus_of(args)
+    corpus = corpus_of(args, is_listed=ranks.rank == 0)
     began = time.perf_counter()
     record = preprocess(
         corpus,

@@ -27,7 +27,7 @@ from megadyn.kinds.older import with_newer_keys
 REQUIRED = {
     "output_dir": "a folder for everything that the run writes",
     "data.train": "the prefix of an indexed dataset, or a list of them",
-    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, or byte",
+    "tokenizer.path": "a folder with tokenizer.json, a SentencePiece .model file, ORG/NAME on the Hugging Face hub, or byte",
 }
 """Keys without a default, and what to give for them."""
 

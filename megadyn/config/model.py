@@ -14,9 +14,9 @@ class ModelConfig:
     """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
 
     shape_from: str | None = None
-    """A Hugging Face folder whose config.json says the shape: sizes, biases, norms, rotary positions and, unless they are given
-    here, `max_position` and `init_std`. What else is given here must agree with it. A saved configuration has the keys
-    themselves in its place."""
+    """A Hugging Face folder, or an address on the hub, whose config.json says the shape: sizes, biases, norms, rotary positions
+    and, unless they are given here, `max_position` and `init_std`. What else is given here must agree with it. A saved
+    configuration has the keys themselves in its place."""
     hidden_size: int = 512
     """Width of the residual stream."""
     num_layers: int = 8

@@ -17,7 +17,8 @@ from megadyn.paths import expanded
 @dataclass
 class TokenizerConfig:
     path: str = "???"
-    """Folder with tokenizer.json, a SentencePiece `.model` file, or `byte`."""
+    """Folder with tokenizer.json, a SentencePiece `.model` file, a repository on the Hugging Face hub with tokenizer.json
+    (`ORG/NAME` or `ORG/NAME@REVISION`), or `byte`."""
     eod: str | None = None
     """The token that ends a document, spelled as in the vocabulary. Default: the one with which the datasets were made,
     otherwise the tokenizer's own."""

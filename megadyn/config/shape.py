@@ -9,6 +9,7 @@ from megadyn.config.config_map import FIELDS, from_hf_config
 from megadyn.config.model import ModelConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.files import read_json
+from megadyn.hub import SHAPE, local_path
 from megadyn.paths import expanded
 
 SHAPE_FROM = "model.shape_from"
@@ -31,8 +32,9 @@ def shape_of(model: ModelConfig, length: float = math.inf) -> dict[str, Any]:
 
 
 def folder_of(given: str, key: str) -> Path:
-    """The folder with a config.json that `given`, the value of `key`, stands for. Raises UserError if it is none."""
-    folder = Path(expanded(given, key))
+    """The folder with a config.json that `given`, the value of `key`, stands for: a path, or an address on the hub. Raises
+    UserError if it is none."""
+    folder = local_path(expanded(given, key), f"{key} = {given!r}", SHAPE)
     if not (folder / "config.json").is_file():
         raise ConfigError(key, given, "a Hugging Face folder, with a config.json")
     return folder

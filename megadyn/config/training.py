@@ -348,7 +348,8 @@ class CheckpointConfig:
     """Resume even if the training data, or their order, differ from those of the checkpoint."""
     init_from: str | None = None
     """Hugging Face folder whose weights the run starts from: an export of megadyn, or a dense Qwen2, Qwen3, Llama, Mistral or
-    SmolLM3 of transformers."""
+    SmolLM3 of transformers. Or its address on the hub, `ORG/NAME` or `ORG/NAME@REVISION`: one process per machine downloads
+    it into the hub's cache."""
     keep_best: str | None = None
     """Name of a validation set (`validation` if it has no name): also keep the checkpoint with the lowest loss on it, causal
     where the model routes. A file `best` in its folder says so. `interval` must be a multiple of `training.eval_interval`."""

@@ -13,6 +13,7 @@ from megadyn.tokenization.tokenizer import (
     HfTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    find_tokenizer,
     load_tokenizer,
     read_bytes,
     tokenizer_settings,
@@ -39,7 +40,7 @@ def write_tokenizer(
     Returns:
         The special ids for config.json, and a sentence that tells users of the folder about its tokenizer.
     """
-    tokenizer, source = load_tokenizer(path), Path(path)
+    tokenizer, source = load_tokenizer(path), find_tokenizer(path)
     own = tokenizer.eod_or_none
     if eod is not None:
         tokenizer.choose_eod(eod, "the run's tokenizer.eod")

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megadyn.errors import ConfigError, RunError, UserError
-from megadyn.log import MPI_RANKS, log
+from megadyn.log import MPI_LOCAL_RANKS, MPI_RANKS, log
 
 MPI_VARIABLES = {
     "RANK": MPI_RANKS,
     "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
-    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+    "LOCAL_RANK": MPI_LOCAL_RANKS,
     "LOCAL_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"),
 }
 """Variables set by torch's launchers, and their equivalents from Open MPI, MPICH, Intel MPI and srun."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megadyn.errors import one_line
 from megadyn.prepare.formats import BUFFER_BYTES, DocumentError, Found, Span, damage
+from megadyn.prepare.remote import File, RemoteFile
 
 PARQUET_BATCH_BYTES = 2**22
 
@@ -59,7 +59,7 @@ def arrow_rows(span: Span, text_key: str) -> Iterator[Found]:
 
     row = 0
     try:
-        with pyarrow.OSFile(str(span.file)) as file:
+        with open_arrow(span.file) as file:
             for batch in arrow_batches(file, text_key):
                 for text in column_texts(batch.column(text_key)):
                     row += 1
@@ -77,6 +77,15 @@ def arrow_rows(span: Span, text_key: str) -> Iterator[Found]:
         yield damage(f"{span.file}: from row {row + 1} on", error), span.size
 
 
+def open_arrow(file: File) -> Any:
+    """Of pyarrow's own where it can, which reads without Python."""
+    import pyarrow
+
+    if isinstance(file, RemoteFile):
+        return pyarrow.PythonFile(file.open(), mode="r")
+    return pyarrow.OSFile(str(file))
+
+
 def arrow_batches(file: Any, text_key: str) -> Iterator[Any]:
     import pyarrow
 
@@ -87,11 +96,12 @@ def arrow_batches(file: Any, text_key: str) -> Iterator[Any]:
     yield from reader if is_stream else (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 
-def open_parquet(file: Path) -> Any:
+def open_parquet(file: File) -> Any:
     """A `pyarrow.parquet.ParquetFile` that reads row groups in pieces, not all at once."""
     import pyarrow.parquet
 
-    return pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    source = open_arrow(file) if isinstance(file, RemoteFile) else file
+    return pyarrow.parquet.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
 
 
 def check_column(schema: Any, name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megadyn.prepare.compression import LONGEST_HEAD, SUFFIXES, Decompressed, codec_of
+from megadyn.prepare.remote import File
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonlines", ".ldjson")
 PARQUET_SUFFIXES = (".parquet", ".parq", ".pq")
@@ -118,7 +119,7 @@ class Kind(NamedTuple):
     problem: str | None = None
 
 
-def kind_of(file: Path, form: str = "auto") -> Kind:
+def kind_of(file: File, form: str = "auto") -> Kind:
     """What `file` is, or how it can be read as `form`."""
     suffix, outer = telling_suffixes(file)
     if suffix in SOURCES and not outer and form in ("auto", "text"):
@@ -130,7 +131,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
         return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is not")
     if codec:
         head = decompressed_head(file, codec)
-    found, problem = (form, None) if form in ("text", "jsonl") else form_of(file, suffix, head)
+    found, problem = (form, None) if form in ("text", "jsonl") else form_of(file.name, suffix, head)
     if form in ("parquet", "arrow"):
         found, problem = form, None
     if problem is None and codec and found in ("parquet", "arrow"):
@@ -142,7 +143,7 @@ def kind_of(file: Path, form: str = "auto") -> Kind:
     return Kind(found, is_plain=not codec and encoding_of(head, found) is None)
 
 
-def telling_suffixes(file: Path) -> tuple[str, str]:
+def telling_suffixes(file: File) -> tuple[str, str]:
     """(suffix before the compression's suffix, compression's suffix) in lower case; either may be empty."""
     parts = Path(file.name.lower())
     if parts.suffix == ".tgz":
@@ -152,16 +153,16 @@ def telling_suffixes(file: Path) -> tuple[str, str]:
     return parts.suffix, ""
 
 
-def decompressed_head(file: Path, codec: str) -> bytes:
+def decompressed_head(file: File, codec: str) -> bytes:
     with io.BufferedReader(Decompressed(lambda: file.open("rb"), codec), HEAD_BYTES) as content:
         return content.read(HEAD_BYTES)
 
 
-def form_of(file: Path, suffix: str, head: bytes) -> tuple[str, str | None]:
+def form_of(name: str, suffix: str, head: bytes) -> tuple[str, str | None]:
     """(form, reason why it is not read or None) of a file whose content begins with `head`."""
     # Also x.csv.1 and x.csv~, but not x.csv.md.
-    inner = [] if suffix in SOURCES else re.findall(r"\.[a-z]+", file.name.lower())
-    table = next((name for name in reversed(inner) if name in TABLES), None)
+    inner = [] if suffix in SOURCES else re.findall(r"\.[a-z]+", name.lower())
+    table = next((part for part in reversed(inner) if part in TABLES), None)
     if head.startswith(b"PAR1"):
         return "parquet", None
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):

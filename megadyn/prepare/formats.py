@@ -19,6 +19,7 @@ import orjson
 from megadyn.errors import one_line
 from megadyn.prepare.compression import LONGEST_HEAD, Damage, Decompressed, codec_of
 from megadyn.prepare.detect import HEAD_BYTES, encoding_of, kind_of, not_text, telling_suffixes
+from megadyn.prepare.remote import File, RemoteFile
 
 LONGEST_DOCUMENT = 2**30
 """Bytes; a longer line or text is refused, because a document must fit in memory."""
@@ -36,7 +37,7 @@ class DocumentError(Exception):
 class Span:
     """A part of a file that can be read on its own. It contains the documents that begin in it."""
 
-    file: Path
+    file: File
     form: str  # a key of READERS
     first: int  # byte of a JSONL file, row group of a Parquet file; else 0
     end: int  # exclusive, in the same unit
@@ -49,21 +50,19 @@ Found = tuple[bytes | DocumentError, int]
 class Content:
     """The content of a file as UTF-8: decompressed, and converted from UTF-16 or UTF-32."""
 
-    def __init__(self, file: Path, form: str) -> None:
-        self.disk: IO[bytes] = file.open("rb", BUFFER_BYTES)
+    def __init__(self, file: File, form: str, first: int = 0, until: int = 0) -> None:
+        """`first`: where reading begins; only plain files are read from elsewhere than 0. `until`: where it ends; 0 for all."""
+        self.disk = opened(file, until)
         self._layers: list[Decompressed | Transcoded] = []
         self.stream: IO[bytes] = self.disk
-        self._open_layers(file, form)
+        if not first:
+            self._open_layers(file, form)
 
-    def _open_layers(self, file: Path, form: str) -> None:
+    def _open_layers(self, file: File, form: str) -> None:
         head = self.disk.read(HEAD_BYTES)
         self.disk.seek(0)
         if codec := codec_of(head[:LONGEST_HEAD], telling_suffixes(file)[1]):
-
-            def again() -> IO[bytes]:
-                return file.open("rb", BUFFER_BYTES)
-
-            self._add(Decompressed(again, codec))
+            self._add(Decompressed(lambda: opened(file), codec))
             head = self.stream.peek(4) if isinstance(self.stream, io.BufferedReader) else b""
         if encoding := encoding_of(head, form):
             self._add(Transcoded(self.stream, encoding))
@@ -129,9 +128,15 @@ class Transcoded(io.RawIOBase):
         return size
 
 
+def opened(file: File, until: int = 0) -> IO[bytes]:
+    if isinstance(file, RemoteFile):
+        return file.open("rb", BUFFER_BYTES, until or file.size)
+    return file.open("rb", BUFFER_BYTES)
+
+
 @contextmanager
-def content_of(file: Path, form: str) -> Iterator[Content]:
-    content = Content(file, form)
+def content_of(file: File, form: str, first: int = 0, until: int = 0) -> Iterator[Content]:
+    content = Content(file, form, first, until)
     try:
         yield content
     finally:
@@ -175,7 +180,7 @@ def text_file(span: Span, _: str) -> Iterator[Found]:
 def json_lines(span: Span, text_key: str) -> Iterator[Found]:
     """One document per line, under `text_key`; blank lines are skipped. A line belongs to the span that holds its first byte."""
     number, is_behind_damage = 0, False
-    with content_of(span.file, "jsonl") as content:
+    with content_of(span.file, "jsonl", span.first, span.end) as content:
         lines, whole = content.stream, not content.is_plain  # a compressed file is never cut
         position = start_of_line(lines, span)
         while whole or position < span.end:
@@ -194,7 +199,7 @@ def json_lines(span: Span, text_key: str) -> Iterator[Found]:
                     yield text, done
             except DocumentError as error:
                 if not damage and not is_behind_damage:  # otherwise the line is the rest of a damaged one
-                    yield DocumentError(f"{span.file}:{lines_before(span) + number}: {error}"), done
+                    yield DocumentError(f"{place_of(span, number)}: {error}"), done
             if damage:
                 yield (
                     DocumentError(f"{span.file}:{number + (not line)}: damaged ({one_line(damage.reason)})"),
@@ -233,10 +238,19 @@ def skip_line(lines: IO[bytes]) -> int:
     return size
 
 
-def lines_before(span: Span) -> int:
-    """Number of lines that begin before the span."""
-    with span.file.open("rb", 0) as file:
-        left, count, ends = span.first, 0, True
+def place_of(span: Span, number: int) -> str:
+    """Where the span's line `number` is. The lines before it are not fetched only to be counted."""
+    if isinstance(span.file, RemoteFile):
+        return (
+            f"{span.file}: line {number} after byte {span.first}" if span.first else f"{span.file}:{number}"
+        )
+    return f"{span.file}:{lines_before(span.file, span.first) + number}"
+
+
+def lines_before(path: Path, position: int) -> int:
+    """Number of lines that begin before that byte."""
+    with path.open("rb", 0) as file:
+        left, count, ends = position, 0, True
         while left and (chunk := file.read(min(left, BUFFER_BYTES))):
             left -= len(chunk)
             count += chunk.count(b"\n")

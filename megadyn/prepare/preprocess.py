@@ -26,6 +26,7 @@ from megadyn.prepare.parts import Part, Parts, PartWriter, part_name
 from megadyn.prepare.progress import Progress
 from megadyn.prepare.ranks import POLL_SECONDS, Ranks
 from megadyn.prepare.readers import Corpus
+from megadyn.prepare.remote import identity_of
 from megadyn.prepare.shuffle import add_shuffled
 from megadyn.prepare.units import Unit
 from megadyn.prepare.workers import in_order
@@ -59,7 +60,8 @@ def preprocess(
     `append_eod` ends each non-empty document with the tokenizer's end-of-document token, or with `eod`, a token of its
     vocabulary. `max_documents` takes only the first documents; `shuffle_seed` writes them in a random order with that
     seed. With more than one worker the tokenizer runs in that many processes on each rank. With more than one rank,
-    rank 0 always tokenizes in separate processes. All ranks must call this with the same arguments, and get the record.
+    rank 0 always tokenizes in separate processes. All ranks must call this with the same arguments, and get the record; only
+    rank 0's corpus needs paths.
 
     Raises `UserError` if a document cannot be read (see `Corpus`), the corpus has no tokens, a worker dies, PREFIX
     exists without `overwrite`, or another run is writing it. Then nothing is written under PREFIX. Encoded parts stay
@@ -202,10 +204,7 @@ class Encoder:
     def _content_name(self, unit: Unit) -> str:
         spans: list[Any] = []
         for span in unit:
-            state = span.file.stat()
-            spans.append(
-                [str(span.file.absolute()), state.st_size, state.st_mtime_ns, span.form, span.first, span.end]
-            )
+            spans.append([*identity_of(span.file), span.form, span.first, span.end])
         return part_name(
             spans, self.corpus.text_key, self.tokenizer.fingerprint, self.eod, self.dtype.str, self.limit
         )
@@ -321,7 +320,7 @@ def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_se
             parts.remove()
             raise UserError(
                 f"the corpus is empty: no tokens in {writer.num_documents} documents of "
-                f"{', '.join(map(str, corpus.paths))} ({corpus.skipped} skipped)"
+                f"{', '.join(corpus.names)} ({corpus.skipped} skipped)"
             )
         record = Record(
             tokenizer=tokenizer.name,
@@ -334,7 +333,7 @@ def join_parts(encoder: Encoder, found: Iterable[Part], prefix: Path, shuffle_se
             tokens=writer.num_tokens,
             sha256=writer.sha256,
             skipped=corpus.skipped,
-            source=[str(path) for path in corpus.paths],
+            source=corpus.names,
             text_bytes=sum(part.text_bytes for part in joined),
         )
         with parts.publishing():

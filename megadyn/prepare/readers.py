@@ -8,9 +8,11 @@ from pathlib import Path
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named
 from megadyn.log import log
+from megadyn.prepare.addresses import files_at
 from megadyn.prepare.columns import arrow_rows, parquet_rows
 from megadyn.prepare.folders import files_below, matches
 from megadyn.prepare.formats import Found, Span, json_lines, refused, text_file
+from megadyn.prepare.remote import File, RemoteFile, shown
 from megadyn.prepare.units import Unit, units_of
 
 READERS: dict[str, Callable[[Span, str], Iterator[Found]]] = {
@@ -28,19 +30,21 @@ class Corpus:
     """The documents of `paths`, in order; iterating streams them, one document in memory at a time.
 
     A folder means all files below it, sorted by name, except hidden ones and metadata (see `folders`); a pattern
-    (`*`, `?`, `[a-z]`, `**`) means all that it matches. A text file is one document, byte for byte. A JSON-lines file has
-    one document per line, under `text_key`; blank lines are skipped. A Parquet or Arrow file has one per row, in the column
-    `text_key`. Compressed files are decompressed. `auto` detects formats by content and name (see `detect`), and refuses
-    unknown ones.
+    (`*`, `?`, `[a-z]`, `**`) means all that it matches. Addresses (`https://`, `s3://` ...) mean the same elsewhere (see
+    `addresses`). A text file is one document, byte for byte. A JSON-lines file has one document per line, under `text_key`;
+    blank lines are skipped. A Parquet or Arrow file has one per row, in the column `text_key`. Compressed files are
+    decompressed. `auto` detects formats by content and name (see `detect`), and refuses unknown ones.
 
     A document that cannot be read (not UTF-8, invalid JSON, no such key, not text) raises `UserError` with its file and
     line number. With `on_error="skip"` it is counted in `skipped` instead; everything lost at one damaged place counts
-    as one. A missing path always raises, immediately.
+    as one. A missing path always raises, immediately; a remote file
+    that cannot be had raises, too.
 
     Folders are listed once, at the start: files that appear later, such as the output itself, are not read.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[Path | str]
+    """A string is an address."""
     form: str = "auto"
     text_key: str = "text"
     on_error: str = "fail"
@@ -51,9 +55,12 @@ class Corpus:
     """Bytes on disk read so far in the last pass."""
 
     def __post_init__(self) -> None:
-        self._files: list[Path] = []
+        self._files: list[File] = []
         left_out: Counter[str] = Counter()
         for path in self.paths:
+            if isinstance(path, str):
+                self._files.extend(files_at(path, left_out))
+                continue
             with os_errors_named(path):
                 for found in matches(path):
                     self._files.extend(files_below(found, left_out))
@@ -63,11 +70,18 @@ class Corpus:
                 ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items())),
             )
 
+    @property
+    def names(self) -> list[str]:
+        """Of the paths, for messages and records."""
+        return [shown(path) if isinstance(path, str) else str(path) for path in self.paths]
+
     def leave_out(self, outputs: Sequence[Path]) -> None:
         """Excludes these files, and everything in these folders, from the corpus."""
         gone = {path.resolve() for path in outputs if path.exists()}
 
-        def is_output(file: Path) -> bool:
+        def is_output(file: File) -> bool:
+            if isinstance(file, RemoteFile):
+                return False
             real = file.resolve()
             return real in gone or not gone.isdisjoint(real.parents)
 
@@ -96,7 +110,7 @@ class Corpus:
         """The documents of one unit, as UTF-8; adds to `skipped` and `consumed`."""
         for span in unit:
             before = self.consumed
-            with os_errors_named(span.file):
+            with os_errors_named(str(span.file)):
                 for found, done in READERS[span.form](span, self.text_key):
                     self.consumed = before + done
                     if isinstance(found, bytes):

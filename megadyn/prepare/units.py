@@ -1,12 +1,13 @@
 """Cuts a corpus into pieces of work. The cuts depend only on the files, so they are the same for any number of workers."""
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from megadyn.errors import UserError
 from megadyn.prepare.columns import open_parquet
 from megadyn.prepare.detect import Kind, kind_of
 from megadyn.prepare.formats import Span
+from megadyn.prepare.remote import File, of_each, size_of
 
 UNIT_BYTES = 2**23
 """Approximate minimum of text bytes in each unit except the last."""
@@ -19,17 +20,19 @@ Unit = tuple[Span, ...]
 """Consecutive pieces of a corpus that one process reads."""
 
 
-def units_of(files: Iterable[Path], form: str, refuse: bool = False) -> list[Unit]:
+def units_of(files: Sequence[File], form: str, refuse: bool = False) -> list[Unit]:
     """Units of all `files`, in order; with `refuse`, raises `UserError` for the first file that cannot be read."""
-    sized = [(file, file.stat().st_size, kind_of(file, form)) for file in files]
-    for file, _, kind in sized:
+    sizes, kinds = [size_of(file) for file in files], of_each(partial(kind_of, form=form), files)
+    for file, kind in zip(files, kinds, strict=True):
         if refuse and kind.problem:
             raise UserError(f"{file}: {kind.problem} (to skip such files: --on-error skip)")
-    packs = [PACKED if kind.form == "parquet" or not kind.is_plain else 1 for _, _, kind in sized]
-    least = unit_bytes(sum(size * pack for (_, size, _), pack in zip(sized, packs, strict=True)))
+    packs = [PACKED if kind.form == "parquet" or not kind.is_plain else 1 for kind in kinds]
+    least = unit_bytes(sum(size * pack for size, pack in zip(sizes, packs, strict=True)))
+    tables = [file for file, kind in zip(files, kinds, strict=True) if kind.form == "parquet"]
+    groups = dict(zip(tables, of_each(row_groups, tables), strict=True))
     units, unit, held = [], [], 0
-    for (file, size, kind), pack in zip(sized, packs, strict=True):
-        for span in spans_of(file, size, kind, least // pack):
+    for file, size, kind, pack in zip(files, sizes, kinds, packs, strict=True):
+        for span in spans_of(file, size, kind, least // pack, groups.get(file, 0)):
             unit.append(span)
             held += span.size * pack
             if held >= least:
@@ -46,14 +49,14 @@ def unit_bytes(total: int) -> int:
     return least
 
 
-def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
-    """Cuts `file` into pieces of about `least` bytes on disk; one piece if its format cannot be cut."""
+def spans_of(file: File, size: int, kind: Kind, least: int, groups: int) -> Iterator[Span]:
+    """Cuts `file` into pieces of about `least` bytes on disk; one piece if its format cannot be cut. `groups`: its row groups."""
     form = kind.form
     if form == "jsonl" and kind.is_plain:
         for first in range(0, size, least):
             end = min(first + least, size)
             yield Span(file, form, first, end, end - first)
-    elif form == "parquet" and (groups := row_groups(file)):
+    elif form == "parquet" and groups:
         step = max(1, least * groups // max(1, size))
         for first in range(0, groups, step):
             end = min(first + step, groups)
@@ -62,7 +65,7 @@ def spans_of(file: Path, size: int, kind: Kind, least: int) -> Iterator[Span]:
         yield Span(file, form, 0, 0, size)
 
 
-def row_groups(file: Path) -> int:
+def row_groups(file: File) -> int:
     """Number of row groups; 0 for a file that is not Parquet (reading it will report why)."""
     import pyarrow
 

@@ -16,9 +16,12 @@ import orjson
 from numpy.typing import NDArray
 
 from megadyn.errors import UserError
+from megadyn.hub import TOKENIZER, address_in, local_path
 
 TokenArray = NDArray[np.integer[Any]]
 
+BYTE = "byte"
+"""The name of the tokenizer that needs no file."""
 USUAL_EODS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 """Special tokens assumed to end a document, in this order, if the tokenizer does not name one."""
 
@@ -140,7 +143,7 @@ class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0-255, and 256 for the end of a document."""
 
     def __init__(self) -> None:
-        self.name = "byte"
+        self.name = BYTE
         self.vocab_size = 257
         self.eod_or_none = 256
         self.fingerprint = hashlib.sha256(b"megadyn byte tokenizer").hexdigest()
@@ -177,7 +180,8 @@ class ByteTokenizer(Tokenizer):
 class HfTokenizer(Tokenizer):
     """A folder with tokenizer.json and, for its eos_token and split_special_tokens, tokenizer_config.json."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        """`name`: instead of the folder's."""
         import tokenizers
 
         path = folder / "tokenizer.json"
@@ -196,7 +200,7 @@ class HfTokenizer(Tokenizer):
         splits = settings.get("split_special_tokens") is True
         self._tokenizer.encode_special_tokens = splits
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.name = folder.resolve().name
+        self.name = name or folder.resolve().name
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod_or_none, self.eod_reason = find_eod(self._tokenizer, vocab, folder)
         content = orjson.loads(raw)
@@ -312,7 +316,8 @@ def known_token(name: str, id: int, token: str | None) -> str:
 
 
 def load_tokenizer(path: str | Path, eod: str | None = None, why: str = "--eod") -> Tokenizer:
-    """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, or the word `byte`.
+    """The tokenizer at `path`: a folder with tokenizer.json, a SentencePiece `.model` file, the address of a repository with
+    tokenizer.json on the Hugging Face hub (see `hub`), or the word `byte`.
 
     `eod` is a token of its vocabulary that ends a document, instead of its own; `why` says where this was requested.
     """
@@ -322,18 +327,21 @@ def load_tokenizer(path: str | Path, eod: str | None = None, why: str = "--eod")
     return tokenizer
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """Where the files of the tokenizer `path` are: itself, or the folder of the hub's cache for an address."""
+    return Path(path) if str(path) == BYTE else local_path(path, f"tokenizer {path}", TOKENIZER)
+
+
 def _load_tokenizer(path: str | Path) -> Tokenizer:
-    if str(path) == "byte":
+    if str(path) == BYTE:
         return ByteTokenizer()
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"tokenizer {path}: no such file or folder (and not 'byte')")
+    address, path = address_in(path), find_tokenizer(path)
     if path.is_dir():
         if not (path / "tokenizer.json").exists():
             raise UserError(
                 f"tokenizer {path}: the folder holds no tokenizer.json (name a SentencePiece .model by its file)"
             )
-        return HfTokenizer(path)
+        return HfTokenizer(path, str(address) if address else None)
     if path.suffix != ".model":
         raise UserError(
             f"tokenizer {path}: neither a folder with tokenizer.json nor a SentencePiece .model file"

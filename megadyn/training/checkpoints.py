@@ -12,15 +12,24 @@ from megadyn.checkpoint.start import find_start
 from megadyn.checkpoint.together import CheckpointError
 from megadyn.checkpoint.trained import Trained
 from megadyn.checkpoint.writing import Writer, Written
-from megadyn.config import Config
+from megadyn.config import CheckpointConfig, Config
 from megadyn.config.data import UNNAMED
+from megadyn.errors import UserError
 from megadyn.files import os_errors_named
+from megadyn.hub import MODEL, local_path
 from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log
 from megadyn.parallel.objects import all_gather
 from megadyn.telemetry.telemetry import Silent
 from megadyn.training.loss_rule import TrainingDiverged
 from megadyn.training.state import RunState
+
+
+def starting_weights(settings: CheckpointConfig) -> Path:
+    """The folder that `init_from` names, downloaded if it is an address; raises UserError if there is none."""
+    given = settings.init_from
+    assert given is not None
+    return local_path(given, f"checkpoint.init_from = {given!r}", MODEL)
 
 
 class Checkpoints:
@@ -48,7 +57,13 @@ class Checkpoints:
             if changed:
                 log.info("changed since that checkpoint: %s", changes_line(changed))
         elif settings.init_from:
-            save_load.init_from(self.engine, Path(settings.init_from))
+            folder = starting_weights(settings)
+            if len(names := set(all_gather(folder.name))) > 1:
+                raise UserError(
+                    f"checkpoint.init_from = {settings.init_from!r}: the machines of the job have different commits of it "
+                    f"({', '.join(sorted(names))}): name one of them, as ORG/NAME@COMMIT"
+                )
+            save_load.init_from(self.engine, folder)
             log.info("weights from %s", settings.init_from)
         self.state.set_course()
         return found, changed

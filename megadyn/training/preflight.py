@@ -20,6 +20,7 @@ from megadyn.model.compiled import check_compiler
 from megadyn.network import choosing_layers
 from megadyn.routing.replay import refuse_replay
 from megadyn.telemetry.sinks import refuse_wandb, refuse_wandb_login
+from megadyn.training.checkpoints import starting_weights
 from megadyn.training.data import Data, evaluation_size
 from megadyn.training.length import Position
 
@@ -66,7 +67,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     if start := likely_start(config.checkpoint, checkpoints):
         check_same_run(config, start[1], start[0])
     elif config.checkpoint.init_from:
-        open_source(Path(config.checkpoint.init_from), config.model, config.training.sequence_length)
+        open_source(starting_weights(config.checkpoint), config.model, config.training.sequence_length)
     if config.training.routing_record is not None or config.training.routing_replay is not None:
         refuse_replay(config, choosing_layers(config.model), data.train.key, expected_start(config).iteration)
     with os_errors_named(config.output_dir):

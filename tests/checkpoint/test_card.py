@@ -119,6 +119,8 @@ def test_where_the_weights_came_from() -> None:
     assert "starting from" not in card_of(config)
     config.checkpoint.init_from = "/somewhere/Qwen2.5-3B"
     assert "starting from the weights of Qwen2.5-3B." in card_of(config)
+    config.checkpoint.init_from = "Qwen/Qwen2.5-3B@v1"
+    assert "starting from the weights of Qwen/Qwen2.5-3B@v1." in card_of(config)
 
 
 def test_data_by_name_alone(tmp_path: Path) -> None:

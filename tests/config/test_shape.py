@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from megadyn.commands.config import main as config_tool
 from megadyn.commands.plan import headline
@@ -14,6 +15,7 @@ from megadyn.config.config_map import to_hf_config
 from megadyn.errors import UserError
 from megadyn.planning.layouts import Machine
 from tests.config.test_rope import RUN
+from tests.helpers.servers import lay_out
 from tests.helpers.tiny import tiny_config
 
 QWEN3 = {
@@ -68,6 +70,13 @@ def test_a_run_has_the_shape_of_the_folder(base: Path) -> None:
     rope = model.rope
     assert (rope.type, rope.theta, rope.factor, rope.original_max_position) == ("yarn", 5e5, 4.0, 1024)
     assert (model.routing.kind, model.routing.capacity) == ("mod", 0.5)
+
+
+def test_an_address_on_the_hub_is_a_shape_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lay_out(tmp_path / "hub", {"config.json": json.dumps(QWEN3).encode()}, "some/model")
+    (tmp_path / "run.yaml").write_text(f"{RUN}model: {{shape_from: some/model}}\n")
+    assert load_config(tmp_path / "run.yaml").model.hidden_size == 96
 
 
 def test_the_window_is_part_of_the_shape(tmp_path: Path) -> None:
@@ -153,9 +162,12 @@ def test_a_model_that_is_none_of_ours_is_refused(
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"^model\.shape_from = '.*nowhere': must be a Hugging Face folder, with a config"
+        UserError, match=r"^model\.shape_from = '.*nowhere': no such file or folder, and not an address"
     ):
         load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty': must be a Hugging Face folder, with a config\.json"):
+        load(tmp_path / "empty")
     with pytest.raises(UserError, match=r"^model\.shape_from = '\$NOBODY/base': the environment variable"):
         load(tmp_path / "nowhere", "", "model.shape_from=$NOBODY/base")
 

@@ -34,11 +34,11 @@ def sizes(hidden: int, heads: int, kv_heads: int, inner: int) -> dict[str, int]:
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": qwen(24, 32768) | sizes(896, 14, 2, 4864),
-    "Qwen2.5-1.5B": qwen(28, 131072) | sizes(1536, 12, 2, 8960),
-    "Qwen2.5-3B": qwen(36, 32768) | sizes(2048, 16, 2, 11008),
-    "Qwen2.5-7B": qwen(28, 131072, 152064, tied=False) | sizes(3584, 28, 4, 18944),
-    "Qwen3-4B": {
+    "Qwen/Qwen2.5-0.5B": qwen(24, 32768) | sizes(896, 14, 2, 4864),
+    "Qwen/Qwen2.5-1.5B": qwen(28, 131072) | sizes(1536, 12, 2, 8960),
+    "Qwen/Qwen2.5-3B": qwen(36, 32768) | sizes(2048, 16, 2, 11008),
+    "Qwen/Qwen2.5-7B": qwen(28, 131072, 152064, tied=False) | sizes(3584, 28, 4, 18944),
+    "Qwen/Qwen3-4B": {
         **(qwen(36, 40960) | sizes(2560, 32, 8, 9728)),
         "model_type": "qwen3",
         "head_dim": 128,
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "rope_scaling": None,
     },
-    "Llama-3.2-3B": {
+    "meta-llama/Llama-3.2-3B": {
         **sizes(3072, 24, 8, 8192),
         "model_type": "llama",
         "num_hidden_layers": 28,
@@ -66,7 +66,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
         "mlp_bias": False,
     },
-    "SmolLM2-360M": {
+    "HuggingFaceTB/SmolLM2-360M": {
         **sizes(960, 15, 5, 2560),
         "model_type": "llama",
         "num_hidden_layers": 32,
@@ -81,19 +81,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 PARAMETERS = {
-    "Qwen2.5-0.5B": 494_032_768,
-    "Qwen2.5-1.5B": 1_543_714_304,
-    "Qwen2.5-3B": 3_085_938_688,
-    "Qwen2.5-7B": 7_615_616_512,
-    "Qwen3-4B": 4_022_468_096,
-    "Llama-3.2-3B": 3_212_749_824,
-    "SmolLM2-360M": 361_821_120,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
 }
 """As published, a tied head counted once."""
 
 
 def write_models(folder: Path) -> None:
-    """`models/NAME/config.json` in `folder`, without weights."""
+    """ORG/NAME/config.json in `folder`, without weights."""
     for name, config in CONFIGS.items():
-        (folder / "models" / name).mkdir(parents=True, exist_ok=True)
-        (folder / "models" / name / "config.json").write_text(json.dumps(config))
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config))

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from megadyn.errors import UserError
+from megadyn.hf.tokenizer_files import write_tokenizer
 from megadyn.prepare.train_tokenizer import train_tokenizer
 from megadyn.tokenization.tokenizer import load_tokenizer
 from tests.helpers.corpora import random_texts
+from tests.helpers.servers import lay_out
 
 AWKWARD = ["", " ", "a , b . don ' t n't", "\r\n\t\0", "é 日本 🙂", "\ufeffx", "x" * 1000]
 
@@ -244,3 +247,23 @@ def test_training_over_an_existing_folder(tmp_path):
         train_tokenizer(["aa bb"], 258, folder, overwrite=True)
     assert (folder / "thesis.tex").exists()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_tokenizer_by_its_address_is_the_same(tokenizer_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lay_out(
+        tmp_path / "hub", {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}, "org/words"
+    )
+    here, there = load_tokenizer(tokenizer_folder), load_tokenizer("org/words@main")
+    assert there.name == "org/words"
+    assert (there.fingerprint, there.eod) == (here.fingerprint, here.eod)
+    exports = [tmp_path / name for name in ("here", "there")]
+    for given, folder in zip((str(tokenizer_folder), "org/words"), exports, strict=True):
+        folder.mkdir()
+        write_tokenizer(given, folder, None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (exports[0] / name).read_bytes() == (exports[1] / name).read_bytes()
+    with pytest.raises(
+        UserError, match=r"tokenizer org/none: no such file or folder here, and as an address"
+    ):
+        load_tokenizer("org/none")
