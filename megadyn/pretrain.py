@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 import faulthandler
+import math
 import os
 import sys
 import traceback
@@ -226,7 +227,11 @@ class Job:
         self.evaluations.clear()
         self.validate()
         self.evaluate("test", self.data.test)
-        if problem := problem_at_end(self.evaluations, self.state.loss_rule.last_loss):
+        last_loss, plan = self.state.loss_rule.last_loss, self.engine.plan
+        if not self.evaluations and math.isfinite(last_loss):  # no loss contains the last update yet
+            round_size = plan.micro_batch * plan.data_parallel
+            self.evaluations["training"] = self.losses("training", self.data.train, round_size)
+        if problem := problem_at_end(self.evaluations, last_loss):
             last = self.checkpoints.condemn_last(problem)
             raise TrainingDiverged(
                 f"{problem}: {last} does not count as good; go back to an earlier checkpoint "
@@ -288,10 +293,19 @@ class Job:
         """Loss on held-out samples with each routing mode; a dense model has only one loss, which is reported for both."""
         if samples is None:
             return
-        plan = self.engine.plan
-        size = evaluation_size(name, samples, self.config.training.eval_samples, plan)
+        size = evaluation_size(name, samples, self.config.training.eval_samples, self.engine.plan)
+        losses = self.evaluations[name] = self.losses(name, samples, size)
+        # The records of sets without a name stay as other tools know them.
+        per_token = mean_bytes_per_token(samples) if "/" in name else None
+        bits = None if per_token is None else in_bits_per_byte(losses, per_token)
+        self.telemetry.evaluation(self.state.iteration, name, losses, bits)
+        self.checkpoints.evaluated(name, losses["causal"])
+
+    def losses(self, name: str, samples: Samples, size: int) -> dict[str, float]:
+        """Mean loss of the first `size` samples, by routing mode."""
+        plan, losses = self.engine.plan, {}
         routed = self.config.model.routing.name != DENSE
-        rounds, losses = size // (plan.micro_batch * plan.data_parallel), {}
+        rounds = size // (plan.micro_batch * plan.data_parallel)
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
             with self.loader(samples, 0, size, step=size) as loader:
@@ -299,12 +313,7 @@ class Job:
                     each(loader, f"{name} loss, {mode}", rounds), rounds, mode
                 )
         losses.setdefault("causal", losses["topk"])
-        self.evaluations[name] = losses
-        # The records of sets without a name stay as other tools know them.
-        per_token = mean_bytes_per_token(samples) if "/" in name else None
-        bits = None if per_token is None else in_bits_per_byte(losses, per_token)
-        self.telemetry.evaluation(self.state.iteration, name, losses, bits)
-        self.checkpoints.evaluated(name, losses["causal"])
+        return losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -122,6 +122,21 @@ def test_without_a_better_checkpoint_nan_stays_an_error(config_file: Path) -> No
     assert "is complete, but not good: the loss of the last step is nan" in again.errors()[0]
 
 
+def test_the_last_update_counts_too(config_file: Path) -> None:
+    """No training loss contains it, and there is no held-out set here."""
+    rate = 1e12
+    run = train(
+        config_file,
+        "training.iterations=1",
+        f"optimizer.learning_rate={rate}",
+        f"optimizer.min_learning_rate={rate}",
+        "optimizer.warmup_iterations=0",
+    )
+    assert run.statuses == [1], run.output()
+    assert "the training loss (topk) is nan at the end of the run" in run.errors()[0]
+    assert train(config_file, "training.iterations=1").statuses == [1]  # nor is it good at the next start
+
+
 def test_a_rollback_passes_over_what_was_saved_among_bad_steps(config_file: Path) -> None:
     skip = (
         "training.on_bad_step=skip",
