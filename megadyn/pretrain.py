@@ -51,6 +51,7 @@ from megadyn.telemetry.telemetry import Silent, Telemetry
 from megadyn.training.bad_steps import BadSteps
 from megadyn.training.checkpoints import Checkpoints
 from megadyn.training.data import Data, evaluation_size, open_data
+from megadyn.training.length import schedule_steps
 from megadyn.training.loader import Loader
 from megadyn.training.loss_rule import TrainingDiverged, problem_at_end
 from megadyn.training.preflight import expected_start, refuse_early, refuse_login
@@ -112,7 +113,7 @@ def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[t
         if rank == 0:
             save_config(config, folder / "config.yaml")
             log.info("%s", engine.run_line())
-            if problem := schedule_problem(config.optimizer, state.total):
+            if problem := schedule_problem(config.optimizer, schedule_steps(config)):
                 log.warning("%s", problem)
             telemetry = Telemetry(
                 config,

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from megadyn.config.file import EXTENDS
+from megadyn.config.numbers import COUNTED
 from megadyn.config.run import Config
 from megadyn.errors import UserError, did_you_mean
 from megadyn.kinds import Kind, find_kind, known_kinds
@@ -123,8 +124,7 @@ def _key(cls: type, f: "Field[Any]", section: str, kind: str | None = None, defa
 REFERENCE = {"type": "string", "pattern": r"\$\{"}
 """`${training.seed}`: a reference to another key, which is valid for any key."""
 COUNT = {"type": "string", "pattern": r"^[0-9.][0-9_,.eE+]*\s*[kKmMbBtT]?$"}
-"""`300B`: valid for `training.tokens` and `training.samples`, in addition to numbers."""
-COUNTED = ("training.tokens", "training.samples")
+"""`300B`: valid for the keys in COUNTED, in addition to numbers."""
 
 
 def schema() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megadyn.config.engine_file import found_beside
 from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.kinds import settle_kind
 from megadyn.config.model import ModelConfig
-from megadyn.config.numbers import count
+from megadyn.config.numbers import COUNTED, count
 from megadyn.config.rope import with_rope_section
 from megadyn.config.run import Config
 from megadyn.config.shape import check_agrees, read_shape
@@ -94,11 +94,11 @@ def _check_sections(section: Any, given: Any, name: str, source: str) -> None:
 
 def _read_counts(given: dict[str, Any]) -> None:
     """Converts counts such as 3e9 or 300B to numbers. References to other keys are left for the merge to resolve."""
-    training = given.get("training", {})
-    for name in ("tokens", "samples"):
-        value = training.get(name)
+    for key in COUNTED:
+        section, _, name = key.partition(".")
+        value = given.get(section, {}).get(name)
         if value is not None and not (isinstance(value, str) and "${" in value):
-            training[name] = count(f"training.{name}", value)
+            given[section][name] = count(key, value)
 
 
 def _unknown_key(full_key: str) -> UserError:

@@ -40,6 +40,12 @@ class OptimizerConfig:
     decay_iterations: int | None = None
     """wsd: steps of the final decay (default: a tenth of the run). A decay that does not fit after the warm-up is
     shortened, with a warning."""
+    decay_shape: str = "linear"
+    """wsd: shape of the final decay: `linear`, `cosine`, or `sqrt` (1 - sqrt(x), arXiv 2405.18392), which falls fastest at
+    first."""
+    schedule_tokens: int | None = None
+    """Length of the schedule in tokens (300B), if it is not that of the run: a run that will be extended follows the longer
+    run's rates. After its end the rate stays at the lowest."""
     beta1: float = 0.9
     """AdamW: momentum of the gradient's average, per step."""
     beta2: float = 0.95
@@ -63,6 +69,8 @@ class OptimizerConfig:
 
     def check(self) -> None:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        one_of("optimizer.decay_shape", self.decay_shape, ("linear", "cosine", "sqrt"))
+        at_least("optimizer.schedule_tokens", self.schedule_tokens, 1)
         for name in (
             "learning_rate",
             "min_learning_rate",

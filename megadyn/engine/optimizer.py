@@ -127,7 +127,7 @@ class Schedule(NamedTuple):
     passed: float
     """Progress so far."""
     end: float
-    """Length of the whole run."""
+    """Length of the whole schedule."""
 
 
 def learning_rate(
@@ -137,13 +137,13 @@ def learning_rate(
 
     The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run no longer than that ends within
     the warm-up and never decays. After that, `cosine` and `linear` decay to `min_learning_rate` over all remaining
-    steps.
-    `wsd` decays over the last `decay_iterations` steps (arXiv 2404.06395), or over the steps after the warm-up if these
-    are fewer. The last step uses `min_learning_rate`. `constant` stays at `learning_rate`. `schedule_problem` reports a
-    schedule that does not fit into the run.
+    steps. `wsd` decays over the last `decay_iterations` steps (arXiv 2404.06395), or over the steps after the warm-up
+    if these are fewer, in the form `decay_shape`. The last step uses `min_learning_rate`. `constant` stays at
+    `learning_rate`. `schedule_problem` reports a schedule that does not fit into the run.
 
     Args:
-        schedule: progress of a run whose length is not given in steps; by default all steps have the same size.
+        schedule: progress of a run whose length is not given in steps, or is not the schedule's; by default all steps have
+            the same size, and the schedule ends with the run.
     """
     if iteration < cfg.warmup_iterations:
         return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
@@ -151,7 +151,9 @@ def learning_rate(
     if cfg.schedule == "wsd":
         start = max(start, end - decay_steps(cfg, end))
     done = min(1.0, max(0, passed + 1 - start) / max(1, end - start))
-    shape = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2}.get(cfg.schedule, 1 - done)
+    name = cfg.decay_shape if cfg.schedule == "wsd" else cfg.schedule
+    left = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "sqrt": 1 - math.sqrt(done)}
+    shape = left.get(name, 1 - done)
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * shape
 
 

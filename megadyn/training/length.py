@@ -57,17 +57,24 @@ class Course:
 
 
 def schedule_of(config: Config, course: Course, position: Position) -> Schedule | None:
-    """Progress of the learning rate's schedule. None for a run whose length is given in iterations. Any other run uses
-    the consumed samples, so that the rate does not jump when the batch size changes."""
-    if config.training.length is None:
+    """Progress of the learning rate's schedule. None for a run whose length is given in iterations, if the schedule ends
+    with it. Any other run uses the consumed samples, so that the rate does not jump when the batch size changes."""
+    own_length = config.optimizer.schedule_tokens is not None
+    if config.training.length is None and not own_length:
         return None
     batch = config.training.global_batch_size
     passed = position.consumed_samples / batch
-    return Schedule(
-        course.consumed_at(config.optimizer.warmup_iterations) / batch,
-        passed,
-        passed + (config.training.iterations or 0) - position.iteration,
-    )
+    end = passed + (config.training.iterations or 0) - position.iteration
+    if own_length:
+        end = schedule_steps(config)
+    return Schedule(course.consumed_at(config.optimizer.warmup_iterations) / batch, passed, end)
+
+
+def schedule_steps(config: Config) -> int:
+    """Length of the learning rate's schedule in steps of the current batch size."""
+    if config.optimizer.schedule_tokens is None:
+        return config.training.iterations or 0
+    return -(-config.optimizer.schedule_tokens // config.training.tokens_per_step)
 
 
 def settle_length(config: Config, train: Samples, start: Position) -> None:

@@ -170,6 +170,18 @@ def test_wsd_is_stable_and_then_falls_in_equal_steps(decay, length):
     )
 
 
+def test_the_final_decay_has_three_shapes():
+    rates = {
+        shape: schedule("wsd", decay_iterations=20, decay_shape=shape)
+        for shape in ("linear", "cosine", "sqrt")
+    }
+    for shape, of_step in rates.items():
+        assert of_step[29] == RATE and of_step[49] == pytest.approx(LEAST)
+        assert all(a > b for a, b in pairwise(of_step[29:])), shape
+        left = {"linear": 0.5, "cosine": 0.5, "sqrt": 1 - math.sqrt(0.5)}[shape]
+        assert of_step[39] == pytest.approx(LEAST + (RATE - LEAST) * left)  # ten of twenty steps on
+
+
 def test_a_wsd_decay_longer_than_the_run_starts_behind_the_warm_up():
     assert schedule("wsd", decay_iterations=400) == pytest.approx(schedule("linear"))
 

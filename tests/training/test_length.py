@@ -109,6 +109,20 @@ def test_the_learning_rate_goes_on_where_the_batch_changes(make):
     assert rates[-1] == pytest.approx(changed.optimizer.min_learning_rate)
 
 
+@pytest.mark.parametrize("length", [{"iterations": 10}, {"samples": 80}])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_run_that_will_be_extended_follows_the_longer_schedule(make, name, length):
+    config = make(**length, global_batch_size=8)
+    config.optimizer.schedule, config.optimizer.warmup_iterations = name, 3
+    config.optimizer.schedule_tokens = 24 * 8 * LENGTH - 1  # rounded up
+    course = Course(8)
+    for i in range(10):
+        place = schedule_of(config, course, Position(i, 8 * i))
+        assert learning_rate(config.optimizer, i, 10, place) == learning_rate(config.optimizer, i, 24)
+    last = schedule_of(config, course, Position(30, 8 * 30))
+    assert learning_rate(config.optimizer, 30, 40, last) == config.optimizer.min_learning_rate
+
+
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_the_learning_rate_of_an_unchanged_run_is_the_same_to_the_bit(make, name):
     config = make(samples=80, global_batch_size=8)
