@@ -65,7 +65,7 @@ def local_path(given: str | Path, what: str, need: Need) -> Path:
         what: how messages call it, for example `checkpoint.init_from = 'org/name'`.
 
     Raises:
-        UserError: neither a path nor an address; or an address from which the files cannot be had: no such repository or
+        UserError: neither a path nor an address; or an address whose files cannot be downloaded: no such repository or
             revision, no permission, no network, not in the cache although HF_HUB_OFFLINE is set.
     """
     if Path(given).exists():
@@ -114,6 +114,8 @@ def _from_cache(address: Address, need: Need, why: str) -> Path:
             f"{why}, and the cache has no {lacks or need.first} of {address} (fetch it where there is a network: hf download "
             f"{address.repository}{revision})"
         )
+    if unknown := [name for name in need.optional if _noted(address, name) is None]:
+        log.warning("%s: the cache does not have %s, which it may need", address, " and ".join(unknown))
     return first.parent
 
 
@@ -226,7 +228,7 @@ def _download_if_there(address: Address, name: str) -> Path | None:
 
 
 def _download(address: Address, name: str) -> Path:
-    """One file, in the cache. Raises EntryNotFoundError if the repository lacks it, UserError if it cannot be had."""
+    """One file, in the cache. Raises EntryNotFoundError if the repository lacks it, UserError if it cannot be downloaded."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -291,7 +293,8 @@ def once_per_machine(folder: Path, subject: str, do: Callable[[], Path]) -> Path
     start. Local rank 0 always does it, and so does a process that no launcher started.
     """
     ranks = (os.environ[name] for name in ("LOCAL_RANK", *MPI_LOCAL_RANKS) if name in os.environ)
-    if (local_rank := next(ranks, None)) is None:
+    local_rank = next(ranks, None)
+    if local_rank is None or not os.getppid():  # a process of its own, or the first of its container
         return do()
     path = folder / f"{os.uname().nodename} {subject}".replace("/", "--")
     start = _this_start()

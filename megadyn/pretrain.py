@@ -238,6 +238,7 @@ class Job:
                 f"{problem}: {last} does not count as good; go back to an earlier checkpoint "
                 "(checkpoint.fork_from), with a smaller learning rate or other loss weights"
             )
+        self.checkpoints.mark_best()
 
     def loader(self, samples: Samples, first: int, end: int, step: int) -> Loader:
         """This rank's micro-batches of samples `first` to `end`; pipeline stages in the middle read none."""
@@ -331,7 +332,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     try:
         args = parser.parse_args(argv)
-        run(load_config(args.config, args.overrides), watched)
+        with while_alive(watched):
+            config = load_config(args.config, args.overrides)
+        run(config, watched)
     except UserError as error:
         say(error)
         return 2

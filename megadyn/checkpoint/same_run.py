@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megadyn.config import Config, resolved_config
+from megadyn.config import Config, ModelConfig, resolved_config
 from megadyn.config.rope import with_rope_section
 from megadyn.errors import UserError
 from megadyn.kinds import expand_layout
@@ -49,6 +49,8 @@ MUST_EQUAL = {
     "training.sequence_length": ORDER,
 }
 """In addition to the keys in the kind's `Kind.fixed`."""
+LATER = ("output_bias", "qk_norm", "logit_softcap", "sliding_window", "window_layers", "rope.skip_layers")
+"""Keys of the model section that checkpoints of 0.1.0 lack."""
 SAME_TRAINING = ("seed", "sequence_length")
 """Keys of the training section in MUST_EQUAL. A manifest stores these, and the whole model section."""
 
@@ -70,6 +72,10 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
     there = flat({"model": manifest["model"], "training": manifest["training"]})
     here = flat({"model": asdict(config.model), "training": asdict(config.training)})
     own = {f"model.routing.{key}": reason for key, reason in config.model.routing.fixed.items()}
+    # What an earlier version did not have, its models had at its default.
+    there = {
+        f"model.{name}": value for name, value in flat(asdict(ModelConfig())).items() if name in LATER
+    } | there
     found = []
     for key, reason in (MUST_EQUAL | own).items():
         if key not in there or key not in here:
@@ -78,7 +84,7 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
         if key == "model.routing.layout" and there["model.num_layers"] == config.model.num_layers:
             was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))
         if was != now:
-            found.append(f"{key} is {there[key]!r} in the checkpoint and {here[key]!r} here ({reason})")
+            found.append(f"{key} is {was!r} in the checkpoint and {now!r} here ({reason})")
     if found:
         raise UserError(
             f"{folder} is a checkpoint of another run: {'; '.join(found)}. "

@@ -162,5 +162,8 @@ class _Job(threading.Thread):
             self.written = written._replace(average=write_average(written.folder, config, group))
         except CheckpointError as error:
             self.written = written._replace(average_error=error)
+        except (OSError, RuntimeError) as error:  # ranks that waited too long for each other, for example
+            problem = CheckpointError(f"the average beside {written.folder} was not written: {error}")
+            self.written = written._replace(average_error=problem)
         except Exception as error:
             self.error = error

@@ -66,7 +66,10 @@ class ModelConfig:
     """Rotary positions: their base, and how they are stretched to longer contexts."""
 
     def check(self) -> None:
-        assert self.shape_from is None, "load_config puts the shape in its place"
+        if self.shape_from is not None:
+            raise ConfigError(
+                "model.shape_from", self.shape_from, "in a YAML file, whose loading reads the shape"
+            )
         self.rope.check()
         if self.qk_norm and self.normalization == "hybridnorm":
             raise ConfigError(

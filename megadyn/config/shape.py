@@ -58,6 +58,8 @@ def check_agrees(model: ModelConfig, shape: ModelConfig) -> None:
     """Raises ConfigError if a key that is written beside `model.shape_from` says something else."""
     here, there = shape_of(model), shape_of(shape)
     for key, want in there.items():
+        if isinstance(here[key], list) and isinstance(want, list) and sorted(here[key]) == sorted(want):
+            continue  # lists of layers, in any order
         if here[key] != want:
             raise ConfigError(
                 f"model.{key}",

@@ -60,7 +60,8 @@ class OptimizerConfig:
     """Largest global gradient norm; gradients above it are scaled down. 0 turns clipping off."""
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates by name: shell patterns of tensor names, and what each multiplies the rate of the matching tensors by, as
-    `{"model.embed_tokens.*": 0.1}`. The first pattern that matches counts. Names are those of an export."""
+    `{"model.embed_tokens.*": 0.1}`. The first pattern that matches counts; those of a file that this
+    one extends come first. Names are those of an export."""
     freeze: list[str] = field(default_factory=list)
     """Shell patterns of the names of tensors that do not change, as `["model.layers.*.mlp.*"]`. Their gradients count as 0, also
     in the gradient norm; the optimizer still holds their state."""

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
 from megadyn.config import REDUCED_IN, BatchPlan, Config, engine_settings, reduction_type
@@ -112,6 +113,8 @@ class Engine:
         if not config.training.compile:
             spare_dynamo()
         optimizer = make_optimizer(self.module, config.optimizer)
+        if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:  # or DeepSpeed calls it untested at every start
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         self.clipper: GradientClipper | None = None
         if self.zero_stage == 0:
             self.clipper = GradientClipper(self.module, config.optimizer.clip_grad, grid)

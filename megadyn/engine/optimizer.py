@@ -43,20 +43,27 @@ def factor_of(name: str, cfg: OptimizerConfig) -> float:
 
 
 def refuse_unmatched(module: nn.Module, cfg: OptimizerConfig, pp: Axis) -> None:
-    """Raises ConfigError for a pattern of `rates` or `freeze` that matches no parameter of any stage. Collective if there are
-    patterns."""
-    patterns = {f"optimizer.{key}": list(getattr(cfg, key)) for key in ("rates", "freeze")}
-    if not any(patterns.values()):
+    """Raises ConfigError for a pattern of `rates` or `freeze` that decides about no parameter of any stage. Collective if there
+    are patterns."""
+    if not (cfg.rates or cfg.freeze):
         return
     names = [name_of(param) for param in module.parameters()]
     if pp.size > 1:
         stages: list[Any] = [None] * pp.size
         dist.all_gather_object(stages, names, group=pp.group)
         names = [name for stage in stages for name in stage]
-    for key, some in patterns.items():
-        for pattern in some:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(key, pattern, f"a pattern that matches a tensor, as {names[0]}")
+    for pattern in cfg.freeze:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError("optimizer.freeze", pattern, f"a pattern that matches a tensor, as {names[0]}")
+    left = [name for name in names if factor_of(name, cfg)]
+    for pattern in cfg.rates:
+        if not any(fnmatchcase(name, pattern) for name in left):
+            raise ConfigError(
+                "optimizer.rates",
+                pattern,
+                f"a pattern that matches a tensor, as {names[0]}, which is not frozen and no pattern before it matches",
+            )
+        left = [name for name in left if not fnmatchcase(name, pattern)]
 
 
 def freeze(module: nn.Module, cfg: OptimizerConfig) -> None:

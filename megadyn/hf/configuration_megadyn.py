@@ -235,6 +235,11 @@ class MegadynConfig(PretrainedConfig):
             raise ValueError(
                 "qk_norm = True: must be false with normalization = 'hybridnorm', which has these norms"
             )
+        cap = self.final_logit_softcapping
+        if cap is not None and not cap > 0:
+            raise ValueError(f"final_logit_softcapping = {cap}: must be above 0, or null for no cap")
+        if self.sliding_layers is not None and self.sliding_window is None:
+            raise ValueError(f"sliding_layers = {self.sliding_layers}: needs sliding_window")
         for name in ("no_rope_layers", "sliding_layers"):
             per_layer = getattr(self, name)
             if per_layer is not None and len(per_layer) != self.num_hidden_layers:

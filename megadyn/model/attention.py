@@ -69,7 +69,7 @@ def _problem_with(backend: str, head_dim: int, precision: str, window: int | Non
         for segments in (None, segments_of(ids, 2, 2)):
             causal_attention(q, k, k, backend, segments).sum().backward()
         if window is not None:
-            _check_window(backend, torch.arange(1.0, 4.0).to(q).view(1, 3, 1, 1).expand_as(k))
+            _check_window(backend, torch.arange(1.0, 4.0).to(q).view(1, 3, 1, 1).expand_as(k).contiguous())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

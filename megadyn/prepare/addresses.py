@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from megadyn.errors import UserError
 from megadyn.prepare.folders import HUB_FILES, SPARK_FILES
@@ -55,7 +56,7 @@ def by_parts(entry: tuple[str, Any]) -> list[str]:
 
 
 def web_files(system: Any, path: str) -> list[RemoteFile]:
-    if not re.search(r"[*\[]", path):  # `?` begins a query
+    if not re.search(r"[*\[]", urlsplit(path).path):  # `?` begins a query, and [ ] may hold a host
         return [described(system, path)]
     return of_each(lambda name: described(system, name), sorted(system.glob(path)))
 

@@ -160,8 +160,9 @@ def decompressed_head(file: File, codec: str) -> bytes:
 
 def form_of(name: str, suffix: str, head: bytes) -> tuple[str, str | None]:
     """(form, reason why it is not read or None) of a file whose content begins with `head`."""
-    # Also x.csv.1 and x.csv~, but not x.csv.md.
-    inner = [] if suffix in SOURCES else re.findall(r"\.[a-z]+", name.lower())
+    # Also x.csv.1 and x.csv~, but not x.csv.md or x.csv.jsonl.
+    told = suffix in (*SOURCES, *JSONL_SUFFIXES, *PARQUET_SUFFIXES, *ARROW_SUFFIXES)
+    inner = [] if told else re.findall(r"\.[a-z]+", name.lower())
     table = next((part for part in reversed(inner) if part in TABLES), None)
     if head.startswith(b"PAR1"):
         return "parquet", None

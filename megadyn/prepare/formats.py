@@ -115,6 +115,8 @@ class Transcoded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._left and not self._is_over and self.damage is None:
             raw, self._raw = self._raw or self._source.read(DECOMPRESSED_BYTES), b""
+            if not raw and getattr(getattr(self._source, "raw", None), "damage", None):
+                return 0  # damage below; what follows it is read later
             try:
                 self._left = self._decoder.decode(raw, final=not raw).encode()
                 self._is_over = not raw

@@ -37,8 +37,7 @@ class Corpus:
 
     A document that cannot be read (not UTF-8, invalid JSON, no such key, not text) raises `UserError` with its file and
     line number. With `on_error="skip"` it is counted in `skipped` instead; everything lost at one damaged place counts
-    as one. A missing path always raises, immediately; a remote file
-    that cannot be had raises, too.
+    as one. A missing path always raises, immediately, and so does a remote file that cannot be read.
 
     Folders are listed once, at the start: files that appear later, such as the output itself, are not read.
     """

@@ -68,10 +68,12 @@ def is_address(text: str) -> bool:
 
 def shown(address: str) -> str:
     """For messages and records: without a password, or a query, which may hold a signature."""
-    if protocol_of(address) not in WEB:
-        return address
+    if protocol_of(address) == "hf":
+        return address  # its @ stands before a revision
     parts = urlsplit(address)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    path = parts.path if protocol_of(address) in WEB else address.partition("://")[2].partition("/")[2]
+    host = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    return f"{host}/{path.lstrip('/')}" if path else host
 
 
 def protocol_of(address: str) -> str:
@@ -118,7 +120,7 @@ def identity_of(file: File) -> list[Any]:
 
 
 class RangeReader(io.RawIOBase):
-    """Reads a remote file. Raises UserError if it cannot be had, or has changed since it was listed."""
+    """Reads a remote file. Raises UserError if it cannot be read, or has changed since it was listed."""
 
     def __init__(self, file: RemoteFile, until: int | None) -> None:
         self._file, self._until = file, until
@@ -301,6 +303,10 @@ def described(system: Any, path: str, entry: dict[str, Any] | None = None) -> Re
     """The file at `path`; `entry`: what its file system says of it, if known."""
     entry = entry or system.info(path)
     address = system.unstrip_protocol(path)
+    if urlsplit(address).netloc == "" and protocol_of(address) not in ("memory", "file", "local"):
+        raise UserError(
+            f"{shown(address)}: fsspec loses the host of {protocol_of(address)}:// addresses: download the file first"
+        )
     if entry.get("size") is None:
         raise UserError(f"{shown(address)}: the server does not say how large it is: download it first")
     version = next((str(entry[key]) for key in VERSIONS if entry.get(key)), "")

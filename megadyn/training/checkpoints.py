@@ -134,7 +134,7 @@ class Checkpoints:
         """Reports a checkpoint, and its average if there is one."""
         state, average, problem = self.state, written.average, written.average_error
         state.saved_at = written.iteration
-        self._mark_best()
+        self.mark_best()
         log.info(
             "saved %s: training waited %.2f s, written in %.2f s", written.folder, stall_s, written.write_s
         )
@@ -160,9 +160,10 @@ class Checkpoints:
         wanted = self.config.checkpoint.keep_best
         if name == f"{UNNAMED}/{wanted}" or name == wanted == UNNAMED:
             self._losses[self.state.iteration] = loss
-            self._mark_best()
+            if not self.state.is_complete:  # of a complete run's model all sets are judged first
+                self.mark_best()
 
-    def _mark_best(self) -> None:
+    def mark_best(self) -> None:
         """Marks the newest complete checkpoint as the best one if it is. It may be complete before or after its evaluation."""
         at, validation = self.state.saved_at, self.config.checkpoint.keep_best
         loss = self._losses.get(at)
@@ -170,8 +171,14 @@ class Checkpoints:
         if validation is None or loss is None or dist.get_rank() != 0:
             return
         folder = self.root / layout.folder_name(at)
-        with os_errors_named(folder):
+        try:
             is_best = layout.mark_best(folder, validation, loss)
+        except OSError as error:
+            problem = CheckpointError(f"{folder}: not marked as the best: {error.strerror or error}")
+            if self.config.checkpoint.on_error == "stop":
+                raise problem from None
+            log.warning("%s; the run continues", problem)
+            return
         if is_best:
             log.info("%s is the best so far: %s loss %.4f", folder, validation, loss)
             self.telemetry.event(
@@ -181,11 +188,12 @@ class Checkpoints:
             )
 
     def condemn_last(self, problem: str) -> Path:
-        """Marks the last step's checkpoint, if there is one, as not good; returns its path."""
+        """Marks the last step's checkpoint, if there is one, and its average as not good; returns the checkpoint's path."""
         last = self.root / layout.folder_name(self.state.iteration)
-        if dist.get_rank() == 0 and last.exists():
-            with os_errors_named(last):
-                layout.mark_not_good(last, problem)
+        for folder in (last, self.root.with_name(layout.AVERAGES) / last.name):
+            if dist.get_rank() == 0 and folder.exists():
+                with os_errors_named(folder):
+                    layout.mark_not_good(folder, problem)
         return last
 
     def refuse_condemned(self, checkpoint: Path) -> None:

@@ -95,6 +95,16 @@ def test_a_key_that_an_earlier_version_did_not_have_is_no_difference():
     check_same_run(config, manifest, Path("there"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("logit_softcap", 5.0), ("sliding_window", 3), ("qk_norm", True)])
+def test_what_an_earlier_version_did_not_have_its_models_did_without(key, value):
+    before, now = changed("dense", **{f"model__{key}": value})
+    manifest = manifest_of(before)
+    del manifest["model"][key]
+    with pytest.raises(UserError, match=rf"model\.{key} is (None|False) in the checkpoint and {value} here"):
+        check_same_run(now, manifest, Path("there"))
+    check_same_run(before, manifest, Path("there"))
+
+
 def test_changes_are_told_with_both_values(tmp_path):
     before, now = changed("dtf", model__routing__capacity=0.25, model__init_std=0.1, output_dir="elsewhere")
     save_config(before, tmp_path / "config.yaml")

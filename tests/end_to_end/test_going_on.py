@@ -131,8 +131,11 @@ def test_the_last_update_counts_too(config_file: Path) -> None:
         f"optimizer.learning_rate={rate}",
         f"optimizer.min_learning_rate={rate}",
         "optimizer.warmup_iterations=0",
+        "checkpoint.interval=1",
+        "checkpoint.average={last: 2}",
     )
     assert run.statuses == [1], run.output()
+    assert len(list(config_file.parent.glob("out/*/iteration-00000001/not-good"))) == 2  # its average too
     assert "the training loss (topk) is nan at the end of the run" in run.errors()[0]
     assert train(config_file, "training.iterations=1").statuses == [1]  # nor is it good at the next start
 
@@ -192,7 +195,9 @@ def test_a_rank_that_waits_for_another_ends_with_its_launcher(config_file: Path)
     launcher = subprocess.Popen(["sleep", "3600"])
     crew = Crew(config_file, world=2, sabotage=partial(never_joined, launcher=launcher.pid))
     try:
-        wait_until(lambda: "device: cpu" in crew.output())  # the last line before they meet
+        wait_until(
+            lambda: crew.logs[0].exists() and "device: cpu" in crew.output()
+        )  # the last line before they meet
         assert crew.ranks[0].is_alive()
     finally:
         launcher.kill()

@@ -43,6 +43,7 @@ def losses(config_file: Path) -> dict[int, float]:
 def test_metrics_hold_the_contract(config_file: Path) -> None:
     status, output = train(config_file, "logging.tensorboard=true")
     assert status == 0, output
+    assert "untested optimizer" not in output  # DeepSpeed's remark on what it does not know
     found = records(config_file)
     step = next(record for record in found if "lm_loss" in record)
     assert set(step) >= {

@@ -19,7 +19,7 @@ from megadyn.engine.replaced import replaced
 from megadyn.engine.step_clock import PARTS
 from tests.helpers.crew import Crew
 from tests.helpers.tiny import ROOT, micro_batches
-from tests.parity.curves import Case, config_of, tokens_of
+from tests.parity.curves import Case, config_of, plain_network, tokens_of
 
 OFFLOADED = ROOT / "ds_configs" / "zero3_offload.json"
 CASES = [
@@ -72,14 +72,7 @@ def test_norms_are_those_before_clipping():
 
 def plain_norms(case: Case) -> dict[str, float]:
     """Of the first step of a plain PyTorch loop."""
-    from megadyn.model.block import LayerContext
-    from megadyn.network import Network
-    from megadyn.parallel.params import ParamMaker
-    from megadyn.parallel.sharding import Sharding
-    from megadyn.routing.layer import LossScale
-
-    config = config_of(case)
-    net = Network(LayerContext(config.model, ParamMaker(Sharding(1, 2), config.training.seed)), LossScale())
+    net = plain_network(case)
     ((tokens, labels),) = micro_batches(tokens_of(case)[0], 4)
     net(tokens, labels).backward()
     squares = dict.fromkeys(COMPONENTS, 0.0)

@@ -15,8 +15,10 @@ from megadyn.engine.optimizer import (
     group_key,
     learning_rate,
     make_optimizer,
+    refuse_unmatched,
 )
-from megadyn.parallel.grid import Grid
+from megadyn.errors import ConfigError
+from megadyn.parallel.grid import Axis, Grid
 from tests.helpers.networks import make_network
 from tests.helpers.tiny import tiny_config, tiny_tokens
 
@@ -74,6 +76,45 @@ def test_groups_are_cut_by_component_and_by_whether_weights_decay():
         ("router", 0.0),
     }
     assert len({group_key(p, config.optimizer) for p in network.parameters()}) == len(optimizer.param_groups)
+
+
+def test_rates_and_freezing_go_by_name():
+    config = tiny_config("dense")
+    config.optimizer.freeze = ["model.embed_tokens.*"]
+    config.optimizer.rates = {"*.layers.1.*": 3.0, "*.mlp.*": 0.5}
+    network = make_network(config, dtype=torch.float32)
+    refuse_unmatched(network, config.optimizer, Axis("pp"))
+    seen = {}
+    for group in make_optimizer(network, config.optimizer).param_groups:
+        for param in group["params"]:
+            seen[param.global_name] = (group["component"], group["lr_multiplier"], group["weight_decay"])
+    assert seen["model.embed_tokens.weight"] == ("base x 0", 0.0, 0.0)
+    assert seen["model.layers.1.mlp.up_proj.weight"] == ("base x 3", 3.0, 0.1)
+    assert seen["model.layers.0.mlp.up_proj.weight"] == ("base x 0.5", 0.5, 0.1)
+    assert seen["lm_head.weight"] == ("base", 1.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "rates", "said"),
+    [
+        (
+            ["model.embed.*"],
+            {},
+            r"optimizer\.freeze = 'model\.embed\.\*': must be a pattern that matches a tensor",
+        ),
+        (
+            [],
+            {"*": 0.5, "lm_head.*": 2.0},
+            r"optimizer\.rates = 'lm_head\.\*': .* no pattern before it matches",
+        ),
+        (["lm_head.*"], {"lm_head.*": 2.0}, r"optimizer\.rates = 'lm_head\.\*': .* is not frozen"),
+    ],
+)
+def test_a_pattern_that_decides_nothing_is_refused(freeze, rates, said):
+    config = tiny_config("dense")
+    config.optimizer.freeze, config.optimizer.rates = freeze, rates
+    with pytest.raises(ConfigError, match=said):
+        refuse_unmatched(make_network(config), config.optimizer, Axis("pp"))
 
 
 def test_a_tied_embedding_stands_in_one_group_once():

@@ -59,6 +59,7 @@ def zipped() -> bytes:
         "web.jsonl-00000-of-00002",
         "x.json_lines",
         "x.v2",
+        "x.csv.jsonl",
         "x.JSONL.GZ",
         "x.gz",
         "blob",

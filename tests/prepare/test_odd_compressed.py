@@ -311,6 +311,17 @@ def test_behind_invalid_characters_the_next_line_is_read(tmp_path):
     assert corpus.skipped == 1 and "not UTF-16 text" in corpus.first_skipped
 
 
+def test_utf_16_goes_on_behind_a_damaged_member(tmp_path):
+    members = [
+        gzip.compress(("\ufeff" * (n == 0) + f'{{"text": "{n}"}}\n').encode("utf-16-le")) for n in range(3)
+    ]
+    damaged = members[1][:12] + bytes(8) + members[1][20:]
+    (tmp_path / "x.jsonl.gz").write_bytes(members[0] + damaged + members[2])
+    corpus = Corpus([tmp_path / "x.jsonl.gz"], on_error="skip")
+    assert list(corpus) == ["0", "2"]
+    assert corpus.skipped >= 1
+
+
 def test_why_a_frame_is_not_read_is_told(tmp_path):
     for raw, reason in [
         (raw_frame((0, SHORT), dictionary=b"\x07"), "compressed with dictionary 7, which is not available"),

@@ -346,6 +346,8 @@ def test_refusals_of_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_secret_is_shown_or_recorded() -> None:
     assert shown("https://me:secret@host:80/a/b.txt?X-Amz-Signature=secret") == "https://host:80/a/b.txt"
     assert shown("s3://bucket/a?b") == "s3://bucket/a?b"
+    assert shown("ftp://me:secret@host/a/b.txt") == "ftp://host/a/b.txt"
+    assert shown("hf://datasets/org/name@main/a.txt") == "hf://datasets/org/name@main/a.txt"
     file = RemoteFile("https://host/a/b.jsonl.gz?token=secret", 1, "")
     assert (str(file), file.name) == ("https://host/a/b.jsonl.gz", "b.jsonl.gz")
 

@@ -19,7 +19,7 @@ from tests.helpers.networks import with_routing
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import VOCAB, tiny_config
 
-STEPS = 12
+STEPS = 8
 KEYS: dict[str, dict[str, Any]] = {
     "dtf": {},
     "mod": {},
