@@ -82,6 +82,12 @@ def local_path(given: str | Path, what: str, need: Need) -> Path:
         ) from None
 
 
+def pinned(given: str, what: str, need: Need) -> str:
+    """`given`, or for an address ORG/NAME@COMMIT: what it means today. Raises as `local_path`."""
+    folder, address = local_path(given, what, need), address_in(given)
+    return given if address is None else f"{address.repository}@{folder.name}"
+
+
 def address_in(given: str | Path) -> Address | None:
     """The address that `given` is, if it is one and not the path of something that exists."""
     found = None if Path(given).exists() else ADDRESS.fullmatch(str(given))

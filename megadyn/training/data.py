@@ -12,6 +12,7 @@ from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.largest import check_ids
 from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
 from megadyn.errors import ConfigError
+from megadyn.hub import TOKENIZER, pinned
 from megadyn.log import log
 from megadyn.tokenization.tokenizer import Tokenizer, load_tokenizer
 from megadyn.training.length import Position, settle_length
@@ -46,8 +47,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
 
     Raises UserError for files that are missing, damaged, or do not match each other, the model or the length of the run.
     """
-    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.eod, "tokenizer.eod")
-    settle_vocabulary(config, tokenizer)
+    tokenizer = open_tokenizer(config)
     section, seed = config.data, config.training.seed
     sources = section.sources("train")
     if config.tokenizer.eod is None:
@@ -97,6 +97,16 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
         config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
     return Data(train, validation, test, tokenizer.eod if section.document_mask else None, named)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """An address in the configuration gets its commit, so that a later start or export has the same tokenizer."""
+    section = config.tokenizer
+    if section.path != "byte":
+        section.path = pinned(section.path, f"tokenizer.path = {section.path!r}", TOKENIZER)
+    tokenizer = load_tokenizer(section.path, section.eod, "tokenizer.eod")
+    settle_vocabulary(config, tokenizer)
+    return tokenizer
 
 
 def settle_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

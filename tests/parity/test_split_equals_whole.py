@@ -53,15 +53,11 @@ CASES += [
     Case("dtf", 2, 2, 1, sequence=True, tied=True),
 ]
 
-HALF = [Case("dtf", *layout, precision="bf16") for layout in LAYOUTS[:4]]
-HALF += [
-    Case(kind, *layout, precision="bf16")
-    for kind in ("dense", "mod", "dtrnet-token")
-    for layout in LAYOUTS[:2]
-]
+HALF = [Case("dtf", *layout, precision="bf16") for layout in LAYOUTS[1:4]]
+HALF += [Case(kind, 2, 1, 1, precision="bf16") for kind in ("dense", "mod", "dtrnet-token")]
 HALF += [Case("dtf", 1, 1, 2, zero=zero, precision="bf16") for zero in (2, 3)]
 HALF += [Case("dtf", 2, 1, 1, precision="bf16", sequence=True)]
-HALF += [Case("dtf", *layout, precision="fp16") for layout in LAYOUTS[:2]]
+HALF += [Case("dtf", 2, 1, 1, precision="fp16")]
 
 
 def compared_with(case: Case) -> list[Case]:

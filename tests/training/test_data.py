@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 
 from megadyn.config import Config, DataConfig, TokenizerConfig, batch_plan
 from megadyn.data.blend import Blend
@@ -21,6 +22,7 @@ from megadyn.model.documents import documents_of
 from megadyn.prepare.preprocess import preprocess
 from megadyn.prepare.readers import Corpus
 from megadyn.training.data import Data, evaluation_size, open_data
+from tests.helpers.servers import COMMIT, lay_out
 from tests.helpers.tiny import tiny_config
 
 LENGTH = 24
@@ -187,6 +189,21 @@ def test_the_dataset_of_a_blend_that_runs_out_first_is_named(make):
         opened({"iterations": 42}, train=train, split=[1, 0, 0], repeat=False)
     data = opened({"iterations": 42}, train=train, split=[1, 0, 0])
     assert letters(data.train, 168).count("b") == 42  # 41 and the first of its second epoch
+
+
+def test_a_tokenizer_by_address_gets_its_commit(
+    make: Callable[[str, int], str], tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    lay_out(
+        tmp_path / "hub", {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}, "org/words"
+    )
+    config = configured(train=make("a", 20), split=[1, 0, 0])
+    config.tokenizer.path, config.model.vocab_size = "org/words", None
+    open_data(config)
+    assert config.tokenizer.path == f"org/words@{COMMIT}"
+    open_data(config)
+    assert config.tokenizer.path == f"org/words@{COMMIT}"
 
 
 @pytest.mark.parametrize(
