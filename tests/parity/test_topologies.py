@@ -18,7 +18,6 @@ ELSEWHERE = [
     Case("dtf", 1, 1, 1),
     Case("mod", 1, 4, 1),
     Case("dtrnet-token", 4, 1, 1, tied=True),
-    Case("dtrnet-expert", 1, 1, 4),
     Case("dense", 2, 1, 2, zero=2),
     Case("dtrnet-token", 1, 1, 4, zero=3),
 ]
