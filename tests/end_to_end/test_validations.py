@@ -21,13 +21,16 @@ from tests.helpers.tiny import ROOT
 def test_each_named_set_is_reported_and_the_best_checkpoint_is_kept(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "prose.jsonl").write_text(json.dumps({"text": (ROOT / "README.md").read_text()}) + "\n")
-    preprocess(Corpus([tmp_path / "prose.jsonl"]), "byte", tmp_path / "prose", append_eod=True)
+    # A model that learns one alphabet unlearns the other: every later checkpoint is worse.
+    for name, text in (("train", "ab ba abba " * 300), ("prose", "XYZ_ZYX_YY_" * 300)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        preprocess(Corpus([tmp_path / f"{name}.jsonl"]), "byte", tmp_path / name, append_eod=True)
     train = next(line for line in config_file.read_text().splitlines() if line.startswith("data:"))
     dataset = train.split("train: ")[1].split(",")[0]
     named = f"data.validation={{prose: {tmp_path}/prose, both: [{dataset}, {tmp_path}/prose]}}"
     settings = [
         named,
+        f"data.train={tmp_path}/train",
         "data.validation_fraction=null",
         "training.eval_interval=1",
         "training.eval_samples=4",
@@ -37,7 +40,8 @@ def test_each_named_set_is_reported_and_the_best_checkpoint_is_kept(
         "checkpoint.background=true",
         "logging.csv=true",
         "optimizer.warmup_iterations=0",
-        "optimizer.learning_rate=0.3",  # so that a later checkpoint is worse
+        "optimizer.learning_rate=0.1",
+        "optimizer.min_learning_rate=0.1",
         "training.iterations=4",
     ]
     crew = Crew(config_file, *settings, world=2)
