@@ -275,7 +275,7 @@ def _bar_of(what: str) -> type[Any]:
     """A class by which the hub's library counts bytes, shown as all our work is."""
     from tqdm import tqdm
 
-    class Counted(tqdm):  # type: ignore[misc]
+    class Counted(tqdm):  # type: ignore[misc]  # tqdm ships no types
         monitor_interval = 0  # no thread: processes may be forked later
 
         def __init__(self, *args: Any, total: int | None = None, **settings: Any) -> None:

@@ -1,6 +1,7 @@
 """The configuration of a run. `run` combines the sections defined in the other modules, and `load`
 reads them from files."""
 
+from megadyn.config.checkpoint import AverageConfig, CheckpointConfig
 from megadyn.config.data import DataConfig, Source
 from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
@@ -20,8 +21,6 @@ from megadyn.config.run import (
 from megadyn.config.training import (
     KERNELS,
     RECOMPUTE,
-    AverageConfig,
-    CheckpointConfig,
     MultipliersConfig,
     OptimizerConfig,
     TrainingConfig,

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megadyn.checks import at_least, one_of
+from megadyn.config.checkpoint import CheckpointConfig
 from megadyn.config.data import DataConfig
 from megadyn.config.engine_file import read_engine_file
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
-from megadyn.config.training import CheckpointConfig, OptimizerConfig, TrainingConfig
+from megadyn.config.training import OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
 

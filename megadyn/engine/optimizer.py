@@ -85,11 +85,10 @@ def even_out_groups(module: nn.Module, cfg: OptimizerConfig, pp: Axis) -> None:
     stages: list[Any] = [None] * pp.size
     dist.all_gather_object(stages, mine, group=pp.group)
     for number, key in enumerate(sorted(set().union(*stages) - mine)):
-        stand_in = nn.Parameter(
-            torch.zeros((1, 1) if key.decay else (1,), device=next(module.parameters()).device)
-        )
+        zero = torch.zeros((1, 1) if key.decay else (1,), device=next(module.parameters()).device)
+        stand_in: Any = nn.Parameter(zero)  # Any, because it gets attributes of ours
         mark(stand_in, f"{STAND_IN}.{key.component}", is_cut=False)
-        stand_in.rate_factor = key.factor  # type: ignore[attr-defined]
+        stand_in.rate_factor = key.factor
         module.register_parameter(f"{STAND_IN}_{number}", stand_in)
 
 
