@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run in its interpreter.
 """
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell's background job, whose programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from megadyn.log import log
 

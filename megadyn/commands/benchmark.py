@@ -9,6 +9,7 @@
     megadyn benchmark scaling [options]     # 1, 2 and 4 processes in tensor, pipeline and data parallelism
     megadyn benchmark soak [options]        # thousands of tiny steps of every kind of routing: does it stay stable?
     megadyn benchmark flips [options]       # a layout's results with recorded routing choices, and with its own
+    megadyn benchmark upcycle [options]     # what a dense model loses when it becomes a routed one, and regains when
 
 Each has its own `--help`, and `--json`.
 """
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "scaling": "megadyn.benchmark.scaling",
     "soak": "megadyn.benchmark.soak",
     "flips": "megadyn.benchmark.flips",
+    "upcycle": "megadyn.benchmark.upcycle",
 }
 """Module of each benchmark; its `main` takes the options."""
 

@@ -96,6 +96,12 @@ NOT_READ = {
     b"Rar!": "a rar archive",
     b"\x1f\x9d": "a file of compress (.Z)",
     b"\x1f\x1e": "a file of pack (.z)",
+    # Frames of zstd before its format was final; the last byte of the magic number counts up (zstd's lib/legacy).
+    b"\x1e\xb5\x2f\xfd": "zstd of format 0.1, older than its standard",
+    **{
+        bytes([0x20 + minor]) + b"\xb5\x2f\xfd": f"zstd of format 0.{minor}, older than its standard"
+        for minor in range(2, 8)
+    },
     b"FEA1": "Feather version 1",
     b"\xd0\xcf\x11\xe0": "an Office document",
     b"MMIDIDX\0": "the index of a dataset",
@@ -128,7 +134,9 @@ def kind_of(file: File, form: str = "auto") -> Kind:
         head = disk.read(HEAD_BYTES)
     codec = codec_of(head[:LONGEST_HEAD], outer)
     if outer and not codec and head:
-        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but its content is not")
+        content = not_text(head)
+        what = f"it is {content}" if content else "its content is not"
+        return Kind("refused", problem=f"its name says {SUFFIXES[outer]}, but {what}")
     if codec:
         head = decompressed_head(file, codec)
     found, problem = (form, None) if form in ("text", "jsonl") else form_of(file.name, suffix, head)

@@ -75,29 +75,26 @@ def is_saving(run: Path) -> bool:
     return any(run.glob("checkpoints/.writing-*"))
 
 
-@pytest.mark.parametrize(
-    ("what", "victim", "said"),
-    [
-        ("fail", 1, "failed, reading samples of step 3: RuntimeError: the disk is on fire"),
-        ("crash", 0, "died: killed from outside, out of memory, or crashed"),
-        ("stop", 1, "it is stopped (SIGSTOP)"),
-        ("stop", 0, "it is stopped (SIGSTOP)"),
-    ],
-)
-def test_a_rank_that_dies_or_stops_ends_the_others_by_name(
-    what: str, victim: int, said: str, config_file: Path
-) -> None:
+def disturbed(config_file: Path, what: str, victim: int) -> tuple[Crew, Path]:
+    """An endless run in which a rank fails, crashes, hangs or is to be stopped; and its output folder."""
+    folder = config_file.parent / f"{what}-{victim}"
+    folder.mkdir()
+    own = folder / config_file.name
+    own.write_text(config_file.read_text())
     crew = Crew(
-        config_file,
+        own,
         *ENDLESS,
         "parallel.tensor=2",
         f"training.timeout_s={TIMEOUT}",
+        f"output_dir={folder}/out",
         world=2,
         sabotage=None if what == "stop" else partial(in_step, victim=victim, step=3, what=what),
     )
-    wait_until(lambda: last_step(config_file.parent / "out") >= 2)
-    if what == "stop":
-        crew.signal(victim, signal.SIGSTOP)
+    return crew, folder / "out"
+
+
+def check_named(crew: Crew, victim: int, said: str) -> list[int]:
+    """The other rank ends soon, and names the victim; returns the exit statuses."""
     began = time.monotonic()
     statuses = crew.wait(60)
     assert time.monotonic() - began < TIMEOUT + 5  # and a slow machine's share
@@ -106,30 +103,38 @@ def test_a_rank_that_dies_or_stops_ends_the_others_by_name(
     assert f"rank {victim} (process {crew.ranks[victim].pid} on " in other
     assert said in other
     assert "Traceback" not in crew.output(1 - victim)
-    if what == "fail":
-        assert "RuntimeError: the disk is on fire" in crew.output(victim)
-        assert "Traceback" in crew.output(victim)  # a fault of ours shows where
-    if what == "crash":
-        assert "Fatal Python error: Aborted" in crew.output(victim)
-    if what == "stop":
+    return statuses
+
+
+def test_a_rank_that_fails_ends_the_others_by_name(config_file: Path) -> None:
+    crew, _ = disturbed(config_file, "fail", victim=1)
+    check_named(crew, 1, "failed, reading samples of step 3: RuntimeError: the disk is on fire")
+    assert "RuntimeError: the disk is on fire" in crew.output(1)
+    assert "Traceback" in crew.output(1)  # a fault of ours shows where
+
+
+def test_a_rank_that_crashes_ends_the_others_by_name(config_file: Path) -> None:
+    crew, _ = disturbed(config_file, "crash", victim=0)
+    check_named(crew, 0, "died: killed from outside, out of memory, or crashed")
+    assert "Fatal Python error: Aborted" in crew.output(0)
+
+
+def test_a_rank_that_stops_or_hangs_ends_the_others_by_name_and_shows_its_stack(config_file: Path) -> None:
+    """Three runs at once, because each waits for its timeout."""
+    hung, _ = disturbed(config_file, "hang", victim=1)
+    stopped = [disturbed(config_file, "stop", victim) for victim in (0, 1)]
+    for victim, (crew, out) in enumerate(stopped):
+        wait_until(lambda out=out: last_step(out) >= 2)
+        crew.signal(victim, signal.SIGSTOP)
+    assert hung.wait(60) == [1, 1]
+    assert "made no progress for" in hung.errors(1)[0]
+    assert "reading samples of step 3" in hung.errors(1)[0]
+    assert "in read" in hung.output(1)  # where it sleeps
+    assert "rank 1" in hung.errors(0)[0]
+    for victim, (crew, _) in enumerate(stopped):
+        statuses = check_named(crew, victim, "it is stopped (SIGSTOP)")
         assert statuses[victim] == -signal.SIGKILL  # it could not end by itself
         assert "most recent call first" in crew.output(1 - victim)
-
-
-def test_a_rank_that_hangs_shows_its_stack(config_file: Path) -> None:
-    crew = Crew(
-        config_file,
-        *ENDLESS,
-        "parallel.tensor=2",
-        f"training.timeout_s={TIMEOUT}",
-        world=2,
-        sabotage=partial(in_step, victim=1, step=3, what="hang"),
-    )
-    assert crew.wait(60) == [1, 1]
-    assert "made no progress for" in crew.errors(1)[0]
-    assert "reading samples of step 3" in crew.errors(1)[0]
-    assert "in read" in crew.output(1)  # where it sleeps
-    assert "rank 1" in crew.errors(0)[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

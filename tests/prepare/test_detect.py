@@ -138,6 +138,14 @@ def test_text_by_every_name(tmp_path, name):
             "a pointer of Git LFS, whose content was not",
         ),
         ("x.txt.gz", b"plain", "its name says gzip, but its content is not"),
+        # gzip -d would read a zip archive of one file, and zstd -d frames of older formats.
+        ("x.txt.gz", zipped(), "its name says gzip, but it is a zip archive"),
+        (
+            "x.txt.zst",
+            b"\x27\xb5\x2f\xfd\0\0",
+            "its name says zstd, but it is zstd of format 0.7, older than",
+        ),
+        ("x", b"\x24\xb5\x2f\xfd\0\0", "zstd of format 0.4, older than its standard: not supported"),
         (
             "x.parquet.zst",
             pyarrow.compress(parquet(), "zstd", asbytes=True),

@@ -6,6 +6,7 @@ layout may rank others first. Labels are drawn at random, so it matters which to
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +74,7 @@ def train(
     replay: Path | None = None,
     **routing: Any,
 ) -> Curve:
-    from megadyn.config import batch_plan
-    from megadyn.engine.engine import Engine
-    from megadyn.network import choosing_layers
-    from megadyn.parallel.grid import make_grid
-    from megadyn.routing.replay import Replay
-
+    """The tiny model of a kind, trained on samples of one token each."""
     config = with_routing(
         tiny_config(
             kind,
@@ -92,18 +88,28 @@ def train(
     config.parallel.sequence = layout.sequence
     config.training.routing_record = record and str(record)
     config.training.routing_replay = replay and str(replay)
+    return curve_of(config, layout, map(batch, range(steps)), rate=1e-3)
+
+
+def curve_of(config: Any, layout: Layout, batches: Iterable[tuple[Tensor, Tensor]], rate: float) -> Curve:
+    """Losses and gradient norms of steps on these batches of four samples."""
+    from megadyn.config import batch_plan
+    from megadyn.engine.engine import Engine
+    from megadyn.network import choosing_layers
+    from megadyn.parallel.grid import make_grid
+    from megadyn.routing.replay import Replay
+
     grid = make_grid(layout.tensor, layout.pipeline)
     engine = Engine(config, batch_plan(config, layout.world), grid)
     choices = Replay(config, engine.routed, choosing_layers(config.model), grid, "data")
     share = 4 // layout.data
     found: Curve = {"loss": [], "grad_norm": []}
-    for step in range(steps):
+    for step, samples in enumerate(batches):
         mine = [
-            x[grid.dp.rank * share : (grid.dp.rank + 1) * share].split(layout.micro_batch)
-            for x in batch(step)
+            x[grid.dp.rank * share : (grid.dp.rank + 1) * share].split(layout.micro_batch) for x in samples
         ]
         with choices.step(step + 1, 4 * step):
-            result = engine.train_step(zip(*mine, strict=True), 1e-3)
+            result = engine.train_step(zip(*mine, strict=True), rate)
         found["loss"].append(float(result.loss))
         found["grad_norm"].append(float(result.grad_norm))
     engine.engine.destroy()

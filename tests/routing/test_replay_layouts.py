@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from megadyn.routing.recording import Flips, flips
-from tests.routing.replayed import DISTURBED, KEYS, LAYOUTS, STEPS, Curve, Layout, record_all, replay_all
+from tests.routing import replayed_long as long
+from tests.routing.replayed import (
+    DISTURBED,
+    KEYS,
+    LAYOUTS,
+    ONE,
+    STEPS,
+    Curve,
+    Layout,
+    record_all,
+    replay_all,
+)
 
 ROUNDING = 1e-5
 """Of scores in float32, behind four layers and a router whose terms nearly cancel, by the size of the layer's scores."""
@@ -27,13 +38,13 @@ def two(folder: Path, one: dict[str, Curve]) -> dict[str, Curve]:
     return replay_all(folder)
 
 
-def farthest(found: Curve, wanted: Curve) -> float:
+def farthest(found: Curve, wanted: Curve, steps: int = STEPS) -> float:
     """Largest relative difference of a loss or a gradient norm."""
 
     def apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
         return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
-    assert len(found["loss"]) == STEPS
+    assert len(found["loss"]) == steps
     return max(apart(found[name], wanted[name]) for name in ("loss", "grad_norm"))
 
 
@@ -70,3 +81,21 @@ def test_a_replay_goes_by_its_file(kind: str, one: dict[str, Curve]) -> None:
     assert undisturbed["loss"] == one[kind]["loss"][:DISTURBED]
     assert disturbed["loss"][:-1] == undisturbed["loss"][:-1]
     assert abs(disturbed["loss"][-1] - undisturbed["loss"][-1]) > 1e-5
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Curve]]:
+    folder = tmp_path_factory.mktemp("long")
+    return folder, long.train_all(folder)
+
+
+@pytest.mark.parametrize("layout", long.LAYOUTS, ids=str)
+def test_layouts_stay_together_over_200_steps_of_the_quickstarts_model(
+    layout: Layout, curves: tuple[Path, dict[str, Curve]]
+) -> None:
+    folder, found = curves
+    assert found[str(ONE)]["loss"][-1] < found[str(ONE)]["loss"][0] - 0.5, "too little was learnt to compare"
+    assert farthest(found[str(layout)], found[str(ONE)], long.STEPS) < 1e-5
+    own = flips(folder / str(ONE), folder / str(layout))
+    assert own.compared == long.STEPS * 4 * 4 * long.LENGTH
+    assert own.farthest < ROUNDING
