@@ -51,6 +51,7 @@ from megadyn.telemetry.telemetry import Silent, Telemetry
 from megadyn.training.bad_steps import BadSteps
 from megadyn.training.checkpoints import Checkpoints
 from megadyn.training.data import Data, evaluation_size, open_data
+from megadyn.training.garbage import Garbage
 from megadyn.training.length import schedule_steps
 from megadyn.training.loader import Loader
 from megadyn.training.loss_rule import TrainingDiverged, problem_at_end
@@ -70,7 +71,11 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
     with (
         RunLock(Path(config.output_dir)) as lock,
         Watchdog(
-            config.training.timeout_s, config.training.grace_s, launchers=watched, lost=lambda: lock.problem
+            config.training.timeout_s,
+            config.training.grace_s,
+            output_dir=Path(config.output_dir),
+            launchers=watched,
+            lost=lambda: lock.problem,
         ) as watchdog,
     ):
         refuse_login(config)
@@ -157,6 +162,7 @@ class Job:
         self.replay = Replay(
             config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key
         )
+        self.garbage = Garbage(config.training.gc_interval)
         self.evaluations: dict[str, dict[str, float]] = {}  # the latest of each set
         self.has_ended = False
 
@@ -167,9 +173,10 @@ class Job:
         while not (state.is_complete or stopping):
             # Recomputed after a rollback, which repeats steps with new samples.
             end = self.config.training.samples_at_end(*state.position)
-            with self.loader(
+            samples = self.loader(
                 self.data.train, state.consumed_samples, end, step=self.engine.plan.global_batch
-            ) as loader:
+            )
+            with samples as loader, self.garbage:
                 stopping = self.steps(loader)
         if state.is_complete and not self.has_ended:  # a rollback left nothing to do
             self.end()
@@ -210,6 +217,7 @@ class Job:
             state.loss_rule.note(number, float(result.loss))
             if is_measured or stopping:
                 self.report(result, rate, is_measured)
+        self.garbage.after_step(number)
         if self.profile.after_step(number):
             self.telemetry.restart_clock(state.iteration)
         if is_written:

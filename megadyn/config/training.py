@@ -169,6 +169,9 @@ class TrainingConfig:
     """Weight of the z-loss: the mean square of each token's log of the sum of exponentiated logits (PaLM, arXiv 2204.02311).
     It keeps logits from drifting, which half precision needs in long runs; 1e-4 is usual. Only gradients contain it, not the
     losses that are reported."""
+    gc_interval: int = 0
+    """Steps between Python's garbage collections, which then take place at the same steps on all ranks. 0 leaves them to Python:
+    each rank collects at other steps, and all others wait for it, which shows with many ranks. Try 100."""
     on_bad_step: str = "stop"
     """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; the step never
     reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,
@@ -232,6 +235,7 @@ class TrainingConfig:
         one_of("training.recompute", self.recompute, RECOMPUTE)
         one_of("training.kernels", self.kernels, KERNELS)
         at_least("training.eval_interval", self.eval_interval, 0)
+        at_least("training.gc_interval", self.gc_interval, 0)
         at_least("training.seed", self.seed, 0)
         for name in ("epochs", "flops"):
             value = getattr(self, name)

@@ -5,6 +5,7 @@ all of them; the others read rank 0's. Ranks on the same machine are also looked
 death is noticed within a second. A rank that detects a fault leaves a notice in the store, and every rank ends when it
 sees that. A silent rank cannot end itself, so the other ranks on its machine kill it. A rank whose launcher is gone
 asks the run to save and end, as a signal would: nothing else would end it, and the next start would be a second run.
+After a fault every rank that still can writes its stacks and last collectives to the run's folder.
 There are two threads: one may block in calls to the store, the other never blocks.
 """
 
@@ -18,12 +19,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from megadyn.errors import RunError, UserError
 from megadyn.launch.launch import attempt
+from megadyn.launch.post_mortem import write_post_mortem
 from megadyn.launch.processes import Place, Process, here, process_state
 
 POLL_S = 0.5
@@ -64,6 +67,7 @@ class Watchdog:
         grace_s: float,
         end: Callable[[int], Any] = os._exit,
         *,
+        output_dir: Path,
         launchers: Sequence[Process] = (),
         lost: Callable[[], str | None] = lambda: None,
     ):
@@ -71,8 +75,10 @@ class Watchdog:
 
         Args:
             end: ends the process at once, even if its main thread is stuck.
+            output_dir: where ranks write what they were doing when a fault ends the job.
             launchers: processes whose end must end the run. lost: says why the run must stop, or None.
         """
+        self._output_dir = output_dir
         self._launchers, self._lost_claim, self._is_orphan = launchers, lost, False
         self.request_stop: Callable[[str], None] | None = None
         """Asks the run to save and end. None while there is nothing to save; the rank then ends at once."""
@@ -162,7 +168,7 @@ class Watchdog:
             now = time.monotonic()
             self._look_for_launchers()
             if problem := self._lost_claim():
-                self._end_job(f"rank {self.rank}: {problem}", stacks=False)
+                self._end_job(f"rank {self.rank}: {problem}")
             if self._notice:
                 if now - self._noticed > PATIENCE_S:
                     self._obey(self._notice)
@@ -170,16 +176,14 @@ class Watchdog:
                 self._notice, self._noticed = fault, now
                 self._leave(fault)
             elif self._asked_to_stop and now - self._asked_to_stop[1] > self.grace_s:
-                self._end_job(
+                self._end_with_record(
                     f"rank {self.rank}: not saved and ended within training.grace_s = {self.grace_s:g} s of "
-                    f"{self._asked_to_stop[0]} ({self._doing})",
-                    stacks=True,
+                    f"{self._asked_to_stop[0]} ({self._doing})"
                 )
             elif now - self._since > self.timeout_s:
-                self._end_job(
+                self._end_with_record(
                     f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
-                    f"{self._doing}{self._others()}; raise training.timeout_s if that is normal",
-                    stacks=True,
+                    f"{self._doing}{self._others()}; raise training.timeout_s if that is normal"
                 )
 
     def _look_for_launchers(self) -> None:
@@ -188,7 +192,7 @@ class Watchdog:
             return
         self._is_orphan = True
         if self.request_stop is None:
-            self._end_job(f"rank {self.rank}: its launcher ({gone}) is gone", stacks=False)
+            self._end_job(f"rank {self.rank}: its launcher ({gone}) is gone")
         elif self._asked_to_stop is None:  # otherwise the launcher passed on a signal before it ended
             self.asked_to_stop(f"the end of its launcher ({gone})")
             self.request_stop(f"the end of its launcher ({gone})")
@@ -197,7 +201,7 @@ class Watchdog:
         if notice.silent in self._neighbours:
             with suppress(ProcessLookupError):
                 os.kill(self.places[notice.silent].pid, signal.SIGKILL)
-        self._end_job(notice.sentence, stacks=notice.silent is not None)
+        self._end_with_record(notice.sentence, show=notice.silent is not None)
 
     def _fault(self, now: float) -> Notice | None:
         """A fault of another rank, as seen from here, or None."""
@@ -226,7 +230,12 @@ class Watchdog:
             )
         return None
 
-    def _end_job(self, sentence: str, *, stacks: bool) -> None:
+    def _end_with_record(self, sentence: str, *, show: bool = True) -> None:
+        """Ends the job after a fault; writes what this rank was doing, and with `show` also prints its stacks."""
+        write_post_mortem(self._output_dir, self.rank, sentence)
+        self._end_job(sentence, stacks=show)
+
+    def _end_job(self, sentence: str, *, stacks: bool = False) -> None:
         with suppress(OSError):  # whatever reads this output may be gone
             sys.stdout.flush()
             print(f"error: {sentence}", file=sys.stderr, flush=True)

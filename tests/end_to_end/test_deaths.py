@@ -121,7 +121,7 @@ def test_a_rank_that_crashes_ends_the_others_by_name(config_file: Path) -> None:
 
 def test_a_rank_that_stops_or_hangs_ends_the_others_by_name_and_shows_its_stack(config_file: Path) -> None:
     """Three runs at once, because each waits for its timeout."""
-    hung, _ = disturbed(config_file, "hang", victim=1)
+    hung, hung_out = disturbed(config_file, "hang", victim=1)
     stopped = [disturbed(config_file, "stop", victim) for victim in (0, 1)]
     for victim, (crew, out) in enumerate(stopped):
         wait_until(lambda out=out: last_step(out) >= 2)
@@ -131,10 +131,20 @@ def test_a_rank_that_stops_or_hangs_ends_the_others_by_name_and_shows_its_stack(
     assert "reading samples of step 3" in hung.errors(1)[0]
     assert "in read" in hung.output(1)  # where it sleeps
     assert "rank 1" in hung.errors(0)[0]
-    for victim, (crew, _) in enumerate(stopped):
+    for rank in (0, 1):
+        stacks = (hung_out / f"ended/rank{rank}-stacks.txt").read_text()
+        assert hung.errors(rank)[0].removeprefix("error: ") in stacks
+        assert ("in read" in stacks) == (rank == 1)
+        collectives = json.loads((hung_out / f"ended/rank{rank}-collectives.json").read_text())
+        assert any("all_reduce" in one["profiling_name"] for one in collectives["entries"])
+    for victim, (crew, out) in enumerate(stopped):
         statuses = check_named(crew, victim, "it is stopped (SIGSTOP)")
         assert statuses[victim] == -signal.SIGKILL  # it could not end by itself
         assert "most recent call first" in crew.output(1 - victim)
+        assert [path.name for path in sorted((out / "ended").iterdir())] == [
+            f"rank{1 - victim}-collectives.json",
+            f"rank{1 - victim}-stacks.txt",
+        ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
