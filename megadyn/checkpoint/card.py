@@ -31,11 +31,13 @@ def model_card(
     precision: str,
     tokenizer: str,
     averaged: Sequence[int] = (),
+    consumed_tokens: int | None = None,
 ) -> str:
     """The whole text, including front matter for the Hugging Face hub.
 
     Args:
         history: from `last_records`.
+        consumed_tokens: if sequences had several lengths; None: they all had the last one.
         averaged: the steps of the checkpoints whose average the weights are, if they are one.
         style: `megadyn` or one of DENSE_TYPES; precision: of the weights; tokenizer: a sentence on it.
     """
@@ -49,6 +51,8 @@ def model_card(
     # False if the batch size changed during the run.
     is_uniform = iteration * config.training.global_batch_size == consumed_samples
     batch = f" of {config.training.global_batch_size}" if is_uniform else ","
+    tokens = consumed_samples * length if consumed_tokens is None else consumed_tokens
+    sequences = f"sequences of {length}" + (" at the end" if tokens != consumed_samples * length else "")
     tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
     front = [
         "---",
@@ -62,7 +66,7 @@ def model_card(
     parts = [
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
-        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
+        f"Pretrained with megadyn on {tokens:,} tokens ({iteration:,} steps{batch} {sequences})"
         f"{start}.{_average(averaged)} A base model: it continues text and does not follow "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),

@@ -73,6 +73,7 @@ def export(
                 manifest["iteration"],
                 manifest["consumed_samples"],
                 history,
+                consumed_tokens=manifest.get("consumed_tokens"),
                 style=style,
                 precision=precision,
                 tokenizer=summary["tokenizer"],
