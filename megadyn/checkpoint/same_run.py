@@ -76,10 +76,9 @@ def begins_data(config: Config, manifest: dict[str, Any]) -> bool:
 
 def check_phases(config: Config, manifest: dict[str, Any], folder: Path) -> None:
     """Raises UserError if the phases behind the checkpoint are not those of `config`, which is one phase's."""
-    phase, iteration = config.phase, manifest["iteration"]
-    if phase is None:
+    if (phase := config.phase) is None:
         return
-    there = manifest.get("phases", [])
+    iteration, there = manifest["iteration"], manifest.get("phases", [])
     for place, ((_, was, *step), (name, now, *here)) in enumerate(zip(there, phase.passed)):
         is_over = place < len(there) - 1
         if step != here or (was != now if is_over else now < iteration):

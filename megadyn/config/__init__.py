@@ -7,7 +7,7 @@ from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
 from megadyn.config.phase import Phase
-from megadyn.config.phases import config_at, phase_configs
+from megadyn.config.phases import config_at, named, phase_configs
 from megadyn.config.rope import RopeConfig
 from megadyn.config.run import (
     REDUCED_IN,
@@ -52,6 +52,7 @@ __all__ = [
     "config_at",
     "engine_settings",
     "load_config",
+    "named",
     "phase_configs",
     "reduction_type",
     "resolved_config",

@@ -5,7 +5,8 @@ and its configuration has plain keys alone: `training.iterations` is the iterati
 runs by hand, with these configurations, gives the same weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -87,9 +88,8 @@ def with_phases(config: Config) -> Config:
     _check_run(config, specs)
     if config.model.max_position is None:
         lengths = [spec.changes.get("training.sequence_length") for spec in specs]
-        config.model.max_position = max(
-            config.training.sequence_length, *(one for one in lengths if isinstance(one, int))
-        )
+        known = [length for length in lengths if isinstance(length, int)]
+        config.model.max_position = max([config.training.sequence_length, *known])
     if specs[0].unit != "share":
         config.training.iterations = 1  # until the steps of the phases are counted
     config.checked()
@@ -120,7 +120,8 @@ def phase_configs(config: Config) -> list[Config]:
         training.iterations = end
         training.tokens = training.samples = None
         _settle_schedule(phase, spec, begin, end, sum(steps))
-        with_name(spec.name, phase)
+        with naming(spec.name):
+            phase.checked()
         phase.phase = Phase(
             spec.name,
             number,
@@ -142,12 +143,18 @@ def config_at(configs: Sequence[Config], iteration: int) -> Config:
     return next((one for one in configs if one.phase and iteration < one.phase.end), configs[-1])
 
 
-def with_name(name: str, config: Config) -> Config:
-    """`config`, checked. Raises UserError that names the phase."""
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A UserError inside names the phase."""
     try:
-        return config.checked()
+        yield
     except UserError as error:
         raise UserError(f"phase {name!r}: {error}") from None
+
+
+def named(config: Config) -> AbstractContextManager[None]:
+    """The same for a phase's configuration; does nothing for that of a run without phases."""
+    return naming(config.phase.name) if config.phase else nullcontext()
 
 
 def read_phases(config: Config) -> list[Spec]:

@@ -1,15 +1,13 @@
 """Opens and checks the data of every phase before the first step, and says which phase a run goes on with."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.same_run import check_phases
 from megadyn.checkpoint.start import likely_start
-from megadyn.config import BatchPlan, Config, batch_plan, config_at, engine_settings, phase_configs
-from megadyn.errors import UserError
+from megadyn.config import BatchPlan, Config, batch_plan, config_at, engine_settings, named, phase_configs
 from megadyn.log import log
 from megadyn.training.data import Data, open_data
 from megadyn.training.length import Position
@@ -60,17 +58,6 @@ def open_part(config: Config, start: Position | None, streams: Streams) -> Data:
     data = open_data(config, start or Position(config.phase.begin, config.phase.samples))
     streams.use(config, data.train)
     return data
-
-
-@contextmanager
-def named(config: Config) -> Iterator[None]:
-    """Errors inside name the phase."""
-    try:
-        yield
-    except UserError as error:
-        if config.phase is None:
-            raise
-        raise UserError(f"phase {config.phase.name!r}: {error}") from None
 
 
 def part_at(parts: Sequence[Part], iteration: int) -> Part:

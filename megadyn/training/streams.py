@@ -41,7 +41,8 @@ class Streams:
                 )
                 for place, (source, unit) in enumerate(zip(given[0], units, strict=True))
             ]
-            self._given, self._settled = given, (entries, config.phase.samples)
+            train = entries if isinstance(section.train, list) else entries[0]
+            self._given, self._settled = given, (train, config.phase.samples)
         section.train, section.origin = self._settled
 
     def use(self, config: Config, train: Samples) -> None:

@@ -2,15 +2,17 @@
 
 import math
 import shutil
+import weakref
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from megadyn import pretrain
 from megadyn.checkpoint import layout
 from megadyn.config import load_config
 from megadyn.data.indexed_writer import IndexedWriter
@@ -30,6 +32,22 @@ class Phased(NamedTuple):
     """Prefix of a second dataset."""
 
 
+def told_of_models(_rank: int) -> None:
+    """The rank says after each phase how many models of earlier ones are still in memory."""
+    models: list[weakref.ref[Any]] = []
+    release, collect = pretrain.release, pretrain.collect_memory
+
+    def release_and_note(engine: Any) -> None:
+        models.append(weakref.ref(engine.module))
+        release(engine)
+
+    def collect_and_tell() -> None:
+        collect()
+        print("models left:", sum(model() is not None for model in models))
+
+    pretrain.release, pretrain.collect_memory = release_and_note, collect_and_tell
+
+
 @pytest.fixture(scope="module")
 def phased(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Phased:
     """A run whose phases have another mix, another sequence length, another batch, another capacity and a decay."""
@@ -40,7 +58,8 @@ def phased(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Phased:
         writer.finish()
     config_file = folder / "config.yaml"
     config_file.write_text(f"""
-model: {{hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, init_std: 0.2, routing: {{kind: dtf, threshold_momentum: 0.9}}}}
+model:
+  {{hidden_size: 32, num_layers: 4, num_heads: 4, num_kv_heads: 2, init_std: 0.2, routing: {{kind: dtf}}}}
 data: {{train: {dataset}, split: [0.9, 0.1, 0], test: {other}}}
 tokenizer: {{path: byte}}
 training: {{global_batch_size: 4, micro_batch_size: 1, sequence_length: 48, eval_samples: 4}}
@@ -62,7 +81,7 @@ phases:
     training: {{sequence_length: 96, global_batch_size: 2}}
     model: {{rope: {{theta: 50000}}}}
 """)
-    crew = Crew(config_file)
+    crew = Crew(config_file, sabotage=told_of_models)
     assert crew.wait() == [0], crew.output()
     return Phased(config_file, folder / "out", crew.output(), other)
 
@@ -131,6 +150,10 @@ def test_metrics_are_one_file_that_names_the_phases(phased: Phased) -> None:
     assert "phase 2 of 3, mix, begins: iterations 4 to 7, steps of 4 x 48 tokens" in phased.output
     assert "2/9" in phased.output and "left" in phased.output  # progress counts the whole run
     assert load_config(phased.out / "config.yaml").phases == load_config(phased.config_file).phases
+
+
+def test_a_phase_leaves_no_model_behind(phased: Phased) -> None:
+    assert phased.output.count("models left: 0\n") == 2 and phased.output.count("models left") == 2
 
 
 @pytest.mark.parametrize(
