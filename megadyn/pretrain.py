@@ -18,7 +18,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +25,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megadyn.checkpoint import layout
+from megadyn.checkpoint.save_load import verify
 from megadyn.checkpoint.start import find_start
 from megadyn.config import Config, load_config
 from megadyn.data.batches import micro_batch_ids
@@ -78,35 +78,60 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
 def train(config: Config, parts: Sequence[Part], grid: Grid, watchdog: Watchdog) -> None:
     """Trains from the current iteration to the end: each phase in an engine of its own, from the checkpoint of the one before.
     A run without phases is a single part."""
-    settings, signals = config.checkpoint, None
-    while True:
-        watchdog.progress("verifying checkpoints")
-        found = find_start(settings, Path(config.output_dir) / layout.CHECKPOINTS)
-        part = part_at(parts, layout.read_manifest(found)["iteration"] if found else 0)
+    root = Path(config.output_dir) / layout.CHECKPOINTS
+    watchdog.progress("verifying checkpoints")
+    found, signals = find_start(config.checkpoint, root), None
+    at = layout.read_manifest(found)["iteration"] if found else 0
+    for part in parts[part_at(parts, at) :]:
+        if signals is not None:
+            found = end_of_phase_before(part, root, watchdog)
+            if signals.ask(at_once=True).stop:
+                log.info("stopped by %s between two phases; start again to continue", signals.reason())
+                return
         watchdog.progress("building the model")
         log.info("building the model and DeepSpeed's engine")
         engine = Engine(part.config, part.plan, grid, part.data.eod)
         watchdog.progress("setting up")
-        if signals is None:
-            signals = Signals(watchdog.asked_to_stop)
-            watchdog.request_stop = signals.request
-        has_stopped = train_part(part, engine, config, found, signals, watchdog)
+        is_start = signals is None
+        signals = signals or Signals(watchdog.asked_to_stop)
+        watchdog.request_stop = signals.request
+        has_stopped = train_part(part, engine, config, found, is_start, signals, watchdog)
         if has_stopped or part is parts[-1]:
             return
         release(engine)
         del engine
         collect_memory()
-        settings = replace(settings, resume="auto")  # from now on the run has checkpoints of its own
-        if signals.ask(at_once=True).stop:
-            log.info("stopped by %s between two phases; start again to continue", signals.reason())
-            return
+
+
+def end_of_phase_before(part: Part, root: Path, watchdog: Watchdog) -> Path:
+    """The checkpoint that the phase before `part` has just ended with, also if its last step was bad. Collective.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    assert part.config.phase is not None
+    found = root / layout.folder_name(part.config.phase.begin)
+    watchdog.progress("verifying checkpoints")
+    if problem := verify(found):
+        raise UserError(problem)
+    return found
 
 
 def train_part(
-    part: Part, engine: Engine, whole: Config, found: Path | None, signals: Signals, watchdog: Watchdog
+    part: Part,
+    engine: Engine,
+    whole: Config,
+    found: Path | None,
+    is_start: bool,
+    signals: Signals,
+    watchdog: Watchdog,
 ) -> bool:
     """Trains from the verified checkpoint `found` to the end of `part`; returns whether the run was asked to stop. If nothing is
-    left to do, does not touch the output folder. `whole`: the configuration of the run."""
+    left to do, does not touch the output folder.
+
+    Args:
+        whole: the configuration of the run. is_start: whether the processes have just started.
+    """
     config, data = part.config, part.data
     state = RunState(config, data.train)
     checkpoints = Checkpoints(config, engine, state, watchdog)
@@ -118,13 +143,12 @@ def train_part(
         return False
     with output_folder(whole, part, engine, state) as (telemetry, profile):
         checkpoints.telemetry = telemetry
-        if changed and not state.begins_phase:
+        if changed and is_start:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         if state.begins_phase:
             telemetry.event(state.iteration, "phase_begins", phase_record(config))
-        has_stopped = Job(
-            config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog
-        ).train()
+        job = Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog)
+        has_stopped = job.train()
         watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
     return has_stopped
 

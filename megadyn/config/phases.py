@@ -120,6 +120,8 @@ def phase_configs(config: Config) -> list[Config]:
         training.iterations = end
         training.tokens = training.samples = None
         _settle_schedule(phase, spec, begin, end, sum(steps))
+        if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
+            phase.logging.profile_steps = None  # traced in an earlier phase
         with naming(spec.name):
             phase.checked()
         phase.phase = Phase(

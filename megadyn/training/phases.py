@@ -60,10 +60,10 @@ def open_part(config: Config, start: Position | None, streams: Streams) -> Data:
     return data
 
 
-def part_at(parts: Sequence[Part], iteration: int) -> Part:
-    """The part that takes the step after `iteration`."""
+def part_at(parts: Sequence[Part], iteration: int) -> int:
+    """Which of the parts takes the step after `iteration`."""
     config = config_at([part.config for part in parts], iteration)
-    return next(part for part in parts if part.config is config)
+    return next(place for place, part in enumerate(parts) if part.config is config)
 
 
 def say_phase(config: Config, iteration: int) -> None:

@@ -181,14 +181,18 @@ def test_a_bad_step_does_not_take_a_phase_back_behind_its_begin(phased: Phased, 
     assert "step 4 (samples 12 to 15) is bad" in crew.output() and "back to iteration 3" in crew.output()
     assert "phase 3 of 3, long, begins" in crew.output()
 
-    (condemned := tmp_path / "out/checkpoints" / layout.folder_name(3)).joinpath("not-good").write_text("x")
-    for path in condemned.parent.glob("iteration-*"):
-        if layout.iteration_of(path) > 3:
-            shutil.rmtree(path)
-    (condemned.parent / "latest").unlink()
-    crew = Crew(config_file, *rollback, sabotage=partial(spoiled_losses, factors={2: math.nan}))
-    assert crew.wait() == [0], crew.output()  # from iteration 2, in the first phase
-    assert resumed_at(crew.output()) == 2
+
+def test_a_bad_last_step_does_not_take_the_run_into_the_phase_again(phased: Phased, tmp_path: Path) -> None:
+    """Its checkpoint does not count as good at a later start, but the weights are those of the step before."""
+    skip = ["training.on_bad_step=skip", "checkpoint.interval=100"]
+    spoilt = partial(spoiled_losses, factors={1: math.nan})
+    crew = Crew(back_at(phased, 2, tmp_path), *skip, sabotage=spoilt)
+    assert crew.wait() == [0], crew.output()
+    assert (
+        "step 3 (samples 8 to 11) is bad" in crew.output()
+        and "; skipped (1 bad steps so far)" in crew.output()
+    )
+    assert crew.output().count("phase 2 of 3, mix, begins") == 1
 
 
 def test_phases_behind_the_checkpoint_cannot_change(phased: Phased, tmp_path: Path) -> None:
