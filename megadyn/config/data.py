@@ -108,6 +108,11 @@ class DataConfig:
         given = getattr(self, name)
         return [] if given is None and name != "train" else _sources(f"data.{name}", given)
 
+    @property
+    def is_moved(self) -> bool:
+        """Whether training does not begin with the first samples of the data, or not at the begin of the run."""
+        return self.origin > 0 or any(source.skip for source in self.sources("train"))
+
     def validation_sources(self) -> dict[str, list[Source]]:
         """The datasets of each separate validation set, by its name; of one without a name by "". Empty if there is none."""
         if not _is_named(self.validation):

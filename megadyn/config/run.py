@@ -153,8 +153,8 @@ def check_together(config: Config) -> None:
             f"a multiple of training.micro_batch_size = {training.micro_batch_size}",
         )
     config.optimizer.check_span(training.iterations)
-    if config.data.origin and training.epochs is not None:
-        raise ConfigError("training.epochs", training.epochs, "null with data.origin")
+    if training.epochs is not None and config.data.is_moved:
+        raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
         raise ConfigError(
             "training.on_bad_step",

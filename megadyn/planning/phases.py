@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megadyn.config import Config
-from megadyn.planning.flops import training_flops
+from megadyn.planning.flops import layer_costs, training_flops
 from megadyn.planning.layouts import Layout, Refusal
 
 HEADER = "phase        iterations        tokens     steps of       learning rate  operations"
@@ -62,8 +62,8 @@ def phase_table(plans: Sequence[PhasePlan]) -> str:
 
 
 def largest(configs: Sequence[Config]) -> Config:
-    """The configuration whose samples take most operations, and so most memory."""
-    return max(configs, key=lambda config: training_flops(config.model, config.training.sequence_length))
+    """The configuration whose samples take most operations in the layers, and so most memory."""
+    return max(configs, key=lambda config: sum(layer_costs(config.model, config.training.sequence_length)))
 
 
 def refusal(layout: Layout, configs: Sequence[Config]) -> Refusal | None:
