@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 
 from megadyn.arguments import add_config_arguments, command_parser, positive
-from megadyn.config import Config, batch_plan, engine_settings, load_config, named, phase_configs
+from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, named, phase_configs
 from megadyn.errors import Parser, UserError
 from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.log import log
@@ -48,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     zero_stage = engine_settings(config)["zero_optimization"]["stage"]
     hosts = read_hostfile(args.hostfile) if args.hostfile else []
     processes = args.processes or sum(host.slots for host in hosts) or None
-    plans = []
-    for one in phase_configs(config) if processes else ():
-        with named(one):
-            plans.append((one, batch_plan(one, processes)))
+    plans = plans_of(config, processes) if processes else []
     if args.data:
         check_data(config)
     if args.ssh:
@@ -82,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     return 0
+
+
+def plans_of(config: Config, processes: int) -> list[tuple[Config, BatchPlan]]:
+    """How the run, or each of its phases, divides its steps."""
+    found = []
+    for one in phase_configs(config):
+        with named(one):
+            found.append((one, batch_plan(one, processes)))
+    return found
 
 
 def check_data(config: Config) -> None:

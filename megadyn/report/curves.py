@@ -43,9 +43,13 @@ class Over:
         begins = self.x(self.runs[0], np.array([phase["begin"] for phase in phases], np.float64))
         return [Mark(float(x), str(phase["name"])) for x, phase in zip(begins, phases, strict=True)]
 
-    def lines(self, title: str, curves: Sequence[Curve], **how: bool) -> str:
+    def lines(
+        self, title: str, curves: Sequence[Curve], *, from_zero: bool = False, named: bool = True
+    ) -> str:
         """A chart over the axis of the runs."""
-        return line_chart(title, curves, x_name=self.x_name, marks=self.marks(), **how)
+        return line_chart(
+            title, curves, x_name=self.x_name, from_zero=from_zero, named=named, marks=self.marks()
+        )
 
     def chart(self, title: str, *path: str, from_zero: bool = False) -> str:
         """One number per record; one curve per run."""
