@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from megadyn.checkpoint.same_run import MUST_EQUAL
+from megadyn.checkpoint.same_run import MUST_EQUAL, check_phases
 from megadyn.config import Config, load_config, phase_configs, save_config
 from megadyn.config.phases import changeable
 from megadyn.errors import UserError
+from megadyn.telemetry.router_health import settled_at
 
 SHARES = [
     {"name": "hold", "share": 0.5},
@@ -200,3 +201,33 @@ def test_a_run_that_its_phases_do_not_fit_is_refused(phases, training, overrides
     with pytest.raises(UserError) as caught:
         load(tmp_path, phases, *overrides, **training)
     assert said in str(caught.value)
+
+
+def test_steps_are_traced_in_the_phases_that_have_them(tmp_path):
+    config = load(tmp_path, SHARES, "logging.profile_steps=[9,11]", iterations=20)
+    steps = [one.logging.profile_steps for one in phase_configs(config)]
+    assert steps == [[9, 11], [9, 11], None]  # steps 1 to 10, 11 to 16, 17 to 20
+
+
+def test_reports_on_routers_count_from_the_begin_of_a_phase(tmp_path):
+    """From there thresholds may average anew; the warm-up of the run is over."""
+    phases = phase_configs(load(tmp_path, SHARES, iterations=20))
+    settling = phases[0].model.routing.settling_steps
+    assert settling > 0
+    assert [settled_at(one) for one in phases] == [settling, 10 + settling, 16 + settling]
+
+
+def test_a_finished_run_may_get_phases_behind_it(tmp_path):
+    """Of the same steps; its checkpoint, of a run without phases, knows nothing of them."""
+    anneal = phase_configs(load(tmp_path, SHARES, iterations=20))[1]
+    manifest = {"iteration": 10, "consumed_samples": 40}
+    check_phases(anneal, manifest, Path("there"))
+    with pytest.raises(
+        UserError, match="has consumed 20 samples, but these phases consume 40 up to its iteration 10"
+    ):
+        check_phases(anneal, manifest | {"consumed_samples": 20}, Path("there"))
+    later = manifest | {"phases": [["hold", 8, 4, 48], ["decay", 16, 4, 48]]}
+    with pytest.raises(
+        UserError, match=r"phase 'hold' cannot change once it has begun: .* iteration 8, .* up to 10"
+    ):
+        check_phases(anneal, later, Path("there"))
