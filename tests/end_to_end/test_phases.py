@@ -180,7 +180,7 @@ def test_a_phase_leaves_no_model_behind(phased: Phased) -> None:
 def test_it_goes_on_as_if_it_had_not_been_interrupted(
     iteration: int, world: int, phased: Phased, tmp_path: Path
 ) -> None:
-    crew = Crew(back_at(phased, iteration, tmp_path), f"parallel.tensor={world}", world=world)
+    crew = Crew(back_at(phased, iteration, tmp_path), f"parallel.pipeline={world}", world=world)
     assert crew.wait() == [0] * world, crew.output()
     assert resumed_at(crew.output()) == iteration
     if world == 1:
