@@ -18,55 +18,51 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 
-from megadyn.config import Config, batch_plan, engine_settings, load_config, save_config
+from megadyn.checkpoint import layout
+from megadyn.checkpoint.save_load import verify
+from megadyn.checkpoint.start import find_start
+from megadyn.config import Config, load_config
 from megadyn.data.batches import micro_batch_ids
 from megadyn.data.samples import Samples
 from megadyn.data.text_bytes import in_bits_per_byte, mean_bytes_per_token
+from megadyn.engine.ending import collect_memory, release
 from megadyn.engine.engine import Engine, MicroBatch, StepResult
-from megadyn.engine.optimizer import schedule_problem
 from megadyn.errors import Parser, RunError, UserError
-from megadyn.files import os_errors_named
 from megadyn.kinds import DENSE
 from megadyn.launch import launch
-from megadyn.launch.environment import record_start
 from megadyn.launch.lock import RunLock
 from megadyn.launch.processes import Process, launchers, while_alive
 from megadyn.launch.signals import Signals
 from megadyn.launch.watchdog import Watchdog
 from megadyn.network import choosing_layers
-from megadyn.parallel.grid import make_grid
+from megadyn.parallel.grid import Grid, make_grid
 from megadyn.paths import user_path
 from megadyn.progress import each
 from megadyn.routing.replay import Replay
 from megadyn.telemetry.profile import Profile
-from megadyn.telemetry.telemetry import Silent, Telemetry
+from megadyn.telemetry.telemetry import Silent
 from megadyn.training.bad_steps import BadSteps
 from megadyn.training.checkpoints import Checkpoints
-from megadyn.training.data import Data, evaluation_size, open_data
+from megadyn.training.data import Data, evaluation_size
 from megadyn.training.garbage import Garbage
-from megadyn.training.length import schedule_steps
 from megadyn.training.loader import Loader
 from megadyn.training.loss_rule import TrainingDiverged, problem_at_end
-from megadyn.training.preflight import expected_start, refuse_early, refuse_login
+from megadyn.training.output import output_folder
+from megadyn.training.phases import Part, open_parts, part_at, phase_record
+from megadyn.training.preflight import refuse_login
 from megadyn.training.state import RunState
 
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
-    # The engine reads this again; check it before the data are opened.
-    engine_settings(config)
-    plan = batch_plan(config, launch.world_size())
     with while_alive(watched):
-        data = open_data(config, expected_start(config))
-        refuse_early(config, plan, data)
+        parts = open_parts(config, launch.world_size())
         launch.join(config.training.collective_timeout_s)
     with (
         RunLock(Path(config.output_dir)) as lock,
@@ -79,60 +75,87 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
         ) as watchdog,
     ):
         refuse_login(config)
-        log.info("building the model and DeepSpeed's engine")
-        engine = Engine(config, plan, make_grid(config.parallel.tensor, config.parallel.pipeline), data.eod)
-        watchdog.progress("setting up")
-        train(config, engine, data, watchdog)
+        train(config, parts, make_grid(config.parallel.tensor, config.parallel.pipeline), watchdog)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train(config: Config, engine: Engine, data: Data, watchdog: Watchdog) -> None:
-    """Trains from the current iteration to the end. If nothing is left to do, does not touch the output folder."""
-    signals = Signals(watchdog.asked_to_stop)
-    watchdog.request_stop = signals.request
+def train(config: Config, parts: Sequence[Part], grid: Grid, watchdog: Watchdog) -> None:
+    """Trains from the current iteration to the end: each phase in an engine of its own, from the checkpoint of the one before.
+    A run without phases is a single part."""
+    root = Path(config.output_dir) / layout.CHECKPOINTS
+    watchdog.progress("verifying checkpoints")
+    found, signals = find_start(config.checkpoint, root), None
+    at = layout.read_manifest(found)["iteration"] if found else 0
+    for part in parts[part_at(parts, at) :]:
+        if signals is not None:
+            found = end_of_phase_before(part, root, watchdog)
+            if signals.ask(at_once=True).stop:
+                log.info("stopped by %s between two phases; start again to continue", signals.reason())
+                return
+        watchdog.progress("building the model")
+        log.info("building the model and DeepSpeed's engine")
+        engine = Engine(part.config, part.plan, grid, part.data.eod)
+        watchdog.progress("setting up")
+        is_start = signals is None
+        signals = signals or Signals(watchdog.asked_to_stop)
+        watchdog.request_stop = signals.request
+        has_stopped = train_part(part, engine, config, found, is_start, signals, watchdog)
+        if has_stopped or part is parts[-1]:
+            return
+        release(engine)
+        del engine
+        collect_memory()
+
+
+def end_of_phase_before(part: Part, root: Path, watchdog: Watchdog) -> Path:
+    """The checkpoint that the phase before `part` has just ended with, also if its last step was bad. Collective.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    assert part.config.phase is not None
+    found = root / layout.folder_name(part.config.phase.begin)
+    watchdog.progress("verifying checkpoints")
+    if problem := verify(found):
+        raise UserError(problem)
+    return found
+
+
+def train_part(
+    part: Part,
+    engine: Engine,
+    whole: Config,
+    found: Path | None,
+    is_start: bool,
+    signals: Signals,
+    watchdog: Watchdog,
+) -> bool:
+    """Trains from the verified checkpoint `found` to the end of `part`; returns whether the run was asked to stop. If nothing is
+    left to do, does not touch the output folder.
+
+    Args:
+        whole: the configuration of the run. is_start: whether the processes have just started.
+    """
+    config, data = part.config, part.data
     state = RunState(config, data.train)
     checkpoints = Checkpoints(config, engine, state, watchdog)
-    found, changed = checkpoints.resume()
-    if found and state.is_complete:
+    changed = checkpoints.resume(found)
+    if found and (state.is_complete or state.begins_phase):
         checkpoints.refuse_condemned(found)
+    if found and state.is_complete:
         log.info("nothing to do: the run is at iteration %d of %d", state.iteration, state.total)
-        return
-    with output_folder(config, engine, state) as (telemetry, profile):
+        return False
+    with output_folder(whole, part, engine, state) as (telemetry, profile):
         checkpoints.telemetry = telemetry
-        if changed:
+        if changed and is_start:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
-        Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog).train()
+        if state.begins_phase:
+            telemetry.event(state.iteration, "phase_begins", phase_record(config))
+        job = Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog)
+        has_stopped = job.train()
         watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
-
-
-@contextmanager
-def output_folder(config: Config, engine: Engine, state: RunState) -> Iterator[tuple[Silent, Profile]]:
-    """Creates the output folder and opens what the run reports to; closed also if the run fails. Collective."""
-    folder, rank, device = Path(config.output_dir), dist.get_rank(), engine.device
-    telemetry = Silent()
-    with os_errors_named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        hosts = record_start(folder, engine.grid, engine.zero_stage, device, state.iteration, state.total)
-        profile = Profile(config.logging, folder, rank, state.iteration)
-        if rank == 0:
-            save_config(config, folder / "config.yaml")
-            log.info("%s", engine.run_line())
-            if problem := schedule_problem(config.optimizer, schedule_steps(config)):
-                log.warning("%s", problem)
-            telemetry = Telemetry(
-                config,
-                dist.get_world_size(),
-                folder,
-                state.iteration,
-                torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-                hosts,
-            )
-    try:
-        yield telemetry, profile
-    finally:
-        profile.finish(state.iteration)
-        telemetry.close()
+    return has_stopped
 
 
 class Job:
@@ -166,7 +189,8 @@ class Job:
         self.evaluations: dict[str, dict[str, float]] = {}  # the latest of each set
         self.has_ended = False
 
-    def train(self) -> None:
+    def train(self) -> bool:
+        """Runs all steps that are left; returns whether it was asked to stop before or at the last one."""
         state, stopping = self.state, False
         if state.iteration == 0:
             self.validate()
@@ -186,6 +210,7 @@ class Job:
                 self.signals.reason(),
                 state.iteration,
             )
+        return stopping
 
     def steps(self, loader: Loader) -> bool:
         """Runs steps until the run is complete or has gone back to a checkpoint; returns True if it was asked to stop."""
@@ -231,15 +256,17 @@ class Job:
         return stopping
 
     def end(self) -> None:
-        """Evaluates the complete run. Raises TrainingDiverged, and marks the last checkpoint, if its model gives NaN."""
-        self.has_ended = True
+        """Evaluates the complete run or phase. Raises TrainingDiverged, and marks the last checkpoint, if its model gives NaN."""
+        state, self.has_ended = self.state, True
         self.evaluations.clear()
         self.validate()
-        self.evaluate("test", self.data.test)
-        last_loss, plan = self.state.loss_rule.last_loss, self.engine.plan
+        if state.iteration == self.config.last_iteration:
+            self.evaluate("test", self.data.test)
+        last_loss, plan = state.loss_rule.last_loss, self.engine.plan
         if not self.evaluations and math.isfinite(last_loss):  # no loss contains the last update yet
             round_size = plan.micro_batch * plan.data_parallel
-            self.evaluations["training"] = self.losses("training", self.data.train, round_size)
+            first = self.config.data.origin
+            self.evaluations["training"] = self.losses("training", self.data.train, round_size, first)
         if problem := problem_at_end(self.evaluations, last_loss):
             last = self.checkpoints.condemn_last(problem)
             raise TrainingDiverged(
@@ -286,6 +313,7 @@ class Job:
         self.telemetry.train(
             state.iteration,
             consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_tokens,
             lm_loss=loss,
             grad_norm=norm,
             learning_rate=rate,
@@ -311,14 +339,14 @@ class Job:
         self.telemetry.evaluation(self.state.iteration, name, losses, bits)
         self.checkpoints.evaluated(name, losses["causal"])
 
-    def losses(self, name: str, samples: Samples, size: int) -> dict[str, float]:
-        """Mean loss of the first `size` samples, by routing mode."""
+    def losses(self, name: str, samples: Samples, size: int, first: int = 0) -> dict[str, float]:
+        """Mean loss of `size` samples from `first` on, by routing mode."""
         plan, losses = self.engine.plan, {}
         routed = self.config.model.routing.name != DENSE
         rounds = size // (plan.micro_batch * plan.data_parallel)
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
-            with self.loader(samples, 0, size, step=size) as loader:
+            with self.loader(samples, first, first + size, step=size) as loader:
                 losses[mode] = self.engine.evaluate(
                     each(loader, f"{name} loss, {mode}", rounds), rounds, mode
                 )

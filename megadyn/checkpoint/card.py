@@ -31,11 +31,15 @@ def model_card(
     precision: str,
     tokenizer: str,
     averaged: Sequence[int] = (),
+    consumed_tokens: int | None = None,
+    phases: Sequence[str] = (),
 ) -> str:
     """The whole text, including front matter for the Hugging Face hub.
 
     Args:
         history: from `last_records`.
+        consumed_tokens: if sequences had several lengths; None: they all had the last one.
+        phases: names of the phases of the run up to this one.
         averaged: the steps of the checkpoints whose average the weights are, if they are one.
         style: `megadyn` or one of DENSE_TYPES; precision: of the weights; tokenizer: a sentence on it.
     """
@@ -49,6 +53,8 @@ def model_card(
     # False if the batch size changed during the run.
     is_uniform = iteration * config.training.global_batch_size == consumed_samples
     batch = f" of {config.training.global_batch_size}" if is_uniform else ","
+    tokens = consumed_samples * length if consumed_tokens is None else consumed_tokens
+    sequences = f"sequences of {length}" + (" at the end" if tokens != consumed_samples * length else "")
     tags = ["megadyn", *routing.tags, *(["custom_code"] if style == "megadyn" else [])]
     front = [
         "---",
@@ -62,13 +68,13 @@ def model_card(
     parts = [
         "\n".join(front),
         f"# A {routing.title} of {total_parameters(model):,} parameters",
-        f"Pretrained with megadyn on {consumed_samples * length:,} tokens ({iteration:,} steps{batch} sequences of {length})"
+        f"Pretrained with megadyn on {tokens:,} tokens ({iteration:,} steps{batch} {sequences})"
         f"{start}.{_average(averaged)} A base model: it continues text and does not follow "
         "instructions.",
         "## Architecture\n\n" + _table(_architecture(model, precision, tokenizer)),
         *([] if is_dense else ["## Routing\n\n" + routing.explain(_means_over_layers(history))]),
         "## Work per token\n\n" + _work(model, length, history),
-        "## Data\n\n" + _data(config),
+        "## Data\n\n" + _data(config) + _earlier_data(phases),
         "## Losses\n\n" + (OF_RUN if averaged else "") + _losses(history, has_topk=routing.has_topk),
         "## Use\n\n" + _use(style),
     ]
@@ -177,6 +183,15 @@ def _work(model: ModelConfig, length: int, history: dict[str, Any]) -> str:
     return (
         f"{routed:.3g} floating-point operations per token of a training step, forward and backward, at length {length} and "
         f"{share}: {routed / plain:.1%} of the {plain:.3g} of the same model without routing."
+    )
+
+
+def _earlier_data(phases: Sequence[str]) -> str:
+    if len(phases) < 2:
+        return ""
+    return (
+        f"\n\nThese are the data of the phase `{phases[-1]}`. Before it the run had {len(phases) - 1}: "
+        f"{', '.join(f'`{name}`' for name in phases[:-1])}."
     )
 
 

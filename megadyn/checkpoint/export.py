@@ -73,6 +73,8 @@ def export(
                 manifest["iteration"],
                 manifest["consumed_samples"],
                 history,
+                consumed_tokens=manifest.get("consumed_tokens"),
+                phases=[name for name, *_ in manifest.get("phases", [])],
                 style=style,
                 precision=precision,
                 tokenizer=summary["tokenizer"],

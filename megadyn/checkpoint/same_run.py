@@ -67,8 +67,36 @@ COMPARED = (
 """Sections of the configuration whose changes are reported; the others only control reporting and saving."""
 
 
+def begins_data(config: Config, manifest: dict[str, Any]) -> bool:
+    """Whether the training data of `config` begin behind those of the checkpoint (`data.origin`), so that its own data, and how
+    they were cut into samples, do not matter."""
+    origin = config.data.origin
+    return manifest.get("data_origin", 0) < origin <= manifest["consumed_samples"]
+
+
+def check_phases(config: Config, manifest: dict[str, Any], folder: Path) -> None:
+    """Raises UserError if the phases behind the checkpoint are not those of `config`, which is one phase's."""
+    if (phase := config.phase) is None:
+        return
+    iteration, there = manifest["iteration"], manifest.get("phases", [])
+    for place, ((_, was, *step), (name, now, *here)) in enumerate(zip(there, phase.passed)):
+        is_over = place < len(there) - 1
+        if step != here or (was != now if is_over else now < iteration):
+            raise UserError(
+                f"{folder}: phase {name!r} cannot change once it has begun: its steps were {step[0]} x {step[1]} tokens up to "
+                f"iteration {was}, and here they are {here[0]} x {here[1]} up to {now}; only a later end of the last one can"
+            )
+    planned = phase.samples + (min(iteration, phase.end) - phase.begin) * phase.batch
+    if manifest["consumed_samples"] < planned:
+        raise UserError(
+            f"{folder}: has consumed {manifest['consumed_samples']} samples, but these phases consume {planned} up to its "
+            f"iteration {iteration}; give the phases the lengths and batch sizes that the run had"
+        )
+
+
 def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> None:
     """Raises UserError, with each offending key and the reason, if `config` cannot resume from the checkpoint."""
+    check_phases(config, manifest, folder)
     there = flat({"model": manifest["model"], "training": manifest["training"]})
     here = flat({"model": asdict(config.model), "training": asdict(config.training)})
     own = {f"model.routing.{key}": reason for key, reason in config.model.routing.fixed.items()}
@@ -80,6 +108,8 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
     for key, reason in (MUST_EQUAL | own).items():
         if key not in there or key not in here:
             continue  # a key that one of the two versions does not have
+        if key == "training.sequence_length" and begins_data(config, manifest):
+            continue
         was, now = there[key], here[key]
         if key == "model.routing.layout" and there["model.num_layers"] == config.model.num_layers:
             was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))

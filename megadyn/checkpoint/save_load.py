@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
-from megadyn.checkpoint.same_run import SAME_TRAINING, check_same_run
+from megadyn.checkpoint.same_run import SAME_TRAINING, begins_data, check_same_run
 from megadyn.checkpoint.trained import Trained
 from megadyn.checkpoint.writing import Snapshot, write
 from megadyn.errors import RunError, UserError
@@ -245,7 +245,8 @@ def load(engine: Trained, folder: Path, data_key: str | None = None) -> dict[str
     """
     manifest = layout.read_manifest(folder)
     check_same_run(engine.config, manifest, folder)
-    if data_key is not None and manifest["data_key"] != data_key:
+    is_same = data_key in (None, manifest["data_key"])
+    if not is_same and not begins_data(engine.config, manifest):
         raise UserError(
             f"{folder} was trained on other data or in another order (data.train, data.split), so its "
             "position in the data does not apply; checkpoint.allow_other_data=true resumes anyway"

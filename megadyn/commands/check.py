@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 
 from megadyn.arguments import add_config_arguments, command_parser, positive
-from megadyn.config import batch_plan, engine_settings, load_config
+from megadyn.config import BatchPlan, Config, batch_plan, engine_settings, load_config, named, phase_configs
 from megadyn.errors import Parser, UserError
 from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.log import log
@@ -30,6 +30,9 @@ def make_parser() -> Parser:
         "--ssh", action="store_true", help="check that pdsh and ssh reach the hosts of --hostfile"
     )
     parser.add_argument(
+        "--data", action="store_true", help="open tokenizer and datasets, those of every phase"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the layout as one JSON object in the last line"
     )
     return parser
@@ -45,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     zero_stage = engine_settings(config)["zero_optimization"]["stage"]
     hosts = read_hostfile(args.hostfile) if args.hostfile else []
     processes = args.processes or sum(host.slots for host in hosts) or None
-    plan = batch_plan(config, processes) if processes else None
+    plans = plans_of(config, processes) if processes else []
+    if args.data:
+        check_data(config)
     if args.ssh:
         if not hosts:
             raise UserError("--ssh: needs --hostfile, whose hosts it is to reach")
@@ -53,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_ssh(hosts)
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     text = f"{args.config}: ZeRO-{zero_stage}, tensor {tensor} x pipeline {pipeline}"
-    if plan:
+    if plans:
         on = f" of {len(hosts)} host{'s'[: len(hosts) - 1]}" if hosts else ""
-        text += (
-            f" x data {plan.data_parallel} on {processes:,} processes{on}, "
-            f"{plan.micro_batches} micro-batches of {plan.micro_batch} each"
+        text += f" x data {plans[0][1].data_parallel} on {processes:,} processes{on}, " + "; ".join(
+            f"{f'{one.phase.name}: ' if one.phase else ''}{plan.micro_batches} micro-batches of {plan.micro_batch} each"
+            for one, plan in plans
         )
     print(text)
     if args.json:
@@ -68,9 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "hosts": [host.name for host in hosts],
                     "tensor": tensor,
                     "pipeline": pipeline,
-                    "data": plan.data_parallel if plan else None,
+                    "data": plans[0][1].data_parallel if plans else None,
                     "zero_stage": zero_stage,
                 }
             )
         )
     return 0
+
+
+def plans_of(config: Config, processes: int) -> list[tuple[Config, BatchPlan]]:
+    """How the run, or each of its phases, divides its steps."""
+    found = []
+    for one in phase_configs(config):
+        with named(one):
+            found.append((one, batch_plan(one, processes)))
+    return found
+
+
+def check_data(config: Config) -> None:
+    """Opens and checks what the run, or each of its phases, trains and evaluates on."""
+    log.info("loading torch, to open the data")
+    from megadyn.training.phases import open_part  # seconds of imports: only where they are needed
+    from megadyn.training.streams import Streams
+
+    streams = Streams()
+    for one in phase_configs(config):
+        with named(one):
+            open_part(one, None, streams)

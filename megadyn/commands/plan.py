@@ -5,7 +5,7 @@
 
 With --rank, builds the model parts of these ranks without a device, under the configuration's own layout, checks them
 against the whole model, and predicts their memory. Memory predictions are tested against real runs; times rest on the
-printed assumptions.
+printed assumptions. Of a run in phases, layouts and ranks are those of the phase that needs most memory.
 """
 
 import argparse
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megadyn.arguments import above_zero, add_config_arguments, command_parser, positive
-from megadyn.config import Config, load_config
+from megadyn.config import Config, batch_plan, load_config, named, phase_configs
 from megadyn.errors import Parser, UserError
 from megadyn.log import log, without_remarks
 from megadyn.planning.flops import training_flops
 from megadyn.planning.layouts import GIB, Layout, Machine, Refusal, layouts
 from megadyn.planning.parameters import total_parameters
+from megadyn.planning.phases import largest, phase_plans, phase_table, refusal
 from megadyn.progress import each
 
 ASSUMED = {
@@ -89,7 +90,12 @@ def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[
     without_remarks()
     from megadyn.engine.dry_run import dry_run  # seconds of imports: only where modules are built
 
-    records = []
+    records: list[dict[str, object]] = []
+    phases = phase_configs(config)
+    for phase in phases if config.phases else ():
+        with named(phase):
+            batch_plan(phase, machine.gpus)
+    config = largest(phases)
     for rank in each(ranks, "building ranks", len(ranks)):
         found = dry_run(config, machine, rank)
         print(found.text())
@@ -99,8 +105,16 @@ def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[
 
 def list_layouts(config: Config, machine: Machine, top: int) -> list[dict[str, object]]:
     log.info("planning layouts over %d GPUs", machine.gpus)
+    phases = phase_configs(config)
+    config = largest(phases)
     found, refused = layouts(config, machine)
     print(headline(config, machine))
+    if config.phase:
+        print("\n" + phase_table(phase_plans(phases, rate_of)))
+        print(f"the layouts are those of {config.phase.name}, whose samples take most memory")
+        impossible = {id(layout): found_why for layout in found if (found_why := refusal(layout, phases))}
+        refused += dict.fromkeys(impossible.values())
+        found = [layout for layout in found if id(layout) not in impossible]
     fitting = [layout for layout in found if layout.fits]
     if fitting:
         print(
@@ -144,6 +158,13 @@ def headline(config: Config, machine: Machine) -> str:
             ),
         ]
     )
+
+
+def rate_of(config: Config, step: int) -> float:
+    """The learning rate of a 0-based step of a phase."""
+    from megadyn.engine.optimizer import learning_rate  # torch, seconds of imports: only for phases
+
+    return learning_rate(config.optimizer, step, config.last_iteration)
 
 
 HEADER = "tensor pipe data ZeRO    micro recompute   GiB bubble  sent GB  step s  tokens/s"

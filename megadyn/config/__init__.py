@@ -6,6 +6,8 @@ from megadyn.config.data import DataConfig, Source
 from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.phase import Phase
+from megadyn.config.phases import config_at, named, phase_configs
 from megadyn.config.rope import RopeConfig
 from megadyn.config.run import (
     REDUCED_IN,
@@ -40,14 +42,18 @@ __all__ = [
     "MultipliersConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Phase",
     "RopeConfig",
     "Source",
     "TokenizerConfig",
     "TrainingConfig",
     "batch_plan",
     "check_together",
+    "config_at",
     "engine_settings",
     "load_config",
+    "named",
+    "phase_configs",
     "reduction_type",
     "resolved_config",
     "save_config",

@@ -4,11 +4,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megadyn.checks import at_least
 from megadyn.config.numbers import count
 from megadyn.errors import ConfigError, did_you_mean
 from megadyn.paths import expanded
 
 SHARE_UNITS = ("weight", "tokens")
+SOURCE_KEYS = ("prefix", *SHARE_UNITS, "skip", "order")
 VALIDATION_SHARE = 0.01
 UNNAMED = "validation"
 """What a validation set without a name is called, in metrics too; one with a name is `validation/NAME` there."""
@@ -23,6 +25,10 @@ class Source:
     """Path of its `.bin` and `.idx` files without the suffix."""
     share: float | None = None
     """Its weight; weights need not sum to 1. None (for all): in proportion to the number of samples."""
+    skip: int = 0
+    """Samples at the beginning of its order that are left out, because an earlier run used them."""
+    order: int | None = None
+    """Number of its order, which decides how it is shuffled. None: its place in the list."""
 
 
 @dataclass
@@ -30,7 +36,11 @@ class DataConfig:
     train: Any = "???"
     """Prefix of an indexed dataset (PREFIX.bin and PREFIX.idx), or a list of datasets to blend, each a prefix or
     `{prefix: ..., weight: ...}` or `{prefix: ..., tokens: ...}`. Weights and token counts (2e12, 300B) are proportions
-    and need not sum to 1; without them each dataset counts by its number of samples."""
+    and need not sum to 1; without them each dataset counts by its number of samples. `skip: N` leaves out the first N samples
+    of a dataset, and `order` is the place in the list by which it is shuffled, for a run that goes on with another mix."""
+    origin: int = 0
+    """Samples that the run has consumed when these data begin: the first of them is the run's sample `origin`. Above 0, a run may
+    resume with them from a checkpoint of other training data or another sequence length. Phases set it."""
     validation: Any = None
     """A separate validation set, given like `train`, or several: a mapping of names to sets (`{code: ..., web: ...}`), each
     evaluated and reported by its name. Otherwise `split` takes a share of the documents of `train`."""
@@ -62,6 +72,12 @@ class DataConfig:
         self.sources("train")
         self.sources("test")
         self.validation_sources()
+        at_least("data.origin", self.origin, 0)
+        for name, own in {"test": self.sources("test"), **self.validation_sources()}.items():
+            if moved := [source for source in own if source.skip or source.order is not None]:
+                raise ConfigError(
+                    f"data.{name or UNNAMED}", moved[0].prefix, "without skip and order, keys of data.train"
+                )
         if self.cache is not None:
             self.cache = expanded(self.cache, "data.cache")
         fraction = VALIDATION_SHARE if self.validation_fraction is None else self.validation_fraction
@@ -91,6 +107,11 @@ class DataConfig:
         is not set."""
         given = getattr(self, name)
         return [] if given is None and name != "train" else _sources(f"data.{name}", given)
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether training does not begin with the first samples of the data, or not at the begin of the run."""
+        return self.origin > 0 or any(source.skip for source in self.sources("train"))
 
     def validation_sources(self) -> dict[str, list[Source]]:
         """The datasets of each separate validation set, by its name; of one without a name by "". Empty if there is none."""
@@ -154,15 +175,16 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
             key, given, "a dataset's prefix, or {prefix: ..., weight: ...}, or {prefix: ..., tokens: ...}"
         )
     for word in given:
-        if word not in ("prefix", *SHARE_UNITS):
+        if word not in SOURCE_KEYS:
             raise ConfigError(
                 f"{key}.{word}",
                 given[word],
-                f"left out: there is no such key{did_you_mean(str(word), ('prefix', *SHARE_UNITS))}",
+                f"left out: there is no such key{did_you_mean(str(word), SOURCE_KEYS)}",
             )
+    skip, order = _whole(key, given, "skip") or 0, _whole(key, given, "order")
     units = [unit for unit in SHARE_UNITS if unit in given]
     if not units:
-        return Source(given["prefix"]), None
+        return Source(given["prefix"], None, skip, order), None
     if len(units) > 1:
         raise ConfigError(key, given, "given a weight or tokens, not both")
     share = given[units[0]]
@@ -172,4 +194,12 @@ def _source(key: str, given: Any) -> tuple[Source, str | None]:
         raise ConfigError(
             f"{key}.{units[0]}", share, "a number above 0 (remove a dataset that should not be used)"
         )
-    return Source(given["prefix"], float(share)), units[0]
+    return Source(given["prefix"], float(share), skip, order), units[0]
+
+
+def _whole(key: str, given: dict[str, Any], word: str) -> int | None:
+    """The whole number `word` of an entry; None if it is not given."""
+    value = given.get(word)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(f"{key}.{word}", value, "a whole number of at least 0")
+    return value

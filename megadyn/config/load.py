@@ -18,6 +18,7 @@ from megadyn.config.file import EXTENDS, config_layers
 from megadyn.config.kinds import settle_kind
 from megadyn.config.model import ModelConfig
 from megadyn.config.numbers import COUNTED, count
+from megadyn.config.phases import have_lengths, with_phases
 from megadyn.config.rope import with_rope_section
 from megadyn.config.run import Config
 from megadyn.config.shape import check_agrees, read_shape
@@ -69,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None
-    return config.checked()
+    return with_phases(config) if config.phases else config.checked()
 
 
 def _merged(model: ModelConfig, layers: Sequence[tuple[object, Any]]) -> Config:
@@ -121,6 +122,8 @@ def resolved_config(config: Config) -> dict[str, Any]:
     resolved: dict[str, Any] = _plain(asdict(config))
     if length := config.training.length:
         resolved["training"] |= {"iterations": None, length.unit: length.amount}
+    elif have_lengths(config.phases):
+        resolved["training"]["iterations"] = None  # the phases make up the run
     return resolved
 
 

@@ -10,6 +10,7 @@ from megadyn.config.data import DataConfig
 from megadyn.config.engine_file import read_engine_file
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.phase import Phase
 from megadyn.config.training import OptimizerConfig, TrainingConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
@@ -73,6 +74,18 @@ class Config:
     come from this configuration instead."""
     output_dir: str = "???"
     """Folder for checkpoints, metrics and everything else that the run writes. Required."""
+    phases: list[Any] = field(default_factory=list)
+    """Phases of the run, one after another: `{name: ..., share: ...}` and the keys that the phase changes, in their sections.
+    Lengths are shares of the run, or `iterations`, `tokens` or `samples` of each phase, which then make up the run. A phase may
+    change the training data, sequence length, batch sizes, learning rates, capacity and losses of the routing, and RoPE."""
+
+    def __post_init__(self) -> None:
+        self.phase: Phase | None = None  # of a phase's own configuration; not a key, so not a field
+
+    @property
+    def last_iteration(self) -> int:
+        """The number of the last step of the run, over all phases; 0 while it is not known."""
+        return self.phase.total if self.phase else self.training.iterations or 0
 
     def checked(self) -> "Config":
         """Itself, with defaults filled in. Raises ConfigError for invalid values.
@@ -139,6 +152,9 @@ def check_together(config: Config) -> None:
             training.global_batch_size,
             f"a multiple of training.micro_batch_size = {training.micro_batch_size}",
         )
+    config.optimizer.check_span(training.iterations)
+    if training.epochs is not None and config.data.is_moved:
+        raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
         raise ConfigError(
             "training.on_bad_step",

@@ -46,6 +46,11 @@ class OptimizerConfig:
     schedule_tokens: int | None = None
     """Length of the schedule in tokens (300B), if it is not that of the run: a run that will be extended follows the longer
     run's rates. After its end the rate stays at the lowest."""
+    schedule_begin: int = 0
+    """Iteration at which the schedule begins, with its warm-up: for a run that goes on from another one's checkpoint. Before it
+    the rate is that of its first step. Phases set it."""
+    schedule_end: int | None = None
+    """Iteration at which the schedule ends, if that is not the end of the run. After it the rate stays at the lowest."""
     beta1: float = 0.9
     """AdamW: momentum of the gradient's average, per step."""
     beta2: float = 0.95
@@ -72,6 +77,13 @@ class OptimizerConfig:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         one_of("optimizer.decay_shape", self.decay_shape, ("linear", "cosine", "sqrt"))
         at_least("optimizer.schedule_tokens", self.schedule_tokens, 1)
+        at_least("optimizer.schedule_begin", self.schedule_begin, 0)
+        if self.schedule_tokens is not None and self.is_in_iterations:
+            raise ConfigError(
+                "optimizer.schedule_tokens",
+                self.schedule_tokens,
+                "null with optimizer.schedule_begin or schedule_end, which count iterations",
+            )
         for name in (
             "learning_rate",
             "min_learning_rate",
@@ -97,6 +109,25 @@ class OptimizerConfig:
                 "optimizer.min_learning_rate",
                 self.min_learning_rate,
                 f"at most optimizer.learning_rate = {self.learning_rate}",
+            )
+
+    @property
+    def is_in_iterations(self) -> bool:
+        """Whether begin or end of the schedule are given, so that it follows iterations in a run of any length."""
+        return self.schedule_begin > 0 or self.schedule_end is not None
+
+    def span(self, iterations: int) -> int:
+        """Length in steps of the schedule of a run of `iterations`."""
+        return (iterations if self.schedule_end is None else self.schedule_end) - self.schedule_begin
+
+    def check_span(self, iterations: int | None) -> None:
+        """Raises ConfigError if the schedule has no step; a length that is not known yet is not checked."""
+        end = iterations if self.schedule_end is None else self.schedule_end
+        if self.is_in_iterations and end is not None and end <= self.schedule_begin:
+            raise ConfigError(
+                "optimizer.schedule_begin",
+                self.schedule_begin,
+                f"before the schedule's end at iteration {end}",
             )
 
 

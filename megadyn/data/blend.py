@@ -36,6 +36,19 @@ class Schedule:
 
     def draws(self, first: int, count: int) -> Draws:
         """The draws of samples `first` to `first + count` - 1."""
+        begins, near, order = self._near(first, count)
+        mine = order[first - int(begins.sum()) :][:count]
+        return Draws(near.sets[mine], near.draws[mine])
+
+    def counts(self, first: int) -> Indices:
+        """How often each set was drawn for samples 0 to `first` - 1 [D]."""
+        begins, near, order = self._near(first, 0)
+        before = near.sets[order[: first - int(begins.sum())]]
+        return begins + np.bincount(before, minlength=len(begins))
+
+    def _near(self, first: int, count: int) -> tuple[Indices, Draws, NDArray[np.intp]]:
+        """Draws that include those of samples `first` to `first + count`: the first of each set [D], all of them, and their order
+        in time."""
         # Sample n is drawn at time n to within D / 2; the additional 2 covers rounding.
         margin = len(self.weights) / 2 + 2
         begins = np.maximum(0, np.floor(self.weights * (first - margin))).astype(np.int64)
@@ -44,9 +57,7 @@ class Schedule:
             [np.arange(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
         )
         sets = np.repeat(np.arange(len(begins)), ends - begins)
-        order = np.argsort(self.time(sets, draws), kind="stable")
-        mine = order[first - int(begins.sum()) :][:count]
-        return Draws(sets[mine], draws[mine])
+        return begins, Draws(sets, draws), np.argsort(self.time(sets, draws), kind="stable")
 
     def time(self, sets: NDArray[Any], draws: NDArray[Any]) -> NDArray[np.float64]:
         times: NDArray[np.float64] = (draws + 0.5) / self.weights[sets]

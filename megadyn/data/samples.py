@@ -177,6 +177,26 @@ class SampleSet:
         return Epoch(sequences, places.astype(self._type), order)
 
 
+class Shifted:
+    """`samples` from their sample `by` on: sample s is their sample s + `by`. A negative `by` puts them behind samples that are
+    not theirs, so that their first one is sample -`by`."""
+
+    def __init__(self, samples: Samples, by: int) -> None:
+        self.samples, self.by = samples, by
+        self.sequence_length = samples.sequence_length
+        self.key = content_key(samples.key, by)
+
+    def __len__(self) -> int:
+        return max(0, len(self.samples) - self.by)
+
+    def take(self, ids: Sequence[int] | Indices) -> Indices:
+        return self.samples.take(np.asarray(ids, np.int64) + self.by)
+
+
+def shifted(samples: Samples, by: int) -> Samples:
+    return Shifted(samples, by) if by else samples
+
+
 class Split(NamedTuple):
     """Masks over documents [D], one per purpose: disjoint, and together complete."""
 

@@ -139,7 +139,8 @@ class Schedule(NamedTuple):
 def learning_rate(
     cfg: OptimizerConfig, iteration: int, iterations: int, schedule: Schedule | None = None
 ) -> float:
-    """Learning rate of the 0-based step `iteration` in a run of `iterations` steps: linear warm-up, then the schedule.
+    """Learning rate of the 0-based step `iteration` in a run of `iterations` steps: linear warm-up, then the schedule, from
+    `schedule_begin` to `schedule_end`, which by default are those of the run.
 
     The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run no longer than that ends within
     the warm-up and never decays. After that, `cosine` and `linear` decay to `min_learning_rate` over all remaining
@@ -151,6 +152,7 @@ def learning_rate(
         schedule: progress of a run whose length is not given in steps, or is not the schedule's; by default all steps have
             the same size, and the schedule ends with the run.
     """
+    iteration, iterations = max(0, iteration - cfg.schedule_begin), cfg.span(iterations)
     if iteration < cfg.warmup_iterations:
         return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
     start, passed, end = schedule or Schedule(cfg.warmup_iterations, iteration, iterations)

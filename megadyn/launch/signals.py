@@ -51,13 +51,14 @@ class Signals:
         """Asks the run to stop, from another thread of this process."""
         self.received = self.received or why
 
-    def ask(self, is_busy: bool = False) -> Answer:
+    def ask(self, is_busy: bool = False, *, at_once: bool = False) -> Answer:
         """What holds for all ranks together, at the end of a step; `is_busy`: this one has work in the background.
 
-        Collective in the steps in which it asks, which are the same on all ranks. In the others the answer is twice no.
+        Collective in the steps in which it asks, which are the same on all ranks, and where it is told to ask `at_once`. In the
+        others the answer is twice no.
         """
         self._left -= 1
-        if self._left > 0:
+        if self._left > 0 and not at_once:
             return Answer(stop=False, is_idle=False)
         now = time.monotonic()
         per_step = INTERVAL if self._asked_at is None else (now - self._asked_at) / self._steps

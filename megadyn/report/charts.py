@@ -36,6 +36,13 @@ class Curve(NamedTuple):
     """Half the height of a band around y."""
 
 
+class Mark(NamedTuple):
+    """A vertical line with a name at its top."""
+
+    x: float
+    name: str
+
+
 def line_chart(
     title: str,
     curves: Sequence[Curve],
@@ -44,9 +51,10 @@ def line_chart(
     from_zero: bool = False,
     y_range: tuple[float, float] | None = None,
     named: bool = True,
+    marks: Sequence[Mark] = (),
 ) -> str:
-    """One or more curves over a common axis, with a legend if `named`; logarithmic if the values span decades. Empty
-    string if there are no finite values."""
+    """One or more curves over a common axis, with a legend if `named`; logarithmic if the values span decades. `marks` are
+    vertical lines at places of the axis. Empty string if there are no finite values."""
     curves = [curve for curve in curves if np.isfinite(curve.y).any()]
     if not curves:
         return ""
@@ -59,7 +67,11 @@ def line_chart(
     x_axis = Axis(
         min(0.0, *(float(curve.x.min()) for curve in curves)), max(float(curve.x.max()) for curve in curves)
     )
-    parts = [grid(x_axis, y_axis, x_name), *(draw(curve, x_axis, y_axis) for curve in curves)]
+    parts = [
+        grid(x_axis, y_axis, x_name),
+        *(draw_mark(mark, x_axis) for mark in marks if x_axis.low < mark.x < x_axis.high),
+        *(draw(curve, x_axis, y_axis) for curve in curves),
+    ]
     hover = {
         "kind": "lines",
         "name": x_name,
@@ -127,6 +139,16 @@ def draw(curve: Curve, x_axis: Axis, y_axis: Axis) -> str:
             if np.isfinite(b)
         ]
     return "".join(parts)
+
+
+def draw_mark(mark: Mark, x_axis: Axis) -> str:
+    x = LEFT + place(x_axis, mark.x) * (WIDTH - LEFT - RIGHT)
+    # A name that would leave the chart stands on the other side of its line.
+    side, anchor = (-3, "end") if x > WIDTH / 2 else (3, "start")
+    return (
+        f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="tick" x="{x + side:.1f}" y="{TOP + 9}" text-anchor="{anchor}">{escape(mark.name)}</text>'
+    )
 
 
 def path(x: Values, y: Values) -> str:

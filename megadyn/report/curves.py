@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from megadyn.report.charts import COLOURS, Curve, line_chart
+from megadyn.report.charts import COLOURS, Curve, Mark, line_chart
 from megadyn.report.run import Run, Values
 
 STYLES = (("", "dotted"), ("dashed", "mixed"))
@@ -37,6 +37,20 @@ class Over:
     def named(self, run: Run, what: str) -> str:
         return f"{what}, {run.name}" if self.several else what
 
+    def marks(self) -> list[Mark]:
+        """Where the phases of a single run begin, but for the first."""
+        phases = [] if self.several else self.runs[0].phases[1:]
+        begins = self.x(self.runs[0], np.array([phase["begin"] for phase in phases], np.float64))
+        return [Mark(float(x), str(phase["name"])) for x, phase in zip(begins, phases, strict=True)]
+
+    def lines(
+        self, title: str, curves: Sequence[Curve], *, from_zero: bool = False, named: bool = True
+    ) -> str:
+        """A chart over the axis of the runs."""
+        return line_chart(
+            title, curves, x_name=self.x_name, from_zero=from_zero, named=named, marks=self.marks()
+        )
+
     def chart(self, title: str, *path: str, from_zero: bool = False) -> str:
         """One number per record; one curve per run."""
         found = [
@@ -49,7 +63,7 @@ class Over:
             )
             for i, run in enumerate(self.runs)
         ]
-        return line_chart(title, found, x_name=self.x_name, from_zero=from_zero, named=self.several)
+        return self.lines(title, found, from_zero=from_zero, named=self.several)
 
     def parts(self, title: str, *path: str, from_zero: bool = False) -> str:
         """One chart per run of the numbers at `path` in each record, without those that are always 0."""
@@ -58,7 +72,7 @@ class Over:
             values = {name: run.values(*path, name) for name in run.keys_under(*path)}
             kept = {name: y for name, y in values.items() if np.nan_to_num(y).any()}
             charts.append(
-                line_chart(
+                self.lines(
                     self.named(run, title),
                     [
                         Curve(
@@ -70,7 +84,6 @@ class Over:
                         )
                         for i, (name, y) in enumerate(kept.items())
                     ],
-                    x_name=self.x_name,
                     from_zero=from_zero,
                 )
             )
@@ -110,7 +123,7 @@ def loss_section(runs: Sequence[Run]) -> str:
             losses.append(
                 Curve(over.named(run, shown), over.x(run, at), values, colour, STYLES[i][mode == "causal"])
             )
-    charts = [line_chart("Loss (nats per token)", losses, x_name=over.x_name)]
+    charts = [over.lines("Loss (nats per token)", losses)]
     charts += [chart for title, *mode in BY_SET for chart in set_charts(over, title, *mode)]
     charts += [
         over.chart(f"Auxiliary loss: {name}, unweighted", "aux_losses", name)
@@ -138,7 +151,7 @@ def set_charts(over: Over, title: str, *mode: str) -> list[str]:
             if np.isfinite(values).any()
         ]
         if curves:
-            charts.append(line_chart(over.named(run, title), curves, x_name=over.x_name))
+            charts.append(over.lines(over.named(run, title), curves))
     return charts
 
 
@@ -175,7 +188,7 @@ def speed_section(runs: Sequence[Run]) -> str:
             "dense_equivalent_tflops",
             from_zero=True,
         ),
-        line_chart("MFU: share of the device's peak", mfu, x_name=over.x_name, from_zero=True),
+        over.lines("MFU: share of the device's peak", mfu, from_zero=True),
         over.chart("Time of a step (ms)", "step_time_ms", from_zero=True),
         over.parts(
             "Where the time of the reported step goes (ms, mean over ranks)", "step_split_ms", from_zero=True

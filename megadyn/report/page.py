@@ -13,6 +13,7 @@ from megadyn.report.axes import bin_means, brief, spans_decades
 from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
 from megadyn.report.environment import difference_table, environment_differences, environment_section
+from megadyn.report.phases import phase_section
 from megadyn.report.run import Checkpoint, Run, Values, differences, planned_iterations
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def page(subjects: Sequence[Subject]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         *(head(subject.run, len(runs) > 1) for subject in subjects),
+        *(phase_section(run, of(run, len(runs) > 1)) for run in runs),
         loss_section(runs),
         optimization_section(runs),
         speed_section(runs),

@@ -83,6 +83,16 @@ class Run:
         return list(found.values())
 
     @property
+    def phases(self) -> list[Record]:
+        """What was recorded at the begin of each phase, with its `changes`; empty for a run without phases."""
+        found = {}
+        for record in self.events:
+            phase = record.get("phase_begins")
+            if isinstance(phase, dict) and isinstance(phase.get("number"), int):
+                found[phase["number"]] = phase
+        return [found[number] for number in sorted(found)]
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 

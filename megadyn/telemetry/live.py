@@ -51,7 +51,7 @@ class LiveView:
 
     def __init__(self, config: Config, console: Console):
         """Opens the view, until `close`."""
-        self.iterations = config.training.iterations or 0
+        self.iterations = config.last_iteration
         self.record: dict[str, Any] = {}
         self.losses: deque[float] = deque(maxlen=CURVE_REPORTS)
         self.iteration, self.ends_at, self._drawn = 0, 0.0, 0.0

@@ -158,8 +158,11 @@ def planned_share(config: Config) -> float:
 
 
 def settled_at(config: Config) -> int:
-    """Iteration from which reports count: after the warm-ups, and once the thresholds' averages have settled."""
-    return max(config.optimizer.warmup_iterations, config.model.routing.settling_steps)
+    """Iteration from which reports count: after the warm-ups, and once the thresholds' averages have settled, which a phase
+    begins anew."""
+    warm = config.optimizer.schedule_begin + config.optimizer.warmup_iterations
+    begin = config.phase.begin if config.phase else 0
+    return max(warm, begin + config.model.routing.settling_steps)
 
 
 def with_mean_share(statistics: dict[int, Statistics]) -> dict[int, Statistics]:

@@ -33,6 +33,7 @@ class Silent:
         iteration: int,
         *,
         consumed_samples: int,
+        consumed_tokens: int,
         lm_loss: float,
         grad_norm: float,
         learning_rate: float,
@@ -69,7 +70,7 @@ class Telemetry(Silent):
     ):
         """`device_name`: of the GPU; None on a CPU. `hosts`: of each rank; None if unknown."""
         self.config = config
-        self.iterations = config.training.iterations or 0
+        self.iterations = config.last_iteration
         self.throughput = Throughput(config, world_size, device_name)
         if device_name is not None and self.throughput.peak is None:
             log.info(
@@ -113,6 +114,7 @@ class Telemetry(Silent):
         iteration: int,
         *,
         consumed_samples: int,
+        consumed_tokens: int,
         lm_loss: float,
         grad_norm: float,
         learning_rate: float,
@@ -128,7 +130,7 @@ class Telemetry(Silent):
         record = {
             "iteration": iteration,
             "consumed_samples": consumed_samples,
-            "consumed_tokens": consumed_samples * self.config.training.sequence_length,
+            "consumed_tokens": consumed_tokens,
             "lm_loss": lm_loss,
             "aux_losses": auxiliary_losses(routing),
             "grad_norm": grad_norm,
@@ -170,6 +172,8 @@ class Telemetry(Silent):
         self._write({"iteration": iteration, name: what})
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self.config.phase is not None:
+            record = {"iteration": record["iteration"], "phase": self.config.phase.name} | record
         for sink in self.sinks:
             sink.write(record)
 

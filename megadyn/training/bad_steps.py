@@ -22,7 +22,7 @@ class BadSteps:
         said = f"step {at} ({self._samples()}) is bad: {result.problem}"
         self._go_on(said)
         if self.config.on_bad_step == "rollback":
-            self.telemetry.go_back(state.iteration, state.total)
+            self.telemetry.go_back(state.iteration, state.config.last_iteration)
         self.telemetry.event(
             state.iteration,
             "bad_step",

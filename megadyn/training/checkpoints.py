@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from megadyn.checkpoint import layout, save_load
 from megadyn.checkpoint.same_run import changes, changes_line
-from megadyn.checkpoint.start import find_start
 from megadyn.checkpoint.together import CheckpointError
 from megadyn.checkpoint.trained import Trained
 from megadyn.checkpoint.writing import Writer, Written
@@ -43,16 +42,15 @@ class Checkpoints:
         self._losses: dict[int, float] = {}  # by iteration, for `checkpoint.keep_best`
         self._snapshot_s = 0.0  # how long training waited for the checkpoint that is being written
 
-    def resume(self) -> tuple[Path | None, dict[str, Any]]:
-        """Sets the starting weights and position, from a checkpoint, a Hugging Face folder or the seed. Returns the
-        checkpoint, if any, and the settings that changed since then."""
+    def resume(self, found: Path | None) -> dict[str, Any]:
+        """Sets the starting weights and position, from the verified checkpoint `found`, a Hugging Face folder or the seed.
+        Returns the settings that changed since the checkpoint."""
         settings, changed = self.config.checkpoint, {}
-        self.watchdog.progress("verifying checkpoints")
         if settings.fork_from:
             self.state.forked_from = str(Path(settings.fork_from).resolve())
-        if found := find_start(settings, self.root):
+        if found:
             changed = changes(self.config, found)
-            self.state.consumed_samples = int(self.load(found)["consumed_samples"])
+            self.state.resume(self.load(found))
             log.info("resumed from %s", found)
             if changed:
                 log.info("changed since that checkpoint: %s", changes_line(changed))
@@ -66,7 +64,7 @@ class Checkpoints:
             save_load.init_from(self.engine, folder)
             log.info("weights from %s", settings.init_from)
         self.state.set_course()
-        return found, changed
+        return changed
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
         """Sets the state of the engine and of the run from a checkpoint; returns its manifest."""
@@ -81,10 +79,11 @@ class Checkpoints:
 
     def go_back(self) -> bool:
         """Goes back to the newest good checkpoint, but continues with new samples. Returns False if there is no such
-        checkpoint."""
+        checkpoint since the phase began."""
         self.finish_save(last=False)
         checkpoint = save_load.newest_good(self.root, only_good=True)
-        if checkpoint is None:
+        begin = self.config.phase.begin if self.config.phase else 0
+        if checkpoint is None or layout.iteration_of(checkpoint) < begin:
             return False
         self.load(checkpoint)
         self.state.set_course()
@@ -104,7 +103,13 @@ class Checkpoints:
                     consumed_samples=state.consumed_samples,
                     data_key=state.train.key,
                     loss_rule=state.loss_rule.state(),
-                    more={"course": state.course.state(), "forked_from": state.forked_from},
+                    more={
+                        "course": state.course.state(),
+                        "forked_from": state.forked_from,
+                        "consumed_tokens": state.consumed_tokens,
+                        "data_origin": self.config.data.origin,
+                        **({"phases": self.config.phase.passed} if self.config.phase else {}),
+                    },
                 )
             )
             self._snapshot_s = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """Opens the datasets that the configuration names, as sets of samples."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from megadyn.data.blend import Blend
 from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.largest import check_ids
-from megadyn.data.samples import Mask, Samples, SampleSet, split_documents
+from megadyn.data.samples import Mask, Samples, SampleSet, shifted, split_documents
 from megadyn.errors import ConfigError
 from megadyn.hub import TOKENIZER, pinned
 from megadyn.log import log
@@ -57,12 +58,15 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     _, for_validation, for_test = section.split
     splits = [split_documents(dataset, for_validation, for_test, seed) for dataset in datasets]
     # A different seed for each dataset, because datasets with equally many documents would be shuffled alike.
-    train = blended(
-        sources,
-        [
-            cut(config, dataset, split.train, seed + d)
-            for d, (dataset, split) in enumerate(zip(datasets, splits, strict=True))
-        ],
+    train = shifted(
+        blended(
+            sources,
+            [
+                cut(config, dataset, split.train, seed + (d if source.order is None else source.order))
+                for d, (source, dataset, split) in enumerate(zip(sources, datasets, splits, strict=True))
+            ],
+        ),
+        -section.origin,
     )
     if start is not None:
         settle_length(config, train, start)
@@ -83,7 +87,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
         if not share:
             return None
         return blended(
-            sources,
+            [replace(source, skip=0) for source in sources],
             [
                 cut(config, dataset, getattr(split, name))
                 for dataset, split in zip(datasets, splits, strict=True)
@@ -147,11 +151,13 @@ def cut(
 
 
 def blended(sources: Sequence[Source], sets: Sequence[SampleSet]) -> Samples:
-    """Blends the sets by their shares, or in proportion to their sizes if no shares are given."""
-    if len(sets) == 1:
-        return sets[0]
+    """Blends the sets, behind what is skipped of each, by their shares, or in proportion to their sizes if no shares are
+    given."""
+    left = [shifted(samples, source.skip) for source, samples in zip(sources, sets, strict=True)]
+    if len(left) == 1:
+        return left[0]
     return Blend(
-        sets,
+        left,
         [
             len(samples) if source.share is None else source.share
             for source, samples in zip(sources, sets, strict=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from megadyn.config import Config
 from megadyn.config.data import Source
 from megadyn.data.blend import Blend
-from megadyn.data.samples import Samples
+from megadyn.data.samples import Samples, Shifted
 from megadyn.engine.optimizer import Schedule
 from megadyn.errors import ConfigError
 from megadyn.planning.flops import training_flops
@@ -58,9 +58,10 @@ class Course:
 
 def schedule_of(config: Config, course: Course, position: Position) -> Schedule | None:
     """Progress of the learning rate's schedule. None for a run whose length is given in iterations, if the schedule ends
-    with it. Any other run uses the consumed samples, so that the rate does not jump when the batch size changes."""
+    with it, and for a schedule whose begin or end is given so. Any other run uses the consumed samples, so that the rate does
+    not jump when the batch size changes."""
     own_length = config.optimizer.schedule_tokens is not None
-    if config.training.length is None and not own_length:
+    if config.optimizer.is_in_iterations or (config.training.length is None and not own_length):
         return None
     batch = config.training.global_batch_size
     passed = position.consumed_samples / batch
@@ -73,7 +74,7 @@ def schedule_of(config: Config, course: Course, position: Position) -> Schedule 
 def schedule_steps(config: Config) -> int:
     """Length of the learning rate's schedule in steps of the current batch size."""
     if config.optimizer.schedule_tokens is None:
-        return config.training.iterations or 0
+        return config.optimizer.span(config.training.iterations or 0)
     return -(-config.optimizer.schedule_tokens // config.training.tokens_per_step)
 
 
@@ -81,8 +82,13 @@ def settle_length(config: Config, train: Samples, start: Position) -> None:
     """Sets `training.iterations` for a run that continues from `start`.
 
     Raises:
-        ConfigError: the run would repeat samples although `data.repeat` is false, or its length gives no step.
+        ConfigError: the run would repeat samples although `data.repeat` is false, or its length gives no step, or its data begin
+            behind `start`.
     """
+    if start.consumed_samples < config.data.origin:
+        raise ConfigError(
+            "data.origin", config.data.origin, f"at most {start.consumed_samples}, what the run has consumed"
+        )
     config.training.settle(
         *start,
         epoch_samples=len(train),
@@ -96,9 +102,8 @@ def refuse_repeats(config: Config, sources: Sequence[Source], train: Samples, st
     wanted, per_step = config.training.samples_at_end(*start), config.training.global_batch_size
     if config.data.repeat or wanted <= len(train):
         return
-    first = (
-        train.schedule.supply([len(samples) for samples in train.sets])[1] if isinstance(train, Blend) else 0
-    )
+    mix = train.samples if isinstance(train, Shifted) else train
+    first = mix.schedule.supply([len(samples) for samples in mix.sets])[1] if isinstance(mix, Blend) else 0
     most = start.iteration + max(0, len(train) - start.consumed_samples) // per_step
     raise ConfigError(
         "data.repeat",

@@ -26,7 +26,7 @@ from megadyn.training.length import Position
 
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
-    """Raises UserError for failures that can be foreseen before the ranks meet."""
+    """Raises UserError for failures that can be foreseen before the ranks meet, wherever the run starts."""
     launch.check_precision(config.precision)
     attention_backend(config.model, config.precision)
     kernel_choice(config.training.kernels)
@@ -39,11 +39,11 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
             config.logging.profile_ranks,
             f"below {launch.world_size()}, the number of processes",
         )
-    if config.logging.profile_steps and config.logging.profile_steps[0] > (config.training.iterations or 0):
+    if config.logging.profile_steps and config.logging.profile_steps[0] > config.last_iteration:
         raise ConfigError(
             "logging.profile_steps",
             config.logging.profile_steps,
-            f"steps of the run, which has {config.training.iterations}",
+            f"steps of the run, which has {config.last_iteration}",
         )
     for name, samples in (*data.validations.items(), ("test", data.test)):
         if samples is not None:
@@ -58,6 +58,10 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
                     len(samples),
                     plan.micro_batch * plan.data_parallel,
                 )
+
+
+def refuse_start(config: Config, data: Data) -> None:
+    """Raises UserError if the run cannot start where it most likely will, or cannot write."""
     checkpoints = Path(config.output_dir) / layout.CHECKPOINTS
     if config.checkpoint.resume == "never" and any(checkpoints.glob("iteration-*")):
         raise UserError(

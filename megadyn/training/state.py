@@ -17,6 +17,8 @@ class RunState:
         self.iteration = 0
         """Number of steps that count; a rollback lowers it."""
         self.consumed_samples = 0
+        self.consumed_tokens = 0
+        """Of these samples, whatever their lengths were."""
         self.course = Course(config.training.global_batch_size)
         self.loss_rule = LossRule(config.training)
         self.saved_at = -1
@@ -49,11 +51,22 @@ class RunState:
     def step_taken(self) -> None:
         self.iteration += 1
         self.consumed_samples += self.config.training.global_batch_size
+        self.consumed_tokens += self.config.training.tokens_per_step
+
+    @property
+    def begins_phase(self) -> bool:
+        """Whether the next step is the first of a phase of the run."""
+        return self.config.phase is not None and self.iteration == self.config.phase.begin
 
     def set_course(self) -> None:
         """Computes how many steps are left from the current position."""
         self.course.go_on(self.position, self.config.training.global_batch_size)
         settle_length(self.config, self.train, self.position)
+
+    def resume(self, manifest: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's position in the data."""
+        self.consumed_samples = int(manifest["consumed_samples"])
+        self.consumed_tokens = tokens_of(manifest)
 
     def take(self, manifest: dict[str, Any]) -> None:
         """Takes over a checkpoint's state, except for consumed samples, because a rollback does not reuse samples."""
@@ -61,3 +74,10 @@ class RunState:
         self.course = Course.from_manifest(manifest)
         if manifest["loss_rule"]:
             self.loss_rule.set_state(manifest["loss_rule"])
+
+
+def tokens_of(manifest: dict[str, Any]) -> int:
+    """The tokens that a checkpoint's run had consumed. Without phases all its samples were equally long."""
+    known: int | None = manifest.get("consumed_tokens")
+    length: int = manifest["training"]["sequence_length"]
+    return manifest["consumed_samples"] * length if known is None else known

@@ -162,3 +162,20 @@ def test_last_records_end_at_the_checkpoint(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         last_records(path, 2)
+
+
+def test_a_run_in_phases_counts_its_tokens_and_says_whose_data_these_are():
+    config = tiny_config("dense")
+    text = model_card(
+        config,
+        40,
+        160,
+        {},
+        style="megadyn",
+        precision="bf16",
+        tokenizer="bytes",
+        consumed_tokens=5000,
+        phases=["hold", "mix", "long"],
+    )
+    assert "on 5,000 tokens (40 steps of 4 sequences of 24 at the end)" in text
+    assert "These are the data of the phase `long`. Before it the run had 2: `hold`, `mix`." in text

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from megadyn.checkpoint.same_run import MUST_EQUAL, SAME_TRAINING, changes, changes_line, check_same_run
+from megadyn.checkpoint.same_run import (
+    MUST_EQUAL,
+    SAME_TRAINING,
+    begins_data,
+    changes,
+    changes_line,
+    check_same_run,
+)
 from megadyn.checkpoint.save_load import threshold_state
 from megadyn.config import Config, save_config
 from megadyn.errors import UserError
@@ -103,6 +110,22 @@ def test_what_an_earlier_version_did_not_have_its_models_did_without(key, value)
     with pytest.raises(UserError, match=rf"model\.{key} is (None|False) in the checkpoint and {value} here"):
         check_same_run(now, manifest, Path("there"))
     check_same_run(before, manifest, Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("origin", "consumed", "begun", "begins"),
+    [(12, 12, 0, True), (12, 16, 0, True), (12, 11, 0, False), (12, 40, 12, False), (0, 40, 0, False)],
+    ids=["at their begin", "after a rollback", "too early", "inside them", "no origin"],
+)
+def test_other_samples_may_follow_where_they_begin(origin, consumed, begun, begins):
+    before, now = changed("dense", training__sequence_length=12, data__origin=origin)
+    manifest = manifest_of(before) | {"consumed_samples": consumed, "data_origin": begun}
+    assert begins_data(now, manifest) == begins
+    if not begins:
+        with pytest.raises(UserError, match=r"training\.sequence_length is 24 in the checkpoint and 12 here"):
+            check_same_run(now, manifest, Path("there"))
+        return
+    check_same_run(now, manifest, Path("there"))
 
 
 def test_changes_are_told_with_both_values(tmp_path):

@@ -108,3 +108,11 @@ def test_what_changes_the_order_changes_the_key(write_dataset):
     }
     assert len(keys) == 4
     assert Blend([a, b], [1, 2]).key == Blend([a, b], [10, 20]).key  # proportions
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 1], [0.7, 0.2, 0.1], [5, 1e-3]])
+def test_counts_are_those_of_the_draws(weights):
+    schedule = Schedule(weights)
+    sets = schedule.draws(0, 500).sets
+    for first in (0, 1, 2, 7, 100, 499):
+        assert schedule.counts(first).tolist() == np.bincount(sets[:first], minlength=len(weights)).tolist()

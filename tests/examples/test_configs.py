@@ -24,6 +24,7 @@ CONFIGS = sorted(
 ON_A_CPU = {
     "quickstart/config.yaml": ["model.vocab_size=4096"],
     "study/config.yaml": ["model.vocab_size=4096"],
+    "phases/config.yaml": ["model.vocab_size=4096"],
 }
 """With what their tokenizers add."""
 

@@ -356,3 +356,38 @@ def test_sizes():
         "84 GB",
         "25 TB",
     ]
+
+
+def test_phases_are_in_a_table_and_marked_in_the_curves(make_run, tmp_path):
+    folder = make_run()
+    begins = [
+        {
+            "iteration": begin,
+            "phase": name,
+            "phase_begins": {
+                "name": name,
+                "number": number,
+                "begin": begin,
+                "end": end,
+                "global_batch_size": 4,
+                "sequence_length": 24,
+                "changes": changes,
+            },
+        }
+        for number, name, begin, end, changes in (
+            (1, "hold", 0, 4, {}),
+            (2, "<b>", 4, 8, {"model.routing.capacity": 0.25, "data.train": [{"prefix": "<i>"}]}),
+        )
+    ]
+    write_metrics(folder, [*begins, *records()])
+    html = made([folder], tmp_path / "a.html")
+    outline = Outline(html)
+    assert "Phases" in outline.text["h2"]
+    cells = outline.text["td"]
+    at = cells.index("hold")
+    assert cells[at : at + 5] == ["hold", "1 to 4", "4 x 24", "384", "5.1000"]
+    assert cells[at + 5 : at + 10] == ["<b>", "5 to 8", "4 x 24", "192", "4.9000"]
+    assert cells[at + 10] == 'model.routing.capacity = 0.25; data.train = [{"prefix": "<i>"}]'
+    assert html.count('class="mark"') == html.count(">&lt;b&gt;</text>") >= 5  # one per chart over the steps
+    plain = made([make_run(name="plain")], tmp_path / "b.html")
+    assert 'class="mark"' not in plain and "Phases" not in Outline(plain).text["h2"]

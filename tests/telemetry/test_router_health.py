@@ -155,6 +155,7 @@ def test_warnings_go_into_the_log_and_the_metrics(tmp_path, monkeypatch, caplog)
         telemetry.train(
             step,
             consumed_samples=step,
+            consumed_tokens=24 * step,
             lm_loss=2.0,
             grad_norm=1.0,
             learning_rate=1e-3,

@@ -35,6 +35,7 @@ def report(telemetry: Telemetry, iteration: int) -> None:
     telemetry.train(
         iteration,
         consumed_samples=4 * iteration,
+        consumed_tokens=96 * iteration,
         lm_loss=2.5,
         grad_norm=1.0,
         learning_rate=1e-3,

@@ -13,7 +13,7 @@ from megadyn.engine.optimizer import learning_rate, schedule_problem
 from megadyn.errors import ConfigError
 from megadyn.planning.flops import training_flops
 from megadyn.training.data import open_data
-from megadyn.training.length import Course, Position, schedule_of
+from megadyn.training.length import Course, Position, schedule_of, schedule_steps
 from tests.helpers.tiny import tiny_config
 
 LENGTH = 24
@@ -177,3 +177,41 @@ def test_a_schedule_that_does_not_fit_is_told(changes, said):
         setattr(optimizer, key, value)
     problem = schedule_problem(optimizer, 20)
     assert (problem is None) if said is None else (problem is not None and said in problem)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("length", [{"iterations": 60}, {"samples": 480}])
+def test_a_schedule_from_begin_to_end_is_that_of_a_run_of_its_own(make, name, length):
+    own = tiny_config().optimizer
+    own.schedule, own.warmup_iterations = name, 3
+    alone = [learning_rate(own, i, 24) for i in range(24)]
+    config = make(**length, global_batch_size=8)
+    config.optimizer.schedule, config.optimizer.warmup_iterations = name, 3
+    config.optimizer.schedule_begin, config.optimizer.schedule_end = 10, 34
+    course = Course(8)
+    rates = [
+        learning_rate(config.optimizer, i, 60, schedule_of(config, course, Position(i, 8 * i)))
+        for i in range(60)
+    ]
+    assert rates[10:34] == alone
+    assert set(rates[:10]) == {alone[0]} and set(rates[34:]) == {alone[-1]}
+    assert schedule_steps(config) == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"schedule_begin": 10},
+            r"optimizer\.schedule_begin = 10: must be before the schedule's end at iteration 10",
+        ),
+        ({"schedule_begin": 5, "schedule_end": 5}, r"schedule_begin = 5: must be before .* iteration 5"),
+        ({"schedule_end": 5, "schedule_tokens": 9}, r"optimizer\.schedule_tokens = 9: must be null with"),
+    ],
+)
+def test_a_schedule_without_a_step_is_refused(changes, said):
+    config = tiny_config()
+    for key, value in changes.items():
+        setattr(config.optimizer, key, value)
+    with pytest.raises(ConfigError, match=said):
+        config.checked()

@@ -1,0 +1,319 @@
+"""The phases of a run: what each may change, how long it is, and the ordinary configuration that it comes to.
+
+A run in phases is a chain of ordinary runs in one output folder. Each phase resumes from the last checkpoint of the one before,
+and its configuration has plain keys alone: `training.iterations` is the iteration at which the phase ends. So a chain of
+runs by hand, with these configurations, gives the same weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megadyn.checks import at_least
+from megadyn.config.data import SET_NAME
+from megadyn.config.numbers import count
+from megadyn.config.phase import Phase
+from megadyn.config.run import Config
+from megadyn.errors import ConfigError, UserError, did_you_mean
+
+OWN_SCHEDULE = (
+    "schedule",
+    "warmup_iterations",
+    "decay_iterations",
+    "decay_shape",
+    "learning_rate",
+    "min_learning_rate",
+)
+"""Keys of `optimizer`. A phase that names one has a schedule of its own; the others follow that of the run."""
+MAY_CHANGE = (
+    "data.train",
+    "data.repeat",
+    "data.document_mask",
+    "training.sequence_length",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.recompute",
+    "training.z_loss_weight",
+    *(f"optimizer.{key}" for key in OWN_SCHEDULE),
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.multipliers.base",
+    "optimizer.multipliers.router",
+    "optimizer.multipliers.prior",
+    "model.rope.type",
+    "model.rope.theta",
+    "model.rope.factor",
+    "model.rope.original_max_position",
+    "model.rope.low_freq_factor",
+    "model.rope.high_freq_factor",
+    "model.rope.beta_fast",
+    "model.rope.beta_slow",
+    "model.rope.attention_factor",
+)
+"""In addition to the keys of `model.routing` that a run may change when it resumes."""
+SECTIONS = frozenset(
+    ".".join(parts[:end])
+    for parts in (name.split(".") for name in MAY_CHANGE)
+    for end in range(1, len(parts))
+) | {"model.routing"}
+UNITS = ("iterations", "tokens", "samples", "share")
+"""Keys for the length of a phase; all phases use the same one."""
+
+
+class Spec(NamedTuple):
+    """A phase as it was given."""
+
+    key: str
+    """`phases[0]`, for errors."""
+    name: str
+    unit: str
+    amount: float
+    changes: dict[str, Any]
+    """Dotted name -> value."""
+
+
+def with_phases(config: Config) -> Config:
+    """`config`, which has phases, checked together with all of them; its length is theirs.
+
+    Raises:
+        UserError: for an invalid phase, by its name; for a key that phases exclude.
+    """
+    specs = read_phases(config)
+    _check_run(config, specs)
+    if config.model.max_position is None:
+        lengths = [spec.changes.get("training.sequence_length") for spec in specs]
+        known = [length for length in lengths if isinstance(length, int)]
+        config.model.max_position = max([config.training.sequence_length, *known])
+    if specs[0].unit != "share":
+        config.training.iterations = 1  # until the steps of the phases are counted
+    config.checked()
+    _refuse_settled(config)
+    total = phase_configs(config)[-1].training.iterations
+    config.training.iterations = total
+    if config.training.length is not None:
+        config.training.length = config.training.length._replace(iterations=total)
+    return config
+
+
+def have_lengths(phases: Sequence[Any]) -> bool:
+    """Whether the phases state the length of the run; otherwise each has a share of it."""
+    return bool(phases) and "share" not in phases[0]
+
+
+def phase_configs(config: Config) -> list[Config]:
+    """The configuration of each phase of a checked run, with its place in `phase`. A run without phases is its only one."""
+    if not config.phases:
+        return [config]
+    specs = read_phases(config)
+    made = [_merged(config, spec) for spec in specs]
+    steps = _steps(config, specs, made)
+    begin, samples, passed = 0, 0, []
+    for number, (spec, phase, length) in enumerate(zip(specs, made, steps, strict=True), start=1):
+        training, end = phase.training, begin + length
+        passed.append([spec.name, end, training.global_batch_size, training.sequence_length])
+        training.iterations = end
+        training.tokens = training.samples = None
+        _settle_schedule(phase, spec, begin, end, sum(steps))
+        if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
+            phase.logging.profile_steps = None  # traced in an earlier phase
+        with naming(spec.name):
+            phase.checked()
+        phase.phase = Phase(
+            spec.name,
+            number,
+            len(specs),
+            begin,
+            end,
+            sum(steps),
+            samples,
+            training.global_batch_size,
+            spec.changes,
+            list(passed),
+        )
+        begin, samples = end, samples + length * training.global_batch_size
+    return made
+
+
+def config_at(configs: Sequence[Config], iteration: int) -> Config:
+    """That of the phase which takes the step after `iteration`; the last one's if there is none."""
+    return next((one for one in configs if one.phase and iteration < one.phase.end), configs[-1])
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """A UserError inside names the phase."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"phase {name!r}: {error}") from None
+
+
+def named(config: Config) -> AbstractContextManager[None]:
+    """The same for a phase's configuration; does nothing for that of a run without phases."""
+    return naming(config.phase.name) if config.phase else nullcontext()
+
+
+def read_phases(config: Config) -> list[Spec]:
+    """Reads names, lengths and keys. Raises UserError for one that is malformed, unknown or may not change."""
+    may_change = changeable(config)
+    specs: list[Spec] = []
+    for place, given in enumerate(config.phases):
+        key = f"phases[{place}]"
+        if not isinstance(given, dict):
+            raise ConfigError(
+                key, given, f"keys: name, one of {', '.join(UNITS)}, and what the phase changes"
+            )
+        name = given.get("name")
+        if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
+            raise ConfigError(f"{key}.name", name, "a name of letters, digits, '.', '_' and '-'")
+        if name in [spec.name for spec in specs]:
+            raise ConfigError(f"{key}.name", name, "different from those of the other phases")
+        unit, amount = _length(key, given)
+        if specs and unit != specs[0].unit:
+            raise ConfigError(f"{key}.{unit}", amount, f"given as {specs[0].unit}, as of the first phase")
+        changes = _flat({word: value for word, value in given.items() if word not in ("name", unit)})
+        for word, value in changes.items():
+            if word not in may_change:
+                meant = did_you_mean(word, may_change)
+                raise ConfigError(f"{key}.{word}", value, f"left out: a phase cannot change it{meant}")
+        specs.append(Spec(key, name, unit, amount, changes))
+    return specs
+
+
+def changeable(config: Config) -> list[str]:
+    """The keys that a phase of this run may change."""
+    routing = config.model.routing
+    own = [f.name for f in fields(routing) if f.name != "kind" and f.name not in routing.fixed]
+    return [*MAY_CHANGE, *(f"model.routing.{name}" for name in own)]
+
+
+def _flat(given: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, for the keys in SECTIONS."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        is_section = name in SECTIONS and isinstance(value, dict)
+        found |= _flat(value, f"{name}.") if is_section else {name: value}
+    return found
+
+
+def _length(key: str, given: dict[Any, Any]) -> tuple[str, float]:
+    """Unit and amount of a phase's length."""
+    units = [unit for unit in UNITS if unit in given]
+    if len(units) != 1:
+        raise ConfigError(key, units, f"a phase with one length: {', '.join(UNITS)}")
+    unit, amount = units[0], given[units[0]]
+    if unit != "share":
+        amount = count(f"{key}.{unit}", amount)
+        at_least(f"{key}.{unit}", amount, 1)
+    elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount <= 1:
+        raise ConfigError(f"{key}.share", amount, "a share of the run, above 0 and at most 1")
+    return unit, amount
+
+
+def _check_run(config: Config, specs: Sequence[Spec]) -> None:
+    """Raises ConfigError for keys of the run that do not fit its phases."""
+    training = config.training
+    given = [name for name in ("iterations", "tokens", "samples") if getattr(training, name) is not None]
+    for name in ("epochs", "flops"):
+        if (value := getattr(training, name)) is not None:
+            raise ConfigError(
+                f"training.{name}", value, "null with phases: give iterations, tokens or samples"
+            )
+    if specs[0].unit != "share" and given:
+        raise ConfigError(
+            f"training.{given[0]}",
+            getattr(training, given[0]),
+            f"null with phases whose lengths are given as {specs[0].unit}; these make up the run",
+        )
+    if specs[0].unit == "share":
+        if not given:
+            raise ConfigError(
+                "training.iterations", None, "given, or tokens or samples, with phases by share"
+            )
+        total = sum(spec.amount for spec in specs)
+        if abs(total - 1) > 1e-6:
+            raise ConfigError("phases", [spec.amount for spec in specs], "shares that sum to 1")
+    for name in ("routing_record", "routing_replay"):
+        if (value := getattr(training, name)) is not None:
+            raise ConfigError(f"training.{name}", value, "null with phases: a recording has one batch size")
+    if config.optimizer.schedule_tokens is not None:
+        raise ConfigError(
+            "optimizer.schedule_tokens",
+            config.optimizer.schedule_tokens,
+            "null with phases; optimizer.schedule_end gives the schedule's end in iterations",
+        )
+
+
+def _refuse_settled(config: Config) -> None:
+    """Raises ConfigError for what phases set themselves."""
+    if config.data.origin:
+        raise ConfigError("data.origin", config.data.origin, "0 with phases, which set it")
+    mixes = [config.data, *(one.data for one in phase_configs(config))]
+    for source in (source for mix in mixes for source in mix.sources("train")):
+        if source.skip or source.order is not None:
+            raise ConfigError(
+                "data.train",
+                source.prefix,
+                "without skip and order with phases, which go on behind what earlier ones used",
+            )
+
+
+def _merged(config: Config, spec: Spec) -> Config:
+    """`config` with the keys of a phase, not checked yet."""
+    nested: dict[str, Any] = {}
+    for name, value in spec.changes.items():
+        *sections, key = name.split(".")
+        inside = nested
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[key] = value
+    train = nested.get("data", {}).pop("train", config.data.train)  # replaced, not merged
+    try:
+        base = OmegaConf.structured(replace(config, phases=[]))
+        made = OmegaConf.to_object(OmegaConf.merge(base, nested))
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise UserError(f"{spec.key}.{error.full_key}: {reason}") from None
+    assert isinstance(made, Config)
+    made.data.train = train
+    for key in ("global_batch_size", "sequence_length"):
+        at_least(f"{spec.key}.training.{key}", getattr(made.training, key), 1)
+    return made
+
+
+def _steps(config: Config, specs: Sequence[Spec], made: Sequence[Config]) -> list[int]:
+    """The number of steps of each phase: amounts of samples and tokens are rounded up to whole steps."""
+    unit, amounts = specs[0].unit, [spec.amount for spec in specs]
+    if unit == "share":
+        length = config.training.length
+        unit = length.unit if length else "iterations"
+        whole = length.amount if length else config.training.iterations
+        assert whole is not None
+        ends = [round(whole * sum(amounts[: k + 1])) for k in range(len(amounts) - 1)] + [int(whole)]
+        amounts = [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    steps = []
+    for spec, amount, phase in zip(specs, amounts, made, strict=True):
+        batch = phase.training.global_batch_size
+        size = {"iterations": 1, "samples": batch, "tokens": batch * phase.training.sequence_length}[unit]
+        steps.append(-(-int(amount) // size))
+        if steps[-1] < 1:
+            raise ConfigError(f"{spec.key}.{spec.unit}", spec.amount, "more: the phase has no step")
+    return steps
+
+
+def _settle_schedule(phase: Config, spec: Spec, begin: int, end: int, total: int) -> None:
+    """A phase that names a key of the schedule has its own, without a warm-up unless it names one."""
+    optimizer = phase.optimizer
+    if any(f"optimizer.{key}" in spec.changes for key in OWN_SCHEDULE):
+        optimizer.schedule_begin, optimizer.schedule_end = begin, end
+        if "optimizer.warmup_iterations" not in spec.changes:
+            optimizer.warmup_iterations = 0
+    elif optimizer.schedule_end is None:
+        optimizer.schedule_end = total
