@@ -22,6 +22,7 @@ from megadyn.config.training import (
     KERNELS,
     RECOMPUTE,
     MultipliersConfig,
+    MuonConfig,
     OptimizerConfig,
     TrainingConfig,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "MultipliersConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RopeConfig",

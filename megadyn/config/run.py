@@ -57,7 +57,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes divide the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and the learning-rate schedule."""
+    """AdamW or Muon, and the learning-rate schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length of the run, batch sizes, evaluation and fault handling."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
