@@ -259,6 +259,12 @@ def engine_settings(config: Config) -> dict[str, Any]:
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3")
+    if zero.get("round_robin_gradients"):
+        raise ConfigError(
+            f"{path}: zero_optimization.round_robin_gradients",
+            zero["round_robin_gradients"],
+            "false or left out: DeepSpeed then names wrong places of tensors in its partitions, and checkpoints mix them up",
+        )
     if config.parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
             f"{path}: zero_optimization.stage",

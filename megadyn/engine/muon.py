@@ -36,7 +36,7 @@ def orthogonalised(update: Tensor, steps: int) -> Tensor:
     """The matrix [m, n] with its singular values taken to about 1: `steps` Newton-Schulz steps in its own dtype."""
     a, b, c = COEFFICIENTS
     wide = update if update.shape[0] <= update.shape[1] else update.T
-    x = wide / torch.linalg.vector_norm(wide, dtype=torch.float32).clamp(min=SMALLEST).to(wide.dtype)
+    x = wide / wide.norm().clamp(min=SMALLEST)
     for _ in range(steps):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)

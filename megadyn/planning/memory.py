@@ -247,7 +247,10 @@ def rank_memory(
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
     states = share.optimizer * count
     if muon:
-        reducing += working_memory(model, muon)
+        # Some optimizers join gradients for their reduction alone, others keep the joined ones for their step.
+        freed = kind == 0 or (precision == "bf16" and kind == 1)
+        working = working_memory(model, muon)
+        reducing = max(reducing, working) if freed else reducing + working
         states -= muon_spares(work, cuts, stage, kind, data) * (not is_offloaded(zero, "optimizer"))
     # Activations and gathered weights are freed before gradients are reduced, so the two never add up.
     return Memory(

@@ -55,9 +55,14 @@ def rank_bytes(model: Shape, layers: int, tensor: int, data: int, number: int, *
     if ranks == 1:
         return 0.0
     whole = layers * sum(rows * columns for rows, columns in block_matrices(model))
-    held = matrix_parameters(model, tensor, layers) * tensor  # of a data-parallel rank's tensor ranks
-    back = held * (data if copied else 1)
-    return number * (whole + back) / ranks * (ranks - 1) / ranks
+    held = (
+        matrix_parameters(model, tensor, layers) * tensor
+    )  # by the tensor ranks of all data, each of its own part
+    others = (ranks - 1) / ranks
+    there = whole * (
+        (tensor - 1) / tensor if copied else others
+    )  # an owner has its own copy of every part it holds
+    return number * (there + held * (data if copied else 1) * others) / ranks
 
 
 def working_memory(model: Shape, number: int) -> float:

@@ -29,6 +29,7 @@ CASES = [
     Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"),
     Case("dtrnet-token", 2, 1, 2, zero=3),
     Case("dtf", 1, 2, 2, precision="bf16", tied=True),
+    Case("dense", 2, 1, 2, zero=3, muon=True),
 ]
 WATCHED = (
     "all_reduce",
@@ -38,6 +39,7 @@ WATCHED = (
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
     "all_gather_object",
+    "all_to_all_single",
     "send",
     "recv",
     "barrier",
