@@ -3,9 +3,10 @@
     megadyn benchmark soak [--steps 5000] [--cases dtf mod-bce/bf16 ...] [--output runs/soak] [--page benchmarks/soak]
 
 Each case is a run of the main job on this machine's Python standard library, read as bytes: at a constant rate of 2e-3 with
-ten times that for routers, in four setups: `fp32` and `bf16` on one process, `tensor2` in bf16 on two tensor ranks, and `muon`
-as `bf16` with that optimizer, for every kind's defaults. Where the CPU has no bf16 instructions, bf16 matrices are multiplied in fp32 and the product is rounded. `--cases` takes cases, setups, or
-parts of names up to a `-` or `/`; the dense controls always run. A case that is done is not run again, and one that was stopped
+ten times that for routers, in four setups: `fp32` and `bf16` on one process, `tensor2` in bf16 on two tensor ranks, and `muon`,
+which is `bf16` with that optimizer and for the default settings of each kind. Where the CPU has no bf16 instructions, bf16
+matrices are multiplied in fp32 and the product is rounded. `--cases` takes cases, setups, or parts of names up to a `-` or
+`/`; the dense controls always run. A case that is done is not run again, and one that was stopped
 goes on; `--again` starts anew.
 OUTPUT/soak.json holds the curves; `--page` also writes PAGE.md and PAGE.png (needs matplotlib).
 Exit status 1 if a bound is broken: `benchmark/soak_bounds.py` states them.

@@ -18,8 +18,8 @@ STEPS = {
     "dtrnet-expert/fp32": 80,
     "mod-default/muon": 60,
 }
-"""Each kind, both precisions (`tensor2` is in bf16), sizes of the tensor group and optimizers. DTF's older form ended in NaN at step 198
-of this run."""
+"""Each kind, both precisions (`tensor2` is in bf16), sizes of the tensor group and optimizers. DTF's older form ended in NaN at
+step 198 of this run."""
 
 
 @pytest.fixture(scope="module")
