@@ -265,6 +265,14 @@ def engine_settings(config: Config) -> dict[str, Any]:
             zero["round_robin_gradients"],
             "false or left out: DeepSpeed then names wrong places of tensors in its partitions, and checkpoints mix them up",
         )
+    offload = zero.get("offload_optimizer")
+    on_disk = isinstance(offload, dict) and offload.get("device") == "nvme"
+    if on_disk and config.optimizer.name == "muon":
+        raise ConfigError(
+            f"{path}: zero_optimization.offload_optimizer.device",
+            "nvme",
+            "cpu or none with optimizer.name = muon",
+        )
     if config.parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
             f"{path}: zero_optimization.stage",

@@ -97,6 +97,9 @@ class Exchange:
         self._mine = [i for i, owner in enumerate(self.owners) if owner == me]
         self._given, self._gathered = self._sizes(gathering=True)
         self._kept, self._returned = self._sizes(gathering=False)
+        # (own matrix, rank) -> where that rank's piece begins in what is received, and in what is sent back.
+        self._received_at = dict(self._places(gathering=True))
+        self._kept_at = dict(self._places(gathering=False))
 
     def apply(self, pieces: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """`function` of every whole matrix, on its owner; returns this rank's piece of each result, flat.
@@ -113,46 +116,43 @@ class Exchange:
         packed = torch.cat([piece.to(device, self.dtype) for piece in given]) if given else self._empty(0)
         received = self._swap(packed, self._given, self._gathered)
         results = self._empty(sum(self._kept))
-        places = dict(self._places(self._kept, gathering=False))
-        for index, flats in self._parts(received):
-            whole = self.stage.sharding.uncut(self.matrices[index].name, flats, 0)
-            self._put(index, function(whole), results, places)
+        for index in self._mine:
+            parts = self._parts(index, received)
+            whole = self.stage.sharding.uncut(self.matrices[index].name, parts, 0)
+            self._put(index, function(whole), results)
         returned = self._swap(results, self._kept, self._returned)
         return list(returned.split([self._size(i, me) for i in range(len(self.matrices))]))
 
-    def _parts(self, received: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-        """For each own matrix its index, and the parts of all tensor ranks, put together from the pieces."""
-        places = dict(self._places(self._gathered, gathering=True))
-        tensor = self.stage.grid.tp.size
-        for index in self._mine:
-            matrix = self.matrices[index]
-            parts: dict[int, Tensor] = {}
-            for rank in range(self.stage.size):
-                if (index, rank) not in places:
-                    continue
+    def _parts(self, index: int, received: Tensor) -> list[Tensor]:
+        """The parts of an own matrix on all tensor ranks, put together from the pieces."""
+        matrix, tensor = self.matrices[index], self.stage.grid.tp.size
+        parts: dict[int, Tensor] = {}
+        for rank in range(self.stage.size):
+            place = self._received_at.get((index, rank))
+            if place is not None:
                 first, size = self.stage.piece(matrix, rank)
                 part = parts.setdefault(rank % tensor, received.new_empty(matrix.part[0] * matrix.part[1]))
-                part[first : first + size] = received[places[index, rank] :][:size]
-            yield index, [parts[rank].view(matrix.part) for rank in sorted(parts)]
+                part[first : first + size] = received[place : place + size]
+        return [parts[rank].view(matrix.part) for rank in sorted(parts)]
 
-    def _put(self, index: int, whole: Tensor, results: Tensor, places: dict[tuple[int, int], int]) -> None:
-        """Writes each rank's piece of `whole` to where it is sent from."""
+    def _put(self, index: int, whole: Tensor, results: Tensor) -> None:
+        """Writes each rank's piece of an own matrix to where it is sent from."""
         matrix, tensor = self.matrices[index], self.stage.grid.tp.size
         parts = [self.stage.sharding.cut(matrix.name, whole, rank).reshape(-1) for rank in range(tensor)]
         for rank in range(self.stage.size):
-            first, size = self.stage.piece(matrix, rank)
-            place = places[index, rank]
-            results[place : place + size] = parts[rank % tensor][first : first + size]
+            place = self._kept_at.get((index, rank))
+            if place is not None:
+                first, size = self.stage.piece(matrix, rank)
+                results[place : place + size] = parts[rank % tensor][first : first + size]
 
-    def _places(self, sizes: Sequence[int], gathering: bool) -> Iterator[tuple[tuple[int, int], int]]:
-        """((own matrix, rank), where that rank's piece begins in what is received, or sent back)."""
+    def _places(self, gathering: bool) -> Iterator[tuple[tuple[int, int], int]]:
         place = 0
         for rank in range(self.stage.size):
             for index in self._mine:
-                if not gathering or self.stage.gives(self.matrices[index], rank, self.stage.rank):
+                is_sent = not gathering or self.stage.gives(self.matrices[index], rank, self.stage.rank)
+                if is_sent and (size := self._size(index, rank)):
                     yield (index, rank), place
-                    place += self._size(index, rank)
-        assert place == sum(sizes)
+                    place += size
 
     def _sizes(self, gathering: bool) -> tuple[list[int], list[int]]:
         """Elements for each rank as its holder of pieces and as an owner: (to owners, from holders) if gathering, otherwise

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megadyn.checkpoint.same_run import SAME_TRAINING, check_same_run
-from megadyn.config import Config, load_config, save_config
+from megadyn.config import Config, engine_settings, load_config, save_config
 from megadyn.errors import ConfigError, UserError
 from tests.helpers.tiny import tiny_config
 
@@ -69,6 +69,15 @@ def test_the_iteration_follows_the_runs_precision(own: str, run: str, want: str)
     config = tiny_config("dense")
     config.optimizer.muon.precision = own
     assert config.optimizer.muon.iterates_in(run) == want
+
+
+def test_states_on_a_disk_are_refused(tmp_path: Path) -> None:
+    settings = tmp_path / "engine.json"
+    settings.write_text('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}')
+    engine = f"deepspeed_config={settings}"
+    assert engine_settings(load(tmp_path, engine))
+    with pytest.raises(ConfigError, match="device = 'nvme': must be cpu or none with optimizer.name = muon"):
+        engine_settings(load(tmp_path, engine, "optimizer.name=muon"))
 
 
 # ---- going on from a checkpoint ------------------------------------------------------------------
