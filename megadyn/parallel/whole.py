@@ -176,15 +176,7 @@ class Exchange:
         if self.stage.size == 1:
             return packed
         found = self._empty(sum(received))
-        size = packed.element_size()
-        # As bytes, because gloo lacks bf16.
-        dist.all_to_all_single(
-            found.view(torch.uint8),
-            packed.view(torch.uint8),
-            [count * size for count in received],
-            [count * size for count in sent],
-            group=self.stage.group,
-        )
+        dist.all_to_all_single(found, packed, received, sent, group=self.stage.group)
         return found
 
     def _empty(self, count: int) -> Tensor:

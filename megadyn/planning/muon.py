@@ -54,15 +54,11 @@ def rank_bytes(model: Shape, layers: int, tensor: int, data: int, number: int, *
     ranks = tensor * data
     if ranks == 1:
         return 0.0
+    # A rank needs no message for what it holds itself: of pieces one share in `ranks`, of copies its own tensor rank's part.
+    own = 1 / tensor if copied else 1 / ranks
     whole = layers * sum(rows * columns for rows, columns in block_matrices(model))
-    held = (
-        matrix_parameters(model, tensor, layers) * tensor
-    )  # by the tensor ranks of all data, each of its own part
-    others = (ranks - 1) / ranks
-    there = whole * (
-        (tensor - 1) / tensor if copied else others
-    )  # an owner has its own copy of every part it holds
-    return number * (there + held * (data if copied else 1) * others) / ranks
+    held = matrix_parameters(model, tensor, layers) * tensor * (data if copied else 1)
+    return number * (whole * (1 - own) + held * (1 - 1 / ranks)) / ranks
 
 
 def working_memory(model: Shape, number: int) -> float:

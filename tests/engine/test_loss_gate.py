@@ -73,11 +73,10 @@ LAYOUTS = [
     Layout(3),
     Layout(0, pipeline=2),
     Layout(3, precision="bf16"),
-    Layout(1, precision="fp16"),
     Layout(1, pipeline=2, precision="bf16"),
     Layout(1, pipeline=2, kind="dtrnet-token"),
     Layout(0, pipeline=2, optimizer="muon"),
-    Layout(1, tensor=2, precision="fp16", optimizer="muon"),
+    Layout(1, precision="fp16", optimizer="muon"),
 ]
 HARMS = {"nan": math.nan, "infinity": math.inf, "spike": 100.0}
 """What a micro-batch's loss is multiplied by, on one data-parallel rank."""

@@ -27,9 +27,8 @@ CASES = [
     Case("dtrnet-expert", 2, 2, 1, zero=0, tied=True),
     Case("mod", 2, 1, 2, zero=2),
     Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"),
-    Case("dtrnet-token", 2, 1, 2, zero=3),
+    Case("dtrnet-token", 2, 1, 2, zero=3, muon=True),
     Case("dtf", 1, 2, 2, precision="bf16", tied=True),
-    Case("dense", 2, 1, 2, zero=3, muon=True),
 ]
 WATCHED = (
     "all_reduce",

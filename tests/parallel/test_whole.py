@@ -12,19 +12,19 @@ from tests.helpers.ranks import run_on_ranks
 LAYER = "model.layers.0"
 SHAPES = {
     f"{LAYER}.self_attn.q_proj.weight": (8, 6),  # rows are cut
-    f"{LAYER}.mlp.down_proj.weight": (5, 12),  # columns are cut
+    f"{LAYER}.mlp.down_proj.weight": (5, 16),  # columns are cut
     f"{LAYER}.self_attn.k_proj.weight": (
         4,
         6,
-    ),  # whole on each of four tensor ranks, of which two are enough for its heads
+    ),  # whole on each of four tensor ranks, which share two heads
     f"{LAYER}.mlp.up_proj.weight": (16, 6),
 }
 CASES = [
-    (tensor, pipeline, copied, dtype)
-    for tensor, pipeline in ((1, 1), (2, 1), (4, 1), (2, 2))
+    (tensor, pipeline, copied, torch.float64)
+    for tensor, pipeline in ((2, 2), (4, 1), (1, 2), (8, 1))
     for copied in (False, True)
-    for dtype in (torch.float64,)
-] + [(2, 1, False, torch.bfloat16)]
+] + [(4, 1, False, torch.bfloat16)]
+"""On eight ranks: the stages' groups are one of tensor and data-parallel ranks, all ranks, and those of one axis."""
 
 
 def squared(whole: Tensor) -> Tensor:
@@ -82,4 +82,4 @@ def check_one(tensor: int, pipeline: int, copied: bool, dtype: torch.dtype) -> N
 
 
 def test_every_rank_gets_its_piece_of_the_whole_result() -> None:
-    run_on_ranks(check, 4, CASES)
+    run_on_ranks(check, 8, CASES)

@@ -48,7 +48,7 @@ class Case(NamedTuple):
         return (
             self.zero == 1
             and self.precision == "fp32"
-            and not (self.recompute != "none" or self.tied or self.documents or self.partial or self.muon)
+            and not (self.recompute != "none" or self.tied or self.documents or self.partial)
             and self.norm == "pre"
         )
 
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     def steps(self) -> int:
         """The README promises ten steps: plain cases show it. The others' faults would show in the
         first few, but for those that rounding hides in half precision."""
-        return STEPS if self.is_evaluated or self.precision != "fp32" or self.muon else FEWER
+        return STEPS if self.is_evaluated or self.precision != "fp32" else FEWER
 
     def __str__(self) -> str:
         marks = {

@@ -52,33 +52,31 @@ CASES += [
     Case("dtf", 2, 1, 2, zero=3, sequence=True),
     Case("dtf", 2, 2, 1, sequence=True, tied=True),
 ]
-# Muon: a matrix is one, however it is cut. Four tensor ranks have fewer key/value heads than that.
-MUON = [
+# Muon: a matrix is one, however it is cut. Four tensor ranks are more than key/value heads. With rates by name, pipeline stages
+# have groups of matrices that others lack.
+MUON = [Case("dense", *layout, muon=True) for layout in ((2, 2, 1), (4, 1, 1))]
+MUON += [Case("dense", 2, 1, 2, zero=0, muon=True)]
+MUON += [
     Case("dtf", *layout, zero=zero, muon=True)
-    for layout, zero in (
-        ((2, 1, 1), 0),
-        ((1, 1, 2), 2),
-        ((1, 1, 2), 3),
-        ((2, 2, 1), 1),
-        ((2, 1, 2), 0),
-        ((4, 1, 1), 1),
-    )
+    for layout, zero in (((2, 1, 1), 0), ((1, 1, 2), 2), ((1, 1, 2), 3))
 ]
-MUON += [Case("dtf", 1, 2, 1, tied=True, muon=True), Case("dtf", 1, 2, 2, partial=True, muon=True)]
+MUON += [Case("dtf", 1, 2, 1, tied=True, muon=True), Case("dtf", 1, 2, 1, partial=True, muon=True)]
 CASES += MUON
 
 HALF = [Case("dtf", *layout, precision="bf16") for layout in LAYOUTS[1:4]]
-HALF += [Case(kind, 2, 1, 1, precision="bf16") for kind in ("dense", "mod", "dtrnet-token")]
+HALF += [
+    Case(kind, 2, 1, 1, precision="bf16", muon=kind == "dense") for kind in ("dense", "mod", "dtrnet-token")
+]
 HALF += [Case("dtf", 1, 1, 2, zero=zero, precision="bf16") for zero in (2, 3)]
 HALF += [Case("dtf", 2, 1, 1, precision="bf16", sequence=True)]
-HALF += [Case("dtf", 2, 1, 1, precision="fp16"), Case("dense", 1, 1, 2, precision="bf16", muon=True)]
+HALF += [Case("dtf", 2, 1, 1, precision="fp16")]
 
 
 def compared_with(case: Case) -> list[Case]:
     """The trained cases, beside itself, that a test holds this one to."""
     if case.precision != "fp32":
         return [Case(case.kind, precision=case.precision, muon=case.muon)]
-    return [Case(case.kind, data=case.data)] if case.is_evaluated else []
+    return [Case(case.kind, data=case.data)] if case.is_evaluated and not case.muon else []
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +122,7 @@ def test_fp32_curve_is_that_of_one_process(case: Case, trained: dict[str, Curve]
     assert farthest(curve["grad_norm"], whole["grad_norm"][: case.steps]) < 1e-5
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.is_evaluated], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_evaluated and not case.muon], ids=str)
 def test_validation_losses_are_those_of_one_process(case: Case, trained: dict[str, Curve]) -> None:
     """The running threshold too is the same under every layout: the causal loss shows it."""
     (other,) = compared_with(case)  # of as many data ranks: each evaluates the last step's samples of its own
