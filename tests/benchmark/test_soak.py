@@ -16,7 +16,7 @@ STEPS = {
     "mod-bce/tensor2": 80,
     "dtrnet-target/fp32": 80,
     "dtrnet-expert/fp32": 80,
-    "mod-default/muon": 40,
+    "mod-default/muon": 30,
 }
 """Each kind, both precisions (`tensor2` is in bf16), sizes of the tensor group and optimizers. DTF's older form ended in NaN at
 step 198 of this run."""

@@ -142,7 +142,8 @@ def test_half_precision_curve_is_near(case: Case, trained: dict[str, Curve]) -> 
 
 
 def test_the_comparison_can_fail() -> None:
-    """Dense and routed curves differ by far more than the tolerance, and training moves the loss."""
+    """Curves of dense and routed models, and of optimizers, differ by far more than the tolerance; training moves the loss."""
     dense, dtf = plain("dense")["loss"], plain("dtf")["loss"]
     assert farthest(dense, dtf) > 1e-3
+    assert farthest(dense, plain("dense", muon=True)["loss"]) > 1e-3
     assert abs(dtf[-1] - dtf[0]) > 1e-2
