@@ -31,7 +31,6 @@ from megadyn.engine.optimizer import (
     freeze,
     make_optimizer,
     refuse_unmatched,
-    set_learning_rate,
 )
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced, spare_dynamo, without_compiler
@@ -387,3 +386,8 @@ class Engine:
 
     def _mean_over_ranks(self, total: Tensor, count: int) -> Tensor:
         return sum_over(total, self.grid.dp) / (count * self.grid.dp.size)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]

@@ -128,11 +128,6 @@ def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> AdamW:
     return Muon(described, cfg.muon, **adamw) if cfg.name == "muon" else AdamW(described, **adamw)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_multiplier"]
-
-
 class Schedule(NamedTuple):
     """The progress that a step's learning rate depends on, in steps of the current batch size."""
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from megadyn.config import MuonConfig
+from megadyn.engine.engine import set_learning_rate
 from megadyn.engine.muon import MUON, Held, Muon, cost_of, in_rounds, orthogonalised, owners_of
-from megadyn.engine.optimizer import make_optimizer, set_learning_rate
+from megadyn.engine.optimizer import make_optimizer
 from megadyn.engine.placement import Place
 from megadyn.parallel.grid import Grid
 from megadyn.parallel.params import mark, name_of

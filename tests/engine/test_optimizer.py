@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megadyn.config import MultipliersConfig, OptimizerConfig
+from megadyn.engine.engine import set_learning_rate
 from megadyn.engine.optimizer import (
     GradientClipper,
     component,
@@ -15,7 +16,6 @@ from megadyn.engine.optimizer import (
     learning_rate,
     make_optimizer,
     refuse_unmatched,
-    set_learning_rate,
 )
 from megadyn.errors import ConfigError
 from megadyn.parallel.grid import Axis, Grid
