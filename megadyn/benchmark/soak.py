@@ -3,9 +3,10 @@
     megadyn benchmark soak [--steps 5000] [--cases dtf mod-bce/bf16 ...] [--output runs/soak] [--page benchmarks/soak]
 
 Each case is a run of the main job on this machine's Python standard library, read as bytes: at a constant rate of 2e-3 with
-ten times that for routers, in three setups: `fp32` and `bf16` on one process, `tensor2` in bf16 on two tensor ranks. Where the
-CPU has no bf16 instructions, bf16 matrices are multiplied in fp32 and the product is rounded. `--cases` takes cases, setups, or
-parts of names up to a `-` or `/`; the dense controls always run. A case that is done is not run again, and one that was stopped
+ten times that for routers, in four setups: `fp32` and `bf16` on one process, `tensor2` in bf16 on two tensor ranks, and `muon`,
+which is `bf16` with that optimizer and for the default settings of each kind. Where the CPU has no bf16 instructions, bf16
+matrices are multiplied in fp32 and the product is rounded. `--cases` takes cases, setups, or parts of names up to a `-` or
+`/`; the dense controls always run. A case that is done is not run again, and one that was stopped
 goes on; `--again` starts anew.
 OUTPUT/soak.json holds the curves; `--page` also writes PAGE.md and PAGE.png (needs matplotlib).
 Exit status 1 if a bound is broken: `benchmark/soak_bounds.py` states them.
@@ -24,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,8 +53,21 @@ RULES: dict[str, dict[str, Any]] = {
     for name, keys in settings_of(kind).items()
 }
 """What is soaked: `model.routing` of every kind with its defaults, its causal rules and its variants."""
-SETUPS = {"fp32": ("fp32", 1), "bf16": ("bf16", 1), "tensor2": ("bf16", 2)}
-"""Precision and tensor ranks, by name."""
+
+
+class Setup(NamedTuple):
+    precision: str
+    tensor: int = 1
+    """Tensor ranks."""
+    optimizer: str = "adamw"
+
+
+SETUPS = {
+    "fp32": Setup("fp32"),
+    "bf16": Setup("bf16"),
+    "tensor2": Setup("bf16", tensor=2),
+    "muon": Setup("bf16", optimizer="muon"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,8 @@ class Case:
         return f"{self.rule}/{self.setup}"
 
     @property
-    def precision(self) -> str:
-        return SETUPS[self.setup][0]
-
-    @property
-    def tensor(self) -> int:
-        return SETUPS[self.setup][1]
+    def how(self) -> Setup:
+        return SETUPS[self.setup]
 
     @property
     def routing(self) -> Kind:
@@ -83,17 +93,23 @@ class Case:
         return [
             *routing,
             *halved,
-            f"precision={self.precision}",
-            f"parallel.tensor={self.tensor}",
+            f"precision={self.how.precision}",
+            f"parallel.tensor={self.how.tensor}",
+            f"optimizer.name={self.how.optimizer}",
             f"training.iterations={steps}",
-            f"deepspeed_config={folder.parent.parent / (self.precision + '.json')}",
+            f"deepspeed_config={folder.parent.parent / (self.how.precision + '.json')}",
             f"output_dir={folder}",
             f"logging.interval={max(10, steps // POINTS)}",
             f"checkpoint.interval={max(500, steps // 5)}",
         ]
 
 
-CASES = [Case(rule, setup) for setup in SETUPS for rule in (*CONTROLS, *RULES)]
+CASES = [
+    Case(rule, setup)
+    for setup, how in SETUPS.items()
+    for rule in (*CONTROLS, *RULES)
+    if how.optimizer == "adamw" or rule in CONTROLS or rule.endswith("-default")
+]
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
@@ -161,7 +177,7 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     log = folder / "rank0.log"
-    status = run_job([str(base), *case.overrides(folder, steps)], case.tensor, log)
+    status = run_job([str(base), *case.overrides(folder, steps)], case.how.tensor, log)
     seconds = time.perf_counter() - began
     curves = curves_of(folder / "metrics.jsonl")
     ended = "" if status == 0 else last_error(log)

@@ -7,7 +7,7 @@
         manifest.sha256                       of manifest.json
         config.yaml                           the run's resolved configuration
         weights-pp00-tp00-dp00.safetensors    fp32 weights with their Hugging Face names
-        optimizer-pp00-tp00-dp00.safetensors  NAME/exp_avg and NAME/exp_avg_sq, fp32
+        optimizer-pp00-tp00-dp00.safetensors  NAME/exp_avg and NAME/exp_avg_sq, or NAME/momentum, fp32
 
 A tensor that is cut over tensor ranks has one part in each rank's file; other tensors are in tensor rank 0's file. The
 data-parallel ranks of a stage divide its tensors among them, so that all write at once.

@@ -1,7 +1,7 @@
 """What a run must have in common with the checkpoint it resumes from, and what has changed between the two.
 
-A run may change anything that affects neither the shape nor the meaning of what a checkpoint holds: weights, Adam's
-moments, the averages of routed layers, and the position in the data. So loss weights, momentum, capacity, the causal
+A run may change anything that affects neither the shape nor the meaning of what a checkpoint holds: weights, the
+optimizer's states, the averages of routed layers, and the position in the data. So loss weights, momentum, capacity, the causal
 rule, RoPE's base, learning rates and layouts may change. MUST_EQUAL lists everything else, each with its reason.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megadyn.config import Config, ModelConfig, resolved_config
+from megadyn.config import Config, ModelConfig, OptimizerConfig, resolved_config
 from megadyn.config.rope import with_rope_section
 from megadyn.errors import UserError
 from megadyn.kinds import expand_layout
@@ -115,6 +115,13 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
             was, now = (expand_layout(layout or "bilayer", config.model.num_layers) for layout in (was, now))
         if was != now:
             found.append(f"{key} is {was!r} in the checkpoint and {now!r} here ({reason})")
+    # An average has weights alone, which any optimizer takes; versions without the key had AdamW.
+    optimizer = manifest.get("optimizer", OptimizerConfig().name)
+    if "averaged" not in manifest and optimizer != config.optimizer.name:
+        found.append(
+            f"optimizer.name is {optimizer!r} in the checkpoint and {config.optimizer.name!r} here (the two keep different "
+            "states; an average or an export of the checkpoint has none, and starts a run with either)"
+        )
     if found:
         raise UserError(
             f"{folder} is a checkpoint of another run: {'; '.join(found)}. "

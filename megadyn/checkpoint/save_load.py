@@ -33,10 +33,13 @@ from megadyn.kinds import DENSE, Kind, TopK
 from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.objects import all_gather
-from megadyn.parallel.params import component, counts_here, name_of
+from megadyn.parallel.params import component, counts_here, is_matrix, name_of
 from megadyn.progress import each
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's states of a parameter."""
+MOMENTUM = ("momentum",)
+"""Muon's."""
 
 
 class PoisonedWeights(RunError):
@@ -46,17 +49,18 @@ class PoisonedWeights(RunError):
 
 
 class OptimizerAccess:
-    """Each parameter's fp32 weight and Adam moments, whole across data-parallel ranks, under any ZeRO stage."""
+    """Each parameter's fp32 weight and optimizer states, whole across data-parallel ranks, under any ZeRO stage."""
 
     def __init__(self, engine: Trained):
         self.zero_stage = engine.zero_stage
         wrapper = engine.engine.optimizer
-        self.adam: torch.optim.Optimizer = wrapper if self.zero_stage == 0 else wrapper.optimizer
+        self.optimizer: Any = wrapper if self.zero_stage == 0 else wrapper.optimizer
+        self.uses_muon = engine.config.optimizer.name == "muon"
         self.dp = engine.grid.dp
         self._allocate(wrapper)
 
     def _allocate(self, wrapper: Any) -> None:
-        """Creates the moments that Adam would create in its first step, so that they can be read and set before it."""
+        """Creates the states that the optimizer would create in its first step, so that they can be read and set before it."""
         held = next(
             (
                 getattr(wrapper, name)
@@ -70,14 +74,9 @@ class OptimizerAccess:
             None,
         )
         if held is None:
-            held = [param for group in self.adam.param_groups for param in group["params"]]
-        self.states = []
-        for tensor in held:
-            state = self.adam.state[tensor]
-            if "step" not in state:
-                state |= {"step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
-                state |= {key: torch.zeros_like(tensor) for key in MOMENTS}
-            self.states.append(state)
+            held = [param for group in self.optimizer.param_groups for param in group["params"]]
+        states = [self.optimizer.state_of(tensor) for tensor in held]
+        self.counts = [state["step"] for state in states if "step" in state]
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             # DeepSpeed links parameters to their moments once, after the first group's first step, when the other
             # groups have no moments yet. Now that all exist, make it link again.
@@ -86,23 +85,29 @@ class OptimizerAccess:
 
     @property
     def steps(self) -> float:
-        return float(self.states[0]["step"])
+        """AdamW's steps so far."""
+        return float(self.counts[0])
 
     @steps.setter
     def steps(self, value: float) -> None:
-        for state in self.states:
-            state["step"].fill_(value)
+        for count in self.counts:
+            count.fill_(value)
+
+    def states(self, param: nn.Parameter) -> tuple[str, ...]:
+        """Names of a parameter's optimizer states."""
+        return MOMENTUM if self.uses_muon and is_matrix(param) else MOMENTS
 
     def get(self, param: nn.Parameter) -> dict[str, Tensor]:
-        """`weight` and the moments, fp32. Collective over data-parallel ranks."""
+        """`weight` and the optimizer states, fp32. Collective over data-parallel ranks."""
+        names = self.states(param)
         if self.zero_stage == 0:
-            return {"weight": param.detach()} | {key: self.adam.state[param][key] for key in MOMENTS}
+            return {"weight": param.detach()} | {key: self.optimizer.state[param][key] for key in names}
         return {"weight": safe_get_full_fp32_param(param)} | {
-            key: safe_get_full_optimizer_state(param, key) for key in MOMENTS
+            key: safe_get_full_optimizer_state(param, key) for key in names
         }
 
     def set(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Sets any of `weight`, `exp_avg`, `exp_avg_sq` from this tensor rank's part."""
+        """Sets `weight` and any of the optimizer states from this tensor rank's part."""
         values = {key: value.to(param.device) for key, value in values.items()}
         if self.zero_stage == 3:
             self._set_partition(param, values)
@@ -115,7 +120,7 @@ class OptimizerAccess:
             elif self.zero_stage:
                 safe_set_full_optimizer_state(param, value, key)
             else:
-                self.adam.state[param][key].copy_(value)
+                self.optimizer.state[param][key].copy_(value)
 
     def _set_partition(self, param: Any, values: dict[str, Tensor]) -> None:
         size = param.ds_tensor.numel()
@@ -180,6 +185,7 @@ def snapshot(
         "model": asdict(engine.config.model),
         "data_key": data_key,
         "training": {key: getattr(engine.config.training, key) for key in SAME_TRAINING},
+        "optimizer": engine.config.optimizer.name,
         "optimizer_steps": OptimizerAccess(engine).steps,
         "loss_scaler": engine.loss_scaler_state(),
         "loss_rule": loss_rule,
@@ -217,7 +223,7 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
                     value.isfinite().all().to(engine.device)
                 )
             weights[name_of(param)] = values["weight"]
-            moments |= {f"{name_of(param)}/{key}": values[key] for key in MOMENTS}
+            moments |= {f"{name_of(param)}/{key}": values[key] for key in access.states(param)}
     found_finite = torch.stack(list(is_finite.values())).tolist() if is_finite else []
     bad = next((name for name, fine in zip(is_finite, found_finite, strict=True) if not fine), None)
     return {
@@ -333,7 +339,9 @@ def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource
         if name in known:
             values = {"weight": part_for(weights, name, sharding, rank)}
             if moments is not None:
-                values |= {key: part_for(moments, f"{name}/{key}", sharding, rank) for key in MOMENTS}
+                values |= {
+                    key: part_for(moments, f"{name}/{key}", sharding, rank) for key in access.states(param)
+                }
             access.set(param, values)
 
 

@@ -176,7 +176,7 @@ def table(rows: Sequence[Layout]) -> str:
     for row in rows:
         micro, recompute = f"{row.micro_batches}x{row.micro_batch}", row.recompute
         zero = f"{row.zero_stage}{'*' if row.host else ''}"
-        sent = (row.tensor_bytes + row.pipeline_bytes + row.data_bytes) / 1e9
+        sent = (row.tensor_bytes + row.pipeline_bytes + row.data_bytes + row.optimizer_bytes) / 1e9
         lines.append(
             f"{row.tensor:>6} {row.pipeline:>4} {row.data:>4} {zero:>4} {micro:>8} {recompute:>9} "
             f"{row.memory.total / GIB:>5.1f} {row.bubble:>6.1%} {sent:>8.1f} {row.step_s:>7.3g} "

@@ -24,6 +24,7 @@ from megadyn.config.training import (
     KERNELS,
     RECOMPUTE,
     MultipliersConfig,
+    MuonConfig,
     OptimizerConfig,
     TrainingConfig,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "MultipliersConfig",
+    "MuonConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "Phase",

@@ -46,6 +46,8 @@ MAY_CHANGE = (
     "optimizer.multipliers.base",
     "optimizer.multipliers.router",
     "optimizer.multipliers.prior",
+    "optimizer.muon.momentum",
+    "optimizer.muon.multiplier",
     "model.rope.type",
     "model.rope.theta",
     "model.rope.factor",

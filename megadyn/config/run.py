@@ -58,7 +58,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes divide the model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and the learning-rate schedule."""
+    """AdamW or Muon, and the learning-rate schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length of the run, batch sizes, evaluation and fault handling."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -275,6 +275,20 @@ def engine_settings(config: Config) -> dict[str, Any]:
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage", stage, "0, 1, 2 or 3")
+    if zero.get("round_robin_gradients"):
+        raise ConfigError(
+            f"{path}: zero_optimization.round_robin_gradients",
+            zero["round_robin_gradients"],
+            "false or left out: DeepSpeed then names wrong places of tensors in its partitions, and checkpoints mix them up",
+        )
+    offload = zero.get("offload_optimizer")
+    on_disk = isinstance(offload, dict) and offload.get("device") == "nvme"
+    if on_disk and config.optimizer.name == "muon":
+        raise ConfigError(
+            f"{path}: zero_optimization.offload_optimizer.device",
+            "nvme",
+            "cpu or none with optimizer.name = muon",
+        )
     if config.parallel.pipeline > 1 and stage > 1:
         raise ConfigError(
             f"{path}: zero_optimization.stage",

@@ -1,7 +1,7 @@
 """The sections `optimizer` and `training` of the configuration."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os.path import realpath
 from typing import NamedTuple
 
@@ -26,11 +26,55 @@ class MultipliersConfig:
             at_least(f"optimizer.multipliers.{name}", getattr(self, name), 0)
 
 
+OPTIMIZERS = ("adamw", "muon")
+MUON_PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass
+class MuonConfig:
+    """Muon's own settings. Other optimizers refuse them."""
+
+    momentum: float = 0.95
+    """Muon: momentum of the gradients' sum, per step, in Nesterov's form."""
+    steps: int = 5
+    """Muon: steps of the Newton-Schulz iteration, which makes an update's singular values nearly equal. Fewer are cheaper
+    and less exact."""
+    precision: str = "auto"
+    """Muon: the iteration computes and sends updates in `bf16` or `fp32`. `auto` is bf16 in bf16 runs, otherwise fp32."""
+    multiplier: float = 1.0
+    """Muon: learning rate of the matrices of the blocks, relative to `learning_rate`. Their updates are scaled to be as large
+    as AdamW's, so 1 is a good start."""
+
+    def iterates_in(self, precision: str) -> str:
+        """`bf16` or `fp32`, in a run of this precision."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if precision == "bf16" else "fp32"
+
+    def check(self, name: str) -> None:
+        """`name`: the optimizer's."""
+        if not 0 <= self.momentum < 1:
+            raise ConfigError("optimizer.muon.momentum", self.momentum, "in [0, 1)")
+        at_least("optimizer.muon.steps", self.steps, 1)
+        one_of("optimizer.muon.precision", self.precision, MUON_PRECISIONS)
+        if not 0 < self.multiplier < math.inf:
+            raise ConfigError("optimizer.muon.multiplier", self.multiplier, "a number above 0")
+        for key, default in asdict(MuonConfig()).items():
+            if name != "muon" and getattr(self, key) != default:
+                raise ConfigError(
+                    f"optimizer.muon.{key}",
+                    getattr(self, key),
+                    f"left out with optimizer.name = {name}, or set optimizer.name=muon",
+                )
+
+
 @dataclass
 class OptimizerConfig:
+    name: str = "adamw"
+    """`adamw` (arXiv 1711.05101), or `muon` (arXiv 2502.16982): the matrices of the blocks by Muon, everything else
+    (embedding, head, norms, biases, routers, priors) by AdamW."""
     learning_rate: float = 3e-4
-    """Peak learning rate of AdamW, reached at the end of the warm-up. Use less for larger models, or if the loss
-    spikes."""
+    """Peak learning rate, reached at the end of the warm-up. Use less for larger models, or if the loss spikes."""
     min_learning_rate: float = 3e-5
     """Learning rate at the end of the run, for every schedule except `constant`."""
     schedule: str = "cosine"
@@ -59,7 +103,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW: added to the denominator. Rarely changed."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay: each step shrinks weights by this times the learning rate. Applied to
+    """Decoupled weight decay: each step shrinks weights by this times the learning rate. Applied to
     two-dimensional parameters (including embeddings), not to norms, biases or router scalars."""
     clip_grad: float = 1.0
     """Largest global gradient norm; gradients above it are scaled down. 0 turns clipping off."""
@@ -72,8 +116,12 @@ class OptimizerConfig:
     in the gradient norm; the optimizer still holds their state."""
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     """Learning rate of each parameter group, relative to `learning_rate`."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Settings of `optimizer.name: muon`."""
 
     def check(self) -> None:
+        one_of("optimizer.name", self.name, OPTIMIZERS)
+        self.muon.check(self.name)
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
         one_of("optimizer.decay_shape", self.decay_shape, ("linear", "cosine", "sqrt"))
         at_least("optimizer.schedule_tokens", self.schedule_tokens, 1)

@@ -16,6 +16,7 @@ from megadyn.parallel.params import ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import GIB, Machine, stage_cuts, workload
 from megadyn.planning.memory import Memory, host_memory, rank_memory, refuse_offloading
+from megadyn.planning.muon import muon_number
 from megadyn.planning.parameters import stage_parameters, total_parameters
 from megadyn.routing.layer import LossScale
 
@@ -118,9 +119,16 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
         zero=zero,
         data=plan.data_parallel,
         micro_batches=plan.micro_batches,
+        muon=muon_number(config),
     )
     host = host_memory(
-        workload(config), cuts, stage, precision=config.precision, zero=zero, data=plan.data_parallel
+        workload(config),
+        cuts,
+        stage,
+        precision=config.precision,
+        zero=zero,
+        data=plan.data_parallel,
+        muon=muon_number(config),
     )
     return DryRun(
         rank,

@@ -23,6 +23,7 @@ from megadyn.config import REDUCED_IN, BatchPlan, Config, engine_settings, reduc
 from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
 from megadyn.engine.mpu import Mpu
+from megadyn.engine.muon import Muon
 from megadyn.engine.optimizer import (
     STAND_IN,
     GradientClipper,
@@ -34,7 +35,7 @@ from megadyn.engine.optimizer import (
 from megadyn.engine.pipeline import Stages
 from megadyn.engine.replaced import replaced, spare_dynamo, without_compiler
 from megadyn.engine.statistics import memory_gib, over_ranks
-from megadyn.engine.step_clock import PARTS, StepClock
+from megadyn.engine.step_clock import COLLECTIVES, PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
 from megadyn.model.attention import attention_backend
@@ -42,8 +43,9 @@ from megadyn.model.block import LayerContext
 from megadyn.network import Network, layer_list, routed_layers, set_routing_mode, trackers_of
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import max_over, sum_over
-from megadyn.parallel.params import ParamMaker, name_of
+from megadyn.parallel.params import PRECISIONS, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
+from megadyn.parallel.whole import Stage, stage_group
 from megadyn.planning.flops import head_flops, layer_costs
 from megadyn.planning.partition import balanced_stages, stage_table
 from megadyn.routing.layer import LossScale
@@ -54,24 +56,6 @@ MicroBatch = tuple[Tensor, Tensor]
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
-
-COLLECTIVES = (
-    "all_reduce",
-    "all_reduce_coalesced",
-    "reduce",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_base",
-    "all_gather_coalesced",
-    "all_to_all_single",
-    "send",
-    "recv",
-    "barrier",
-)
-"""Collectives by their names in torch.distributed, which the model calls, and in DeepSpeed's backend."""
 
 STAGE_PARTS = {
     schedule.LoadMicroBatch: "data",
@@ -130,6 +114,8 @@ class Engine:
                 mpu=Mpu(grid) if grid.pp.size == 1 else None,
             )
         freeze(self.module, config.optimizer)
+        if isinstance(optimizer, Muon):
+            self._attach(optimizer)
         # DeepSpeed would raise when the loss scale cannot fall further; `problem_of` reports this instead.
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -140,6 +126,14 @@ class Engine:
         self.clock.watch(deepspeed.comm.comm.cdb, COLLECTIVES)
         self.clock.watch(dist.Work, ("wait",))  # of a collective that was started early
         self.norms = GradientNorms(self.parameters(), self.engine.optimizer, optimizer, self.zero_stage, grid)
+
+    def _attach(self, optimizer: Muon) -> None:
+        settings, precision = self.config.optimizer.muon, self.config.precision
+        number = settings.iterates_in(precision)
+        stage = Stage(self.grid, self.sharding, stage_group(self.grid), self.zero_stage == 0, self.device)
+        found = optimizer.attach(self.engine.optimizer, self.zero_stage, stage, PRECISIONS[number])
+        why = f"auto: precision = {precision}" if settings.precision == "auto" else "optimizer.muon.precision"
+        log.info("optimizer: muon in %s (%s), %d matrices in this stage", number, why, found)
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megadyn.engine.placement import place_of
 from megadyn.parallel.grid import Grid
 from megadyn.parallel.params import component, counts_here, name_of
 
@@ -82,32 +83,14 @@ Fragment = tuple[int, int, int]
 def _own_fragments(
     params: list[nn.Parameter], wrapper: Any, zero_stage: int, grid: Grid
 ) -> dict[int, list[Fragment]]:
-    """The parts of each optimizer tensor that this rank alone counts, by the tensor's id.
-
-    ZeRO updates flat partitions, one per group, and knows the position of each parameter in them.
-    """
+    """The parts of each optimizer tensor that this rank alone counts, by the tensor's id."""
     found: dict[int, list[Fragment]] = {}
     for param in params:
         if not counts_here(param, grid.tp) or (zero_stage == 0 and grid.dp.rank):
             continue
-        tensor, start, size = _place(param, wrapper, zero_stage)
-        if size:
-            found.setdefault(id(tensor), []).append(
-                (COMPONENTS.index(component_of(name_of(param))), start, size)
+        place = place_of(param, wrapper, zero_stage, grid.dp)
+        if place.size:
+            found.setdefault(id(place.tensor), []).append(
+                (COMPONENTS.index(component_of(name_of(param))), place.start, place.size)
             )
     return found
-
-
-def _place(param: Any, wrapper: Any, zero_stage: int) -> tuple[Any, int, int]:
-    """The optimizer tensor with this rank's part of `param`, the part's offset and its size (0 if the rank has none)."""
-    if zero_stage == 0:
-        return param, 0, param.numel()
-    if zero_stage == 3:
-        group, start, size = wrapper.grad_position[wrapper.get_param_id(param)]
-        return wrapper.fp32_partitioned_groups_flat[group], start, size
-    fragment = param._hp_mapping
-    if fragment is None:
-        return None, 0, 0
-    flat = getattr(wrapper, "single_partition_of_fp32_groups", None) or wrapper.fp32_groups_flat_partition
-    address = fragment.get_hp_fragment_address()
-    return flat[fragment.param_group_index], address.start, address.numel

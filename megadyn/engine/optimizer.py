@@ -1,6 +1,5 @@
-"""AdamW's parameter groups, and the learning rate of each iteration."""
+"""The optimizer's parameter groups, and the learning rate of each iteration."""
 
-import inspect
 import math
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -10,10 +9,12 @@ import torch.distributed as dist
 from torch import nn
 
 from megadyn.config import OptimizerConfig
+from megadyn.engine.adamw import AdamW
+from megadyn.engine.muon import ADAMW, MUON, Muon
 from megadyn.errors import ConfigError
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import sum_over
-from megadyn.parallel.params import component, counts_here, mark, name_of
+from megadyn.parallel.params import component, counts_here, is_matrix, mark, name_of
 
 
 class GroupKey(NamedTuple):
@@ -24,15 +25,20 @@ class GroupKey(NamedTuple):
     """Whether weight decay applies."""
     factor: float
     """Of the learning rate, by name; 0 for frozen parameters."""
+    algorithm: str = ADAMW
 
     def __str__(self) -> str:
-        return self.component if self.factor == 1 else f"{self.component} x {self.factor:g}"
+        name = MUON if self.algorithm == MUON else self.component
+        return name if self.factor == 1 else f"{name} x {self.factor:g}"
 
 
 def group_key(param: nn.Parameter, cfg: OptimizerConfig) -> GroupKey:
+    if hasattr(param, "stands_for"):
+        key: GroupKey = param.stands_for
+        return key
     name = name_of(param)
-    factor = getattr(param, "rate_factor", None)  # of a stand-in, which has no name of its own
-    return GroupKey(component(name), param.ndim >= 2, factor_of(name, cfg) if factor is None else factor)
+    algorithm = MUON if cfg.name == "muon" and is_matrix(param) else ADAMW
+    return GroupKey(component(name), param.ndim >= 2, factor_of(name, cfg), algorithm)
 
 
 def factor_of(name: str, cfg: OptimizerConfig) -> float:
@@ -88,41 +94,38 @@ def even_out_groups(module: nn.Module, cfg: OptimizerConfig, pp: Axis) -> None:
         zero = torch.zeros((1, 1) if key.decay else (1,), device=next(module.parameters()).device)
         stand_in: Any = nn.Parameter(zero)  # Any, because it gets attributes of ours
         mark(stand_in, f"{STAND_IN}.{key.component}", is_cut=False)
-        stand_in.rate_factor = key.factor
+        stand_in.stands_for = key
         module.register_parameter(f"{STAND_IN}_{number}", stand_in)
 
 
 STAND_IN = "stand_in"
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, less the wrapper of `step` that imports torch's compiler at every start and serves steps that are
-    differentiated or compiled themselves."""
-
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with groups by component, weight decay and rate; vectors, scalars and what is frozen do not
-    decay."""
+def make_optimizer(module: nn.Module, cfg: OptimizerConfig) -> AdamW:
+    """The optimizer with groups by component, weight decay, rate and algorithm; vectors, scalars and what is frozen do not
+    decay. Muon must be attached before its first step."""
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for param in module.parameters():
         groups.setdefault(group_key(param, cfg), []).append(param)
-    return AdamW(
-        [
-            {
-                "params": params,
-                "weight_decay": cfg.weight_decay if key.decay and key.factor else 0.0,
-                "component": str(key),
-                "lr_multiplier": getattr(cfg.multipliers, key.component) * key.factor,
-            }
-            for key, params in sorted(groups.items())
-        ],
-        lr=cfg.learning_rate,
-        betas=(cfg.beta1, cfg.beta2),
-        eps=cfg.eps,
-        fused=True,
-    )
+    described = [
+        {
+            "params": params,
+            "weight_decay": cfg.weight_decay if key.decay and key.factor else 0.0,
+            "component": str(key),
+            "algorithm": key.algorithm,
+            "lr_multiplier": getattr(cfg.multipliers, key.component)
+            * key.factor
+            * (cfg.muon.multiplier if key.algorithm == MUON else 1.0),
+        }
+        for key, params in sorted(groups.items())
+    ]
+    adamw: dict[str, Any] = {
+        "lr": cfg.learning_rate,
+        "betas": (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+        "fused": True,
+    }
+    return Muon(described, cfg.muon, **adamw) if cfg.name == "muon" else AdamW(described, **adamw)
 
 
 class Schedule(NamedTuple):
@@ -219,4 +222,4 @@ class GradientClipper:
         if optimizer is not None:
             overflow = ~torch.isfinite(self.norm)
             optimizer.found_inf = overflow.float()  # makes torch's fused AdamW do nothing
-            optimizer.overflow = bool(overflow)  # tells DeepSpeed's engine
+            optimizer.overflow = bool(overflow)  # tells DeepSpeed's engine, and Muon

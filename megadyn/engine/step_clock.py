@@ -19,6 +19,24 @@ gathering). It includes waiting for other ranks, and so the pipeline bubble. An 
 `forward`, `backward` and `optimizer` are what remains of these; recomputation counts as `backward`. `other`: everything
 else."""
 
+COLLECTIVES = (
+    "all_reduce",
+    "all_reduce_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_base",
+    "all_gather_coalesced",
+    "all_to_all_single",
+    "send",
+    "recv",
+    "barrier",
+)
+"""Collectives by their names in torch.distributed, which the model calls, and in DeepSpeed's backend."""
+
 
 class StepClock:
     """Time of a step by part. One part runs at a time: an inner part interrupts the outer one, so the parts add up to the step.

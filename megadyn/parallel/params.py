@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megadyn.parallel.grid import Axis
-from megadyn.parallel.sharding import Sharding
+from megadyn.parallel.sharding import Sharding, kind_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's dtype for each value of `precision`."""
@@ -112,6 +112,17 @@ def component(name: str) -> str:
     if "router" in parts or "causal_router" in parts:
         return "router"
     return "prior" if "prior" in parts else "base"
+
+
+def part_shape(param: Any) -> torch.Size:
+    """Shape of this tensor rank's part, also while ZeRO-3 has it cut over data-parallel ranks."""
+    return getattr(param, "ds_shape", param.shape)
+
+
+def is_matrix(param: Any) -> bool:
+    """Whether this is a matrix of a block: of attention or a feed-forward, not of embedding, head, a router or a prior."""
+    name = name_of(param)
+    return len(part_shape(param)) == 2 and component(name) == "base" and kind_of(name) != "vocab"
 
 
 def counts_here(param: Any, tp: Axis) -> bool:

@@ -30,6 +30,7 @@ from megadyn.planning.memory import (
     refuse_offloading,
     state_bytes,
 )
+from megadyn.planning.muon import added_by_muon, muon_number
 from megadyn.planning.parameters import stage_parameters
 from megadyn.planning.partition import balanced_stages
 from megadyn.planning.schedule import simulate
@@ -90,6 +91,8 @@ class Layout:
     """Sent by a middle stage: activations forward, their gradients backward."""
     data_bytes: float
     """Gradients and weights sent over data-parallel ranks, on the largest stage."""
+    optimizer_bytes: float
+    """Updates that Muon puts together on one rank, and sends back, on the largest stage; 0 with AdamW."""
     step_s: float
     tokens_per_second: float
     """Of the whole job."""
@@ -245,6 +248,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     """Predicted cost of `config`, which must be able to run, on all of the machine's GPUs."""
     plan, cuts, work = batch_plan(config, machine.gpus), stage_cuts(config), workload(config)
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
+    muon = muon_number(config)
     memory = max(
         (
             rank_memory(
@@ -255,6 +259,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
                 zero=settings.zero,
                 data=plan.data_parallel,
                 micro_batches=plan.micro_batches,
+                muon=muon,
             )
             for stage in range(stages)
         ),
@@ -270,6 +275,8 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     reducing = machine.seconds(reduced, tensor * plan.data_parallel)
     step = max(passes.step, reducing) if settings.zero.get("overlap_comm") else passes.step + reducing
     step += offloading_s(work, cuts, config.precision, settings.zero, plan, machine)
+    flops, sent = added_by_muon(config, cuts, settings.zero["stage"], plan.data_parallel)
+    step += flops / (machine.tflops * 1e12) + machine.seconds(sent, tensor * plan.data_parallel)
     ranks = min(machine.node_gpus, machine.gpus)
     useful = training_flops(config.model, work.length) * plan.global_batch
     return Layout(
@@ -283,12 +290,21 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
         work.recompute,
         memory,
         ranks
-        * host_memory(work, cuts, 0, precision=config.precision, zero=settings.zero, data=plan.data_parallel),
+        * host_memory(
+            work,
+            cuts,
+            0,
+            precision=config.precision,
+            zero=settings.zero,
+            data=plan.data_parallel,
+            muon=muon,
+        ),
         memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
         bubble=passes.bubble,
         tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
         pipeline_bytes=crossing * plan.micro_batches * min(2, stages - 1),
         data_bytes=reduced,
+        optimizer_bytes=sent,
         step_s=step,
         tokens_per_second=plan.global_batch * work.length / step,
         model_tflops=useful / step / machine.gpus / 1e12,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from megadyn.costs.memory import LOGITS_AT_ONCE, Kept, Workload
 from megadyn.errors import ConfigError, UserError
+from megadyn.planning.muon import matrix_parameters, working_memory
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
 from megadyn.planning.schedule import in_flight
 
@@ -25,7 +26,7 @@ class Memory(NamedTuple):
     weights: float
     gradients: float
     optimizer: float
-    """fp32 master weights and Adam's two moments."""
+    """fp32 master weights and the optimizer's states: AdamW's two moments, Muon's one momentum."""
     activations: float
     """Kept for backward passes, plus the working memory of the largest backward pass."""
     buffers: float
@@ -186,12 +187,28 @@ def offloaded(share: Share, zero: dict[str, Any], data: int) -> tuple[Share, flo
     return share, host
 
 
+def muon_spares(work: Workload, cuts: Sequence[int], stage: int, zero_stage: int, data: int) -> float:
+    """Bytes of a rank's second moments that matrices under Muon do not have."""
+    matrices = matrix_parameters(work.model, work.tensor, cuts[stage + 1] - cuts[stage])
+    return 4 * matrices / (data if zero_stage else 1)
+
+
 def host_memory(
-    work: Workload, cuts: Sequence[int], stage: int, *, precision: str, zero: dict[str, Any], data: int
+    work: Workload,
+    cuts: Sequence[int],
+    stage: int,
+    *,
+    precision: str,
+    zero: dict[str, Any],
+    data: int,
+    muon: int = 0,
 ) -> float:
-    """Bytes of its node's host memory that a rank of this stage uses for offloading."""
+    """Bytes of its node's host memory that a rank of this stage uses for offloading. `muon`: as in `rank_memory`."""
     _, host = offloaded(state_bytes(precision, zero["stage"], data), zero, data)
-    return host * stage_parameters(work.model, work.tensor, cuts)[stage]
+    spared = muon_spares(work, cuts, stage, zero["stage"], data) if muon else 0.0
+    return host * stage_parameters(work.model, work.tensor, cuts)[stage] - spared * is_offloaded(
+        zero, "optimizer"
+    )
 
 
 def rank_memory(
@@ -203,11 +220,13 @@ def rank_memory(
     zero: dict[str, Any],
     data: int,
     micro_batches: int,
+    muon: int = 0,
 ) -> Memory:
     """Peak memory of a rank of pipeline stage `stage`.
 
     Args:
         cuts: stages as boundaries between layers. zero: `zero_optimization` of DeepSpeed's settings.
+        muon: bytes of a number in Muon's iteration; 0 with another optimizer.
     """
     model, kind = work.model, zero["stage"]
     count = stage_parameters(model, work.tensor, cuts)[stage]
@@ -226,11 +245,18 @@ def rank_memory(
     if kind > 1 or (kind == 1 and precision != "bf16"):
         running += bucket * work.bytes * (2 if zero.get("overlap_comm") and kind == 2 else 1)
     reducing = share.reducing * (min(count, 2 * ALLREDUCE_BUCKET) if kind == 0 else count)
+    states = share.optimizer * count
+    if muon:
+        # Some optimizers join gradients for their reduction alone, others keep the joined ones for their step.
+        freed = kind == 0 or (precision == "bf16" and kind == 1)
+        working = working_memory(model, muon)
+        reducing = max(reducing, working) if freed else reducing + working
+        states -= muon_spares(work, cuts, stage, kind, data) * (not is_offloaded(zero, "optimizer"))
     # Activations and gathered weights are freed before gradients are reduced, so the two never add up.
     return Memory(
         share.weights * count,
         share.gradients * count,
-        share.optimizer * count,
+        states,
         acts,
         running + max(gathered, reducing - acts),
     )

@@ -11,9 +11,15 @@ from megadyn.benchmark import soak
 from megadyn.benchmark.soak_bounds import FAIL, WARN, Curves, Soaked, verdicts
 from megadyn.errors import UserError
 
-STEPS = {"dtf-default/fp32": 220, "mod-bce/tensor2": 80, "dtrnet-target/fp32": 80, "dtrnet-expert/fp32": 80}
-"""Each kind, both precisions (`tensor2` is in bf16) and sizes of the tensor group. DTF's older form ended in NaN at step 198
-of this run."""
+STEPS = {
+    "dtf-default/fp32": 220,
+    "mod-bce/tensor2": 80,
+    "dtrnet-target/fp32": 80,
+    "dtrnet-expert/fp32": 80,
+    "mod-default/muon": 30,
+}
+"""Each kind, both precisions (`tensor2` is in bf16), sizes of the tensor group and optimizers. DTF's older form ended in NaN at
+step 198 of this run."""
 
 
 @pytest.fixture(scope="module")

@@ -824,6 +824,14 @@ def test_a_missing_engine_file_is_refused_by_name(tmp_path):
         engine_settings(load(tmp_path, "deepspeed_config=no/such.json"))
 
 
+def test_round_robin_gradients_are_refused_because_checkpoints_would_mix_tensors_up(tmp_path):
+    settings = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    with pytest.raises(ConfigError, match="round_robin_gradients = True: must be false or left out"):
+        engine_settings(with_settings(tmp_path, settings))
+    settings["zero_optimization"]["round_robin_gradients"] = False
+    assert engine_settings(with_settings(tmp_path, settings)) == settings
+
+
 def test_engine_settings_that_come_with_megadyn_go_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = sorted((ROOT / "ds_configs").glob("*.json"))

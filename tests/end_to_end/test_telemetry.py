@@ -36,10 +36,13 @@ def test_a_run_reports_everything_where_it_was_asked_to(config_file: Path) -> No
         "logging.profile_ranks=[0,1]",
         "logging.peak_tflops=1e-3",
         "optimizer.multipliers.router=3",
+        "optimizer.name=muon",
+        "optimizer.muon.multiplier=0.5",
         world=2,
         sabotage=without_login,
     )
     assert crew.wait() == [0, 0], crew.output()
+    assert "optimizer: muon in fp32 (auto: precision = fp32), 14 matrices in this stage" in crew.output()
     out = config_file.parent / "out"
     steps = [line for line in lines(out) if "lm_loss" in line]
     assert [step["iteration"] for step in steps] == [2, 4, 6]
@@ -53,6 +56,7 @@ def test_a_run_reports_everything_where_it_was_asked_to(config_file: Path) -> No
                 "base": step["learning_rate"],
                 "prior": step["learning_rate"],
                 "router": 3 * step["learning_rate"],
+                "muon": step["learning_rate"] / 2,
             }
         )
         assert step["mfu_causal_half"] == pytest.approx(step["model_tflops"] / 1e-3)

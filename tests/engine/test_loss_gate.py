@@ -61,9 +61,10 @@ class Layout(NamedTuple):
     tensor: int = 1
     precision: str = "fp32"
     kind: str = "dtf"
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
-        return f"zero{self.zero}-p{self.pipeline}t{self.tensor}-{self.precision}-{self.kind}"
+        return f"zero{self.zero}-p{self.pipeline}t{self.tensor}-{self.precision}-{self.kind}-{self.optimizer}"
 
 
 LAYOUTS = [
@@ -72,9 +73,10 @@ LAYOUTS = [
     Layout(3),
     Layout(0, pipeline=2),
     Layout(3, precision="bf16"),
-    Layout(1, precision="fp16"),
     Layout(1, pipeline=2, precision="bf16"),
     Layout(1, pipeline=2, kind="dtrnet-token"),
+    Layout(0, pipeline=2, optimizer="muon"),
+    Layout(1, precision="fp16", optimizer="muon"),
 ]
 HARMS = {"nan": math.nan, "infinity": math.inf, "spike": 100.0}
 """What a micro-batch's loss is multiplied by, on one data-parallel rank."""
@@ -115,6 +117,7 @@ def _run(layout: Layout) -> dict[str, Any]:
         zero=layout.zero,
         precision=layout.precision,
     )
+    config.optimizer.name = layout.optimizer
     plan = batch_plan(config, dist.get_world_size())
 
     def train(steps: list[str]) -> dict[str, Any]:

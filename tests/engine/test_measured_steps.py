@@ -27,7 +27,7 @@ CASES = [
     Case("dtrnet-expert", 2, 2, 1, zero=0, tied=True),
     Case("mod", 2, 1, 2, zero=2),
     Case("dtf", 2, 1, 2, sequence=True, norm="hybridnorm"),
-    Case("dtrnet-token", 2, 1, 2, zero=3),
+    Case("dtrnet-token", 2, 1, 2, zero=3, muon=True),
     Case("dtf", 1, 2, 2, precision="bf16", tied=True),
 ]
 WATCHED = (
@@ -38,6 +38,7 @@ WATCHED = (
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
     "all_gather_object",
+    "all_to_all_single",
     "send",
     "recv",
     "barrier",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.networks import end_step
+from tests.helpers.plain_muon import PlainMuon
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import micro_batches, tiny_config, tiny_tokens
 
@@ -30,6 +31,7 @@ class Case(NamedTuple):
     sequence: bool = False
     partial: bool = False
     """Some tensors frozen, others at rates of their own."""
+    muon: bool = False
 
     @property
     def world(self) -> int:
@@ -65,6 +67,7 @@ class Case(NamedTuple):
             "documents": self.documents,
             "sequence": self.sequence,
             "partial": self.partial,
+            "muon": self.muon,
         }
         extras = [word for word, on in marks.items() if on]
         return "-".join(
@@ -116,6 +119,8 @@ def config_of(case: Case) -> Any:
     if case.partial:
         config.optimizer.freeze = ["model.embed_tokens.*", "*.layers.1.*"]
         config.optimizer.rates = {"*.mlp.*": 0.3, "*.layers.2.*": 2.0}
+    if case.muon:
+        config.optimizer.name = "muon"
     if case.tied:  # the embedding is the head then, which has these from elsewhere
         config.model.logit_softcap, config.training.z_loss_weight = 5.0, 1e-2
     if hasattr(config.model.routing, "jitter"):
@@ -192,7 +197,7 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
     from megadyn.parallel.params import name_of
 
     config, net = config_of(case), plain_network(case)
-    groups = []
+    groups, matrices = [], []
     for param in net.parameters():
         name, factor = name_of(param), 1.0
         if case.partial and (name.startswith("model.embed_tokens.") or ".layers.1." in name):
@@ -202,6 +207,9 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
             factor = 0.3
         elif case.partial and ".layers.2." in name:
             factor = 2.0
+        if case.muon and name.endswith("_proj.weight") and ".prior." not in name:
+            matrices.append(PlainMuon(param, factor))
+            continue
         groups.append({"params": [param], "weight_decay": 0.1 if param.ndim >= 2 else 0.0, "factor": factor})
     adam = torch.optim.AdamW(
         groups,
@@ -210,8 +218,9 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
     )
     curve: Curve = {"loss": [], "grad_norm": []}
     for step, samples in enumerate(tokens_of(case) if drawn is None else drawn):
+        rate = learning_rate(config.optimizer, step, STEPS)
         for group in adam.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, STEPS) * group["factor"]
+            group["lr"] = rate * group["factor"]
         ((tokens, labels),) = micro_batches(samples, 4)
         loss = net(tokens, labels)
         loss.backward()
@@ -220,6 +229,8 @@ def plain_curve(case: Case, drawn: torch.Tensor | None = None) -> Curve:
             torch.nn.utils.clip_grad_norm_(net.parameters(), config.optimizer.clip_grad).item()
         )
         adam.step()
-        adam.zero_grad()
+        for matrix in matrices:
+            matrix.step(rate, decay=0.1)
+        net.zero_grad()
         end_step(net)
     return curve

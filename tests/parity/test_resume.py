@@ -21,9 +21,9 @@ SAME = [
     Case("dtf", 1, 1, 2),
     Case("dtf", 1, 2, 1, tied=True),
     Case("dtf", 1, 1, 2, zero=0),
-    Case("dtf", 1, 1, 2, zero=2),
+    Case("dtf", 1, 1, 2, zero=2, muon=True),
     Case("dtf", 1, 1, 2, zero=3),
-    Case("dtf", 2, 1, 1, precision="bf16"),
+    Case("dtf", 2, 1, 1, precision="bf16", muon=True),
     Case("dtf", 1, 2, 1, precision="bf16"),
     Case("dtf", 1, 1, 2, zero=3, precision="bf16"),
 ]
@@ -43,6 +43,8 @@ OTHER = [
     (Case("dtf", 1, 1, 2, zero=3), Case("dtf", 2, 1, 1, zero=0)),
     (Case("dtf", 1, 2, 1, tied=True), Case("dtf", 2, 1, 1, tied=True)),
     (Case("dtrnet-target", 1, 2, 1), Case("dtrnet-target", 2, 1, 1)),
+    (Case("dtf", 1, 1, 2, zero=2, muon=True), Case("dtf", 2, 1, 1, zero=0, muon=True)),
+    (Case("dtf", 1, 1, 2, zero=2, muon=True), Case("dtf", 1, 1, 2, zero=3, muon=True)),
 ]
 """Saved as the first, resumed as the second: any cut, any ZeRO stage."""
 

@@ -18,6 +18,7 @@ from megadyn.parallel.params import PRECISIONS, ParamMaker
 from megadyn.parallel.sharding import Sharding
 from megadyn.planning.layouts import stage_cuts, workload
 from megadyn.planning.memory import fullest, host_memory, layers_kept, rank_memory
+from megadyn.planning.muon import muon_number
 from megadyn.planning.parameters import total_parameters
 from megadyn.routing.layer import LossScale
 from tests.helpers.live_bytes import LiveBytes
@@ -120,6 +121,7 @@ class Case(NamedTuple):
     pipeline: int = 1
     sequence: bool = False
     offload: bool = False
+    muon: bool = False
 
 
 CASES = [
@@ -129,12 +131,13 @@ CASES = [
     Case("dense", "activations", pipeline=2, recompute="full"),
     *(Case(kind, "activations", tensor=2, sequence=True) for kind in ("dtf", "mod", "dtrnet-token")),
     Case("dense", "weights", zero=3, offload=True),
+    Case("dense", "weights", muon=True),
     Case("mod", "weights", pipeline=2),
     Case("dense", "words", pipeline=2),
     Case("dense", "activations", zero=3),
     *(
         Case("dense", "weights", precision, zero)
-        for precision, zero in (("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1))
+        for precision, zero in (("fp32", 0), ("bf16", 2), ("bf16", 3), ("fp16", 1))
     ),
 ]
 
@@ -179,6 +182,7 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
         tensor=case.tensor,
         pipeline=case.pipeline,
     )
+    config.optimizer.name = "muon" if case.muon else "adamw"
     (batch, length), micro = TOKENS[case.heavy], 4 if case.pipeline > 1 else 2
     config.training.global_batch_size = batch * micro * (2 // (case.tensor * case.pipeline))
     # Buckets as large as by default would hide all else.
@@ -210,6 +214,7 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
         zero=zero,
         data=plan.data_parallel,
         micro_batches=micro,
+        muon=muon_number(config),
     )
     # On a CPU the host's memory is the device's, and both count.
     host = host_memory(
@@ -219,6 +224,7 @@ def _measure_one(case: Case, folder: Path) -> tuple[float, float]:
         precision=case.precision,
         zero=zero,
         data=plan.data_parallel,
+        muon=muon_number(config),
     )
     return step.peak - before.now, planned.total + host
 
