@@ -28,7 +28,7 @@ PLACES = {
     "parallel/loss.py": "loss head",
     "model/rope.py": "RoPE",
     "model/norm.py": "norms",
-    "model/block.py:down": "SwiGLU",
+    "model/block.py:swiglu": "SwiGLU",
     "model/block.py": SUMS,
     "routing/": "routing",
     "kinds/": "routing",

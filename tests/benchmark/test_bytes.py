@@ -87,29 +87,28 @@ def test_attention_and_its_backward_are_one_kernel_each():
     assert found.launches == 3  # with the sum of the two gradients of k, which is used twice
 
 
-def tables(passes):
-    """What the table of angles takes when it is made, and `passes` over it."""
-    rotary = Rotary(HEAD, RopeConfig())
-    return sum(counted(lambda: rotary.angles(128, x)).bytes.values()) + passes * 128 * HEAD // 2 * 4
-
-
 def test_a_dense_step_moves_what_was_counted_by_hand():
     found = bytes.count("dense", bytes.parse_args(SMALL))
     b, norm = 2, 4 * N + 2 * D
     # forward and backward; twice that backward, with the sum of the weights' gradient over groups of rows
     sums_of_norm = 4 * D * (N // 16)
     first = (2 * b * N * D + norm) + (3 * b * N * D + norm + 2 * D)
+    tables = sum(counted(lambda: Rotary(HEAD, RopeConfig()).angles(128, x)).bytes.values())
     added = (4 * b * N * D + norm) + (4 * b * N * D + norm + sums_of_norm) + (sums_of_norm + 4 * D + 6 * D)
     by_hand = {
-        "SwiGLU": 14 * b * N * F * L,
+        "SwiGLU": (3 + 5) * b * N * F * L,
         # the MLP's sum; gradients of what goes into q, k and v, into gate and up, and into norm and sum
         "sums": (3 + 2 * 3 + 3 + 3) * b * N * D * L,
         "norms": (first + added) * L + first,
-        "RoPE": L * (tables(0) + 2 * (11 * b * N * (Q + K) + (3 + 3 + 2) * 128 * HEAD // 2 * 4)),
+        "RoPE": L * (tables + 2 * (2 * b * N * (Q + K) + 2 * 2 * 128 * HEAD // 2 * 4)),
         "attention": L * ((2 * b * N * (Q + K) + 4 * N * 4) + (2 * b * N * (2 * Q + 2 * K) + 4 * N * 4)),
         "routing": 0,
     }
     assert {group: found.bytes[group] for group in by_hand} == by_hand
+    # Logits: one pass forward, one that puts their gradient in their place. Hidden states: scaled, and their gradient in float32
+    # zeroed, added to, scaled and rounded. All else has one number per token.
+    head = 3 * b * N * V + (4 + 4 + 10 + 8 + 6) * N * D
+    assert head < found.bytes["loss head"] < head + 200 * N
     products = [(N, D, Q), *2 * [(N, D, K)], (N, Q, D), *3 * [(N, D, F)]]
     assert found.flops["products"] == 6 * (L * sum(n * d * o for n, d, o in products) + N * D * V)
     parameters = 2 * V * D + L * (2 * D * Q + 2 * D * K + 3 * D * F + 2 * D + Q + 2 * K) + D
