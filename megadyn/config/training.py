@@ -235,8 +235,8 @@ class TrainingConfig:
     """Compile each layer's forward and backward pass with torch.compile. The first step takes a minute; needs fixed
     shapes."""
     kernels: str = "auto"
-    """Kernels for norms and for taking tokens out and putting them back: `triton`, our fused GPU kernels; `torch`, its
-    own operations; or `auto`, Triton if it can run."""
+    """Kernels for norms, SwiGLU, rotary positions and the loss, and for taking tokens out and putting them back: `triton`, our
+    fused GPU kernels; `torch`, its own operations; or `auto`, Triton if it can run."""
     routing_record: str | None = None
     """Folder for a recording of every step's routing choices, with scores and cuts: one file per layer and step
     (`megadyn/routing/recording.py`), the same under every layout. A resumed run continues the recording. In a replay it

@@ -14,7 +14,10 @@ from typing import NamedTuple
 from megadyn.costs.shape import Shape, capacity_count
 
 LOGITS_AT_ONCE = 2**24
-"""Logits that the loss computes at once on one rank: 64 MiB in fp32."""
+"""Logits that the loss computes at once on one rank with torch's operations, which copy them in fp32: 64 MiB."""
+KERNEL_LOGITS_AT_ONCE = 2**26
+"""The same with kernels, which put gradients in the place of logits: 128 MiB in bf16. Fewer blocks mean fewer passes over the
+gradient of the hidden states."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Workload:
     sequence: bool = False
     """`parallel.sequence`: whether tensor ranks split the sequence."""
     fused: bool = True
-    """Whether GPU kernels are used. On a CPU, RMSNorm also keeps float32 copies, and attention in segments keeps two outputs."""
+    """Whether GPU kernels are used. On a CPU, RMSNorm also keeps float32 copies, attention in segments keeps two outputs, and
+    SwiGLU keeps silu(gate)."""
 
     @property
     def parts(self) -> int:
@@ -79,6 +83,12 @@ class Workload:
         _, q, _, _ = self.widths
         return 0 if self.fused else self.bytes * q
 
+    @property
+    def inner(self) -> int:
+        """Bytes per token that the feed-forward keeps of its inner width: gate, up and their product."""
+        _, _, _, f = self.widths
+        return self.bytes * f * (3 if self.fused else 4)
+
     def norm(self, width: int, is_kept: bool = False) -> int:
         """Bytes per token that RMSNorm keeps; `is_kept`: its input is already kept by something else."""
         if self.fused:
@@ -104,7 +114,7 @@ class Kept(NamedTuple):
 def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: int = 1) -> float:
     """Attention and feed-forward on `n` tokens, divided by `parts` where they are not split by heads and widths. Their
     input is counted only if it is not the layer's input."""
-    (d, q, k, f), b = work.widths, work.bytes
+    (d, q, k, _), b = work.widths, work.bytes
     heads = q // (work.model.head_dim or 1)
     attention = b * (2 * q + 2 * k) + 4 * heads
     if work.model.normalization == "hybridnorm":
@@ -115,13 +125,13 @@ def block_kept(work: Workload, n: float, *, has_own_input: bool = False, parts: 
     else:
         whole, split = 2 * b * d, work.norm(d, is_kept=not has_own_input) + work.norm(d)
         whole += work.norm(q) + work.norm(k) if work.model.qk_norm else 0
-    return n * (whole + split / parts + attention + 4 * b * f)
+    return n * (whole + split / parts + attention + work.inner)
 
 
 def inner_kept(work: Workload, n: float, attending: float) -> float:
-    """Attention's averages, and two products of the feed-forward's inner width."""
+    """Attention's averages, and all that the feed-forward keeps of its inner width but gate and up."""
     (_, q, _, f), b = work.widths, work.bytes
-    return n * 2 * b * f + attending * (b * q + 4 * q // (work.model.head_dim or 1))
+    return n * (work.inner - 2 * b * f) + attending * (b * q + 4 * q // (work.model.head_dim or 1))
 
 
 def dense_kept(work: Workload) -> Kept:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megadyn.kernels.launch import has_values
+
 GROUP = 16
 
 
@@ -84,7 +86,7 @@ class _AddNorm(torch.autograd.Function):
         rows, width = x.shape
         h, y = torch.empty_like(x), torch.empty_like(x)
         inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
-        if rows:
+        if rows and has_values(x, moved=4 * x.nbytes + w.nbytes + inverse.nbytes):
             block = triton.next_power_of_2(width)
             _forward[(rows,)](x, u, w, h, y, inverse, width, eps, BLOCK=block, num_warps=warps_for(block))
         ctx.save_for_backward(h, w, inverse)
@@ -99,8 +101,9 @@ class _AddNorm(torch.autograd.Function):
             return grad_h, grad_h, None, None
         rows, width = h.shape
         groups = triton.cdiv(rows, GROUP)
-        grad_x, grad_w = torch.empty_like(h), torch.zeros(groups, width, dtype=torch.float32, device=h.device)
-        if rows:
+        grad_x, grad_w = torch.empty_like(h), torch.empty(groups, width, dtype=torch.float32, device=h.device)
+        passes = 3 if grad_h is None else 4
+        if rows and has_values(h, moved=passes * h.nbytes + w.nbytes + inverse.nbytes + grad_w.nbytes):
             block = triton.next_power_of_2(width)
             _backward[(groups,)](
                 grad_y.contiguous(),

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megadyn.kernels.launch import has_values
+
 BLOCK = 1024
 
 
@@ -74,7 +76,7 @@ class _TakeRows(torch.autograd.Function):
         ctx.save_for_backward(place)
         ctx.rows = x.shape[0]
         out = x.new_empty(len(place), x.shape[1])
-        if out.numel():
+        if out.numel() and has_values(x, moved=2 * out.nbytes + place.nbytes):
             _copy_rows[(len(place),)](x, out, place, x.shape[1], scatter=False, BLOCK=block_of(x.shape[1]))
         return out
 
@@ -83,7 +85,7 @@ class _TakeRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
         out = grad.new_zeros(ctx.rows, grad.shape[1])
-        if grad.numel():
+        if grad.numel() and has_values(grad, moved=2 * grad.nbytes + place.nbytes):
             _copy_rows[(len(place),)](
                 grad.contiguous(), out, place, grad.shape[1], scatter=True, BLOCK=block_of(grad.shape[1])
             )
@@ -97,7 +99,7 @@ class _AddRows(torch.autograd.Function):
         slot = torch.full((len(x),), -1, dtype=torch.int32, device=x.device)
         slot[place] = torch.arange(len(place), dtype=torch.int32, device=x.device)
         out = torch.empty_like(x)
-        if x.numel():
+        if x.numel() and has_values(x, moved=2 * x.nbytes + update.nbytes + gate.nbytes + slot.nbytes):
             _add_rows[(len(x),)](x, update, gate, slot, out, x.shape[1], BLOCK=block_of(x.shape[1]))
         ctx.save_for_backward(place, gate, update)
         return out
@@ -107,7 +109,8 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         place, gate, update = ctx.saved_tensors
         grad_update, grad_gate = torch.empty_like(update), torch.zeros_like(gate)
-        if update.numel():
+        moved = 3 * update.nbytes + 2 * len(place) * gate.element_size() + place.nbytes
+        if update.numel() and has_values(update, moved=moved):
             _add_rows_backward[(len(place),)](
                 grad.contiguous(),
                 update,

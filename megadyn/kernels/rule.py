@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -84,6 +85,21 @@ def use_kernels(asked: str) -> tuple[str, str]:
     return chosen, why
 
 
+@contextmanager
+def counting(kernels: str) -> Iterator[None]:
+    """Inside, tensors without values (`meta` device) take the way of `kernels`, `triton` or `torch`, whatever the machine.
+
+    Raises ConfigError if Triton is required but not installed.
+    """
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("training.kernels", kernels, "torch on this machine: Triton is not installed")
+    before, _Process.uses_triton = _Process.uses_triton, kernels == "triton"
+    try:
+        yield
+    finally:
+        _Process.uses_triton = before
+
+
 def fused(x: Tensor) -> bool:
-    """Whether operations on x use our kernels."""
-    return _Process.uses_triton and x.is_cuda and x.dtype in KERNEL_DTYPES
+    """Whether operations on x use our kernels. A tensor without values stands for one on a GPU."""
+    return _Process.uses_triton and (x.is_cuda or x.is_meta) and x.dtype in KERNEL_DTYPES

@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ def write_post_mortem(output_dir: Path, rank: int, sentence: str) -> None:
 
 
 def _write_collectives(path: Path) -> None:
+    recorder: Any = torch._C._distributed_c10d  # whose types do not list this function
     with suppress(OSError, RuntimeError):
         path.unlink(missing_ok=True)
-        path.write_bytes(torch._C._distributed_c10d._dump_fr_trace_json())
+        path.write_bytes(recorder._dump_fr_trace_json())

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megadyn.config import ModelConfig
+from megadyn.kernels.rule import fused
 from megadyn.model.attention import Attention
 from megadyn.model.compiled import compiled
 from megadyn.model.documents import Documents, Segments
@@ -81,7 +82,16 @@ class Mlp(nn.Module):
 
     def down(self, gate: Tensor, up: Tensor) -> Tensor:
         """Both [B, T, F/tp] -> this rank's term of the output, [B, T, D]."""
-        return self.down_proj.term(F.silu(gate) * up)
+        return self.down_proj.term(swiglu(gate, up))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; one kernel if `training.kernels` selects Triton."""
+    if fused(gate):
+        from megadyn.kernels import swiglu as kernel
+
+        return kernel.swiglu(gate, up)
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from megadyn.config import RopeConfig
+from megadyn.kernels.rule import fused
 
 
 class Rotary:
-    """Turns queries and keys by their token's original position. Holds a table, no parameters."""
+    """Turns queries and keys by their token's original position, in one kernel each if `training.kernels` selects Triton.
+    Holds a table, no parameters."""
 
     def __init__(self, head_dim: int, rope: RopeConfig):
         self.head_dim, self.rope = head_dim, rope
@@ -46,6 +48,10 @@ class Rotary:
         cos, sin = (
             (cos[: q.shape[1]], sin[: q.shape[1]]) if positions is None else (cos[positions], sin[positions])
         )
+        if fused(q):
+            from megadyn.kernels.rope import turn
+
+            return turn(q, cos, sin), turn(k, cos, sin)
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # over all heads alike
         return _Turn.apply(q, cos, sin), _Turn.apply(k, cos, sin)
 

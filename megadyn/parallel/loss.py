@@ -3,8 +3,8 @@
 All tokens are multiplied with one block of the vocabulary at a time. The block's logits are added to each token's sum
 of exponentials and dropped. The backward pass computes them again, as Cut Cross-Entropy does (arXiv 2411.09009). That
 is a fourth matrix product in addition to three, but the gradient of the whole weight is not accumulated repeatedly in
-float32. If there is only one block, its logits are kept. The vocabulary is cut over tensor ranks as in Megatron-LM
-(arXiv 1909.08053, section 3).
+float32. If there is only one block, its logits are kept. Kernels (`kernels/cross_entropy.py`) read a block of logits once
+and put its gradient in its place. The vocabulary is cut over tensor ranks as in Megatron-LM (arXiv 1909.08053, section 3).
 
 Two options: logits capped to c tanh(logits / c), as in Gemma 2 (arXiv 2408.00118); and the z-loss, the mean square of each
 token's log of the sum of exponentials, times a weight (PaLM, arXiv 2204.02311, section 5). The z-loss adds to the gradient
@@ -12,15 +12,20 @@ alone; the loss that is returned does not contain it.
 """
 
 import math
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megadyn.costs.memory import LOGITS_AT_ONCE
+from megadyn.costs.memory import KERNEL_LOGITS_AT_ONCE, LOGITS_AT_ONCE
+from megadyn.kernels.rule import fused
 from megadyn.parallel.grid import Axis
 from megadyn.parallel.linear import upcast
 from megadyn.parallel.mappings import max_over, sum_over
+
+ALIGNED = 128
+"""Tensor cores want the rows of a block at such multiples."""
 
 
 class LogitOptions(NamedTuple):
@@ -36,6 +41,17 @@ PLAIN = LogitOptions()
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """softcap * tanh(logits / softcap) in float32 or wider; the same logits without a cap."""
     return logits if softcap is None else (upcast(logits) / softcap).tanh() * softcap
+
+
+class _Sums(NamedTuple):
+    """Of N tokens over the blocks so far, each [N] in float32 or wider."""
+
+    top: Tensor
+    """The highest logit."""
+    total: Tensor
+    """The sum of exponentials, relative to it."""
+    target: Tensor
+    """The label's logit."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,20 +72,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count, rows = hidden.shape[0], weight.shape[0]
         local = labels - tp.rank * rows
         own = min(rows, max(0, vocab_size - tp.rank * rows))  # rows after these are padding
-        size = max(1, LOGITS_AT_ONCE // count)
+        by_kernel = fused(hidden)
+        size = _words_of_block(KERNEL_LOGITS_AT_ONCE if by_kernel else LOGITS_AT_ONCE, count)
         blocks = [slice(start, min(own, start + size)) for start in range(0, own, size)]
+        keeps = training and len(blocks) == 1
         wide = upcast(weight[:0]).dtype
-        # Over the blocks so far: the highest logit, the sum of exponentials relative to it, and the label's logit.
         top = hidden.new_full((count,), torch.finfo(wide).min, dtype=wide)
-        total, target = top.new_zeros(count), top.new_zeros(count)
+        sums = _Sums(top, top.new_zeros(count), top.new_zeros(count))
         for block in blocks:
-            logits = capped(hidden @ weight[block].T, options.softcap)  # [N, v]
-            slope = _slope(logits, options.softcap) if training and len(blocks) == 1 else None
-            here, index = _in_block(local, block)
-            target += logits.gather(1, index).squeeze(1) * here
-            highest = torch.maximum(top, logits.amax(dim=1))
-            logits = _minus(logits, highest).exp_()
-            total, top = total * (top - highest).exp_() + logits.sum(dim=1), highest
+            logits = hidden @ weight[block].T  # [N, v]
+            if by_kernel:
+                _kernels().scan(logits, local, block.start, sums, options.softcap)
+                continue
+            logits = capped(logits, options.softcap)
+            slope = _slope(logits, options.softcap) if keeps else None
+            logits, sums = _taken_in(logits, local, block, sums)
+        top, total, target = sums
         # No rank has the logit of an invalid label; a 0 would give a loss that looks valid.
         target.masked_fill_((labels < 0) | (labels >= vocab_size), math.nan)
         highest = max_over(top, tp)
@@ -77,7 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, target = sum_over(torch.stack([total * share, target]), tp)
         log_total = highest + total.log()
         grad_logits = None
-        if training and len(blocks) == 1:
+        if keeps and by_kernel:
+            grad_logits = _kernels().into_gradient(logits, local, blocks[0].start, log_total, *options)
+        elif keeps:
             probs = logits.mul_((share / total).unsqueeze(1))
             grad_logits = _grad_logits(probs, log_total, local, blocks[0], slope, options).to(weight.dtype)
         ctx.blocks, ctx.options = blocks, options
@@ -98,6 +118,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_logits.T, scaled, out=grad_weight[block])
         grad_weight[ctx.blocks[-1].stop if ctx.blocks else 0 :] = 0  # padding
         return grad_hidden.mul_(scale).to(hidden.dtype), grad_weight, None, None, None, None, None
+
+
+def _words_of_block(logits: int, tokens: int) -> int:
+    """As many words as give at most so many logits. A multiple of `ALIGNED`, unless there are fewer."""
+    words = max(1, logits // tokens)
+    return words if words < ALIGNED else words - words % ALIGNED
+
+
+def _taken_in(logits: Tensor, local: Tensor, block: slice, sums: _Sums) -> tuple[Tensor, _Sums]:
+    """The block's exponentials [N, v], relative to the highest logit so far, and the sums with them. Without a kernel."""
+    top, total, target = sums
+    here, index = _in_block(local, block)
+    target += logits.gather(1, index).squeeze(1) * here
+    highest = torch.maximum(top, logits.amax(dim=1))
+    powers = _minus(logits, highest).exp_()
+    return powers, _Sums(highest, total * (top - highest).exp_() + powers.sum(dim=1), target)
+
+
+def _kernels() -> ModuleType:
+    from megadyn.kernels import cross_entropy
+
+    return cross_entropy
 
 
 def _in_block(local: Tensor, block: slice) -> tuple[Tensor, Tensor]:
@@ -131,6 +173,8 @@ def _recomputed(
     hidden: Tensor, weight: Tensor, log_total: Tensor, local: Tensor, block: slice, options: LogitOptions
 ) -> Tensor:
     """`_grad_logits` in the weight's dtype, from the hidden states; frees what it needs on the way."""
+    if fused(hidden):
+        return _kernels().into_gradient(hidden @ weight.T, local, block.start, log_total, *options)
     logits = capped(hidden @ weight.T, options.softcap)
     slope = _slope(logits, options.softcap)
     logits = _minus(logits, log_total).exp_()

@@ -241,6 +241,7 @@ def workload(config: Config) -> Workload:
         training.recompute,
         config.data.document_mask,
         config.parallel.sequence and config.parallel.tensor > 1,
+        fused=training.kernels != "torch",
     )
 
 

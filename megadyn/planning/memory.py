@@ -8,7 +8,7 @@ training steps. Each kind states what its layers keep (`kinds/`), using the piec
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megadyn.costs.memory import LOGITS_AT_ONCE, Kept, Workload
+from megadyn.costs.memory import KERNEL_LOGITS_AT_ONCE, LOGITS_AT_ONCE, Kept, Workload
 from megadyn.errors import ConfigError, UserError
 from megadyn.planning.muon import matrix_parameters, working_memory
 from megadyn.planning.parameters import stage_parameters, vocabulary_rows
@@ -47,11 +47,13 @@ def head_working(work: Workload) -> float:
     """Working memory of the head and its loss beyond what the layers keep: its backward pass, including its weight gradient."""
     d, rows, b = work.model.hidden_size, vocabulary_rows(work.model, work.tensor), work.bytes
     n = work.batch * work.length
-    logits = min(rows, max(1, LOGITS_AT_ONCE // n)) * n
+    at_once = KERNEL_LOGITS_AT_ONCE if work.fused else LOGITS_AT_ONCE
+    logits = min(rows, max(1, at_once // n)) * n
     copies = b if b < 4 else 0  # half-precision copies in addition to float32
     hidden = b * d * n * 2 + 4 * d * n  # final hidden states, scaled, and their summed gradient
-    # A cap takes three float32 numbers per logit at once: capped, its square, and the slope.
-    computing = 4 + copies if work.model.logit_softcap is None else 12
+    # Without kernels a cap takes three float32 numbers per logit at once: capped, its square, and the slope.
+    unfused = 4 + copies if work.model.logit_softcap is None else 12
+    computing = b if work.fused else unfused
     forward = logits * computing
     block = logits * (b if logits == n * rows else computing)
     return hidden + max(forward - 4 * d * n - b * d * n, rows * d * b + max(block, logits * b + b * d * n))

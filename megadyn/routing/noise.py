@@ -18,6 +18,8 @@ def uniform_by_sample(
         seed_for: from `ParamMaker`. name: of the noise and the step. first: position of the first sample in the global batch.
     """
     noise = like.new_empty(like.shape[0], like.shape[1] * seq.size, *like.shape[2:], dtype=torch.float32)
+    if noise.is_meta:  # no values, and torch has no generator for them
+        return own_part(noise.uniform_(), seq).to(like.dtype)
     generator = torch.Generator(like.device)
     for sample, row in enumerate(noise, start=first):
         generator.manual_seed(seed_for(f"{name}/{sample}"))

@@ -62,6 +62,7 @@ RUN_BY = {
     "tools/benchmark.py samples": "tests/benchmark/test_samples.py",
     "tools/benchmark.py step": "tests/benchmark/test_step.py",
     "tools/benchmark.py layer": "tests/benchmark/test_layer.py",
+    "tools/benchmark.py bytes": "tests/benchmark/test_bytes.py",
     "tools/benchmark.py generate": "tests/benchmark/test_generate.py",
     "tools/benchmark.py checkpoint": "tests/benchmark/test_checkpoint.py",
     "tools/benchmark.py scaling": "tests/benchmark/test_scaling.py",

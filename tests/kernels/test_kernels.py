@@ -12,8 +12,12 @@ from tests.helpers.tiny import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
 
+from megadyn.kernels import cross_entropy
 from megadyn.kernels.norm import GROUP, add_norm
+from megadyn.kernels.rope import turn
 from megadyn.kernels.rows import add_rows, take_rows
+from megadyn.kernels.swiglu import swiglu
+from megadyn.model.rope import _turned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -118,33 +122,111 @@ def test_a_norm_whose_sum_nobody_uses_has_its_gradient_and_the_reverse():
         assert_close([grad.double() for grad in got], list(want), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 8), (3, 1000), (2, 2, 1024), (0, 8)])
+def test_swiglu_and_its_gradients(size, dtype):
+    leaves = [drawn(*size, dtype=dtype, seed=1), drawn(*size, dtype=dtype, seed=2)]
+    exact = lambda gate, up: [torch.nn.functional.silu(gate) * up]  # noqa: E731
+    for got, want in run_both(lambda gate, up: [swiglu(gate, up)], exact, leaves):
+        agree(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 4), (3, 24), (16, 128), (5, 256)])
+@pytest.mark.parametrize("own_angles", [False, True], ids=["by position", "by token"])
+def test_heads_are_turned_and_their_gradients_turned_back(heads, head_dim, own_angles, dtype):
+    batch, length = 2, 3
+    angle = torch.randn(
+        *[batch] * own_angles, length, head_dim // 2, generator=torch.Generator().manual_seed(4)
+    )
+    cos, sin = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+    def exact(x):
+        return [_turned(x, cos.double().unsqueeze(-2), sin.double().unsqueeze(-2))]
+
+    leaves = [drawn(batch, length, heads, head_dim, dtype=dtype, seed=1)]
+    for got, want in run_both(lambda x: [turn(x, cos, sin)], exact, leaves):
+        agree(got, want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize(("softcap", "z_weight"), [(None, 0.0), (2.0, 0.3)])
+def test_logits_in_blocks_have_the_sums_and_gradient_of_all(monkeypatch, softcap, z_weight, rows, dtype):
+    """Blocks of 3 and 38 words, the second in pieces of 16; one label in each block, one before and one after them."""
+    monkeypatch.setattr(cross_entropy, "BLOCK", 16)
+    low, high = drawn(rows, 41, dtype=dtype, seed=1)
+    logits = high if softcap is None else softcap * (high / softcap).tanh()
+    labels = torch.tensor([-2, 41, 1, 3, 40][:rows], dtype=torch.int64, device=DEVICE)
+    top = torch.full((rows,), torch.finfo(torch.float32).min, device=DEVICE)
+    sums = top, torch.zeros_like(top), torch.full_like(top, 7.0)
+    blocks = [(first, low[:, first:stop].detach().contiguous()) for first, stop in ((0, 3), (3, 41))]
+    for first, block in blocks:
+        cross_entropy.scan(block, labels, first, sums, softcap)
+    log_total = sums[0] + sums[1].log()
+    want = logits.logsumexp(dim=1)
+    assert_close(log_total.double(), want, rtol=1e-6, atol=1e-6)
+    found = logits.gather(1, labels.clamp(0, 40).unsqueeze(1)).squeeze(1)
+    inside = (labels >= 0) & (labels < 41)
+    assert_close(sums[2].double(), torch.where(inside, found, 7.0), rtol=1e-6, atol=1e-6)
+    (grad,) = torch.autograd.grad((want - found * inside + z_weight * want.square()).sum(), high)
+    got = [
+        cross_entropy.into_gradient(block, labels, first, log_total, softcap, z_weight)
+        for first, block in blocks
+    ]
+    assert got[1].data_ptr() == blocks[1][1].data_ptr()
+    agree(torch.cat(got, dim=1), grad, dtype)
+
+
 COMPILE = """
+import subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megadyn.kernels import norm, rows
+from megadyn.kernels import cross_entropy, norm, rope, rows, swiglu
 
-def build(kernel, pointers, numbers, constants):
+def build(kernel, warps=4, **constants):
     names = kernel.arg_names
-    signature = {name: f"*{pointers[name]}" if name in pointers else numbers.get(name, "constexpr") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert len(binary.asm["cubin"]) > 1000, kernel
+    kinds = {name: f"*{pointers[name]}" if name in pointers else numbers.get(name, "constexpr") for name in names}
+    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()},
+                       {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in pointers})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        used = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True,
+                              text=True).stdout
+    assert "STACK:0 " in used and "LOCAL:0 " in used, f"{kernel} spills with {constants}: {used}"
 
-wide = dict.fromkeys(("source", "target", "x", "u", "w", "h", "y", "update", "out", "grad_out", "grad_update", "grad_y", "grad_h",
-                      "grad_x"), "bf16")
-wide |= {"gate": "fp32", "inverse": "fp32", "grad_w": "fp32", "grad_gate": "fp32", "place": "i64", "slot": "i32"}
-numbers = {"width": "i32", "rows": "i32", "eps": "fp32"}
+pointers = dict.fromkeys("source target x u w h y update out grad_out grad_update grad_y grad_h grad_x gate up grad_gate "
+                         "grad_up logits".split(), "bf16")
+numbers = {"width": "i32", "rows": "i32", "eps": "fp32", "size": "i32", "angles": "i32", "heads": "i32", "half": "i32",
+           "words": "i32", "first": "i32", "softcap": "fp32", "z_weight": "fp32"}
+build(swiglu._forward, BLOCK=swiglu.BLOCK)
+build(swiglu._backward, BLOCK=swiglu.BLOCK)
+pointers |= dict.fromkeys(("gate", "inverse", "grad_w", "grad_gate", "cos", "sin"), "fp32") | {"place": "i64", "slot": "i32"}
+pointers |= dict.fromkeys(("top", "total", "log_total"), "fp32") | {"labels": "i64", "target": "bf16"}
 for flag in (True, False):
-    build(rows._copy_rows, wide, numbers, {"scatter": flag, "BLOCK": 1024})
-    build(norm._backward, wide, numbers, {"has_grad_h": flag, "GROUP": norm.GROUP, "BLOCK": 4096})
-build(rows._add_rows, wide, numbers, {"BLOCK": 1024})
-build(rows._add_rows_backward, wide, numbers, {"BLOCK": 1024})
-build(norm._forward, wide, numbers, {"BLOCK": 4096})
+    build(rows._copy_rows, scatter=flag, BLOCK=1024)
+    build(norm._backward, norm.warps_for(8192), has_grad_h=flag, GROUP=norm.GROUP, BLOCK=8192)
+    build(rope._turn, back=flag, HEADS=16, HALF=64)
+    build(cross_entropy._gradient, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
+pointers["target"] = "fp32"
+for flag in (True, False):
+    build(cross_entropy._scan, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
+build(rows._add_rows, BLOCK=1024)
+build(rows._add_rows_backward, BLOCK=1024)
+build(norm._forward, norm.warps_for(8192), BLOCK=8192)
+try:
+    build(norm._forward, 1, BLOCK=8192)
+except AssertionError:
+    pass
+else:
+    raise AssertionError("256 numbers of each thread must spill, or else this program cannot see it")
 """
 
 
-def test_every_kernel_compiles_for_a_gpu_that_is_not_there(tmp_path):
+def test_every_kernel_compiles_without_spills_for_a_gpu_that_is_not_there(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path),
         "PYTHONPATH": str(ROOT),

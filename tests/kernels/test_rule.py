@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from megadyn.errors import ConfigError
 from megadyn.kernels import rule
-from megadyn.model import norm
+from megadyn.model import block, norm, rope
+from megadyn.parallel import loss as loss_module
 from megadyn.routing import select
 from tests.helpers.networks import gradients, make_network
 from tests.helpers.tiny import tiny_config, tiny_tokens
@@ -59,9 +60,13 @@ def test_where_triton_cannot_run_auto_says_why_and_asking_for_it_is_an_error(gpu
     assert reason.startswith("auto: ")
 
 
-def test_kernels_take_cuda_tensors_only(gpu):
+def test_kernels_take_cuda_tensors_only_and_those_without_values(gpu):
     rule.use_kernels("triton")
     assert not rule.fused(torch.zeros(2, 2))
+    assert rule.fused(torch.zeros(2, 2, device="meta"))
+    with rule.counting("torch"):
+        assert not rule.fused(torch.zeros(2, 2, device="meta"))
+    assert rule.fused(torch.zeros(2, 2, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,7 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypa
     losses, grads = [], []
     for with_kernels in (False, True):
         calls = []
-        for module in (norm, select):
+        for module in (norm, select, block, rope, loss_module):
             monkeypatch.setattr(
                 module, "fused", lambda x, calls=calls, on=with_kernels: calls.append(x.shape) or on
             )

@@ -58,6 +58,41 @@ def test_capped_logits_and_z_loss_equal_a_plain_computation(monkeypatch, block_r
     torch.testing.assert_close(got, (hidden.grad, weight.grad))
 
 
+@pytest.mark.parametrize(
+    ("logits", "tokens", "words"),
+    [
+        (2**26, 16384, 4096),
+        (2**24, 12288, 1280),
+        (2**24, 16384, 1024),
+        (1270, 10, 127),
+        (1290, 10, 128),
+        (5, 10, 1),
+    ],
+)
+def test_blocks_of_words_are_aligned(logits, tokens, words):
+    assert loss._words_of_block(logits, tokens) == words
+
+
+@pytest.mark.parametrize("kernel_logits", [4 * 15, 1000 * 15], ids=["in blocks", "at once"])
+@pytest.mark.parametrize("options", [LogitOptions(), LogitOptions(1.5, 0.3)], ids=["plain", "capped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_give_the_same_loss_and_gradients(monkeypatch, kernel_logits, options, dtype):
+    pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
+    monkeypatch.setattr(loss, "KERNEL_LOGITS_AT_ONCE", kernel_logits)
+    found = []
+    for by_kernel in (False, True):
+        monkeypatch.setattr(loss, "fused", lambda x, answer=by_kernel: answer)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            hidden, weight, labels = draw(dtype, rows=14)
+        out = linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE, options=options)
+        out.backward(torch.tensor(1.7))
+        found.append((out.detach(), hidden.grad.float(), weight.grad.float()))
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 2e-3}
+    torch.testing.assert_close(found[1], found[0], **close)
+    labels[0, 0] = 11
+    assert linear_cross_entropy(hidden, weight, labels, vocab_size=11, tp=ALONE, options=options).isnan()
+
+
 def test_gradcheck(monkeypatch):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * 15)
     hidden, weight, labels = draw(rows=14)

@@ -255,11 +255,11 @@ def test_activations_shrink_by_recomputation_fused_kernels_and_tensor_ranks() ->
     [
         # Bytes a token of 2 layers of d = 32, f = 96 (48 on a rank), q = 16 and k = 8 there, 2 heads, in bf16 with fused kernels:
         # norms' inputs and scales and the layer's input are of half the tokens; what linears read is not, for it was gathered.
-        ("pre", 2 * (32 * 2 / 2 + (4 + 4 + 64) / 2 + 2 * 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48)),
+        ("pre", 2 * (32 * 2 / 2 + (4 + 4 + 64) / 2 + 2 * 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 3 * 2 * 48)),
         (
             "hybridnorm",
             2
-            * (64 + (4 + 64) / 2 + (4 + 32) + 2 * (4 + 16) + 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 4 * 2 * 48),
+            * (64 + (4 + 64) / 2 + (4 + 32) + 2 * (4 + 16) + 64 + 2 * (2 * 16 + 2 * 8) + 4 * 2 + 3 * 2 * 48),
         ),
     ],
 )

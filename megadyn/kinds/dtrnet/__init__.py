@@ -191,12 +191,14 @@ class Dtrnet(Laid, TopK):
         """With token choice: at the planned share."""
         if layer == DENSE:
             return dense_kept(work)
-        (d, q, k, f), b, n, m = work.widths, work.bytes, work.tokens, work.part
+        (d, q, k, _), b, n, m = work.widths, work.bytes, work.tokens, work.part
         c = work.chosen(self.share)
         attending = c * (
             b * (d + 2 * q + 2 * k) + work.turned + work.segments * (work.documents or self.varies)
         )
-        bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (b * (2 * d + q + 4 * f) + 12)
+        bypass = m * (work.norm(d, is_kept=True) + work.norm(d) + b * d) + n * (
+            b * (2 * d + q) + work.inner + 12
+        )
         router = router_kept(work, 2 * (d // 2)) + 24 * n
         return Kept(m * b * d, attending + bypass, inner_kept(work, n, c), router, n * backward_bytes(work))
 
