@@ -170,9 +170,9 @@ def test_names_choose_cases_and_their_controls() -> None:
 
     assert names() == [case.name for case in soak.CASES]
     assert names("mod-bce/bf16") == ["dense/bf16", "dense-half/bf16", "mod-bce/bf16"]
-    assert names("dtf", "mod-bce") == [
-        f"{rule}/{precision}"
-        for precision in ("fp32", "bf16", "tensor2")
+    every = [
+        f"{rule}/{setup}"
+        for setup in ("fp32", "bf16", "tensor2")
         for rule in (
             "dense",
             "dense-half",
@@ -180,6 +180,7 @@ def test_names_choose_cases_and_their_controls() -> None:
             "mod-bce",
         )
     ]
+    assert names("dtf", "mod-bce") == [*every, "dense/muon", "dense-half/muon", "dtf-default/muon"]
     with pytest.raises(
         UserError, match="--cases moe: no such case; there are dense, dense-half, dtf-default"
     ):
