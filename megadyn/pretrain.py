@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megadyn.checkpoint import layout
-from megadyn.checkpoint.save_load import verify
 from megadyn.checkpoint.start import find_start
 from megadyn.config import Config, load_config
 from megadyn.data.batches import micro_batch_ids
@@ -54,7 +53,7 @@ from megadyn.training.garbage import Garbage
 from megadyn.training.loader import Loader
 from megadyn.training.loss_rule import TrainingDiverged, problem_at_end
 from megadyn.training.output import output_folder
-from megadyn.training.phases import Part, open_parts, part_at, phase_record
+from megadyn.training.phases import Part, end_of_phase_before, open_parts, part_at, phase_record
 from megadyn.training.preflight import refuse_login
 from megadyn.training.state import RunState
 
@@ -106,20 +105,6 @@ def train(config: Config, parts: Sequence[Part], grid: Grid, watchdog: Watchdog)
         release(engine)
         del engine
         collect_memory()
-
-
-def end_of_phase_before(part: Part, root: Path, watchdog: Watchdog) -> Path:
-    """The checkpoint that the phase before `part` has just ended with, also if its last step was bad. Collective.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    assert part.config.phase is not None
-    found = root / layout.folder_name(part.config.phase.begin)
-    watchdog.progress("verifying checkpoints")
-    if problem := verify(found):
-        raise UserError(problem)
-    return found
 
 
 def train_part(

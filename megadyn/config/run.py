@@ -152,9 +152,7 @@ def check_together(config: Config) -> None:
             training.global_batch_size,
             f"a multiple of training.micro_batch_size = {training.micro_batch_size}",
         )
-    config.optimizer.check_span(training.iterations)
-    if training.epochs is not None and config.data.is_moved:
-        raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
+    check_length(config)
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
         raise ConfigError(
             "training.on_bad_step",
@@ -173,6 +171,14 @@ def check_together(config: Config) -> None:
     model.routing.check_run(
         pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask
     )
+
+
+def check_length(config: Config) -> None:
+    """Raises ConfigError for a schedule, or for positions in the data, that do not go with the run's length."""
+    training = config.training
+    config.optimizer.check_span(training.iterations)
+    if training.epochs is not None and config.data.is_moved:
+        raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
 
 
 def check_compilable(config: Config) -> None:

@@ -111,25 +111,15 @@ def dry_run(config: Config, machine: Machine, rank: int) -> DryRun:
     check_equal(
         f"parameters of stage {stage}", held, stage_parameters(config.model, grid.tp.size, cuts)[stage]
     )
-    memory = rank_memory(
-        workload(config),
-        cuts,
-        stage,
-        precision=config.precision,
-        zero=zero,
-        data=plan.data_parallel,
-        micro_batches=plan.micro_batches,
-        muon=muon_number(config),
-    )
-    host = host_memory(
-        workload(config),
-        cuts,
-        stage,
-        precision=config.precision,
-        zero=zero,
-        data=plan.data_parallel,
-        muon=muon_number(config),
-    )
+    work = workload(config)
+    layout: dict[str, Any] = {
+        "precision": config.precision,
+        "zero": zero,
+        "data": plan.data_parallel,
+        "muon": muon_number(config),
+    }
+    memory = rank_memory(work, cuts, stage, micro_batches=plan.micro_batches, **layout)
+    host = host_memory(work, cuts, stage, **layout)
     return DryRun(
         rank,
         machine.gpus,

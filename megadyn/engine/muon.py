@@ -89,7 +89,7 @@ class Muon(AdamW):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is never given, so no loss returned
         if self.overflow:
             return
         every = self.param_groups

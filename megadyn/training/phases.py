@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 from megadyn.checkpoint import layout
 from megadyn.checkpoint.same_run import check_phases
+from megadyn.checkpoint.save_load import verify
 from megadyn.checkpoint.start import likely_start
 from megadyn.config import BatchPlan, Config, batch_plan, config_at, engine_settings, named, phase_configs
+from megadyn.errors import UserError
+from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log
 from megadyn.training.data import Data, open_data
 from megadyn.training.length import Position
@@ -64,6 +67,20 @@ def part_at(parts: Sequence[Part], iteration: int) -> int:
     """Which of the parts takes the step after `iteration`."""
     config = config_at([part.config for part in parts], iteration)
     return next(place for place, part in enumerate(parts) if part.config is config)
+
+
+def end_of_phase_before(part: Part, root: Path, watchdog: Watchdog) -> Path:
+    """The checkpoint that the phase before `part` has just ended with, also if its last step was bad. Collective.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    assert part.config.phase is not None
+    found = root / layout.folder_name(part.config.phase.begin)
+    watchdog.progress("verifying checkpoints")
+    if problem := verify(found):
+        raise UserError(problem)
+    return found
 
 
 def say_phase(config: Config, iteration: int) -> None:

@@ -126,7 +126,10 @@ def test_a_norm_whose_sum_nobody_uses_has_its_gradient_and_the_reverse():
 @pytest.mark.parametrize("size", [(1, 8), (3, 1000), (2, 2, 1024), (0, 8)])
 def test_swiglu_and_its_gradients(size, dtype):
     leaves = [drawn(*size, dtype=dtype, seed=1), drawn(*size, dtype=dtype, seed=2)]
-    exact = lambda gate, up: [torch.nn.functional.silu(gate) * up]  # noqa: E731
+
+    def exact(gate: torch.Tensor, up: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.nn.functional.silu(gate) * up]
+
     for got, want in run_both(lambda gate, up: [swiglu(gate, up)], exact, leaves):
         agree(got, want, dtype)
 
