@@ -159,8 +159,6 @@ def check_together(config: Config) -> None:
             training.on_bad_step,
             "stop or skip with checkpoint.interval = 0, because there is no checkpoint to go back to",
         )
-    if training.compile:
-        check_compilable(config)
     config.checkpoint.check_best(training.eval_interval, config.data.validation_names)
     if model.rope.type == "dynamic" and config.data.document_mask:
         raise ConfigError(
@@ -168,9 +166,7 @@ def check_together(config: Config) -> None:
             model.rope.type,
             "another one with data.document_mask: its base follows from the length of a sequence, not of a document",
         )
-    model.routing.check_run(
-        pipeline=parallel.pipeline, compile=training.compile, documents=config.data.document_mask
-    )
+    model.routing.check_run(pipeline=parallel.pipeline, documents=config.data.document_mask)
 
 
 def check_length(config: Config) -> None:
@@ -179,20 +175,6 @@ def check_length(config: Config) -> None:
     config.optimizer.check_span(training.iterations)
     if training.epochs is not None and config.data.is_moved:
         raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
-
-
-def check_compilable(config: Config) -> None:
-    """Raises ConfigError for settings with which `training.compile` cannot capture a single graph of fixed shapes."""
-    if config.parallel.tensor > 1:
-        raise ConfigError(
-            "parallel.tensor",
-            config.parallel.tensor,
-            "1 with training.compile: tensor ranks communicate inside a layer",
-        )
-    if config.data.document_mask:
-        raise ConfigError(
-            "data.document_mask", True, "false with training.compile: the number of documents varies"
-        )
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,8 @@ class TrainingConfig:
     activations of attention (rotation, scores, average) and of the MLP (SwiGLU's product), which costs attention once
     more but no projections (arXiv 2205.05198, section 5); or `full`, everything in a layer except its input."""
     compile: bool = False
-    """Compile each layer's forward and backward pass with torch.compile. The first step takes a minute; needs fixed
-    shapes."""
+    """Compile each layer's forward and backward pass with torch.compile, under every layout but ZeRO-3. The first step takes a
+    minute, and the second one too where documents or routing choices vary in number."""
     kernels: str = "auto"
     """Kernels for norms, SwiGLU, rotary positions and the loss, and for taking tokens out and putting them back: `triton`, our
     fused GPU kernels; `torch`, its own operations; or `auto`, Triton if it can run."""

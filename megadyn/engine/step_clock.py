@@ -14,10 +14,10 @@ from megadyn.engine.replaced import replaced
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 """`data`: waiting for samples and moving them to the device. `communication`: every blocking collective, send and
 receive, whatever calls it (tensor parallelism in forward and backward, pipeline stages, gradient reduction, weight
-gathering). It includes waiting for other ranks, and so the pipeline bubble. An asynchronous collective (ZeRO's
-`overlap_comm`, its prefetching of weights) counts where its handle is waited for; a wait for a stream is not seen.
-`forward`, `backward` and `optimizer` are what remains of these; recomputation counts as `backward`. `other`: everything
-else."""
+gathering), except those of compiled layers, which are part of their graphs. It includes waiting for other ranks, and so
+the pipeline bubble. An asynchronous collective (ZeRO's `overlap_comm`, its prefetching of weights) counts where its
+handle is waited for; a wait for a stream is not seen. `forward`, `backward` and `optimizer` are what remains of these;
+recomputation counts as `backward`. `other`: everything else."""
 
 COLLECTIVES = (
     "all_reduce",
@@ -25,9 +25,11 @@ COLLECTIVES = (
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
+    "reduce_scatter_single",
     "broadcast",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",
     "all_gather_base",
     "all_gather_coalesced",
     "all_to_all_single",

@@ -101,5 +101,8 @@ def counting(kernels: str) -> Iterator[None]:
 
 
 def fused(x: Tensor) -> bool:
-    """Whether operations on x use our kernels. A tensor without values stands for one on a GPU."""
+    """Whether operations on x use our kernels. A tensor without values stands for one on a GPU. In a compiled graph the
+    compiler fuses torch's own operations, also with what stands beside them."""
+    if torch.compiler.is_compiling():
+        return False
     return _Process.uses_triton and (x.is_cuda or x.is_meta) and x.dtype in KERNEL_DTYPES

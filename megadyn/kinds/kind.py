@@ -90,15 +90,8 @@ class Kind:
     def check_shape(self, shape: Shape) -> None:
         """Raises ConfigError for a model that this kind does not support."""
 
-    def check_run(self, *, pipeline: int, compile: bool, documents: bool) -> None:
-        """Raises ConfigError for run settings that this kind does not support: pipeline stages, training.compile,
-        data.document_mask."""
-        if compile and self.varies:
-            raise ConfigError(
-                "training.compile",
-                True,
-                f"false with {self.describe()}: the number of tokens that a layer takes varies",
-            )
+    def check_run(self, *, pipeline: int, documents: bool) -> None:
+        """Raises ConfigError for run settings that this kind does not support: pipeline stages, data.document_mask."""
 
     def layer_types(self, num_layers: int) -> list[str]:
         """The type of each layer, first to last."""

@@ -15,7 +15,7 @@ from megadyn.model.documents import Segments, segments_of
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
 from megadyn.model.rope import Rotary
-from megadyn.model.window import attention_in_window
+from megadyn.model.window import attention_in_ids, attention_in_window
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
@@ -103,6 +103,8 @@ def causal_attention(
         return attention_in_window(q, k, v, window, positions, None if segments is None else segments.ids)
     if window is not None and backend == "varlen" and segments is None:
         segments = _rows(q)
+    if segments is not None and backend == "sdpa" and torch.compiler.is_compiling():
+        return attention_in_ids(q, k, v, segments.ids)
     if segments is not None:
         flat = _attention_in_segments(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments, window
@@ -125,6 +127,13 @@ def _rows(q: Tensor) -> Segments:
 def _before(window: int | None) -> tuple[int, int]:
     """A kernel's `window_size`: how many tokens before and after its own a token sees; -1: all."""
     return (-1 if window is None else window - 1, 0)
+
+
+def _varlen_groups_heads() -> bool:
+    """Whether `varlen_attn` takes fewer key heads than query heads: from torch 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -150,7 +159,7 @@ def _attention_in_segments(
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12 and newer
+        if _varlen_groups_heads():
             out = varlen_attn(
                 q,
                 k,

@@ -49,7 +49,7 @@ class LayerContext:
     recompute: str = "none"
     """`training.recompute`. Routing decisions are never recomputed."""
     compile: bool = False
-    """`training.compile`, used in training only: causal rules choose varying numbers of tokens in evaluation."""
+    """`training.compile`, used in training only: evaluation is too short to repay another graph."""
     z_weight: float = 0.0
     """`training.z_loss_weight`."""
 

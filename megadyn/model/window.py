@@ -1,4 +1,5 @@
-"""Causal attention within a sliding window, also among tokens of which others were left out."""
+"""Causal attention by torch's SDPA with a mask: within a sliding window, also among tokens of which others were left out, and
+within segments in a compiled graph."""
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,7 @@ def attention_in_window(
     length = q.shape[1]
     if not length:
         return q + (k.sum() + v.sum())  # nothing, but each of the three gets its gradient: zeros
-    group = q.shape[2] // k.shape[2]
-    # repeated, because with a mask torch's kernel without a square in memory needs equal numbers of heads
-    q, k, v = (x.transpose(1, 2) for x in (q, *(x.repeat_interleave(group, dim=2) for x in (k, v))))
+    q, k, v = _heads_first(q, k, v)
     place = torch.arange(length, device=q.device).unsqueeze(0)
     where = place if positions is None else positions
     block, out = max(window, LEAST), []
@@ -45,3 +44,28 @@ def attention_in_window(
             )
         )
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def attention_in_ids(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """Each token sees itself and earlier tokens of its segment. One call, whose mask is the whole square: a compiled graph
+    cannot have as many calls as there are segments.
+
+    Args:
+        q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H.
+        ids: [B, S], the segment of each token, ascending.
+
+    Returns:
+        [B, S, H, K].
+    """
+    place = torch.arange(q.shape[1], device=q.device)
+    mask = (ids[:, :, None] == ids[:, None]) & (place[:, None] >= place)
+    q, k, v = _heads_first(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, K] each; key heads are repeated, because with a mask torch's kernel without a square in memory needs as many
+    of them as of queries."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -16,6 +16,7 @@ this does nothing. A weight used on a part of the sequence gets a part of its gr
 `copy_to_tp(weight, seq)`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,25 @@ from torch import Tensor
 
 from megadyn.parallel.grid import Axis
 
+# torch 2.13 renamed these two, and warns at every call by the old name. They take one tensor for all parts; a list of parts
+# would be copied once more by each.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+_AS_IMPORTED = {name: getattr(dist, name) for name in ("all_reduce", GATHER, SCATTER)}
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    """A function of torch.distributed. A measured step replaces it by one that takes the time, which must not get into a
+    compiled graph: it would be compiled anew for such steps."""
+    return _AS_IMPORTED[name] if torch.compiler.is_compiling() else getattr(dist, name)
+
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """Sum of `x` over the ranks of `axis`, bitwise equal on all of them."""
     if axis.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
-    dist.all_reduce(x, group=axis.group)
+    _collective("all_reduce")(x, group=axis.group)
     return x
 
 
@@ -39,7 +52,7 @@ def max_over(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
+    _collective("all_reduce")(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x
 
 
@@ -103,9 +116,11 @@ def whole_sequence(x: Tensor, seq: Axis) -> Tensor:
     """[B, T/seq, ...] -> [B, T, ...], without gradient."""
     if seq.size == 1:
         return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(seq.size)]
-    dist.all_gather(parts, x.contiguous(), group=seq.group)
-    return torch.cat(parts, dim=1)
+    batch, part, *rest = x.shape
+    parts = x.new_empty(seq.size * batch, part, *rest)
+    _collective(GATHER)(parts, x.contiguous(), group=seq.group)
+    # No copy for one sample.
+    return parts.view(seq.size, batch, part, *rest).transpose(0, 1).reshape(batch, seq.size * part, *rest)
 
 
 def whole_batch(x: Tensor, dp: Axis) -> Tensor:
@@ -124,9 +139,11 @@ def own_part(x: Tensor, seq: Axis) -> Tensor:
 
 def _sum_of_part(x: Tensor, seq: Axis) -> Tensor:
     """The sum over ranks of [B, T, ...], reduced to this rank's part [B, T/seq, ...]."""
-    parts = [part.contiguous() for part in x.chunk(seq.size, dim=1)]
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter(out, parts, group=seq.group)
+    batch, length, *rest = x.shape
+    part = length // seq.size
+    parts = x.unflatten(1, (seq.size, part)).transpose(0, 1).reshape(seq.size * batch, part, *rest)
+    out = x.new_empty(batch, part, *rest)
+    _collective(SCATTER)(out, parts.contiguous(), group=seq.group)
     return out
 
 

@@ -196,6 +196,7 @@ def engine_files(config: Config) -> list[EngineFile]:
         alone = replace(
             config,
             parallel=replace(config.parallel, pipeline=1),
+            training=replace(config.training, compile=False),
             precision="fp32",
             deepspeed_config=path,
         )

@@ -109,7 +109,6 @@ def test_as_many_tokens_attend_as_asked(share):
         (["--models", "mod:x"], "'x' is not a number"),
         (["--models", "mod:0.5", "qwen2"], "copies the weights of the dense model"),
         (["--models", "mod:2"], "model.routing.capacity"),
-        (["--models", "dtrnet", "--compile"], "training.compile = True: must be false with dtrnet"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):

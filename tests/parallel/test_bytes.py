@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megadyn.model.block import Stream
 from megadyn.parallel.grid import Axis, make_grid
-from megadyn.parallel.mappings import own_part
+from megadyn.parallel.mappings import GATHER, SCATTER, own_part
 from tests.helpers.networks import known, layer_context, make_layer, with_routing
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import tiny_config
@@ -19,8 +19,8 @@ from tests.helpers.tiny import tiny_config
 BATCH, LENGTH, WIDTH, CAPACITY = 2, 512, 64, 0.25
 MOVED: dict[str, Callable[[Any, int], float]] = {
     "all_reduce": lambda x, ranks: 2 * (ranks - 1) / ranks * x.numel(),
-    "all_gather": lambda parts, ranks: (ranks - 1) * parts[0].numel(),
-    "reduce_scatter": lambda out, ranks: (ranks - 1) * out.numel(),
+    GATHER: lambda parts, ranks: (ranks - 1) / ranks * parts.numel(),
+    SCATTER: lambda out, ranks: (ranks - 1) * out.numel(),
 }
 """Numbers that each rank sends in a ring, by the collective's first argument."""
 

@@ -55,6 +55,7 @@ def test_what_cannot_run_is_refused_with_the_sentence_of_a_run(example: Any) -> 
     _, refused = layouts(example("dtf_7b"), Machine(16, 80))
     said = {(it.tensor, it.pipeline, it.zero_stage): it.reason for it in refused}
     assert said[8, 1, 1] == "parallel.tensor = 8: must be a divisor of model.num_heads = 28"
+    assert said[1, 1, 3].endswith("use deepspeed_config=zero2")  # it is compiled
     assert said[16, 1, 1] == "parallel.tensor is larger than the 8 GPUs of a node"
     assert "must be at least 1 with precision = bf16" in said[1, 1, 0]
     assert "must be 0 or 1 with parallel.pipeline > 1" in said[1, 2, 3]
@@ -66,7 +67,9 @@ def test_what_cannot_run_is_refused_with_the_sentence_of_a_run(example: Any) -> 
 def test_offloading_takes_the_optimizer_out_of_the_gpu_and_into_the_node(example: Any) -> None:
     """Figures by hand: of P parameters on 2 ranks each keeps P / 2, whose Adam has 12 bytes, gradients 4 (summed in fp32) and 4
     (flat, for Adam), weights 2."""
-    found, _ = layouts(example("dense_3b", "training.global_batch_size=2"), Machine(2, 80))
+    found, _ = layouts(
+        example("dense_3b", "training.global_batch_size=2", "training.compile=false"), Machine(2, 80)
+    )
     plain, offloaded = (
         {
             (it.micro_batch, it.recompute): it

@@ -48,8 +48,8 @@ class SkipMiddle(OwnChoice):
                 f"even with model.routing.kind = {self.kind}: each layer has a mirror image",
             )
 
-    def check_run(self, *, pipeline: int, compile: bool, documents: bool) -> None:
-        super().check_run(pipeline=pipeline, compile=compile, documents=documents)
+    def check_run(self, *, pipeline: int, documents: bool) -> None:
+        super().check_run(pipeline=pipeline, documents=documents)
         if pipeline > 1:
             raise ConfigError(
                 "parallel.pipeline",
