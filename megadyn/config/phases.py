@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadyn.checks import at_least
+from megadyn.config.anneal import AnnealConfig
 from megadyn.config.data import SET_NAME
 from megadyn.config.numbers import count
 from megadyn.config.phase import Phase
@@ -38,6 +39,9 @@ MAY_CHANGE = (
     "training.micro_batch_size",
     "training.recompute",
     "training.z_loss_weight",
+    "training.anneal.capacity",
+    "training.anneal.iterations",
+    "training.anneal.levels",
     *(f"optimizer.{key}" for key in OWN_SCHEDULE),
     "optimizer.weight_decay",
     "optimizer.clip_grad",
@@ -64,6 +68,7 @@ SECTIONS = frozenset(
     for parts in (name.split(".") for name in MAY_CHANGE)
     for end in range(1, len(parts))
 ) | {"model.routing"}
+ANNEAL = "training.anneal."
 UNITS = ("iterations", "tokens", "samples", "share")
 """Keys for the length of a phase; all phases use the same one."""
 
@@ -71,8 +76,8 @@ UNITS = ("iterations", "tokens", "samples", "share")
 class Spec(NamedTuple):
     """A phase as it was given."""
 
-    key: str
-    """`phases[0]`, for errors."""
+    prefix: str
+    """Of its keys in errors: `phases[0].`, or nothing for a run without phases."""
     name: str
     unit: str
     amount: float
@@ -80,8 +85,20 @@ class Spec(NamedTuple):
     """Dotted name -> value."""
 
 
+class Piece(NamedTuple):
+    """What one engine trains: a phase, or one level of its capacity."""
+
+    spec: Spec
+    """With the piece's own name and changes."""
+    config: Config
+    """Not checked yet."""
+    steps: int
+    span: tuple[int, int]
+    """Begin and end of the whole phase, in iterations."""
+
+
 def with_phases(config: Config) -> Config:
-    """`config`, which has phases, checked together with all of them; its length is theirs.
+    """`config`, which is in parts, checked together with all of them; its length is theirs.
 
     Raises:
         UserError: for an invalid phase, by its name; for a key that phases exclude.
@@ -95,8 +112,9 @@ def with_phases(config: Config) -> Config:
     if specs[0].unit != "share":
         config.training.iterations = 1  # until the steps of the phases are counted
     config.checked()
-    _refuse_settled(config)
-    total = phase_configs(config)[-1].training.iterations
+    parts = phase_configs(config)
+    _refuse_settled(config, parts)
+    total = parts[-1].training.iterations
     config.training.iterations = total
     if config.training.length is not None:
         config.training.length = config.training.length._replace(iterations=total)
@@ -109,19 +127,19 @@ def have_lengths(phases: Sequence[Any]) -> bool:
 
 
 def phase_configs(config: Config) -> list[Config]:
-    """The configuration of each phase of a checked run, with its place in `phase`. A run without phases is its only one."""
-    if not config.phases:
+    """The configuration of each phase of a checked run, with its place in `phase`. A phase that anneals its capacity is several:
+    one per level. A run without any is its only one."""
+    if not config.is_in_parts:
         return [config]
-    specs = read_phases(config)
-    made = [_merged(config, spec) for spec in specs]
-    steps = _steps(config, specs, made)
+    pieces = _pieces(config, read_phases(config))
+    total = sum(piece.steps for piece in pieces)
     begin, samples, passed = 0, 0, []
-    for number, (spec, phase, length) in enumerate(zip(specs, made, steps, strict=True), start=1):
+    for number, (spec, phase, length, span) in enumerate(pieces, start=1):
         training, end = phase.training, begin + length
         passed.append([spec.name, end, training.global_batch_size, training.sequence_length])
         training.iterations = end
         training.tokens = training.samples = None
-        _settle_schedule(phase, spec, begin, end, sum(steps))
+        _settle_schedule(phase, spec, *span, total)
         if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
             phase.logging.profile_steps = None  # traced in an earlier phase
         with naming(spec.name):
@@ -129,17 +147,54 @@ def phase_configs(config: Config) -> list[Config]:
         phase.phase = Phase(
             spec.name,
             number,
-            len(specs),
+            len(pieces),
             begin,
             end,
-            sum(steps),
+            total,
             samples,
             training.global_batch_size,
             spec.changes,
             list(passed),
         )
         begin, samples = end, samples + length * training.global_batch_size
-    return made
+    return [piece.config for piece in pieces]
+
+
+def _pieces(config: Config, specs: Sequence[Spec]) -> list[Piece]:
+    """Phases, those that anneal the capacity divided into its levels: `NAME.1`, `NAME.2` and so on, and `NAME` for the rest."""
+    made = [_merged(config, spec) for spec in specs]
+    begin, found = 0, []
+    for spec, phase, length in zip(specs, made, _steps(config, specs, made), strict=True):
+        span = begin, begin + length
+        begin += length
+        with naming(spec.name):
+            stages = _stages(phase, length)
+        if not stages:
+            found.append(Piece(spec, phase, length, span))
+        kept = {name: value for name, value in spec.changes.items() if not name.startswith(ANNEAL)}
+        for place, (capacity, steps) in enumerate(stages, start=1):
+            name = spec.name if place == len(stages) else f"{spec.name}.{place}"
+            level = spec._replace(name=name, changes=kept | {"model.routing.capacity": capacity})
+            one = _merged(config, level)
+            one.training.anneal = AnnealConfig()
+            found.append(Piece(level, one, steps, span))
+    names = [piece.spec.name for piece in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("phases", name, "another name: a level of an annealed capacity has it")
+    return found
+
+
+def _stages(phase: Config, steps: int) -> list[tuple[float, int]]:
+    """Capacity and steps of each level of a phase of `steps`; empty if its capacity is constant."""
+    if not phase.is_in_parts:
+        return []
+    routing, anneal = phase.model.routing, phase.training.anneal
+    routing.check()  # fills in the default capacity
+    anneal.check()
+    if not routing.has_capacity:  # nothing to divide; the check of the phase refuses it
+        return []
+    return anneal.stages(routing.share, steps)
 
 
 def config_at(configs: Sequence[Config], iteration: int) -> Config:
@@ -163,6 +218,8 @@ def named(config: Config) -> AbstractContextManager[None]:
 
 def read_phases(config: Config) -> list[Spec]:
     """Reads names, lengths and keys. Raises UserError for one that is malformed, unknown or may not change."""
+    if not config.phases:
+        return [Spec("", "run", "share", 1.0, {})]
     may_change = changeable(config)
     specs: list[Spec] = []
     for place, given in enumerate(config.phases):
@@ -184,7 +241,7 @@ def read_phases(config: Config) -> list[Spec]:
             if word not in may_change:
                 meant = did_you_mean(word, may_change)
                 raise ConfigError(f"{key}.{word}", value, f"left out: a phase cannot change it{meant}")
-        specs.append(Spec(key, name, unit, amount, changes))
+        specs.append(Spec(f"{key}.", name, unit, amount, changes))
     return specs
 
 
@@ -223,10 +280,17 @@ def _check_run(config: Config, specs: Sequence[Spec]) -> None:
     """Raises ConfigError for keys of the run that do not fit its phases."""
     training = config.training
     given = [name for name in ("iterations", "tokens", "samples") if getattr(training, name) is not None]
+    if config.phases and training.anneal.capacity is not None:
+        raise ConfigError(
+            "training.anneal.capacity",
+            training.anneal.capacity,
+            "null with phases; give it in the phase that anneals",
+        )
+    word = _word(config)
     for name in ("epochs", "flops"):
         if (value := getattr(training, name)) is not None:
             raise ConfigError(
-                f"training.{name}", value, "null with phases: give iterations, tokens or samples"
+                f"training.{name}", value, f"null with {word}: give iterations, tokens or samples"
             )
     if specs[0].unit != "share" and given:
         raise ConfigError(
@@ -237,33 +301,40 @@ def _check_run(config: Config, specs: Sequence[Spec]) -> None:
     if specs[0].unit == "share":
         if not given:
             raise ConfigError(
-                "training.iterations", None, "given, or tokens or samples, with phases by share"
+                "training.iterations",
+                None,
+                f"given, or tokens or samples, with {word}{' by share' if config.phases else ''}",
             )
         total = sum(spec.amount for spec in specs)
         if abs(total - 1) > 1e-6:
             raise ConfigError("phases", [spec.amount for spec in specs], "shares that sum to 1")
     for name in ("routing_record", "routing_replay"):
         if (value := getattr(training, name)) is not None:
-            raise ConfigError(f"training.{name}", value, "null with phases: a recording has one batch size")
+            raise ConfigError(f"training.{name}", value, f"null with {word}: a recording has one shape")
     if config.optimizer.schedule_tokens is not None:
         raise ConfigError(
             "optimizer.schedule_tokens",
             config.optimizer.schedule_tokens,
-            "null with phases; optimizer.schedule_end gives the schedule's end in iterations",
+            f"null with {word}; optimizer.schedule_end gives the schedule's end in iterations",
         )
 
 
-def _refuse_settled(config: Config) -> None:
+def _word(config: Config) -> str:
+    """What makes several parts of the run."""
+    return "phases" if config.phases else "training.anneal"
+
+
+def _refuse_settled(config: Config, parts: Sequence[Config]) -> None:
     """Raises ConfigError for what phases set themselves."""
     if config.data.origin:
-        raise ConfigError("data.origin", config.data.origin, "0 with phases, which set it")
-    mixes = [config.data, *(one.data for one in phase_configs(config))]
+        raise ConfigError("data.origin", config.data.origin, f"0 with {_word(config)}, which sets it")
+    mixes = [config.data, *(one.data for one in parts)]
     for source in (source for mix in mixes for source in mix.sources("train")):
         if source.skip or source.order is not None:
             raise ConfigError(
                 "data.train",
                 source.prefix,
-                "without skip and order with phases, which go on behind what earlier ones used",
+                f"without skip and order with {_word(config)}: parts of a run go on behind what earlier ones used",
             )
 
 
@@ -282,11 +353,11 @@ def _merged(config: Config, spec: Spec) -> Config:
         made = OmegaConf.to_object(OmegaConf.merge(base, nested))
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
-        raise UserError(f"{spec.key}.{error.full_key}: {reason}") from None
+        raise UserError(f"{spec.prefix}{error.full_key}: {reason}") from None
     assert isinstance(made, Config)
     made.data.train = train
     for key in ("global_batch_size", "sequence_length"):
-        at_least(f"{spec.key}.training.{key}", getattr(made.training, key), 1)
+        at_least(f"{spec.prefix}training.{key}", getattr(made.training, key), 1)
     return made
 
 
@@ -306,7 +377,7 @@ def _steps(config: Config, specs: Sequence[Spec], made: Sequence[Config]) -> lis
         size = {"iterations": 1, "samples": batch, "tokens": batch * phase.training.sequence_length}[unit]
         steps.append(-(-int(amount) // size))
         if steps[-1] < 1:
-            raise ConfigError(f"{spec.key}.{spec.unit}", spec.amount, "more: the phase has no step")
+            raise ConfigError(f"{spec.prefix}{spec.unit}", spec.amount, "more: the phase has no step")
     return steps
 
 

@@ -6,6 +6,7 @@ from os.path import realpath
 from typing import NamedTuple
 
 from megadyn.checks import at_least, in_range, one_of
+from megadyn.config.anneal import AnnealConfig
 from megadyn.errors import ConfigError
 from megadyn.paths import expanded
 
@@ -270,6 +271,8 @@ class TrainingConfig:
     naming the rank that is stuck or gone."""
     grace_s: float = 600.0
     """Seconds that a run has to save and end after SIGTERM, SIGINT or SIGUSR1, before it is killed."""
+    anneal: AnnealConfig = field(default_factory=AnnealConfig)
+    """A routing capacity that changes in the first steps of a run or phase."""
 
     @property
     def collective_timeout_s(self) -> float:

@@ -54,6 +54,27 @@ def test_compiled_layers_equal_plain_ones_and_share_their_graphs(
     assert len(built) == graphs
 
 
+class Doubler:
+    def double(self, x):
+        return x * 2
+
+
+def test_a_model_of_another_shape_is_compiled_for_its_own(monkeypatch):
+    """Without forgetting, the second graph is one for any number of tokens."""
+    inputs_of = []
+
+    def backend(graph, inputs):
+        inputs_of.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    compiled.forget_compiled()
+    for length in (8, 6, 4):
+        compiled.compiled(Doubler().double, torch.ones(length))
+        compiled.forget_compiled()
+    assert [[tuple(x.shape) for x in inputs] for inputs in inputs_of] == [[(8,)], [(6,)], [(4,)]]
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "key"),
     [
