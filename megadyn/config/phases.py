@@ -7,7 +7,7 @@ runs by hand, with these configurations, gives the same weights.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
@@ -15,74 +15,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megadyn.checks import at_least
 from megadyn.config.anneal import AnnealConfig
-from megadyn.config.data import SET_NAME
-from megadyn.config.numbers import count
+from megadyn.config.optimizer import IN_TOKENS
 from megadyn.config.phase import Phase
+from megadyn.config.phase_specs import OWN_SCHEDULE, Spec, read_phases
 from megadyn.config.run import Config
-from megadyn.errors import ConfigError, UserError, did_you_mean
+from megadyn.errors import ConfigError, UserError
 
-OWN_SCHEDULE = (
-    "schedule",
-    "warmup_iterations",
-    "decay_iterations",
-    "decay_shape",
-    "learning_rate",
-    "min_learning_rate",
-)
-"""Keys of `optimizer`. A phase that names one has a schedule of its own; the others follow that of the run."""
-MAY_CHANGE = (
-    "data.train",
-    "data.repeat",
-    "data.document_mask",
-    "training.sequence_length",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.recompute",
-    "training.z_loss_weight",
-    "training.anneal.capacity",
-    "training.anneal.iterations",
-    "training.anneal.levels",
-    *(f"optimizer.{key}" for key in OWN_SCHEDULE),
-    "optimizer.weight_decay",
-    "optimizer.clip_grad",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.multipliers.base",
-    "optimizer.multipliers.router",
-    "optimizer.multipliers.prior",
-    "optimizer.muon.momentum",
-    "optimizer.muon.multiplier",
-    "model.rope.type",
-    "model.rope.theta",
-    "model.rope.factor",
-    "model.rope.original_max_position",
-    "model.rope.low_freq_factor",
-    "model.rope.high_freq_factor",
-    "model.rope.beta_fast",
-    "model.rope.beta_slow",
-    "model.rope.attention_factor",
-)
-"""In addition to the keys of `model.routing` that a run may change when it resumes."""
-SECTIONS = frozenset(
-    ".".join(parts[:end])
-    for parts in (name.split(".") for name in MAY_CHANGE)
-    for end in range(1, len(parts))
-) | {"model.routing"}
 ANNEAL = "training.anneal."
-UNITS = ("iterations", "tokens", "samples", "share")
-"""Keys for the length of a phase; all phases use the same one."""
-
-
-class Spec(NamedTuple):
-    """A phase as it was given."""
-
-    prefix: str
-    """Of its keys in errors: `phases[0].`, or nothing for a run without phases."""
-    name: str
-    unit: str
-    amount: float
-    changes: dict[str, Any]
-    """Dotted name -> value."""
 
 
 class Piece(NamedTuple):
@@ -134,12 +73,15 @@ def phase_configs(config: Config) -> list[Config]:
     pieces = _pieces(config, read_phases(config))
     total = sum(piece.steps for piece in pieces)
     begin, samples, passed = 0, 0, []
-    for number, (spec, phase, length, span) in enumerate(pieces, start=1):
+    for number, piece in enumerate(pieces, start=1):
+        spec, phase, length, _ = piece
         training, end = phase.training, begin + length
         passed.append([spec.name, end, training.global_batch_size, training.sequence_length])
         training.iterations = end
         training.tokens = training.samples = None
-        _settle_schedule(phase, spec, *span, total)
+        with naming(spec.name):
+            phase.optimizer.check_tokens()
+        _settle_schedule(piece, pieces)
         if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
             phase.logging.profile_steps = None  # traced in an earlier phase
         with naming(spec.name):
@@ -214,66 +156,6 @@ def naming(name: str) -> Iterator[None]:
 def named(config: Config) -> AbstractContextManager[None]:
     """The same for a phase's configuration; does nothing for that of a run without phases."""
     return naming(config.phase.name) if config.phase else nullcontext()
-
-
-def read_phases(config: Config) -> list[Spec]:
-    """Reads names, lengths and keys. Raises UserError for one that is malformed, unknown or may not change."""
-    if not config.phases:
-        return [Spec("", "run", "share", 1.0, {})]
-    may_change = changeable(config)
-    specs: list[Spec] = []
-    for place, given in enumerate(config.phases):
-        key = f"phases[{place}]"
-        if not isinstance(given, dict):
-            raise ConfigError(
-                key, given, f"keys: name, one of {', '.join(UNITS)}, and what the phase changes"
-            )
-        name = given.get("name")
-        if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
-            raise ConfigError(f"{key}.name", name, "a name of letters, digits, '.', '_' and '-'")
-        if name in [spec.name for spec in specs]:
-            raise ConfigError(f"{key}.name", name, "different from those of the other phases")
-        unit, amount = _length(key, given)
-        if specs and unit != specs[0].unit:
-            raise ConfigError(f"{key}.{unit}", amount, f"given as {specs[0].unit}, as of the first phase")
-        changes = _flat({word: value for word, value in given.items() if word not in ("name", unit)})
-        for word, value in changes.items():
-            if word not in may_change:
-                meant = did_you_mean(word, may_change)
-                raise ConfigError(f"{key}.{word}", value, f"left out: a phase cannot change it{meant}")
-        specs.append(Spec(f"{key}.", name, unit, amount, changes))
-    return specs
-
-
-def changeable(config: Config) -> list[str]:
-    """The keys that a phase of this run may change."""
-    routing = config.model.routing
-    own = [f.name for f in fields(routing) if f.name != "kind" and f.name not in routing.fixed]
-    return [*MAY_CHANGE, *(f"model.routing.{name}" for name in own)]
-
-
-def _flat(given: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, for the keys in SECTIONS."""
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        name = f"{prefix}{key}"
-        is_section = name in SECTIONS and isinstance(value, dict)
-        found |= _flat(value, f"{name}.") if is_section else {name: value}
-    return found
-
-
-def _length(key: str, given: dict[Any, Any]) -> tuple[str, float]:
-    """Unit and amount of a phase's length."""
-    units = [unit for unit in UNITS if unit in given]
-    if len(units) != 1:
-        raise ConfigError(key, units, f"a phase with one length: {', '.join(UNITS)}")
-    unit, amount = units[0], given[units[0]]
-    if unit != "share":
-        amount = count(f"{key}.{unit}", amount)
-        at_least(f"{key}.{unit}", amount, 1)
-    elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount <= 1:
-        raise ConfigError(f"{key}.share", amount, "a share of the run, above 0 and at most 1")
-    return unit, amount
 
 
 def _check_run(config: Config, specs: Sequence[Spec]) -> None:
@@ -356,6 +238,10 @@ def _merged(config: Config, spec: Spec) -> Config:
         raise UserError(f"{spec.prefix}{error.full_key}: {reason}") from None
     assert isinstance(made, Config)
     made.data.train = train
+    for pair in (*IN_TOKENS.items(), *((tokens, steps) for steps, tokens in IN_TOKENS.items())):
+        named_here, other = (f"optimizer.{name}" in spec.changes for name in pair)
+        if named_here and not other:  # it replaces the run's own, whichever of the two that is
+            setattr(made.optimizer, pair[1], None)
     for key in ("global_batch_size", "sequence_length"):
         at_least(f"{spec.prefix}training.{key}", getattr(made.training, key), 1)
     return made
@@ -381,12 +267,37 @@ def _steps(config: Config, specs: Sequence[Spec], made: Sequence[Config]) -> lis
     return steps
 
 
-def _settle_schedule(phase: Config, spec: Spec, begin: int, end: int, total: int) -> None:
-    """A phase that names a key of the schedule has its own, without a warm-up unless it names one."""
-    optimizer = phase.optimizer
-    if any(f"optimizer.{key}" in spec.changes for key in OWN_SCHEDULE):
-        optimizer.schedule_begin, optimizer.schedule_end = begin, end
-        if "optimizer.warmup_iterations" not in spec.changes:
-            optimizer.warmup_iterations = 0
+def _settle_schedule(piece: Piece, pieces: Sequence[Piece]) -> None:
+    """A phase that names a key of the schedule has its own, without a warm-up unless it names one. Lengths in tokens become
+    steps, counted in the batches that the run has where they lie."""
+    optimizer, changes = piece.config.optimizer, piece.spec.changes
+    if any(f"optimizer.{key}" in changes for key in OWN_SCHEDULE):
+        optimizer.schedule_begin, optimizer.schedule_end = piece.span
+        if not {"optimizer.warmup_iterations", "optimizer.warmup_tokens"} & changes.keys():
+            optimizer.warmup_iterations, optimizer.warmup_tokens = 0, None
     elif optimizer.schedule_end is None:
-        optimizer.schedule_end = total
+        optimizer.schedule_end = sum(one.steps for one in pieces)
+    sizes = [one.config.training.tokens_per_step for one in pieces]
+    steps = [one.steps for one in pieces]
+    if optimizer.warmup_tokens is not None:
+        optimizer.warmup_iterations = steps_of(
+            optimizer.warmup_tokens, steps, sizes, optimizer.schedule_begin
+        )
+    if optimizer.decay_tokens is not None:
+        behind = sum(steps) - optimizer.schedule_end
+        optimizer.decay_iterations = steps_of(optimizer.decay_tokens, steps[::-1], sizes[::-1], behind)
+    optimizer.warmup_tokens = optimizer.decay_tokens = None
+
+
+def steps_of(tokens: int, steps: Sequence[int], sizes: Sequence[int], skip: int) -> int:
+    """The number of steps that consume `tokens`, rounded up, after the first `skip` steps of a run. Its parts have so many
+    `steps` of `sizes` tokens; behind its end the last size counts on."""
+    found = 0
+    for count, size in zip(steps, sizes, strict=True):
+        here = max(0, count - skip)
+        skip = max(0, skip - count)
+        needed = -(-tokens // size)
+        if needed <= here:
+            return found + needed
+        found, tokens = found + here, tokens - here * size
+    return found - (-tokens // sizes[-1])

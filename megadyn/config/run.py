@@ -10,8 +10,9 @@ from megadyn.config.data import DataConfig
 from megadyn.config.engine_file import read_engine_file
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.optimizer import OptimizerConfig
 from megadyn.config.phase import Phase
-from megadyn.config.training import OptimizerConfig, TrainingConfig
+from megadyn.config.training import TrainingConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
 
