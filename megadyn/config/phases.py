@@ -209,7 +209,9 @@ def _word(config: Config) -> str:
 def _refuse_settled(config: Config, parts: Sequence[Config]) -> None:
     """Raises ConfigError for what phases set themselves."""
     if config.data.origin:
-        raise ConfigError("data.origin", config.data.origin, f"0 with {_word(config)}, which sets it")
+        raise ConfigError(
+            "data.origin", config.data.origin, f"0 with {_word(config)}: it is set for each part"
+        )
     mixes = [config.data, *(one.data for one in parts)]
     for source in (source for mix in mixes for source in mix.sources("train")):
         if source.skip or source.order is not None:

@@ -198,6 +198,14 @@ def test_the_course_knows_changes_and_rollbacks():
         ),
         ({"warmup_iterations": 20, "schedule": "constant"}, None),
         (
+            {"warmup_iterations": None, "warmup_tokens": 83},
+            "optimizer.warmup_tokens = 83 (21 steps) is longer than the run of 20 iterations",
+        ),
+        (
+            {"schedule": "wsd", "decay_tokens": 61},
+            "optimizer.decay_tokens = 61 (16 steps) does not fit after a warm-up of 5 into 20 iterations",
+        ),
+        (
             {"schedule": "wsd", "decay_iterations": 16},
             "optimizer.decay_iterations = 16 does not fit after a warm-up of 5 into 20 "
             "iterations: the decay takes 15",
@@ -213,7 +221,7 @@ def test_a_schedule_that_does_not_fit_is_told(changes, said):
     optimizer.warmup_iterations = 5
     for key, value in changes.items():
         setattr(optimizer, key, value)
-    problem = schedule_problem(optimizer, 20, 1)
+    problem = schedule_problem(optimizer, 20, tokens_per_step=4)
     assert (problem is None) if said is None else (problem is not None and said in problem)
 
 
