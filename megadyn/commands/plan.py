@@ -92,7 +92,7 @@ def check_ranks(config: Config, machine: Machine, ranks: Sequence[int]) -> list[
 
     records: list[dict[str, object]] = []
     phases = phase_configs(config)
-    for phase in phases if config.phases else ():
+    for phase in phases if config.is_in_parts else ():
         with named(phase):
             batch_plan(phase, machine.gpus)
     config = largest(phases)

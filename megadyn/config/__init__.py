@@ -6,6 +6,7 @@ from megadyn.config.data import DataConfig, Source
 from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.optimizer import MultipliersConfig, MuonConfig, OptimizerConfig
 from megadyn.config.phase import Phase
 from megadyn.config.phases import config_at, named, phase_configs
 from megadyn.config.rope import RopeConfig
@@ -20,14 +21,7 @@ from megadyn.config.run import (
     engine_settings,
     reduction_type,
 )
-from megadyn.config.training import (
-    KERNELS,
-    RECOMPUTE,
-    MultipliersConfig,
-    MuonConfig,
-    OptimizerConfig,
-    TrainingConfig,
-)
+from megadyn.config.training import KERNELS, RECOMPUTE, TrainingConfig
 
 __all__ = [
     "KERNELS",

@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
         raise UserError(f"{error.full_key or path}: {reason}") from None
-    return with_phases(config) if config.phases else config.checked()
+    return with_phases(config) if config.is_in_parts else config.checked()
 
 
 def _merged(model: ModelConfig, layers: Sequence[tuple[object, Any]]) -> Config:

@@ -6,7 +6,13 @@ from typing import Any
 
 from megadyn.errors import ConfigError
 
-COUNTED = ("training.tokens", "training.samples", "optimizer.schedule_tokens")
+COUNTED = (
+    "training.tokens",
+    "training.samples",
+    "optimizer.schedule_tokens",
+    "optimizer.warmup_tokens",
+    "optimizer.decay_tokens",
+)
 """Keys whose values are written so."""
 UNITS = {"": 0, "k": 3, "m": 6, "b": 9, "t": 12}
 """Powers of ten for the letter after a number, in upper or lower case."""

@@ -7,81 +7,37 @@ runs by hand, with these configurations, gives the same weights.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megadyn.checks import at_least
-from megadyn.config.data import SET_NAME
-from megadyn.config.numbers import count
+from megadyn.config.anneal import AnnealConfig
+from megadyn.config.optimizer import IN_TOKENS
 from megadyn.config.phase import Phase
+from megadyn.config.phase_specs import OWN_SCHEDULE, Spec, read_phases
 from megadyn.config.run import Config
-from megadyn.errors import ConfigError, UserError, did_you_mean
+from megadyn.errors import ConfigError, UserError
 
-OWN_SCHEDULE = (
-    "schedule",
-    "warmup_iterations",
-    "decay_iterations",
-    "decay_shape",
-    "learning_rate",
-    "min_learning_rate",
-)
-"""Keys of `optimizer`. A phase that names one has a schedule of its own; the others follow that of the run."""
-MAY_CHANGE = (
-    "data.train",
-    "data.repeat",
-    "data.document_mask",
-    "training.sequence_length",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.recompute",
-    "training.z_loss_weight",
-    *(f"optimizer.{key}" for key in OWN_SCHEDULE),
-    "optimizer.weight_decay",
-    "optimizer.clip_grad",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "optimizer.multipliers.base",
-    "optimizer.multipliers.router",
-    "optimizer.multipliers.prior",
-    "optimizer.muon.momentum",
-    "optimizer.muon.multiplier",
-    "model.rope.type",
-    "model.rope.theta",
-    "model.rope.factor",
-    "model.rope.original_max_position",
-    "model.rope.low_freq_factor",
-    "model.rope.high_freq_factor",
-    "model.rope.beta_fast",
-    "model.rope.beta_slow",
-    "model.rope.attention_factor",
-)
-"""In addition to the keys of `model.routing` that a run may change when it resumes."""
-SECTIONS = frozenset(
-    ".".join(parts[:end])
-    for parts in (name.split(".") for name in MAY_CHANGE)
-    for end in range(1, len(parts))
-) | {"model.routing"}
-UNITS = ("iterations", "tokens", "samples", "share")
-"""Keys for the length of a phase; all phases use the same one."""
+ANNEAL = "training.anneal."
 
 
-class Spec(NamedTuple):
-    """A phase as it was given."""
+class Piece(NamedTuple):
+    """What one engine trains: a phase, or one level of its capacity."""
 
-    key: str
-    """`phases[0]`, for errors."""
-    name: str
-    unit: str
-    amount: float
-    changes: dict[str, Any]
-    """Dotted name -> value."""
+    spec: Spec
+    """With the piece's own name and changes."""
+    config: Config
+    """Not checked yet."""
+    steps: int
+    span: tuple[int, int]
+    """Begin and end of the whole phase, in iterations."""
 
 
 def with_phases(config: Config) -> Config:
-    """`config`, which has phases, checked together with all of them; its length is theirs.
+    """`config`, which is in parts, checked together with all of them; its length is theirs.
 
     Raises:
         UserError: for an invalid phase, by its name; for a key that phases exclude.
@@ -95,8 +51,9 @@ def with_phases(config: Config) -> Config:
     if specs[0].unit != "share":
         config.training.iterations = 1  # until the steps of the phases are counted
     config.checked()
-    _refuse_settled(config)
-    total = phase_configs(config)[-1].training.iterations
+    parts = phase_configs(config)
+    _refuse_settled(config, parts)
+    total = parts[-1].training.iterations
     config.training.iterations = total
     if config.training.length is not None:
         config.training.length = config.training.length._replace(iterations=total)
@@ -109,19 +66,22 @@ def have_lengths(phases: Sequence[Any]) -> bool:
 
 
 def phase_configs(config: Config) -> list[Config]:
-    """The configuration of each phase of a checked run, with its place in `phase`. A run without phases is its only one."""
-    if not config.phases:
+    """The configuration of each phase of a checked run, with its place in `phase`. A phase that anneals its capacity is several:
+    one per level. A run without any is its only one."""
+    if not config.is_in_parts:
         return [config]
-    specs = read_phases(config)
-    made = [_merged(config, spec) for spec in specs]
-    steps = _steps(config, specs, made)
+    pieces = _pieces(config, read_phases(config))
+    total = sum(piece.steps for piece in pieces)
     begin, samples, passed = 0, 0, []
-    for number, (spec, phase, length) in enumerate(zip(specs, made, steps, strict=True), start=1):
+    for number, piece in enumerate(pieces, start=1):
+        spec, phase, length, _ = piece
         training, end = phase.training, begin + length
         passed.append([spec.name, end, training.global_batch_size, training.sequence_length])
         training.iterations = end
         training.tokens = training.samples = None
-        _settle_schedule(phase, spec, begin, end, sum(steps))
+        with naming(spec.name):
+            phase.optimizer.check_tokens()
+        _settle_schedule(piece, pieces)
         if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
             phase.logging.profile_steps = None  # traced in an earlier phase
         with naming(spec.name):
@@ -129,17 +89,54 @@ def phase_configs(config: Config) -> list[Config]:
         phase.phase = Phase(
             spec.name,
             number,
-            len(specs),
+            len(pieces),
             begin,
             end,
-            sum(steps),
+            total,
             samples,
             training.global_batch_size,
             spec.changes,
             list(passed),
         )
         begin, samples = end, samples + length * training.global_batch_size
-    return made
+    return [piece.config for piece in pieces]
+
+
+def _pieces(config: Config, specs: Sequence[Spec]) -> list[Piece]:
+    """Phases, those that anneal the capacity divided into its levels: `NAME.1`, `NAME.2` and so on, and `NAME` for the rest."""
+    made = [_merged(config, spec) for spec in specs]
+    begin, found = 0, []
+    for spec, phase, length in zip(specs, made, _steps(config, specs, made), strict=True):
+        span = begin, begin + length
+        begin += length
+        with naming(spec.name):
+            stages = _stages(phase, length)
+        if not stages:
+            found.append(Piece(spec, phase, length, span))
+        kept = {name: value for name, value in spec.changes.items() if not name.startswith(ANNEAL)}
+        for place, (capacity, steps) in enumerate(stages, start=1):
+            name = spec.name if place == len(stages) else f"{spec.name}.{place}"
+            level = spec._replace(name=name, changes=kept | {"model.routing.capacity": capacity})
+            one = _merged(config, level)
+            one.training.anneal = AnnealConfig()
+            found.append(Piece(level, one, steps, span))
+    names = [piece.spec.name for piece in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError("phases", name, "another name: a level of an annealed capacity has it")
+    return found
+
+
+def _stages(phase: Config, steps: int) -> list[tuple[float, int]]:
+    """Capacity and steps of each level of a phase of `steps`; empty if its capacity is constant."""
+    if not phase.is_in_parts:
+        return []
+    routing, anneal = phase.model.routing, phase.training.anneal
+    routing.check()  # fills in the default capacity
+    anneal.check()
+    if not routing.has_capacity:  # nothing to divide; the check of the phase refuses it
+        return []
+    return anneal.stages(routing.share, steps)
 
 
 def config_at(configs: Sequence[Config], iteration: int) -> Config:
@@ -161,72 +158,21 @@ def named(config: Config) -> AbstractContextManager[None]:
     return naming(config.phase.name) if config.phase else nullcontext()
 
 
-def read_phases(config: Config) -> list[Spec]:
-    """Reads names, lengths and keys. Raises UserError for one that is malformed, unknown or may not change."""
-    may_change = changeable(config)
-    specs: list[Spec] = []
-    for place, given in enumerate(config.phases):
-        key = f"phases[{place}]"
-        if not isinstance(given, dict):
-            raise ConfigError(
-                key, given, f"keys: name, one of {', '.join(UNITS)}, and what the phase changes"
-            )
-        name = given.get("name")
-        if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
-            raise ConfigError(f"{key}.name", name, "a name of letters, digits, '.', '_' and '-'")
-        if name in [spec.name for spec in specs]:
-            raise ConfigError(f"{key}.name", name, "different from those of the other phases")
-        unit, amount = _length(key, given)
-        if specs and unit != specs[0].unit:
-            raise ConfigError(f"{key}.{unit}", amount, f"given as {specs[0].unit}, as of the first phase")
-        changes = _flat({word: value for word, value in given.items() if word not in ("name", unit)})
-        for word, value in changes.items():
-            if word not in may_change:
-                meant = did_you_mean(word, may_change)
-                raise ConfigError(f"{key}.{word}", value, f"left out: a phase cannot change it{meant}")
-        specs.append(Spec(key, name, unit, amount, changes))
-    return specs
-
-
-def changeable(config: Config) -> list[str]:
-    """The keys that a phase of this run may change."""
-    routing = config.model.routing
-    own = [f.name for f in fields(routing) if f.name != "kind" and f.name not in routing.fixed]
-    return [*MAY_CHANGE, *(f"model.routing.{name}" for name in own)]
-
-
-def _flat(given: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, for the keys in SECTIONS."""
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        name = f"{prefix}{key}"
-        is_section = name in SECTIONS and isinstance(value, dict)
-        found |= _flat(value, f"{name}.") if is_section else {name: value}
-    return found
-
-
-def _length(key: str, given: dict[Any, Any]) -> tuple[str, float]:
-    """Unit and amount of a phase's length."""
-    units = [unit for unit in UNITS if unit in given]
-    if len(units) != 1:
-        raise ConfigError(key, units, f"a phase with one length: {', '.join(UNITS)}")
-    unit, amount = units[0], given[units[0]]
-    if unit != "share":
-        amount = count(f"{key}.{unit}", amount)
-        at_least(f"{key}.{unit}", amount, 1)
-    elif isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount <= 1:
-        raise ConfigError(f"{key}.share", amount, "a share of the run, above 0 and at most 1")
-    return unit, amount
-
-
 def _check_run(config: Config, specs: Sequence[Spec]) -> None:
     """Raises ConfigError for keys of the run that do not fit its phases."""
     training = config.training
     given = [name for name in ("iterations", "tokens", "samples") if getattr(training, name) is not None]
+    if config.phases and training.anneal.capacity is not None:
+        raise ConfigError(
+            "training.anneal.capacity",
+            training.anneal.capacity,
+            "null with phases; give it in the phase that anneals",
+        )
+    word = _word(config)
     for name in ("epochs", "flops"):
         if (value := getattr(training, name)) is not None:
             raise ConfigError(
-                f"training.{name}", value, "null with phases: give iterations, tokens or samples"
+                f"training.{name}", value, f"null with {word}: give iterations, tokens or samples"
             )
     if specs[0].unit != "share" and given:
         raise ConfigError(
@@ -237,33 +183,42 @@ def _check_run(config: Config, specs: Sequence[Spec]) -> None:
     if specs[0].unit == "share":
         if not given:
             raise ConfigError(
-                "training.iterations", None, "given, or tokens or samples, with phases by share"
+                "training.iterations",
+                None,
+                f"given, or tokens or samples, with {word}{' by share' if config.phases else ''}",
             )
         total = sum(spec.amount for spec in specs)
         if abs(total - 1) > 1e-6:
             raise ConfigError("phases", [spec.amount for spec in specs], "shares that sum to 1")
     for name in ("routing_record", "routing_replay"):
         if (value := getattr(training, name)) is not None:
-            raise ConfigError(f"training.{name}", value, "null with phases: a recording has one batch size")
+            raise ConfigError(f"training.{name}", value, f"null with {word}: a recording has one shape")
     if config.optimizer.schedule_tokens is not None:
         raise ConfigError(
             "optimizer.schedule_tokens",
             config.optimizer.schedule_tokens,
-            "null with phases; optimizer.schedule_end gives the schedule's end in iterations",
+            f"null with {word}; optimizer.schedule_end gives the schedule's end in iterations",
         )
 
 
-def _refuse_settled(config: Config) -> None:
+def _word(config: Config) -> str:
+    """What makes several parts of the run."""
+    return "phases" if config.phases else "training.anneal"
+
+
+def _refuse_settled(config: Config, parts: Sequence[Config]) -> None:
     """Raises ConfigError for what phases set themselves."""
     if config.data.origin:
-        raise ConfigError("data.origin", config.data.origin, "0 with phases, which set it")
-    mixes = [config.data, *(one.data for one in phase_configs(config))]
+        raise ConfigError(
+            "data.origin", config.data.origin, f"0 with {_word(config)}: it is set for each part"
+        )
+    mixes = [config.data, *(one.data for one in parts)]
     for source in (source for mix in mixes for source in mix.sources("train")):
         if source.skip or source.order is not None:
             raise ConfigError(
                 "data.train",
                 source.prefix,
-                "without skip and order with phases, which go on behind what earlier ones used",
+                f"without skip and order with {_word(config)}: parts of a run go on behind what earlier ones used",
             )
 
 
@@ -282,11 +237,15 @@ def _merged(config: Config, spec: Spec) -> Config:
         made = OmegaConf.to_object(OmegaConf.merge(base, nested))
     except OmegaConfBaseException as error:
         reason = str(error.msg or error).splitlines()[0]
-        raise UserError(f"{spec.key}.{error.full_key}: {reason}") from None
+        raise UserError(f"{spec.prefix}{error.full_key}: {reason}") from None
     assert isinstance(made, Config)
     made.data.train = train
+    for pair in (*IN_TOKENS.items(), *((tokens, steps) for steps, tokens in IN_TOKENS.items())):
+        named_here, other = (f"optimizer.{name}" in spec.changes for name in pair)
+        if named_here and not other:  # it replaces the run's own, whichever of the two that is
+            setattr(made.optimizer, pair[1], None)
     for key in ("global_batch_size", "sequence_length"):
-        at_least(f"{spec.key}.training.{key}", getattr(made.training, key), 1)
+        at_least(f"{spec.prefix}training.{key}", getattr(made.training, key), 1)
     return made
 
 
@@ -306,16 +265,41 @@ def _steps(config: Config, specs: Sequence[Spec], made: Sequence[Config]) -> lis
         size = {"iterations": 1, "samples": batch, "tokens": batch * phase.training.sequence_length}[unit]
         steps.append(-(-int(amount) // size))
         if steps[-1] < 1:
-            raise ConfigError(f"{spec.key}.{spec.unit}", spec.amount, "more: the phase has no step")
+            raise ConfigError(f"{spec.prefix}{spec.unit}", spec.amount, "more: the phase has no step")
     return steps
 
 
-def _settle_schedule(phase: Config, spec: Spec, begin: int, end: int, total: int) -> None:
-    """A phase that names a key of the schedule has its own, without a warm-up unless it names one."""
-    optimizer = phase.optimizer
-    if any(f"optimizer.{key}" in spec.changes for key in OWN_SCHEDULE):
-        optimizer.schedule_begin, optimizer.schedule_end = begin, end
-        if "optimizer.warmup_iterations" not in spec.changes:
-            optimizer.warmup_iterations = 0
+def _settle_schedule(piece: Piece, pieces: Sequence[Piece]) -> None:
+    """A phase that names a key of the schedule has its own, without a warm-up unless it names one. Lengths in tokens become
+    steps, counted in the batches that the run has where they lie."""
+    optimizer, changes = piece.config.optimizer, piece.spec.changes
+    if any(f"optimizer.{key}" in changes for key in OWN_SCHEDULE):
+        optimizer.schedule_begin, optimizer.schedule_end = piece.span
+        if not {"optimizer.warmup_iterations", "optimizer.warmup_tokens"} & changes.keys():
+            optimizer.warmup_iterations, optimizer.warmup_tokens = 0, None
     elif optimizer.schedule_end is None:
-        optimizer.schedule_end = total
+        optimizer.schedule_end = sum(one.steps for one in pieces)
+    sizes = [one.config.training.tokens_per_step for one in pieces]
+    steps = [one.steps for one in pieces]
+    if optimizer.warmup_tokens is not None:
+        optimizer.warmup_iterations = steps_of(
+            optimizer.warmup_tokens, steps, sizes, optimizer.schedule_begin
+        )
+    if optimizer.decay_tokens is not None:
+        behind = sum(steps) - optimizer.schedule_end
+        optimizer.decay_iterations = steps_of(optimizer.decay_tokens, steps[::-1], sizes[::-1], behind)
+    optimizer.warmup_tokens = optimizer.decay_tokens = None
+
+
+def steps_of(tokens: int, steps: Sequence[int], sizes: Sequence[int], skip: int) -> int:
+    """The number of steps that consume `tokens`, rounded up, after the first `skip` steps of a run. Its parts have so many
+    `steps` of `sizes` tokens; behind its end the last size counts on."""
+    found = 0
+    for count, size in zip(steps, sizes, strict=True):
+        here = max(0, count - skip)
+        skip = max(0, skip - count)
+        needed = -(-tokens // size)
+        if needed <= here:
+            return found + needed
+        found, tokens = found + here, tokens - here * size
+    return found - (-tokens // sizes[-1])

@@ -10,8 +10,9 @@ from megadyn.config.data import DataConfig
 from megadyn.config.engine_file import read_engine_file
 from megadyn.config.logging import LoggingConfig
 from megadyn.config.model import ModelConfig
+from megadyn.config.optimizer import OptimizerConfig
 from megadyn.config.phase import Phase
-from megadyn.config.training import OptimizerConfig, TrainingConfig
+from megadyn.config.training import TrainingConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.paths import expanded
 
@@ -83,6 +84,11 @@ class Config:
         self.phase: Phase | None = None  # of a phase's own configuration; not a key, so not a field
 
     @property
+    def is_in_parts(self) -> bool:
+        """Whether it is trained in several parts, each in an engine of its own: phases, or levels of the capacity."""
+        return bool(self.phases) or self.training.anneal.capacity is not None
+
+    @property
     def last_iteration(self) -> int:
         """The number of the last step of the run, over all phases; 0 while it is not known."""
         return self.phase.total if self.phase else self.training.iterations or 0
@@ -103,6 +109,7 @@ class Config:
             self.parallel,
             self.optimizer.multipliers,
             self.optimizer,
+            self.training.anneal,
             self.training,
             self.checkpoint,
             self.logging,
@@ -153,6 +160,12 @@ def check_together(config: Config) -> None:
             f"a multiple of training.micro_batch_size = {training.micro_batch_size}",
         )
     check_length(config)
+    if training.anneal.capacity is not None and not model.routing.has_capacity:
+        raise ConfigError(
+            "training.anneal.capacity",
+            training.anneal.capacity,
+            f"null with {model.routing.describe()}: no capacity sets what its layers take",
+        )
     if training.on_bad_step == "rollback" and not config.checkpoint.interval:
         raise ConfigError(
             "training.on_bad_step",

@@ -5,12 +5,14 @@ import gc
 import torch
 
 from megadyn.engine.engine import Engine
+from megadyn.model.compiled import forget_compiled
 
 
 def release(engine: Engine) -> None:
-    """Takes DeepSpeed's hooks off the model, so that the engine's memory is free once nobody refers to it. The engine must not be
-    used afterwards."""
+    """Takes DeepSpeed's hooks off the model, so that the engine's memory is free once nobody refers to it, and drops compiled
+    code. The engine must not be used afterwards."""
     engine.engine.destroy()
+    forget_compiled()
 
 
 def collect_memory() -> None:

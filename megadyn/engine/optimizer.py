@@ -137,6 +137,8 @@ class Schedule(NamedTuple):
     """Progress so far."""
     end: float
     """Length of the whole schedule."""
+    decay: float
+    """Length of wsd's decay."""
 
 
 def learning_rate(
@@ -145,22 +147,27 @@ def learning_rate(
     """Learning rate of the 0-based step `iteration` in a run of `iterations` steps: linear warm-up, then the schedule, from
     `schedule_begin` to `schedule_end`, which by default are those of the run.
 
-    The rate rises to `learning_rate` over the first `warmup_iterations` steps; a run no longer than that ends within
-    the warm-up and never decays. After that, `cosine` and `linear` decay to `min_learning_rate` over all remaining
-    steps. `wsd` decays over the last `decay_iterations` steps (arXiv 2404.06395), or over the steps after the warm-up
-    if these are fewer, in the form `decay_shape`. The last step uses `min_learning_rate`. `constant` stays at
+    The rate rises to `learning_rate` over the first `warmup_iterations` steps, or `warmup_tokens`; a run no longer than that
+    ends within the warm-up and never decays. After that, `cosine` and `linear` decay to `min_learning_rate` over all remaining
+    steps. `wsd` decays over the last `decay_iterations` steps, or `decay_tokens` (arXiv 2404.06395), or over the steps after
+    the warm-up if these are fewer, in the form `decay_shape`. The last step uses `min_learning_rate`. `constant` stays at
     `learning_rate`. `schedule_problem` reports a schedule that does not fit into the run.
 
     Args:
-        schedule: progress of a run whose length is not given in steps, or is not the schedule's; by default all steps have
-            the same size, and the schedule ends with the run.
+        schedule: progress of a run whose length, or a part of whose schedule, is not given in steps; by default all steps
+            have the same size, and the schedule ends with the run.
     """
     iteration, iterations = max(0, iteration - cfg.schedule_begin), cfg.span(iterations)
-    if iteration < cfg.warmup_iterations:
-        return cfg.learning_rate * (iteration + 1) / cfg.warmup_iterations
-    start, passed, end = schedule or Schedule(cfg.warmup_iterations, iteration, iterations)
+    if schedule is None:
+        assert cfg.warmup_tokens is cfg.decay_tokens is None, "their progress was not given"
+        schedule = Schedule(cfg.warmup_steps(1), iteration, iterations, cfg.decay_steps(1, iterations))
+    start, passed, end, decay = schedule
+    if cfg.warmup_tokens is not None and passed < start:
+        return cfg.learning_rate * min(1.0, (passed + 1) / start)
+    if cfg.warmup_tokens is None and iteration < (warmup := cfg.warmup_steps(1)):
+        return cfg.learning_rate * (iteration + 1) / warmup
     if cfg.schedule == "wsd":
-        start = max(start, end - decay_steps(cfg, end))
+        start = max(start, end - decay)
     done = min(1.0, max(0, passed + 1 - start) / max(1, end - start))
     name = cfg.decay_shape if cfg.schedule == "wsd" else cfg.schedule
     left = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "sqrt": 1 - math.sqrt(done)}
@@ -168,31 +175,34 @@ def learning_rate(
     return cfg.min_learning_rate + (cfg.learning_rate - cfg.min_learning_rate) * shape
 
 
-def decay_steps(cfg: OptimizerConfig, end: float) -> int:
-    """Length of wsd's decay in a run of `end` steps, limited to what fits."""
-    return math.ceil(end / 10) if cfg.decay_iterations is None else cfg.decay_iterations
+def length_of(cfg: OptimizerConfig, part: str, steps: int) -> str:
+    """The length of the `warmup` or `decay` of `steps`, as it was given: `optimizer.warmup_iterations = 100`."""
+    tokens = getattr(cfg, f"{part}_tokens")
+    if tokens is None:
+        return f"optimizer.{part}_iterations = {steps}"
+    return f"optimizer.{part}_tokens = {tokens} ({steps} steps)"
 
 
-def schedule_problem(cfg: OptimizerConfig, iterations: int) -> str | None:
+def schedule_problem(cfg: OptimizerConfig, iterations: int, tokens_per_step: int) -> str | None:
     """A sentence on what does not fit into a run of `iterations` steps; None if everything fits."""
-    warmup = cfg.warmup_iterations
+    warmup = cfg.warmup_steps(tokens_per_step)
     if warmup > iterations:
         highest = cfg.learning_rate * iterations / warmup
         return (
-            f"optimizer.warmup_iterations = {warmup} is longer than the run of {iterations} iterations: the learning "
+            f"{length_of(cfg, 'warmup', warmup)} is longer than the run of {iterations} iterations: the learning "
             f"rate only rises, to {highest:.3g} instead of {cfg.learning_rate:.3g}, and never decays"
         )
     if cfg.schedule == "constant":
         return None
     if warmup == iterations:
         return (
-            f"optimizer.warmup_iterations = {warmup} is the whole run: the learning rate reaches {cfg.learning_rate:.3g} in "
+            f"{length_of(cfg, 'warmup', warmup)} is the whole run: the learning rate reaches {cfg.learning_rate:.3g} in "
             "the last step and never decays"
         )
-    decay = decay_steps(cfg, iterations)
+    decay = cfg.decay_steps(tokens_per_step, iterations)
     if cfg.schedule == "wsd" and decay > iterations - warmup:
         return (
-            f"optimizer.decay_iterations = {decay} does not fit after a warm-up of {warmup} into {iterations} iterations: "
+            f"{length_of(cfg, 'decay', decay)} does not fit after a warm-up of {warmup} into {iterations} iterations: "
             f"the decay takes {iterations - warmup}"
         )
     return None

@@ -105,6 +105,11 @@ class Kind:
         return 1.0
 
     @property
+    def has_capacity(self) -> bool:
+        """Whether the key `capacity` sets `share`, so that a run may anneal it."""
+        return False
+
+    @property
     def holds_share(self) -> bool:
         """Whether top-k or a controller keeps routed layers at `share`."""
         return True
@@ -200,6 +205,10 @@ class OwnChoice(Kind):
     @property
     def share(self) -> float:
         return self.capacity
+
+    @property
+    def has_capacity(self) -> bool:
+        return True
 
     @property
     def varies(self) -> bool:

@@ -39,6 +39,10 @@ class Capped(Kind):
         return self.capacity
 
     @property
+    def has_capacity(self) -> bool:
+        return True
+
+    @property
     def has_topk(self) -> bool:
         return True
 

@@ -35,6 +35,14 @@ def compiled(method: Callable[..., Any], *inputs: Any) -> Any:
     return _compiled(method.__func__)(method.__self__, *inputs)  # type: ignore[attr-defined]
 
 
+def forget_compiled() -> None:
+    """Drops all compiled code, before a model of other shapes. Otherwise torch takes the second shape of a function as a sign
+    that it varies, and compiles slower code for any shape."""
+    if _compiled.cache_info().currsize:
+        torch.compiler.reset()
+        _compiled.cache_clear()
+
+
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, backend=BACKEND, fullgraph=True)

@@ -58,7 +58,10 @@ def phase_plans(configs: Sequence[Config], rate: Callable[[Config, int], float])
 
 
 def phase_table(plans: Sequence[PhasePlan]) -> str:
-    return "\n".join([HEADER, *(plan.line() for plan in plans)])
+    """One line per phase, and their totals."""
+    tokens, flops = sum(plan.tokens for plan in plans), sum(plan.flops for plan in plans)
+    total = f"{'all':<9} {f'1-{plans[-1].end:,}':>13} {tokens:>13,} {'':>32} {flops:>11.3g}"
+    return "\n".join([HEADER, *(plan.line() for plan in plans), total])
 
 
 def largest(configs: Sequence[Config]) -> Config:

@@ -160,7 +160,7 @@ def planned_share(config: Config) -> float:
 def settled_at(config: Config) -> int:
     """Iteration from which reports count: after the warm-ups, and once the thresholds' averages have settled, which a phase
     begins anew."""
-    warm = config.optimizer.schedule_begin + config.optimizer.warmup_iterations
+    warm = config.optimizer.schedule_begin + config.optimizer.warmup_steps(config.training.tokens_per_step)
     begin = config.phase.begin if config.phase else 0
     return max(warm, begin + config.model.routing.settling_steps)
 

@@ -57,18 +57,21 @@ class Course:
 
 
 def schedule_of(config: Config, course: Course, position: Position) -> Schedule | None:
-    """Progress of the learning rate's schedule. None for a run whose length is given in iterations, if the schedule ends
-    with it, and for a schedule whose begin or end is given so. Any other run uses the consumed samples, so that the rate does
-    not jump when the batch size changes."""
-    own_length = config.optimizer.schedule_tokens is not None
-    if config.optimizer.is_in_iterations or (config.training.length is None and not own_length):
+    """Progress of the learning rate's schedule. None for a run whose length is given in iterations, if no
+    part of the schedule is given in tokens, and for a schedule whose begin or end is given in iterations. Any other run uses
+    the consumed samples, so that the rate does not jump when the batch size changes."""
+    optimizer = config.optimizer
+    if optimizer.is_in_iterations or (config.training.length is None and not optimizer.is_in_tokens):
         return None
-    batch = config.training.global_batch_size
+    batch, size = config.training.global_batch_size, config.training.tokens_per_step
     passed = position.consumed_samples / batch
     end = passed + (config.training.iterations or 0) - position.iteration
-    if own_length:
+    if optimizer.schedule_tokens is not None:
         end = schedule_steps(config)
-    return Schedule(course.consumed_at(config.optimizer.warmup_iterations) / batch, passed, end)
+    warmup: float = optimizer.warmup_steps(size)
+    if optimizer.warmup_tokens is None:
+        warmup = course.consumed_at(optimizer.warmup_steps(size)) / batch
+    return Schedule(warmup, passed, end, optimizer.decay_steps(size, end))
 
 
 def schedule_steps(config: Config) -> int:

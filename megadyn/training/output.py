@@ -38,7 +38,9 @@ def output_folder(
             save_config(whole, folder / "config.yaml")
             log.info("%s", engine.run_line())
             say_phase(config, state.iteration)
-            if problem := schedule_problem(config.optimizer, schedule_steps(config)):
+            if problem := schedule_problem(
+                config.optimizer, schedule_steps(config), config.training.tokens_per_step
+            ):
                 log.warning("%s", problem)
             telemetry = Telemetry(
                 config,

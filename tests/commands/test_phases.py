@@ -61,6 +61,24 @@ def test_the_plan_lists_phases_and_layouts_that_all_of_them_can_have(config_file
     }  # not 4, which 2 samples exclude
 
 
+def test_the_plan_of_an_annealed_capacity_adds_up_its_levels_and_is_that_of_the_highest(config_file, capsys):
+    words = [str(config_file), "--gpus", "1", "--gpu-memory", "80", "phases=[]", "training.iterations=10"]
+    words += ["model.routing.kind=mod", "model.routing.capacity=0.25"]
+    flops = {}
+    for capacity in (1.0, 0.25):
+        plan.main([*words, f"model.routing.capacity={capacity}", "phases=[{name: x, share: 1}]"])
+        flops[capacity] = float(capsys.readouterr().out.split("\nall ")[1].splitlines()[0].split()[-1])
+    anneal = ["training.anneal.capacity=1", "training.anneal.iterations=4", "training.anneal.levels=1"]
+    assert plan.main([*words, *anneal]) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if line.startswith(("run", "all "))]
+    assert [row[:2] for row in rows] == [["run.1", "1-4"], ["run", "5-10"], ["all", "1-10"]]
+    assert float(rows[2][-1]) == pytest.approx(0.4 * flops[1.0] + 0.6 * flops[0.25], rel=0.01)
+    assert flops[0.25] < 0.95 * flops[1.0]
+    assert "mod at capacity 1.0: " in said
+    assert "the layouts are those of run.1, whose samples take most memory" in said
+
+
 def test_ranks_are_built_for_the_largest_phase_if_all_of_them_can_run(config_file, capsys):
     words = [str(config_file), "--gpu-memory", "80", "--gpus"]
     assert plan.main([*words, "2", "--rank", "1"]) == 0

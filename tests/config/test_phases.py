@@ -8,7 +8,8 @@ import yaml
 
 from megadyn.checkpoint.same_run import MUST_EQUAL, check_phases
 from megadyn.config import Config, load_config, phase_configs, save_config
-from megadyn.config.phases import changeable
+from megadyn.config.phase_specs import changeable
+from megadyn.config.phases import steps_of
 from megadyn.errors import UserError
 from megadyn.telemetry.router_health import settled_at
 
@@ -19,13 +20,15 @@ SHARES = [
 ]
 
 
-def load(folder: Path, phases: list[Any], *overrides: str, **training: Any) -> Config:
+def load(
+    folder: Path, phases: list[Any], *overrides: str, optimizer: dict[str, Any] | None = None, **training: Any
+) -> Config:
     content = {
         "model": {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "routing": {"kind": "mod"}},
         "data": {"train": "corpus"},
         "tokenizer": {"path": "byte"},
         "training": {"global_batch_size": 4, "sequence_length": 48} | training,
-        "optimizer": {"warmup_iterations": 5, "schedule": "constant"},
+        "optimizer": optimizer or {"warmup_iterations": 5, "schedule": "constant"},
         "output_dir": "out",
         "phases": phases,
     }
@@ -231,3 +234,60 @@ def test_a_finished_run_may_get_phases_behind_it(tmp_path):
         UserError, match=r"phase 'hold' cannot change once it has begun: .* iteration 8, .* up to 10"
     ):
         check_phases(anneal, later, Path("there"))
+
+
+RAMP = [
+    {"name": "small", "samples": 10, "training": {"global_batch_size": 2}},
+    {"name": "middle", "samples": 12, "training": {"global_batch_size": 4}},
+    {"name": "large", "samples": 32, "training": {"global_batch_size": 8}},
+]
+"""Steps of 2, 2, 2, 2, 2, 4, 4, 4, 8, 8, 8, 8 samples."""
+
+
+@pytest.mark.parametrize(
+    ("samples", "warmup"), [(1, 1), (4, 2), (10, 5), (11, 6), (18, 7), (22, 8), (25, 9), (54, 12), (55, 13)]
+)
+@pytest.mark.parametrize("decay", [1, 16, 17, 32, 33, 37, 44, 45, 54])
+def test_a_schedule_in_tokens_counts_the_batches_of_a_ramp(samples, warmup, decay):
+    batches = [2] * 5 + [4] * 3 + [8] * 4
+    steps, sizes = [5, 3, 4], [2, 4, 8]
+    assert steps_of(samples, steps, sizes, 0) == warmup
+    last = next(k for k in range(1, 13) if sum(batches[-k:]) >= decay)  # one step after another
+    assert steps_of(decay, steps[::-1], sizes[::-1], 0) == last
+    inside = next(k for k in range(1, 10) if sum(batches[3 : 3 + k]) >= min(samples, 40))
+    assert steps_of(min(samples, 40), steps, sizes, 3) == inside
+
+
+def test_lengths_in_tokens_become_steps_of_all_phases(tmp_path):
+    optimizer = {"schedule": "wsd", "warmup_tokens": 18 * 48, "decay_tokens": "1.6K"}  # 33.3 samples
+    own = {"schedule": "wsd", "warmup_tokens": "0.2K", "decay_iterations": 1}
+    phases = [*RAMP[:2], RAMP[2] | {"optimizer": own}]
+    config = load(tmp_path, phases, optimizer=optimizer)
+    found = [one.optimizer for one in phase_configs(config)]
+    assert [(one.warmup_iterations, one.decay_iterations) for one in found] == [(7, 5), (7, 5), (1, 1)]
+    assert [(one.warmup_tokens, one.decay_tokens) for one in found] == [(None, None)] * 3
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_phase_replaces_a_length_in_the_other_unit(tmp_path):
+    decay = {"schedule": "wsd", "decay_tokens": 400, "warmup_iterations": 1}
+    optimizer = {"warmup_tokens": 400, "decay_iterations": 2}
+    config = load(tmp_path, [*RAMP[:2], RAMP[2] | {"optimizer": decay}], optimizer=optimizer)
+    found = phase_configs(config)[2].optimizer
+    assert (found.warmup_iterations, found.decay_iterations) == (1, 2)
+    assert (config.optimizer.warmup_tokens, config.optimizer.decay_iterations) == (400, 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "error"),
+    [
+        ({"warmup_tokens": 5, "warmup_iterations": 5}, "^phase 'large': optimizer.warmup_tokens = 5: must be null"),
+        ({"decay_tokens": 5, "decay_iterations": 5}, "^phase 'large': optimizer.decay_tokens = 5: must be null"),
+        ({"warmup_tokens": 0}, "^phase 'large': optimizer.warmup_tokens = 0: must be at least 1"),
+        ({"warmup_tokens": "many"}, r"^phases\[2\].optimizer.warmup_tokens = 'many': must be a whole number"),
+    ],
+)  # fmt: skip
+def test_lengths_that_contradict_each_other_are_refused(own, error, tmp_path):
+    with pytest.raises(UserError, match=error):
+        load(tmp_path, [*RAMP[:2], RAMP[2] | {"optimizer": own}])

@@ -127,6 +127,27 @@ def check_ranks() -> None:
     assert graphs == [2] * 6, "one graph for dense layers and one for routed ones"
 
 
+class Doubler:
+    def double(self, x):
+        return x * 2
+
+
+def test_a_model_of_another_shape_is_compiled_for_its_own(monkeypatch):
+    """Without forgetting, the second graph is one for any number of tokens."""
+    inputs_of = []
+
+    def backend(graph, inputs):
+        inputs_of.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    compiled.forget_compiled()
+    for length in (8, 6, 4):
+        compiled.compiled(Doubler().double, torch.ones(length))
+        compiled.forget_compiled()
+    assert [[tuple(x.shape) for x in inputs] for inputs in inputs_of] == [[(8,)], [(6,)], [(4,)]]
+
+
 def test_zero_3_is_refused():
     config = tiny_config("dense", zero=3)
     config.training.compile = True

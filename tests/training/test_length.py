@@ -109,6 +109,44 @@ def test_the_learning_rate_goes_on_where_the_batch_changes(make):
     assert rates[-1] == pytest.approx(changed.optimizer.min_learning_rate)
 
 
+def in_tokens(config: Config, step: int) -> None:
+    """A warm-up of 6 steps and a decay of 8, of so many tokens each; both lengths are rounded up."""
+    config.optimizer.warmup_iterations = None
+    config.optimizer.warmup_tokens, config.optimizer.decay_tokens = 6 * step - 1, 8 * step - step // 2
+
+
+@pytest.mark.parametrize("length", [{"iterations": 24}, {"samples": 192}])
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_lengths_in_tokens_are_those_in_steps(make, name, length):
+    plain, config = (make(**length, global_batch_size=8) for _ in range(2))
+    plain.optimizer.schedule = config.optimizer.schedule = name
+    plain.optimizer.warmup_iterations, plain.optimizer.decay_iterations = 6, 8
+    in_tokens(config, 8 * LENGTH)
+    for i in range(24):
+        place = schedule_of(config.checked(), Course(8), Position(i, 8 * i))
+        assert learning_rate(config.optimizer, i, 24, place) == learning_rate(plain.optimizer, i, 24)
+
+
+@pytest.mark.parametrize("at", [4, 12, 20], ids=["in the warm-up", "between", "in the decay"])
+def test_lengths_in_tokens_go_on_where_the_batch_changes(make, at):
+    """From step `at` on, a step of 16 moves as far as two of 8: in a run of 24 steps of 8, whose length is in iterations."""
+    plain = make(iterations=24, global_batch_size=8)
+    plain.optimizer.schedule = "wsd"
+    plain.optimizer.warmup_iterations, plain.optimizer.decay_iterations = 6, 8
+    straight = [learning_rate(plain.optimizer, i, 24) for i in range(24)]
+    end = at + (24 - at) // 2
+    changed = make(iterations=end, global_batch_size=16)
+    changed.optimizer.schedule = "wsd"
+    in_tokens(changed, 8 * LENGTH)
+    rates = [
+        learning_rate(
+            changed.optimizer, i, end, schedule_of(changed, Course(8), Position(i, 8 * at + 16 * (i - at)))
+        )
+        for i in range(at, end)
+    ]
+    assert rates == pytest.approx(straight[at + 1 :: 2])
+
+
 @pytest.mark.parametrize("length", [{"iterations": 10}, {"samples": 80}])
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 def test_a_run_that_will_be_extended_follows_the_longer_schedule(make, name, length):
@@ -160,6 +198,14 @@ def test_the_course_knows_changes_and_rollbacks():
         ),
         ({"warmup_iterations": 20, "schedule": "constant"}, None),
         (
+            {"warmup_iterations": None, "warmup_tokens": 83},
+            "optimizer.warmup_tokens = 83 (21 steps) is longer than the run of 20 iterations",
+        ),
+        (
+            {"schedule": "wsd", "decay_tokens": 61},
+            "optimizer.decay_tokens = 61 (16 steps) does not fit after a warm-up of 5 into 20 iterations",
+        ),
+        (
             {"schedule": "wsd", "decay_iterations": 16},
             "optimizer.decay_iterations = 16 does not fit after a warm-up of 5 into 20 "
             "iterations: the decay takes 15",
@@ -175,7 +221,7 @@ def test_a_schedule_that_does_not_fit_is_told(changes, said):
     optimizer.warmup_iterations = 5
     for key, value in changes.items():
         setattr(optimizer, key, value)
-    problem = schedule_problem(optimizer, 20)
+    problem = schedule_problem(optimizer, 20, tokens_per_step=4)
     assert (problem is None) if said is None else (problem is not None and said in problem)
 
 
@@ -206,6 +252,9 @@ def test_a_schedule_from_begin_to_end_is_that_of_a_run_of_its_own(make, name, le
             r"optimizer\.schedule_begin = 10: must be before the schedule's end at iteration 10",
         ),
         ({"schedule_begin": 5, "schedule_end": 5}, r"schedule_begin = 5: must be before .* iteration 5"),
+        ({"warmup_iterations": 5, "warmup_tokens": 9}, r"optimizer\.warmup_tokens = 9: must be null with"),
+        ({"decay_iterations": 5, "decay_tokens": 9}, r"optimizer\.decay_tokens = 9: must be null with"),
+        ({"schedule_end": 5, "decay_tokens": 9}, r"optimizer\.decay_tokens = 9: must be null with"),
         ({"schedule_end": 5, "schedule_tokens": 9}, r"optimizer\.schedule_tokens = 9: must be null with"),
     ],
 )

@@ -132,6 +132,10 @@ class Dtrnet(Laid, TopK):
         return self.token_choice or super().varies
 
     @property
+    def has_capacity(self) -> bool:
+        return not self.token_choice
+
+    @property
     def has_topk(self) -> bool:
         return not self.token_choice and super().has_topk
 
