@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers.tiny import ROOT
+from tests.helpers.networks import param_maker
+from tests.helpers.tiny import ROOT, tiny_config
 
 pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
 
-from megadyn.kernels import cross_entropy
+from megadyn.kernels import cross_entropy, distances
 from megadyn.kernels.norm import GROUP, add_norm
 from megadyn.kernels.rope import turn
 from megadyn.kernels.rows import add_rows, take_rows
 from megadyn.kernels.swiglu import swiglu
+from megadyn.kinds.dtf import prior
 from megadyn.model.rope import _turned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,12 +183,74 @@ def test_logits_in_blocks_have_the_sums_and_gradient_of_all(monkeypatch, softcap
     agree(torch.cat(got, dim=1), grad, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "inner"), [(0, 8, 2), (7, 40, 6), (3, 1024, 64), (2, 1100, 1030)]
+)  # 1030: more than one block
+def test_distances_and_the_gradients_of_a_prediction(rows, width, inner, dtype):
+    """Against the same functions in torch's operations, which are held to the formulas in tests/routing/test_scores.py."""
+
+    def tensors(seed, count, *shape, dtype=dtype):
+        found = [drawn(*shape, dtype=dtype, seed=seed + step) for step in range(count)]
+        return zip(*((low.detach(), high.detach()) for low, high in found), strict=True)
+
+    (x, post, predicted), exact = tensors(1, 3, rows, width)
+    got = distances.distances(x, post, predicted.clone(), EPS)
+    for found, want, kind in zip(
+        got, prior.distances(*exact, EPS), (*2 * [torch.float32], dtype, torch.float32), strict=True
+    ):
+        agree(found, want, kind)
+
+    (*narrow,), exact_narrow = tensors(4, 3, rows, inner)
+    (*factors,), exact_factors = tensors(7, 3, rows, dtype=torch.float32)
+    got = distances.inner_gradients(*narrow, *factors, width)
+    for found, want, kind in zip(
+        got,
+        prior.inner_gradients(*exact_narrow, *exact_factors, width),
+        (*3 * [dtype], torch.float32),
+        strict=True,
+    ):
+        agree(found, want, kind)
+
+    (error, pulled), exact_wide = tensors(10, 2, rows, width)
+    got = distances.outer_gradients(x, post, error, pulled, *factors)
+    for found, want in zip(got, prior.outer_gradients(*exact[:2], *exact_wide, *exact_factors), strict=True):
+        agree(found, want, dtype)
+
+
+def test_a_prior_takes_its_kernels(monkeypatch):
+    """Results and gradients of kernels and torch's operations are equal, and each kernel is taken."""
+    taken = []
+
+    def counted(name):
+        run = getattr(distances, name)
+        monkeypatch.setattr(distances, name, lambda *inputs: taken.append(name) or run(*inputs))
+
+    names = ["distances", "inner_gradients", "outer_gradients"]
+    for name in names:
+        counted(name)
+    model = prior.Prior("prior", 24, 6, EPS, make=param_maker(tiny_config()))
+    model = model.float().to(DEVICE)
+    inputs = [drawn(2, 3, 24, dtype=torch.float32, seed=seed)[0] for seed in (1, 2)]
+    grads = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        for shape in ((2, 3), (2, 3), ())
+    ]
+    found = []
+    for uses in (True, False):
+        monkeypatch.setattr(prior, "fused", lambda x, uses=uses: uses)
+        outputs = model(*inputs)
+        found.append([*outputs, *torch.autograd.grad(outputs, [*inputs, *model.parameters()], grads)])
+    assert taken == names
+    assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 COMPILE = """
 import subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megadyn.kernels import cross_entropy, norm, rope, rows, swiglu
+from megadyn.kernels import cross_entropy, distances, norm, rope, rows, swiglu
 
 def build(kernel, warps=4, **constants):
     names = kernel.arg_names
@@ -202,11 +266,16 @@ def build(kernel, warps=4, **constants):
     assert "STACK:0 " in used and "LOCAL:0 " in used, f"{kernel} spills with {constants}: {used}"
 
 pointers = dict.fromkeys("source target x u w h y update out grad_out grad_update grad_y grad_h grad_x gate up grad_gate "
-                         "grad_up logits".split(), "bf16")
+                         "grad_up logits grad post predicted error pulled grad_post inner for_weights for_input".split(), "bf16")
 numbers = {"width": "i32", "rows": "i32", "eps": "fp32", "size": "i32", "angles": "i32", "heads": "i32", "half": "i32",
            "words": "i32", "first": "i32", "softcap": "fp32", "z_weight": "fp32"}
 build(swiglu._forward, BLOCK=swiglu.BLOCK)
 build(swiglu._backward, BLOCK=swiglu.BLOCK)
+pointers |= dict.fromkeys("static change inverse of_weights of_input of_static of_change along".split(), "fp32")
+build(distances._distances, BLOCK=1024)
+build(distances._outer_gradients, BLOCK=1024)
+for block in (128, 1024):
+    build(distances._inner_gradients, ROWS=distances.TILE // block, BLOCK=block)
 pointers |= dict.fromkeys(("gate", "inverse", "grad_w", "grad_gate", "cos", "sin"), "fp32") | {"place": "i64", "slot": "i32"}
 pointers |= dict.fromkeys(("top", "total", "log_total"), "fp32") | {"labels": "i64", "target": "bf16"}
 for flag in (True, False):
