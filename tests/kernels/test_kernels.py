@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed (requirements-dev.
 from megadyn.kernels import cross_entropy, distances
 from megadyn.kernels.norm import GROUP, add_norm
 from megadyn.kernels.rope import turn
-from megadyn.kernels.rows import add_rows, take_rows
+from megadyn.kernels.rows import add_rows, repeat_or_replace, scale_rows, take_rows
 from megadyn.kernels.swiglu import swiglu
 from megadyn.kinds.dtf import prior
 from megadyn.model.rope import _turned
@@ -91,6 +91,34 @@ def test_rows_are_put_back_times_their_gates(rows, chosen, width, dtype):
     (out, _), _, (grad_gate, _), _ = found
     assert torch.equal(out[untouched], x[0][untouched])
     assert not grad_gate[untouched].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (3, 40), (2, 1100)])
+def test_rows_are_multiplied_by_their_numbers(rows, width, dtype):
+    leaves = [drawn(rows, width, dtype=dtype, seed=1), drawn(rows, dtype=torch.float32, seed=3)]
+    found = run_both(lambda x, gate: [scale_rows(x, gate)], lambda x, gate: [x * gate.unsqueeze(1)], leaves)
+    for (got, want), kind in zip(found, (dtype, dtype, torch.float32), strict=True):
+        agree(got, want, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "chosen", "heads", "head", "repeats"), [(5, 0, 2, 4, 1), (6, 6, 1, 8, 3), (7, 3, 3, 40, 10)]
+)
+def test_heads_are_repeated_or_replaced(rows, chosen, heads, head, repeats, dtype):
+    place = places(rows, chosen)
+    leaves = [
+        drawn(rows, heads * head, dtype=dtype, seed=1),
+        drawn(chosen, heads * head * repeats, dtype=dtype, seed=2),
+    ]
+
+    def exact(x, update):
+        copies = x.unflatten(1, (heads, head)).repeat_interleave(repeats, dim=1).flatten(1)
+        return [copies.index_copy(0, place, update)]
+
+    for got, want in run_both(lambda x, update: [repeat_or_replace(x, place, update, head)], exact, leaves):
+        agree(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,6 +279,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megadyn.kernels import cross_entropy, distances, norm, rope, rows, swiglu
+from megadyn.kernels.rule import LARGEST_WIDTH as WIDTH
 
 def build(kernel, warps=4, **constants):
     names = kernel.arg_names
@@ -268,6 +297,7 @@ def build(kernel, warps=4, **constants):
 pointers = dict.fromkeys("source target x u w h y update out grad_out grad_update grad_y grad_h grad_x gate up grad_gate "
                          "grad_up logits grad post predicted error pulled grad_post inner for_weights for_input".split(), "bf16")
 numbers = {"width": "i32", "rows": "i32", "eps": "fp32", "size": "i32", "angles": "i32", "heads": "i32", "half": "i32",
+           "head": "i32", "repeats": "i32",
            "words": "i32", "first": "i32", "softcap": "fp32", "z_weight": "fp32"}
 build(swiglu._forward, BLOCK=swiglu.BLOCK)
 build(swiglu._backward, BLOCK=swiglu.BLOCK)
@@ -280,7 +310,7 @@ pointers |= dict.fromkeys(("gate", "inverse", "grad_w", "grad_gate", "cos", "sin
 pointers |= dict.fromkeys(("top", "total", "log_total"), "fp32") | {"labels": "i64", "target": "bf16"}
 for flag in (True, False):
     build(rows._copy_rows, scatter=flag, BLOCK=1024)
-    build(norm._backward, norm.warps_for(8192), has_grad_h=flag, GROUP=norm.GROUP, BLOCK=8192)
+    build(norm._backward, norm.warps_for(WIDTH), has_grad_h=flag, GROUP=norm.GROUP, BLOCK=WIDTH)
     build(rope._turn, back=flag, HEADS=16, HALF=64)
     build(cross_entropy._gradient, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
 pointers["target"] = "fp32"
@@ -288,7 +318,11 @@ for flag in (True, False):
     build(cross_entropy._scan, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
 build(rows._add_rows, BLOCK=1024)
 build(rows._add_rows_backward, BLOCK=1024)
-build(norm._forward, norm.warps_for(8192), BLOCK=8192)
+build(rows._repeat_or_replace, BLOCK=1024)
+build(rows._repeat_or_replace_backward, BLOCK=1024)
+build(rows._scale_rows, BLOCK=1024)
+build(rows._scale_rows_backward, BLOCK=1024)
+build(norm._forward, norm.warps_for(WIDTH), BLOCK=WIDTH)
 try:
     build(norm._forward, 1, BLOCK=8192)
 except AssertionError:
