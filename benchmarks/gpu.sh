@@ -2,14 +2,15 @@
 # All that needs a GPU, in one command: every benchmark, each as a dated table with its command, and tests of what runs on one.
 #   benchmarks/gpu.sh [NAME ...]          one GPU of 140 GB (3B and 7B shapes), from the repository's root; NAME: a table, or all
 #   FOLDER=DIR benchmarks/gpu.sh          where the tables go, instead of benchmarks
-#   TRIAL=1 benchmarks/gpu.sh             the same commands with tiny shapes on a CPU, to see that they run: no figures
-# Each table is one file. A table that has a file of today is left as it is, so the same call again goes on where it stopped; a call
-# makes 8 files at most. What a failing command says is in NAME.failed.txt until it succeeds; the others go on. Exit status: 0 if
-# all tables asked for are there, 1 if one failed, 2 if a name is wrong or no GPU is there, 3 if some are left for the next call.
+#   TRIAL=1 FOLDER=DIR benchmarks/gpu.sh  the same commands with tiny shapes on a CPU, to see that they run: no figures
+# Each table is one file. A table that has a file of today is left as it is, so the same call again goes on where it stopped. A call
+# leaves 8 files at most, also if it is cut off. What a failing command says is in NAME.failed.txt until it succeeds; the others go on.
+# Exit status: 0 if all tables asked for are there, 1 if one failed, 2 if a name is wrong, a trial has no folder or no GPU is there,
+# 3 if some are left for the next call.
 set -uo pipefail
 folder=${FOLDER:-benchmarks}
 day=$(date +%F)
-most=8 made=0 failed=0 left=0
+most=7 made=0 failed=0 left=0
 names="kernels bytes step-3b step-3b-torch layer layer-torch step step-8k step-7b tests checkpoint scaling"
 for name in "$@"; do
     case " $names " in
@@ -18,6 +19,8 @@ for name in "$@"; do
     esac
 done
 asked=" ${*:-$names} "
+[ -z "${TRIAL:-}" ] || [ -n "${FOLDER:-}" ] || {
+    echo "error: TRIAL=1 needs FOLDER=DIR, because its tables must not stand among those with figures" >&2; exit 2; }
 
 if [ -n "${TRIAL:-}" ]; then
     export DS_ACCELERATOR=cpu
@@ -28,7 +31,7 @@ if [ -n "${TRIAL:-}" ]; then
     tests="tests/routing/test_select.py"
 else
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-        echo "error: no CUDA device; TRIAL=1 benchmarks/gpu.sh tries the commands on a CPU" >&2; exit 2; }
+        echo "error: no CUDA device; TRIAL=1 FOLDER=DIR benchmarks/gpu.sh tries the commands on a CPU" >&2; exit 2; }
     on="--precision bf16 --device cuda"
     few="--rounds 7 --warmup 3 $on" many="--rounds 20 --warmup 5 $on"
     study="--hidden 1024 --layers 8 --heads 16 --kv-heads 4 --ffn 2816 --vocab 8192 --batch 8 --sequence 2048 $many"

@@ -4,7 +4,7 @@ that this needs, in one pass each. Import only if Triton can run.
     update = post - x    error = update - predicted    static = mean(update^2)    change = mean(error^2)
 
 N tokens of width D, a prediction of inner width W. Computed in float32 and rounded once, when a result is stored. Rows are
-read in blocks, so no width is too large. `kinds` choose when they are called, and have the same in torch's operations.
+read in blocks, so no width is too large. What calls these functions has the same in torch's operations.
 """
 
 import torch
@@ -122,7 +122,7 @@ def distances(
 
     All but the error are in float32. No gradients.
     """
-    x, post = x.contiguous(), post.contiguous()
+    x, post, predicted = x.contiguous(), post.contiguous(), predicted.contiguous()
     rows, width = x.shape
     static, change, inverse = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(3))
     if rows and has_values(x, moved=4 * x.nbytes + 3 * static.nbytes):
@@ -150,6 +150,7 @@ def inner_gradients(
         of_weights silu(gate) up [N, W]; the gradients of (gate, up) times `inverse` and of_weights, and times `inverse` and
         of_input, both [N, 2 W]; and the factor [N] of x in the gradient of x, because x is normed.
     """
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     rows, width = gate.shape
     inner, along = torch.empty_like(gate), torch.empty_like(inverse)
     for_weights, for_input = gate.new_empty(rows, 2 * width), gate.new_empty(rows, 2 * width)
@@ -192,12 +193,13 @@ def outer_gradients(
         of_static, of_change: [N], factors of update and error.
         along: [N], from `inner_gradients`.
     """
+    x, post, error, pulled = (tensor.contiguous() for tensor in (x, post, error, pulled))
     rows, width = x.shape
     grad_post = torch.empty_like(x)
     if rows and has_values(x, moved=6 * x.nbytes + 3 * along.nbytes):
         _outer_gradients[(rows,)](
-            x.contiguous(),
-            post.contiguous(),
+            x,
+            post,
             error,
             pulled,
             of_static,

@@ -61,9 +61,9 @@ def test_a_wrong_name_is_an_error_that_lists_the_names(call, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_call_makes_eight_files_and_the_next_one_goes_on(call):
+def test_a_call_makes_seven_tables_and_the_next_one_goes_on(call):
     assert call().returncode == 3
-    assert call.made() == sorted(f"{name}.md" for name in NAMES[:8])
+    assert call.made() == sorted(f"{name}.md" for name in NAMES[:7])
     assert call().returncode == 0
     assert call.made() == sorted(f"{name}.md" for name in NAMES)
 
@@ -76,6 +76,12 @@ def test_a_failing_table_leaves_its_message_and_is_made_by_the_next_call(call, t
     assert message.read_text().endswith("why\n")
     assert call("layer", "checkpoint").returncode == 0
     assert call.made() == ["checkpoint.md", "layer.md"]
+
+
+def test_a_trial_names_its_folder(call):
+    done = call("bytes", FOLDER="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: TRIAL=1 needs FOLDER=DIR")
 
 
 def test_without_a_gpu_nothing_is_measured(call, tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megadyn.kernels.rule import fused
 from megadyn.model.block import swiglu
@@ -69,6 +70,7 @@ class _Surprise(torch.autograd.Function):
         return static.view(shape), change.view(shape), change.mean()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_static: Tensor, d_change: Tensor, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         x, post, error, inverse, gate, up, norm, gate_proj, up_proj, down_proj = ctx.saved_tensors
         shape, size = (*d_static.shape, x.shape[-1]), x.shape[-1]
