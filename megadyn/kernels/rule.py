@@ -12,8 +12,9 @@ from megadyn.errors import ConfigError
 
 LEAST_CAPABILITY = (8, 0)
 """Compute capability needed by flash attention and by our kernels, for bf16 arithmetic."""
-LARGEST_WIDTH = 16384
-"""Widest row that one program holds completely, for a norm; torch handles wider ones."""
+LARGEST_WIDTH = 8192
+"""Widest row that one program holds completely, for a norm; torch handles wider ones. Of a row twice as wide, backward would
+spill 200 bytes per thread or more (compiled for sm_90)."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Our kernels accumulate in float32, so torch handles float64."""
 

@@ -76,6 +76,8 @@ class _PutBack(torch.autograd.Function):
 
 
 def _with_added(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    if fused(x) and x.ndim == 3:
+        return put_back_gated(x, places, x.new_ones(x.shape[:2], dtype=torch.float32), rows)
     added = (take(x, places) + rows).flatten(0, 1)
     return x.flatten(0, 1).index_copy(0, places.flatten(), added).view_as(x)
 
@@ -99,9 +101,27 @@ def put_back_gated(x: Tensor, places: Tensor, gate: Tensor, update: Tensor) -> T
     return put_back(x, places, (take(gate, places).unsqueeze(-1) * update).to(x.dtype))
 
 
-def replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x [B, T, D] whose rows at places [b, c] are replaced by rows [b, c, D]."""
-    return x.flatten(0, 1).index_copy(0, places.flatten(), rows.flatten(0, 1)).view_as(x)
+def scaled(x: Tensor, gate: Tensor) -> Tensor:
+    """x [B, T, D] times gate [B, T], in x's dtype."""
+    if fused(x):
+        from megadyn.kernels.rows import scale_rows
+
+        return scale_rows(x.flatten(0, 1), gate.flatten()).view_as(x)
+    return (gate.unsqueeze(-1) * x).to(x.dtype)
+
+
+def repeat_or_replace(x: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """The G heads of x [B, T, G, K], each repeated so that their widths add up to D -> [B, T, D]; at places [b, c] it has rows
+    [b, c, D] instead."""
+    if fused(x):
+        from megadyn.kernels import rows as kernels
+
+        flat = x.flatten(2).flatten(0, 1), places.flatten(), rows.flatten(0, 1)
+        return kernels.repeat_or_replace(*flat, x.shape[-1]).unflatten(0, x.shape[:2])
+    repeated = (
+        x.repeat_interleave(rows.shape[-1] // (x.shape[-2] * x.shape[-1]), dim=2).flatten(0, 1).flatten(1)
+    )
+    return repeated.index_copy(0, places.flatten(), rows.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def take_shared(x: Tensor, places: Tensor, seq: Axis) -> tuple[Tensor, Tensor]:

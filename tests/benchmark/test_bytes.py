@@ -136,6 +136,18 @@ def test_kernels_move_less_than_torch_s_operations():
     assert not rule._Process.uses_triton
 
 
+def test_what_routing_moves_per_number_of_the_hidden_states_stays_below_its_goals():
+    """A pair of layers, with so many tokens of such a width that weights and single numbers hardly count."""
+    options = ["--layers=2", "--hidden=2048", "--sequence=4096", "--batch=4", "--ffn=64", "--vocab=97"]
+    dtf, mod, dtrnet = (
+        bytes.count(name, bytes.parse_args(options)).bytes["routing"] / (4 * 4096 * 2048)
+        for name in ("dtf:0.25", "mod:0.25", "dtrnet")
+    )
+    # Both take out and put back; a MoD router's casts and products move 12 bytes.
+    assert dtf - (mod - 12) < 30
+    assert dtrnet < 48
+
+
 def test_the_table_and_the_object(capsys):
     bytes.main([*SMALL, "--models", "dense", "mod:0.25", "--json"])
     head, _, *table, last = capsys.readouterr().out.strip().splitlines()

@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers.tiny import ROOT
+from tests.helpers.networks import param_maker
+from tests.helpers.tiny import ROOT, tiny_config
 
 pytest.importorskip("triton", reason="triton is not installed (requirements-dev.txt)")
 
-from megadyn.kernels import cross_entropy
+from megadyn.kernels import cross_entropy, distances
 from megadyn.kernels.norm import GROUP, add_norm
 from megadyn.kernels.rope import turn
-from megadyn.kernels.rows import add_rows, take_rows
+from megadyn.kernels.rows import add_rows, repeat_or_replace, scale_rows, take_rows
 from megadyn.kernels.swiglu import swiglu
+from megadyn.kinds.dtf import prior
 from megadyn.model.rope import _turned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,6 +91,34 @@ def test_rows_are_put_back_times_their_gates(rows, chosen, width, dtype):
     (out, _), _, (grad_gate, _), _ = found
     assert torch.equal(out[untouched], x[0][untouched])
     assert not grad_gate[untouched].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (3, 40), (2, 1100)])
+def test_rows_are_multiplied_by_their_numbers(rows, width, dtype):
+    leaves = [drawn(rows, width, dtype=dtype, seed=1), drawn(rows, dtype=torch.float32, seed=3)]
+    found = run_both(lambda x, gate: [scale_rows(x, gate)], lambda x, gate: [x * gate.unsqueeze(1)], leaves)
+    for (got, want), kind in zip(found, (dtype, dtype, torch.float32), strict=True):
+        agree(got, want, kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "chosen", "heads", "head", "repeats"), [(5, 0, 2, 4, 1), (6, 6, 1, 8, 3), (7, 3, 3, 40, 10)]
+)
+def test_heads_are_repeated_or_replaced(rows, chosen, heads, head, repeats, dtype):
+    place = places(rows, chosen)
+    leaves = [
+        drawn(rows, heads * head, dtype=dtype, seed=1),
+        drawn(chosen, heads * head * repeats, dtype=dtype, seed=2),
+    ]
+
+    def exact(x, update):
+        copies = x.unflatten(1, (heads, head)).repeat_interleave(repeats, dim=1).flatten(1)
+        return [copies.index_copy(0, place, update)]
+
+    for got, want in run_both(lambda x, update: [repeat_or_replace(x, place, update, head)], exact, leaves):
+        agree(got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,12 +211,75 @@ def test_logits_in_blocks_have_the_sums_and_gradient_of_all(monkeypatch, softcap
     agree(torch.cat(got, dim=1), grad, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "width", "inner"), [(0, 8, 2), (7, 40, 6), (3, 1024, 64), (2, 1100, 1030)]
+)  # 1030: more than one block
+def test_distances_and_the_gradients_of_a_prediction(rows, width, inner, dtype):
+    """Against the same functions in torch's operations, which are held to the formulas in tests/routing/test_scores.py."""
+
+    def tensors(seed, count, *shape, dtype=dtype):
+        found = [drawn(*shape, dtype=dtype, seed=seed + step) for step in range(count)]
+        return zip(*((low.detach(), high.detach()) for low, high in found), strict=True)
+
+    (x, post, predicted), exact = tensors(1, 3, rows, width)
+    got = distances.distances(x, post, predicted.clone(), EPS)
+    for found, want, kind in zip(
+        got, prior.distances(*exact, EPS), (*2 * [torch.float32], dtype, torch.float32), strict=True
+    ):
+        agree(found, want, kind)
+
+    (*narrow,), exact_narrow = tensors(4, 3, rows, inner)
+    (*factors,), exact_factors = tensors(7, 3, rows, dtype=torch.float32)
+    got = distances.inner_gradients(*narrow, *factors, width)
+    for found, want, kind in zip(
+        got,
+        prior.inner_gradients(*exact_narrow, *exact_factors, width),
+        (*3 * [dtype], torch.float32),
+        strict=True,
+    ):
+        agree(found, want, kind)
+
+    (error, pulled), exact_wide = tensors(10, 2, rows, width)
+    got = distances.outer_gradients(x, post, error, pulled, *factors)
+    for found, want in zip(got, prior.outer_gradients(*exact[:2], *exact_wide, *exact_factors), strict=True):
+        agree(found, want, dtype)
+
+
+def test_a_prior_takes_its_kernels(monkeypatch):
+    """Results and gradients of kernels and torch's operations are equal, and each kernel is taken."""
+    taken = []
+
+    def counted(name):
+        run = getattr(distances, name)
+        monkeypatch.setattr(distances, name, lambda *inputs: taken.append(name) or run(*inputs))
+
+    names = ["distances", "inner_gradients", "outer_gradients"]
+    for name in names:
+        counted(name)
+    model = prior.Prior("prior", 24, 6, EPS, make=param_maker(tiny_config()))
+    model = model.float().to(DEVICE)
+    inputs = [drawn(2, 3, 24, dtype=torch.float32, seed=seed)[0] for seed in (1, 2)]
+    grads = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+        for shape in ((2, 3), (2, 3), ())
+    ]
+    found = []
+    for uses in (True, False):
+        monkeypatch.setattr(prior, "fused", lambda x, uses=uses: uses)
+        outputs = model(*inputs)
+        found.append([*outputs, *torch.autograd.grad(outputs, [*inputs, *model.parameters()], grads)])
+    assert taken == names
+    assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 COMPILE = """
 import subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megadyn.kernels import cross_entropy, norm, rope, rows, swiglu
+from megadyn.kernels import cross_entropy, distances, norm, rope, rows, swiglu
+from megadyn.kernels.rule import LARGEST_WIDTH as WIDTH
 
 def build(kernel, warps=4, **constants):
     names = kernel.arg_names
@@ -202,16 +295,22 @@ def build(kernel, warps=4, **constants):
     assert "STACK:0 " in used and "LOCAL:0 " in used, f"{kernel} spills with {constants}: {used}"
 
 pointers = dict.fromkeys("source target x u w h y update out grad_out grad_update grad_y grad_h grad_x gate up grad_gate "
-                         "grad_up logits".split(), "bf16")
+                         "grad_up logits grad post predicted error pulled grad_post inner for_weights for_input".split(), "bf16")
 numbers = {"width": "i32", "rows": "i32", "eps": "fp32", "size": "i32", "angles": "i32", "heads": "i32", "half": "i32",
+           "head": "i32", "repeats": "i32",
            "words": "i32", "first": "i32", "softcap": "fp32", "z_weight": "fp32"}
 build(swiglu._forward, BLOCK=swiglu.BLOCK)
 build(swiglu._backward, BLOCK=swiglu.BLOCK)
+pointers |= dict.fromkeys("static change inverse of_weights of_input of_static of_change along".split(), "fp32")
+build(distances._distances, BLOCK=1024)
+build(distances._outer_gradients, BLOCK=1024)
+for block in (128, 1024):
+    build(distances._inner_gradients, ROWS=distances.TILE // block, BLOCK=block)
 pointers |= dict.fromkeys(("gate", "inverse", "grad_w", "grad_gate", "cos", "sin"), "fp32") | {"place": "i64", "slot": "i32"}
 pointers |= dict.fromkeys(("top", "total", "log_total"), "fp32") | {"labels": "i64", "target": "bf16"}
 for flag in (True, False):
     build(rows._copy_rows, scatter=flag, BLOCK=1024)
-    build(norm._backward, norm.warps_for(8192), has_grad_h=flag, GROUP=norm.GROUP, BLOCK=8192)
+    build(norm._backward, norm.warps_for(WIDTH), has_grad_h=flag, GROUP=norm.GROUP, BLOCK=WIDTH)
     build(rope._turn, back=flag, HEADS=16, HALF=64)
     build(cross_entropy._gradient, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
 pointers["target"] = "fp32"
@@ -219,7 +318,11 @@ for flag in (True, False):
     build(cross_entropy._scan, cross_entropy.WARPS, has_cap=flag, BLOCK=cross_entropy.BLOCK)
 build(rows._add_rows, BLOCK=1024)
 build(rows._add_rows_backward, BLOCK=1024)
-build(norm._forward, norm.warps_for(8192), BLOCK=8192)
+build(rows._repeat_or_replace, BLOCK=1024)
+build(rows._repeat_or_replace_backward, BLOCK=1024)
+build(rows._scale_rows, BLOCK=1024)
+build(rows._scale_rows_backward, BLOCK=1024)
+build(norm._forward, norm.warps_for(WIDTH), BLOCK=WIDTH)
 try:
     build(norm._forward, 1, BLOCK=8192)
 except AssertionError:

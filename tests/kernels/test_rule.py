@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from megadyn.errors import ConfigError
 from megadyn.kernels import rule
+from megadyn.kinds.dtf import prior
 from megadyn.model import block, norm, rope
 from megadyn.parallel import loss as loss_module
 from megadyn.routing import select
@@ -79,7 +80,7 @@ def test_a_network_computes_the_same_with_triton_s_kernels(kind, norms, monkeypa
     losses, grads = [], []
     for with_kernels in (False, True):
         calls = []
-        for module in (norm, select, block, rope, loss_module):
+        for module in (norm, select, block, rope, loss_module, prior):
             monkeypatch.setattr(
                 module, "fused", lambda x, calls=calls, on=with_kernels: calls.append(x.shape) or on
             )

@@ -14,7 +14,7 @@ from megadyn.routing.select import (
     origins,
     put_back,
     put_back_gated,
-    replace,
+    repeat_or_replace,
     take,
     take_out,
 )
@@ -101,6 +101,11 @@ def draw():
     return x, places, torch.randn(3, 4, 4, generator=generator, dtype=torch.float64)
 
 
+def repeated(x, places, rows):
+    """Both halves of x twice, beside each other; at `places`, `rows` twice."""
+    return repeat_or_replace(x.unflatten(-1, (2, 2)), places, rows.repeat(1, 1, 2))
+
+
 SHAPES = pytest.mark.parametrize("shape", [(3, 4), (1, 12)], ids=["regular", "ragged"])
 
 
@@ -108,7 +113,7 @@ SHAPES = pytest.mark.parametrize("shape", [(3, 4), (1, 12)], ids=["regular", "ra
 def test_take_put_back_and_replace_equal_loops_and_leave_their_input_alone(shape):
     x, places, rows = draw()
     places, rows = places.view(shape), rows.view(*shape, 4)
-    before, added, replaced = x.clone(), x.clone(), x.clone()
+    before, added, replaced = x.clone(), x.clone(), x[..., [0, 1, 0, 1, 2, 3, 2, 3]]
     taken, flat = take(x, places), take(x[..., 0], places)
     for b in range(shape[0]):
         for c in range(shape[1]):
@@ -116,9 +121,9 @@ def test_take_put_back_and_replace_equal_loops_and_leave_their_input_alone(shape
             assert torch.equal(taken[b, c], x[sequence, t])
             assert flat[b, c] == x[sequence, t, 0]
             added[sequence, t] += rows[b, c]
-            replaced[sequence, t] = rows[b, c]
+            replaced[sequence, t] = rows[b, c].repeat(2)
     assert torch.equal(put_back(x, places, rows), added)
-    assert torch.equal(replace(x, places, rows), replaced)
+    assert torch.equal(repeated(x, places, rows), replaced)
     assert torch.equal(x, before)
 
 
@@ -127,7 +132,7 @@ def test_no_token_at_all():
     none = places[:1, :0]
     assert take(x, none).shape == (1, 0, 4)
     assert torch.equal(put_back(x, none, rows[:1, :0]), x)
-    assert torch.equal(replace(x, none, rows[:1, :0]), x)
+    assert torch.equal(repeated(x, none, rows[:1, :0]), x[..., [0, 1, 0, 1, 2, 3, 2, 3]])
 
 
 def test_inputs_that_are_not_contiguous_are_read_right():
@@ -135,7 +140,7 @@ def test_inputs_that_are_not_contiguous_are_read_right():
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(take(turned, places), take(x, places))
     assert torch.equal(put_back(turned, places, rows), put_back(x, places, rows))
-    assert torch.equal(replace(turned, places, rows), replace(x, places, rows))
+    assert torch.equal(repeated(turned, places, rows), repeated(x, places, rows))
 
 
 def test_gradcheck():
@@ -145,7 +150,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: take(x, places), (x,))
     assert torch.autograd.gradcheck(lambda x: take(x[..., 0], places), (x,))
     assert torch.autograd.gradcheck(lambda x, rows: put_back(x, places, rows), (x, rows))
-    assert torch.autograd.gradcheck(lambda x, rows: replace(x, places, rows), (x, rows))
+    assert torch.autograd.gradcheck(lambda x, rows: repeated(x, places, rows), (x, rows))
     assert torch.autograd.gradcheck(
         lambda x, gate, rows: put_back_gated(x, places, gate, rows),
         (x, x.detach()[..., 1].clone().requires_grad_(), rows),

@@ -14,7 +14,16 @@ from megadyn.model.recompute import recomputed
 from megadyn.parallel.mappings import enter_tp, own_part, whole_sequence
 from megadyn.routing.choice import CausalRouter, TwoLayerRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, Step, attach_loss
-from megadyn.routing.select import Selection, as_mask, choose_top, choose_where, origins, replace, take_out
+from megadyn.routing.select import (
+    Selection,
+    as_mask,
+    choose_top,
+    choose_where,
+    origins,
+    repeat_or_replace,
+    scaled,
+    take_out,
+)
 from megadyn.routing.tracker import Statistic, StepTracker, deviation_where
 
 
@@ -121,8 +130,8 @@ class DtrLayer(RoutedLayer):
     def attend_or_pass(self, stream: Stream, p: Tensor, selection: Selection, mask: Tensor) -> Tensor:
         """h_out [B, T/seq, D], for p [B, T/seq, 2] and the attending tokens, as a selection and as a mask [B, T]."""
         mixed = self.mix(stream, self.input_layernorm(stream.hidden), selection)
-        weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1]).unsqueeze(-1)
-        return self.feed_forward(stream.hidden, (weight * mixed).to(stream.hidden.dtype))
+        weight = torch.where(own_part(mask, self.seq), p[..., 0], p[..., 1])
+        return self.feed_forward(stream.hidden, scaled(mixed, weight))
 
     def mix(self, stream: Stream, normed: Tensor, selection: Selection) -> Tensor:
         """O(attention) for attending tokens, O(V) for the others, [B, T/seq, D]; `normed` is the norm of the stream."""
@@ -135,9 +144,7 @@ class DtrLayer(RoutedLayer):
         v, chosen_v = take_out(attention.values(x), places)  # [B, T, G/tp, K] and [b, c, G/tp, K]
         inputs = (q, k, chosen_v, positions, length, segments)
         attended = recomputed(attention.attend, *inputs) if attention.recompute else attention.attend(*inputs)
-        # repeat_kv, [B, T, H/tp * K]
-        passed = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2).flatten(2)
-        return attention.o_proj(replace(passed, places, attended))
+        return attention.o_proj(repeat_or_replace(v, places, attended))  # of [B, T, H/tp * K]
 
     def statistics(self, lead: Tensor, mask: Tensor) -> dict[str, Tensor | Statistic]:
         """For `Monitor`, from logit differences [B, T] and the mask of attending tokens [B, T]; the loss is unweighted."""
