@@ -25,8 +25,12 @@ ON_A_CPU = {
     "quickstart/config.yaml": ["model.vocab_size=4096"],
     "study/config.yaml": ["model.vocab_size=4096"],
     "phases/config.yaml": ["model.vocab_size=4096"],
+    **{
+        f"probe/{path.name}": ["model.vocab_size=87", "training.micro_batch_size=32"]
+        for path in (EXAMPLES / "probe").glob("*.yaml")
+    },
 }
-"""With what their tokenizers add."""
+"""With what their tokenizers add, and with enough micro-batches for the two processes of the test."""
 
 
 class Run(NamedTuple):

@@ -1,0 +1,353 @@
+"""Models on a generated language in which it is known which tokens need depth; one row per run, tables and figures.
+
+    python examples/probe/probe.py --output runs/probe [--models dense_8 dense_4 ...] [--seeds 3] [--most N] [key=value ...]
+
+Generates the data if they are not there. Then trains and measures what is not in `results.jsonl` yet, one run after another on
+one thread each: all models with seed 1, then all with seed 2, and so on, so that what is there is usable at any time. You can
+stop it and start it again; `--most 0` only generates the data and draws again. A model is a configuration of this folder.
+`key=value` overrides apply to every run and are part of its row. With `--again`, rows that are there are made once more and
+compared: their loss must come out within 1e-3.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megadyn.arguments import positive
+from megadyn.config import load_config
+from megadyn.data.record import read_record
+from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_tool
+from megadyn.paths import user_path
+from megadyn.planning.flops import training_flops
+from megadyn.planning.parameters import total_parameters
+from megadyn.prepare.probe import Language, write_dataset, write_tokenizer
+
+HERE = Path(__file__).parent
+MODELS = ("dense_8", "dense_4", "dense_2", "fixed_random", "mod", "dtf")
+"""Configurations of this folder, in the order in which they are run."""
+LANGUAGE = Language()
+DATA = {"train": (65_536, 1), "validation": (1024, 2)}
+"""Documents and seed of each dataset."""
+TOLERANCE = 1e-3
+"""Within which the loss of a run that is made again must be that of its row."""
+Row = dict[str, Any]
+
+
+# ---- data and runs ---------------------------------------------------------------------------------------------------
+
+
+def make_data(folder: Path) -> None:
+    """Tokenizer and datasets under `folder`, unless they are there. Raises UserError if those are of another language."""
+    write_tokenizer(LANGUAGE, folder / "tokenizer")
+    for name, (documents, seed) in DATA.items():
+        prefix = folder / name
+        record = read_record(Path(f"{prefix}.json"))
+        if record is None or not Path(f"{prefix}.labels").exists():
+            write_dataset(LANGUAGE, prefix, documents, seed, folder / "tokenizer")
+        elif record.source != [f"generated: {LANGUAGE}, seed {seed}"] or record.documents != documents:
+            raise UserError(f"{prefix}: was generated otherwise; remove {folder}, or name another --output")
+
+
+def command(
+    model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False
+) -> list[str]:
+    """Configuration and overrides of a run; `again`: from the start, in a folder of its own."""
+    data = output / "data"
+    name = "-".join([f"seed{seed}", *overrides]).replace("/", "_")
+    folder = (output / "again" if again else output) / model / name
+    return [
+        str(HERE / f"{model}.yaml"),
+        f"training.seed={seed}",
+        f"output_dir={folder}",
+        *(["checkpoint.resume=never"] if again else []),
+        f"tokenizer.path={data / 'tokenizer'}",
+        *(f"data.{name}={data / name}" for name in DATA),
+        *overrides,
+    ]
+
+
+def train(words: Sequence[str]) -> None:
+    """One run in its own process. Raises UserError with its last line of output if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megadyn.pretrain", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
+
+
+def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
+    """Trains and measures one model; draws its first validation document if it routes."""
+    words = command(model, seed, output, overrides, again=again)
+    config = load_config(words[0], words[1:])
+    config.model.vocab_size = len(LANGUAGE.vocabulary)
+    if config.training.sequence_length != LANGUAGE.length:
+        raise ConfigError(
+            "training.sequence_length", config.training.sequence_length, f"{LANGUAGE.length}, a document"
+        )
+    start = time.perf_counter()
+    train(words)
+    seconds = time.perf_counter() - start
+    from megadyn.evaluation.by_label import measure  # seconds of imports, which help and mistakes do without
+
+    measured = measure(Path(config.output_dir), output / "data/validation")
+    length = config.training.sequence_length
+    shares = {int(layer): found["share"] for layer, found in measured.result["layers"].items()}
+    if shares:
+        draw_sample(measured, Path(config.output_dir) / "sample.png", f"{model}, seed {seed}")
+    return {
+        "model": model,
+        "seed": seed,
+        "overrides": list(overrides),
+        "layers_of_model": config.model.num_layers,
+        "kind": config.model.routing.describe(),
+        "steps": config.training.iterations,
+        "parameters": total_parameters(config.model),
+        "flops_per_token": training_flops(config.model, length, shares) / length,
+        "seconds": round(seconds, 1),
+        **measured.result,
+    }
+
+
+# ---- results.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of `results.jsonl`; none if there is no file. Raises UserError for a line that is not one."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["model"], row["seed"], row["overrides"], row["groups"], row["layers"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {number} is not a row of results; remove it") from None
+        rows.append(row)
+    return rows
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Appends a row in one write, so that a run that is stopped leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def key_of(row: Row) -> tuple[str, int, tuple[str, ...]]:
+    return row["model"], row["seed"], tuple(row["overrides"])
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def groups_of(rows: Iterable[Row]) -> list[tuple[str, int]]:
+    """Class and hops of what can be predicted, in order: text, then what takes lookups."""
+    found = {(group["class"], group["hops"]) for row in rows for group in row["groups"]}
+    deep = sorted(group for group in found if group[1])
+    return [("text", 0), *deep]
+
+
+def name_of(group: tuple[str, int]) -> str:
+    return f"{group[0]} {group[1]}" if group[1] else group[0]
+
+
+def values(rows: Sequence[Row], group: tuple[str, int], key: str) -> list[Any]:
+    """A value of this group, per row."""
+    return [of[key] for row in rows for of in row["groups"] if (of["class"], of["hops"]) == group]
+
+
+def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by model and overrides, in order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(" ".join([row["model"], *row["overrides"]]), []).append(row)
+    return found
+
+
+def mean_and_spread(numbers: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.3f}{spread}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def loss_table(rows: Sequence[Row]) -> str:
+    """Loss and accuracy by class and hops, mean over seeds."""
+    groups = groups_of(rows)
+    lines = []
+    for name, runs in by_model(rows).items():
+        cells = []
+        for group in groups:
+            losses, accuracies = (values(runs, group, key) for key in ("loss", "accuracy"))
+            cells.append(f"{mean_and_spread(losses)} ({statistics.mean(accuracies):.0%})" if losses else "-")
+        million = statistics.mean(row["flops_per_token"] for row in runs) / 1e6
+        seconds = statistics.mean(row["seconds"] for row in runs)
+        lines.append(
+            [name, str(len(runs)), str(runs[0]["steps"]), f"{million:.2f}", f"{seconds:.0f}", *cells]
+        )
+    return markdown(["model", "seeds", "steps", "MFLOP per token", "seconds", *map(name_of, groups)], lines)
+
+
+def choice_table(rows: Sequence[Row]) -> str:
+    """Per routed layer, mean over seeds: share chosen of all tokens and by class and hops, and the area under the curve."""
+    routed = [row for row in rows if row["layers"]]
+    groups = [("table", 0), *groups_of(routed)]
+    lines = []
+    for name, runs in by_model(routed).items():
+        for layer in runs[0]["layers"]:
+            found = [row["layers"][layer] for row in runs]
+            areas = [of["area"] for of in found if of["area"] is not None]
+            shares = [[of[layer] for of in values(runs, group, "chosen")] for group in groups]
+            lines.append(
+                [
+                    name,
+                    layer,
+                    f"{statistics.mean(of['share'] for of in found):.0%}",
+                    mean_and_spread(areas) if areas else "-",
+                    *(f"{statistics.mean(share):.0%}" if share else "-" for share in shares),
+                ]
+            )
+    return markdown(["model", "layer", "chosen", "area", *map(name_of, groups)], lines) if lines else ""
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def draw_depth(rows: Sequence[Row], path: Path) -> None:
+    """Loss and accuracy by class and hops against depth, of the models in which no layer chooses."""
+    dense = [row for row in rows if not row["layers"] and not row["overrides"]]
+    depths = sorted({row["layers_of_model"] for row in dense})
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+        for group in groups_of(dense):
+            runs = [
+                values([row for row in dense if row["layers_of_model"] == depth], group, key)
+                for depth in depths
+            ]
+            means = [statistics.mean(found) if found else math.nan for found in runs]
+            style = {"text": ":", "sum": "--"}.get(group[0], "-")
+            line = axis.plot(depths, means, style, label=name_of(group))[0]
+            for depth, found in zip(depths, runs, strict=True):
+                axis.scatter([depth] * len(found), found, s=14, color=line.get_color())
+        axis.set_xlabel("dense layers")
+        axis.set_xticks(depths)
+        axis.set_ylabel(f"{key}, held-out documents")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def draw_sample(measured: Any, path: Path, title: str) -> None:
+    """The first document: above, the lookups that each token needs to predict the next; below, what each layer processed."""
+    length = measured.length
+    words = [LANGUAGE.vocabulary[token] for token in measured.passed.tokens[:length]]
+    needed = measured.passed.hops[:length].astype(float)
+    chosen = [mask[:length].astype(float) for mask in measured.passed.chosen.values()]
+    figure, (above, below) = pyplot().subplots(
+        2, 1, figsize=(0.19 * length + 1.5, 1.6 + 0.25 * len(chosen)), layout="constrained", sharex=True,
+        height_ratios=[1, max(1, len(chosen))],
+    )  # fmt: skip
+    above.imshow(needed[None], aspect="auto", cmap="Oranges", vmin=0, vmax=max(1.0, needed.max()))
+    above.set_yticks([0], ["lookups needed"])
+    below.imshow(np.stack(chosen), aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    below.set_yticks(range(len(chosen)), [f"layer {layer}" for layer in measured.passed.chosen])
+    below.set_xticks(range(length), words, rotation=90, fontsize=7)
+    above.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return number
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=MODELS, metavar="NAME", help="configurations of this folder"
+    )
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--most", type=count, metavar="N", help="stop after N runs")
+    parser.add_argument(
+        "--again", action="store_true", help="make the rows that are there once more, and compare"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def check_again(row: Row, before: Row) -> None:
+    """Raises UserError if the run came out otherwise."""
+    if not math.isclose(row["loss"], before["loss"], rel_tol=0, abs_tol=TOLERANCE):
+        raise UserError(
+            f"{row['model']}, seed {row['seed']}: loss {row['loss']:.5f}, but its row says {before['loss']:.5f}"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for model in args.models:
+        if model not in MODELS:
+            raise UserError(f"--models {model}: no configuration of the probe{did_you_mean(model, MODELS)}")
+    results = args.results or args.output / "results.jsonl"
+    there = {key_of(row): row for row in read_rows(results)}
+    make_data(args.output / "data")
+    wanted = [
+        (model, seed, tuple(args.overrides)) for seed in range(1, args.seeds + 1) for model in args.models
+    ]
+    todo = [key for key in wanted if (key in there) == args.again]
+    for key in todo[: args.most]:
+        row = run(*key[:2], args.output, key[2], again=args.again)
+        print(
+            f"{row['model']}, seed {row['seed']}: loss {row['loss']:.4f} after {row['seconds']:.0f} s",
+            flush=True,
+        )
+        if args.again:
+            check_again(row, there[key])
+        else:
+            add_row(results, row)
+    if rows := read_rows(results):
+        tables = loss_table(rows) + "\n" + choice_table(rows)
+        (args.output / "table.md").write_text(tables)
+        draw_depth(rows, args.output / "depth.png")
+        print(tables)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))

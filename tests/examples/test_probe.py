@@ -1,0 +1,119 @@
+"""The probe from generation to figures, with tiny models; a row that is there is not made again, and can be checked."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megadyn.config import load_config
+from megadyn.errors import ConfigError, UserError
+from megadyn.evaluation.losses import evaluate
+from megadyn.prepare import probe as language
+from tests.docs.commands import load
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
+
+TINY = [
+    "model.hidden_size=16",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.ffn_size=16",
+    "model.rope.skip_layers=[1]",
+    "training.iterations=2",
+    "training.global_batch_size=4",
+    "training.micro_batch_size=4",
+    "training.eval_samples=4",
+    "optimizer.warmup_iterations=1",
+]
+PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with few documents, and runs in forked processes."""
+    module = load("examples/probe/probe.py")
+    monkeypatch.setattr(language, "AT_ONCE", 16)
+    monkeypatch.setattr(module, "DATA", {"train": (40, 1), "validation": (17, 2)})
+
+    def train(words: Sequence[str]) -> None:
+        Path(words[2].partition("=")[2]).mkdir(parents=True, exist_ok=True)
+        crew = Crew(Path(words[0]), *words[1:])
+        assert crew.wait() == [0], crew.output()
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start))
+    return module
+
+
+def in_folder(start):
+    """Logs of the ranks go into the run's folder instead of that of the configuration, which is in the repository."""
+
+    def started(self, folder: Path, world: int, job, words: list[str], *rest) -> None:
+        start(self, Path(words[2].partition("=")[2]), world, job, words, *rest)
+
+    return started
+
+
+def test_from_generation_to_figures(
+    probe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--output", str(tmp_path), "--models", "dense_2", "mod", "--seeds", "1", *TINY]
+    assert probe.main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in rows] == ["dense_2", "mod"]
+    folder = next((tmp_path / "mod").iterdir())
+    for row, name in zip(rows, ["dense_2", "mod"]):
+        of_run = evaluate(next((tmp_path / name).iterdir()), tmp_path / "data/validation", modes=["causal"])
+        assert row["loss"] == pytest.approx(of_run["causal"], abs=1e-5)
+        assert row["tokens"] == of_run["tokens"] == sum(group["tokens"] for group in row["groups"])
+        weighed = sum(group["loss"] * group["tokens"] for group in row["groups"]) / row["tokens"]
+        assert weighed == pytest.approx(row["loss"], abs=1e-5)
+    assert rows[0]["layers"] == {} and rows[1]["layers"]["1"]["share"] == pytest.approx(
+        of_run["routed_fraction"], abs=1e-6
+    )
+    assert 0 < rows[1]["layers"]["1"]["area"] < 1
+    for figure in (tmp_path / "depth.png", folder / "sample.png"):
+        assert figure.read_bytes().startswith(PNG)
+    table = (tmp_path / "table.md").read_text()
+    assert "dense_2" in table and "chase 2" in table and table in capsys.readouterr().out
+
+    data, before = tmp_path / "data/train.bin", (tmp_path / "results.jsonl").read_bytes()
+    changed = data.stat().st_mtime_ns
+    assert probe.main(words) == 0  # nothing is left to do
+    assert (tmp_path / "results.jsonl").read_bytes() == before and data.stat().st_mtime_ns == changed
+
+    assert probe.main([*words, "--again", "--most", "1"]) == 0  # the same loss
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"dense_2, seed 1: loss \d\.\d+, but its row says 9\.00000"):
+        probe.check_again(rows[0], rows[0] | {"loss": 9.0})
+
+
+def test_every_model_has_its_configuration(probe: ModuleType) -> None:
+    for model in probe.MODELS:
+        path, *words = probe.command(model, 1, Path("runs/probe"), [])
+        assert load_config(path, words).training.sequence_length == probe.LANGUAGE.length
+    assert {path.stem for path in Path(path).parent.glob("*.yaml")} == {"config", *probe.MODELS}
+
+
+def test_the_page_has_the_table_of_the_committed_rows(probe: ModuleType) -> None:
+    table = probe.loss_table(probe.read_rows(ROOT / "examples/probe/results.jsonl"))
+    assert table in (ROOT / "docs/probe.md").read_text(), "the page is to say:\n" + table
+
+
+def test_bad_input_is_refused_before_anything_runs(probe: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--models dense_9: no configuration of the probe"):
+        probe.main(["--output", str(tmp_path), "--models", "dense_9"])
+    (tmp_path / "results.jsonl").write_text('{"model": "dense_2"}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl: line 1 is not a row of results"):
+        probe.main(["--output", str(tmp_path), "--most", "0"])
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match="training.sequence_length = 7"):
+        probe.main(
+            ["--output", str(tmp_path), "--models", "dense_2", "--most", "1", "training.sequence_length=7"]
+        )
+    probe.DATA["train"] = (41, 1)
+    with pytest.raises(UserError, match="was generated otherwise; remove"):
+        probe.main(["--output", str(tmp_path), "--most", "0"])
+    assert not (tmp_path / "results.jsonl").exists()
