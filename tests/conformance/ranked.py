@@ -108,7 +108,7 @@ def curve(
     from megadyn.engine.engine import Engine
     from megadyn.parallel.grid import make_grid
 
-    micro_batch = 1 if layout.data > 1 or layout.pipeline > 1 else 2
+    micro_batch = 1 if layout.data > 1 else 2  # two of them on each rank: enough to accumulate over
     try:
         config = config_of(
             case,
@@ -144,7 +144,7 @@ def curve(
         found["grad_norm"].append(float(result.grad_norm))
     if save_to is not None:
         save_load.save(engine, save_to, iteration=steps.stop, consumed_samples=4 * steps.stop)
-    if layout.data == 1:
+    if layout.data == 1 and layout.recompute == "none" and save_to is None:
         found["validation"] = [engine.evaluate(batches, len(batches), mode) for mode in ("topk", "causal")]
     engine.engine.destroy()
     return found

@@ -56,7 +56,7 @@ class Case(NamedTuple):
     def steps(self) -> int:
         """The README promises ten steps: plain cases show it. The others' faults would show in the
         first few, but for those that rounding hides in half precision."""
-        return STEPS if self.is_evaluated or self.precision != "fp32" else FEWER
+        return STEPS if (self.is_evaluated and not self.muon) or self.precision != "fp32" else FEWER
 
     def __str__(self) -> str:
         marks = {
