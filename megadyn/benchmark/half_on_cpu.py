@@ -4,7 +4,9 @@ long as fp32 there."""
 import warnings
 
 import torch
+from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
 _library: torch.library.Library | None = None
 
 
@@ -23,12 +25,25 @@ def widen_products() -> bool:
             action="ignore"
         ):  # torch warns that a kernel is replaced, which is intended
             _library.impl("mm", _mm, "CPU")
+            _library.impl("addmm", _addmm, "CPU")
     return True
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # The variant with `out` is another operation and keeps torch's kernel.
-    if a.dtype not in (torch.bfloat16, torch.float16):
+# The variants with `out` are other operations and keep torch's kernels.
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype not in HALF:
         return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
     product = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
     return torch.mm(a.float(), b.float(), out=product).to(a.dtype)
+
+
+def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """Linear layers with a bias come here."""
+    shape = a.shape[0], b.shape[1]
+    if a.dtype not in HALF:
+        return torch.addmm(x, a, b, beta=beta, alpha=alpha, out=a.new_empty(shape))
+    total = torch.empty(shape, dtype=torch.float32)
+    x, dtype = x.float(), a.dtype
+    return torch.addmm(x, a.float(), b.float(), beta=beta, alpha=alpha, out=total).to(dtype)

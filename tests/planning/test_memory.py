@@ -134,7 +134,6 @@ CASES = [
     Case("dense", "weights", muon=True),
     Case("mod", "weights", pipeline=2),
     Case("dense", "words", pipeline=2),
-    Case("dense", "activations", zero=3),
     *(
         Case("dense", "weights", precision, zero)
         for precision, zero in (("fp32", 0), ("bf16", 2), ("bf16", 3), ("fp16", 1))
