@@ -120,31 +120,9 @@ class Config:
 
 
 def check_together(config: Config) -> None:
-    """Rules that span sections, in one function so that they are easy to review."""
+    """Rules that span sections, together so that they are easy to review."""
     model, parallel, training = config.model, config.parallel, config.training
-    if model.num_heads % parallel.tensor:
-        raise ConfigError(
-            "parallel.tensor", parallel.tensor, f"a divisor of model.num_heads = {model.num_heads}"
-        )
-    kv_heads = model.num_kv_heads or model.num_heads
-    if kv_heads % parallel.tensor and parallel.tensor % kv_heads:
-        raise ConfigError(
-            "parallel.tensor", parallel.tensor, f"a divisor or a multiple of model.num_kv_heads = {kv_heads}"
-        )
-    if (model.ffn_size or 0) % parallel.tensor:
-        raise ConfigError(
-            "parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}"
-        )
-    if parallel.pipeline > model.num_layers:
-        raise ConfigError(
-            "parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}"
-        )
-    if parallel.sequence and training.sequence_length % parallel.tensor:
-        raise ConfigError(
-            "training.sequence_length",
-            training.sequence_length,
-            f"a multiple of parallel.tensor = {parallel.tensor} with parallel.sequence",
-        )
+    check_cuts(model, parallel, training.sequence_length)
     if model.max_position is None:
         model.max_position = training.sequence_length
     if training.sequence_length > model.max_position:
@@ -180,6 +158,33 @@ def check_together(config: Config) -> None:
             "another one with data.document_mask: its base follows from the length of a sequence, not of a document",
         )
     model.routing.check_run(pipeline=parallel.pipeline, documents=config.data.document_mask)
+
+
+def check_cuts(model: ModelConfig, parallel: ParallelConfig, length: int) -> None:
+    """Raises ConfigError for a model, or sequences of `length` tokens, that cannot be cut as `parallel` says."""
+    if model.num_heads % parallel.tensor:
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor of model.num_heads = {model.num_heads}"
+        )
+    kv_heads = model.num_kv_heads or model.num_heads
+    if kv_heads % parallel.tensor and parallel.tensor % kv_heads:
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor or a multiple of model.num_kv_heads = {kv_heads}"
+        )
+    if (model.ffn_size or 0) % parallel.tensor:
+        raise ConfigError(
+            "parallel.tensor", parallel.tensor, f"a divisor of model.ffn_size = {model.ffn_size}"
+        )
+    if parallel.pipeline > model.num_layers:
+        raise ConfigError(
+            "parallel.pipeline", parallel.pipeline, f"at most model.num_layers = {model.num_layers}"
+        )
+    if parallel.sequence and length % parallel.tensor:
+        raise ConfigError(
+            "training.sequence_length",
+            length,
+            f"a multiple of parallel.tensor = {parallel.tensor} with parallel.sequence",
+        )
 
 
 def check_length(config: Config) -> None:

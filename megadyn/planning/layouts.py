@@ -250,19 +250,15 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
     """Predicted cost of `config`, which must be able to run, on all of the machine's GPUs."""
     plan, cuts, work = batch_plan(config, machine.gpus), stage_cuts(config), workload(config)
     tensor, stages = config.parallel.tensor, config.parallel.pipeline
-    muon = muon_number(config)
+    states: dict[str, Any] = {
+        "precision": config.precision,
+        "zero": settings.zero,
+        "data": plan.data_parallel,
+        "muon": muon_number(config),
+    }
     memory = max(
         (
-            rank_memory(
-                work,
-                cuts,
-                stage,
-                precision=config.precision,
-                zero=settings.zero,
-                data=plan.data_parallel,
-                micro_batches=plan.micro_batches,
-                muon=muon,
-            )
+            rank_memory(work, cuts, stage, micro_batches=plan.micro_batches, **states)
             for stage in range(stages)
         ),
         key=lambda it: it.total,
@@ -291,16 +287,7 @@ def lay_out(config: Config, settings: EngineFile, machine: Machine) -> Layout:
         plan.micro_batches,
         work.recompute,
         memory,
-        ranks
-        * host_memory(
-            work,
-            cuts,
-            0,
-            precision=config.precision,
-            zero=settings.zero,
-            data=plan.data_parallel,
-            muon=muon,
-        ),
+        ranks * host_memory(work, cuts, 0, **states),
         memory.total <= (machine.memory_gib - machine.reserve_gib) * GIB,
         bubble=passes.bubble,
         tensor_bytes=max(t.tensor_bytes for t in times) * plan.micro_batches,
