@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
+ADDMM = torch.ops.aten.addmm.out
 _library: torch.library.Library | None = None
 
 
@@ -43,7 +44,7 @@ def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
     """Linear layers with a bias come here."""
     shape = a.shape[0], b.shape[1]
     if a.dtype not in HALF:
-        return torch.addmm(x, a, b, beta=beta, alpha=alpha, out=a.new_empty(shape))
+        return ADDMM(x, a, b, beta=beta, alpha=alpha, out=a.new_empty(shape))
     total = torch.empty(shape, dtype=torch.float32)
     x, dtype = x.float(), a.dtype
-    return torch.addmm(x, a.float(), b.float(), beta=beta, alpha=alpha, out=total).to(dtype)
+    return ADDMM(x, a.float(), b.float(), beta=beta, alpha=alpha, out=total).to(dtype)
