@@ -15,7 +15,7 @@ from megadyn.model.documents import Segments, segments_of
 from megadyn.model.norm import HeadNorm
 from megadyn.model.recompute import recomputed
 from megadyn.model.rope import Rotary
-from megadyn.model.window import attention_in_ids, attention_in_window
+from megadyn.model.window import attention_in_one_call, attention_in_window
 from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowParallelLinear
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
@@ -99,12 +99,13 @@ def causal_attention(
     Returns:
         [B, S, H, K].
     """
-    if window is not None and (backend == "sdpa" or positions is not None):
+    needs_mask = backend == "sdpa" or (window is not None and positions is not None)
+    if needs_mask and segments is not None and torch.compiler.is_compiling():
+        return attention_in_one_call(q, k, v, segments.ids, window, positions)
+    if needs_mask and window is not None:
         return attention_in_window(q, k, v, window, positions, None if segments is None else segments.ids)
     if window is not None and backend == "varlen" and segments is None:
         segments = _rows(q)
-    if segments is not None and backend == "sdpa" and torch.compiler.is_compiling():
-        return attention_in_ids(q, k, v, segments.ids)
     if segments is not None:
         flat = _attention_in_segments(
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments, window

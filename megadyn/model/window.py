@@ -46,19 +46,19 @@ def attention_in_window(
     return torch.cat(out, dim=2).transpose(1, 2)
 
 
-def attention_in_ids(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
-    """Each token sees itself and earlier tokens of its segment. One call, whose mask is the whole square: a compiled graph
-    cannot have as many calls as there are segments.
+def attention_in_one_call(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, window: int | None, positions: Tensor | None
+) -> Tensor:
+    """`attention_in_window`, also without a window, by one call whose mask is the whole square. A compiled graph cannot have
+    as many calls as there are segments or blocks, where their number varies.
 
-    Args:
-        q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H.
-        ids: [B, S], the segment of each token, ascending.
-
-    Returns:
-        [B, S, H, K].
+    Args, returns: as there.
     """
     place = torch.arange(q.shape[1], device=q.device)
     mask = (ids[:, :, None] == ids[:, None]) & (place[:, None] >= place)
+    if window is not None:
+        where = place.unsqueeze(0) if positions is None else positions
+        mask = mask & (where[:, :, None] - where[:, None] < window)
     q, k, v = _heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1)).transpose(1, 2)
 

@@ -75,7 +75,7 @@ def documents(step: int) -> torch.Tensor:
 
 
 def test_documents_and_tokens_of_varying_number_take_no_new_graphs(built):
-    """Every token chooses for itself, within its document."""
+    """Every token chooses for itself, within its document. A dense and a routed layer have a window, another of each has none."""
 
     def run(compile_run: bool):
         config.training.compile = compile_run
@@ -91,7 +91,7 @@ def test_documents_and_tokens_of_varying_number_take_no_new_graphs(built):
         return found
 
     graphs: list[int] = []
-    config = tiny_config("dtrnet-token", num_layers=2)
+    config = tiny_config("dtrnet-token", num_layers=4, sliding_window=5, window_layers=[0, 1])
     assert_close(run(True), run(False))
     assert graphs[1] == graphs[3], "a graph was compiled after the second step"
 
