@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_too
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 from megadyn.planning.parameters import total_parameters
-from megadyn.prepare.probe import Language, write_dataset, write_tokenizer
+from megadyn.prepare.probe import ANSWERS, Language, write_dataset, write_tokenizer
 
 HERE = Path(__file__).parent
 MODELS = ("dense_8", "dense_4", "dense_2", "fixed_random", "mod", "dtf")
@@ -63,7 +64,7 @@ def command(
 ) -> list[str]:
     """Configuration and overrides of a run; `again`: from the start, in a folder of its own."""
     data = output / "data"
-    name = "-".join([f"seed{seed}", *overrides]).replace("/", "_")
+    name = re.sub(r"[^\w.=-]", "_", "-".join([f"seed{seed}", *overrides]))
     folder = (output / "again" if again else output) / model / name
     return [
         str(HERE / f"{model}.yaml"),
@@ -156,9 +157,11 @@ def key_of(row: Row) -> tuple[str, int, tuple[str, ...]]:
 
 
 def groups_of(rows: Iterable[Row]) -> list[tuple[str, int]]:
-    """Class and hops of what can be predicted, in order: text, then what takes lookups."""
+    """Class and hops of what can be predicted, in order: text, then answers."""
     found = {(group["class"], group["hops"]) for row in rows for group in row["groups"]}
-    deep = sorted(group for group in found if group[1])
+    deep = sorted(
+        (group for group in found if group[0] in ANSWERS), key=lambda of: (ANSWERS.index(of[0]), of[1])
+    )
     return [("text", 0), *deep]
 
 
@@ -195,7 +198,7 @@ def loss_table(rows: Sequence[Row]) -> str:
     for name, runs in by_model(rows).items():
         cells = []
         for group in groups:
-            losses, accuracies = (values(runs, group, key) for key in ("loss", "accuracy"))
+            losses, accuracies = (values(runs, group, key) for key in ("within", "accuracy"))
             cells.append(f"{mean_and_spread(losses)} ({statistics.mean(accuracies):.0%})" if losses else "-")
         million = statistics.mean(row["flops_per_token"] for row in runs) / 1e6
         seconds = statistics.mean(row["seconds"] for row in runs)
@@ -244,7 +247,7 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
     dense = [row for row in rows if not row["layers"] and not row["overrides"]]
     depths = sorted({row["layers_of_model"] for row in dense})
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, key in zip(axes, ("loss", "accuracy"), strict=True):
+    for axis, key in zip(axes, ("within", "accuracy"), strict=True):
         for group in groups_of(dense):
             runs = [
                 values([row for row in dense if row["layers_of_model"] == depth], group, key)

@@ -41,8 +41,10 @@ class Passed(NamedTuple):
     """[P], of the token that follows."""
     loss: NDArray[np.float32]
     """[P], in nats."""
+    within: NDArray[np.float32]
+    """[P], in nats, of the following token among those of its class."""
     right: NDArray[np.bool_]
-    """[P], whether the following token got the highest probability."""
+    """[P], whether the following token is the likeliest of its class."""
     chosen: dict[int, NDArray[np.bool_]]
     """By layer that chooses tokens: [P], whether it processed the token."""
     score: dict[int, NDArray[np.float32]]
@@ -82,7 +84,9 @@ def measure(
     model = exported(saved, mode).to(device)
     layers = sorted(choosing_layers(saved.model))
     log.info("measuring %s over %s samples of %s tokens, %s routing", path, f"{count:,}", length, mode)
-    parts = _run(model, chosen, count, batch_size, layers)
+    parts = _run(
+        model, chosen, count, batch_size, layers, labels, of_class(dataset, labels, saved.model.vocab_size)
+    )
     passed = _joined(list(parts), labels, layers)
     result = {
         "loss": float(passed.loss.mean()),
@@ -105,11 +109,19 @@ def exported(saved: Saved, mode: str) -> MegadynForCausalLM:
     return model
 
 
+def of_class(dataset: IndexedDataset, labels: Labels, vocab_size: int) -> torch.Tensor:
+    """[classes, vocabulary], bool: whether the token occurs with this class."""
+    found = torch.zeros(len(labels.names), vocab_size, dtype=torch.bool)
+    found[labels.classes.astype(np.int64), dataset.tokens[:].astype(np.int64)] = True
+    return found
+
+
 class _Part(NamedTuple):
     """A batch's part of `Passed`, without labels."""
 
     tokens: NDArray[np.int64]
     loss: NDArray[np.float32]
+    within: NDArray[np.float32]
     right: NDArray[np.bool_]
     chosen: dict[int, NDArray[np.bool_]]
     score: dict[int, NDArray[np.float32]]
@@ -117,19 +129,30 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def _run(
-    model: MegadynForCausalLM, samples: SampleSet, count: int, batch_size: int, layers: list[int]
+    model: MegadynForCausalLM,
+    samples: SampleSet,
+    count: int,
+    batch_size: int,
+    layers: list[int],
+    labels: Labels,
+    of_class: torch.Tensor,
 ) -> Iterator[_Part]:
+    """Batches of samples, which are consecutive in the file: the labels of what follows are one ahead."""
+    classes = torch.from_numpy(labels.classes.astype(np.int64))
     batches = range(0, count, batch_size)
     for first in each(batches, "measuring", len(batches)):
         ids = range(first, min(first + batch_size, count))
         tokens, labels = (torch.from_numpy(part).to(model.device) for part in read_batch(samples, ids))
         output = model(tokens, use_cache=False, output_routing=True)
         logits, wanted = output.logits.float().flatten(0, 1), labels.flatten()
-        loss = F.cross_entropy(logits, wanted, reduction="none")
+        at = first * samples.sequence_length + 1
+        inside = of_class[classes[at : at + len(wanted)]].to(model.device)
+        among = logits[:, : inside.shape[1]].masked_fill(~inside, -torch.inf)
         yield _Part(
             tokens.flatten().cpu().numpy(),
-            loss.cpu().numpy(),
-            (logits.argmax(dim=1) == wanted).cpu().numpy(),
+            F.cross_entropy(logits, wanted, reduction="none").cpu().numpy(),
+            F.cross_entropy(among, wanted, reduction="none").cpu().numpy(),
+            (among.argmax(dim=1) == wanted).cpu().numpy(),
             {layer: output.routing[layer].flatten().cpu().numpy() for layer in layers},
             {
                 layer: output.gates[layer].float().flatten().cpu().numpy()
@@ -148,6 +171,7 @@ def _joined(parts: list[_Part], labels: Labels, layers: list[int]) -> Passed:
         labels.classes[following],
         labels.hops[following],
         np.concatenate([part.loss for part in parts]),
+        np.concatenate([part.within for part in parts]),
         np.concatenate([part.right for part in parts]),
         {layer: np.concatenate([part.chosen[layer] for part in parts]) for layer in layers},
         {layer: np.concatenate([part.score[layer] for part in parts]) for layer in scored},
@@ -155,7 +179,8 @@ def _joined(parts: list[_Part], labels: Labels, layers: list[int]) -> Passed:
 
 
 def by_group(passed: Passed, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Per class and hops that occur: `tokens`, mean `loss`, `accuracy`, and `chosen`, the share chosen by layer."""
+    """Per class and hops that occur: `tokens`, mean `loss` and `within` (see `Passed`), `accuracy`, and `chosen`, the share
+    chosen by layer."""
     found = []
     for code in np.unique(passed.classes.astype(np.int64) * 256 + passed.hops):
         of_class, hops = divmod(int(code), 256)
@@ -166,6 +191,7 @@ def by_group(passed: Passed, names: tuple[str, ...]) -> list[dict[str, Any]]:
                 "hops": hops,
                 "tokens": int(inside.sum()),
                 "loss": float(passed.loss[inside].mean()),
+                "within": float(passed.within[inside].mean()),
                 "accuracy": float(passed.right[inside].mean()),
                 "chosen": {str(layer): float(mask[inside].mean()) for layer, mask in passed.chosen.items()},
             }

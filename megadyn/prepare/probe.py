@@ -1,24 +1,28 @@
-"""A generated language in which it is known how many lookups, one after another, each token takes to predict.
+"""A generated language in which it is known how many steps, one after another, each token takes to predict.
 
-Every document has the same length and the same parts, in random order behind its table:
+Every document has the same length. Behind a table stand parts of these kinds, drawn until the next one does not fit:
 
-    table      `c>f`   one token per entry of a random cycle over the nodes: what follows each node; in random order
-    question   `3: c`  the head of a walk: a number of hops and a node; then come answers, each found from the node before it:
-    recall     `f`     the next node, if the walk is one of one hop
-    chase      `b`     the node two or more entries further, in a walk of that many hops
-    text       `t5`    a run of order-1 Markov text: the last word alone tells what can be known about the next
-    sum        `s4`    behind `+3 +1 =`: the sum of the terms modulo `modulus`
+    table   `c>f`          one token per entry of a random cycle over the nodes: what follows each node; in random order
+    walk    `c > > > b`    a node, one arrow per lookup, and the node that they lead to: `recall` after one, else `chase`
+    list    `3 q p s 1`    a state, names of permutations of the states, and the `state` in which they leave it
+    sum     `+3 +1 +1 s0`  terms, and their `sum` modulo `modulus`
+    text    `t5 t2 t9`     order-1 Markov text: only the last word tells about the next; fills what is left, too
 
-A document ends with `<eos>`. `hops` of an answer of a walk is the *fewest* lookups that give it, because an earlier answer is an
-entry too: who has seen that three hops lead from c to b finds what is four hops behind c in two lookups. A lookup may go either
-way along an entry. Of a sum, `hops` is the number of additions. Everything else has 0: nothing in the context but the last tokens
-tells about it, if anything does. A walk is shorter than the cycle, so that nodes which have not been passed remain to guess from.
+A document ends with `<eos>`. What the names of permutations and the words of the text mean belongs to the language, and is the
+same for all seeds.
 
-These are steps of a search that starts at the question. Entries of the table could also be combined with each other before
-any question is asked, which would halve the steps with each layer; whether a model does so is to be measured.
+A walk, a list or a sum may end after each of its steps, and shorter ones are likelier, which makes the longer ones easier to
+learn. So at every step a model has to know what would come if this were the last: `hops` of a token is the number of lookups,
+permutations or additions that lead to where its *prediction* is made, whether an answer follows or one more step. Everything
+else has 0 hops: nothing but the last token tells about it, if anything does.
+
+Hops are steps of a search from the part's beginning. Entries of the table, or permutations, could also be combined with each
+other, which would halve the steps with each layer, and terms can be added all at once; whether models do so is to be measured.
+A walk goes at most half around the cycle, so that backwards is no shorter.
 """
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,66 +39,79 @@ from megadyn.errors import ConfigError
 from megadyn.files import os_errors_named, temporary_beside
 from megadyn.tokenization.tokenizer import load_tokenizer
 
-# Dims: D documents of L tokens; W walks over N nodes.
 Ints = NDArray[np.int64]
+Part = list[tuple[int, int, int]]
+"""Token, class and hops of each position."""
 
-CLASSES = ("end", "table", "question", "recall", "chase", "text", "term", "sum")
-END, TABLE, QUESTION, RECALL, CHASE, TEXT, TERM, SUM = range(len(CLASSES))
-AT_ONCE = 4096
-"""Documents that are generated together; part of what a seed means."""
+CLASSES = ("end", "table", "question", "step", "recall", "chase", "state", "sum", "text")
+END, TABLE, QUESTION, STEP, RECALL, CHASE, STATE, SUM, TEXT = range(len(CLASSES))
+ANSWERS = ("recall", "chase", "state", "sum")
+"""Classes of what takes steps to know. `step` takes none: it is chance, though its place in the part may be deep."""
 SUCCESSORS = (0.5, 0.25, 0.15, 0.1)
 """Probabilities of the words that may follow a word of the text."""
+AT_ONCE = 4096
+"""Documents that are held in memory at a time."""
+LONGER = 0.75
+"""How likely a part of one step more is, against one of a step less."""
+DRAWS = 1000
+"""Among which the permutations of a language are looked for."""
 NODE_NAMES = "abcdefghijklmnopqrstuvwxyz"
+AT_ONCE = 4096
+"""Documents that are held in memory at a time."""
+LONGER = 0.75
+"""How likely a part of one step more is, against one of a step less."""
+DRAWS = 1000
+"""Among which the permutations of a language are looked for."""
+NODE_NAMES = "abcdefghijklmnopqrstuvwxyz"
+LEAST_TEXT = 4
+"""Words of a document's text if its other parts are as long as they may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
     """Sizes of a document's parts."""
 
-    nodes: int = 7
-    """Entries of the table, at most 26. If the number is prime, a walk of any number of hops passes all nodes."""
-    hops: int = 3
-    """Walks go 1 to this many hops at a time, each as often; below `nodes`."""
-    walks: int = 1
-    """Walks of a document, over the same table."""
-    answers: int = 5
-    """Answers of each walk, below `nodes`."""
+    length: int = 96
+    """Tokens of a document, its end included: the sequence length to train with."""
+    nodes: int = 6
+    """Entries of the table, at most 26."""
+    lookups: int = 3
+    """Of the longest walk, at most half of `nodes`."""
+    states: int = 5
+    permutations: int = 4
+    longest: int = 10
+    """Permutations of the longest list."""
+    modulus: int = 5
+    terms: int = 3
+    """Of the longest sum; the shortest has two."""
     words: int = 16
     """Words of the Markov text."""
-    runs: int = 1
-    """Runs of text in a document."""
-    run_length: int = 8
-    modulus: int = 5
-    sums: tuple[int, ...] = (2,)
-    """Terms of each sum in a document."""
+    run: int = 8
+    """Words of a run of text."""
+    walks: int = 3
+    lists: int = 7
+    sums: int = 1
+    texts: int = 2
+    """How often a part is a walk, a list, a sum or a run of text, relative to the others."""
 
     def __post_init__(self) -> None:
-        for name in ("walks", "answers", "runs", "run_length"):
-            at_least(f"language.{name}", getattr(self, name), 1)
+        for name in ("walks", "lists", "sums", "texts"):
+            at_least(f"language.{name}", getattr(self, name), 0)
+        for name, least in {"permutations": 2, "longest": 1, "modulus": 2, "terms": 2, "run": 1}.items():
+            at_least(f"language.{name}", getattr(self, name), least)
+        at_least("language.walks + lists + sums + texts", self.walks + self.lists + self.sums + self.texts, 1)
+        at_least("language.length", self.length, self.nodes + 1)
         at_least("language.words", self.words, len(SUCCESSORS))
-        at_least("language.modulus", self.modulus, 2)
+        at_least("language.states", self.states, 3)  # permutations of two states can be applied in any order
+        if (found := len(self.permutation)) < self.permutations:
+            of = f"at most {found} of {self.states} states, or two could be exchanged"
+            raise ConfigError("language.permutations", self.permutations, of)
         if not 3 <= self.nodes <= len(NODE_NAMES):
             raise ConfigError("language.nodes", self.nodes, f"from 3 to {len(NODE_NAMES)}")
-        if not 1 <= self.hops < self.nodes:
-            raise ConfigError("language.hops", self.hops, f"from 1 to language.nodes - 1 = {self.nodes - 1}")
-        if self.answers >= self.nodes:
-            raise ConfigError("language.answers", self.answers, f"below language.nodes = {self.nodes}")
-        if any(terms < 2 for terms in self.sums):
-            raise ConfigError("language.sums", self.sums, "numbers of terms of at least 2")
-
-    @property
-    def length(self) -> int:
-        """Tokens of a document, its end included: the sequence length to train with."""
-        return sum(self.part_lengths) + self.nodes + 1
-
-    @property
-    def part_lengths(self) -> list[int]:
-        """Tokens of each part that stands anywhere behind the table: walks, runs, sums."""
-        return [
-            *[2 + self.answers] * self.walks,
-            *[self.run_length] * self.runs,
-            *(terms + 2 for terms in self.sums),
-        ]
+        if not 1 <= self.lookups <= self.nodes // 2:
+            raise ConfigError(
+                "language.lookups", self.lookups, f"from 1 to language.nodes / 2 = {self.nodes // 2}"
+            )
 
     @property
     def vocabulary(self) -> list[str]:
@@ -104,126 +121,116 @@ class Language:
             "<eos>",
             *names,
             *(f"{a}>{b}" for a in names for b in names),
-            *(f"{hops}:" for hops in range(1, self.hops + 1)),
-            *(f"t{word}" for word in range(self.words)),
+            ">",
+            *map(str, range(self.states)),
+            *(f"p{number}" for number in range(self.permutations)),
             *(f"+{term}" for term in range(self.modulus)),
-            "=",
             *(f"s{total}" for total in range(self.modulus)),
+            *(f"t{word}" for word in range(self.words)),
         ]
 
     def first(self, token: str) -> int:
         """Id of a token, from which those of its group are counted."""
         return self.vocabulary.index(token)
 
+    @property
+    def permutation(self) -> list[list[int]]:
+        """What each permutation makes of each state; no two of them can be exchanged."""
+        rng = random.Random(self.states)
+        found: list[list[int]] = []
+        for _ in range(DRAWS):
+            one = rng.sample(range(self.states), self.states)
+            if all([one[of] for of in other] != [other[of] for of in one] for other in found):
+                found.append(one)
+            if len(found) == self.permutations:
+                break
+        return found
+
+    @property
+    def successors(self) -> list[list[int]]:
+        """The words that may follow each word, the likeliest first."""
+        rng = random.Random(self.words)
+        return [rng.sample(range(self.words), len(SUCCESSORS)) for _ in range(self.words)]
+
+
+class Writer:
+    """Documents of a language, one after another from one stream of random numbers: more begin with the same ones."""
+
+    def __init__(self, language: Language, seed: int):
+        self.language, self.rng = language, random.Random(seed)
+        self.first = {name: language.first(name) for name in ("a", "a>a", ">", "0", "p0", "+0", "s0", "t0")}
+        self.permutation, self.successors = language.permutation, language.successors
+
+    def document(self) -> Part:
+        """`language.length` positions."""
+        language = self.language
+        document, following = self.table()
+        kinds = (self.walk, self.list, self.sum, self.text)
+        weights = (language.walks, language.lists, language.sums, language.texts)
+        while True:
+            (kind,) = self.rng.choices(kinds, weights)
+            part = kind(following)
+            left = language.length - 1 - len(document)
+            if len(part) > left:
+                return [*document, *self.text(following, left), (0, END, 0)]
+            document += part
+
+    def steps(self, most: int, least: int = 1) -> int:
+        """Steps of a part: each number is LONGER times as likely as the one below."""
+        numbers = range(least, most + 1)
+        return self.rng.choices(numbers, [LONGER**number for number in numbers])[0]
+
+    def table(self) -> tuple[Part, dict[int, int]]:
+        """The table, and the node behind each node."""
+        nodes = self.language.nodes
+        cycle = self.rng.sample(range(nodes), nodes)
+        following = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+        entries = self.rng.sample(sorted(following.items()), nodes)
+        return [(self.first["a>a"] + node * nodes + behind, TABLE, 0) for node, behind in entries], following
+
+    def walk(self, following: dict[int, int]) -> Part:
+        node, lookups = self.rng.randrange(self.language.nodes), self.steps(self.language.lookups)
+        part = [(self.first["a"] + node, QUESTION, 0)]
+        for step in range(lookups):
+            part.append((self.first[">"], STEP, step))
+            node = following[node]
+        return [*part, (self.first["a"] + node, RECALL if lookups == 1 else CHASE, lookups)]
+
+    def list(self, following: dict[int, int]) -> Part:
+        language = self.language
+        state, steps = self.rng.randrange(language.states), self.steps(language.longest)
+        part = [(self.first["0"] + state, QUESTION, 0)]
+        for step in range(steps):
+            which = self.rng.randrange(language.permutations)
+            part.append((self.first["p0"] + which, STEP, step))
+            state = self.permutation[which][state]
+        return [*part, (self.first["0"] + state, STATE, steps)]
+
+    def sum(self, following: dict[int, int]) -> Part:
+        """Nothing has to be added before the second term."""
+        language = self.language
+        terms = [self.rng.randrange(language.modulus) for _ in range(self.steps(language.terms, least=2))]
+        part = [(self.first["+0"] + term, STEP, max(0, number - 1)) for number, term in enumerate(terms)]
+        return [*part, (self.first["s0"] + sum(terms) % language.modulus, SUM, len(terms) - 1)]
+
+    def text(self, following: dict[int, int], length: int | None = None) -> Part:
+        word = self.rng.randrange(self.language.words)
+        part = []
+        for _ in range(self.language.run if length is None else length):
+            part.append((self.first["t0"] + word, TEXT, 0))
+            (word,) = self.rng.choices(self.successors[word], SUCCESSORS)
+        return part
+
 
 def documents(language: Language, count: int, seed: int) -> Iterator[tuple[Ints, Labels]]:
     """`count` documents, some at a time: tokens [D, L] with the labels of these D x L tokens. The same for the same seed."""
-    for batch, first in enumerate(range(0, count, AT_ONCE)):
-        rng = np.random.default_rng([seed, batch])
-        tokens, classes, hops = _documents(language, rng, AT_ONCE)
-        size = min(AT_ONCE, count - first)
-        codes = (part[:size].astype(np.uint8).ravel() for part in (classes, hops))
-        yield tokens[:size], Labels(CLASSES, *codes)
-
-
-def _documents(language: Language, rng: np.random.Generator, count: int) -> tuple[Ints, Ints, Ints]:
-    """Tokens, classes and hops, each [D, L]."""
-    shape = (count, language.length)
-    tokens, classes, hops = np.zeros(shape, np.int64), np.full(shape, END), np.zeros(shape, np.int64)
-    place, node_at = _cycles(language, rng, count)
-    entries = rng.permuted(np.tile(np.arange(language.nodes), (count, 1)), axis=1)
-    next_place = (np.take_along_axis(place, entries, axis=1) + 1) % language.nodes
-    behind = np.take_along_axis(node_at, next_place, axis=1)
-    tokens[:, : language.nodes] = language.first("a>a") + entries * language.nodes + behind
-    classes[:, : language.nodes] = TABLE
-
-    starts = _starts(language, rng, count)
-    rows = np.arange(count)[:, None, None]
-
-    def fill(parts: slice, what: Ints, of_class: Ints | int, of_hops: Ints | int = 0, skip: int = 0) -> None:
-        """Puts `what` [D, parts, tokens] `skip` tokens behind the starts of these parts."""
-        at = starts[:, parts, None] + skip + np.arange(what.shape[2])
-        tokens[rows, at], classes[rows, at], hops[rows, at] = what, of_class, of_hops
-
-    hops_of, begins = _walks(language, rng, count)
-    walks = slice(0, language.walks)
-    passed = np.take_along_axis(node_at, begins.reshape(count, -1), axis=1).reshape(begins.shape)
-    kinds = np.where(hops_of == 1, RECALL, CHASE)[..., None]
-    fill(walks, language.first("1:") + hops_of[..., None] - 1, QUESTION)
-    fill(walks, language.first("a") + passed[..., :1], QUESTION, skip=1)
-    fewest = _fewest(language.nodes, begins, hops_of)
-    fill(walks, language.first("a") + passed[..., 1:], kinds, fewest, skip=2)
-    runs = slice(language.walks, language.walks + language.runs)
-    fill(runs, _text(language, rng, count), TEXT)
-    for part, terms in enumerate(language.sums, runs.stop):
-        parts = slice(part, part + 1)
-        summed = rng.integers(0, language.modulus, (count, 1, terms))
-        total = summed.sum(axis=2, keepdims=True) % language.modulus
-        fill(parts, language.first("+0") + summed, TERM)
-        fill(parts, np.full((count, 1, 1), language.first("=")), TERM, skip=terms)
-        fill(parts, language.first("s0") + total, SUM, terms - 1, skip=terms + 1)
-    return tokens, classes, hops
-
-
-def _cycles(language: Language, rng: np.random.Generator, count: int) -> tuple[Ints, Ints]:
-    """A random cycle over the nodes per document: the place of each node, and the node at each place, both [D, N]."""
-    node_at = rng.permuted(np.tile(np.arange(language.nodes), (count, 1)), axis=1)
-    return np.argsort(node_at, axis=1), node_at
-
-
-def _starts(language: Language, rng: np.random.Generator, count: int) -> Ints:
-    """Where each part begins in its document, [D, parts]. Parts of a kind stand in the order of their numbers."""
-    lengths = np.array(language.part_lengths)
-    kinds = np.repeat(
-        range(2 + len(language.sums)), [language.walks, language.runs, *[1] * len(language.sums)]
-    )
-    order = rng.permuted(np.tile(kinds, (count, 1)), axis=1)
-    which = np.argsort(order, axis=1, kind="stable")  # position in the document of part 0, 1, ...
-    in_order = np.empty((count, len(lengths)), np.int64)
-    np.put_along_axis(in_order, which, np.tile(lengths, (count, 1)), axis=1)
-    starts = language.nodes + np.cumsum(in_order, axis=1) - in_order
-    return np.take_along_axis(starts, which, axis=1)
-
-
-def _walks(language: Language, rng: np.random.Generator, count: int) -> tuple[Ints, Ints]:
-    """Hops of each walk [D, W], and the places on the cycle that it passes [D, W, answers + 1]."""
-    hops = rng.integers(1, language.hops + 1, (count, language.walks))
-    first = rng.integers(0, language.nodes, hops.shape)
-    steps = np.arange(language.answers + 1)
-    return hops, (first[..., None] + hops[..., None] * steps) % language.nodes
-
-
-def _fewest(nodes: int, passed: Ints, hops: Ints) -> Ints:
-    """The fewest lookups per answer [D, W, answers] of walks over places of the cycle, given the table and the answers before.
-
-    Entries and answers are the edges of a graph over the places, which can be walked in either direction.
-    """
-    count, walks, places = passed.shape
-    documents, circle = np.arange(count), np.arange(nodes)
-    edge = np.zeros((count, nodes, nodes), np.bool_)
-    edge[:, circle, (circle + 1) % nodes] = edge[:, (circle + 1) % nodes, circle] = True
-    found = np.repeat(hops[..., None], places - 1, axis=2)
-    for walk, answer in np.ndindex(walks, places - 1):
-        begin, end = passed[:, walk, answer], passed[:, walk, answer + 1]
-        reached = circle == begin[:, None]
-        for steps in range(1, int(hops.max())):
-            reached = reached | (reached[:, :, None] & edge).any(axis=1)
-            shorter = reached[documents, end] & (steps < found[:, walk, answer])
-            found[shorter, walk, answer] = steps
-        edge[documents, begin, end] = edge[documents, end, begin] = True
-    return found
-
-
-def _text(language: Language, rng: np.random.Generator, count: int) -> Ints:
-    """Runs of Markov text, [D, runs, tokens]. The successors of each word belong to the language, not to the seed."""
-    words = language.words
-    successors = np.random.default_rng(words).permuted(np.tile(np.arange(words), (words, 1)), axis=1)
-    drawn = rng.choice(len(SUCCESSORS), (count, language.runs, language.run_length), p=SUCCESSORS)
-    found = np.empty_like(drawn)
-    found[..., 0] = rng.integers(0, words, found.shape[:2])
-    for at in range(1, language.run_length):
-        found[..., at] = successors[found[..., at - 1], drawn[..., at]]
-    return language.first("t0") + found
+    writer = Writer(language, seed)
+    for first in range(0, count, AT_ONCE):
+        some = np.array([writer.document() for _ in range(min(AT_ONCE, count - first))])
+        yield (
+            some[..., 0],
+            Labels(CLASSES, some[..., 1].astype(np.uint8).ravel(), some[..., 2].astype(np.uint8).ravel()),
+        )
 
 
 def write_tokenizer(language: Language, folder: Path) -> None:

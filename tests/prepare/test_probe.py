@@ -1,6 +1,7 @@
 """The probe's language: every answer and every number of lookups is worked out again from the words, one at a time."""
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,21 @@ from megadyn.data.indexed import IndexedDataset
 from megadyn.data.labels import labels_path, read_labels
 from megadyn.errors import ConfigError
 from megadyn.prepare import probe
-from megadyn.prepare.probe import CLASSES, SUCCESSORS, Language, documents, write_dataset, write_tokenizer
+from megadyn.prepare.probe import (
+    CLASSES,
+    LEAST_TEXT,
+    SUCCESSORS,
+    Language,
+    documents,
+    write_dataset,
+    write_tokenizer,
+)
 from megadyn.tokenization.tokenizer import load_tokenizer
 
-LANGUAGES = [Language(), Language(nodes=6, hops=5, walks=3, answers=5, runs=2, run_length=3, sums=(2, 2, 4))]
+LANGUAGES = [
+    Language(),
+    Language(nodes=10, lookups=5, walks=3, states=4, longest=3, lists=2, terms=5, sums=3, words=7),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -21,81 +33,101 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "AT_ONCE", 24)
 
 
-def fewest_lookups(edges: list[tuple[str, str]], begin: str, end: str) -> int:
-    """Breadth-first search over undirected edges."""
-    seen, steps = {begin}, 0
-    while end not in seen:
-        seen |= {b for a, b in edges if a in seen} | {a for a, b in edges if b in seen}
-        steps += 1
-    return steps
-
-
-def labels_of(words: list[str], modulus: int) -> list[tuple[str, int]]:
+def labels_of(words: list[str], language: Language) -> list[tuple[str, int]]:
     """Class and hops of each word of a document; checks its answers on the way."""
-    table = dict(word.split(">") for word in words if ">" in word)
-    edges, found, terms, hops = list(table.items()), [], [], 0
+    table = dict(word.split(">") for word in words if len(word) == 3 and word[1] == ">")
+    found: list[tuple[str, int]] = []
+    value, terms, steps = "", [], 0
     for before, word in zip(["", *words], words):
-        if word in table and before in table:
-            end = before
-            for _ in range(hops):
-                end = table[end]
-            assert word == end
-            found.append(("recall" if hops == 1 else "chase", fewest_lookups(edges, before, end)))
-            edges.append((before, end))
-        elif before == "=":
-            assert word == f"s{sum(terms) % modulus}"
+        inside = before == ">" or before[:1] in ("p", "+")
+        if word == ">" or word[0] == "p":
+            steps = steps + 1 if inside else 1
+            value = value if inside else before
+            found.append(("step", steps - 1))
+            value = table[value] if word == ">" else str(language.permutation[int(word[1:])][int(value)])
+        elif word[0] == "+":
+            terms = [*terms, int(word[1:])] if inside else [int(word[1:])]
+            found.append(("step", max(0, len(terms) - 2)))
+        elif word[0] == "s":
+            assert word == f"s{sum(terms) % language.modulus}" and len(terms) > 1
             found.append(("sum", len(terms) - 1))
-            terms = []
+        elif inside:
+            assert word == value
+            walked = "recall" if steps == 1 else "chase"
+            found.append((walked if before == ">" else "state", steps))
         else:
-            terms += [int(word[1:])] if word[0] == "+" else []
-            hops = int(word[:-1]) if word[-1] == ":" else hops
-            assert word not in table or before[-1] == ":"
-            kinds = {">": "table", ":": "question", "t": "text", "+": "term", "=": "term", "<": "end"}
-            kind = next((kinds[letter] for letter in word if letter in kinds), "question")
+            kinds = {">": "table", "t": "text", "<": "end"}
+            kind = next((kinds[letter] for letter in "<>t" if letter in word and word not in "t"), "question")
             found.append((kind, 0))
     return found
 
 
 @pytest.mark.parametrize("language", LANGUAGES, ids=["default", "several walks"])
-def test_answers_and_lookups_are_right(language: Language) -> None:
+def test_answers_and_hops_are_right(language: Language) -> None:
     vocabulary, seen = language.vocabulary, Counter()
-    for tokens, labels in documents(language, 30, seed=3):
+    for tokens, labels in documents(language, 60, seed=3):
         assert tokens.shape[1] == language.length
         given = [(CLASSES[c], int(h)) for c, h in zip(labels.classes, labels.hops)]
         for row, line in enumerate(tokens.tolist()):
             words = [vocabulary[token] for token in line]
-            assert words[-1] == "<eos>" and sorted(word[0] for word in words[: language.nodes]) == sorted(
-                word[2] for word in words[: language.nodes]
-            )
-            assert sum(word[-1] == ":" for word in words) == language.walks
-            want = labels_of(words, language.modulus)
+            assert words[-1] == "<eos>" and words.count("<eos>") == 1
+            want = labels_of(words, language)
             assert given[row * language.length : (row + 1) * language.length] == want
             seen.update(want)
-    assert {("recall", 1), ("chase", 2), ("sum", 1), ("text", 0)} <= set(seen)
-    deepest = max(hops for kind, hops in seen if kind == "chase")
-    assert deepest == min(language.hops, language.nodes // 2)  # from there on, the other way round is shorter
+    assert seen[("table", 0)] == 60 * language.nodes
+    assert sum(seen[("state", hops)] for hops in range(1, language.longest + 1)) == 60 * language.lists
+    for kind, deepest in (
+        ("chase", language.lookups),
+        ("state", language.longest),
+        ("sum", language.terms - 1),
+    ):
+        assert max(hops for of, hops in seen if of == kind) == deepest
+    assert seen[("recall", 1)] and seen[("text", 0)] >= 60 * LEAST_TEXT
+
+
+def test_all_lengths_of_a_list_are_equally_likely() -> None:
+    language = Language(lists=6)
+    counts = Counter()
+    for _, labels in documents(language, 400, seed=1):
+        counts.update(labels.hops[labels.classes == CLASSES.index("state")].tolist())
+    assert set(counts) == set(range(1, language.longest + 1))
+    assert all(abs(count / 300 - 1) < 0.2 for count in counts.values())  # five deviations
+
+
+def test_permutations_cannot_be_exchanged() -> None:
+    """Else their order in a list would not matter, and one sum over them would do."""
+    for language in LANGUAGES:
+        permutations = language.permutation
+        assert len(permutations) == language.permutations
+        assert all(sorted(one) == list(range(language.states)) for one in permutations)
+        for one, other in combinations(permutations, 2):
+            assert [one[to] for to in other] != [other[to] for to in one]
 
 
 def test_the_table_is_one_cycle() -> None:
     (tokens, _), *_ = documents(Language(), 5, seed=1)
     for line in tokens.tolist():
-        table = dict(Language().vocabulary[token].split(">") for token in line[:7])
+        table = dict(Language().vocabulary[token].split(">") for token in line[: Language().nodes])
         node, passed = "a", []
         while node not in passed:
             passed.append(node)
             node = table[node]
-        assert len(passed) == 7
+        assert len(passed) == Language().nodes
 
 
 def test_text_follows_its_chain() -> None:
     """Each word has as many successors as there are probabilities, and the likeliest comes half of the time."""
-    language = Language(words=5, runs=4, run_length=40)
-    (tokens, labels), *_ = documents(language, 24, seed=1)
-    text = tokens.ravel()[labels.classes == CLASSES.index("text")].reshape(-1, 40) - language.first("t0")
-    pairs = Counter(zip(text[:, :-1].ravel().tolist(), text[:, 1:].ravel().tolist()))
+    language = Language(words=5, lists=20)
+    pairs = Counter()
+    for tokens, labels in documents(language, 48, seed=1):
+        text = labels.classes == CLASSES.index("text")
+        words = tokens.ravel() - language.first("t0")
+        inside = text[1:] & text[:-1]
+        pairs.update(zip(words[:-1][inside].tolist(), words[1:][inside].tolist()))
     for word in range(5):
-        counts = sorted((of for (first, _), of in pairs.items() if first == word), reverse=True)
-        assert np.array(counts) / sum(counts) == pytest.approx(SUCCESSORS, abs=0.06)
+        assert {second for first, second in pairs if first == word} == set(language.successors[word])
+        counts = np.array([pairs[word, second] for second in language.successors[word]])
+        assert counts / counts.sum() == pytest.approx(SUCCESSORS, abs=0.06)
 
 
 def test_a_seed_gives_the_same_bytes_and_another_one_others(tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def test_a_dataset_that_is_not_finished_has_no_labels(
     language = LANGUAGES[1]
     write_tokenizer(language, tmp_path)
     write_dataset(language, tmp_path / "set", 2, 1, tmp_path)
-    monkeypatch.setattr(probe, "_documents", lambda *_: 1 / 0)
+    monkeypatch.setattr(probe.Writer, "document", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(language, tmp_path / "set", 2, 2, tmp_path)
     assert not labels_path(tmp_path / "set").exists()
@@ -144,12 +176,14 @@ def test_a_dataset_that_is_not_finished_has_no_labels(
     ("sizes", "problem"),
     [
         ({"nodes": 27}, "language.nodes = 27: must be from 3 to 26"),
-        ({"hops": 7}, "language.hops = 7: must be from 1 to language.nodes - 1 = 6"),
-        ({"answers": 7}, "language.answers = 7: must be below language.nodes = 7"),
-        ({"walks": 0}, "language.walks = 0: must be at least 1"),
+        ({"nodes": 7, "lookups": 4}, "language.lookups = 4: must be from 1 to language.nodes / 2 = 3"),
+        ({"permutations": 1}, "language.permutations = 1: must be at least 2"),
+        ({"states": 2}, "language.states = 2: must be at least 3"),
+        ({"permutations": 7, "states": 3}, "language.permutations = 7: must be at most 4 of 3 states, or two could be exchanged"),
+        ({"lists": -1}, "language.lists = -1: must be at least 0"),
         ({"words": 3}, "language.words = 3: must be at least 4"),
         ({"modulus": 1}, "language.modulus = 1: must be at least 2"),
-        ({"sums": (1,)}, "language.sums"),
+        ({"terms": 1}, "language.terms = 1: must be at least 2"),
     ],
 )
 def test_sizes_that_make_no_document_are_refused(sizes: dict[str, int], problem: str) -> None:

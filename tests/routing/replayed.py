@@ -20,7 +20,7 @@ from tests.helpers.networks import with_routing
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import VOCAB, tiny_config
 
-STEPS = 8
+STEPS = 4
 KEYS: dict[str, dict[str, Any]] = {
     "dtf": {},
     "mod": {},
