@@ -254,6 +254,13 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             shutil.rmtree(dying)
 
 
+def release_held(output_dir: Path) -> None:
+    """Removes the marks of copies that a killed run was making."""
+    for folder in (CHECKPOINTS, AVERAGES):
+        for path in (output_dir / folder).glob(f"iteration-*/{HELD}"):
+            path.unlink(missing_ok=True)
+
+
 def clear_leftovers(root: Path) -> None:
     """Removes leftovers of writing, replacing or removing a checkpoint when the run died."""
     for prefix in (WRITING, REPLACED, REMOVING, FETCHING):

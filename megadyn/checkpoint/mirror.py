@@ -63,11 +63,15 @@ class Mirror:
 
     def claim(self) -> None:
         """Makes the address this run's, which shows that it can be written and read. Raises UserError if it is another's."""
-        own = self.output_dir / OWNED
+        own, here = self.output_dir / OWNED, self.store.here
+        if here is not None and here.resolve().is_relative_to(self.output_dir.resolve()):
+            raise UserError(
+                f"{self.store} is in output_dir = {str(self.output_dir)!r}: give the mirror another place"
+            )
         has_checkpoints = bool(layout.complete_checkpoints(self.output_dir / layout.CHECKPOINTS, quiet=True))
         with os_errors_named(own):
-            here, there = own.read_bytes() if own.exists() else None, self.store.read(OWNER)
-            if there is not None and there != here and (has_checkpoints or here is not None):
+            known, there = own.read_bytes() if own.exists() else None, self.store.read(OWNER)
+            if there is not None and there != known and (has_checkpoints or known is not None):
                 raise UserError(
                     f"{self.store} is the mirror of another run than {self.output_dir}: give each an address of its own"
                 )
@@ -76,7 +80,7 @@ class Mirror:
                     f"{self.store} holds checkpoints, but checkpoint.resume is never: set checkpoint.resume=auto, or "
                     "another checkpoint.mirror"
                 )
-            content = there or here or json.dumps({"run": secrets.token_hex(16)}).encode()
+            content = there or known or json.dumps({"run": secrets.token_hex(16)}).encode()
             self.output_dir.mkdir(parents=True, exist_ok=True)
             layout.write_file(own, content.decode())
         self.store.write(OWNER, content)

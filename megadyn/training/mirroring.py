@@ -14,6 +14,7 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.mirror import FOLDERS, Mirror
 from megadyn.config import Config
 from megadyn.errors import RunError, UserError, one_line
+from megadyn.files import os_errors_named
 from megadyn.launch.watchdog import Watchdog
 from megadyn.log import log
 from megadyn.parallel.objects import all_gather
@@ -86,6 +87,9 @@ def mirrored(config: Config, watchdog: Watchdog) -> Iterator[None]:
     from it cannot.
     """
     settings, moves = config.checkpoint, Moves()
+    if dist.get_rank() == 0:
+        with os_errors_named(config.output_dir):
+            layout.release_held(Path(config.output_dir))
     if settings.mirror is None:
         yield
         return
@@ -158,6 +162,7 @@ def _end_together(copying: Copying | None, config: Config, moves: Moves, watchdo
         _remove_held(copying.mirror)
         return
     behind = copying.mirror.behind()
+    layout.release_held(copying.mirror.output_dir)
     log.warning(
         "checkpoint.mirror: not copied within %.0f s: %s; the same command, also of a complete run, copies the rest",
         with_s,

@@ -300,6 +300,9 @@ def test_an_address_that_cannot_be_written_is_refused_at_the_start(s3: S3Server,
     s3.refusals["/bucket/run/run.json"] = 403
     with pytest.raises(UserError, match="no permission"):
         opened(tmp_path / "run", "s3://bucket/run")
+    for place in (tmp_path / "run", tmp_path / "run/mirror"):
+        with pytest.raises(UserError, match=r"is in output_dir = .*: give the mirror another place"):
+            opened(tmp_path / "run", f"file://{place}")
     with pytest.raises(UserError, match=r"protocol nosuch:// is not known"):
         opened(tmp_path / "run", "nosuch://bucket/run")
     (tmp_path / "file").touch()

@@ -11,13 +11,15 @@ import pytest
 
 from megadyn.checkpoint import layout, store
 from megadyn.commands import export
-from tests.helpers.crew import Crew, resumed_at, wait_until
+from megadyn.training import mirroring
+from tests.helpers.crew import Crew, last_step, resumed_at, wait_until
 
 put = store.Store.put
 
 
-def hangs_at(rank: int, *, file: str) -> None:
+def hangs_at(rank: int, *, file: str, ending_s: float = 5.0) -> None:
     """The connection is as good as dead when this file of a checkpoint is copied."""
+    mirroring.ENDING_S = ending_s
 
     def put_or_hang(self: store.Store, path: Path, name: str) -> None:
         if path.name.startswith(file):
@@ -78,13 +80,24 @@ def test_a_copy_is_cut_off_by_a_kill_and_by_the_end_of_waiting(config_file: Path
     assert crew.wait() == [-signal.SIGKILL]
     assert not (place / layout.MANIFEST).exists()
 
+    # Told to stop, it saves, and leaves time to end.
+    stopped = partial(hangs_at, file="weights", ending_s=119.0)
+    more = ["checkpoint.mirror_wait_s=1000", "training.grace_s=120", "training.iterations=100000"]
+    crew = Crew(config_file, *settings, *more, "parallel.tensor=2", world=2, sabotage=stopped)
+    wait_until(lambda: last_step(tmp_path / "out") > 2)
+    crew.signal(1, signal.SIGTERM)
+    assert crew.wait(60) == [0, 0], crew.output()
+    saved = layout.resolve(tmp_path / "out")
+    assert f"s: checkpoints/{saved.name}" in " ".join(crew.output().split())
+    assert not list((tmp_path / "out").rglob(layout.HELD)), "held by the killed run, or by this one"
+
+    settings.append(f"training.iterations={layout.iteration_of(saved)}")
     crew = Crew(config_file, *settings, sabotage=hanging)
     assert crew.wait() == [0], crew.output()
-    assert "nothing to do: the run is at iteration 2 of 2" in crew.output()
-    assert f"not copied within 1 s: checkpoints/{place.name}; the same command" in " ".join(
-        crew.output().split()
-    )
-    assert not (place / layout.MANIFEST).exists()
+    assert "nothing to do: the run is at iteration" in crew.output()
+    said = f"not copied within 1 s: checkpoints/{saved.name}, checkpoints/{place.name}; the same command"
+    assert said in " ".join(crew.output().split())
+    assert not list((tmp_path / "mirror").rglob(layout.MANIFEST))
 
     crew = Crew(config_file, *settings)
     assert crew.wait() == [0], crew.output()
