@@ -111,6 +111,9 @@ class Mirror:
                 raise UserError(f"{self.store}: no checkpoint there is intact; none was fetched")
             log.info("%s has no checkpoint yet: a new run", self.store)
             return
+        for name in there.names[: there.names.index(start)]:
+            if not self._is_good(layout.CHECKPOINTS, name, there):
+                log.warning("%s/%s skipped: it does not count as good", self.store, name)
         layout.write_file(root / "latest", f"{start}\n{layout.check_of(start)}\n")
         earlier = [name for name in by_quality if name < start]
         wanted = earlier[: (self.settings.average.last or 1) - 1]

@@ -137,7 +137,9 @@ def test_it_equals_the_folder_and_a_new_folder_equals_it(
         opened(tmp_path / "other", address)
 
 
-def test_what_an_average_and_the_mark_of_the_best_need_is_fetched_too(tmp_path: Path) -> None:
+def test_what_an_average_and_the_mark_of_the_best_need_is_fetched_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run, address = tmp_path / "run", f"file://{tmp_path}/mirror"
     for iteration in (1, 2, 3, 4, 5):
         save(run, iteration, was_bad=iteration == 5)
@@ -155,6 +157,7 @@ def test_what_an_average_and_the_mark_of_the_best_need_is_fetched_too(tmp_path: 
         assert "".join(found) == expected
         assert layout.read_latest(new / "checkpoints" / "latest")[0] == layout.folder_name(4)
         assert (new / "averages").exists() == ("ema" in average)
+    assert caplog.text.count("iteration-00000005 skipped: it does not count as good") == 3
 
 
 def test_cut_connections_and_spoiled_bytes_cost_nothing(s3: S3Server, tmp_path: Path) -> None:
