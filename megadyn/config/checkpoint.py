@@ -49,7 +49,8 @@ class CheckpointConfig:
     a run must be written in either case."""
     resume: str = "auto"
     """`auto`: resume from the newest good checkpoint in output_dir; if there is none, from that of `mirror`, or start a new
-    run. `never`: start a new run, and refuse an output_dir or mirror with checkpoints. A path is short for `fork_from: PATH` with `resume: auto`."""
+    run. `never`: start a new run, and refuse an output_dir or mirror with checkpoints. A path is short for `fork_from: PATH`
+    with `resume: auto`."""
     fork_from: str | None = None
     """Where a new run starts: a checkpoint, or a run's folder. Once the run has its own checkpoints, `resume: auto`
     resumes from those. A checkpoint in the run's own output_dir takes the run back to it, once."""
