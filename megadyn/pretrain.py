@@ -52,16 +52,21 @@ from megadyn.training.data import Data, evaluation_size
 from megadyn.training.garbage import Garbage
 from megadyn.training.loader import Loader
 from megadyn.training.loss_rule import TrainingDiverged, problem_at_end
+from megadyn.training.mirroring import mirrored
 from megadyn.training.output import output_folder
 from megadyn.training.phases import Part, end_of_phase_before, open_parts, part_at, phase_record
-from megadyn.training.preflight import refuse_login
+from megadyn.training.preflight import make_output_dir, refuse_login
 from megadyn.training.state import RunState
 
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
+    parts = None
     with while_alive(watched):
-        parts = open_parts(config, launch.world_size())
+        if config.checkpoint.mirror is None:
+            parts = open_parts(config, launch.world_size())
+        else:
+            make_output_dir(config)
         launch.join(config.training.collective_timeout_s)
     with (
         RunLock(Path(config.output_dir)) as lock,
@@ -74,7 +79,10 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
         ) as watchdog,
     ):
         refuse_login(config)
-        train(config, parts, make_grid(config.parallel.tensor, config.parallel.pipeline), watchdog)
+        with mirrored(config, watchdog):
+            # What is checked depends on where the run goes on, and so on what it has fetched.
+            parts = parts or open_parts(config, launch.world_size())
+            train(config, parts, make_grid(config.parallel.tensor, config.parallel.pipeline), watchdog)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -48,12 +48,14 @@ NAME = re.compile(r"iteration-(\d{8})$")
 MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
 CHUNK_BYTES = 2**20
 """Read at once, for a hash."""
-WRITING, REPLACED, REMOVING = ".writing-", ".replaced-", ".removing-"
-"""Prefixes of a checkpoint's name while it is being written, replaced or removed."""
+WRITING, REPLACED, REMOVING, FETCHING = ".writing-", ".replaced-", ".removing-", ".fetching-"
+"""Prefixes of a checkpoint's name while it is being written, replaced, removed or fetched from a mirror."""
 NOT_GOOD = "not-good"
 """File in a checkpoint whose model turned out to be bad; contains the reason."""
 BEST = "best"
 """File in the run's best checkpoint by a validation loss; contains the set's name and the loss, as JSON."""
+HELD = "being-mirrored"
+"""Empty file in a checkpoint that is being copied to a mirror, and is not removed meanwhile."""
 
 
 def folder_name(iteration: int) -> str:
@@ -214,23 +216,54 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def surplus(
+    names: list[str],
+    keep: int,
+    keep_every: int,
+    is_good: Callable[[str], bool],
+    is_best: Callable[[str], bool],
+) -> list[str]:
+    """Those of the checkpoints `names`, newest first, that are not kept: all except the `keep` newest (0 keeps all), the newest
+    good one, the one marked as best, and those whose iteration is a multiple of `keep_every`."""
+    if not names[keep:] or not keep:
+        return []
+    newest_good = next((name for name in names if is_good(name)), None)
+    return [
+        name
+        for name in names[keep:]
+        if name != newest_good
+        and not (keep_every and iteration_of(Path(name)) % keep_every == 0)
+        and not is_best(name)
+    ]
+
+
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes all checkpoints except the `keep` newest (0 keeps all), the newest good one, the one marked as best, and
-    those whose iteration is a multiple of `keep_every`."""
-    complete = complete_checkpoints(root)
-    newest_good = next((path for path in complete if reservation(path) is None), None)
-    for path in complete[keep:] if keep else []:
-        is_kept = path == newest_good or (path / BEST).exists()
-        if not is_kept and not (keep_every and iteration_of(path) % keep_every == 0):
+    """Removes the checkpoints that are not kept (`surplus`), but those that are being copied to a mirror."""
+    names = [path.name for path in complete_checkpoints(root)]
+    for name in surplus(
+        names,
+        keep,
+        keep_every,
+        lambda name: reservation(root / name) is None,
+        lambda name: (root / name / BEST).exists(),
+    ):
+        if not (root / name / HELD).exists():
             # A partly removed checkpoint must not have a checkpoint's name.
-            dying = path.with_name(f"{REMOVING}{path.name}")
-            path.rename(dying)
+            dying = root / f"{REMOVING}{name}"
+            (root / name).rename(dying)
             shutil.rmtree(dying)
+
+
+def release_held(output_dir: Path) -> None:
+    """Removes the marks of copies that a killed run was making."""
+    for folder in (CHECKPOINTS, AVERAGES):
+        for path in (output_dir / folder).glob(f"iteration-*/{HELD}"):
+            path.unlink(missing_ok=True)
 
 
 def clear_leftovers(root: Path) -> None:
     """Removes leftovers of writing, replacing or removing a checkpoint when the run died."""
-    for prefix in (WRITING, REPLACED, REMOVING):
+    for prefix in (WRITING, REPLACED, REMOVING, FETCHING):
         for path in root.glob(f"{prefix}*"):
             shutil.rmtree(path)
 

@@ -16,6 +16,7 @@ from megadyn.errors import Parser, UserError
 from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.log import log
 from megadyn.paths import user_path
+from megadyn.prepare.remote import file_system
 
 
 def make_parser() -> Parser:
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     hosts = read_hostfile(args.hostfile) if args.hostfile else []
     processes = args.processes or sum(host.slots for host in hosts) or None
     plans = plans_of(config, processes) if processes else []
+    if config.checkpoint.mirror:
+        file_system(config.checkpoint.mirror)  # refuses an unknown protocol, and one whose package is missing
     if args.data:
         check_data(config)
     if args.ssh:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from megadyn.arguments import add_output_arguments, byte_count, command_parser
 from megadyn.checkpoint.layout import resolve
+from megadyn.config import load_config
 from megadyn.config.config_map import DENSE_TYPES
 from megadyn.config.run import PRECISIONS
-from megadyn.errors import Parser
+from megadyn.errors import Parser, UserError
 from megadyn.log import log
 from megadyn.paths import expanded, user_path
 
@@ -41,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=expanded,
         help="the run's tokenizer, if its configured path does not exist here",
+    )
+    parser.add_argument(
+        "--no-mirror",
+        action="store_true",
+        help="do not copy the export to the run's checkpoint.mirror, if it has one",
     )
     add_output_arguments(parser)
 
@@ -69,6 +75,17 @@ def run(args: argparse.Namespace) -> int:
         f"{checkpoint} -> {args.output}: {result['parameters']:,} parameters in {result['precision']}, "
         f"{result['shards']} file(s)"
     )
+    if not args.no_mirror and (mirror := load_config(checkpoint / "config.yaml").checkpoint.mirror):
+        from megadyn.checkpoint.mirror import copy_export
+
+        log.info("copying the export to the run's mirror")
+        try:
+            result["mirror"] = copy_export(args.output, mirror)
+        except UserError as error:
+            raise UserError(
+                f"{args.output} is complete, but not copied to checkpoint.mirror: {error}"
+            ) from None
+        print(f"{args.output} -> {result['mirror']}")
     if args.json:
         print(json.dumps(result))
     return 0

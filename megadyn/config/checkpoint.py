@@ -1,5 +1,6 @@
 """The section `checkpoint` of the configuration."""
 
+import re
 from dataclasses import dataclass, field
 
 from megadyn.checks import at_least, one_of
@@ -47,8 +48,9 @@ class CheckpointConfig:
     """What to do if a checkpoint cannot be written: `stop`, or `continue` with the earlier ones. The last checkpoint of
     a run must be written in either case."""
     resume: str = "auto"
-    """`auto`: resume from the newest good checkpoint in output_dir; if there is none, start a new run. `never`: start a
-    new run, and refuse an output_dir with checkpoints. A path is short for `fork_from: PATH` with `resume: auto`."""
+    """`auto`: resume from the newest good checkpoint in output_dir; if there is none, from that of `mirror`, or start a new
+    run. `never`: start a new run, and refuse an output_dir or mirror with checkpoints. A path is short for `fork_from: PATH`
+    with `resume: auto`."""
     fork_from: str | None = None
     """Where a new run starts: a checkpoint, or a run's folder. Once the run has its own checkpoints, `resume: auto`
     resumes from those. A checkpoint in the run's own output_dir takes the run back to it, once."""
@@ -61,6 +63,12 @@ class CheckpointConfig:
     keep_best: str | None = None
     """Name of a validation set (`validation` if it has no name): also keep the checkpoint with the lowest loss on it, causal
     where the model routes. A file `best` in its folder says so. `interval` must be a multiple of `training.eval_interval`."""
+    mirror: str | None = None
+    """Address of a folder that gets a copy of each checkpoint, average and export, in the background: `s3://BUCKET/FOLDER`,
+    `gs://BUCKET/FOLDER`, `file:///FOLDER`, or another protocol of fsspec that can be written. It keeps what `keep`, `keep_every`
+    and `keep_best` keep. A run without checkpoints in `output_dir` resumes from it, unless `resume` is `never`."""
+    mirror_wait_s: float = 1800.0
+    """How long the end of a run waits for its last copies. A run that was told to stop waits within `training.grace_s`."""
     average: AverageConfig = field(default_factory=AverageConfig)
     """Averages of the run's weights (arXiv 1803.05407), written to OUTPUT_DIR/averages after each checkpoint, and kept like
     checkpoints. Each is read back from disk, so it costs no device memory."""
@@ -88,6 +96,8 @@ class CheckpointConfig:
         at_least("checkpoint.keep", self.keep, 0)
         at_least("checkpoint.keep_every", self.keep_every, 0)
         one_of("checkpoint.on_error", self.on_error, ("stop", "continue"))
+        at_least("checkpoint.mirror_wait_s", self.mirror_wait_s, 0)
+        self._check_mirror()
         self.average.check()
         if self.average.is_wanted and not self.interval:
             raise ConfigError(
@@ -100,6 +110,22 @@ class CheckpointConfig:
                 "checkpoint.keep",
                 self.keep,
                 f"0 or at least checkpoint.average.last = {self.average.last}, so that these checkpoints remain",
+            )
+
+    def _check_mirror(self) -> None:
+        if self.mirror is None:
+            return
+        self.mirror = expanded(self.mirror, "checkpoint.mirror").rstrip("/")
+        found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(/?)[^/].*", self.mirror)
+        if not found or (found[2] and found[1] not in ("file", "local", "memory")):
+            raise ConfigError(
+                "checkpoint.mirror", self.mirror, "an address such as s3://BUCKET/FOLDER or file:///FOLDER"
+            )
+        if found[1] in ("http", "https", "hf"):
+            raise ConfigError(
+                "checkpoint.mirror",
+                self.mirror,
+                f"an address to which files can be written, which {found[1]}:// is not: s3://, gs://, file:// or another",
             )
 
     def check_best(self, eval_interval: int, names: list[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.config.config_map import FIELDS, from_hf_config
+from megadyn.config.folders import another_form
 from megadyn.config.model import ModelConfig
 from megadyn.errors import ConfigError, UserError
 from megadyn.files import read_json
@@ -35,6 +36,8 @@ def folder_of(given: str, key: str) -> Path:
     """The folder with a config.json that `given`, the value of `key`, stands for: a path, or an address on the hub. Raises
     UserError if it is none."""
     folder = local_path(expanded(given, key), f"{key} = {given!r}", SHAPE)
+    if form := another_form(folder):
+        raise UserError(f"{key} = {given!r} {form}")
     if not (folder / "config.json").is_file():
         raise ConfigError(key, given, "a Hugging Face folder, with a config.json")
     return folder

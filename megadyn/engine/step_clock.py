@@ -1,5 +1,6 @@
 """Splits the time of a step into parts, for steps that are reported. Other steps do not use it."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +17,9 @@ PARTS = ("data", "forward", "backward", "communication", "optimizer", "other")
 receive, whatever calls it (tensor parallelism in forward and backward, pipeline stages, gradient reduction, weight
 gathering), except those of compiled layers, which are part of their graphs. It includes waiting for other ranks, and so
 the pipeline bubble. An asynchronous collective (ZeRO's `overlap_comm`, its prefetching of weights) counts where its
-handle is waited for; a wait for a stream is not seen. `forward`, `backward` and `optimizer` are what remains of these;
-recomputation counts as `backward`. `other`: everything else."""
+handle is waited for; a wait for a stream is not seen. What a thread in the background sends, for a checkpoint, is no part
+of a step. `forward`, `backward` and `optimizer` are what remains of these; recomputation
+counts as `backward`. `other`: everything else."""
 
 COLLECTIVES = (
     "all_reduce",
@@ -52,6 +54,7 @@ class StepClock:
         self._running: list[str] = []
         self._watched: list[tuple[Any, Sequence[str]]] = []
         self._stream: Any = None
+        self._thread: threading.Thread | None = None
 
     def watch(self, owner: Any, names: Sequence[str]) -> None:
         """Counts calls of these functions of `owner` (a module or an object) as communication in measured steps."""
@@ -68,6 +71,7 @@ class StepClock:
                     )
             # DeepSpeed reduces on its own stream, where a mark would be out of order.
             self._stream = torch.cuda.current_stream() if self._on_stream else None
+            self._thread = threading.current_thread()
             self._running = ["other"]
             self._marks = [("", self._now())]
             try:
@@ -89,10 +93,18 @@ class StepClock:
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
+            if self._is_background():
+                return function(*args, **kwargs)
             with self.part(name):
                 return function(*args, **kwargs)
 
         return inside
+
+    def _is_background(self) -> bool:
+        """Whether the current thread takes no part in the step: neither the one that is measured, nor one of autograd's, which
+        Python did not start."""
+        thread = threading.current_thread()
+        return thread is not self._thread and not isinstance(thread, threading._DummyThread)
 
     def read(self) -> dict[str, float]:
         """Milliseconds of the last step by PARTS; their sum is the step's time. Empty if none was measured. Waits for

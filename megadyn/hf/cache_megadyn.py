@@ -1,4 +1,5 @@
-"""The cache of an exported model: each layer holds the keys and values of only those tokens that it processed.
+"""The cache of an exported model: each layer holds the keys and values of only those tokens that it processed, and of these, if
+it has a sliding window, only those that a later token sees.
 
 Stand-alone: ships with the weights and imports nothing from megadyn.
 """
@@ -98,6 +99,13 @@ class Room:
         if self.block is not None:
             self.block = self.block.index_select(0, row_B)
 
+    def select_tokens(self, slot_BP: Tensor) -> None:
+        """Keeps what is in these slots of each row, in a block without further room."""
+        if self.block is not None:
+            row_B1 = torch.arange(len(slot_BP), device=slot_BP.device)[:, None]
+            block = self.block.movedim(self.dim, 1)[row_B1, slot_BP]
+            self.block = block.movedim(1, self.dim).contiguous()
+
 
 class Trail(NamedTuple):
     """What a layer remembers of its latest token, after each token of a call."""
@@ -121,6 +129,8 @@ class LayerCache:
         self.last_BD: Tensor | None = None  # the layer's output for its latest token
         self.again: LayerCache | None = None  # cache of the second pass, if the layer processes tokens twice
         self.counts: list[int] = []  # tokens held, per row
+        self.window: int | None = None
+        self.held = 0  # by the longest row after `forget` last looked
         self.begin_call()
 
     def begin_call(self) -> None:
@@ -145,12 +155,38 @@ class LayerCache:
         if new.segment_BC is not None:
             self.segments.write(new.segment_BC, slots)  # tokens before the first border belong to text 0
         if window is not None:
+            self.window = window
             self.places.write(places_of(new), slots)
         if is_first:
             return key_BGCK, value_BGCK, mask_inside(new, window)
         longest = max(slots.after)
         mask_BCP = self.mask(slots, longest, key_BGCK.device, window)
         return self.keys.read(longest, new), self.values.read(longest, new), mask_BCP
+
+    def forget(self, texts: "Texts") -> None:
+        """Drops the tokens, but each row's last, that no later query sees. Called when nothing can be taken back any more.
+        Waits for the device, and copies, and so looks only after an eighth of a window more tokens."""
+        if self.again is not None:
+            self.again.forget(texts)
+        longest = max(self.counts, default=0)
+        if self.window is None or self.places.block is None or longest <= self.held + self.window // 8:
+            return
+        place_BP = self.places.block[:, :longest]
+        slot_P = torch.arange(longest, device=place_BP.device)
+        is_seen_BP = texts.place_B.to(place_BP.device)[:, None] - place_BP < self.window
+        if texts.segment_B is not None and self.segments.block is not None:
+            segment_B = texts.segment_B.to(place_BP.device)
+            is_seen_BP &= self.segments.block[:, :longest] == segment_B[:, None]
+        count_B = torch.tensor(self.counts, device=place_BP.device)
+        first_B = (is_seen_BP | (slot_P >= count_B[:, None] - 1)).int().argmax(1)
+        first = first_B.tolist()
+        if any(first):
+            self.counts = [count - dropped for count, dropped in zip(self.counts, first, strict=True)]
+            longest = max(self.counts)
+            slot_BP = (first_B[:, None] + slot_P[:longest]).clamp(max=len(slot_P) - 1)
+            for room in (self.keys, self.values, self.segments, self.places):
+                room.select_tokens(slot_BP)
+        self.held = longest
 
     def set_counts(self, counts: list[int]) -> None:
         """Sets the counts of the rows that the latest call appended to."""
@@ -288,6 +324,8 @@ class MegadynCache(Cache):
         self.call = None
         for layer in self.layers:
             layer.begin_call()
+            if self.texts is not None:
+                layer.forget(self.texts)
 
     def advance(self, call: Call) -> None:
         """Called after all layers have processed a call's tokens."""

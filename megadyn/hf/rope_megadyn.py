@@ -57,7 +57,7 @@ def dynamic_frequency(
     """[B, 1, K/2], for rows that reach so many positions."""
     size, original = cast(int, config.head_dim), config.max_position_embeddings
     stretch_B11 = rope["factor"] * reach_B11.clamp(min=original) / original - (rope["factor"] - 1)
-    return (rope["rope_theta"] * stretch_B11 ** (size / (size - 2))) ** -exponent
+    return 1.0 / (rope["rope_theta"] * stretch_B11 ** (size / (size - 2))) ** exponent
 
 
 def fixed_frequency(config: MegadynConfig, rope: dict[str, Any], exponent: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def fixed_frequency(config: MegadynConfig, rope: dict[str, Any], exponent: Tenso
 def llama3_kept(config: MegadynConfig, rope: dict[str, Any], plain: Tensor) -> Tensor:
     """Share of each frequency that stays, [K/2]."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = original_length(config, rope) * plain / (2 * math.pi)
+    turns = original_length(config, rope) / (2 * math.pi / plain)
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megadyn.config import ModelConfig
+from megadyn.config.folders import OURS, another_form
 from megadyn.config.shape import shape_of
 from megadyn.errors import UserError
 from megadyn.hf.reader import HfFolder
@@ -13,15 +14,11 @@ def open_source(path: Path, model: ModelConfig, length: int) -> HfFolder:
     """The folder `path`, from whose weights a run of `model` on sequences of `length` tokens can start.
 
     Raises:
-        UserError: no Hugging Face folder, a run or a checkpoint of ours, or another model.
+        UserError: no Hugging Face folder, a run or a checkpoint of ours or of another program, or another model.
     """
-    is_run = (path / "checkpoints").is_dir() or path.name == "checkpoints"
-    if (path / "manifest.json").exists() or (is_run and not (path / "config.json").exists()):
-        raise UserError(
-            f"{path} is a {'run' if is_run else 'checkpoint'} of megadyn, not a Hugging Face folder: export it "
-            f"(megadyn export --checkpoint {path} --output HF) and name the export; to go on with "
-            "the optimizer's state too, give the path as checkpoint.fork_from instead"
-        )
+    if form := another_form(path):
+        more = "; to go on with the optimizer's state too, give the path as checkpoint.fork_from instead"
+        raise UserError(f"{path} {form}{more if OURS in form else ''}")
     folder = HfFolder(path)
     there, here = folder.model.routing, model.routing
     if there.name not in (DENSE, here.name):

@@ -11,6 +11,7 @@ There are two threads: one may block in calls to the store, the other never bloc
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -137,6 +138,12 @@ class Watchdog:
     def asked_to_stop(self, signal_name: str) -> None:
         """From now on the rank has `grace_s` to end."""
         self._asked_to_stop = (signal_name, time.monotonic())
+
+    def seconds_left(self) -> float:
+        """How long this rank may go on after it was asked to stop; infinite if it was not."""
+        if self._asked_to_stop is None:
+            return math.inf
+        return self._asked_to_stop[1] + self.grace_s - time.monotonic()
 
     def stop(self) -> None:
         """Called before the ranks end normally: from now on a missing rank is not a fault."""

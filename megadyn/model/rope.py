@@ -57,7 +57,8 @@ class Rotary:
 
 
 def frequencies(rope: RopeConfig, exponent: Tensor, head_dim: int, length: int) -> Tensor:
-    """Radians per position of each pair of dimensions, [head_dim / 2], for sequences of `length` tokens.
+    """Radians per position of each pair of dimensions, [head_dim / 2], for sequences of `length` tokens: rounded as by
+    transformers, because at position 65536 another rounding turns a pair by 0.004 radians.
 
     Args:
         exponent: 0, 2/head_dim, ... of `theta`.
@@ -65,8 +66,8 @@ def frequencies(rope: RopeConfig, exponent: Tensor, head_dim: int, length: int) 
     factor, original = rope.factor or 1.0, rope.original_max_position or 1
     if rope.type == "dynamic":
         stretch = factor * max(length, original) / original - (factor - 1)
-        return (rope.theta * stretch ** (head_dim / (head_dim - 2))) ** -exponent
-    plain = rope.theta**-exponent
+        return 1.0 / (rope.theta * stretch ** (head_dim / (head_dim - 2))) ** exponent
+    plain = 1.0 / rope.theta**exponent
     if rope.type == "default":
         return plain
     if rope.type == "linear":
@@ -80,7 +81,7 @@ def llama3_kept(rope: RopeConfig, plain: Tensor) -> Tensor:
     original context."""
     low, high = rope.low_freq_factor, rope.high_freq_factor
     assert rope.original_max_position and low and high
-    turns = rope.original_max_position * plain / (2 * math.pi)
+    turns = rope.original_max_position / (2 * math.pi / plain)
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 

@@ -52,6 +52,16 @@ TRANSIENT = (408, 425, 429)
 """Status codes below 500 after which to try again."""
 FINAL = ("NoCredentialsError", "DefaultCredentialsError", "OfflineModeIsEnabled")
 """Errors of botocore, google-auth and the hub's library, by name, because these may not be installed."""
+FINAL_HERE = (
+    FileNotFoundError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+    PermissionError,
+    NotImplementedError,
+    ValueError,
+    TypeError,
+)
 NOT_FOUND = ("RepositoryNotFoundError", "GatedRepoError")
 """What the hub also answers to those who may not see a repository."""
 
@@ -199,8 +209,14 @@ class RangeReader(io.RawIOBase):
             source.close()
 
 
-def patiently(do: Callable[[], T], what: str, clean: Callable[[], None] = lambda: None) -> T:
-    """What `do` returns; after a failure that may pass, `clean` and again, a while later.
+def patiently(
+    do: Callable[[], T],
+    what: str,
+    clean: Callable[[], None] = lambda: None,
+    advice: str = "; the same command continues from what is finished",
+) -> T:
+    """What `do` returns; after a failure that may pass, `clean` and again, a while later. `advice` ends the message of the last
+    one.
 
     Raises UserError for a failure that will not pass, or did not.
     """
@@ -217,9 +233,7 @@ def patiently(do: Callable[[], T], what: str, clean: Callable[[], None] = lambda
         if pause is not None:
             log.warning("%s: %s; trying again in %g s", what, reason(problem), pause)
             time.sleep(pause)
-    raise UserError(
-        f"{what}: {reason(problem)}, after {len(RETRY_SECONDS) + 1} attempts; the same command continues from what is finished"
-    )
+    raise UserError(f"{what}: {reason(problem)}, after {len(RETRY_SECONDS) + 1} attempts{advice}")
 
 
 def cause_of(error: Exception) -> Exception:
@@ -243,9 +257,7 @@ def is_final(error: Exception) -> bool:
     status = status_of(error)
     if status is not None:
         return 400 <= status < 500 and status not in TRANSIENT
-    return isinstance(
-        error, FileNotFoundError | PermissionError | NotImplementedError | ValueError | TypeError
-    )
+    return isinstance(error, FINAL_HERE)
 
 
 def reason(error: Exception) -> str:

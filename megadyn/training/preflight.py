@@ -74,6 +74,11 @@ def refuse_start(config: Config, data: Data) -> None:
         open_source(starting_weights(config.checkpoint), config.model, config.training.sequence_length)
     if config.training.routing_record is not None or config.training.routing_replay is not None:
         refuse_replay(config, choosing_layers(config.model), data.train.key, expected_start(config).iteration)
+    make_output_dir(config)
+
+
+def make_output_dir(config: Config) -> None:
+    """Raises UserError if it cannot be made, or written."""
     with os_errors_named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(config.output_dir, os.W_OK):

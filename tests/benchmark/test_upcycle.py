@@ -1,6 +1,7 @@
 """A dense model and what it becomes: in short, and how a run is judged."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from megadyn.benchmark import soak, upcycle
 from megadyn.benchmark.upcycle import Regained, as_table, judged
 from megadyn.errors import UserError
+from megadyn.kinds import BUILT_IN, DENSE
+from tests.helpers.tiny import ROOT
 
 
 def test_a_dense_model_is_trained_exported_and_upcycled(
@@ -47,3 +50,44 @@ def test_regained_is_the_first_evaluation_no_worse_than_the_dense_model_was() ->
 def test_an_unknown_case_is_one_sentence() -> None:
     with pytest.raises(UserError, match="--cases: no case 'modd'; there are dtf-default"):
         upcycle.parse_args(["--cases", "dtf-default,modd"])
+
+
+PAGE = (ROOT / "benchmarks/upcycle.md").read_text()
+ROW = re.compile(r"^\| (\w+)-default \| [\d.]+ \| ([\d.]+) / ([\d.]+) \| (\d+) / (\d+) \|", re.MULTILINE)
+DENSE_START = re.compile(r"^\| dense \| 1 \| ([\d.]+) / ([\d.]+) \|", re.MULTILINE)
+
+
+def sentence_of(row: re.Match[str]) -> str:
+    """What the page of a kind says, by the table of the measurement."""
+    before = DENSE_START.search(PAGE)
+    assert before is not None
+    lost = [
+        float(after) - float(start) for after, start in zip(row.groups()[1:3], before.groups(), strict=True)
+    ]
+    rose = [f"{loss:.3f}" for loss in lost]
+    change = "did not rise" if max(lost) < 0.0015 else f"rose by {either(*rose, 'with top-k', 'causally')}"
+    regained = (
+        ""
+        if row[4] == row[5] == "0"
+        else f"; it was regained after {either(row[4], row[5])} steps of 1,024 tokens"
+    )
+    return (
+        f"The loss of a small dense model {change} at step 0, when it became one of this kind with its default "
+        f"settings{regained} (`benchmarks/upcycle.md`)."
+    )
+
+
+def either(one: str, other: str, by: str = "", by_other: str = "") -> str:
+    return (
+        one
+        if one == other
+        else " and ".join(f"{value} {way}".strip() for value, way in ((one, by), (other, by_other)))
+    )
+
+
+def test_the_page_of_each_kind_says_what_upcycling_loses() -> None:
+    rows = {row[1]: row for row in ROW.finditer(PAGE)}
+    assert rows.keys() == {*BUILT_IN} - {DENSE}
+    for kind, row in rows.items():
+        text = " ".join((ROOT / f"megadyn/kinds/{kind}/README.md").read_text().split())
+        assert f"## Upcycling {sentence_of(row)}" in text, f"{kind} is to say:\n{sentence_of(row)}"

@@ -1,5 +1,6 @@
 """Where a step's time goes: parts that add up, on a host's clock and on a device's."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -39,6 +40,31 @@ def test_an_inner_part_interrupts_the_outer(clock):
         {"data": 0, "forward": 6, "backward": 0, "communication": 530, "optimizer": 6000, "other": 1}
     )
     assert clock.read() == {}  # once
+
+
+def test_a_thread_in_the_background_is_no_part_of_a_step(clock):
+    """Of one that writes a checkpoint while steps are measured: it may begin in a step and end after it."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def all_gather(spent: float) -> None:
+        begun.set()
+        ended.wait(10)
+        clock.spend(spent)
+
+    library = SimpleNamespace(all_gather=all_gather)
+    clock.watch(library, ["all_gather"])
+    with clock.measuring():
+        thread = threading.Thread(target=lambda: library.all_gather(500))
+        thread.start()
+        assert begun.wait(10)
+        with clock.part("forward"):
+            clock.spend(2)
+        clock.spend(1)
+    ended.set()
+    thread.join()
+    assert clock.read() == pytest.approx(
+        {"data": 0, "forward": 2, "backward": 0, "communication": 0, "optimizer": 0, "other": 1}
+    )
 
 
 def test_parts_add_up_to_the_step():

@@ -1,5 +1,5 @@
 """A web server on this machine that serves files by ranges and breaks connections on demand. It can speak as much of the Hugging
-Face hub's protocol, or of S3's, as their libraries need to list and to download."""
+Face hub's protocol, or of S3's, as their libraries need to list and to download, and of S3's to upload."""
 
 import hashlib
 import json
@@ -36,7 +36,9 @@ class FileServer(ThreadingHTTPServer):
         """Status codes by path."""
         self.is_reset = False
         """Whether connections are cut by a reset, not by their end."""
-        self.has_ranges = True
+        self.has_ranges, self.is_writable = True, False
+        self.spoils: Counter[str] = Counter()
+        """How many of the next uploads to a path arrive with another byte."""
         self.seen: list[str] = []
         """`HEAD /path`, `GET /path bytes=0-9`, in order."""
         self.sent: Counter[str] = Counter()
@@ -133,7 +135,11 @@ class HubServer(FileServer):
 
 
 class S3Server(FileServer):
-    """Buckets: the first part of a path. Signatures are not checked."""
+    """Buckets: the first part of a path. Signatures are not checked. Its files can be written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_writable = True
 
     def page(self, path: str, query: dict[str, str], body: bytes) -> tuple[bytes, str] | None:
         if "list-type" not in query:
@@ -166,6 +172,7 @@ def etag(content: bytes) -> str:
 class Handler(BaseHTTPRequestHandler):
     server: FileServer
     protocol_version = "HTTP/1.1"  # connections stay open, as those of most servers
+    disable_nagle_algorithm = True  # else an answer waits for 40 ms behind its own head
 
     def do_HEAD(self) -> None:
         self.answer(with_content=False)
@@ -174,6 +181,31 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(with_content=True)
 
     do_POST = do_GET
+
+    def do_PUT(self) -> None:
+        """An upload; like a response, one that is cut ends in the middle."""
+        server, path = self.server, unquote(self.path.partition("?")[0])
+        server.seen.append(f"PUT {path}")
+        size = int(self.headers["Content-Length"])
+        if server.cuts[path] > 0:
+            server.cuts[path] -= 1
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        content = self.rfile.read(size)
+        status = server.refusals.get(path, 200 if server.is_writable else 405)
+        if status == 200:
+            if server.spoils[path] > 0:
+                server.spoils[path] -= 1
+                content = bytes([content[0] ^ 1]) + content[1:]
+            server.files[path] = content
+        self.head(status, {"ETag": f'"{etag(content)}"', "Content-Length": "0"})
+
+    def do_DELETE(self) -> None:
+        path = unquote(self.path.partition("?")[0])
+        self.server.seen.append(f"DELETE {path}")
+        self.server.files.pop(path, None)
+        self.head(204, {"Content-Length": "0"})
 
     def answer(self, with_content: bool) -> None:
         server, (path, _, query) = self.server, self.path.partition("?")

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megadyn.checkpoint.export import export
 from megadyn.config import Config, RopeConfig
@@ -24,6 +25,7 @@ from megadyn.hf.configuration_megadyn import MegadynConfig
 from megadyn.hf.modeling_megadyn import MegadynForCausalLM
 from megadyn.hf.reader import HfFolder
 from megadyn.hf.source import open_source
+from megadyn.model.rope import Rotary
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import ROOT, micro_batches, tiny_config, tiny_tokens
 
@@ -195,6 +197,18 @@ def test_a_run_starts_with_their_loss(started: tuple[Path, dict[str, float]], na
     with torch.no_grad():
         ours = load_network(open_saved(folder / name), torch.device("cpu"))(samples[:, :-1])
     assert (ours - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", sorted({*BASES} - {"llama-dynamic"}))
+def test_angles_are_theirs_far_away(name: str) -> None:
+    """Bit for bit, of every type but `dynamic`, whose base theirs has in float32: a number of radians per position that is
+    rounded otherwise is another position there."""
+    end, base = 2**17, BASES[name]
+    config = AutoConfig.for_model(base.type, **SHAPE | base.theirs)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(end)[None])
+    found = Rotary(SHAPE["head_dim"], config_of(base).model.rope).angles(end, torch.zeros(1))
+    half = SHAPE["head_dim"] // 2
+    assert all(torch.equal(ours, want[0, :, :half]) for ours, want in zip(found, (cos, sin), strict=True))
 
 
 @torch.no_grad()

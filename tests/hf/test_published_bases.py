@@ -1,7 +1,6 @@
 """The base models that the examples name, in small: with their published heads, rotary positions and ties.
 
-A run takes shape and weights from each folder, and a dense one goes back to its class. One model of each architecture becomes
-every kind of routing.
+A run takes shape and weights from each folder, and a dense one goes back to its class, or becomes every kind of routing.
 """
 
 import json
@@ -14,10 +13,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megadyn.checkpoint.export import export
 from megadyn.config import Config, load_config
+from megadyn.config.config_map import from_hf_config, to_hf_config
+from megadyn.hf.configuration_megadyn import MegadynConfig
+from megadyn.hf.modeling_megadyn import MegadynForCausalLM
+from megadyn.hf.reader import HfFolder
 from megadyn.kinds import BUILT_IN, DENSE
+from megadyn.model.rope import Rotary
 from tests.helpers.published import CONFIGS
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny import ROOT, micro_batches, tiny_tokens
@@ -25,7 +30,6 @@ from tests.helpers.tiny import ROOT, micro_batches, tiny_tokens
 VOCAB, LENGTH = 259, 24
 LAYOUTS = ((1, 1, 1), (2, 2, 1), (1, 1, 2))
 """Tensor x pipeline x data."""
-UPCYCLED = ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen3-4B", "HuggingFaceTB/SmolLM2-360M")
 DOCUMENT = ROOT / "docs/configuration.md"
 
 
@@ -104,7 +108,7 @@ def _start_all(root: str, tensor: int, pipeline: int) -> None:
     grid, losses = make_grid(tensor, pipeline), {}
     layout = f"{tensor}x{pipeline}x{grid.dp.size}"
     for name in CONFIGS:
-        for kind in BUILT_IN if layout == "1x1x1" and name in UPCYCLED else (DENSE,):
+        for kind in BUILT_IN if layout == "1x1x1" else (DENSE,):
             if fits(name, tensor):
                 losses[f"{name} {kind} {layout}"] = _first_loss(folder_of(name, Path(root)), kind, grid)
     if dist.get_rank() == 0:
@@ -149,7 +153,7 @@ def test_a_run_starts_with_their_loss(started: tuple[Path, dict[str, float]], na
     assert found == dict.fromkeys(found, pytest.approx(want, rel=1e-5))
 
 
-@pytest.mark.parametrize("name", UPCYCLED)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_kind_starts_from_it(started: tuple[Path, dict[str, float]], name: str) -> None:
     """With all of its tensors (the rank has compared them), and near its loss: routers and priors are new."""
     _, losses = started
@@ -167,6 +171,41 @@ def test_it_goes_back_to_its_class(started: tuple[Path, dict[str, float]], name:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (logits_of(tmp_path / "hf") - logits_of(folder)).abs().max() < 1e-4
+
+
+def context(name: str) -> int:
+    """What it was trained on first."""
+    scaling = CONFIGS[name].get("rope_scaling") or {}
+    return scaling.get("original_max_position_embeddings") or CONFIGS[name]["max_position_embeddings"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_at_twice_its_context_it_is_theirs(started: tuple[Path, dict[str, float]], name: str) -> None:
+    """With the published heads: the angles of training bit for bit. Then logits of the last tokens before that position: equal in
+    float32; in bfloat16, ours stray no further than theirs."""
+    end = 2 * context(name)
+    positions = torch.arange(end - LENGTH, end)[None].expand(len(held_out()), -1)
+    theirs, ours = AutoConfig.for_model(**CONFIGS[name]), from_hf_config(CONFIGS[name])
+    cos, sin = LlamaRotaryEmbedding(theirs)(torch.zeros(1), positions[:1])
+    found = Rotary(ours.head_dim, ours.rope).angles(end, torch.zeros(1))
+    for table, want in zip(found, (cos, sin), strict=True):
+        assert torch.equal(table[-LENGTH:], want[0, :, : ours.head_dim // 2])
+
+    folder, logits = HfFolder(folder_of(name, started[0])), {}
+    model = MegadynForCausalLM(MegadynConfig(**to_hf_config(folder.model, "float32"))).eval()
+    model.load_state_dict({key: folder.whole(key) for key in folder.names()}, strict=False)
+    model.tie_weights()
+    for whose, one in (("ours", model), ("theirs", AutoModelForCausalLM.from_pretrained(folder.folder))):
+        for dtype in (torch.float32, torch.bfloat16):
+            out = one.eval().to(dtype)(held_out()[:, :LENGTH], position_ids=positions, use_cache=False)
+            logits[whose, dtype] = out.logits.float()
+    exact = logits["theirs", torch.float32]
+    assert (logits["ours", torch.float32] - exact).abs().max() < 1e-4
+    strayed, allowed = (
+        (logits[whose, torch.bfloat16] - exact).square().mean().sqrt() for whose in ("ours", "theirs")
+    )
+    assert 0 < strayed < 1.5 * allowed
 
 
 # ---- the table of the documents

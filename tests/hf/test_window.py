@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from megadyn.hf.cache_megadyn import MegadynCache
 from tests.conformance.checks import EOD, Case, logits_of, network_of, tokens_like
 from tests.conformance.exported import write_export
-from tests.hf.tiny_models import random_tokens, tiny_model
+from tests.hf.tiny_models import LAYOUTS, random_tokens, tiny_model
 
 WINDOW = {"sliding_window": 5, "sliding_layers": [1, 0, 1, 1]}
 KINDS = ("mod", "dtrnet-token", "dtf4")
@@ -44,6 +45,52 @@ def test_in_pieces_with_padding_it_is_the_whole(kind: str) -> None:
         found.append(piece if start < 12 else piece.flip(0))
     real = mask.flip(0).bool()
     assert_close(torch.cat(found, dim=1)[real], whole[real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dense", "mod", "dtrnet-token", "stt", "nested", "subskip"])
+def test_a_cache_holds_only_what_later_tokens_see(kind: str) -> None:
+    """A long text in pieces with padding and documents, of which one is taken back, and rows that change places: as the whole.
+    A window of 16 looks after two more tokens."""
+    window, count = 16, 3 if kind == "dense" else len(LAYOUTS[kind][0])
+    windows = {"sliding_window": window, "sliding_layers": [1] * (count - 1) + [0]}
+    model = tiny_model(kind, document_mask=True, eod_token_id=EOD, **windows).double()
+    tokens, mask = random_tokens(2, 120), torch.ones(2, 120, dtype=torch.long)
+    tokens[tokens == EOD] = EOD + 1
+    tokens[0, (29, 33)] = tokens[1, 60] = EOD
+    mask[1, :7] = 0
+    whole = model(tokens, attention_mask=mask, use_cache=False).logits
+    found, cache, most = [], None, 0
+    for start, end in ((0, 40), (40, 47), *((at, at + 1) for at in range(47, 70)), (70, 75), (75, 120)):
+        if (
+            start == 70
+        ):  # guesses, all of them wrong: the same tokens again, but with what the first of them sees
+            model(tokens[:, 30:50], attention_mask=mask[:, :90], past_key_values=cache)
+            cache.crop(-20)
+        out = model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        found.append(out.logits)
+        cache = out.past_key_values
+        if 50 < start < 70:
+            most = max(most, *(max(layer) for layer in held(cache)[:-1]))
+    assert_close(torch.cat(found, dim=1)[mask.bool()], whole[mask.bool()])
+    assert window // 8 < most <= window + window // 8 + 1
+    if kind == "dense":
+        assert held(cache)[-1] == [120, 113]
+
+
+def held(cache: MegadynCache) -> list[list[int]]:
+    """Of each layer, the tokens held by its rows; of a layer that takes tokens twice, of the second time."""
+    return [(layer.again or layer).counts or [0] for layer in cache.layers]
+
+
+@torch.no_grad()
+def test_beams_and_guesses_change_nothing_in_a_window() -> None:
+    model = tiny_model("dtf4", sliding_window=8, sliding_layers=[1, 1, 1, 1])
+    prompt = torch.cat([random_tokens(1, 8)] * 3, dim=1)
+    for search in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}):
+        settings = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        wanted = model.generate(prompt, **settings, num_beams=search.get("num_beams", 1), use_cache=False)
+        assert torch.equal(model.generate(prompt, **settings, **search), wanted)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mod", "dtrnet", "stt", "nested"])
