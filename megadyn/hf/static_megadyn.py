@@ -38,7 +38,7 @@ class StaticLayerCache(LayerCache):
         places = -(-(length + 1) // MULTIPLE) * MULTIPLE
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            return stays(torch.zeros(shape, dtype=dtype, device=device))
 
         heads = (cast(int, config.num_key_value_heads), places, cast(int, config.head_dim))
         self.key_BGSK, self.value_BGSK = (zeros(rows, *heads, dtype=dtype) for _ in "kv")
@@ -116,7 +116,7 @@ class StaticLayerCache(LayerCache):
     def keep_latest(self, name: str, value_BC: Tensor, before: Tensor, new: Packed) -> None:
         latest = at_last(value_BC, new, before)
         if getattr(self, name) is None:
-            setattr(self, name, latest.new_zeros(new.batch, *latest.shape[1:]))
+            setattr(self, name, stays(latest.new_zeros(new.batch, *latest.shape[1:])))
         held: Tensor = getattr(self, name)
         if new.row_B is None:
             held.copy_(latest)
@@ -152,7 +152,14 @@ class StaticLayerCache(LayerCache):
 
 def in_place(old: Tensor, new: Tensor) -> Tensor:
     """`old` with the values of `new`, or `new` if it has another shape."""
-    return old.copy_(new) if old.shape == new.shape else new
+    return old.copy_(new) if old.shape == new.shape else stays(new)
+
+
+def stays(tensor: Tensor) -> Tensor:
+    """Tells CUDA graphs that the tensor is changed in place and need not be copied into the graph's own memory."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
 
 
 class MegadynStaticCache(MegadynCache):
@@ -175,10 +182,10 @@ class MegadynStaticCache(MegadynCache):
         sizes = (config, rows, length, dtype, torch.device(device))
         Cache.__init__(self, layers=[StaticLayerCache(*sizes) for _ in range(config.num_hidden_layers)])
         self.length = length
-        self.column_count = torch.zeros((), dtype=torch.long, device=device)
-        self.seen_B = torch.zeros(rows, dtype=torch.long, device=device)
-        self.texts = Texts.at_start(rows, torch.device(device))
-        self.texts = Texts(*(x.clone() for x in self.texts if x is not None))
+        self.column_count = stays(torch.zeros((), dtype=torch.long, device=device))
+        self.seen_B = stays(torch.zeros(rows, dtype=torch.long, device=device))
+        start = Texts.at_start(rows, torch.device(device))
+        self.texts = Texts(*(stays(x.clone()) for x in start if x is not None))
         self.is_new = True
 
     def tensors(self) -> dict[str, Tensor]:
@@ -236,7 +243,7 @@ class MegadynStaticCache(MegadynCache):
                 old.copy_(new)
         if self.texts.segment_B is None:  # later calls always have one, lest their graph differ
             segment_B = torch.zeros_like(self.seen_B) if now.segment_B is None else now.segment_B.clone()
-            self.texts = self.texts._replace(segment_B=segment_B)
+            self.texts = self.texts._replace(segment_B=stays(segment_B))
         if self.is_new:
             self.is_new = False
             for layer in self.layers:
