@@ -42,7 +42,14 @@ class MegadynGeneration(GenerationMixin):
         model_kwargs["past_key_values"] = self.static_cache(rows, length)
 
     def static_cache(self, rows: int, length: int) -> MegadynStaticCache:
-        """A cache of fixed size for this model: so many sequences of at most `length` columns, padding included."""
+        """A cache of fixed size for this model: so many sequences of at most `length` columns, padding included.
+
+        Raises ValueError for a model on several devices."""
+        devices = sorted({str(parameter.device) for parameter in self.parameters()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"a static cache needs the model on one device, but it is on {', '.join(devices)}"
+            )
         return MegadynStaticCache(self.config, rows, length, self.dtype, self.device)
 
     def decoding_step(self, cache: MegadynStaticCache) -> MegadynStep:

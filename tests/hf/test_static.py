@@ -143,6 +143,8 @@ def test_one_graph_for_all_steps(kind):
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"] and not counters["recompiles"]
     assert places == {name: tensor.data_ptr() for name, tensor in static.tensors().items()}
+    # so that CUDA graphs, which cannot run here, do not copy it
+    assert all(tensor._dynamo_static_input_type for tensor in static.tensors().values())
     torch._dynamo.reset()
 
 
@@ -241,12 +243,21 @@ def test_refused():
         model(MORE[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="a routed model uses its own caches, dynamic or static"):
         model.generate(TOKENS, max_new_tokens=2, cache_implementation="offloaded")
+    with pytest.raises(ValueError, match="not supported with Static cache"):  # by transformers
+        model.generate(
+            TOKENS[:1], prompt_lookup_num_tokens=3, cache_implementation="static", max_new_tokens=4
+        )
     growing = model(TOKENS).past_key_values
     model.config.routing_static = True
+    with pytest.raises(ValueError, match="a static cache cannot be cropped"):
+        model.generate(TOKENS[:1, :8].repeat(1, 2), prompt_lookup_num_tokens=3, max_new_tokens=9)
     with pytest.raises(ValueError, match="past_key_values must be a MegadynStaticCache"):
         model(MORE, past_key_values=growing)
     with pytest.raises(ValueError, match="give seq_idx"):
         model(MORE[:1], cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    model.model.layers[0].to("meta")
+    with pytest.raises(ValueError, match="needs the model on one device, but it is on cpu, meta"):
+        model.static_cache(1, 8)
     dense = tiny_model("dense", attn_implementation="eager", routing_static=True)
     with pytest.raises(ValueError, match="output_attentions = True: must be asked for without"):
         dense(MORE, output_attentions=True)
