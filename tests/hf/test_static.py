@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
+from megadyn.hf import layers_megadyn
 from megadyn.hf.cache_megadyn import MegadynCache
 from megadyn.hf.routing_of import exported_kind
 from megadyn.hf.static_megadyn import MegadynStaticCache
@@ -113,6 +116,36 @@ def test_a_static_step_never_waits_for_the_device(kind):
     model.config.routing_static = True
     assert looks_of(model, MORE[:, :3], mask.expand(3, 3), past_key_values=cache) == 0
     assert looks_of(model, TOKENS, padding("left")) == 0
+
+
+class OnTheHost(TorchDispatchMode):
+    """The operations that gave a tensor on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        given = out if isinstance(out, tuple | list) else (out,)
+        self.found += [
+            str(operation) for x in given if isinstance(x, torch.Tensor) and x.device.type == "cpu"
+        ]
+        return out
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_static_step_needs_no_values_and_stays_on_its_device(kind, monkeypatch):
+    """On the device `meta`, whose tensors have no values: so nothing can be read, and every tensor of the host shows."""
+    monkeypatch.setattr(
+        layers_megadyn, "wide_linear", lambda x, weight, bias=None: F.linear(x, weight, bias)
+    )  # autocast does not know that device
+    model = tiny_model(kind).to("meta")
+    cache, tokens = model.static_cache(3, 37), torch.zeros(3, 1, dtype=torch.long, device="meta")
+    model(tokens, past_key_values=cache)
+    with OnTheHost() as host:
+        model(tokens, torch.ones(3, 1, device="meta"), tokens, past_key_values=cache)
+    assert not host.found
 
 
 def test_every_kind_is_compiled_here():
