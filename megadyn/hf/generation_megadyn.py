@@ -58,10 +58,19 @@ class MegadynGeneration(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        config: Any,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        input_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor | None:
-        """transformers asks for the mask of a call with a static cache: of the new columns alone, so that its shape stays."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        """transformers asks for the mask of a call with a static cache: of the new columns alone, so that its shape stays.
+
+        `input_embeds`: the name of `inputs_embeds` in early versions.
+        """
+        given = inputs_embeds if input_embeds is None else input_embeds
+        assert given is not None
+        return None if attention_mask is None else attention_mask[:, -given.shape[1] :]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Always raises: this is transformers' entry point to continuous batching."""

@@ -36,7 +36,9 @@ def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", colum
     for name, value in keywords.items():
         if name not in SILENT_VALUES:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-        if name == "cache_position" and value is not None:
+        if name == "cache_position" and isinstance(cache, MegadynStaticCache) and value is not None:
+            cache.check_positions(value)
+        elif name == "cache_position" and value is not None:
             past = 0 if cache is None else cache.get_seq_length()
             if value.tolist() != list(range(past, past + columns)):
                 raise ValueError(f"cache_position: must start at {past}, the number of columns in the cache")

@@ -158,7 +158,7 @@ def in_place(old: Tensor, new: Tensor) -> Tensor:
 def stays(tensor: Tensor) -> Tensor:
     """Tells CUDA graphs that the tensor is changed in place and need not be copied into the graph's own memory."""
     if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor)
+        torch._dynamo.mark_static_address(tensor, guard=False)
     return tensor
 
 
@@ -232,6 +232,12 @@ class MegadynStaticCache(MegadynCache):
             torch._assert_async(self.column_count + columns <= self.length, message)
         elif int(self.column_count) + columns > self.length:
             raise ValueError(message)
+
+    def check_positions(self, cache_position: Tensor) -> None:
+        """Raises RuntimeError, when the device comes to it, for positions that are not the next columns."""
+        wanted = self.column_count + torch.arange(len(cache_position), device=cache_position.device)
+        message = "cache_position: must start at the number of columns in the cache"
+        torch._assert_async((cache_position == wanted).all(), message)
 
     def advance(self, call: Call) -> None:
         assert self.texts is not None

@@ -106,13 +106,14 @@ def test_documents_windows_and_eager_attention(kind, changes):
     assert_both_alike(model, [5, 1, 9, 1, 1, 4, 1, 1, 1], padding("left"), tokens)
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", MAIN_KINDS)
 def test_a_static_step_never_waits_for_the_device(kind):
     model, mask = tiny_model(kind), torch.ones(3, 1)
     cache = static_cache(model)
     model(TOKENS, past_key_values=cache)
     positions = torch.full((3, 1), TOKENS.shape[1])
-    assert looks_of(model, MORE[:, :1], mask, positions, past_key_values=cache) == 0
+    given = {"past_key_values": cache, "cache_position": torch.tensor([TOKENS.shape[1]])}
+    assert looks_of(model, MORE[:, :1], mask, positions, **given) == 0
     model.config.routing_static = True
     assert looks_of(model, MORE[:, :3], mask.expand(3, 3), past_key_values=cache) == 0
     assert looks_of(model, TOKENS, padding("left")) == 0
@@ -270,6 +271,8 @@ def test_refused():
         ValueError, match=r"with a static cache it must be \[3, 1\], of the new columns alone"
     ):
         model(MORE[:, :1], torch.ones(3, 31), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cache_position: must start at the number of columns"):
+        model(MORE[:, :1], past_key_values=cache, cache_position=torch.tensor([29]))
     with pytest.raises(ValueError, match="holds 3 sequences, but the input has 2"):
         model(MORE[:2, :1], past_key_values=cache)
     with torch.enable_grad(), pytest.raises(ValueError, match="a static cache holds no gradients"):
