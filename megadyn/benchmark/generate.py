@@ -1,11 +1,14 @@
 """Milliseconds of prefill and per decoded token, for each kind of model as transformers serves it, compared with its Qwen2.
 
     megadyn benchmark generate [--models qwen2 dense dtf:0.5 mod:0.125 dtrnet:0.1] [--batch 1 8] [--context 512 2048] ...
-    megadyn benchmark generate --export HF_DIR [--batch 1 8] [--context 512 2048] ...
+    megadyn benchmark generate --export HF_DIR ... [--data PREFIX] [--batch 1 8] [--context 512 2048] ...
 
 One process and one device, a CPU or a GPU. Weights are random, with thresholds set so that layers keep the planned
 share of tokens.
-`--export` measures an exported folder instead, against a Qwen2 of the same shape. In each round the models take turns:
+`--export` measures exported folders instead, against a Qwen2 of the first one's shape; with `--data` the table has their
+losses too, in nats per token of the dataset, routed as in decoding: loss by time and by bytes of the cache. `--static` gives
+every model a cache of fixed size, so that every row runs in every layer (FLOPs stay those of kept tokens), and `--compile`
+compiles the decoding step as one graph. In each round the models take turns:
 first a prefill of the context, then one token at a time for each row. Tokens are random, and the same for all models
 and rounds, so that no model decodes a repeating loop. Prefill times are medians over rounds. Decode times are medians
 over rounds per step, then the mean over steps, because a kept token and a skipped one cost different times. All models
@@ -87,6 +90,8 @@ class Figure:
     shares: Shares
     decode_flops: list[float]
     """Per layer, for one token."""
+    loss: float | None
+    """Of an export on the dataset, in nats per token."""
 
 
 @dataclass
@@ -106,9 +111,10 @@ class Run:
     stored: int = 0
     """Cached tokens after the prefill, summed over rows and layers."""
     cache: Any = None
+    static: bool = False
 
     def prefill(self) -> None:
-        self.cache = None
+        self.cache = self.served.static_cache(*self.tokens.shape) if self.static else None
         self.prefills.append(self.measured("prefill", 0, self.context))
         self.held, self.stored = [self.kept()], self.in_cache()
         self.steps.append([])
@@ -135,23 +141,22 @@ class Run:
         return seconds
 
     def forward(self, start: int, end: int) -> None:
-        out = self.served.model(
-            self.tokens[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
+        model = self.served.step if start else self.served.model
+        out = model(self.tokens[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
 
     def kept(self) -> list[int]:
         """Tokens that each layer kept; for a layer that some tokens pass twice, those that pass twice."""
         if self.served.is_routed:
-            return [sum((layer.again or layer).counts) for layer in self.cache.layers]
-        return [self.cache.get_seq_length() * self.tokens.shape[0]] * self.served.config.num_layers
+            rows = len(self.tokens)
+            return [sum(held_by(layer.again or layer, rows)) for layer in self.cache.layers]
+        return [int(self.cache.get_seq_length()) * len(self.tokens)] * self.served.config.num_layers
 
     def in_cache(self) -> int:
         if not self.served.is_routed:
             return sum(self.kept())
-        return sum(
-            sum(layer.counts) + (sum(layer.again.counts) if layer.again else 0) for layer in self.cache.layers
-        )
+        caches = [cache for layer in self.cache.layers for cache in (layer, layer.again) if cache]
+        return sum(sum(held_by(cache, len(self.tokens))) for cache in caches)
 
     def figure(self) -> Figure:
         rows, columns = self.tokens.shape
@@ -178,7 +183,13 @@ class Run:
             self.stored * size / (rows * self.context),
             shares,
             of_token,
+            self.served.loss,
         )
+
+
+def held_by(cache: Any, rows: int) -> list[int]:
+    """Tokens in a layer's cache, per row; exports of earlier versions have growing caches alone."""
+    return list(cache.held(rows)) if hasattr(cache, "held") else list(cache.counts)
 
 
 def prefill_flops(config: ModelConfig, length: int, shares: Sequence[float]) -> list[float]:
@@ -231,7 +242,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[list[Figure
             generator = torch.Generator().manual_seed(batch)
             tokens = torch.randint(vocabulary, (batch, context + args.steps), generator=generator)
             timer = processor_time if args.cpu_time else timed
-            runs = [Run(served, tokens.to(device), context, timer) for served in models]
+            torch._dynamo.reset()  # a graph is of one batch size
+            runs = [Run(served, tokens.to(device), context, timer, static=args.static) for served in models]
             for turn in range(args.warmup + args.rounds):
                 take_turns(runs)
                 if turn < args.warmup:
@@ -251,12 +263,16 @@ def as_table(figures: Sequence[Figure]) -> str:
         "| KV, bytes per token | peak, MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    with_loss = any(figure.loss is not None for figure in figures)
+    if with_loss:
+        rows = [rows[0] + " loss |", rows[1] + "---|"]
     for figure in figures:
         peak = figure.decode.peak_bytes
         rows.append(
             f"| {figure.batch} x {figure.context} | {figure.name} | {of_phase(figure.prefill)} | {of_phase(figure.decode)} "
             f"| {figure.decode.tokens_per_second:,.1f} | {figure.kv_bytes:,.0f} "
             f"| {'' if peak is None else f'{peak / 2**20:,.0f}'} |"
+            + (f" {'' if figure.loss is None else f'{figure.loss:.4f}'} |" if with_loss else "")
         )
     return "\n".join(rows)
 
@@ -301,9 +317,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--export",
         type=user_path,
+        nargs="+",
         metavar="HF_DIR",
-        help="measure this exported folder instead of --models and sizes",
+        help="measure these exported folders instead of --models and sizes",
     )
+    parser.add_argument("--data", type=user_path, metavar="PREFIX", help="a dataset, for the loss of exports")
+    parser.add_argument(
+        "--samples", type=positive, metavar="N", help="of --data, from its start (default: all)"
+    )
+    parser.add_argument("--static", action="store_true", help="decode with caches of fixed size")
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step; needs --static")
     add_size_arguments(parser, layers=8, steps=32, rounds=3)
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], metavar="N", help="rows")
     parser.add_argument(
@@ -329,11 +352,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             "--cpu-time: needs a CPU and one thread (OMP_NUM_THREADS=1), because it adds up the time of all threads"
         )
+    if args.compile and not args.static:
+        raise UserError("--compile: needs --static, because a growing cache has another shape at each step")
+    if args.compile and args.warmup < 1:
+        raise UserError("--compile: needs --warmup of at least 1, because the first steps compile")
+    if args.data is not None and args.export is None:
+        raise UserError("--data: needs --export, because random weights have no loss to compare")
     figures, models = measure(args, device)
     print(
         f"{machine(device)}, {args.precision}; {shape_of(models[0].config)}, {args.steps} decoded tokens, "
         f"median of {args.rounds} rounds"
-        f"{', processor time' if args.cpu_time else ''}\n"
+        f"{', processor time' if args.cpu_time else ''}{', static caches' if args.static else ''}"
+        f"{', compiled steps' if args.compile else ''}\n"
     )
     print(as_table(figures))
     print()

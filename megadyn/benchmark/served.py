@@ -13,6 +13,7 @@ from megadyn.benchmark.models import REFERENCE, build, config_of, set_shares
 from megadyn.config import ModelConfig
 from megadyn.config.config_map import from_hf_config, to_dense_config, to_hf_config
 from megadyn.errors import UserError
+from megadyn.evaluation.losses import evaluate
 from megadyn.files import read_json
 from megadyn.hf.reader import THRESHOLD
 from megadyn.kinds import DENSE, capacity_count
@@ -35,10 +36,32 @@ class Served:
     name: str
     model: Any
     config: ModelConfig
+    loss: float | None = None
+    """In nats per token, if a dataset was given."""
+    compiled: Any = None
 
     @property
     def is_routed(self) -> bool:
         return hasattr(self.model.config, "routed_layer_types")
+
+    @property
+    def step(self) -> Any:
+        """What decodes: the model, or its compiled form."""
+        return self.compiled or self.model
+
+    def compile(self, device: torch.device) -> None:
+        """Compiles decoding steps with static caches, each as one graph; on a GPU with CUDA graphs."""
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        self.compiled = torch.compile(self.model.forward, fullgraph=True, dynamic=False, mode=mode)
+
+    def static_cache(self, rows: int, columns: int) -> Any:
+        if not self.is_routed:
+            from transformers import StaticCache
+
+            return StaticCache(config=self.model.config, max_cache_len=columns)
+        if not hasattr(self.model, "static_cache"):
+            raise UserError(f"--static: {self.name} was exported by an earlier version, export it again")
+        return self.model.static_cache(rows, columns)
 
 
 def served(
@@ -107,8 +130,8 @@ def reference(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     return Served(REFERENCE, model.to(device=device, dtype=dtype).eval(), dense_twin(config))
 
 
-def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
-    """A model from an export folder, run by the code in that folder."""
+def opened(path: Path, name: str, device: torch.device, dtype: torch.dtype) -> Served:
+    """A model from an export folder, run by the code in that folder, under this name."""
     from transformers import AutoModelForCausalLM
 
     config = read_json(path / "config.json")
@@ -117,17 +140,49 @@ def opened(path: Path, device: torch.device, dtype: torch.dtype) -> Served:
             f"--export {path}: must be an export of megadyn, but its model_type is {config.get('model_type')!r}"
         )
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, local_files_only=True)
-    return Served(path.name, model.to(device=device, dtype=dtype).eval(), from_hf_config(config))
+    return Served(name, model.to(device=device, dtype=dtype).eval(), from_hf_config(config))
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parts of their paths as tell them apart."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("--export: names a folder twice")
+    parts = [path.resolve().parts for path in paths]
+    count = next(
+        count
+        for count in range(1, 1 + max(map(len, parts)))
+        if len({p[-count:] for p in parts}) == len(parts)
+    )
+    return ["/".join(part[-count:]).lstrip("/") for part in parts]
+
+
+def opened_all(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[Served]:
+    """The exports in `args.export`, with their losses on `args.data`, behind a reference of the first one's shape."""
+    found = [
+        opened(path, name, device, dtype)
+        for path, name in zip(args.export, names_of(args.export), strict=True)
+    ]
+    for one, path in zip(found, args.export, strict=True):
+        if args.data is not None:
+            one.loss = evaluate(path, args.data, modes=("causal",), samples=args.samples)["causal"]
+    return [reference(found[0].config, device, dtype), *found]
 
 
 def models_of(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, contexts: Sequence[int]
 ) -> list[Served]:
-    """The models in `args.models`, or the one in `args.export` and a reference of its shape."""
+    """The models in `args.models`, or those in `args.export` and a reference."""
     torch.manual_seed(0)
     if args.export is not None:
-        one = opened(args.export, device, dtype)
-        return [reference(one.config, device, dtype), one]
-    length = max(contexts)
-    tokens = torch.randint(args.vocab, (CALIBRATED[0], min(length, CALIBRATED[1])))
-    return [served(name, args, device, dtype, tokens) for name in args.models]
+        found = opened_all(args, device, dtype)
+    else:
+        length = max(contexts)
+        tokens = torch.randint(args.vocab, (CALIBRATED[0], min(length, CALIBRATED[1])))
+        found = [served(name, args, device, dtype, tokens) for name in args.models]
+    if args.compile:
+        torch._dynamo.config.recompile_limit = max(
+            8, 2 * len(found)
+        )  # models share the code that is compiled
+        for one in found:
+            one.compile(device)
+    return found

@@ -31,11 +31,11 @@ class Slots(NamedTuple):
     def of(cls, new: Packed, counts: list[int], device: torch.device) -> "Slots":
         rows = list(range(new.batch)) if new.rows is None else new.rows
         before = [counts[row] for row in rows]
-        after = [old + count for old, count in zip(before, new.counts, strict=True)]
+        after = [old + count for old, count in zip(before, new.known(), strict=True)]
         if new.rows is None and new.is_full and min(before) == max(before):
             return cls(rows, before, after, new, None)
         # The host knows these sizes, so nothing here waits for the device.
-        count_B, total = torch.tensor(new.counts, device=device), sum(new.counts)
+        count_B, total = new.counted(), sum(new.known())
         of_N = torch.repeat_interleave(torch.arange(len(rows), device=device), count_B, output_size=total)
         column_N = torch.arange(total, device=device) - (count_B.cumsum(0) - count_B)[of_N]
         slot_N = torch.tensor(before, device=device)[of_N] + column_N
@@ -132,6 +132,10 @@ class LayerCache:
         self.window: int | None = None
         self.held = 0  # by the longest row after `forget` last looked
         self.begin_call()
+
+    def held(self, rows: int) -> list[int]:
+        """The number of tokens held, per row."""
+        return self.counts or [0] * rows
 
     def begin_call(self) -> None:
         """Forgets how to undo the previous call."""
@@ -233,7 +237,7 @@ class LayerCache:
     def continues(self, new: Packed) -> Tensor:
         """For each row in `new`: whether its first token belongs to the same text as the last token held."""
         rows = range(new.batch) if new.rows is None else new.rows
-        counts = [self.counts[row] for row in rows] if self.counts else [0] * len(new.counts)
+        counts = [self.counts[row] for row in rows] if self.counts else [0] * len(rows)
         count_B = torch.tensor(counts, device=new.valid_BC.device)
         if new.segment_BC is None or not any(counts):
             return count_B > 0
@@ -320,6 +324,27 @@ class MegadynCache(Cache):
         self.texts: Texts | None = None
         self.call: Call | None = None
 
+    @property
+    def rows(self) -> int:
+        """Sequences that the cache holds; 0 before the first call."""
+        return len(self.seen)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any row has tokens."""
+        return any(self.seen)
+
+    def begin_rows(self, rows: int) -> None:
+        """Says how many sequences there will be."""
+        self.seen = [0] * rows
+
+    def going_on(self, device: torch.device) -> Tensor:
+        """Rows that have tokens."""
+        return torch.tensor(self.seen, device=device) > 0
+
+    def make_room(self, columns: int, is_static: bool) -> None:
+        """Nothing: the cache grows."""
+
     def begin_call(self) -> None:
         self.call = None
         for layer in self.layers:
@@ -330,12 +355,12 @@ class MegadynCache(Cache):
     def advance(self, call: Call) -> None:
         """Called after all layers have processed a call's tokens."""
         self.columns += call.columns
-        self.seen = [old + count for old, count in zip(self.seen, call.tokens.counts, strict=True)]
+        self.seen = [old + count for old, count in zip(self.seen, call.tokens.known(), strict=True)]
         self.texts, self.call = call.texts(call.tokens), call
 
     def tokens_per_layer(self) -> list[list[int]]:
         """Number of tokens that each layer holds, per row of the batch."""
-        return [layer.counts or [0] * len(self.seen) for layer in self.layers]
+        return [layer.held(self.rows) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns
@@ -371,7 +396,7 @@ class MegadynCache(Cache):
             layer.crop(kept)
         self.columns += tokens_to_remove
         self.seen = [
-            count - new + old for count, new, old in zip(self.seen, tokens.counts, kept, strict=True)
+            count - new + old for count, new, old in zip(self.seen, tokens.known(), kept, strict=True)
         ]
         self.texts, self.call = self.call.texts(tokens._replace(counts=kept)), None
 

@@ -1,6 +1,6 @@
 """Configuration of an exported megadyn model. Stand-alone: shipped beside the weights, imports nothing of megadyn.
 
-Qwen2's fields, and twelve of its own:
+Qwen2's fields, and thirteen of its own:
 
     attention_output_bias
                     whether the output projection of attention has a bias; `attention_bias` is of queries, keys and values
@@ -16,6 +16,9 @@ Qwen2's fields, and twelve of its own:
     normalization   where the RMSNorms stand: `pre` (before attention and feed-forward); `lns` (there too, divided by the
                     square root of the layer's number); `hybridnorm` (on queries, keys and values, and after attention)
     routing_mode    how routed layers choose their tokens: `causal` (usable for generation) or `topk`
+    routing_static  whether every call has the same shapes whatever layers choose, and reads nothing on the host, as torch.compile
+                    and CUDA graphs need: a layer then runs every row, and saves no work. Without it only decoding steps
+                    with a static cache do so
     routed_layer_types
                     per layer: `dense`; for dtf `dtf_decision` or `dtf_dynamic` (a decision and its dynamic layer are
                     neighbours); for mod `mod`; for dtrnet `dtrnet`. Older exports call this field `layer_types`, which is
@@ -211,6 +214,7 @@ class MegadynConfig(PretrainedConfig):
     pad_token_id: int | None = None
     normalization: str = "pre"
     routing_mode: str = "causal"
+    routing_static: bool = False
     routed_layer_types: list[str] = field(default_factory=list)
     """May be left out if all layers are dense."""
     document_mask: bool = False

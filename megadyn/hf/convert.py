@@ -68,11 +68,13 @@ def write_hf_folder(
 CODE = (
     "cache_megadyn.py",
     "configuration_megadyn.py",
+    "generation_megadyn.py",
     "inputs_megadyn.py",
     "layers_megadyn.py",
     "modeling_megadyn.py",
     "packing_megadyn.py",
     "rope_megadyn.py",
+    "static_megadyn.py",
 )
 """Files of this folder that every export contains."""
 

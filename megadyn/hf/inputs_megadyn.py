@@ -25,6 +25,7 @@ from .packing_megadyn import (
     whole,
 )
 from .rope_megadyn import rotary_table
+from .static_megadyn import MegadynStaticCache
 
 SILENT_VALUES = {"is_causal": (None, True), "output_router_logits": (None, False), "cache_position": (None,)}
 """Keywords that transformers may pass, with the values that change nothing."""
@@ -35,8 +36,10 @@ def refuse_unknown(keywords: dict[str, Any], cache: "MegadynCache | None", colum
     for name, value in keywords.items():
         if name not in SILENT_VALUES:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-        if name == "cache_position" and value is not None:
-            past = 0 if cache is None else cache.columns
+        if name == "cache_position" and isinstance(cache, MegadynStaticCache) and value is not None:
+            cache.check_positions(value)
+        elif name == "cache_position" and value is not None:
+            past = 0 if cache is None else cache.get_seq_length()
             if value.tolist() != list(range(past, past + columns)):
                 raise ValueError(f"cache_position: must start at {past}, the number of columns in the cache")
         elif not any(value is silent for silent in SILENT_VALUES[name]):
@@ -49,6 +52,13 @@ def mask_of_call(attention_mask: Tensor | None, x_BTD: Tensor, cache: MegadynCac
     if attention_mask is None:
         return None
     rows, columns = x_BTD.shape[:2]
+    if isinstance(cache, MegadynStaticCache):
+        if tuple(attention_mask.shape) != (rows, columns):
+            raise ValueError(
+                f"attention_mask has shape {list(attention_mask.shape)}: with a static cache it must be "
+                f"[{rows}, {columns}], of the new columns alone"
+            )
+        return attention_mask != 0
     past = 0 if cache is None else cache.columns
     if tuple(attention_mask.shape) not in ((rows, columns), (rows, past + columns)):
         with_cache = f" or, with those in the cache, [{rows}, {past + columns}]" if past else ""
@@ -75,7 +85,7 @@ def sequences_of_call(
     lengths, max_length = both_equal("cu_seq_lens", *cu_seq_lens), both_equal("max_length", *max_lengths)
     if lengths is None and seq_idx is None:
         return None
-    if cache is not None and any(cache.seen):
+    if cache is not None and cache.is_begun:
         raise ValueError(
             "cu_seq_lens_q and seq_idx describe whole sequences: give them without past_key_values"
         )
@@ -98,12 +108,47 @@ def both_equal(name: str, of_queries: Any, of_keys: Any) -> Any:
     return of_queries
 
 
-def tokens_of_call(mask_BL: Tensor | None, x_BTD: Tensor) -> Packed:
-    """The real tokens of each row. Without a mask: all, without waiting for the device. `mask_BL`: see `mask_of_call`."""
+def static_of_call(
+    config: MegadynConfig,
+    cache: MegadynCache | None,
+    columns: int,
+    attentions: bool = False,
+    lengths: Tensor | None = None,
+) -> bool:
+    """Whether the call is computed in static shapes. Raises ValueError for what cannot be done so, or with a static cache."""
+    is_static_cache = isinstance(cache, MegadynStaticCache)
+    if not (config.routing_static or is_static_cache):
+        return False
+    if attentions:
+        raise ValueError(
+            "output_attentions = True: must be asked for without routing_static and without a static cache"
+        )
+    if lengths is not None and config.routing_static:
+        raise ValueError(
+            "cu_seq_lens_q with routing_static = True: give seq_idx, which need not be read to check it"
+        )
+    if is_static_cache and torch.is_grad_enabled():
+        raise ValueError("a static cache holds no gradients: call the model under torch.no_grad()")
+    if cast(dict[str, Any], config.rope_parameters)["rope_type"] == "dynamic":
+        raise ValueError(
+            "rope_type = 'dynamic': must be computed without routing_static and without a static cache, because its "
+            "base follows from the length of texts, which only the device knows"
+        )
+    if cache is not None and not is_static_cache:
+        raise ValueError(
+            "config.routing_static = True: past_key_values must be a MegadynStaticCache, because the other cache "
+            "grows with what layers choose"
+        )
+    return config.routing_static or columns == 1
+
+
+def tokens_of_call(mask_BL: Tensor | None, x_BTD: Tensor, is_static: bool = False) -> Packed:
+    """The real tokens of each row. Without a mask, or in static shapes, without waiting for the device. `mask_BL`: see
+    `mask_of_call`."""
     rows, columns = x_BTD.shape[:2]
     if mask_BL is None:
-        return whole(rows, columns, x_BTD.device)
-    return pack(mask_BL[:, -columns:], all_rows=True)
+        return whole(rows, columns, x_BTD.device, is_static)
+    return pack(mask_BL[:, -columns:], all_rows=True, static=is_static)
 
 
 def borders_of_call(
@@ -151,7 +196,9 @@ def context_of_call(
     """What the layers share, and what a cache must remember of this call. `sequence_BT`: see `sequences_of_call`."""
     rows, device = x_BTD.shape[0], x_BTD.device
     before = Texts.at_start(rows, device) if cache is None or cache.texts is None else cache.texts
-    goes_on_B = torch.tensor([0] * rows if cache is None else cache.seen, device=device) > 0
+    goes_on_B = (
+        torch.zeros(rows, dtype=torch.bool, device=device) if cache is None else cache.going_on(device)
+    )
     if position_ids is not None:
         position_ids = position_ids.expand(rows, -1)
     borders = borders_of_call(config, tokens, input_ids, position_ids, sequence_BT, before, goes_on_B)
@@ -167,7 +214,7 @@ def context_of_call(
     sequence_BC, continues_B = None, goes_on_B
     if borders is not None:
         continues_B = goes_on_B & ~borders.text_BC[:, 0]
-    if before.segment_B is not None or (borders is not None and borders.text_BC.any()):
+    if before.segment_B is not None or (borders is not None and (tokens.is_static or borders.text_BC.any())):
         begins_BC = torch.zeros_like(tokens.valid_BC) if borders is None else borders.text_BC
         segment_BC = begins_BC.cumsum(1)
         if before.segment_B is not None:

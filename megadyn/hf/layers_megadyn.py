@@ -339,7 +339,7 @@ class RoutedLayer(DenseLayer):
         """h + gate * Block(h) for the tokens that the score selects, h for the rest."""
         routing = Routing(self.choose(score_BT.detach(), h_BTD, context), score_BT.detach())
         chosen = pack(routing.processed_BC, context.tokens)
-        if not any(chosen.counts):
+        if chosen.is_empty:
             return Stream(h_BTD), routing
         h_BCD, cos_BCK, sin_BCK = (take(x, chosen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))
         processed_BCD, _ = self.run(self.process, h_BCD, cos_BCK, sin_BCK, chosen, cache=cache)

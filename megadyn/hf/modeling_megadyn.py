@@ -14,8 +14,8 @@ are independent: each is computed as if it were alone. DOCUMENTS (`config.docume
 `eod_token_id` and are parts of one sequence: attention and averages stay within a document, but top-k spans the sequence.
 
 Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
-in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the cache in `cache_megadyn.py`, and what is made of a call's
-arguments in `inputs_megadyn.py`.
+in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the caches in `cache_megadyn.py` and `static_megadyn.py`, what is
+made of a call's arguments in `inputs_megadyn.py`, and the side of `generate` in `generation_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,
@@ -34,11 +34,13 @@ from transformers.utils import can_return_tuple
 
 from .cache_megadyn import MegadynCache
 from .configuration_megadyn import ROUTING_MODES, MegadynConfig, check_rotary, has_topk, one_of
+from .generation_megadyn import MegadynGeneration
 from .inputs_megadyn import (
     context_of_call,
     mask_of_call,
     refuse_unknown,
     sequences_of_call,
+    static_of_call,
     tokens_of_call,
 )
 from .layers_megadyn import Context, DenseLayer, Float32Module, MegadynRMSNorm, Routing, Stream
@@ -75,7 +77,7 @@ def unpacked_weights(
     """Attention weights [B, H, T, L] over the original columns; returns the same tensor if nothing was packed."""
     rows, heads = weight_BHCP.shape[:2]
     total = past_columns + columns
-    if min(tokens.counts) == columns and min(keys.counts) == total:
+    if min(tokens.known()) == columns and min(keys.known()) == total:
         return weight_BHCP
     index_BHCP = keys.columns()[:, None, None, :].expand_as(weight_BHCP)
     weight_BHCL = weight_BHCP.new_zeros(rows, heads, weight_BHCP.shape[2], total).scatter(
@@ -166,6 +168,7 @@ class MegadynModel(MegadynPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output_attentions = self.attentions_asked(output_attentions)
+        is_static = static_of_call(self.config, cache, x_BTD.shape[1], output_attentions, cu_seq_lens_q)
         given = sequences_of_call(
             (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), seq_idx, x_BTD, cache
         )
@@ -173,7 +176,7 @@ class MegadynModel(MegadynPreTrainedModel):
         context, call = context_of_call(
             self.config,
             x_BTD,
-            tokens_of_call(mask_BL, x_BTD),
+            tokens_of_call(mask_BL, x_BTD, is_static),
             input_ids,
             position_ids,
             given,
@@ -184,11 +187,12 @@ class MegadynModel(MegadynPreTrainedModel):
         tokens = call.tokens
 
         def unpacked(x_BC: Tensor) -> Tensor:
-            if tokens.index_BC is None:
+            if tokens.index_BC is None and not tokens.is_static:
                 return x_BC
             return put_back(x_BC.new_zeros(*x_BTD.shape[:2], *x_BC.shape[2:]), tokens, x_BC)
 
         if cache is not None:
+            cache.make_room(x_BTD.shape[1], is_static)
             cache.begin_call()  # after all checks, so that a refused call does not change the cache
         hidden_states: list[Tensor] | None = [] if output_hidden_states else None
         stream, routings = self._through_layers(x_BTD, tokens, context, cache, unpacked, hidden_states)
@@ -282,7 +286,9 @@ class MegadynModel(MegadynPreTrainedModel):
     def cache_of_call(self, given: Cache | None, use_cache: bool | None, rows: int) -> MegadynCache | None:
         """The given cache, a new one, or None. Top-k routing cannot use a cache, because it looks at the whole sequence."""
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not self.topk
+            use_cache = self.config.use_cache and not (
+                self.training or self.topk or self.config.routing_static
+            )
         if given is None and not use_cache:
             return None
         if self.topk:
@@ -296,13 +302,14 @@ class MegadynModel(MegadynPreTrainedModel):
                 f"past_key_values is a {type(cache).__name__}, which cannot hold different tokens in each layer: "
                 "leave it out, and the model creates a MegadynCache"
             )
-        cache.seen = cache.seen or [0] * rows
-        if len(cache.seen) != rows:
-            raise ValueError(f"past_key_values holds {len(cache.seen)} sequences, but the input has {rows}")
+        if not cache.rows:
+            cache.begin_rows(rows)
+        if cache.rows != rows:
+            raise ValueError(f"past_key_values holds {cache.rows} sequences, but the input has {rows}")
         return cache
 
 
-class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
+class MegadynForCausalLM(MegadynPreTrainedModel, MegadynGeneration, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MegadynConfig) -> None:
@@ -371,28 +378,6 @@ class MegadynForCausalLM(MegadynPreTrainedModel, GenerationMixin):
             routing=outputs.routing,
             gates=outputs.gates,
         )
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Overrides transformers' hook: by default `generate` creates a DynamicCache, which holds every token in every layer."""
-        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
-            return
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r}: a routed model uses its own cache"
-            )
-        model_kwargs["past_key_values"] = MegadynCache(self.config.num_hidden_layers)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Always raises: this is transformers' entry point to continuous batching."""
-        raise ValueError(
-            "continuous batching (generate_batch) is not supported: its paged cache holds every token in every "
-            "layer, but routed layers hold only those that they process; use generate with a padded batch"
-        )
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        return self.init_continuous_batching()
 
 
 MegadynModel.register_for_auto_class("AutoModel")

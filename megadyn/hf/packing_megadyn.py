@@ -17,11 +17,13 @@ from torch import Tensor
 class Packed(NamedTuple):
     """Some tokens of each row, shifted to the left in order. Columns beyond a row's count hold arbitrary tokens.
 
-    If all tokens are chosen, nothing is moved. Rows without chosen tokens are left out.
+    If all tokens are chosen, nothing is moved. Rows without chosen tokens are left out. In STATIC shapes (`counts` is None)
+    no row is left out and no column cut, so that the host need not know how many tokens were chosen; a single column
+    is never moved.
     """
 
     valid_BC: Tensor  # False beyond the row's count
-    counts: list[int]  # per packed row
+    counts: list[int] | None  # per packed row; None: static shapes, and only the device knows
     batch: int  # rows of the whole batch
     # Original column of each token, distinct within a row; None: tokens were not moved.
     index_BC: Tensor | None = None
@@ -39,23 +41,49 @@ class Packed(NamedTuple):
         return torch.arange(self.valid_BC.shape[1], device=self.valid_BC.device).expand_as(self.valid_BC)
 
     @property
+    def is_static(self) -> bool:
+        """Whether shapes are the same whatever was chosen."""
+        return self.counts is None
+
+    @property
     def is_full(self) -> bool:
-        """Whether every row's count equals the number of columns."""
-        return min(self.counts, default=0) == self.valid_BC.shape[1]
+        """Whether every row's count equals the number of columns, as far as the host knows."""
+        return self.counts is not None and min(self.counts, default=0) == self.valid_BC.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token was chosen, as far as the host knows."""
+        return self.counts is not None and not any(self.counts)
+
+    def known(self) -> list[int]:
+        """The counts, where shapes are not static."""
+        assert self.counts is not None
+        return self.counts
+
+    def counted(self) -> Tensor:
+        """The counts on the device."""
+        if self.counts is None:
+            return self.valid_BC.sum(1)
+        return torch.tensor(self.counts, device=self.valid_BC.device)
 
 
-def whole(rows: int, columns: int, device: torch.device) -> Packed:
+def whole(rows: int, columns: int, device: torch.device, static: bool = False) -> Packed:
     """All tokens of a batch, without inspecting them."""
-    return Packed(torch.ones(rows, columns, dtype=torch.bool, device=device), [columns] * rows, rows)
+    valid_BC = torch.ones(rows, columns, dtype=torch.bool, device=device)
+    return Packed(valid_BC, None if static else [columns] * rows, rows)
 
 
-def pack(mask_BT: Tensor, among: Packed | None = None, all_rows: bool = False) -> Packed:
+def pack(
+    mask_BT: Tensor, among: Packed | None = None, all_rows: bool = False, static: bool = False
+) -> Packed:
     """The tokens where the mask is True, in as many columns as the longest row needs. Rows without any are left out.
 
     With `all_rows` they stay, and there is at least one column. Waits for the device once, to read the counts. `among`: the
-    tokens that the mask is of, whose texts and places they keep.
+    tokens that the mask is of, whose texts and places they keep. `static`, or static shapes there: see `pack_static`.
     """
     segment_BT, place_BT = (None, None) if among is None else (among.segment_BC, among.place_BC)
+    if static or (among is not None and among.is_static):
+        return pack_static(mask_BT, segment_BT, place_BT)
     batch, columns = mask_BT.shape
     counts, rows, row_B = mask_BT.sum(1).tolist(), None, None
     if not all_rows and 0 in counts:
@@ -74,6 +102,17 @@ def pack(mask_BT: Tensor, among: Packed | None = None, all_rows: bool = False) -
     return Packed(valid_BC, counts, batch, index_BC, rows, row_B, segment_BC, place_BC)
 
 
+def pack_static(mask_BT: Tensor, segment_BT: Tensor | None, place_BT: Tensor | None) -> Packed:
+    """In static shapes: as many rows and columns as the mask has. Reads nothing on the host."""
+    batch, columns = mask_BT.shape
+    if columns == 1:
+        return Packed(mask_BT, None, batch, segment_BC=segment_BT, place_BC=place_BT)
+    index_BC = mask_BT.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    valid_BC = torch.arange(columns, device=mask_BT.device) < mask_BT.sum(1, keepdim=True)
+    segment_BC, place_BC = (None if x is None else x.gather(1, index_BC) for x in (segment_BT, place_BT))
+    return Packed(valid_BC, None, batch, index_BC, segment_BC=segment_BC, place_BC=place_BC)
+
+
 def take(x: Tensor, packed: Packed) -> Tensor:
     """[B, T, ...] -> [rows in it, C, ...]. Returns the same tensor if every token was packed."""
     x = take_rows(x, packed)
@@ -84,6 +123,8 @@ def take(x: Tensor, packed: Packed) -> Tensor:
 
 def put_back(base: Tensor, packed: Packed, x: Tensor) -> Tensor:
     """`base` [B, T, ...] with its packed tokens replaced by `x` [rows in it, C, ...]."""
+    if packed.index_BC is None and packed.is_static:
+        return torch.where(_over_columns(packed.valid_BC, x), x, base)
     if packed.index_BC is not None:
         old, index_BC = take_rows(base, packed), packed.index_BC
         if not packed.is_full:
@@ -109,7 +150,7 @@ def at_last(x_BC: Tensor, packed: Packed, before: Tensor | None = None) -> Tenso
     """[rows, C, ...] -> [rows, ...]: the value at each row's last token, or `before` (None: zeros) if it has no token."""
     if packed.is_full:
         return x_BC[:, -1]
-    count_B = torch.tensor(packed.counts, device=x_BC.device)
+    count_B = packed.counted()
     last = x_BC[torch.arange(len(count_B), device=x_BC.device), (count_B - 1).clamp(min=0)]
     has_B = (count_B > 0).view(-1, *[1] * (last.dim() - 1))
     return torch.where(has_B, last, torch.zeros_like(last) if before is None else before)
@@ -215,7 +256,7 @@ def mask_inside(tokens: Packed, window: int | None = None) -> Tensor | None:
         mask_BCC = mask_BCC & (tokens.segment_BC[:, :, None] == tokens.segment_BC[:, None, :])
     if window is not None:
         mask_BCC = mask_BCC & is_near(places_of(tokens), places_of(tokens), window)
-    return mask_BCC.expand(len(tokens.counts), -1, -1)
+    return mask_BCC.expand(tokens.valid_BC.shape[0], -1, -1)
 
 
 def places_of(tokens: Packed) -> Tensor:

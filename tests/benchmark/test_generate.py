@@ -9,6 +9,7 @@ from megadyn.benchmark import generate
 from megadyn.benchmark.generate import Shares, prefill_flops, token_flops
 from megadyn.benchmark.served import models_of, served
 from megadyn.errors import UserError
+from megadyn.evaluation.losses import evaluate
 from megadyn.hf.convert import write_code
 from megadyn.kinds import BUILT_IN, find_kind
 from megadyn.planning.flops import layer_costs
@@ -130,6 +131,32 @@ def test_an_export_is_measured_against_qwen2_of_its_shape(tmp_path, capsys):
     first, second = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert (first["name"], second["name"]) == ("qwen2", "export")
     assert first["kv_bytes"] == 4 * 2 * 2 * 16 * 4 > second["kv_bytes"]
+    assert first["loss"] is second["loss"] is None
+
+
+def test_exports_stand_beside_each_other_with_their_losses(tmp_path, capsys, write_dataset):
+    """Two kinds in folders of one name, in one table; with static caches, which keep the same tokens."""
+    data = write_dataset([[97]])
+    folders, wanted = [], []
+    for kind in ("mod", "dtf"):
+        folders.append(tmp_path / kind / "hf")
+        args = parsed("--context", "32")
+        one = served(f"{kind}:0.5", args, CPU, torch.float32, torch.randint(97, (4, 32)))
+        one.model.save_pretrained(folders[-1])
+        write_code(folders[-1], find_kind(kind))
+        wanted.append(evaluate(folders[-1], data.prefix, modes=("causal",), samples=2)["causal"])
+    common = ["--export", *map(str, folders), "--data", str(data.prefix), "--samples", "2", "--json"]
+    common += ["--context", "24", "--batch", "2", "--steps", "3", "--rounds", "1", "--warmup", "0"]
+    generate.main(common)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert f" {wanted[0]:.4f} |" in next(line for line in lines if line.startswith("| 2 x 24 | mod/hf |"))
+    growing = json.loads(lines[-1])
+    assert [figure["name"] for figure in growing] == ["qwen2", "mod/hf", "dtf/hf"]
+    assert [figure["loss"] for figure in growing] == [None, *wanted]
+    generate.main([*common, "--static"])
+    static = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for ours, theirs in zip(static, growing, strict=True):
+        assert (ours["shares"], ours["kv_bytes"]) == (theirs["shares"], theirs["kv_bytes"])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +165,10 @@ def test_an_export_is_measured_against_qwen2_of_its_shape(tmp_path, capsys):
         (["--models", "moe"], "--models moe: must be KIND"),
         (["--models", "mod:x"], "--models mod:x: 'x' is not a number"),
         (["--export", "nowhere"], "nowhere"),
+        (["--export", "nowhere", "nowhere"], "--export: names a folder twice"),
+        (["--compile"], "--compile: needs --static"),
+        (["--compile", "--static", "--warmup=0"], "--compile: needs --warmup of at least 1"),
+        (["--data", "somewhere"], "--data: needs --export"),
     ],
 )
 def test_what_does_not_exist_is_refused(options, message):

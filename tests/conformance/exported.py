@@ -73,7 +73,8 @@ def write_export(case: Case, folder: Path, **settings: Any) -> tuple[Network, An
 
 
 def the_export_is_the_engine(case: Case, folder: Path) -> None:
-    """Logits within 1e-4 of the engine's, under each routing mode; the same with padding and one token at a time."""
+    """Logits within 1e-4 of the engine's, under each routing mode; the same with padding, and one token at a time with either
+    cache."""
     from transformers import AutoModelForCausalLM
 
     network, config = write_export(case, folder)
@@ -94,12 +95,14 @@ def the_export_is_the_engine(case: Case, folder: Path) -> None:
             model(padded, attention_mask=mask, use_cache=False).logits[:, 5:], whole, rtol=0, atol=1e-4
         )
         assert_close(decoded(model, tokens, 7), whole, rtol=0, atol=1e-4)
+        static = model.static_cache(*tokens.shape)
+        assert_close(decoded(model, tokens, 7, static), whole, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
-def decoded(model: Any, tokens: Tensor, first: int) -> Tensor:
-    """Logits of a prefill of `first` tokens, then of one token after another with the cache."""
-    cache, found = None, []
+def decoded(model: Any, tokens: Tensor, first: int, cache: Any = None) -> Tensor:
+    """Logits of a prefill of `first` tokens, then of one token after another with the cache, the model's own if none is given."""
+    found = []
     for start, end in ((0, first), *((at, at + 1) for at in range(first, tokens.shape[1]))):
         out = model(tokens[:, start:end], past_key_values=cache, use_cache=True)
         cache = out.past_key_values

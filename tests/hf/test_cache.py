@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from megadyn.hf.cache_megadyn import MegadynCache, Room, Slots
 from megadyn.hf.packing_megadyn import pack, whole
 from tests.hf.test_modeling import TOKENS, padding, qwen2_like
-from tests.hf.tiny_models import KINDS, MAIN_KINDS, ROUTED, random_tokens, tiny_model
+from tests.hf.tiny_models import KINDS, LAYOUTS, MAIN_KINDS, ROUTED, random_tokens, tiny_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 MORE = random_tokens(3, 9, seed=11)
@@ -186,7 +186,7 @@ def test_a_room_holds_what_rows_wrote_in_any_order():
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_cropped_cache_never_saw_what_was_cropped(kind, side):
     model = tiny_model(kind)
     mask = torch.ones_like(TOKENS) if side == "none" else padding(side)
@@ -245,7 +245,7 @@ def test_cropping_beyond_the_latest_call_is_refused():
         cache.crop(-1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_prompt_lookup_and_an_assistant_change_nothing(kind):
     model, assistant = tiny_model(kind), tiny_model("dense")
     prompt = torch.cat([TOKENS[:1, :8]] * 3, dim=1)

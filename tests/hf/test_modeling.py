@@ -253,7 +253,7 @@ def test_refused_caches():
     with pytest.raises(ValueError, match=r"crop\(-29\): must be from -28 to 0, because a routed model"):
         cache.crop(-29)
     with pytest.raises(ValueError, match="a routed model uses its own cache"):
-        model.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
+        model.generate(TOKENS, max_new_tokens=2, cache_implementation="quantized")
 
 
 @pytest.mark.parametrize("columns", [1, 3, 27, 29])

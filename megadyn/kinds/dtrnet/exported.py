@@ -64,7 +64,7 @@ class DTRNetLayer(RoutedLayer):
         x_BTD, attention = self.input_layernorm(h_BTD), self.self_attn
         v_BTGK = attention.values(x_BTD)
         mixed_BTHK = v_BTGK.repeat_interleave(attention.num_key_value_groups, dim=2)
-        if any(chosen.counts):
+        if not chosen.is_empty:
             attended_BCHK, _ = attention.mix(
                 take(x_BTD, chosen),
                 take(v_BTGK, chosen),

@@ -1,5 +1,7 @@
 """The control in an exported model: layers that process tokens chosen only by position (see megadyn/kinds/fixed/README.md)."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,14 @@ from megadyn.hf.layers_megadyn import Context, RoutedLayer, Routing, Stream
 
 
 def hashed(*parts: int | Tensor) -> Tensor:
-    """Pseudo-random numbers in [0, 1) determined by `parts`, integers that broadcast."""
-    state = torch.tensor(0)
+    """Pseudo-random numbers in [0, 1) determined by `parts`, integers that broadcast, at least one of them a tensor."""
+    state: Any = 0  # a tensor from the first tensor on, where that is
     for part in parts:
         state = ((state ^ part) + 0x9E3779B9) & 0xFFFFFFFF
         for _ in range(2):
             state = ((state ^ (state >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         state = state ^ (state >> 16)
-    return state.double() / 2**32
+    return cast(Tensor, state.double() / 2**32)
 
 
 class FixedLayer(RoutedLayer):

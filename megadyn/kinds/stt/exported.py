@@ -34,7 +34,7 @@ class SubjectiveLayer(RoutedLayer):
             mask_BT = self.causal_router(h_BTD[..., 0], h_BTD) & mask_BT
         seen = pack(mask_BT, context.tokens, all_rows=context.topk)
         none_BT, score_BT = torch.zeros_like(mask_BT), torch.zeros_like(wide(h_BTD[..., 0]))
-        if not any(seen.counts):
+        if seen.is_empty:
             return stream, Routing(none_BT, score_BT)
         h_BCD, cos_BCK, sin_BCK = (take(x, seen) for x in (h_BTD, context.cos_BCK, context.sin_BCK))
         continues_B = torch.zeros_like(seen.valid_BC[:, 0]) if cache is None else cache.continues(seen)

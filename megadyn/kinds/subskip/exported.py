@@ -50,11 +50,11 @@ class SubskipLayer(DenseLayer):
         feeding: Packed,
         cache: LayerCache | None,
     ) -> Tensor:
-        if any(attending.counts):
+        if not attending.is_empty:
             h_BCD, cos_BCK, sin_BCK = (take(x, attending) for x in (h_BTD, cos_BTK, sin_BTK))
             update_BCD, _ = self.self_attn(self.input_layernorm(h_BCD), cos_BCK, sin_BCK, attending, cache)
             h_BTD = put_back(h_BTD, attending, h_BCD + update_BCD)
-        if any(feeding.counts):
+        if not feeding.is_empty:
             h_BTD = put_back(h_BTD, feeding, self.add_mlp(take(h_BTD, feeding)))
         return h_BTD
 
