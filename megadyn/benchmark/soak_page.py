@@ -10,7 +10,8 @@ from megadyn.errors import UserError
 
 WIDTH, HEIGHT = 3.4, 2.3
 """Inches of one panel."""
-LINES = {"fp32": "-", "bf16": ":", "tensor2": "--"}
+LINES = {"fp32": "-", "bf16": ":", "tensor2": "--", "muon": "-."}
+"""By setup."""
 PANELS: dict[str, tuple[str, ...]] = {
     "share of tokens": ("routed_fraction", "causal_fraction"),
     "gate": ("gate_routed", "gate_unrouted"),

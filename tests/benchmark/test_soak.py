@@ -144,8 +144,9 @@ def test_layers_held_to_their_mean_share_may_differ() -> None:
 
 def test_the_table_counts_what_is_broken_and_the_page_says_what_is_seen(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib")
-    from megadyn.benchmark.soak_page import write_page
+    from megadyn.benchmark.soak_page import LINES, write_page
 
+    assert set(LINES) == set(soak.SETUPS)
     found = {
         case.name: case for case in (HALF, soaked(loss=1.7), soaked("mod-bce", causal_fraction=[0.5, 0.2]))
     }

@@ -179,7 +179,10 @@ def test_a_dataset_that_is_not_finished_has_no_labels(
         ({"nodes": 7, "lookups": 4}, "language.lookups = 4: must be from 1 to language.nodes / 2 = 3"),
         ({"permutations": 1}, "language.permutations = 1: must be at least 2"),
         ({"states": 2}, "language.states = 2: must be at least 3"),
-        ({"permutations": 7, "states": 3}, "language.permutations = 7: must be at most 4 of 3 states, or two could be exchanged"),
+        (
+            {"permutations": 7, "states": 3},
+            "language.permutations = 7: must be at most 4 of 3 states, or two could be exchanged",
+        ),
         ({"lists": -1}, "language.lists = -1: must be at least 0"),
         ({"words": 3}, "language.words = 3: must be at least 4"),
         ({"modulus": 1}, "language.modulus = 1: must be at least 2"),
