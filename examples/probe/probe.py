@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +192,24 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def loss_table(rows: Sequence[Row]) -> str:
-    """Loss and accuracy by class and hops, mean over seeds."""
-    groups = groups_of(rows)
-    lines = []
-    for name, runs in by_model(rows).items():
+    """A column per model, means over seeds: what it is and costs, then loss and accuracy by class and hops."""
+    models = by_model(rows)
+    about: dict[str, Callable[[list[Row]], str]] = {
+        "seeds": lambda runs: str(len(runs)),
+        "steps": lambda runs: str(runs[0]["steps"]),
+        "MFLOP per token": lambda runs: (
+            f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.2f}"
+        ),
+        "seconds": lambda runs: f"{statistics.mean(row['seconds'] for row in runs):.0f}",
+    }
+    lines = [[name, *map(say, models.values())] for name, say in about.items()]
+    for group in groups_of(rows):
         cells = []
-        for group in groups:
+        for runs in models.values():
             losses, accuracies = (values(runs, group, key) for key in ("within", "accuracy"))
             cells.append(f"{mean_and_spread(losses)} ({statistics.mean(accuracies):.0%})" if losses else "-")
-        million = statistics.mean(row["flops_per_token"] for row in runs) / 1e6
-        seconds = statistics.mean(row["seconds"] for row in runs)
-        lines.append(
-            [name, str(len(runs)), str(runs[0]["steps"]), f"{million:.2f}", f"{seconds:.0f}", *cells]
-        )
-    return markdown(["model", "seeds", "steps", "MFLOP per token", "seconds", *map(name_of, groups)], lines)
+        lines.append([name_of(group), *cells])
+    return markdown(["", *models], lines)
 
 
 def choice_table(rows: Sequence[Row]) -> str:
@@ -243,28 +247,39 @@ def pyplot() -> Any:
 
 
 def draw_depth(rows: Sequence[Row], path: Path) -> None:
-    """Loss and accuracy by class and hops against depth, of the models in which no layer chooses."""
+    """Of the models in which no layer chooses: loss of a list's state against its steps, and of all else against depth."""
     dense = [row for row in rows if not row["layers"] and not row["overrides"]]
-    depths = sorted({row["layers_of_model"] for row in dense})
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, key in zip(axes, ("within", "accuracy"), strict=True):
-        for group in groups_of(dense):
-            runs = [
-                values([row for row in dense if row["layers_of_model"] == depth], group, key)
-                for depth in depths
-            ]
-            means = [statistics.mean(found) if found else math.nan for found in runs]
-            style = {"text": ":", "sum": "--"}.get(group[0], "-")
-            line = axis.plot(depths, means, style, label=name_of(group))[0]
-            for depth, found in zip(depths, runs, strict=True):
-                axis.scatter([depth] * len(found), found, s=14, color=line.get_color())
-        axis.set_xlabel("dense layers")
-        axis.set_xticks(depths)
-        axis.set_ylabel(f"{key}, held-out documents")
+    of_depth = {
+        depth: [row for row in dense if row["layers_of_model"] == depth]
+        for depth in sorted({row["layers_of_model"] for row in dense})
+    }
+    groups = groups_of(dense)
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for depth, runs in of_depth.items():
+        found = {group[1]: values(runs, group, "within") for group in groups if group[0] == "state"}
+        draw_means(left, found, "-", f"{depth} layers")
+    left.set_xlabel("permutations in the list")
+    left.set_ylabel("loss of the answer among its class, nats")
+    for group in groups:
+        if group[0] != "state":
+            found = {depth: values(runs, group, "within") for depth, runs in of_depth.items()}
+            draw_means(right, found, {"text": ":", "sum": "--"}.get(group[0], "-"), name_of(group))
+    right.set_xlabel("dense layers")
+    right.set_xticks(list(of_depth))
+    for axis in (left, right):
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot().close(figure)
+
+
+def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str) -> None:
+    """A line through the means of what was found at each place, and a dot for each value."""
+    means = [statistics.mean(of) if of else math.nan for of in found.values()]
+    line = axis.plot(list(found), means, style, label=label)[0]
+    for place, of in found.items():
+        axis.scatter([place] * len(of), of, s=14, color=line.get_color())
 
 
 def draw_sample(measured: Any, path: Path, title: str) -> None:

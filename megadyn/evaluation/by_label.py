@@ -84,9 +84,8 @@ def measure(
     model = exported(saved, mode).to(device)
     layers = sorted(choosing_layers(saved.model))
     log.info("measuring %s over %s samples of %s tokens, %s routing", path, f"{count:,}", length, mode)
-    parts = _run(
-        model, chosen, count, batch_size, layers, labels, of_class(dataset, labels, saved.model.vocab_size)
-    )
+    candidates = of_class(dataset, labels, model.config.vocab_size)
+    parts = _run(model, chosen, count, batch_size, layers, labels, candidates)
     passed = _joined(list(parts), labels, layers)
     result = {
         "loss": float(passed.loss.mean()),
@@ -135,19 +134,19 @@ def _run(
     batch_size: int,
     layers: list[int],
     labels: Labels,
-    of_class: torch.Tensor,
+    candidates: torch.Tensor,
 ) -> Iterator[_Part]:
     """Batches of samples, which are consecutive in the file: the labels of what follows are one ahead."""
     classes = torch.from_numpy(labels.classes.astype(np.int64))
     batches = range(0, count, batch_size)
     for first in each(batches, "measuring", len(batches)):
         ids = range(first, min(first + batch_size, count))
-        tokens, labels = (torch.from_numpy(part).to(model.device) for part in read_batch(samples, ids))
+        tokens, following = (torch.from_numpy(part).to(model.device) for part in read_batch(samples, ids))
         output = model(tokens, use_cache=False, output_routing=True)
-        logits, wanted = output.logits.float().flatten(0, 1), labels.flatten()
+        logits, wanted = output.logits.float().flatten(0, 1), following.flatten()
         at = first * samples.sequence_length + 1
-        inside = of_class[classes[at : at + len(wanted)]].to(model.device)
-        among = logits[:, : inside.shape[1]].masked_fill(~inside, -torch.inf)
+        inside = candidates[classes[at : at + len(wanted)]].to(model.device)
+        among = logits.masked_fill(~inside, -torch.inf)
         yield _Part(
             tokens.flatten().cpu().numpy(),
             F.cross_entropy(logits, wanted, reduction="none").cpu().numpy(),

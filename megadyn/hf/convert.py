@@ -73,6 +73,7 @@ CODE = (
     "layers_megadyn.py",
     "modeling_megadyn.py",
     "packing_megadyn.py",
+    "room_megadyn.py",
     "rope_megadyn.py",
     "static_megadyn.py",
 )

@@ -14,8 +14,9 @@ are independent: each is computed as if it were alone. DOCUMENTS (`config.docume
 `eod_token_id` and are parts of one sequence: attention and averages stay within a document, but top-k spans the sequence.
 
 Layers that every kind of routing shares are in `layers_megadyn.py`; those of this model's kind in `routing_<kind>.py`. Packing is
-in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the caches in `cache_megadyn.py` and `static_megadyn.py`, what is
-made of a call's arguments in `inputs_megadyn.py`, and the side of `generate` in `generation_megadyn.py`.
+in `packing_megadyn.py`, rotary positions in `rope_megadyn.py`, the caches in `cache_megadyn.py` (over `room_megadyn.py`) and
+`static_megadyn.py`, what is made of a call's arguments in `inputs_megadyn.py`, and the side of `generate` in
+`generation_megadyn.py`.
 """
 
 # Dims: B rows, T columns as given, C packed columns, D hidden, H query heads, G key/value heads, K head size,

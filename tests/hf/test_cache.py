@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megadyn.hf.cache_megadyn import MegadynCache, Room, Slots
+from megadyn.hf.cache_megadyn import MegadynCache
 from megadyn.hf.packing_megadyn import pack, whole
+from megadyn.hf.room_megadyn import Room, Slots
 from tests.hf.test_modeling import TOKENS, padding, qwen2_like
 from tests.hf.tiny_models import KINDS, LAYOUTS, MAIN_KINDS, ROUTED, random_tokens, tiny_model
 

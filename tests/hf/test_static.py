@@ -60,7 +60,8 @@ def assert_both_alike(model, steps, mask, tokens=TOKENS, **keywords):
         assert_close(found.logits[real], want.logits[real], **EXACT)
         for ours, theirs in zip(found.routing, want.routing, strict=True):
             assert torch.equal(ours, theirs)
-    assert static.tokens_per_layer() == growing.tokens_per_layer()
+    if model.config.sliding_window is None:  # else the growing cache drops what no later token sees
+        assert static.tokens_per_layer() == growing.tokens_per_layer()
     assert static.get_seq_length() == end
 
 
