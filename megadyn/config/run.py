@@ -193,6 +193,21 @@ def check_length(config: Config) -> None:
     config.optimizer.check_span(training.iterations)
     if training.epochs is not None and config.data.is_moved:
         raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
+    if training.seconds is None:
+        return
+    if config.is_in_parts:
+        raise ConfigError(
+            "training.seconds",
+            training.seconds,
+            "null with phases or training.anneal, whose steps are planned",
+        )
+    if config.optimizer.schedule != "constant" and config.optimizer.schedule_tokens is None:
+        raise ConfigError(
+            "training.seconds",
+            training.seconds,
+            f"null with optimizer.schedule = {config.optimizer.schedule}, whose decay would begin at an unknown step: use "
+            "optimizer.schedule=constant, or give the schedule's own length (optimizer.schedule_tokens)",
+        )
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class TrainingConfig:
     flops: float | None = None
     """Length of the run in floating-point operations of forward and backward passes (1e18), rounded down to whole steps.
     Counted as the plan does, with routed layers at their planned share of tokens: for comparing models at equal cost."""
+    seconds: float | None = None
+    """Beside the length: end the run sooner, once its steps have taken so many seconds by rank 0's clock, with a checkpoint and
+    the evaluations of a complete run. Evaluations, checkpoints and starts do not count; steps before a resume do. It needs
+    `optimizer.schedule: constant` or `schedule_tokens`, because the number of steps is not known before."""
     global_batch_size: int = 32
     """Samples per step, over all data-parallel ranks and micro-batches. It affects the result; to save memory change
     `micro_batch_size` instead."""
@@ -149,7 +153,7 @@ class TrainingConfig:
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.gc_interval", self.gc_interval, 0)
         at_least("training.seed", self.seed, 0)
-        for name in ("epochs", "flops"):
+        for name in ("epochs", "flops", "seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"training.{name}", value, "a finite number above 0")

@@ -291,6 +291,7 @@ class Engine:
             f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
             f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {config.last_iteration} iterations of "
             f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples per rank)"
+            + ("" if training.seconds is None else f", ended after {training.seconds:g} s of steps")
         )
 
     def loss_scaler_state(self) -> dict[str, float] | None:
