@@ -217,7 +217,7 @@ class Job:
         began = time.perf_counter()
         with self.replay.step(number, state.consumed_samples):
             result = self.engine.train_step(
-                self.watched(loader), rate, state.loss_rule.limit, measure=is_measured
+                self.watched(loader), rate, *state.loss_rule.limits, measure=is_measured
             )
         state.step_taken(time.perf_counter() - began)
         self.telemetry.step(number, loader.take_wait())
@@ -231,7 +231,7 @@ class Job:
             self.bad_steps.take(result)
             self.engine.routing_statistics()  # discard those of the bad step
         else:
-            state.loss_rule.note(number, float(result.loss))
+            state.loss_rule.note(number, float(result.loss), float(result.grad_norm))
             if is_measured or stopping or is_over:
                 self.report(result, rate, is_measured)
         self.garbage.after_step(number)
@@ -295,7 +295,7 @@ class Job:
             yield batch
 
     def report(self, result: StepResult, rate: float, is_measured: bool) -> None:
-        """Reports metrics of the last step. A step that was not measured (a signal or the clock ended the run) has less fields."""
+        """Reports metrics of the last step. Of a step that was not measured (something ended the run) there are fewer."""
         loss, norm, state = float(result.loss), float(result.grad_norm), self.state
         routing = self.engine.routing_statistics()
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}

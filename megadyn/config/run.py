@@ -150,6 +150,12 @@ def check_together(config: Config) -> None:
             training.on_bad_step,
             "stop or skip with checkpoint.interval = 0, because there is no checkpoint to go back to",
         )
+    if training.norm_spike_factor and config.precision == "fp16":
+        raise ConfigError(
+            "training.norm_spike_factor",
+            training.norm_spike_factor,
+            "0 with precision = fp16, where a step that is kept out of the weights also lowers the loss scale; use bf16",
+        )
     config.checkpoint.check_best(training.eval_interval, config.data.validation_names)
     if model.rope.type == "dynamic" and config.data.document_mask:
         raise ConfigError(
