@@ -116,9 +116,7 @@ class Engine:
         freeze(self.module, config.optimizer)
         if isinstance(optimizer, Muon):
             self._attach(optimizer)
-        self.norm_gate = norm_gate(
-            config, self.clipper or self.engine.optimizer, self.zero_stage, self.device
-        )
+        self.norm_gate = norm_gate(config, self.clipper or self.engine.optimizer, self.device)
         # DeepSpeed would raise when the loss scale cannot fall further; `problem_of` reports this instead.
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False

@@ -45,14 +45,14 @@ class NormGate:
             return norm, None
         return torch.tensor(self.norm), f"a gradient norm of {self.norm:.4f}, above {self.limit:.4f}"
 
-    def attach(self, wrapper: Any, zero_stage: int) -> None:
+    def attach(self, wrapper: Any) -> None:
         """Puts the gate into DeepSpeed's optimizer, or at ZeRO-0 our clipper, where it has reduced gradients and not yet used
         them."""
-        if zero_stage == 0:
+        if hasattr(wrapper, "gate"):
             wrapper.gate = self
             return
         module = sys.modules[type(wrapper).__module__]
-        if zero_stage == 3:
+        if hasattr(wrapper, "_get_norm_groups"):  # ZeRO-3
             groups, combine = wrapper._get_norm_groups, module.combine_grad_norm_groups
             wrapper._get_norm_groups = lambda: [self(combine(groups()))]
         elif hasattr(module, FUNCTION):
@@ -72,10 +72,10 @@ class NormGate:
         return gated_step
 
 
-def norm_gate(config: Config, wrapper: Any, zero_stage: int, device: torch.device) -> NormGate | None:
+def norm_gate(config: Config, wrapper: Any, device: torch.device) -> NormGate | None:
     """A gate attached to `wrapper`, as `NormGate.attach` has it; None if no norm is a spike."""
     if not config.training.norm_spike_factor:
         return None
     gate = NormGate(device)
-    gate.attach(wrapper, zero_stage)
+    gate.attach(wrapper)
     return gate
