@@ -16,6 +16,7 @@ import faulthandler
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -221,19 +222,25 @@ class Job:
         rate = state.rate()
         is_measured = state.due(self.config.logging.interval, number)
         self.profile.before_step(number)
+        began = time.perf_counter()
         with self.replay.step(number, state.consumed_samples):
             result = self.engine.train_step(
-                self.watched(loader), rate, state.loss_rule.limit, measure=is_measured
+                self.watched(loader), rate, *state.loss_rule.limits, measure=is_measured
             )
-        state.step_taken()
+        state.step_taken(time.perf_counter() - began)
         self.telemetry.step(number, loader.take_wait())
-        stopping, is_written = self.signals.ask(self.checkpoints.writer.is_busy)
+        stopping, is_written, is_over = self.signals.ask(
+            self.checkpoints.writer.is_busy, state.is_time_up and dist.get_rank() == 0
+        )
+        if is_over and not result.problem:
+            state.end_now()
+            self.telemetry.event(number, "time_is_up", {"seconds": state.seconds})
         if result.problem:
             self.bad_steps.take(result)
             self.engine.routing_statistics()  # discard those of the bad step
         else:
-            state.loss_rule.note(number, float(result.loss))
-            if is_measured or stopping:
+            state.loss_rule.note(number, float(result.loss), float(result.grad_norm))
+            if is_measured or stopping or is_over:
                 self.report(result, rate, is_measured)
         self.garbage.after_step(number)
         if self.profile.after_step(number):
@@ -253,7 +260,7 @@ class Job:
         state, self.has_ended = self.state, True
         self.evaluations.clear()
         self.validate()
-        if state.iteration == self.config.last_iteration:
+        if self.config.phase is None or state.iteration == self.config.last_iteration:
             self.evaluate("test", self.data.test)
         last_loss, plan = state.loss_rule.last_loss, self.engine.plan
         if not self.evaluations and math.isfinite(last_loss):  # no loss contains the last update yet
@@ -296,7 +303,7 @@ class Job:
             yield batch
 
     def report(self, result: StepResult, rate: float, is_measured: bool) -> None:
-        """Reports metrics of the last step. A step that was not measured (the run was stopped by a signal) has fewer fields."""
+        """Reports metrics of the last step. Of a step that was not measured (something ended the run) there are fewer."""
         loss, norm, state = float(result.loss), float(result.grad_norm), self.state
         routing = self.engine.routing_statistics()
         more: dict[str, Any] = {"learning_rates": self.engine.learning_rates()}

@@ -150,6 +150,12 @@ def check_together(config: Config) -> None:
             training.on_bad_step,
             "stop or skip with checkpoint.interval = 0, because there is no checkpoint to go back to",
         )
+    if training.norm_spike_factor and config.precision == "fp16":
+        raise ConfigError(
+            "training.norm_spike_factor",
+            training.norm_spike_factor,
+            "0 with precision = fp16, where a step that is kept out of the weights also lowers the loss scale; use bf16",
+        )
     config.checkpoint.check_best(training.eval_interval, config.data.validation_names)
     if model.rope.type == "dynamic" and config.data.document_mask:
         raise ConfigError(
@@ -193,6 +199,21 @@ def check_length(config: Config) -> None:
     config.optimizer.check_span(training.iterations)
     if training.epochs is not None and config.data.is_moved:
         raise ConfigError("training.epochs", training.epochs, "null with data.origin or skip")
+    if training.seconds is None:
+        return
+    if config.is_in_parts:
+        raise ConfigError(
+            "training.seconds",
+            training.seconds,
+            "null with phases or training.anneal, whose steps are planned",
+        )
+    if config.optimizer.schedule != "constant" and config.optimizer.schedule_tokens is None:
+        raise ConfigError(
+            "training.seconds",
+            training.seconds,
+            f"null with optimizer.schedule = {config.optimizer.schedule}, whose decay would begin at an unknown step: use "
+            "optimizer.schedule=constant, or give the schedule's own length (optimizer.schedule_tokens)",
+        )
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class TrainingConfig:
     flops: float | None = None
     """Length of the run in floating-point operations of forward and backward passes (1e18), rounded down to whole steps.
     Counted as the plan does, with routed layers at their planned share of tokens: for comparing models at equal cost."""
+    seconds: float | None = None
+    """Beside the length: end the run sooner, once its steps have taken so many seconds by rank 0's clock, with a checkpoint and
+    the evaluations of a complete run. Evaluations, checkpoints and starts do not count; steps before a resume do. It needs
+    `optimizer.schedule: constant` or `schedule_tokens`, because the number of steps is not known before."""
     global_batch_size: int = 32
     """Samples per step, over all data-parallel ranks and micro-batches. It affects the result; to save memory change
     `micro_batch_size` instead."""
@@ -90,7 +94,10 @@ class TrainingConfig:
     """A loss above this multiple of the running median is a spike and handled by `on_bad_step`; 0 turns the rule off. 2
     means twice the median."""
     spike_window: int = 64
-    """Number of good steps for the running median; until there are that many, no loss is a spike."""
+    """Number of good steps for the running median; until there are that many, no loss and no norm is a spike."""
+    norm_spike_factor: float = 0.0
+    """A gradient norm above this multiple of its exponential moving average (over about `spike_window` good steps) is a spike and
+    handled by `on_bad_step`, before it reaches the weights; 0 turns the rule off. Costs one small all-reduce per step."""
     max_bad_steps: int = 10
     """Stop the run after more consecutive bad steps than this. After a rollback, only a good step beyond the bad one
     resets the count."""
@@ -128,6 +135,11 @@ class TrainingConfig:
         at_least("training.spike_factor", self.spike_factor, 0)
         if 0 < self.spike_factor <= 1:
             raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
+        at_least("training.norm_spike_factor", self.norm_spike_factor, 0)
+        if 0 < self.norm_spike_factor <= 1:
+            raise ConfigError(
+                "training.norm_spike_factor", self.norm_spike_factor, "above 1, or 0 for no rule"
+            )
         at_least("training.z_loss_weight", self.z_loss_weight, 0)
         at_least("training.spike_window", self.spike_window, 1)
         at_least("training.max_bad_steps", self.max_bad_steps, 0)
@@ -149,7 +161,7 @@ class TrainingConfig:
         at_least("training.eval_interval", self.eval_interval, 0)
         at_least("training.gc_interval", self.gc_interval, 0)
         at_least("training.seed", self.seed, 0)
-        for name in ("epochs", "flops"):
+        for name in ("epochs", "flops", "seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"training.{name}", value, "a finite number above 0")

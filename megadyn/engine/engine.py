@@ -24,6 +24,7 @@ from megadyn.engine.gradient_norms import COMPONENTS, GradientNorms, unclipped
 from megadyn.engine.loss_gate import LossGate, problem_of
 from megadyn.engine.mpu import Mpu
 from megadyn.engine.muon import Muon
+from megadyn.engine.norm_gate import norm_gate
 from megadyn.engine.optimizer import (
     STAND_IN,
     GradientClipper,
@@ -55,7 +56,6 @@ MicroBatch = tuple[Tensor, Tensor]
 """tokens and labels, [b, T] int64 each."""
 
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
 
 STAGE_PARTS = {
     schedule.LoadMicroBatch: "data",
@@ -116,6 +116,7 @@ class Engine:
         freeze(self.module, config.optimizer)
         if isinstance(optimizer, Muon):
             self._attach(optimizer)
+        self.norm_gate = norm_gate(config, self.clipper or self.engine.optimizer, self.device)
         # DeepSpeed would raise when the loss scale cannot fall further; `problem_of` reports this instead.
         if config.precision == "fp16":
             self.engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -200,14 +201,17 @@ class Engine:
         batches: Iterable[MicroBatch],
         rate: float,
         loss_limit: float = math.inf,
+        norm_limit: float = math.inf,
         *,
         measure: bool = False,
     ) -> StepResult:
         """Forward and backward of this rank's micro-batches, then one optimizer step at learning rate `rate`.
 
-        Skips the step if its loss or gradient is NaN or infinite, or if its loss is above `loss_limit`. With `measure`,
-        `step_statistics` then reports on the step.
+        Skips the step if its loss or gradient is NaN or infinite, its loss above `loss_limit`, or its norm above `norm_limit`
+        (with `training.norm_spike_factor`). With `measure`, `step_statistics` then reports on the step.
         """
+        if self.norm_gate is not None:
+            self.norm_gate.limit = norm_limit
         if not measure:
             return self._train_step(batches, rate, loss_limit)
         with ExitStack() as stack:
@@ -243,7 +247,8 @@ class Engine:
             loss = self._mean_over_ranks(total, self.plan.micro_batches)
         norm = torch.as_tensor(self.clipper.norm if self.clipper else self.engine.get_global_grad_norm())
         # Waits for the device, but no longer than the optimizer already did to read the norm.
-        problem = problem_of(
+        norm, spike = self.norm_gate.take(norm) if self.norm_gate else (norm, None)
+        problem = spike or problem_of(
             float(loss),
             float(norm),
             loss_limit,
@@ -291,6 +296,7 @@ class Engine:
             f"{model.num_layers} layers of {model.hidden_size}, {config.precision}, ZeRO-{self.zero_stage}, "
             f"tensor {grid.tp.size} x pipeline {grid.pp.size} x data {grid.dp.size}; {config.last_iteration} iterations of "
             f"{training.tokens_per_step:,} tokens ({self.plan.micro_batches} x {self.plan.micro_batch} samples per rank)"
+            + ("" if training.seconds is None else f", ended after {training.seconds:g} s of steps")
         )
 
     def loss_scaler_state(self) -> dict[str, float] | None:

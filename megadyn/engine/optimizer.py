@@ -1,6 +1,7 @@
 """The optimizer's parameter groups, and the learning rate of each iteration."""
 
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -218,6 +219,8 @@ class GradientClipper:
     def __init__(self, module: nn.Module, max_norm: float, grid: Grid):
         self.params, self.max_norm, self.grid = list(module.parameters()), max_norm, grid
         self.norm = torch.zeros(())
+        self.gate: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Makes a norm that is a spike infinite."""
 
     def __call__(self, optimizer: Any = None, *_: object) -> None:
         grads = [p.grad for p in self.params if p.grad is not None]
@@ -230,6 +233,6 @@ class GradientClipper:
             scale = (self.max_norm / (self.norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, scale)
         if optimizer is not None:
-            overflow = ~torch.isfinite(self.norm)
+            overflow = ~torch.isfinite(self.norm if self.gate is None else self.gate(self.norm))
             optimizer.found_inf = overflow.float()  # makes torch's fused AdamW do nothing
             optimizer.overflow = bool(overflow)  # tells DeepSpeed's engine, and Muon

@@ -20,6 +20,8 @@ class Answer(NamedTuple):
     """Whether any rank was asked to stop."""
     is_idle: bool
     """Whether no rank has work in the background."""
+    is_over: bool = False
+    """Whether any rank said that the run is over."""
 
 
 class Signals:
@@ -51,11 +53,12 @@ class Signals:
         """Asks the run to stop, from another thread of this process."""
         self.received = self.received or why
 
-    def ask(self, is_busy: bool = False, *, at_once: bool = False) -> Answer:
-        """What holds for all ranks together, at the end of a step; `is_busy`: this one has work in the background.
+    def ask(self, is_busy: bool = False, is_over: bool = False, *, at_once: bool = False) -> Answer:
+        """What holds for all ranks together, at the end of a step; `is_busy`: this one has work in the background;
+        `is_over`: by this one's clock the run's time is up.
 
         Collective in the steps in which it asks, which are the same on all ranks, and where it is told to ask `at_once`. In the
-        others the answer is twice no.
+        others the answer is no throughout.
         """
         self._left -= 1
         if self._left > 0 and not at_once:
@@ -63,13 +66,15 @@ class Signals:
         now = time.monotonic()
         per_step = INTERVAL if self._asked_at is None else (now - self._asked_at) / self._steps
         steps = min(max(1, int(INTERVAL / max(per_step, 1e-6))), MOST_STEPS)
-        flags = torch.tensor([float(self.received is not None), float(is_busy), float(-steps)])
+        flags = torch.tensor(
+            [float(self.received is not None), float(is_busy), float(is_over), float(-steps)]
+        )
         if self._group is not None:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
-        stop, busy, steps_back = flags.tolist()
+        stop, busy, over, steps_back = flags.tolist()
         self._asked_at, self._steps = now, int(-steps_back)  # the fewest that any rank proposed
         self._left = self._steps
-        return Answer(bool(stop), not busy)
+        return Answer(bool(stop), not busy, bool(over))
 
     def reason(self) -> str:
         """Why the run must stop, from the first rank that was asked. Collective; call it after an answer that says stop."""

@@ -193,7 +193,12 @@ def read_run(folder: Path, name: str) -> Run:
     _take_config(run)
     _take_starts(run)
     planned = planned_iterations(run)
-    if planned is not None and run.last_iteration < planned:
+    over = [record for record in run.events if "time_is_up" in record]
+    if over and over[-1]["iteration"] == run.last_iteration:
+        run.notes.append(
+            f"The run ended at iteration {run.last_iteration:,}, when training.seconds were over."
+        )
+    elif planned is not None and run.last_iteration < planned:
         run.notes.append(
             f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run is still going, or stopped."
         )

@@ -107,6 +107,7 @@ class Checkpoints:
                         "course": state.course.state(),
                         "forked_from": state.forked_from,
                         "consumed_tokens": state.consumed_tokens,
+                        "seconds": state.seconds,
                         "data_origin": self.config.data.origin,
                         **({"phases": self.config.phase.passed} if self.config.phase else {}),
                     },

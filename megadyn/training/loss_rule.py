@@ -16,13 +16,17 @@ class TrainingDiverged(RunError):
 
 
 class LossRule:
-    """Detects bad losses: NaN, infinite, or a spike above the median of recent good steps. Also counts bad steps. Equal
+    """Detects bad losses: NaN, infinite, or a spike above the median of recent good steps; and how large a
+    gradient norm may be. Also counts bad steps. Equal
     on all ranks; saved in every checkpoint."""
 
     def __init__(self, config: TrainingConfig):
         self.factor, self.window = config.spike_factor, config.spike_window
         self.most_in_a_row, self.most = config.max_bad_steps, config.max_bad_steps_total
         self.recent: deque[float] = deque(maxlen=self.window)
+        self.norm_factor = config.norm_spike_factor
+        self.norm_average, self.norms = 0.0, 0
+        """Moving average of good steps' gradient norms, from 0 on, and their number; equal on all ranks up to rounding."""
         self.bad_steps = 0
         """In the whole run."""
         self.in_a_row = 0
@@ -40,9 +44,24 @@ class LossRule:
             return math.inf
         return self.factor * statistics.median(self.recent)
 
-    def note(self, iteration: int, loss: float) -> None:
+    @property
+    def norm_limit(self) -> float:
+        """The highest good gradient norm, a multiple of the average without the share of its start at 0; infinite as `limit`."""
+        if not self.norm_factor or self.norms < self.window:
+            return math.inf
+        return self.norm_factor * self.norm_average / (1 - (1 - 1 / self.window) ** self.norms)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Of the next step's loss and gradient norm."""
+        return self.limit, self.norm_limit
+
+    def note(self, iteration: int, loss: float, norm: float = 0.0) -> None:
         """Records a good step."""
         self.recent.append(loss)
+        if self.norm_factor and math.isfinite(norm):
+            self.norm_average += (norm - self.norm_average) / self.window
+            self.norms += 1
         self.last_was_bad, self.last_loss = False, loss
         if iteration > self.last_bad:  # after a rollback, steps up to the bad one are no progress
             self.in_a_row = 0
@@ -64,6 +83,8 @@ class LossRule:
     def state(self) -> dict[str, Any]:
         return {
             "recent_losses": list(self.recent),
+            "norm_average": self.norm_average,
+            "norms": self.norms,
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.in_a_row,
             "last_bad": self.last_bad,
@@ -73,6 +94,7 @@ class LossRule:
     def set_state(self, state: dict[str, Any]) -> None:
         """Counts only rise: going back does not undo bad steps."""
         self.recent = deque(state["recent_losses"], maxlen=self.window)
+        self.norm_average, self.norms = state.get("norm_average", 0.0), state.get("norms", 0)
         self.bad_steps = max(self.bad_steps, state["bad_steps"])
         self.in_a_row = max(self.in_a_row, state.get("bad_in_a_row", 0))
         self.last_bad = max(self.last_bad, state.get("last_bad", 0))

@@ -463,6 +463,7 @@ IMPOSSIBLE = [
     ("training.spike_factor=-1", "training.spike_factor", "at least 0"),
     ("training.spike_factor=.nan", "training.spike_factor", "at least 0"),
     ("training.spike_factor=1", "training.spike_factor", "above 1, or 0"),
+    ("training.norm_spike_factor=1", "training.norm_spike_factor", "above 1, or 0"),
     ("training.spike_window=0", "training.spike_window", "at least 1"),
     ("training.max_bad_steps=-1", "training.max_bad_steps", "at least 0"),
     ("training.timeout_s=0.5", "training.timeout_s", "at least 1"),

@@ -110,6 +110,15 @@ def test_a_spike_is_skipped_and_the_median_survives_a_restart(config_file: Path)
     assert ", above 8." in event["problem"]
 
 
+def test_a_step_with_a_large_gradient_is_skipped(config_file: Path) -> None:
+    rule = ("training.on_bad_step=skip", "training.norm_spike_factor=2", "training.spike_window=3")
+    crew = run(config_file, *rule, factors={5: 6.0})
+    assert crew.statuses == [0], crew.output(0)
+    ((at, event),) = events(config_file)
+    assert at == 5
+    assert event["problem"].startswith("a gradient norm of ")
+
+
 def test_too_many_bad_steps_stop_the_run(config_file: Path) -> None:
     crew = run(
         config_file,
