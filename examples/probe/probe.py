@@ -283,7 +283,7 @@ def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str)
 
 
 def draw_sample(measured: Any, path: Path, title: str) -> None:
-    """The first document: above, the lookups that each token needs to predict the next; below, what each layer processed."""
+    """The first document: above, the steps that each token needs to predict the next; below, what each layer processed."""
     length = measured.length
     words = [LANGUAGE.vocabulary[token] for token in measured.passed.tokens[:length]]
     needed = measured.passed.hops[:length].astype(float)
@@ -293,7 +293,7 @@ def draw_sample(measured: Any, path: Path, title: str) -> None:
         height_ratios=[1, max(1, len(chosen))],
     )  # fmt: skip
     above.imshow(needed[None], aspect="auto", cmap="Oranges", vmin=0, vmax=max(1.0, needed.max()))
-    above.set_yticks([0], ["lookups needed"])
+    above.set_yticks([0], ["steps needed"])
     below.imshow(np.stack(chosen), aspect="auto", cmap="Blues", vmin=0, vmax=1)
     below.set_yticks(range(len(chosen)), [f"layer {layer}" for layer in measured.passed.chosen])
     below.set_xticks(range(length), words, rotation=90, fontsize=7)
