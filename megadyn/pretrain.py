@@ -35,6 +35,7 @@ from megadyn.engine.engine import Engine, MicroBatch, StepResult
 from megadyn.errors import Parser, RunError, UserError
 from megadyn.kinds import DENSE
 from megadyn.launch import launch
+from megadyn.launch.deterministic import be_deterministic
 from megadyn.launch.lock import RunLock
 from megadyn.launch.processes import Process, launchers, while_alive
 from megadyn.launch.signals import Signals
@@ -62,6 +63,7 @@ from megadyn.training.state import RunState
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
     parts = None
+    be_deterministic(config.training.deterministic)
     with while_alive(watched):
         if config.checkpoint.mirror is None:
             parts = open_parts(config, launch.world_size())
