@@ -36,6 +36,7 @@ from megadyn.engine.engine import Engine, MicroBatch, StepResult
 from megadyn.errors import Parser, RunError, UserError
 from megadyn.kinds import DENSE
 from megadyn.launch import launch
+from megadyn.launch.deterministic import be_deterministic
 from megadyn.launch.lock import RunLock
 from megadyn.launch.processes import Process, launchers, while_alive
 from megadyn.launch.signals import Signals
@@ -45,7 +46,7 @@ from megadyn.parallel.grid import Grid, make_grid
 from megadyn.paths import user_path
 from megadyn.progress import each
 from megadyn.routing.replay import Replay
-from megadyn.telemetry.profile import Profile
+from megadyn.telemetry.profile import Windows
 from megadyn.telemetry.telemetry import Silent
 from megadyn.training.bad_steps import BadSteps
 from megadyn.training.checkpoints import Checkpoints
@@ -63,6 +64,7 @@ from megadyn.training.state import RunState
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
     parts = None
+    be_deterministic(config.training.deterministic)
     with while_alive(watched):
         if config.checkpoint.mirror is None:
             parts = open_parts(config, launch.world_size())
@@ -140,13 +142,13 @@ def train_part(
     if found and state.is_complete:
         log.info("nothing to do: the run is at iteration %d of %d", state.iteration, state.total)
         return False
-    with output_folder(whole, part, engine, state) as (telemetry, profile):
+    with output_folder(whole, part, engine, state) as (telemetry, windows):
         checkpoints.telemetry = telemetry
         if changed and is_start:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         if state.begins_phase:
             telemetry.event(state.iteration, "phase_begins", phase_record(config))
-        job = Job(config, engine, data, state, checkpoints, telemetry, profile, signals, watchdog)
+        job = Job(config, engine, data, state, checkpoints, telemetry, windows, signals, watchdog)
         has_stopped = job.train()
         watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
     return has_stopped
@@ -163,7 +165,7 @@ class Job:
         state: RunState,
         checkpoints: Checkpoints,
         telemetry: Silent,
-        profile: Profile,
+        windows: Windows,
         signals: Signals,
         watchdog: Watchdog,
     ):
@@ -174,7 +176,7 @@ class Job:
             state,
             checkpoints,
         )
-        self.telemetry, self.profile, self.signals, self.watchdog = telemetry, profile, signals, watchdog
+        self.telemetry, self.windows, self.signals, self.watchdog = telemetry, windows, signals, watchdog
         self.bad_steps = BadSteps(config.training, state, checkpoints, telemetry)
         self.replay = Replay(
             config, engine.routed, choosing_layers(config.model), engine.grid, data.train.key
@@ -221,7 +223,7 @@ class Job:
         state, number = self.state, self.state.iteration + 1
         rate = state.rate()
         is_measured = state.due(self.config.logging.interval, number)
-        self.profile.before_step(number)
+        self.windows.before_step(number)
         began = time.perf_counter()
         with self.replay.step(number, state.consumed_samples):
             result = self.engine.train_step(
@@ -243,7 +245,7 @@ class Job:
             if is_measured or stopping or is_over:
                 self.report(result, rate, is_measured)
         self.garbage.after_step(number)
-        if self.profile.after_step(number):
+        if self.windows.after_step(number):
             self.telemetry.restart_clock(state.iteration)
         if is_written:
             self.checkpoints.finish_save(last=False)

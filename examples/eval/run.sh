@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Scores an exported folder with lm_eval. From the repository's root:
-#   examples/eval/run.sh FOLDER [lm_eval options]                  six public tasks, fetched from the Hugging Face hub
+#   examples/eval/run.sh FOLDER [lm_eval options]                  seven public tasks, fetched from the Hugging Face hub
 #   TASKS=heldout_text,next_line examples/eval/run.sh FOLDER       local text (see make_tasks.py), no network
 #   ROUTING=topk examples/eval/run.sh FOLDER                       tokens chosen as in training, one row at a time
 #   BATCH=32 examples/eval/run.sh FOLDER
 set -euo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 [ $# -ge 1 ] || fail "give an exported folder"
-folder=$1 routing=${ROUTING:-causal} tasks=${TASKS:-arc_easy,hellaswag,piqa,winogrande,boolq,openbookqa}
+folder=$1 routing=${ROUTING:-causal} tasks=${TASKS:-arc_easy,hellaswag,piqa,winogrande,boolq,openbookqa,tiny_mmlu}
 shift
 [ -f "$folder/modeling_megadyn.py" ] || fail "$folder: not a folder written by megadyn export (without --as)"
 command -v lm_eval >/dev/null || fail "lm_eval is not installed (pip install lm_eval)"

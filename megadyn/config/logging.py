@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from megadyn.checks import at_least, one_of
 from megadyn.errors import ConfigError
 
+WINDOWS = ("profile_steps", "memory_snapshot_steps")
+"""Keys for steps that `profile_ranks` record."""
+
 
 @dataclass
 class LoggingConfig:
@@ -32,8 +35,11 @@ class LoggingConfig:
     nobody. Lower it on GPUs whose ranks are otherwise even."""
     profile_steps: list[int] | None = None
     """[first, last] step of a torch.profiler trace, written to OUTPUT_DIR/profile."""
+    memory_snapshot_steps: list[int] | None = None
+    """[first, last] step of a history of the GPU's memory, written to OUTPUT_DIR/memory for https://pytorch.org/memory_viz: each
+    allocation and the line that made it. A run that ends in between, out of memory, keeps what there is. For GPUs only."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
-    """Ranks that write a trace."""
+    """Ranks that write traces and histories of memory."""
 
     def check(self) -> None:
         at_least("logging.interval", self.interval, 1)
@@ -44,9 +50,10 @@ class LoggingConfig:
         at_least("logging.slow_rank_factor", self.slow_rank_factor, 0)
         if 0 < self.slow_rank_factor <= 1:
             raise ConfigError("logging.slow_rank_factor", self.slow_rank_factor, "above 1, or 0 for no rule")
-        steps = self.profile_steps
-        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise ConfigError("logging.profile_steps", steps, "[first, last], with 1 <= first <= last")
+        for name in WINDOWS:
+            steps = getattr(self, name)
+            if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+                raise ConfigError(f"logging.{name}", steps, "[first, last], with 1 <= first <= last")
         ranks = self.profile_ranks
         if not ranks or min(ranks) < 0 or len(set(ranks)) < len(ranks):
             raise ConfigError("logging.profile_ranks", ranks, "at least one rank, each once")

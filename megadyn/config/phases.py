@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megadyn.checks import at_least
 from megadyn.config.anneal import AnnealConfig
+from megadyn.config.logging import WINDOWS
 from megadyn.config.optimizer import IN_TOKENS
 from megadyn.config.phase import Phase
 from megadyn.config.phase_specs import OWN_SCHEDULE, Spec, read_phases
@@ -82,8 +83,9 @@ def phase_configs(config: Config) -> list[Config]:
         with naming(spec.name):
             phase.optimizer.check_tokens()
         _settle_schedule(piece, pieces)
-        if phase.logging.profile_steps and begin >= phase.logging.profile_steps[-1]:
-            phase.logging.profile_steps = None  # traced in an earlier phase
+        for window in WINDOWS:
+            if (steps := getattr(phase.logging, window)) and begin >= steps[-1]:
+                setattr(phase.logging, window, None)  # recorded in an earlier phase
         with naming(spec.name):
             phase.checked()
         phase.phase = Phase(

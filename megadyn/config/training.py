@@ -86,6 +86,9 @@ class TrainingConfig:
     gc_interval: int = 0
     """Steps between Python's garbage collections, which then take place at the same steps on all ranks. 0 leaves them to Python:
     each rank collects at other steps, and all others wait for it, which shows with many ranks. Try 100."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits each time, and fail where there are none: two runs with the same layout,
+    machines and versions are then equal bit for bit. Slower on GPUs; for finding faults."""
     on_bad_step: str = "stop"
     """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; the step never
     reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,

@@ -66,6 +66,11 @@ def check_precision(precision: str) -> None:
         )
 
 
+def is_on_gpu() -> bool:
+    """Whether this process trains on a GPU; known before it joins the others."""
+    return bool(get_accelerator().device_name() == "cuda")
+
+
 def attempt() -> int:
     """How often torchrun has restarted the job."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

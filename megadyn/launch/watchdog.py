@@ -2,10 +2,11 @@
 
 Every rank writes heartbeats to the store through which the ranks met: what it is doing, and for how long. Rank 0 reads
 all of them; the others read rank 0's. Ranks on the same machine are also looked up in the process table, so that a
-death is noticed within a second. A rank that detects a fault leaves a notice in the store, and every rank ends when it
-sees that. A silent rank cannot end itself, so the other ranks on its machine kill it. A rank whose launcher is gone
-asks the run to save and end, as a signal would: nothing else would end it, and the next start would be a second run.
-After a fault every rank that still can writes its stacks and last collectives to the run's folder.
+death is noticed within a second. A rank that detects a fault, or that it makes no progress itself, leaves a notice in
+the store, and every rank ends when it sees that. A silent rank cannot end itself, so the other ranks on its machine
+kill it. A rank whose launcher is gone asks the run to save and end, as a signal would: nothing else would end it, and
+the next start would be a second run. After a fault every rank that still can writes its stacks and last collectives to
+the run's folder.
 There are two threads: one may block in calls to the store, the other never blocks.
 """
 
@@ -57,6 +58,12 @@ class Notice(NamedTuple):
     sentence: str
     silent: int | None = None
     """The rank that no longer responds, and so will not read this."""
+    is_stuck: bool = False
+    """Whether a rank makes no progress. Others may be the cause, so that each shows where it stands."""
+
+    def is_own(self, rank: int) -> bool:
+        """Whether it is about this rank."""
+        return self.sentence.startswith(f"rank {rank} (")
 
 
 class Watchdog:
@@ -179,18 +186,14 @@ class Watchdog:
             if self._notice:
                 if now - self._noticed > PATIENCE_S:
                     self._obey(self._notice)
-            elif fault := self._fault(now):
+            elif fault := self._fault(now) or self._stuck(now):
                 self._notice, self._noticed = fault, now
-                self._leave(fault)
+                if self.world > 1:
+                    self._leave(fault)
             elif self._asked_to_stop and now - self._asked_to_stop[1] > self.grace_s:
                 self._end_with_record(
                     f"rank {self.rank}: not saved and ended within training.grace_s = {self.grace_s:g} s of "
                     f"{self._asked_to_stop[0]} ({self._doing})"
-                )
-            elif now - self._since > self.timeout_s:
-                self._end_with_record(
-                    f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
-                    f"{self._doing}{self._others()}; raise training.timeout_s if that is normal"
                 )
 
     def _look_for_launchers(self) -> None:
@@ -208,7 +211,9 @@ class Watchdog:
         if notice.silent in self._neighbours:
             with suppress(ProcessLookupError):
                 os.kill(self.places[notice.silent].pid, signal.SIGKILL)
-        self._end_with_record(notice.sentence, show=notice.silent is not None)
+        # Rank 0 alone hears what all ranks do.
+        more = self._others() if notice.is_stuck and self.rank == 0 and not notice.is_own(0) else ""
+        self._end_with_record(f"{notice.sentence}{more}", show=notice.silent is not None or notice.is_stuck)
 
     def _fault(self, now: float) -> Notice | None:
         """A fault of another rank, as seen from here, or None."""
@@ -236,6 +241,16 @@ class Watchdog:
                 f"with rank 0 ({self._where(0)}) or its launcher: {self._lost}"
             )
         return None
+
+    def _stuck(self, now: float) -> Notice | None:
+        """That this rank makes no progress, or None."""
+        if now - self._since <= self.timeout_s:
+            return None
+        return Notice(
+            f"rank {self.rank} ({self._where(self.rank)}) made no progress for {now - self._since:.0f} s, "
+            f"{self._doing}{self._others()}; raise training.timeout_s if that is normal",
+            is_stuck=True,
+        )
 
     def _end_with_record(self, sentence: str, *, show: bool = True) -> None:
         """Ends the job after a fault; writes what this rank was doing, and with `show` also prints its stacks."""

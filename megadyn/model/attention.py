@@ -114,7 +114,7 @@ def causal_attention(
     if backend == "flash":
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v, causal=True, window_size=_before(window))
+        return flash_attn_func(q, k, v, causal=True, window_size=_before(window), **_flash_options())
     return _sdpa(q, k, v)
 
 
@@ -128,6 +128,11 @@ def _rows(q: Tensor) -> Segments:
 def _before(window: int | None) -> tuple[int, int]:
     """A kernel's `window_size`: how many tokens before and after its own a token sees; -1: all."""
     return (-1 if window is None else window - 1, 0)
+
+
+def _flash_options() -> dict[str, bool]:
+    """flash-attn does not ask torch whether its backward pass must add up in the same order each time."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
 
 
 def _varlen_groups_heads() -> bool:
@@ -155,7 +160,16 @@ def _attention_in_segments(
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q, k, v, ends, ends, longest, longest, causal=True, window_size=_before(window)
+            q,
+            k,
+            v,
+            ends,
+            ends,
+            longest,
+            longest,
+            causal=True,
+            window_size=_before(window),
+            **_flash_options(),
         )
     if backend == "varlen":
         from torch.nn.attention.varlen import varlen_attn

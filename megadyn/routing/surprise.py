@@ -12,6 +12,18 @@ from megadyn.parallel.mappings import copy_to_tp, own_part, whole_sequence
 from megadyn.parallel.params import constant
 
 
+def running_sums(x: Tensor) -> Tensor:
+    """Sums of x [B, T] over the tokens so far. torch's own on a GPU may add in another order each time; where that is not wanted,
+    log2(T) additions of shifted copies take its place."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(dim=1)
+    reach = 1
+    while reach < x.shape[1]:
+        x = x + F.pad(x[:, :-reach], (reach, 0))
+        reach *= 2
+    return x
+
+
 def moving_average(x: Tensor, window: int, documents: Documents | None = None) -> Tensor:
     """Mean of x [B, T] over the last `window` tokens, including the current one. Before the start of the sample, or of
     the token's document, its first value is repeated. Carries no gradient.
@@ -20,7 +32,7 @@ def moving_average(x: Tensor, window: int, documents: Documents | None = None) -
     """
     place = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     since = place if documents is None else documents.positions  # earlier tokens in the same document
-    sums = F.pad(x.detach().double().cumsum(dim=1), (1, 0))  # sums[t] = x[0] + ... + x[t - 1]
+    sums = F.pad(running_sums(x.detach().double()), (1, 0))  # sums[t] = x[0] + ... + x[t - 1]
     inside = since.clamp(max=window - 1)  # how many of these are in the window
     total = sums.gather(1, place + 1) - sums.gather(1, place - inside)
     first = x.detach().gather(1, place - since).double()

@@ -1,6 +1,8 @@
-"""A trace of some steps on some ranks, for chrome://tracing, Perfetto or TensorBoard."""
+"""What some ranks record during a window of steps: a trace, for chrome://tracing, Perfetto or TensorBoard, and the history of a
+GPU's memory, for https://pytorch.org/memory_viz."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,56 +13,149 @@ from megadyn.config.logging import LoggingConfig
 from megadyn.log import log
 
 
-class Profile:
-    """Runs torch.profiler for the steps `logging.profile_steps` on the ranks `logging.profile_ranks`; does nothing if
-    these are unset.
+class Window:
+    """Records the steps `logging.<key>` on the ranks `logging.profile_ranks`; does nothing if these are unset.
 
-    If the run ends inside the window, the trace so far is kept. Steps repeated after a rollback are not traced twice.
+    If the run ends inside the window, what there is so far is kept. Steps repeated after a rollback are not recorded twice.
     """
 
+    key: str
+    what: str
+    """What is written, in words."""
+    verb: str
+    suffix: str
+
     def __init__(self, config: LoggingConfig, folder: Path, rank: int, start_iteration: int):
-        self.first, self.last = config.profile_steps or (0, 0)
-        self.folder, self.rank = folder / "profile", rank
-        self.is_due = config.profile_steps is not None and rank in config.profile_ranks
+        """`folder`: where files go."""
+        steps: Sequence[int] | None = getattr(config, self.key)
+        self.first, self.last = steps or (0, 0)
+        self.folder, self.rank = folder, rank
+        self.is_due = steps is not None and rank in config.profile_ranks
         if self.is_due and start_iteration >= self.last:
             log.warning(
-                "no steps are traced: the run continues from iteration %d, after logging.profile_steps = [%d, %d]",
+                "no steps are %s: the run continues from iteration %d, after logging.%s = [%d, %d]",
+                self.verb,
                 start_iteration,
+                self.key,
                 self.first,
                 self.last,
             )
             self.is_due = False
-        self._running: profile | None = None
-        self._began = 0
+        self.is_running, self._began = False, 0
+
+    def begin(self) -> None:
+        """Starts recording."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Stops recording, where what was recorded remains."""
+
+    def write(self, path: Path) -> None:
+        """Writes what was recorded."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Lets go of what was recorded, written or not."""
+        raise NotImplementedError
 
     def before_step(self, number: int) -> None:
         if self.is_due and self.first <= number <= self.last:
-            self.is_due, self._began = False, number
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self._running = profile(activities=activities)
-            self._running.start()
+            self.is_due, self.is_running, self._began = False, True, number
+            self.begin()
 
     def after_step(self, number: int) -> bool:
-        """Returns whether the window ended here, so that some rank spent time on writing a trace."""
-        if self._running is not None and number >= self.last:
+        """Returns whether the window ended here, so that some rank spent time on writing."""
+        if self.is_running and number >= self.last:
             self.finish(number)
         return number == self.last
 
     def finish(self, number: int) -> None:
-        """Writes the trace, if one is running, atomically. A full disk does not stop the run."""
-        if self._running is None:
+        """Writes what is recorded, if anything, atomically. A full disk does not stop the run."""
+        if not self.is_running:
             return
-        trace, self._running = self._running, None
-        trace.stop()
-        path = self.folder / f"rank{self.rank}-steps{self._began}-{number}.json.gz"
-        temporary = path.with_name(f".{path.name.removesuffix('.json.gz')}.tmp.json.gz")
+        self.is_running = False
+        self.stop()
+        path = self.folder / f"rank{self.rank}-steps{self._began}-{number}{self.suffix}"
+        temporary = path.with_name(f".{path.name.removesuffix(self.suffix)}.tmp{self.suffix}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(temporary))
+            self.write(temporary)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            log.warning("%s: the trace was not written: %s", path, error)
+            log.warning("%s: the %s was not written: %s", path, self.what, error)
             return
-        log.info("traced steps %d to %d: %s", self._began, number, path)
+        finally:
+            self.drop()
+        log.info("%s steps %d to %d: %s", self.verb, self._began, number, path)
+
+
+class Profile(Window):
+    """torch.profiler's trace, in the folder `profile` of the run."""
+
+    key, what, verb, suffix = "profile_steps", "trace", "traced", ".json.gz"
+
+    def __init__(self, config: LoggingConfig, folder: Path, rank: int, start_iteration: int):
+        super().__init__(config, folder / "profile", rank, start_iteration)
+        self._trace: profile | None = None
+
+    def begin(self) -> None:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        self._trace = profile(activities=activities)
+        self._trace.start()
+
+    def stop(self) -> None:
+        assert self._trace is not None
+        self._trace.stop()
+
+    def write(self, path: Path) -> None:
+        assert self._trace is not None
+        self._trace.export_chrome_trace(str(path))
+
+    def drop(self) -> None:
+        self._trace = None
+
+
+class MemorySnapshot(Window):
+    """Every allocation on this rank's GPU, with the line of Python that made it, in the folder `memory` of the run."""
+
+    key, what, verb, suffix = (
+        "memory_snapshot_steps",
+        "memory snapshot",
+        "recorded with their memory",
+        ".pickle",
+    )
+
+    def __init__(self, config: LoggingConfig, folder: Path, rank: int, start_iteration: int):
+        super().__init__(config, folder / "memory", rank, start_iteration)
+
+    def begin(self) -> None:
+        torch.cuda.memory._record_memory_history(stacks="python")  # those of C++ take minutes to look up
+
+    def write(self, path: Path) -> None:
+        torch.cuda.memory._dump_snapshot(str(path))
+
+    def drop(self) -> None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+class Windows:
+    """All that records a window of steps."""
+
+    def __init__(self, config: LoggingConfig, folder: Path, rank: int, start_iteration: int):
+        """`folder`: of the run."""
+        self._each = [kind(config, folder, rank, start_iteration) for kind in (Profile, MemorySnapshot)]
+
+    def before_step(self, number: int) -> None:
+        for window in self._each:
+            window.before_step(number)
+
+    def after_step(self, number: int) -> bool:
+        """Returns whether a window ended here, so that some rank spent time on writing."""
+        ended = [window.after_step(number) for window in self._each]  # every one must see the step
+        return any(ended)
+
+    def finish(self, number: int) -> None:
+        for window in self._each:
+            window.finish(number)

@@ -13,7 +13,7 @@ from megadyn.engine.optimizer import schedule_problem
 from megadyn.files import os_errors_named
 from megadyn.launch.environment import record_start
 from megadyn.log import log
-from megadyn.telemetry.profile import Profile
+from megadyn.telemetry.profile import Windows
 from megadyn.telemetry.telemetry import Silent, Telemetry
 from megadyn.training.length import schedule_steps
 from megadyn.training.phases import Part, say_phase
@@ -23,7 +23,7 @@ from megadyn.training.state import RunState
 @contextmanager
 def output_folder(
     whole: Config, part: Part, engine: Engine, state: RunState
-) -> Iterator[tuple[Silent, Profile]]:
+) -> Iterator[tuple[Silent, Windows]]:
     """Creates the output folder and opens what the run reports to; closed also if the run fails. Collective."""
     config = part.config
     folder, rank, device = Path(config.output_dir), dist.get_rank(), engine.device
@@ -33,7 +33,7 @@ def output_folder(
         hosts = record_start(
             folder, engine.grid, engine.zero_stage, device, state.iteration, config.last_iteration
         )
-        profile = Profile(config.logging, folder, rank, state.iteration)
+        windows = Windows(config.logging, folder, rank, state.iteration)
         if rank == 0:
             save_config(whole, folder / "config.yaml")
             log.info("%s", engine.run_line())
@@ -51,7 +51,7 @@ def output_folder(
                 hosts,
             )
     try:
-        yield telemetry, profile
+        yield telemetry, windows
     finally:
-        profile.finish(state.iteration)
+        windows.finish(state.iteration)
         telemetry.close()

@@ -9,6 +9,7 @@ from megadyn.checkpoint import layout
 from megadyn.checkpoint.same_run import check_same_run
 from megadyn.checkpoint.start import likely_start
 from megadyn.config import BatchPlan, Config
+from megadyn.config.logging import WINDOWS
 from megadyn.errors import ConfigError, UserError
 from megadyn.files import os_errors_named
 from megadyn.hf.source import open_source
@@ -33,18 +34,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     if config.training.compile:
         check_compiler()
     refuse_wandb(config.logging)
-    if config.logging.profile_steps and max(config.logging.profile_ranks) >= launch.world_size():
-        raise ConfigError(
-            "logging.profile_ranks",
-            config.logging.profile_ranks,
-            f"below {launch.world_size()}, the number of processes",
-        )
-    if config.logging.profile_steps and config.logging.profile_steps[0] > config.last_iteration:
-        raise ConfigError(
-            "logging.profile_steps",
-            config.logging.profile_steps,
-            f"steps of the run, which has {config.last_iteration}",
-        )
+    refuse_windows(config)
     for name, samples in (*data.validations.items(), ("test", data.test)):
         if samples is not None:
             wanted = config.training.eval_samples
@@ -58,6 +48,28 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
                     len(samples),
                     plan.micro_batch * plan.data_parallel,
                 )
+
+
+def refuse_windows(config: Config) -> None:
+    """Raises ConfigError for steps that cannot be recorded."""
+    logging = config.logging
+    if (steps := logging.memory_snapshot_steps) and not launch.is_on_gpu():
+        raise ConfigError(
+            "logging.memory_snapshot_steps", steps, "null on a CPU: torch records the memory of GPUs alone"
+        )
+    for name in WINDOWS:
+        if not (steps := getattr(logging, name)):
+            continue
+        if max(logging.profile_ranks) >= launch.world_size():
+            raise ConfigError(
+                "logging.profile_ranks",
+                logging.profile_ranks,
+                f"below {launch.world_size()}, the number of processes",
+            )
+        if steps[0] > config.last_iteration:
+            raise ConfigError(
+                f"logging.{name}", steps, f"steps of the run, which has {config.last_iteration}"
+            )
 
 
 def refuse_start(config: Config, data: Data) -> None:

@@ -207,9 +207,12 @@ def test_a_run_that_its_phases_do_not_fit_is_refused(phases, training, overrides
 
 
 def test_steps_are_traced_in_the_phases_that_have_them(tmp_path):
-    config = load(tmp_path, SHARES, "logging.profile_steps=[9,11]", iterations=20)
+    config = load(
+        tmp_path, SHARES, "logging.profile_steps=[9,11]", "logging.memory_snapshot_steps=[2,4]", iterations=20
+    )
     steps = [one.logging.profile_steps for one in phase_configs(config)]
     assert steps == [[9, 11], [9, 11], None]  # steps 1 to 10, 11 to 16, 17 to 20
+    assert [one.logging.memory_snapshot_steps for one in phase_configs(config)] == [[2, 4], None, None]
 
 
 def test_reports_on_routers_count_from_the_begin_of_a_phase(tmp_path):

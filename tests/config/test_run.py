@@ -474,6 +474,11 @@ IMPOSSIBLE = [
     ("logging.live=sometimes", "logging.live", "one of auto, always, never"),
     ("logging.peak_tflops=0", "logging.peak_tflops", "a finite number above 0"),
     ("logging.profile_steps=[3,2]", "logging.profile_steps", "[first, last], with 1 <= first <= last"),
+    (
+        "logging.memory_snapshot_steps=[3,2]",
+        "logging.memory_snapshot_steps",
+        "[first, last], with 1 <= first <= last",
+    ),
     ("logging.profile_steps=[0,2]", "logging.profile_steps", "[first, last], with 1 <= first <= last"),
     ("logging.profile_steps=[1]", "logging.profile_steps", "[first, last], with 1 <= first <= last"),
     ("logging.profile_ranks=[]", "logging.profile_ranks", "at least one rank, each once"),

@@ -303,6 +303,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "examples/study/study.py": check_tool,
     "examples/probe/probe.py": check_tool,
     "examples/eval/run.sh": check_script,
+    "examples/eval/longbench.sh": check_script,
     "benchmarks/gpu.sh": check_script,
 }
 """By program; tools and run.sh of the examples beside these."""

@@ -86,6 +86,10 @@ def test_a_run_reports_everything_where_it_was_asked_to(config_file: Path) -> No
             "logging.profile_steps=[7,9]",
             "logging.profile_steps = [7, 9]: must be steps of the run, which has 6",
         ),
+        (
+            "logging.memory_snapshot_steps=[2,3]",
+            "logging.memory_snapshot_steps = [2, 3]: must be null on a CPU: torch records the memory of GPUs alone",
+        ),
     ],
 )
 def test_what_cannot_be_reported_is_refused_in_one_sentence(

@@ -87,6 +87,7 @@ def test_the_wheel_holds_the_package_and_what_it_reads(wheel: Path) -> None:
     expected |= {f"megadyn/{path.relative_to(ROOT)}" for path in (ROOT / "ds_configs").iterdir()}
     expected |= {f"megadyn/{path.relative_to(ROOT)}" for path in (ROOT / "examples").glob("*/*.yaml")}
     expected |= {f"megadyn/{path.relative_to(ROOT)}" for path in (ROOT / "examples").glob("*/*.sh")}
+    expected |= {f"megadyn/{path.relative_to(ROOT)}" for path in (ROOT / "examples/eval/tasks").iterdir()}
     assert others == expected
 
 

@@ -49,6 +49,17 @@ def slow_steps(rank: int, *, seconds: list[float], micro_batches: int = 2) -> No
     network.linear_cross_entropy = loss
 
 
+def asserted_deterministic(_rank: int) -> None:
+    """Fails in a step that may take algorithms whose bits differ each time."""
+    real = network.linear_cross_entropy
+
+    def loss(*arguments: Any, **named: Any) -> torch.Tensor:
+        assert torch.are_deterministic_algorithms_enabled()
+        return real(*arguments, **named)
+
+    network.linear_cross_entropy = loss
+
+
 def in_step(rank: int, *, victim: int, step: int, what: str) -> None:
     """The victim raises an error (`fail`), hangs (`hang`) or crashes (`crash`) when it reads the samples of a step."""
     real_watched, real_next = pretrain.Job.watched, Loader.__next__

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import huggingface_hub
 import lm_eval
 import numpy as np
 import pytest
+import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
@@ -28,6 +30,8 @@ from tests.hf.tiny_models import random_tokens, set_thresholds, tiny_model
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("ResourceWarning", "UserWarning")]
 EXAMPLE = ROOT / "examples" / "eval"
 LENGTH, EOD = 160, 256
+NEEDED = "import jieba, fuzzywuzzy, rouge"
+"""What longbench.sh asks Python for."""
 SOURCES = (
     "megadyn/config/data.py",
     "megadyn/prepare/readers.py",
@@ -60,28 +64,52 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, model: str, **environment: str
 ) -> dict[str, list[dict[str, Any]]]:
-    """Samples of each task: what lm_eval makes of the command that run.sh gives it."""
+    """Samples of both local tasks: what lm_eval makes of the command that run.sh gives it."""
+    found = evaluated(workplace, monkeypatch, model, TASKS="heldout_text,next_line", **environment)
+    samples = sorted_samples(found)
+    bits = -sum(row["bits_per_byte"][0] for row in samples["heldout_text"]) / math.log(2)
+    assert found["results"]["heldout_text"]["bits_per_byte,none"] == pytest.approx(
+        bits / sum(len(row["doc"]["text"].encode()) for row in samples["heldout_text"])
+    )
+    return samples
+
+
+def sorted_samples(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    return {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found["samples"].items()}
+
+
+def stand_ins(workplace: Path, **programs: str) -> str:
+    """A PATH on which shell scripts take the place of programs."""
+    (workplace / "bin").mkdir(exist_ok=True)
+    for name, script in programs.items():
+        (workplace / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (workplace / "bin" / name).chmod(0o755)
+    return f"{workplace / 'bin'}:{os.environ['PATH']}"
+
+
+WORDS = 'printf "%s\\n" "$@"'
+"""A script that prints its arguments."""
+
+
+def evaluated(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, model: str, **environment: str
+) -> dict[str, Any]:
+    """What lm_eval makes of the command that run.sh gives it."""
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace / "cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    (workplace / "bin").mkdir(exist_ok=True)
-    stand_in = workplace / "bin" / "lm_eval"
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    stand_in.chmod(0o755)
     done = subprocess.run(
         [EXAMPLE / "run.sh", model, "--device", "cpu"],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ
-        | {"PATH": f"{workplace / 'bin'}:{os.environ['PATH']}", "TASKS": "heldout_text,next_line"}
-        | environment,
+        env=os.environ | {"PATH": stand_ins(workplace, lm_eval=WORDS)} | environment,
     )
     monkeypatch.setattr(sys, "argv", ["lm_eval", *done.stdout.splitlines()])
     asked = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
     # its own thousands take seconds to list
     manager = TaskManager(include_path=asked.include_path, include_defaults=False)
-    found = lm_eval.simple_evaluate(
+    return lm_eval.simple_evaluate(
         model=asked.model,
         model_args=asked.model_args,
         tasks=asked.tasks,
@@ -90,12 +118,6 @@ def scores(
         task_manager=manager,
         bootstrap_iters=0,
     )
-    samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in found["samples"].items()}
-    bits = -sum(row["bits_per_byte"][0] for row in samples["heldout_text"]) / math.log(2)
-    assert found["results"]["heldout_text"]["bits_per_byte,none"] == pytest.approx(
-        bits / sum(len(row["doc"]["text"].encode()) for row in samples["heldout_text"])
-    )
-    return samples
 
 
 def log_likelihoods(samples: dict[str, list[dict[str, Any]]]) -> list[float]:
@@ -150,6 +172,77 @@ def test_log_likelihoods_are_the_oracles(
         assert found != pytest.approx(
             log_likelihoods(scores(workplace, monkeypatch, model, ROUTING="topk")), rel=1e-3
         )
+
+
+def test_tiny_mmlu_is_the_share_of_its_questions_that_are_right(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On questions in a folder of the dataset's name, because the dataset needs the network."""
+    folder = workplace / "tinyBenchmarks" / "tinyMMLU"
+    folder.mkdir(parents=True)
+    head = {"configs": [{"config_name": "all", "data_files": [{"split": "test", "path": "test.jsonl"}]}]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
+    asked = ["One and one?\nAnswer:", "Nought and one?\nAnswer:", "Two and one?\nAnswer:"]
+    rows = [{"input_formatted": text, "answer": i, "subject": "sums"} for i, text in enumerate(asked)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluated(workplace, monkeypatch, "dtf4", TASKS="tiny_mmlu", BATCH="4")
+    right = []
+    for row in sorted_samples(found)["tiny_mmlu"]:
+        chances = [float(choice[0][0]) for choice in row["resps"]]
+        texts = [list(f"{row['doc']['input_formatted']} {letter}".encode()) for letter in "ABCD"]
+        wanted = [by_the_oracle(workplace / "dtf4", "causal", text, 2) for text in texts]
+        assert chances == pytest.approx(wanted, rel=1e-4)
+        right.append(int(np.argmax(chances)) == row["doc"]["answer"])
+    assert len(right) == 3
+    assert found["results"]["tiny_mmlu"]["acc,none"] == pytest.approx(sum(right) / 3)
+
+
+def run_longbench(
+    workplace: Path, folder: str, path: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [EXAMPLE / "longbench.sh", workplace / folder, "--limit", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path} | environment,
+    )
+
+
+def test_longbench_asks_for_tasks_that_lm_eval_has(workplace: Path) -> None:
+    path = stand_ins(workplace, lm_eval=WORDS, python=f'[ "$2" = "{NEEDED}" ] || exec {sys.executable} "$@"')
+    done = run_longbench(workplace, "mod", path)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    options = dict(zip(words[:-2:2], words[1:-2:2], strict=True))
+    assert options["--tasks"] == "longbench_en" and options["--batch_size"] == "1"
+    assert options["--model_args"].endswith(",routing_mode=causal") and words[-2:] == ["--limit", "2"]
+    assert done.stderr == (
+        f"prompts of more than {LENGTH} tokens, less those of the answer, lose their beginning\n"
+    )
+    group = yaml.safe_load((Path(options["--include_path"]) / "longbench_en.yaml").read_text())
+    theirs = Path(lm_eval.__file__).parent / "tasks" / "longbench"
+    names = {re.search(r"^task: (\S+)$", file.read_text(), re.M) for file in theirs.glob("[!_]*.yaml")}
+    assert set(group["task"]) <= {name[1] for name in names if name}
+    assert len(set(group["task"])) == len(group["task"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("folder", "environment", "message"),
+    [
+        ("mod", {}, "LongBench's scores need more packages (pip install 'lm_eval[longbench]')"),
+        ("mod", {"ROUTING": "topk"}, "ROUTING = topk: must be causal, because LongBench generates"),
+        ("nowhere", {}, "nowhere: not a folder written by"),
+    ],
+)
+def test_longbench_refuses_in_one_sentence(
+    workplace: Path, folder: str, environment: dict[str, str], message: str
+) -> None:
+    done = run_longbench(
+        workplace, folder, stand_ins(workplace, lm_eval=WORDS, python="exit 1"), **environment
+    )
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from torch.profiler import profile as profiled
 
 from megadyn.config import LoggingConfig
 from megadyn.log import log
-from megadyn.telemetry.profile import Profile
+from megadyn.telemetry.profile import MemorySnapshot, Profile, Window, Windows
 
 
-def run(profile: Profile, steps: range) -> None:
+def run(profile: Window, steps: range) -> None:
     for number in steps:
         profile.before_step(number)
         torch.ones(3) @ torch.ones(3)
@@ -72,3 +72,53 @@ def test_no_half_a_trace_is_left(tmp_path, monkeypatch, caplog):
     run(Profile(config(), tmp_path, 0, 0), range(1, 4))
     assert "no space left" in caplog.text
     assert not list((tmp_path / "profile").iterdir())
+
+
+@pytest.fixture
+def history(monkeypatch) -> list[str]:
+    """Stands in for a GPU's history of memory, which a CPU lacks; lists what is done with it."""
+    done: list[str] = []
+
+    def dump(path: str) -> None:
+        done.append("write")
+        Path(path).write_bytes(b"history")
+
+    monkeypatch.setattr(
+        torch.cuda.memory,
+        "_record_memory_history",
+        lambda enabled="all", stacks="all": done.append(f"record {enabled}"),
+    )
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    return done
+
+
+def test_memory_is_recorded_in_its_window_beside_a_trace(tmp_path, history):
+    windows = Windows(config(memory_snapshot_steps=[3, 4]), tmp_path, 0, 0)
+    ended = []
+    for number in range(1, 6):
+        windows.before_step(number)
+        ended.append(windows.after_step(number))
+    assert ended == [False, False, True, True, False]
+    assert history == ["record all", "write", "record None"]
+    written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert written == ["memory/rank0-steps3-4.pickle", "profile/rank0-steps2-3.json.gz"]
+
+
+def test_a_run_that_runs_out_of_memory_keeps_the_history_so_far(tmp_path, history):
+    snapshot = MemorySnapshot(config(memory_snapshot_steps=[2, 9]), tmp_path, 0, 0)
+    run(snapshot, range(1, 4))
+    snapshot.before_step(4)  # which does not end
+    snapshot.finish(3)
+    assert history == ["record all", "write", "record None"]
+    assert [path.name for path in (tmp_path / "memory").iterdir()] == ["rank0-steps2-3.pickle"]
+
+
+def test_memory_that_cannot_be_written_is_no_longer_recorded(tmp_path, history, monkeypatch, caplog):
+    def dump(path: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    run(MemorySnapshot(config(memory_snapshot_steps=[1, 1]), tmp_path, 0, 0), range(1, 3))
+    assert "the memory snapshot was not written: no space left" in caplog.text
+    assert history == ["record all", "record None"]
