@@ -26,7 +26,7 @@ ON_A_CPU = {
     "study/config.yaml": ["model.vocab_size=4096"],
     "phases/config.yaml": ["model.vocab_size=4096"],
     **{
-        f"probe/{path.name}": ["model.vocab_size=87", "training.micro_batch_size=32"]
+        f"probe/{path.name}": ["model.vocab_size=79", "training.micro_batch_size=16"]
         for path in (EXAMPLES / "probe").glob("*.yaml")
     },
 }

@@ -13,7 +13,7 @@ from megadyn.errors import ConfigError
 from megadyn.prepare import probe
 from megadyn.prepare.probe import (
     CLASSES,
-    LEAST_TEXT,
+    LONGER,
     SUCCESSORS,
     Language,
     documents,
@@ -75,23 +75,23 @@ def test_answers_and_hops_are_right(language: Language) -> None:
             assert given[row * language.length : (row + 1) * language.length] == want
             seen.update(want)
     assert seen[("table", 0)] == 60 * language.nodes
-    assert sum(seen[("state", hops)] for hops in range(1, language.longest + 1)) == 60 * language.lists
     for kind, deepest in (
         ("chase", language.lookups),
         ("state", language.longest),
         ("sum", language.terms - 1),
     ):
         assert max(hops for of, hops in seen if of == kind) == deepest
-    assert seen[("recall", 1)] and seen[("text", 0)] >= 60 * LEAST_TEXT
+    assert seen[("recall", 1)] and seen[("text", 0)]
 
 
-def test_all_lengths_of_a_list_are_equally_likely() -> None:
-    language = Language(lists=6)
+def test_each_length_of_a_list_is_as_likely_as_it_should_be() -> None:
+    language = Language(longest=4)
     counts = Counter()
     for _, labels in documents(language, 400, seed=1):
         counts.update(labels.hops[labels.classes == CLASSES.index("state")].tolist())
-    assert set(counts) == set(range(1, language.longest + 1))
-    assert all(abs(count / 300 - 1) < 0.2 for count in counts.values())  # five deviations
+    assert set(counts) == {1, 2, 3, 4}
+    for hops in (1, 2, 3):  # longer ones fit a little less often at a document's end
+        assert counts[hops + 1] / counts[hops] == pytest.approx(LONGER, abs=0.08)
 
 
 def test_permutations_cannot_be_exchanged() -> None:
@@ -117,7 +117,7 @@ def test_the_table_is_one_cycle() -> None:
 
 def test_text_follows_its_chain() -> None:
     """Each word has as many successors as there are probabilities, and the likeliest comes half of the time."""
-    language = Language(words=5, lists=20)
+    language = Language(words=5, run=80, walks=0, lists=0, sums=0)  # hardly two runs side by side
     pairs = Counter()
     for tokens, labels in documents(language, 48, seed=1):
         text = labels.classes == CLASSES.index("text")
@@ -125,7 +125,6 @@ def test_text_follows_its_chain() -> None:
         inside = text[1:] & text[:-1]
         pairs.update(zip(words[:-1][inside].tolist(), words[1:][inside].tolist()))
     for word in range(5):
-        assert {second for first, second in pairs if first == word} == set(language.successors[word])
         counts = np.array([pairs[word, second] for second in language.successors[word]])
         assert counts / counts.sum() == pytest.approx(SUCCESSORS, abs=0.06)
 
