@@ -72,6 +72,12 @@ def some_standard_output() -> Iterator[None]:
         yield
 
 
+def say_on_rank(error: Exception) -> None:
+    """One line on standard error, which names the local rank where there are several."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
 @some_standard_output()
 def run_tool(main: Callable[[], int | None]) -> int:
     """Runs `main` and returns the exit status. A `UserError` gives one line on standard error and status 2; a

@@ -33,7 +33,7 @@ from megadyn.data.samples import Samples
 from megadyn.data.text_bytes import in_bits_per_byte, mean_bytes_per_token
 from megadyn.engine.ending import collect_memory, release
 from megadyn.engine.engine import Engine, MicroBatch, StepResult
-from megadyn.errors import Parser, RunError, UserError
+from megadyn.errors import Parser, RunError, UserError, say_on_rank
 from megadyn.kinds import DENSE
 from megadyn.launch import launch
 from megadyn.launch.deterministic import be_deterministic
@@ -63,12 +63,10 @@ from megadyn.training.state import RunState
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
     """Trains as configured. Every process of the job calls it. `watched`: launchers; when they end, the run ends."""
-    parts = None
     be_deterministic(config.training.deterministic)
     with while_alive(watched):
-        if config.checkpoint.mirror is None:
-            parts = open_parts(config, launch.world_size())
-        else:
+        parts = None if config.checkpoint.mirror else open_parts(config, launch.world_size())
+        if parts is None:
             make_output_dir(config)
         launch.join(config.training.collective_timeout_s)
     with (
@@ -349,9 +347,8 @@ class Job:
         self.watchdog.progress(f"evaluating after step {self.state.iteration}")
         for mode in ("topk", "causal") if routed else ("topk",):
             with self.loader(samples, first, first + size, step=size) as loader:
-                losses[mode] = self.engine.evaluate(
-                    each(loader, f"{name} loss, {mode}", rounds), rounds, mode
-                )
+                batches = each(loader, f"{name} loss, {mode}", rounds)
+                losses[mode] = self.engine.evaluate(batches, rounds, mode)
         losses.setdefault("causal", losses["topk"])
         return losses
 
@@ -374,18 +371,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load_config(args.config, args.overrides)
         run(config, watched)
     except UserError as error:
-        say(error)
+        say_on_rank(error)
         return 2
     except RunError as error:
         if not error.is_everywhere or os.environ.get("RANK") == "0":
-            say(error)
+            say_on_rank(error)
         return 1
     return 0
-
-
-def say(error: Exception) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    print(f"error: {f'[local rank {rank}] ' if rank else ''}{error}", file=sys.stderr, flush=True)
 
 
 def main_of_a_rank(argv: Sequence[str] | None = None) -> NoReturn:

@@ -272,8 +272,9 @@ def as_table(figures: Sequence[Figure]) -> str:
             f"| {figure.batch} x {figure.context} | {figure.name} | {of_phase(figure.prefill)} | {of_phase(figure.decode)} "
             f"| {figure.decode.tokens_per_second:,.1f} | {figure.kv_bytes:,.0f} "
             f"| {'' if peak is None else f'{peak / 2**20:,.0f}'} |"
-            + (f" {'' if figure.loss is None else f'{figure.loss:.4f}'} |" if with_loss else "")
         )
+        if with_loss:
+            rows[-1] += " |" if figure.loss is None else f" {figure.loss:.4f} |"
     return "\n".join(rows)
 
 
@@ -362,7 +363,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{machine(device)}, {args.precision}; {shape_of(models[0].config)}, {args.steps} decoded tokens, "
         f"median of {args.rounds} rounds"
-        f"{', processor time' if args.cpu_time else ''}{', static caches' if args.static else ''}"
+        f"{', processor time' if args.cpu_time else ''}"
+        f"{', static caches' if args.static else ''}"
         f"{', compiled steps' if args.compile else ''}\n"
     )
     print(as_table(figures))

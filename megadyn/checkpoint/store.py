@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,11 +116,11 @@ class Store:
     def remove(self, names: list[str]) -> None:
         """Removes files, and folders that this leaves empty."""
         for name in names:
-            self._patiently(lambda name=name: self._remove(name), name)  # type: ignore[misc]
+            self._patiently(partial(self._remove, name), name)
         if self._has_folders:
             for folder in sorted({name.rpartition("/")[0] for name in names} - {""}):
                 if not self.sizes(folder):
-                    self._patiently(lambda folder=folder: self._system.rmdir(self._path(folder)), folder)  # type: ignore[misc]
+                    self._patiently(partial(self._system.rmdir, self._path(folder)), folder)
 
     def _copy_here(self, file: Path, to: Path) -> None:
         """With progress, which fsspec does not tell of here, and to disk."""

@@ -134,19 +134,8 @@ class TrainingConfig:
             raise ConfigError(
                 "training.routing_record", self.routing_record, "another folder than training.routing_replay"
             )
-        one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
-        at_least("training.spike_factor", self.spike_factor, 0)
-        if 0 < self.spike_factor <= 1:
-            raise ConfigError("training.spike_factor", self.spike_factor, "above 1, or 0 for no rule")
-        at_least("training.norm_spike_factor", self.norm_spike_factor, 0)
-        if 0 < self.norm_spike_factor <= 1:
-            raise ConfigError(
-                "training.norm_spike_factor", self.norm_spike_factor, "above 1, or 0 for no rule"
-            )
+        self._check_bad_steps()
         at_least("training.z_loss_weight", self.z_loss_weight, 0)
-        at_least("training.spike_window", self.spike_window, 1)
-        at_least("training.max_bad_steps", self.max_bad_steps, 0)
-        at_least("training.max_bad_steps_total", self.max_bad_steps_total, 0)
         at_least("training.timeout_s", self.timeout_s, 1)
         at_least("training.grace_s", self.grace_s, 1)
         for name in (
@@ -184,6 +173,17 @@ class TrainingConfig:
         # The iterations of epochs and operations are known only after data and tokenizer are opened.
         if unit in ("tokens", "samples"):
             self.settle()
+
+    def _check_bad_steps(self) -> None:
+        one_of("training.on_bad_step", self.on_bad_step, ("stop", "skip", "rollback"))
+        for name in ("spike_factor", "norm_spike_factor"):
+            factor = getattr(self, name)
+            at_least(f"training.{name}", factor, 0)
+            if 0 < factor <= 1:
+                raise ConfigError(f"training.{name}", factor, "above 1, or 0 for no rule")
+        at_least("training.spike_window", self.spike_window, 1)
+        at_least("training.max_bad_steps", self.max_bad_steps, 0)
+        at_least("training.max_bad_steps_total", self.max_bad_steps_total, 0)
 
     def settle(
         self,

@@ -169,7 +169,7 @@ class MegadynStaticCache(MegadynCache):
     what its kept tokens cost; with `config.routing_static` all are. Cannot be cropped, nor hold gradients.
     """
 
-    layers: list[StaticLayerCache]  # type: ignore[assignment]
+    layers: list[StaticLayerCache]  # type: ignore[assignment]  # always of this class here
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class MegadynStaticCache(MegadynCache):
         assert self.texts is not None
         other = copy.copy(self)
         other.column_count, other.seen_B = tensors["column_count"], tensors["seen_B"]
-        other.texts = Texts(**{name: tensors.get(f"text_{name}") for name in self.texts._fields})  # type: ignore[arg-type]
+        other.texts = Texts(**{name: tensors.get(f"text_{name}") for name in self.texts._fields})  # type: ignore[arg-type]  # only `segment_B` may lack
         other.layers = [layer.with_tensors(tensors, f"layer_{i}_") for i, layer in enumerate(self.layers)]
         return other
 
@@ -291,7 +291,7 @@ class MegadynStaticCache(MegadynCache):
 
         self.seen_B = in_place(self.seen_B, selected(self.seen_B))
         moved = [None if x is None else in_place(x, selected(x)) for x in self.texts]
-        self.texts = Texts(*moved)  # type: ignore[arg-type]
+        self.texts = Texts(*moved)  # type: ignore[arg-type]  # None only where it was
         for layer in self.layers:
             layer.replace(selected)
 

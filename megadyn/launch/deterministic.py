@@ -30,5 +30,5 @@ def be_deterministic(wanted: bool) -> None:
         )
     torch.use_deterministic_algorithms(True)
     # To fill what torch.empty returns would find programs that read it; those that do not only become slower.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch's stubs lack it
     log.info("deterministic algorithms: on (cuBLAS workspace %s)", workspace)

@@ -2,6 +2,7 @@
 GPU's memory, for https://pytorch.org/memory_viz."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from megadyn.config.logging import LoggingConfig
 from megadyn.log import log
 
 
-class Window:
+class Window(ABC):
     """Records the steps `logging.<key>` on the ranks `logging.profile_ranks`; does nothing if these are unset.
 
     If the run ends inside the window, what there is so far is kept. Steps repeated after a rollback are not recorded twice.
@@ -43,20 +44,21 @@ class Window:
             self.is_due = False
         self.is_running, self._began = False, 0
 
+    @abstractmethod
     def begin(self) -> None:
         """Starts recording."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Stops recording, where what was recorded remains."""
 
+    @abstractmethod
     def write(self, path: Path) -> None:
         """Writes what was recorded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self) -> None:
         """Lets go of what was recorded, written or not."""
-        raise NotImplementedError
 
     def before_step(self, number: int) -> None:
         if self.is_due and self.first <= number <= self.last:
@@ -132,6 +134,9 @@ class MemorySnapshot(Window):
 
     def begin(self) -> None:
         torch.cuda.memory._record_memory_history(stacks="python")  # those of C++ take minutes to look up
+
+    def stop(self) -> None:
+        """Nothing: `drop` stops it, after which torch has forgotten the history."""
 
     def write(self, path: Path) -> None:
         torch.cuda.memory._dump_snapshot(str(path))
