@@ -90,8 +90,8 @@ class TrainingConfig:
     """Take only algorithms that give the same bits each time, and fail where there are none: two runs with the same layout,
     machines and versions are then equal bit for bit. Slower on GPUs; for finding faults."""
     on_bad_step: str = "stop"
-    """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss is a spike; the step never
-    reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,
+    """What to do after a step whose loss or gradient norm is NaN or infinite, or whose loss or norm is a spike; the step
+    never reaches the weights. `stop`; `skip` its samples; or `rollback`: weights and iteration return to the last checkpoint,
     and the run continues with the samples after the bad step."""
     spike_factor: float = 0.0
     """A loss above this multiple of the running median is a spike and handled by `on_bad_step`; 0 turns the rule off. 2

@@ -208,6 +208,11 @@ IMPOSSIBLE = [
     # (overrides, the key at fault, what the message says it must be)
     ("precision=fp8", "precision", "one of fp32, bf16, fp16"),
     ("precision=bf61", "precision", "did you mean 'bf16'?"),
+    (
+        "precision=fp16 training.norm_spike_factor=3",
+        "training.norm_spike_factor",
+        "0 with precision = fp16",
+    ),
     ("model.routing.kind=dft", "model.routing.kind", "did you mean 'dtf'?"),
     ("model.routing.kind=mod model.routing.capacity=0", "model.routing.capacity", "in (0, 1]"),
     ("model.routing.kind=mod model.routing.capacity=1.01", "model.routing.capacity", "in (0, 1]"),

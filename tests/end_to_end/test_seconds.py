@@ -16,18 +16,16 @@ ENDLESS = ("training.iterations=100000", "training.eval_interval=0", "optimizer.
 
 
 def clocks_that_differ(rank: int) -> None:
-    """Rank 0's clock runs at ten times the speed, so that its 10 seconds are over long before rank 1's."""
-    real = time.perf_counter
-    if rank == 0:
-        pretrain.time = Fast(real)
+    """Rank 0's clock runs at ten times the speed, and rank 1's, by which nobody may go, at forty times."""
+    pretrain.time = Fast(time.perf_counter, 40 if rank else 10)
 
 
 class Fast:
-    def __init__(self, real):
-        self.real = real
+    def __init__(self, real, speed):
+        self.real, self.speed = real, speed
 
     def perf_counter(self) -> float:
-        return 10 * self.real()
+        return self.speed * self.real()
 
 
 def newest(out: Path) -> Path:
