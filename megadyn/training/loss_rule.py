@@ -16,9 +16,8 @@ class TrainingDiverged(RunError):
 
 
 class LossRule:
-    """Detects bad losses: NaN, infinite, or a spike above the median of recent good steps; and how large a
-    gradient norm may be. Also counts bad steps. Equal
-    on all ranks; saved in every checkpoint."""
+    """Detects bad losses: NaN, infinite, or a spike above the median of recent good steps; and says how large a gradient norm
+    may be. Also counts bad steps. Equal on all ranks; saved in every checkpoint."""
 
     def __init__(self, config: TrainingConfig):
         self.factor, self.window = config.spike_factor, config.spike_window
