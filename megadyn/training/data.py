@@ -11,7 +11,7 @@ from megadyn.data.blend import Blend
 from megadyn.data.ends import adopt_eod, check_eod, check_marked
 from megadyn.data.indexed import IndexedDataset, check_tokenizer
 from megadyn.data.largest import check_ids
-from megadyn.data.samples import Mask, Samples, SampleSet, shifted, split_documents
+from megadyn.data.samples import Mask, Samples, SampleSet, Split, shifted, split_documents
 from megadyn.errors import ConfigError
 from megadyn.hub import TOKENIZER, pinned
 from megadyn.log import log
@@ -57,17 +57,7 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     assert section.split is not None
     _, for_validation, for_test = section.split
     splits = [split_documents(dataset, for_validation, for_test, seed) for dataset in datasets]
-    # A different seed for each dataset, because datasets with equally many documents would be shuffled alike.
-    train = shifted(
-        blended(
-            sources,
-            [
-                cut(config, dataset, split.train, seed + (d if source.order is None else source.order))
-                for d, (source, dataset, split) in enumerate(zip(sources, datasets, splits, strict=True))
-            ],
-        ),
-        -section.origin,
-    )
+    train = _training_samples(config, sources, datasets, splits)
     if start is not None:
         settle_length(config, train, start)
         log.info(
@@ -101,6 +91,23 @@ def open_data(config: Config, start: Position | None = BEGINNING) -> Data:
     if config.tokenizer.eod is None and tokenizer.eod_or_none is not None:
         config.tokenizer.eod = tokenizer.token_of(tokenizer.eod)
     return Data(train, validation, test, tokenizer.eod if section.document_mask else None, named)
+
+
+def _training_samples(
+    config: Config,
+    sources: Sequence[Source],
+    datasets: Sequence[IndexedDataset],
+    splits: Sequence[Split],
+) -> Samples:
+    """The blend of the datasets' training parts, from `data.origin` on."""
+    # A different seed for each dataset, because datasets with equally many documents would be shuffled alike.
+    parts = [
+        cut(
+            config, dataset, split.train, config.training.seed + (d if source.order is None else source.order)
+        )
+        for d, (source, dataset, split) in enumerate(zip(sources, datasets, splits, strict=True))
+    ]
+    return shifted(blended(sources, parts), -config.data.origin)
 
 
 def open_tokenizer(config: Config) -> Tokenizer:
