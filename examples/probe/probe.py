@@ -34,7 +34,11 @@ from megadyn.planning.parameters import total_parameters
 from megadyn.prepare.probe import ANSWERS, Language, write_dataset, write_tokenizer
 
 HERE = Path(__file__).parent
-MODELS = ("dense_8", "dense_4", "dense_2", "fixed_random", "mod", "dtf")
+MODELS = (
+    *("dense_8", "dense_4", "dense_2"),
+    *("fixed_random", "mod", "dtf", "dense_6", "dense_5"),
+    *("subskip", "dtrnet", "stt", "nested", "skip_middle", "fixed_stride", "dense_narrow"),
+)
 """Configurations of this folder, in the order in which they are run."""
 LANGUAGE = Language()
 DATA = {"train": (65_536, 1), "validation": (1024, 2)}
