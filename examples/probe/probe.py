@@ -10,21 +10,29 @@ compared: their loss must come out within 1e-3.
 """
 
 import argparse
-import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megadyn.arguments import positive
+from megadyn.benchmark.experiments import (
+    Row,
+    add_row,
+    check_again,
+    markdown,
+    mean_and_spread,
+    pyplot,
+    read_rows,
+    records_of,
+    shares_of,
+    train,
+)
 from megadyn.config import load_config
 from megadyn.data.record import read_record
 from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_tool
@@ -43,9 +51,8 @@ MODELS = (
 LANGUAGE = Language()
 DATA = {"train": (65_536, 1), "validation": (1024, 2)}
 """Documents and seed of each dataset."""
-TOLERANCE = 1e-3
-"""Within which the loss of a run that is made again must be that of its row."""
-Row = dict[str, Any]
+ROW = ("model", "seed", "overrides", "groups", "layers")
+"""What each row has, at least."""
 
 
 # ---- data and runs ---------------------------------------------------------------------------------------------------
@@ -81,20 +88,6 @@ def command(
     ]
 
 
-def train(words: Sequence[str]) -> None:
-    """One run in its own process. Raises UserError with its last line of output if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megadyn.pretrain", *words],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
-
-
 def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
     """Trains and measures one model; draws its first validation document if it routes."""
     words = command(model, seed, output, overrides, again=again)
@@ -112,6 +105,7 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
     measured = measure(Path(config.output_dir), output / "data/validation")
     length = config.training.sequence_length
     shares = {int(layer): found["share"] for layer, found in measured.result["layers"].items()}
+    steps, last = records_of(Path(config.output_dir))
     if shares:
         draw_sample(measured, Path(config.output_dir) / "sample.png", f"{model}, seed {seed}")
     return {
@@ -124,33 +118,10 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "parameters": total_parameters(config.model),
         "flops_per_token": training_flops(config.model, length, shares) / length,
         "seconds": round(seconds, 1),
+        "validation": last["validation"],
+        "shares": [list(shares_of(step).values()) for step in steps[len(steps) // 2 :]] if shares else [],
         **measured.result,
     }
-
-
-# ---- results.jsonl ---------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of `results.jsonl`; none if there is no file. Raises UserError for a line that is not one."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["model"], row["seed"], row["overrides"], row["groups"], row["layers"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: line {number} is not a row of results; remove it") from None
-        rows.append(row)
-    return rows
-
-
-def add_row(path: Path, row: Row) -> None:
-    """Appends a row in one write, so that a run that is stopped leaves whole lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def key_of(row: Row) -> tuple[str, int, tuple[str, ...]]:
@@ -186,27 +157,20 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def mean_and_spread(numbers: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.3f}{spread}"
+def is_dense(row: Row) -> bool:
+    """Whether every layer of the model processes every token."""
+    return bool(row["kind"] == "dense") and not row["overrides"]
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+def say_capacity(name: str) -> str:
+    """A model's name with its overrides, as short as it can be read."""
+    return name.replace("model.routing.", "")
 
 
 def loss_table(rows: Sequence[Row]) -> str:
-    """A column per model, means over seeds: what it is and costs, then loss and accuracy by class and hops."""
-    models = by_model(rows)
-    about: dict[str, Callable[[list[Row]], str]] = {
-        "seeds": lambda runs: str(len(runs)),
-        "steps": lambda runs: str(runs[0]["steps"]),
-        "MFLOP per token": lambda runs: (
-            f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.2f}"
-        ),
-        "seconds": lambda runs: f"{statistics.mean(row['seconds'] for row in runs):.0f}",
-    }
-    lines = [[name, *map(say, models.values())] for name, say in about.items()]
+    """Of the dense models, a column for each, means over seeds: loss and accuracy by class and hops."""
+    models = by_model([row for row in rows if is_dense(row)])
+    lines = [["seeds", *(str(len(runs)) for runs in models.values())]]
     for group in groups_of(rows):
         cells = []
         for runs in models.values():
@@ -214,6 +178,34 @@ def loss_table(rows: Sequence[Row]) -> str:
             cells.append(f"{mean_and_spread(losses)} ({statistics.mean(accuracies):.0%})" if losses else "-")
         lines.append([name_of(group), *cells])
     return markdown(["", *models], lines)
+
+
+def accuracy_table(rows: Sequence[Row]) -> str:
+    """A line per model, means over seeds, from the best: operations, loss, what top-k's loss is below it, accuracy by class."""
+    groups = [group for group in groups_of(rows) if group != ("text", 0)]
+    lines = []
+    for name, runs in by_model(rows).items():
+        gaps = [
+            row["validation"]["causal"] - row["validation"]["topk"]
+            for row in runs
+            if "topk" in row.get("validation", {})
+        ]
+        accuracies = [values(runs, group, "accuracy") for group in groups]
+        lines.append(
+            (
+                statistics.mean(row["loss"] for row in runs),
+                [
+                    say_capacity(name),
+                    str(len(runs)),
+                    f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.1f}",
+                    mean_and_spread([row["loss"] for row in runs]),
+                    f"{statistics.mean(gaps):.4f}" if gaps and runs[0]["layers"] else "-",
+                    *(f"{statistics.mean(of):.0%}" if of else "-" for of in accuracies),
+                ],
+            )
+        )
+    head = ["model", "seeds", "MFLOP", "loss", "gap", *map(name_of, groups)]
+    return markdown(head, [line for _, line in sorted(lines, key=lambda of: of[0])])
 
 
 def choice_table(rows: Sequence[Row]) -> str:
@@ -228,7 +220,7 @@ def choice_table(rows: Sequence[Row]) -> str:
             shares = [[of[layer] for of in values(runs, group, "chosen")] for group in groups]
             lines.append(
                 [
-                    name,
+                    say_capacity(name),
                     layer,
                     f"{statistics.mean(of['share'] for of in found):.0%}",
                     mean_and_spread(areas) if areas else "-",
@@ -238,21 +230,17 @@ def choice_table(rows: Sequence[Row]) -> str:
     return markdown(["model", "layer", "chosen", "area", *map(name_of, groups)], lines) if lines else ""
 
 
+def tables(rows: Sequence[Row]) -> list[str]:
+    """Those of which there are rows."""
+    return [table for table in (accuracy_table(rows), loss_table(rows), choice_table(rows)) if table]
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
 
 
 def draw_depth(rows: Sequence[Row], path: Path) -> None:
     """Of the models in which no layer chooses: loss of a list's state against its steps, and of all else against depth."""
-    dense = [row for row in rows if not row["layers"] and not row["overrides"]]
+    dense = [row for row in rows if is_dense(row) and row["model"] != "dense_narrow"]
     of_depth = {
         depth: [row for row in dense if row["layers_of_model"] == depth]
         for depth in sorted({row["layers_of_model"] for row in dense})
@@ -333,21 +321,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def check_again(row: Row, before: Row) -> None:
-    """Raises UserError if the run came out otherwise."""
-    if not math.isclose(row["loss"], before["loss"], rel_tol=0, abs_tol=TOLERANCE):
-        raise UserError(
-            f"{row['model']}, seed {row['seed']}: loss {row['loss']:.5f}, but its row says {before['loss']:.5f}"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     for model in args.models:
         if model not in MODELS:
             raise UserError(f"--models {model}: no configuration of the probe{did_you_mean(model, MODELS)}")
     results = args.results or args.output / "results.jsonl"
-    there = {key_of(row): row for row in read_rows(results)}
+    there = {key_of(row): row for row in read_rows(results, ROW)}
     make_data(args.output / "data")
     wanted = [
         (model, seed, tuple(args.overrides)) for seed in range(1, args.seeds + 1) for model in args.models
@@ -360,14 +340,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush=True,
         )
         if args.again:
-            check_again(row, there[key])
+            check_again(f"{row['model']}, seed {row['seed']}", row["loss"], there[key]["loss"])
         else:
             add_row(results, row)
-    if rows := read_rows(results):
-        tables = loss_table(rows) + "\n" + choice_table(rows)
-        (args.output / "table.md").write_text(tables)
+    if rows := read_rows(results, ROW):
+        text = "\n".join(tables(rows))
+        (args.output / "table.md").write_text(text)
         draw_depth(rows, args.output / "depth.png")
-        print(tables)
+        print(text)
     return 0
 
 

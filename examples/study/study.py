@@ -11,8 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.arguments import positive
+from megadyn.benchmark.experiments import markdown, mean_and_spread, pyplot, records_of, shares_of, train
 from megadyn.config import Config, load_config
-from megadyn.errors import Parser, UserError, run_tool
+from megadyn.errors import Parser, run_tool
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 
@@ -72,28 +71,6 @@ def finished(folder: Path, iterations: int) -> bool:
     return bool(last["iteration"] == iterations)
 
 
-def train(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    """One run in its own process. Raises UserError with its last line of output if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megadyn.pretrain", *command(name, seed, folder, overrides)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"{name}, seed {seed}: {words[-1].removeprefix('error: ')}")
-
-
-def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The training records of a run, and its last validation record."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "lm_loss" in record], [
-        record for record in records if "validation" in record
-    ][-1]
-
-
 def time_steps(
     folders: dict[str, Path], iterations: int, scratch: Path, overrides: Sequence[str]
 ) -> dict[str, float]:
@@ -105,17 +82,13 @@ def time_steps(
     for turn in range(TIMED_ROUNDS):
         for name, folder in folders.items():
             run = scratch / f"{turn}-{folder.parent.name}"
-            train(
-                name,
-                1,
-                run,
-                [
-                    *overrides,
-                    f"checkpoint.resume={folder}",
-                    f"training.iterations={iterations + TIMED_STEPS}",
-                    "logging.interval=1",
-                ],
-            )
+            further = [
+                *overrides,
+                f"checkpoint.resume={folder}",
+                f"training.iterations={iterations + TIMED_STEPS}",
+                "logging.interval=1",
+            ]
+            train(command(name, 1, run, further))
             steps, _ = records_of(run)
             found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
     return {name: min(medians) for name, medians in found.items()}
@@ -124,8 +97,9 @@ def time_steps(
 def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
     """Results of one finished run; `seconds` per step."""
     steps, last = records_of(folder)
-    layers = [layer for layer in steps[-1]["routing"].values() if "routed_fraction" in layer]
-    fraction = statistics.mean(layer["routed_fraction"] for layer in layers) if layers else 1.0
+    layers = steps[-1]["routing"].values()
+    taken = shares_of(steps[-1]).values()
+    fraction = statistics.mean(taken) if taken else 1.0
     # Used only for kinds whose tokens choose for themselves.
     shares = dict.fromkeys(range(config.model.num_layers), fraction)
     found = {
@@ -144,40 +118,24 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     """A Markdown table; FLOPs and time are per training step, relative to the first model."""
     first = next(iter(results.values()))
     base = {key: statistics.mean(run[key] for run in first) for key in ("flops", "seconds")}
-    lines = [
-        "| model | loss, top-k | loss, causal | FLOPs | time | routed | agreement |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for name, runs in results.items():
         mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
-        spread = {
-            key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0
-            for key in ("topk", "causal")
-        }
         lines.append(
-            "| "
-            + " | ".join(
-                [
-                    name,
-                    *(f"{mean[key]:.4f} ± {spread[key]:.4f}" for key in ("topk", "causal")),
-                    *(f"{mean[key] / base[key]:.3f}" for key in ("flops", "seconds")),
-                    f"{mean['routed']:.1%}",
-                    f"{mean['agreement']:.1%}" if "agreement" in mean else "-",
-                ]
-            )
-            + " |"
+            [
+                name,
+                *(mean_and_spread([run[key] for run in runs], 4) for key in ("topk", "causal")),
+                *(f"{mean[key] / base[key]:.3f}" for key in ("flops", "seconds")),
+                f"{mean['routed']:.1%}",
+                f"{mean['agreement']:.1%}" if "agreement" in mean else "-",
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return markdown(["model", "loss, top-k", "loss, causal", "FLOPs", "time", "routed", "agreement"], lines)
 
 
 def plot(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Validation loss against training FLOPs and against time; one point per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, key, label in (
         (axes[0], "flops", "FLOPs per training step"),
         (axes[1], "seconds", "seconds per training step"),
@@ -221,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if open_runs:
         timing.unlink(missing_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {key: pool.submit(train, *key, folders[key], args.overrides) for key in open_runs}
+        jobs = {key: pool.submit(train, command(*key, folders[key], args.overrides)) for key in open_runs}
         for (name, seed), job in jobs.items():
             job.result()
             print(f"trained {name}, seed {seed}", flush=True)

@@ -1,0 +1,101 @@
+"""What experiments of many runs share: each run is a process of its own and a row of a `results.jsonl`, from which tables and
+figures are made. Whoever stops an experiment and starts it again repeats no run that has its row.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megadyn.errors import UserError
+
+TOLERANCE = 1e-3
+"""Within which the loss of a run that is made again must be that of its row, in nats per token."""
+Row = dict[str, Any]
+
+
+def train(words: Sequence[str]) -> None:
+    """One run on one thread, with a configuration's path and overrides. Raises UserError with its last line if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megadyn.pretrain", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
+
+
+def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of a run's training steps, and that of its last validation."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    validations = [record for record in records if "validation" in record]
+    return [record for record in records if "lm_loss" in record], validations[-1]
+
+
+def shares_of(record: dict[str, Any]) -> dict[int, float]:
+    """Share of the tokens that each routed layer took, from the record of a training step."""
+    routing = record.get("routing", {})
+    return {
+        int(layer): found["routed_fraction"] for layer, found in routing.items() if "routed_fraction" in found
+    }
+
+
+def read_rows(path: Path, names: Iterable[str]) -> list[Row]:
+    """The rows of `results.jsonl`; none if there is no file. Raises UserError for a line without one of `names`."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            for name in names:
+                row[name]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: line {number} is not a row of results; remove it") from None
+        rows.append(row)
+    return rows
+
+
+def add_row(path: Path, row: Row) -> None:
+    """Appends a row in one write, so that an experiment that is stopped leaves whole lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def check_again(name: str, loss: float, before: float) -> None:
+    """Raises UserError if a run that was made again came out otherwise than its row says."""
+    if not math.isclose(loss, before, rel_tol=0, abs_tol=TOLERANCE):
+        raise UserError(f"{name}: loss {loss:.5f}, but its row says {before:.5f}")
+
+
+# ---- tables and figures ----------------------------------------------------------------------------------------------
+
+
+def mean_and_spread(numbers: Sequence[float], digits: int = 3) -> str:
+    """The mean, and the standard deviation if there are several."""
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def pyplot() -> Any:
+    """matplotlib's, which draws into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
