@@ -21,8 +21,13 @@ Row = dict[str, Any]
 
 def train(words: Sequence[str]) -> None:
     """One run on one thread, with a configuration's path and overrides. Raises UserError with its last line if it fails."""
+    start(["-m", "megadyn.pretrain", *words])
+
+
+def start(words: Sequence[str]) -> None:
+    """Python with these words, on one thread. Raises UserError with its last line if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "megadyn.pretrain", *words],
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

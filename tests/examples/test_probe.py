@@ -43,15 +43,15 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         assert crew.wait() == [0], crew.output()
 
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start))
+    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 2))
     return module
 
 
-def in_folder(start):
-    """Logs of the ranks go into the run's folder instead of that of the configuration, which is in the repository."""
+def in_folder(start, at: int):
+    """Logs of the ranks go into the run's folder, word `at`, instead of that of the configuration, in the repository."""
 
     def started(self, folder: Path, world: int, job, words: list[str], *rest) -> None:
-        start(self, Path(words[2].partition("=")[2]), world, job, words, *rest)
+        start(self, Path(words[at].partition("=")[2]), world, job, words, *rest)
 
     return started
 

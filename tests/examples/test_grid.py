@@ -1,0 +1,180 @@
+"""The grid of models at equal operations: the order of its runs, from datasets to tables, the fit, the corpus."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from megadyn.data.indexed_writer import IndexedWriter
+from megadyn.errors import UserError
+from megadyn.planning.flops import training_flops
+from tests.docs.commands import load
+from tests.examples.test_probe import in_folder
+from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
+
+TINY = (
+    "training.sequence_length=8",
+    "training.global_batch_size=2",
+    "training.micro_batch_size=2",
+    "training.eval_samples=2",
+)
+
+
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with one size and few operations; runs are forked processes."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
+    module = load("examples/study/grid.py")
+    monkeypatch.setattr(module, "SIZES", {"32x2": 32})
+    monkeypatch.setattr(module, "SWEPT", "32x2")
+    monkeypatch.setattr(module, "RATES", (1e-3, 2e-3))
+    monkeypatch.setattr(module, "BUDGETS", (1e8, 2e8))
+    monkeypatch.setattr(module, "VOCABULARY", 300)
+    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 1))
+
+    def train(words: Sequence[str]) -> None:
+        Path(words[1].partition("=")[2]).mkdir(parents=True, exist_ok=True)
+        crew = Crew(Path(words[0]), *words[1:])
+        assert crew.wait() == [0], crew.output()
+
+    monkeypatch.setattr(module, "train", train)
+    return module
+
+
+def row_of(cell: tuple, loss: float, grid: ModuleType) -> dict:
+    return grid.Cell(*cell)._asdict() | {"overrides": [], "loss": loss}
+
+
+def test_a_budget_begins_with_its_sweep_and_every_prefix_of_its_grid_has_whole_seeds(
+    grid: ModuleType,
+) -> None:
+    def ahead() -> list[tuple]:
+        return [(cell.budget, cell.seed, cell.kind, cell.rate) for cell in grid.next_cells(rows, ())]
+
+    rows: list[dict] = []
+    sweep = [(1e8, 0, kind, rate) for rate in (1e-3, 2e-3) for kind in ("dense", "mod")]
+    assert ahead() == sweep
+    for (budget, seed, kind, rate), loss in zip(sweep, [5.0, 5.2, 5.1, 4.9]):  # means: 5.1 and 5.0
+        rows.append(row_of((budget, seed, "32x2", kind, rate), loss, grid))
+    wanted = [(1e8, seed, kind, 2e-3) for seed in (1, 2, 3) for kind in grid.KINDS]
+    assert ahead() == wanted
+    rows += [row_of((budget, seed, "32x2", kind, rate), 4.0, grid) for budget, seed, kind, rate in wanted[1:]]
+    assert ahead() == wanted[:1]
+    rows.append(row_of((1e8, 1, "32x2", "dense", 2e-3), 4.0, grid))
+    assert ahead() == [(2e8, *cell[1:]) for cell in sweep]
+
+
+def test_from_datasets_to_a_row_and_its_table(
+    grid: ModuleType, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("corpus", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "corpus/train.jsonl").touch()
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    for part in ("train", "validation"):
+        with IndexedWriter(tmp_path / "data" / part, "<i4") as writer:
+            writer.add(np.arange(200) % 250, [200], [1])
+            writer.finish()
+    words = ["--output", str(tmp_path), *TINY]
+    assert grid.main([*words, "--most", "2"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["seed"], row["rate"]) for row in rows] == [("dense", 0, 1e-3), ("mod", 0, 1e-3)]
+    for row, skipped in zip(rows, (0, 1)):
+        config = grid.settled(grid.command(grid.cell_of(row), tmp_path)[1:])
+        step = 2 * training_flops(config.model, 8)
+        assert row["steps"] == 1e8 // step and row["tokens"] == 16 * row["steps"]
+        assert row["flops"] == pytest.approx(step * row["steps"]) and 1e8 - step < row["flops"] <= 1e8
+        assert 2 < row["loss"] < 7 and row["seconds"] > 0
+        assert (row["parameters"][1] > 0) == bool(skipped)
+    assert rows[1]["steps"] > rows[0]["steps"]  # what is skipped is trained longer
+    printed = capsys.readouterr().out
+    assert f"| 1e+08 | mod | 0.001 | {rows[1]['loss']:.4f} |" in printed
+    assert "No fit yet" in printed
+
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert grid.main([*words, "--again", "2"]) == 0
+    assert "mod 32x2, 1e+08 operations, rate 0.001, seed 0: the same loss" in capsys.readouterr().out
+    assert grid.main([*words, "--fit"]) == 0
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match="--again 3: .* has 2 rows"):
+        grid.main([*words, "--again", "3"])
+
+
+def made_up(worth: dict[str, float], noise: float) -> list[dict]:
+    """Rows of a law that is known."""
+    random, rows = np.random.default_rng(1), []
+    for budget in (1e13, 3e13):
+        for width, layers in ((64, 4), (96, 6), (128, 8), (160, 10)):
+            for kind, of in worth.items():
+                for seed in (1, 2, 3):
+                    whole = 13 * layers * width**2
+                    parts = [whole, 0] if kind == "dense" else [whole / 2, whole / 2]
+                    tokens = budget / 6 / (parts[0] + 0.25 * parts[1] + 8192 * width)
+                    loss = 1.5 + 55 * (parts[0] + of * parts[1]) ** -0.35 + 245 * tokens**-0.4
+                    rows.append(
+                        {"budget": budget, "size": f"{width}x{layers}", "kind": kind, "seed": seed, "parameters": parts,
+                         "tokens": tokens, "loss": loss * np.exp(noise * random.normal()), "rate": 2e-3, "seconds": 1.0}
+                    )  # fmt: skip
+    return rows
+
+
+def test_the_fit_finds_what_skipped_layers_are_worth(grid: ModuleType) -> None:
+    import fit
+
+    worth = {"dense": 1.0, "mod": 0.4, "random": 0.1}
+    assert fit.fit(made_up(worth, 0.0), ["mod", "random"])[5:] == pytest.approx([0.4, 0.1], abs=0.01)
+    said = fit.say_fit(made_up(worth, 3e-3), "dense").splitlines()
+    for line, of in zip(said[4:6], (0.4, 0.1)):
+        found, interval = line.split("|")[2:4]
+        low, high = map(float, interval.split("to"))
+        assert low <= float(found) <= high and low - 0.03 < of < high + 0.03 and high - low < 0.2
+    few = [row for row in made_up(worth, 0.0) if row["budget"] == 1e13]
+    assert "There are 4 of 1." in fit.say_fit(few, "dense")
+
+
+def test_the_best_size_is_where_a_parabola_is_lowest(grid: ModuleType) -> None:
+    runs = [{"parameters": [np.exp(x), 0], "loss": 3 + (x - 2) ** 2} for x in (1, 2.5, 4)]
+    assert grid.say_optimum(runs) == f"{np.exp(2):.3g}, loss 3.0000"
+    assert grid.say_optimum(runs[:2]) == "-"
+    falling = [run | {"loss": (np.log(run["parameters"][0]) - 9) ** 2} for run in runs]
+    assert grid.say_optimum(falling) == "at an end"
+
+
+def test_the_corpus_holds_projects_out_and_takes_words_once(tmp_path: Path) -> None:
+    corpus = load("examples/study/make_corpus.py")
+    names = [f"project{number}" for number in range(40)]
+    held = {name for name in names if corpus.is_held_out(f"root/{name}")}
+    assert 0 < len(held) < 10
+    for number, name in enumerate(names):
+        (tmp_path / "root" / name / "tests").mkdir(parents=True)
+        (tmp_path / f"root/{name}/a.py").write_text(f"word{number} " * 100)
+        (tmp_path / f"root/{name}/b.md").write_text(
+            "the same  in all\n" * 50 if number % 2 else "the same in all " * 50
+        )
+        (tmp_path / f"root/{name}/tests/c.py").write_text(f"left{number} " * 100)
+        (tmp_path / f"root/{name}/License.txt").write_text(f"left{number} " * 100)
+        (tmp_path / f"root/{name}/data.txt").write_bytes(b"\xff" * 500)
+    documents = list(corpus.documents_of([tmp_path / "root"], 1))
+    assert [project for project, _ in documents] == sorted(
+        [*(f"root/{name}" for name in names), "root/project0"]
+    )
+    assert not any("left" in text for _, text in documents)
+    with pytest.raises(UserError, match=r"0 MB of text below .*root: must be at least 1"):
+        corpus.write(tmp_path / "out", [tmp_path / "root"], 1)
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "root/project1/long.txt").write_text("".join(f"{n} " for n in range(50_000)))
+    for name in names:
+        (tmp_path / f"root/{name}/long.txt").write_text("".join(f"{name}{n} " for n in range(2500)))
+    corpus.write(tmp_path / "out", [tmp_path / "root"], 1)
+    projects = {
+        part: {
+            json.loads(line)["project"] for line in (tmp_path / f"out/{part}.jsonl").read_text().splitlines()
+        }
+        for part in ("train", "validation")
+    }
+    assert projects["validation"] == {f"root/{name}" for name in held}
+    assert not projects["train"] & projects["validation"]
