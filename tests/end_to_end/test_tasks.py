@@ -5,7 +5,6 @@ import json
 import math
 import os
 import runpy
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,24 @@ from megadyn.commands import check
 from megadyn.errors import UserError
 from megadyn.report.report import write_report
 from megadyn.training import task_process
-from tests.helpers.crew import Crew, last_step, lines, wait_until
+from tests.helpers.crew import Crew, last_step, lines
 from tests.helpers.tiny import ROOT
 
 EXAMPLE = ROOT / "examples/eval"
 
 
-def with_cache(rank: int, *, cache: Path) -> None:
+AT_ONCE = f"""
+import os, runpy
+os.nice = lambda by: None
+runpy.run_module({task_process.MODULE!r}, run_name="__main__")
+"""
+
+
+def evaluates_at_once(rank: int, *, cache: Path) -> None:
+    """Does not yield to other tests; has a cache of its own."""
     os.environ["HF_DATASETS_CACHE"] = str(cache)
+    command = task_process.command
+    task_process.command = lambda **asked: [sys.executable, "-c", AT_ONCE, command(**asked)[-1]]
 
 
 # lm_eval's own
@@ -51,7 +60,7 @@ def test_the_scores_are_those_of_lm_eval_on_the_exported_checkpoint(
         "logging.csv=true",
         "checkpoint.interval=1",
     ]
-    sabotage = partial(with_cache, cache=tmp_path / "cache")
+    sabotage = partial(evaluates_at_once, cache=tmp_path / "cache")
     crew = Crew(config_file, *settings, world=2, sabotage=sabotage)
     assert crew.wait() == [0, 0], crew.output()
     out = tmp_path / "out"
@@ -128,7 +137,6 @@ def test_training_does_not_wait_and_each_checkpoint_is_evaluated_once(
     settings = ["training.iterations=4", "data.validation_fraction=0", "training.eval_interval=0"]
     settings += ["checkpoint.interval=1", "checkpoint.keep=1", "training.tasks={names: [t], interval: 1}"]
     gate, out = tmp_path / "gate", tmp_path / "out"
-    start = partial(Crew, config_file, *settings, sabotage=partial(stands_in, gate=gate))
 
     def kept() -> list[int]:
         return sorted(layout.iteration_of(path) for path in (out / "checkpoints").glob("iteration-*"))
@@ -136,41 +144,32 @@ def test_training_does_not_wait_and_each_checkpoint_is_evaluated_once(
     def scored() -> list[tuple[int, float]]:
         return [(line["iteration"], line["tasks"]["t"]["acc"]) for line in lines(out) if "tasks" in line]
 
-    # Steps go on while the first is evaluated; the newest waits, and the end of the run waits for both.
-    crew = start()
-    wait_until(lambda: "iteration-00000004 waits for its evaluation" in crew.output())
-    assert last_step(out) == 4 and kept() == [1, 4]
-    left_out = [line["iteration"] for line in lines(out) if "tasks_left_out" in line]
-    assert left_out == [2, 3]
-    crew.signal(0, signal.SIGKILL)
-    assert crew.wait() == [-signal.SIGKILL]
-    assert scored() == [] and kept() == [1, 4]
+    def run(*more: str, world: int = 1) -> str:
+        sabotage = partial(stands_in, gate=gate)
+        crew = Crew(config_file, *settings, *more, world=world, sabotage=sabotage)
+        assert crew.wait() == [0] * world, crew.output()
+        assert "evaluating" not in crew.output(world - 1) or world == 1
+        return " ".join(crew.output().split())
 
-    # The complete run takes them up, for so long; then again, where one succeeds and the other fails.
-    crew = Crew(config_file, *settings, "training.tasks.wait_s=0.3", sabotage=partial(stands_in, gate=gate))
-    assert crew.wait() == [0], crew.output()
-    said = " ".join(crew.output().split())
+    # Steps go on while the first is evaluated. The newest waits, and the end of the run waits for both, but not for long.
+    said = run("training.tasks.wait_s=0.3")
+    assert last_step(out) == 4 and scored() == [] and kept() == [1, 4], "held, although one is kept"
+    assert [line["iteration"] for line in lines(out) if "tasks_left_out" in line] == [2, 3]
     assert f"not evaluated on tasks within 0 s: {out}/checkpoints/iteration-00000001, {out}" in said
-    assert "interrupted" not in said and scored() == [] and kept() == [1, 4]
+    assert "interrupted" not in said
+
+    # The same command takes them up, of a complete run too. One succeeds, and the other fails.
     gate.write_text("iteration-00000004")
-    crew = start()
-    assert crew.wait() == [0], crew.output()
+    said = run()
     assert scored() == [(1, 0.1)] and kept() == [4]
-    assert "iteration-00000004 was not evaluated on tasks: error: no such data (exit" in crew.output()
+    assert "iteration-00000004 was not evaluated on tasks: error: no such data (exit" in said
     assert [line["iteration"] for line in lines(out) if "tasks_failed" in line] == [4]
     assert not list(out.rglob(layout.EVALUATED))
 
-    # A longer run begins with what failed, and evaluates its own last one; then nothing is left.
+    # A longer run begins with what failed, and evaluates its own last one.
     gate.write_text("")
-    settings.append("training.iterations=5")
-    crew = Crew(config_file, *settings, world=2, sabotage=partial(stands_in, gate=gate))
-    assert crew.wait() == [0, 0], crew.output()
+    run("training.iterations=5", world=2)
     assert scored() == [(1, 0.1), (4, 0.4), (5, 0.5)] and kept() == [5]
-    assert "evaluating" not in crew.output(1)
-    before = (out / "metrics.jsonl").read_bytes()
-    crew = Crew(config_file, *settings, sabotage=partial(stands_in, gate=gate))
-    assert crew.wait() == [0] and "nothing to do" in crew.output()
-    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_task_that_is_not_there_ends_the_start(config_file: Path, tmp_path: Path) -> None:
