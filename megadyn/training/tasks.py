@@ -12,6 +12,7 @@ A file `being-evaluated` marks a checkpoint from when it is asked for until its 
 before, and the next start takes up what is marked. So each checkpoint is evaluated once, also where a run was killed.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -188,6 +189,8 @@ class Tasks:
         return bool(all_gather(is_any)[0])
 
     def _take_up(self, found: Path | None, is_complete: bool) -> None:
+        for path in self.folder.glob(".*export-*"):  # of an evaluation that was interrupted
+            shutil.rmtree(path, ignore_errors=True)
         at = layout.iteration_of(found) if found is not None and found.parent == self.root else -1
         for path in sorted(self.root.glob("iteration-*")):
             is_marked = (path / layout.EVALUATED).exists()
