@@ -101,12 +101,17 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_process_ends_with_the_run(tmp_path: Path):
-    code = "from megadyn.evaluation.tasks import end_with; end_with({})"
+    code = (
+        "from megadyn.evaluation import tasks; tasks.PARENT_S = 0.05; print(flush=True); tasks.end_with({})"
+    )
     gone = subprocess.run([sys.executable, "-c", code.format(1)], start_new_session=True, check=False)
     assert gone.returncode == -signal.SIGKILL
-    waiting = subprocess.Popen([sys.executable, "-c", code.format(os.getpid())], start_new_session=True)
+    words = [sys.executable, "-c", code.format(os.getpid())]
+    waiting = subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE)
+    with waiting.stdout as said:
+        said.readline()  # it has begun
     with pytest.raises(subprocess.TimeoutExpired):
-        waiting.wait(2)
+        waiting.wait(0.3)
     stop(waiting)
     assert waiting.returncode == -signal.SIGKILL
 
