@@ -59,6 +59,7 @@ from megadyn.training.output import output_folder
 from megadyn.training.phases import Part, end_of_phase_before, open_parts, part_at, phase_record
 from megadyn.training.preflight import make_output_dir, refuse_login
 from megadyn.training.state import RunState
+from megadyn.training.tasks import Tasks, tasks_of
 
 
 def run(config: Config, watched: Sequence[Process] = ()) -> None:
@@ -80,15 +81,15 @@ def run(config: Config, watched: Sequence[Process] = ()) -> None:
         ) as watchdog,
     ):
         refuse_login(config)
-        with mirrored(config, watchdog):
+        with tasks_of(config, watchdog) as tasks, mirrored(config, watchdog):
             # What is checked depends on where the run goes on, and so on what it has fetched.
             parts = parts or open_parts(config, launch.world_size())
-            train(config, parts, make_grid(config.parallel.tensor, config.parallel.pipeline), watchdog)
+            train(config, parts, make_grid(config.parallel.tensor, config.parallel.pipeline), tasks, watchdog)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def train(config: Config, parts: Sequence[Part], grid: Grid, watchdog: Watchdog) -> None:
+def train(config: Config, parts: Sequence[Part], grid: Grid, tasks: Tasks, watchdog: Watchdog) -> None:
     """Trains from the current iteration to the end: each phase in an engine of its own, from the checkpoint of the one before.
     A run without phases is a single part."""
     root = Path(config.output_dir) / layout.CHECKPOINTS
@@ -108,7 +109,7 @@ def train(config: Config, parts: Sequence[Part], grid: Grid, watchdog: Watchdog)
         is_start = signals is None
         signals = signals or Signals(watchdog.asked_to_stop)
         watchdog.request_stop = signals.request
-        has_stopped = train_part(part, engine, config, found, is_start, signals, watchdog)
+        has_stopped = train_part(part, engine, config, found, is_start, signals, tasks, watchdog)
         if has_stopped or part is parts[-1]:
             return
         release(engine)
@@ -123,6 +124,7 @@ def train_part(
     found: Path | None,
     is_start: bool,
     signals: Signals,
+    tasks: Tasks,
     watchdog: Watchdog,
 ) -> bool:
     """Trains from the verified checkpoint `found` to the end of `part`; returns whether the run was asked to stop. If nothing is
@@ -133,21 +135,23 @@ def train_part(
     """
     config, data = part.config, part.data
     state = RunState(config, data.train)
-    checkpoints = Checkpoints(config, engine, state, watchdog)
+    checkpoints = Checkpoints(config, engine, state, watchdog, tasks)
     changed = checkpoints.resume(found)
     if found and (state.is_complete or state.begins_phase):
         checkpoints.refuse_condemned(found)
-    if found and state.is_complete:
+    has_tasks = is_start and tasks.take_up(found, state.is_complete and part.is_last)
+    if found and state.is_complete and not has_tasks:
         log.info("nothing to do: the run is at iteration %d of %d", state.iteration, state.total)
         return False
     with output_folder(whole, part, engine, state) as (telemetry, windows):
-        checkpoints.telemetry = telemetry
+        checkpoints.telemetry = tasks.telemetry = telemetry
         if changed and is_start:
             telemetry.event(state.iteration, "resumed", {"from": str(found), "changed": changed})
         if state.begins_phase:
             telemetry.event(state.iteration, "phase_begins", phase_record(config))
         job = Job(config, engine, data, state, checkpoints, telemetry, windows, signals, watchdog)
         has_stopped = job.train()
+        tasks.end(is_last=part.is_last and not has_stopped)
         watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
     return has_stopped
 
@@ -167,13 +171,8 @@ class Job:
         signals: Signals,
         watchdog: Watchdog,
     ):
-        self.config, self.engine, self.data, self.state, self.checkpoints = (
-            config,
-            engine,
-            data,
-            state,
-            checkpoints,
-        )
+        self.config, self.engine, self.data = config, engine, data
+        self.state, self.checkpoints = state, checkpoints
         self.telemetry, self.windows, self.signals, self.watchdog = telemetry, windows, signals, watchdog
         self.bad_steps = BadSteps(config.training, state, checkpoints, telemetry)
         self.replay = Replay(
@@ -181,7 +180,7 @@ class Job:
         )
         self.garbage = Garbage(config.training.gc_interval)
         self.evaluations: dict[str, dict[str, float]] = {}  # the latest of each set
-        self.has_ended = False
+        self.has_ended = state.is_complete  # of a complete run only tasks are left
 
     def train(self) -> bool:
         """Runs all steps that are left; returns whether it was asked to stop before or at the last one."""
@@ -229,6 +228,7 @@ class Job:
             )
         state.step_taken(time.perf_counter() - began)
         self.telemetry.step(number, loader.take_wait())
+        self.checkpoints.tasks.collect()
         stopping, is_written, is_over = self.signals.ask(
             self.checkpoints.writer.is_busy, state.is_time_up and dist.get_rank() == 0
         )

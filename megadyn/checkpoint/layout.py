@@ -56,6 +56,8 @@ BEST = "best"
 """File in the run's best checkpoint by a validation loss; contains the set's name and the loss, as JSON."""
 HELD = "being-mirrored"
 """Empty file in a checkpoint that is being copied to a mirror, and is not removed meanwhile."""
+EVALUATED = "being-evaluated"
+"""The same of a checkpoint that is being evaluated on tasks, or waits for that."""
 
 
 def folder_name(iteration: int) -> str:
@@ -238,7 +240,7 @@ def surplus(
 
 
 def prune(root: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes the checkpoints that are not kept (`surplus`), but those that are being copied to a mirror."""
+    """Removes the checkpoints that are not kept (`surplus`), but those that something else still reads."""
     names = [path.name for path in complete_checkpoints(root)]
     for name in surplus(
         names,
@@ -247,7 +249,7 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
         lambda name: reservation(root / name) is None,
         lambda name: (root / name / BEST).exists(),
     ):
-        if not (root / name / HELD).exists():
+        if not any((root / name / mark).exists() for mark in (HELD, EVALUATED)):
             # A partly removed checkpoint must not have a checkpoint's name.
             dying = root / f"{REMOVING}{name}"
             (root / name).rename(dying)

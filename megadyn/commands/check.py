@@ -17,6 +17,7 @@ from megadyn.launch.hosts import check_ssh, read_hostfile
 from megadyn.log import log
 from megadyn.paths import user_path
 from megadyn.prepare.remote import file_system
+from megadyn.training.task_process import refuse_unknown, refuse_without_package
 
 
 def make_parser() -> Parser:
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans = plans_of(config, processes) if processes else []
     if config.checkpoint.mirror:
         file_system(config.checkpoint.mirror)  # refuses an unknown protocol, and one whose package is missing
+    refuse_without_package(config.training.tasks)
+    if config.training.tasks.names:
+        log.info("asking lm_eval for the tasks")
+        refuse_unknown(config.training.tasks)
     if args.data:
         check_data(config)
     if args.ssh:

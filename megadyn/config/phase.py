@@ -35,5 +35,9 @@ class Phase:
     def samples_at_end(self) -> int:
         return self.samples + (self.end - self.begin) * self.batch
 
+    def name_at(self, iteration: int) -> str:
+        """The name of the phase, this or an earlier one, whose step `iteration` is."""
+        return next((str(name) for name, end, *_ in self.passed if iteration <= end), self.name)
+
     def __str__(self) -> str:
         return f"phase {self.number} of {self.count}, {self.name}"

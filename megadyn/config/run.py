@@ -110,6 +110,7 @@ class Config:
             self.optimizer.multipliers,
             self.optimizer,
             self.training.anneal,
+            self.training.tasks,
             self.training,
             self.checkpoint,
             self.logging,
@@ -156,6 +157,7 @@ def check_together(config: Config) -> None:
             training.norm_spike_factor,
             "0 with precision = fp16, where a step that is kept out of the weights also lowers the loss scale; use bf16",
         )
+    training.tasks.check_interval(config.checkpoint.interval)
     config.checkpoint.check_best(training.eval_interval, config.data.validation_names)
     if model.rope.type == "dynamic" and config.data.document_mask:
         raise ConfigError(

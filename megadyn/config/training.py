@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from megadyn.checks import at_least, one_of
 from megadyn.config.anneal import AnnealConfig
+from megadyn.config.tasks import TasksConfig
 from megadyn.errors import ConfigError
 from megadyn.paths import expanded
 
@@ -113,6 +114,8 @@ class TrainingConfig:
     """Seconds that a run has to save and end after SIGTERM, SIGINT or SIGUSR1, before it is killed."""
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     """A routing capacity that changes in the first steps of a run or phase."""
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    """Tasks of lm_eval, on which checkpoints are evaluated while training goes on."""
 
     @property
     def collective_timeout_s(self) -> float:

@@ -15,6 +15,7 @@ from megadyn.report.curves import MFU, STYLES, loss_section, optimization_sectio
 from megadyn.report.environment import difference_table, environment_differences, environment_section
 from megadyn.report.phases import phase_section
 from megadyn.report.run import Checkpoint, Run, Values, differences, planned_iterations
+from megadyn.report.tasks import tasks_section
 
 if TYPE_CHECKING:
     from megadyn.report.text_map import TextMap
@@ -62,6 +63,7 @@ def page(subjects: Sequence[Subject]) -> str:
         *(head(subject.run, len(runs) > 1) for subject in subjects),
         *(phase_section(run, of(run, len(runs) > 1)) for run in runs),
         loss_section(runs),
+        tasks_section(runs),
         optimization_section(runs),
         speed_section(runs),
         layers(runs),

@@ -41,6 +41,8 @@ class Run:
     """Records of training steps, by ascending iteration."""
     evaluations: dict[str, list[Record]] = field(default_factory=dict)
     """Set name -> records."""
+    tasks: list[Record] = field(default_factory=list)
+    """Records of scores on tasks, by ascending iteration."""
     events: list[Record] = field(default_factory=list)
     """Records of any other type, in file order."""
     starts: list[Record] = field(default_factory=list)
@@ -217,6 +219,7 @@ def _take_records(run: Run, text: str) -> None:
     lines = text.splitlines()
     training: dict[int, Record] = {}
     evaluations: dict[str, dict[int, Record]] = {}
+    tasks: dict[int, Record] = {}
     broken = []
     for at, line in enumerate(lines, start=1):
         record = whole_record(line)
@@ -226,8 +229,11 @@ def _take_records(run: Run, text: str) -> None:
             training[record["iteration"]] = record
         elif found := [name for name in record if name in EVALUATIONS or name.startswith("validation/")]:
             evaluations.setdefault(found[0], {})[record["iteration"]] = record
+        elif isinstance(record.get("tasks"), dict):
+            tasks[record["iteration"]] = record
         else:
             run.events.append(record)
+    run.tasks = [tasks[at] for at in sorted(tasks)]
     run.training = [training[at] for at in sorted(training)]
     run.evaluations = {name: [found[at] for at in sorted(found)] for name, found in evaluations.items()}
     if broken and broken[-1] == len(lines):

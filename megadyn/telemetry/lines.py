@@ -41,6 +41,20 @@ def evaluation_line(
     return f"{progress(iteration, iterations)}  {name} loss  {'  '.join(shown)}"
 
 
+def tasks_line(iteration: int, iterations: int, scores: dict[str, dict[str, float]]) -> str:
+    """The scores of each task, without their standard errors."""
+    shown = [
+        " ".join([name, *(f"{metric} {score(found[metric])}" for metric in found if "_stderr" not in metric)])
+        for name, found in scores.items()
+    ]
+    return f"{progress(iteration, iterations)}  tasks  {'  '.join(shown)}"
+
+
+def score(value: float) -> str:
+    """Perplexities of a model that has just begun have many digits."""
+    return f"{value:.4f}" if abs(value) < 10_000 else f"{value:.3g}"
+
+
 def progress(iteration: int, iterations: int) -> str:
     """`  120/50000`, equally wide in every line of a run."""
     return f"{iteration:>{len(str(iterations))}d}/{iterations}"

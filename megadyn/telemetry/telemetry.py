@@ -7,7 +7,7 @@ from typing import Any
 
 from megadyn.config import Config
 from megadyn.log import log
-from megadyn.telemetry.lines import evaluation_line, train_line
+from megadyn.telemetry.lines import evaluation_line, tasks_line, train_line
 from megadyn.telemetry.live import LiveView, open_live_view
 from megadyn.telemetry.patience import PatientSink
 from megadyn.telemetry.router_health import RouterHealth
@@ -47,6 +47,9 @@ class Silent:
     def evaluation(
         self, iteration: int, name: str, losses: dict[str, float], bits: dict[str, float] | None = None
     ) -> None:
+        pass
+
+    def tasks(self, iteration: int, scores: dict[str, dict[str, float]]) -> None:
         pass
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
@@ -166,6 +169,13 @@ class Telemetry(Silent):
         )
         log.info("%s", evaluation_line(iteration, self.iterations, name, losses, bits))
         self.restart_clock(iteration)
+
+    def tasks(self, iteration: int, scores: dict[str, dict[str, float]]) -> None:
+        """Reports scores on tasks of the checkpoint of `iteration`, an earlier one: training has gone on meanwhile."""
+        phase = self.config.phase
+        of_phase = {} if phase is None else {"phase": phase.name_at(iteration)}
+        self._write({"iteration": iteration, **of_phase, "tasks": scores})
+        log.info("%s", tasks_line(iteration, self.iterations, scores))
 
     def event(self, iteration: int, name: str, what: dict[str, Any]) -> None:
         """Records an event at `iteration`: a bad step, a checkpoint."""

@@ -22,6 +22,7 @@ from megadyn.parallel.objects import all_gather
 from megadyn.telemetry.telemetry import Silent
 from megadyn.training.loss_rule import TrainingDiverged
 from megadyn.training.state import RunState
+from megadyn.training.tasks import Tasks
 
 
 def starting_weights(settings: CheckpointConfig) -> Path:
@@ -34,8 +35,9 @@ def starting_weights(settings: CheckpointConfig) -> Path:
 class Checkpoints:
     """The checkpoints of a run. Every method is collective."""
 
-    def __init__(self, config: Config, engine: Trained, state: RunState, watchdog: Watchdog):
+    def __init__(self, config: Config, engine: Trained, state: RunState, watchdog: Watchdog, tasks: Tasks):
         self.config, self.engine, self.state, self.watchdog = config, engine, state, watchdog
+        self.tasks = tasks
         self.root = Path(config.output_dir) / layout.CHECKPOINTS
         self.telemetry = Silent()  # until the run's own telemetry is opened
         self.writer = Writer(self.root, config)
@@ -87,6 +89,7 @@ class Checkpoints:
             return False
         self.load(checkpoint)
         self.state.set_course()
+        self.tasks.go_back(self.state.iteration)
         return True
 
     def save(self, last: bool) -> None:
@@ -156,6 +159,10 @@ class Checkpoints:
         if problem:
             what |= {"average_error": str(problem)}
         self.telemetry.event(state.iteration, "checkpoint", what)
+        is_last = written.iteration == state.total and (
+            self.config.phase is None or self.config.phase.is_last
+        )
+        self.tasks.saved(written.folder, is_last)
         if problem and self.config.checkpoint.on_error == "stop":
             raise problem
         if problem:

@@ -25,6 +25,10 @@ class Part(NamedTuple):
     plan: BatchPlan
     data: Data
 
+    @property
+    def is_last(self) -> bool:
+        return self.config.phase is None or self.config.phase.is_last
+
 
 def open_parts(config: Config, world_size: int) -> list[Part]:
     """The parts of a run, opened and checked before the ranks meet. Fills in what follows from the data, in `config` too.

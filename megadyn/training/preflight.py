@@ -24,6 +24,7 @@ from megadyn.telemetry.sinks import refuse_wandb, refuse_wandb_login
 from megadyn.training.checkpoints import starting_weights
 from megadyn.training.data import Data, evaluation_size
 from megadyn.training.length import Position
+from megadyn.training.task_process import refuse_without_package
 
 
 def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
@@ -34,6 +35,7 @@ def refuse_early(config: Config, plan: BatchPlan, data: Data) -> None:
     if config.training.compile:
         check_compiler()
     refuse_wandb(config.logging)
+    refuse_without_package(config.training.tasks)
     refuse_windows(config)
     for name, samples in (*data.validations.items(), ("test", data.test)):
         if samples is not None:

@@ -62,9 +62,12 @@ class Layout(NamedTuple):
     precision: str = "fp32"
     kind: str = "dtf"
     optimizer: str = "adamw"
+    offload: bool = False
+    """Whether the optimizer's states are in host memory."""
 
     def __str__(self) -> str:
-        return f"zero{self.zero}-p{self.pipeline}t{self.tensor}-{self.precision}-{self.kind}-{self.optimizer}"
+        where = "-offload" if self.offload else ""
+        return f"zero{self.zero}-p{self.pipeline}t{self.tensor}-{self.precision}-{self.kind}-{self.optimizer}{where}"
 
 
 LAYOUTS = [
@@ -77,6 +80,10 @@ LAYOUTS = [
     Layout(1, pipeline=2, kind="dtrnet-token"),
     Layout(0, pipeline=2, optimizer="muon"),
     Layout(1, precision="fp16", optimizer="muon"),
+    Layout(2, tensor=2, precision="bf16", optimizer="muon"),
+    Layout(3, optimizer="muon"),
+    Layout(2, offload=True),
+    Layout(3, precision="bf16", offload=True),
 ]
 NORMS = {"norm": 1.2}
 """Of a step with this factor the loss is below its limit, but the gradient's norm is above what is set for that step."""
@@ -95,13 +102,19 @@ def _run_all(output: str) -> None:
     from megadyn.launch import launch
 
     launch.join(120)
-    found = {str(layout): _run(layout) for layout in LAYOUTS}
+    folder = Path(output).parent
+    if dist.get_rank() == 0:
+        for stage in (2, 3):
+            zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+            (folder / f"offload{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    dist.barrier()
+    found = {str(layout): _run(layout, folder) for layout in LAYOUTS}
     found["lowest"] = {str(zero): _overflow_at_the_lowest_scale(zero) for zero in (1, 3)}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
 
 
-def _run(layout: Layout) -> dict[str, Any]:
+def _run(layout: Layout, folder: Path) -> dict[str, Any]:
     """A good step, a bad one of each kind, and a good one; beside them the two good ones alone."""
     from megadyn import network
     from megadyn.checkpoint.save_load import OptimizerAccess
@@ -120,6 +133,8 @@ def _run(layout: Layout) -> dict[str, Any]:
         precision=layout.precision,
     )
     config.optimizer.name = layout.optimizer
+    if layout.offload:
+        config.deepspeed_config = str(folder / f"offload{layout.zero}.json")
     config.training.norm_spike_factor = 2.0 if layout.precision != "fp16" else 0.0
     harms = HARMS if layout.precision == "fp16" else HARMS | NORMS
     plan = batch_plan(config, dist.get_world_size())

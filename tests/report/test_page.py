@@ -391,3 +391,36 @@ def test_phases_are_in_a_table_and_marked_in_the_curves(make_run, tmp_path):
     assert html.count('class="mark"') == html.count(">&lt;b&gt;</text>") >= 5  # one per chart over the steps
     plain = made([make_run(name="plain")], tmp_path / "b.html")
     assert 'class="mark"' not in plain and "Phases" not in Outline(plain).text["h2"]
+
+
+def test_scores_on_tasks_are_in_curves_and_a_table(make_run, tmp_path):
+    folder = make_run()
+    scores = [
+        {"iteration": 4, "tasks": {"<b>": {"acc": 0.25, "acc_stderr": 0.125}, "next": {"acc": None}}},
+        {"iteration": 2, "tasks": {"<b>": {"acc": 0.5}, "sum": {"em/strict": 0.75, "em_stderr/strict": 0.1}}},
+        {"iteration": 2, "tasks_left_out": {"why": "late"}},
+    ]
+    write_metrics(folder, [*records(), *scores])
+    html = made([folder], tmp_path / "a.html")
+    outline = Outline(html)
+    assert "Tasks" in outline.text["h2"]
+    assert {"Tasks: acc", "Tasks: em/strict"} <= set(captions(html))
+    cells = outline.text["td"]
+    at = cells.index("sum")
+    assert cells[at - 5 : at + 5] == [
+        "<b>",
+        "acc",
+        "0.25",
+        "0.125",
+        "4",
+        "sum",
+        "em/strict",
+        "0.75",
+        "0.1",
+        "2",
+    ]
+    assert cells[at + 5 : at + 10] == ["next", "acc", "-", "-", "4"]
+    assert "tasks_left_out" in html
+    both = made([folder, make_run(name="plain")], tmp_path / "b.html")
+    assert f"Tasks: acc, {folder.name}" in captions(both)
+    assert "Tasks" not in Outline(made([make_run(name="other")], tmp_path / "c.html")).text["h2"]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megadyn.progress import duration
-from megadyn.telemetry.lines import evaluation_line, train_line
+from megadyn.telemetry.lines import evaluation_line, tasks_line, train_line
 from tests.telemetry.test_telemetry import ROUTING
 
 
@@ -79,3 +79,8 @@ def test_a_train_line_fits_100_columns(changes):
 
 def test_a_dense_run_has_no_routed_fraction_in_its_line():
     assert "routed" not in train_line(record(routing={}, aux_losses={}), 1000, 1)
+
+
+def test_scores_on_tasks_are_one_line_without_their_errors():
+    scores = {"piqa": {"acc": 0.51234, "acc_stderr": 0.01}, "text": {"word_perplexity": 3.9354e20}}
+    assert tasks_line(20, 400, scores) == " 20/400  tasks  piqa acc 0.5123  text word_perplexity 3.94e+20"
