@@ -52,7 +52,7 @@ print(f"{p.name}, {p.total_memory / 2**30:.0f} GiB, torch {torch.__version__}")'
     study="$study --batch 8 --sequence 2048 $many"
     three="$wide --batch 2 --sequence 4096 $few"
     seven="--hidden 3584 --layers 28 --heads 28 --kv-heads 4 --ffn 18944 --vocab 152064 --batch 1 --sequence 4096 $few"
-    run="$wide --batch 1 --sequence 4096 --micro-batches 8 --steps 5 --rounds 3 $on"
+    run="--models dense dtf:0.25 mod:0.125 $wide --batch 1 --sequence 4096 --micro-batches 8 --steps 5 --rounds 3 $on"
     # Half of a 7B model's layers: a host of 128 GiB holds no more of it.
     run_offload="--models dtf:0.25 ${seven%% --batch*} --layers 14 --recompute full --batch 4 --sequence 4096 --micro-batches 4"
     run_offload="$run_offload --steps 2 --rounds 2 $on"

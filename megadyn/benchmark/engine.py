@@ -7,8 +7,8 @@ step, the loader, and metrics. Each model trains in a process of its own on rand
 `--steps` steps. The first record, which has the start in it, does not count; results are medians of `--rounds` more.
 Then the process is ended: nothing is saved, because a checkpoint of a large model takes more disk than a machine may have.
 
-Memory is torch's peak of allocated bytes on a GPU, which is what the plan predicts; a CPU has no such figure. A DTRNet's routers
-are as they start.
+Memory is torch's peak of allocated bytes on a GPU, which is what the plan predicts; a CPU has no such figure. Routers are as
+they start.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 
 from megadyn.arguments import above_zero, add_json_argument, command_parser
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine
-from megadyn.benchmark.models import add_shape_arguments, config_of, shape_line
+from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.config import (
     RECOMPUTE,
     Config,
@@ -47,7 +47,6 @@ from megadyn.paths import user_path
 from megadyn.planning.layouts import GIB, stage_cuts, workload
 from megadyn.planning.memory import rank_memory
 
-MODELS = ("dense", "dtf:0.25", "mod:0.125")
 SAMPLES = 64
 """In the dataset; a run reads them again and again, in new orders."""
 SMALLEST_VOCABULARY = 257
@@ -233,7 +232,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models",
         nargs="+",
-        default=MODELS,
+        default=DEFAULT_MODELS,
         metavar="KIND[:CAPACITY]",
         help="ratios are to the first (default: %(default)s)",
     )
