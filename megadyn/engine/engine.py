@@ -140,7 +140,7 @@ class Engine:
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
         backend = choose_attention(self.config, all_gather)
-        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels))
+        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels, model.hidden_size))
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank
