@@ -133,8 +133,9 @@ def records_of(config: Config, wanted: int, device: str) -> tuple[list[dict[str,
     folder.mkdir(parents=True)
     metrics, log, file = folder / "metrics.jsonl", folder / "log.txt", folder / "given.yaml"
     save_config(config, file)
-    # As docs/clusters.md advises: blocks that grow do not split the memory of a GPU into unusable pieces.
-    variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
+    # As the launch scripts have it.
+    memory = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    variables = {"PYTORCH_ALLOC_CONF": memory} | os.environ
     if device == "cpu":
         variables["DS_ACCELERATOR"] = "cpu"
     with log.open("w") as output:
