@@ -97,11 +97,13 @@ def cuda_ms(call: Callable[[], object]) -> float:
 
 def try_all(shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool, timer: Timer) -> Trials:
     """Tries every candidate on this rank."""
-    q, k, v = (
-        torch.randn(shape.rows, shape.length, heads, shape.head_dim, dtype=dtype, device=device)
-        for heads in (shape.heads, shape.groups, shape.groups)
+    drawn = torch.Generator(device).manual_seed(0)  # the run's own draws stay as they are
+    q, k, v, gradient = (
+        torch.randn(
+            shape.rows, shape.length, heads, shape.head_dim, dtype=dtype, device=device, generator=drawn
+        )
+        for heads in (shape.heads, shape.groups, shape.groups, shape.heads)
     )
-    gradient = torch.randn_like(q)
     pieces = torch.arange(shape.length, device=device) * PIECES // shape.length
     ids = pieces + PIECES * torch.arange(shape.rows, device=device).unsqueeze(1)
     longest = -(-shape.length // PIECES)
