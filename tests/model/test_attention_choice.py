@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from torch.testing import assert_close
 
 from megadyn.errors import ConfigError
