@@ -196,6 +196,7 @@ def choose_attention(config: Config, gather: Gather | None = None, timer: Timer 
 def _measured(config: Config, gather: Gather | None, timer: Timer) -> tuple[str, str]:
     shape = shape_of(config)
     mine = try_all(shape, PRECISIONS[config.precision], own_device(), config.training.compile, timer)
+    torch.cuda.empty_cache()  # or what was measured would lie between the model's parts
     found = agreed(gather(mine) if gather else [mine])
     rows, segments = fastest(found["rows"]), fastest(found["segments"])
     backend = backend_name(rows, segments) if rows and segments else "sdpa"
