@@ -65,6 +65,7 @@ LONGEST = (
     "end_to_end/test_wheel.py",
     "docs/test_commands.py",
     "engine/test_loss_gate.py",
+    "benchmark/test_gpu_script.py",
     "benchmark/test_soak.py",
     "prepare/test_preprocess_processes.py",
     "end_to_end/test_faults.py",

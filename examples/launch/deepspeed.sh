@@ -9,7 +9,10 @@
 # DEEPSPEED_ARGS  further options of the deepspeed command, such as "--bind_cores_to_rank", or "--log_level info" for its own log
 # Over ssh the deepspeed command passes on only variables of Python and NCCL. Put others into ~/.deepspeed_env, one
 # NAME=value per line.
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface between the machines, where each has several.
 set -euo pipefail
+# Blocks that grow do not cut a GPU's memory into pieces of no use, as micro-batches of different sizes do.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 options=(--log_level error --master_port "${MASTER_PORT:-29500}")
 if [[ -n ${HOSTFILE:-} ]]; then
     by_ssh=(--ssh)

@@ -7,7 +7,10 @@
 # MASTER_ADDR  the first host's address, reachable from all hosts (default: its name in HOSTFILE)
 # MASTER_PORT  (default: 29500)
 # MPIRUN_ARGS  further options of mpirun, such as "--mca btl_tcp_if_include eth0"
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface between the machines, where each has several.
 set -euo pipefail
+# Blocks that grow do not cut a GPU's memory into pieces of no use, as micro-batches of different sizes do.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 if [[ -n ${HOSTFILE:-} ]]; then
     python -m megadyn check "$@" --hostfile "$HOSTFILE"
     first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$HOSTFILE")

@@ -13,7 +13,10 @@
 # SRUN_ARGS    further options of srun, such as "--container-image=..."
 # sbatch reads partition, account and time limit from SBATCH_PARTITION, SBATCH_ACCOUNT and SBATCH_TIMELIMIT.
 # Ten minutes before the limit all ranks get SIGUSR1: they save and end. Submit the script again to resume the run.
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface between the machines, where each has several.
 set -euo pipefail
+# Blocks that grow do not cut a GPU's memory into pieces of no use, as micro-batches of different sizes do.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 nodes=${NODES:-1} gpus=${GPUS:-8}
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     python -m megadyn check "$@" --processes $((nodes * gpus))

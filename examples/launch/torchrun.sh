@@ -7,7 +7,10 @@
 # MASTER_PORT   (default: 29500)
 # RUN_ID        equal on all machines, but different for each job that meets at the same port (default: megadyn)
 # MAX_RESTARTS  how often to restart all ranks from the last checkpoint after a failure (default: 0)
+# NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface between the machines, where each has several.
 set -euo pipefail
+# Blocks that grow do not cut a GPU's memory into pieces of no use, as micro-batches of different sizes do.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
 nodes=${NNODES:-1}
 meeting=(--standalone)
 if [[ $nodes != 1 ]]; then

@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     args.recompute = "none"
     device = device_of(args)
-    chosen, _ = use_kernels(args.kernels)
+    chosen, _ = use_kernels(args.kernels, args.hidden)
     figures = measure(args, device)
     print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}\n")
     print(as_table(figures))

@@ -14,7 +14,7 @@ from megadyn.config import Config, DataConfig, ModelConfig, TokenizerConfig, Tra
 from megadyn.config.config_map import to_dense_config
 from megadyn.errors import ConfigError, UserError
 from megadyn.kinds import BUILT_IN, DENSE, Kind, find_kind, make_kind
-from megadyn.model.attention import attention_backend
+from megadyn.model.attention_choice import choose_attention
 from megadyn.model.block import LayerContext
 from megadyn.network import Network
 from megadyn.parallel.params import ParamMaker, name_of
@@ -120,8 +120,9 @@ def build(
                 "--models: qwen2 copies the weights of the dense model, which must come before it"
             )
         return Model(name, qwen2_like(dense, args.recompute == "full"), dense.config)
-    model = config_of(name, args, compile=compile).model
-    backend, _ = attention_backend(model, PRECISION_OF[dtype])
+    config = config_of(name, args, compile=compile, precision=PRECISION_OF[dtype])
+    model, config.training.micro_batch_size = config.model, tokens.shape[0]
+    backend = choose_attention(config)
     make = ParamMaker(Sharding(1, args.kv_heads), device=device, dtype=dtype)
     network = Network(
         LayerContext(model, make, backend, recompute=args.recompute, compile=compile), LossScale()

@@ -243,7 +243,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = device_of(args)
-    chosen, _ = use_kernels(args.kernels)
+    chosen, _ = use_kernels(args.kernels, args.hidden)
     figures, peak = measure(args, device)
     print(f"{machine(device)}, {args.precision}, kernels: {chosen}; {shape_line(args)}; peak: {peak}\n")
     print(as_table(figures))

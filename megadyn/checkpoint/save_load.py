@@ -106,6 +106,10 @@ class OptimizerAccess:
             key: safe_get_full_optimizer_state(param, key) for key in names
         }
 
+    def has_states(self, param: Any) -> bool:
+        """Whether this rank has any of the parameter's states. Under ZeRO 1 and 2 it has those of few parameters."""
+        return self.zero_stage not in (1, 2) or param._hp_mapping is not None
+
     def set(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
         """Sets `weight` and any of the optimizer states from this tensor rank's part."""
         values = {key: value.to(param.device) for key, value in values.items()}
@@ -338,7 +342,7 @@ def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource
         name = name_of(param)
         if name in known:
             values = {"weight": part_for(weights, name, sharding, rank)}
-            if moments is not None:
+            if moments is not None and access.has_states(param):
                 values |= {
                     key: part_for(moments, f"{name}/{key}", sharding, rank) for key in access.states(param)
                 }

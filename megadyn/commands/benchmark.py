@@ -5,6 +5,7 @@
     megadyn benchmark step [options]        # a training step of every kind of model, against dense and transformers
     megadyn benchmark layer [options]       # where the time of each kind of layer goes
     megadyn benchmark bytes [options]       # bytes and operations of a training step, counted without a GPU
+    megadyn benchmark engine [options]      # real runs of the main job: tokens/s, and memory beside the plan
     megadyn benchmark generate [options]    # prefill and decoding of every kind of model, against transformers
     megadyn benchmark checkpoint [options]  # how long saving stalls training; writing, verifying and restoring
     megadyn benchmark scaling [options]     # 1, 2 and 4 processes in tensor, pipeline and data parallelism
@@ -30,6 +31,7 @@ BENCHMARKS = {
     "step": "megadyn.benchmark.step",
     "layer": "megadyn.benchmark.layer",
     "bytes": "megadyn.benchmark.bytes",
+    "engine": "megadyn.benchmark.engine",
     "generate": "megadyn.benchmark.generate",
     "checkpoint": "megadyn.benchmark.checkpoint",
     "scaling": "megadyn.benchmark.scaling",

@@ -8,6 +8,23 @@ from megadyn.config.rope import RopeConfig
 from megadyn.errors import ConfigError
 from megadyn.kinds import DENSE, Kind, make_kind
 
+ATTENTION = {
+    "flash": ("flash", "flash"),
+    "flash3": ("flash3", "flash3"),
+    "cudnn": ("cudnn", "varlen"),
+    "varlen": ("sdpa", "varlen"),
+    "sdpa": ("sdpa", "sdpa"),
+    "flash+flash3": ("flash", "flash3"),
+    "flash+varlen": ("flash", "varlen"),
+    "flash3+flash": ("flash3", "flash"),
+    "flash3+varlen": ("flash3", "varlen"),
+    "cudnn+flash": ("cudnn", "flash"),
+    "cudnn+flash3": ("cudnn", "flash3"),
+    "sdpa+flash": ("sdpa", "flash"),
+    "sdpa+flash3": ("sdpa", "flash3"),
+}
+"""Attention backends: what computes whole rows, and what computes segments."""
+
 
 @dataclass
 class ModelConfig:
@@ -58,8 +75,10 @@ class ModelConfig:
     """`pre`; `lns` (pre-norms scaled by 1/sqrt(layer), arXiv 2502.05795); `hybridnorm` (norms on q, k, v and after attention,
     arXiv 2503.04598)."""
     attention: str = "auto"
-    """Attention backend: `auto`, `flash` (the flash-attn package), `varlen` (torch's own, with its kernels for segments of
-    different lengths) or `sdpa`, which runs anywhere."""
+    """Attention backend: `auto` (on a GPU the fastest, measured at the start), `flash` (the flash-attn package), `flash3`
+    (flash-attn 3), `cudnn` (torch's SDPA through cuDNN, segments by `varlen`), `varlen` (torch's own, with its kernels for
+    segments of different lengths) or `sdpa`, which runs anywhere. `ROWS+SEGMENTS` takes two, for whole rows and for
+    segments: the log names such a choice, for example `cudnn+flash`."""
     routing: Kind = field(default_factory=lambda: make_kind(DENSE))
     """Which layers skip tokens, and how: `kind` and the keys that this kind has (`megadyn/kinds`)."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -109,7 +128,7 @@ class ModelConfig:
         if self.ffn_size is None:
             self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
         one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
-        one_of("model.attention", self.attention, ("auto", "flash", "varlen", "sdpa"))
+        one_of("model.attention", self.attention, ("auto", *ATTENTION))
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         if self.rope.type == "dynamic" and self.head_dim < 4:
             raise ConfigError("model.head_dim", self.head_dim, "at least 4 with model.rope.type = dynamic")

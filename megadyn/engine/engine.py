@@ -39,11 +39,12 @@ from megadyn.engine.statistics import memory_gib, over_ranks
 from megadyn.engine.step_clock import COLLECTIVES, PARTS, StepClock
 from megadyn.kernels.rule import use_kernels
 from megadyn.log import log
-from megadyn.model.attention import attention_backend
+from megadyn.model.attention_choice import choose_attention
 from megadyn.model.block import LayerContext
 from megadyn.network import Network, layer_list, routed_layers, set_routing_mode, trackers_of
 from megadyn.parallel.grid import Axis, Grid
 from megadyn.parallel.mappings import max_over, sum_over
+from megadyn.parallel.objects import all_gather
 from megadyn.parallel.params import PRECISIONS, ParamMaker, name_of
 from megadyn.parallel.sharding import Sharding
 from megadyn.parallel.whole import Stage, stage_group
@@ -138,9 +139,8 @@ class Engine:
 
     def _build_module(self) -> nn.Module:
         model, grid = self.config.model, self.grid
-        backend, why = attention_backend(model, self.config.precision)
-        log.info("attention: %s (%s)", backend, why)
-        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels))
+        backend = choose_attention(self.config, all_gather)
+        log.info("kernels: %s (%s)", *use_kernels(self.config.training.kernels, model.hidden_size))
         seq = grid.tp if self.config.parallel.sequence else Axis("seq")
         make = ParamMaker(self.sharding, self.config.training.seed, grid.tp, seq, self.device)
         first = self.plan.global_batch // grid.dp.size * grid.dp.rank

@@ -79,9 +79,13 @@ def kernel_choice(asked: str) -> tuple[str, str]:
     return ("torch", f"auto: {why_not}") if why_not else ("triton", "auto: a first kernel ran")
 
 
-def use_kernels(asked: str) -> tuple[str, str]:
-    """Applies the choice to this process; returns it and the reason."""
+def use_kernels(asked: str, hidden_size: int) -> tuple[str, str]:
+    """Applies the choice to this process; returns it and the reason, with what a model of this width leaves to torch."""
     chosen, why = kernel_choice(asked)
+    if chosen == "triton" and hidden_size > LARGEST_WIDTH:
+        why += (
+            f"; norms by torch, because {hidden_size} columns are more than the {LARGEST_WIDTH} of a kernel"
+        )
     _Process.uses_triton = chosen == "triton"
     return chosen, why
 

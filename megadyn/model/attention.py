@@ -1,5 +1,6 @@
 """Grouped-query causal self-attention."""
 
+import importlib
 import importlib.util
 import inspect
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megadyn.config import ModelConfig
+from megadyn.config import ATTENTION, ModelConfig
 from megadyn.errors import ConfigError
 from megadyn.kernels.rule import gpu_lacks, own_device, problem_of
 from megadyn.model.documents import Segments, segments_of
@@ -20,16 +22,36 @@ from megadyn.parallel.linear import ColumnParallelLinear, KeyValueLinear, RowPar
 from megadyn.parallel.mappings import enter_tp
 from megadyn.parallel.params import ParamMaker, normal
 
+WITH_WINDOW = ("flash", "flash3")
+"""What takes a sliding window over whole rows; others take each row as a segment then."""
+PACKAGES = {"flash": ("flash_attn", "flash-attn"), "flash3": ("flash_attn_interface", "flash-attn 3")}
+"""Module and name of the packages."""
+_BACKENDS = {parts: name for name, parts in ATTENTION.items()}
+
+
+def backend_name(rows: str, segments: str) -> str:
+    """The backend that computes whole rows and segments so."""
+    return _BACKENDS[rows, segments]
+
+
+def no_kernels_for(model: ModelConfig, precision: str) -> str | None:
+    """Why this model runs no kernel but torch's own SDPA on this machine, whatever is installed; None if it may."""
+    head_dim = model.head_dim
+    assert head_dim is not None
+    if (problem := gpu_lacks("flash kernels")) is not None:
+        return problem
+    if precision == "fp32":
+        return "no flash kernels for fp32"
+    if head_dim % 8 or head_dim > 256:
+        return f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256"
+    return None
+
 
 def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
-    """The backend to use and why. Raises ConfigError when the one asked for cannot run here."""
+    """The backend to use, without measuring any, and why. Raises ConfigError when the one asked for cannot run here."""
     asked, head_dim = model.attention, model.head_dim
     assert head_dim is not None
-    no_kernel = gpu_lacks("flash kernels")
-    if not no_kernel and precision == "fp32":
-        no_kernel = "no flash kernels for fp32"
-    elif not no_kernel and (head_dim % 8 or head_dim > 256):
-        no_kernel = f"no flash kernels for model.head_dim = {head_dim}, not a multiple of 8 up to 256"
+    no_kernel = no_kernels_for(model, precision)
     window = model.sliding_window
     if asked != "auto":
         if asked != "sdpa" and (problem := no_kernel or _problem_with(asked, head_dim, precision, window)):
@@ -44,6 +66,12 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     return ("sdpa", f"auto: {no_flash}; {no_varlen}") if no_varlen else ("varlen", f"auto: {no_flash}")
 
 
+def kernel_lacks(name: str) -> str | None:
+    """Which package `flash` or `flash3` lacks here; None if it is there, or `name` is of torch."""
+    module, package = PACKAGES.get(name, ("", ""))
+    return f"{package} is not installed" if module and importlib.util.find_spec(module) is None else None
+
+
 def _check_window(backend: str, v: Tensor) -> None:
     """Raises ValueError unless a window of two tokens is one of two: v [1, 3, 1, K] holds 1, 2, 3, and equal queries and keys
     average what they see."""
@@ -54,19 +82,22 @@ def _check_window(backend: str, v: Tensor) -> None:
 
 
 def _problem_with(backend: str, head_dim: int, precision: str, window: int | None) -> str | None:
-    """Why the backend fails at attention of three tokens in two segments, with two heads in a group, forward and backward: a
+    """Why the backend fails at a row and at three tokens in two segments, with two heads in a group, forward and backward: a
     package may be installed and lack the functions (flash-attn 4 does), or the kernels for this GPU."""
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed (pip install flash-attn)"
+    for name in ATTENTION[backend]:
+        if lacks := kernel_lacks(name):
+            return lacks + (" (pip install flash-attn)" if name == "flash" else "")
 
     def trial() -> None:
         device, dtype = own_device(), torch.float16 if precision == "fp16" else torch.bfloat16
-        q, k = (
-            torch.zeros(1, 3, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
-            for heads in (2, 1)
-        )
-        ids = torch.tensor([[0, 0, 1]], device=device)
-        for segments in (None, segments_of(ids, 2, 2)):
+        for tokens, segments in (
+            (64, None),  # cuDNN does not take every shorter row
+            (3, segments_of(torch.tensor([[0, 0, 1]], device=device), 2, 2)),
+        ):
+            q, k = (
+                torch.zeros(1, tokens, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+                for heads in (2, 1)
+            )
             causal_attention(q, k, k, backend, segments).sum().backward()
         if window is not None:
             _check_window(backend, torch.arange(1.0, 4.0).to(q).view(1, 3, 1, 1).expand_as(k).contiguous())
@@ -90,7 +121,7 @@ def causal_attention(
 
     Args:
         q: [B, S, H, K]. k, v: [B, S, G, K] with G a divisor of H (grouped-query attention).
-        backend: `flash` (flash-attn), `varlen` (torch's own kernels for segments, its SDPA else) or `sdpa`.
+        backend: a name in `ATTENTION`, whose pair says what computes whole rows and what computes segments.
         segments: of these tokens; attention stays inside each, and in one row may run over several sequences' tokens.
         window: positions that a token sees, its own included; None: all.
         positions: [B, S], with a window among tokens of which others were left out: no kernel knows these, so that SDPA with a
@@ -99,23 +130,33 @@ def causal_attention(
     Returns:
         [B, S, H, K].
     """
-    needs_mask = backend == "sdpa" or (window is not None and positions is not None)
+    rows, parts = ATTENTION[backend]
+    needs_mask = parts == "sdpa" or (window is not None and positions is not None)
     if needs_mask and segments is not None and torch.compiler.is_compiling():
         return attention_in_one_call(q, k, v, segments.ids, window, positions)
     if needs_mask and window is not None:
         return attention_in_window(q, k, v, window, positions, None if segments is None else segments.ids)
-    if window is not None and backend == "varlen" and segments is None:
+    if window is not None and rows not in WITH_WINDOW and segments is None:
         segments = _rows(q)
     if segments is not None:
         flat = _attention_in_segments(
-            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), backend, segments, window
+            q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), parts, segments, window
         )
         return flat.view_as(q)
-    if backend == "flash":
-        from flash_attn import flash_attn_func
-
-        return flash_attn_func(q, k, v, causal=True, window_size=_before(window), **_flash_options())
+    if rows in PACKAGES:
+        call = importlib.import_module(PACKAGES[rows][0]).flash_attn_func
+        return _alone(call(q, k, v, causal=True, window_size=_before(window), **_flash_options()))
+    if rows == "cudnn":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _sdpa(q, k, v)
     return _sdpa(q, k, v)
+
+
+def _alone(found: Any) -> Tensor:
+    """The output of a flash-attn function. Early versions of flash-attn 3 also return the softmax's normalisers."""
+    out = found[0] if isinstance(found, tuple) else found
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _rows(q: Tensor) -> Segments:
@@ -150,28 +191,17 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention_in_segments(
-    q: Tensor, k: Tensor, v: Tensor, backend: str, segments: Segments, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, kernel: str, segments: Segments, window: int | None
 ) -> Tensor:
     """q [N, H, K], k and v [N, G, K] -> [N, H, K], without padding and without a mask. A window is for kernels alone."""
     _, ends, longest = segments
     if not q.shape[0]:
         return q + (k.sum() + v.sum())  # nothing, but each of the three gets its gradient: zeros
-    if backend == "flash":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            ends,
-            ends,
-            longest,
-            longest,
-            causal=True,
-            window_size=_before(window),
-            **_flash_options(),
-        )
-    if backend == "varlen":
+    if kernel in PACKAGES:
+        call = importlib.import_module(PACKAGES[kernel][0]).flash_attn_varlen_func
+        options = {"causal": True, "window_size": _before(window)} | _flash_options()
+        return _alone(call(q, k, v, ends, ends, longest, longest, **options))
+    if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         if _varlen_groups_heads():

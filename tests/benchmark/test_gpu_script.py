@@ -1,9 +1,12 @@
 """benchmarks/gpu.sh with a `python` that only says what it was asked: which tables a call makes, what it leaves, and whether the
-benchmarks that it asks for run."""
+benchmarks that it asks for run. Those that start processes run through the script, where few packages are installed."""
 
 import os
+import re
 import subprocess
+import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,14 @@ from megadyn.commands.benchmark import BENCHMARKS
 from tests.helpers.tiny import ROOT
 
 NAMES = [
-    *("kernels", "bytes", "step-3b", "step-3b-torch", "layer", "layer-torch"),
-    *("step", "step-8k", "step-7b", "tests", "checkpoint", "scaling"),
+    *("kernels", "step-3b", "step-3b-dtf", "engine", "step", "step-8k", "generate"),
+    *("checkpoint", "engine-7b", "step-3b-torch", "layer", "layer-torch", "bytes", "step-7b"),
+    *("tests", "scaling"),
 ]
-STARTS_PROCESSES = ("checkpoint", "scaling")
-"""Benchmarks that have a trial of their own, in the tests beside this one."""
+STARTS_PROCESSES = ("engine", "engine-7b", "checkpoint", "scaling")
+"""Tables whose commands start processes."""
+HOST = ["torch", "triton", "transformers", "pytest", "numpy", "deepspeed", "omegaconf", "orjson", "zstandard"]
+"""Packages, with those that they require, that a bare host has or is given."""
 
 
 @pytest.fixture
@@ -64,6 +70,8 @@ def test_a_wrong_name_is_an_error_that_lists_the_names(call, tmp_path):
 def test_a_call_makes_seven_tables_and_the_next_one_goes_on(call):
     assert call().returncode == 3
     assert call.made() == sorted(f"{name}.md" for name in NAMES[:7])
+    assert call().returncode == 3
+    assert call.made() == sorted(f"{name}.md" for name in NAMES[:14])
     assert call().returncode == 0
     assert call.made() == sorted(f"{name}.md" for name in NAMES)
 
@@ -76,6 +84,22 @@ def test_a_failing_table_leaves_its_message_and_is_made_by_the_next_call(call, t
     assert message.read_text().endswith("why\n")
     assert call("layer", "checkpoint").returncode == 0
     assert call.made() == ["checkpoint.md", "layer.md"]
+
+
+def test_a_table_that_takes_too_long_has_failed_and_says_so(call, tmp_path):
+    slow = tmp_path / "bin/timeout"
+    slow.write_text('#!/bin/sh\necho "$*" | grep -q "^-k 10 480 python " && exit 124\n')
+    slow.chmod(0o755)
+    done = call("layer")
+    assert (done.returncode, done.stderr) == (1, "error: table layer took longer than 480 s\n")
+    assert call.made() == ["layer.failed.txt"]
+
+
+def test_a_table_names_the_card(call, tmp_path):
+    """Here what the stub was asked for it."""
+    call("layer", TRIAL="")
+    (table,) = (tmp_path / "out").glob("*layer.md")
+    assert "\nOn asked: -c import torch; p = torch.cuda.get_device_properties(0)" in table.read_text()
 
 
 def test_a_trial_names_its_folder(call):
@@ -95,7 +119,7 @@ def benchmarks(call, folder: Path, **more: str) -> list[list[str]]:
     """The name and the options of each benchmark that the script starts."""
     while call(**more).returncode == 3:
         pass
-    asked = [path.read_text().split("asked: ")[1].split() for path in sorted(folder.glob("*.md"))]
+    asked = [path.read_text().split("asked: ")[-1].split() for path in sorted(folder.glob("*.md"))]
     assert len(asked) == len(NAMES)
     found = [words[1:] for words in asked if words[0] == "tools/benchmark.py"]
     assert len(found) == len(NAMES) - 2  # the others run pytest
@@ -114,3 +138,38 @@ def test_every_benchmark_of_a_trial_runs(call, tmp_path, capsys):
         if name not in STARTS_PROCESSES:
             import_module(BENCHMARKS[name]).main(options)
             assert "\n|---" in capsys.readouterr().out, (name, options)
+
+
+def link_packages(names: list[str], site: Path) -> None:
+    """Links the installed packages, and all that they require, into `site`."""
+    todo, found = list(names), set()
+    while todo:
+        if (name := re.sub(r"[-_.]+", "-", todo.pop()).lower()) in found:
+            continue
+        found.add(name)
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:  # for another system
+            continue
+        for top in {str(file).split("/")[0] for file in package.files or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(package.locate_file(top))
+        todo += [re.match(r"[\w.-]+", need)[0] for need in package.requires or () if "extra ==" not in need]
+
+
+def test_what_starts_processes_runs_on_a_bare_host(call, tmp_path):
+    """The script's own command, where megadyn is not installed and nothing is that a host with torch may lack; pytest has no
+    plug-ins."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    (site,) = (tmp_path / "bare").glob("lib/python*/site-packages")
+    link_packages(HOST, site)
+    bare = {"PATH": f"{tmp_path}/bare/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    names = ("tests", *(name for name in STARTS_PROCESSES if name != "engine-7b"))
+    done = call(*names, **bare)
+    assert done.returncode == 0, "".join(
+        path.read_text()[-2000:] for path in (tmp_path / "out").glob("*.txt")
+    )
+    assert call.made() == sorted(f"{name}.md" for name in names)
+    (table,) = (tmp_path / "out").glob("*engine.md")
+    assert "| mod:0.125 | " in table.read_text()
+    assert "\nattention: sdpa (" in table.read_text()

@@ -68,6 +68,7 @@ RUN_BY = {
     "tools/benchmark.py bytes": "tests/benchmark/test_bytes.py",
     "tools/benchmark.py generate": "tests/benchmark/test_generate.py",
     "tools/benchmark.py checkpoint": "tests/benchmark/test_checkpoint.py",
+    "tools/benchmark.py engine": "tests/benchmark/test_gpu_script.py::test_what_starts_processes_runs_on_a_bare_host",
     "tools/benchmark.py scaling": "tests/benchmark/test_scaling.py",
     "tools/benchmark.py soak": "tests/benchmark/test_soak.py",
     "tools/benchmark.py flips": "tests/benchmark/test_flips.py",

@@ -222,6 +222,33 @@ def test_settings_become_the_launchers_options(
         } <= set(words)
 
 
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh", "slurm.sh", "torchrun.sh"])
+@pytest.mark.parametrize(
+    ("given", "memory"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": ""}, ""),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+    ids=["unset", "emptied", "older name"],
+)
+def test_memory_grows_in_place_unless_told_otherwise(
+    script: str, given: dict[str, str], memory: str, tmp_path: Path
+) -> None:
+    say = '#!/bin/sh\necho "memory=$PYTORCH_ALLOC_CONF"\n'
+    path = commands(
+        tmp_path / "bin",
+        deepspeed=say,
+        mpirun=say,
+        srun=say,
+        torchrun=say,
+        python="#!/bin/sh\n",
+        scontrol=say,
+    )
+    done = call(script, "config.yaml", PATH=path, GPUS="2", SLURM_JOB_ID="1", SLURM_JOB_NODELIST="a", **given)
+    assert (done.returncode, done.stdout) == (0, f"memory={memory}\n")
+
+
 @pytest.mark.parametrize(
     ("script", "settings", "words", "said"),
     [

@@ -51,7 +51,8 @@ def _watch(folder: Path, zero: int, reduced_in: str) -> dict[str, Any]:
 
     config = tiny_config("dtf", precision="bf16", micro_batch=1)
     path = folder / f"{zero}-{reduced_in}-{dist.get_rank()}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": zero}, "communication_data_type": reduced_in}))
+    asked = {} if reduced_in == "fp32" else {"communication_data_type": reduced_in}  # fp32 is the default
+    path.write_text(json.dumps({"zero_optimization": {"stage": zero}} | asked))
     config.deepspeed_config = str(path)
     plan = batch_plan(config, 2)
     engine = Engine(config, plan, make_grid(1, 1))

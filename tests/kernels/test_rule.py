@@ -25,10 +25,19 @@ def gpu(monkeypatch):
 
 
 def test_auto_takes_triton_where_it_can_run(gpu):
-    assert rule.use_kernels("auto") == ("triton", "auto: a first kernel ran")
+    assert rule.use_kernels("auto", 64) == ("triton", "auto: a first kernel ran")
     assert rule._Process.uses_triton
-    assert rule.use_kernels("torch") == ("torch", "as configured")
+    assert rule.use_kernels("torch", 64) == ("torch", "as configured")
     assert not rule._Process.uses_triton
+
+
+def test_a_model_too_wide_for_the_norm_s_kernel_says_so(gpu):
+    assert rule.use_kernels("triton", 8192) == ("triton", "as configured")
+    assert rule.use_kernels("triton", 8256) == (
+        "triton",
+        "as configured; norms by torch, because 8256 columns are more than the 8192 of a kernel",
+    )
+    assert rule.use_kernels("torch", 8256) == ("torch", "as configured")
 
 
 @pytest.mark.parametrize(
@@ -55,14 +64,14 @@ def test_where_triton_cannot_run_auto_says_why_and_asking_for_it_is_an_error(gpu
     with pytest.raises(
         ConfigError, match=rf"training.kernels = 'triton': must be torch on this machine: .*{why}"
     ):
-        rule.use_kernels("triton")
-    chosen, reason = rule.use_kernels("auto")
+        rule.use_kernels("triton", 64)
+    chosen, reason = rule.use_kernels("auto", 64)
     assert chosen == "torch"
     assert reason.startswith("auto: ")
 
 
 def test_kernels_take_cuda_tensors_only_and_those_without_values(gpu):
-    rule.use_kernels("triton")
+    rule.use_kernels("triton", 64)
     assert not rule.fused(torch.zeros(2, 2))
     assert rule.fused(torch.zeros(2, 2, device="meta"))
     with rule.counting("torch"):

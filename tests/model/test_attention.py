@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from megadyn.errors import ConfigError
 from megadyn.model import attention
-from megadyn.model.attention import attention_backend, causal_attention
+from megadyn.model.attention import PACKAGES, attention_backend, causal_attention
 from megadyn.model.documents import Segments, segments_of
 from tests.helpers.tiny import tiny_config
 
@@ -119,20 +119,27 @@ def test_torch_2_11_s_varlen_kernel_gets_its_heads_repeated(monkeypatch):
         assert_close(grad, wanted)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["varlen", "flash"])
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["sdpa", *(pytest.param(name, marks=NEEDS_GPU) for name in ("varlen", "flash", "flash3", "cudnn"))],
+)
 @pytest.mark.parametrize("lengths", [None, (300, 0, 1, 723), (1024,), (0, 1, 0)], ids=str)
-def test_gpu_backends_equal_float64(backend, lengths):
-    if backend == "flash":
-        pytest.importorskip("flash_attn")
+def test_backends_in_bf16_equal_float64(backend, lengths):
+    """On a GPU where there is one."""
+    if backend in PACKAGES:
+        pytest.importorskip(PACKAGES[backend][0])
     inputs = drawn(tokens=sum(lengths or (1024,)), heads=8, groups=2, size=64, dtype=torch.bfloat16)
     parts = None if lengths is None else segments(lengths)
     want = causal_attention(*(x.double() for x in inputs), "sdpa", parts)
-    on_gpu = tuple(x.detach().cuda().requires_grad_() for x in inputs)
-    where = None if parts is None else Segments(parts.ids.cuda(), parts.ends.cuda(), parts.longest)
-    got = causal_attention(*on_gpu, backend, where)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = tuple(x.detach().to(device).requires_grad_() for x in inputs)
+    where = None if parts is None else Segments(parts.ids.to(device), parts.ends.to(device), parts.longest)
+    got = causal_attention(*own, backend, where)
     assert F.mse_loss(got.double().cpu(), want) / want.square().mean() < 1e-4
-    grads, wanted = gradients(got, on_gpu), gradients(want, inputs)
+    grads, wanted = gradients(got, own), gradients(want, inputs)
     # Of queries and keys alone in their segment they are 0, and rounding shows: what counts is its size beside all gradients.
     least = 1e-2 * sum(w.double().square().mean() for w in wanted)
     for grad, w in zip(grads, wanted, strict=True):
