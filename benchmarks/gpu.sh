@@ -75,7 +75,7 @@ table() {   # NAME TITLE COMMAND...: what the command prints, under its title an
         mv "$file.part" "$file"
         rm -f "$file.log" "$folder/$day-gpu-$name.failed.txt"
     else
-        [ $? -eq 124 ] && echo "error: table $name took longer than $seconds s" >>"$file.log"
+        case $? in 124|137) echo "error: table $name took longer than $seconds s" >>"$file.log" ;; esac
         failed=1
         cat "$file.part" "$file.log" >"$folder/$day-gpu-$name.failed.txt"
         tail -n 1 "$file.log" >&2

@@ -12,6 +12,7 @@ compared: their loss must come out within 1e-3.
 import argparse
 import math
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -97,6 +98,8 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         raise ConfigError(
             "training.sequence_length", config.training.sequence_length, f"{LANGUAGE.length}, a document"
         )
+    if again:
+        shutil.rmtree(config.output_dir, ignore_errors=True)
     start = time.perf_counter()
     train(words)
     seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ dense layer's operations, so skipping pays where `worth` exceeds the capacity. E
 weighed by Huber's function. Intervals are from 200 samples of the seeds, with replacement, in every cell.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
             f"There are {len(cells)} of {len(budgets)}.\n"
         )
     found = fit(rows, kinds)
+    seeds = Counter((row["budget"], row["size"], row["kind"]) for row in rows)
+    has_spread = min(seeds.values()) > 1  # a cell with one seed would seem to be exact
     random = np.random.default_rng(0)
     samples = np.array([fit(sampled(rows, random), kinds, found) for _ in range(SAMPLES)])
     low, high = np.percentile(samples, INTERVAL, axis=0)
@@ -86,7 +89,8 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
         "| kind | a skipped layer is worth, in dense layers | 90 % interval |",
         "| --- | --- | --- |",
         *(
-            f"| {kind} | {found[5 + i]:.2f} | {low[5 + i]:.2f} to {high[5 + i]:.2f} |"
+            f"| {kind} | {found[5 + i]:.2f} | "
+            + (f"{low[5 + i]:.2f} to {high[5 + i]:.2f} |" if has_spread else "needs two seeds of each |")
             for i, kind in enumerate(kinds)
         ),
     ]

@@ -6,13 +6,15 @@
 Makes corpus, tokenizer and datasets if they are not there. Then takes the runs that have no row in `results.jsonl`
 yet. For each budget, smallest first, it tries the rates on a dense and on a routed model of one size; then it takes
 every size and kind with the best rate, seed by seed. What is there is usable at any time: you can stop the command and
-start it again. `--fit` runs nothing and prints tables and the fit of the rows that are there.
+start it again. `--fit` runs nothing and prints tables and the fit of the rows that are there. Overrides are part of a
+row: tables and fit are of the rows with the same ones.
 """
 
 import argparse
 import math
 import os
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -136,8 +138,10 @@ def settled(words: Sequence[str]) -> Config:
 def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
     """Trains one model; the row of its last validation."""
     words = command(cell, output, again=again)
-    train(words)
     config = settled(words[1:])
+    if again:
+        shutil.rmtree(config.output_dir, ignore_errors=True)
+    train(words)
     model, length = config.model, config.training.sequence_length
     steps, last = records_of(Path(config.output_dir))
     parameters = layer_parameters(model)
@@ -318,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args.fit:
         take_runs(args, results)
-    if rows := read_rows(results, ROW):
+    rows = [row for row in read_rows(results, ROW) if row["overrides"] == args.overrides]
+    if rows:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(report(rows))
         print(report(rows))

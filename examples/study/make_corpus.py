@@ -92,7 +92,7 @@ def write(folder: Path, roots: Sequence[Path], least: int) -> str:
             f"{sum(found.values()) / 1e6:.0f} MB of text below {', '.join(map(str, roots))}: must be at least {least}, of "
             "several projects; name more folders with --also"
         )
-    for part, path in names.items():
+    for part, path in reversed(names.items()):  # the first is there only if both are
         temporary[part].rename(path)
         print(f"{path}: {found[part] / 1e6:.1f} MB")
     return whole.hexdigest()

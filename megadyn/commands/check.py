@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refuse_without_package(config.training.tasks)
     if config.training.tasks.names:
         log.info("asking lm_eval for the tasks")
-        refuse_unknown(config.training.tasks)
+        refuse_unknown(config.training.tasks, device="cpu")  # here, often a login node, the GPUs are not
     if args.data:
         check_data(config)
     if args.ssh:

@@ -331,6 +331,12 @@ def engine_settings(config: Config) -> dict[str, Any]:
             stage,
             "at most 2 with training.compile: weights are gathered inside a layer; use deepspeed_config=zero2",
         )
+    if config.training.compile and ("flash3" in config.model.attention or "cudnn" in config.model.attention):
+        raise ConfigError(
+            "model.attention",
+            config.model.attention,
+            "auto, or without flash3 and cudnn, with training.compile: a compiled graph cannot hold their calls",
+        )
     if (reduced_in := reduction_type(settings, config.precision)) not in PRECISIONS:
         raise ConfigError(f"{path}: {REDUCED_IN}", reduced_in, f"one of {', '.join(PRECISIONS)}")
     if config.precision != "fp32" and stage == 0:

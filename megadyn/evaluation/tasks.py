@@ -24,6 +24,7 @@ from megadyn.checkpoint import layout
 from megadyn.config.tasks import is_path
 from megadyn.errors import ConfigError, UserError, did_you_mean, one_line, run_tool
 from megadyn.log import log, start_logging
+from megadyn.training.task_process import export_beside
 
 PARENT_S = 1.0
 """Between looks whether the run is still there."""
@@ -78,7 +79,7 @@ def evaluate(asked: Asked, output: Path) -> None:
     from megadyn.checkpoint.export import export  # seconds of imports, which a check of names does without
 
     began, checkpoint = time.monotonic(), Path(asked.checkpoint)
-    folder = output.with_name(f".export-{output.stem}")
+    folder = export_beside(output)
     try:
         export(checkpoint, folder, overwrite=True)
         if (checkpoint / layout.DIGEST).read_text() != asked.digest:

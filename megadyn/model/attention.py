@@ -1,6 +1,5 @@
 """Grouped-query causal self-attention."""
 
-import importlib
 import importlib.util
 import inspect
 from typing import Any
@@ -144,7 +143,10 @@ def causal_attention(
         )
         return flat.view_as(q)
     if rows in PACKAGES:
-        call = importlib.import_module(PACKAGES[rows][0]).flash_attn_func
+        if rows == "flash":  # spelled out, because a compiled graph cannot hold a search for a module
+            from flash_attn import flash_attn_func as call
+        else:
+            from flash_attn_interface import flash_attn_func as call
         return _alone(call(q, k, v, causal=True, window_size=_before(window), **_flash_options()))
     if rows == "cudnn":
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -198,7 +200,10 @@ def _attention_in_segments(
     if not q.shape[0]:
         return q + (k.sum() + v.sum())  # nothing, but each of the three gets its gradient: zeros
     if kernel in PACKAGES:
-        call = importlib.import_module(PACKAGES[kernel][0]).flash_attn_varlen_func
+        if kernel == "flash":
+            from flash_attn import flash_attn_varlen_func as call
+        else:
+            from flash_attn_interface import flash_attn_varlen_func as call
         options = {"causal": True, "window_size": _before(window)} | _flash_options()
         return _alone(call(q, k, v, ends, ends, longest, longest, **options))
     if kernel == "varlen":

@@ -182,8 +182,12 @@ def choose_attention(config: Config, gather: Gather | None = None, timer: Timer 
     """
     model = config.model
     backend, why = attention_backend(model, config.precision)
-    if model.attention == "auto" and no_kernels_for(model, config.precision) is None:
-        if torch.are_deterministic_algorithms_enabled():
+    if model.attention == "auto":
+        lacks = [no_kernels_for(model, config.precision)]
+        lacking = next((one for one in (gather(lacks[0]) if gather else lacks) if one is not None), None)
+        if lacking is not None:  # on any rank: they measure together, or none does
+            backend, why = "sdpa", f"auto: {lacking}"
+        elif torch.are_deterministic_algorithms_enabled():
             why += "; not measured, with training.deterministic"
         elif model.sliding_window is not None:
             why += "; not measured, with a sliding window"

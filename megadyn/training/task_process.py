@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,12 +38,15 @@ def refuse_without_package(settings: TasksConfig) -> None:
         )
 
 
-def refuse_unknown(settings: TasksConfig) -> None:
-    """Raises UserError for tasks that lm_eval does not know, and for a device that is not here. Takes seconds."""
+def refuse_unknown(settings: TasksConfig, device: str | None = None) -> None:
+    """Raises UserError for tasks that lm_eval does not know, and for a device that is not here. Takes seconds.
+
+    `device`: to look for in place of that of `settings`.
+    """
     if not settings.names:
         return
     done = subprocess.run(
-        command(names=settings.names, device=settings.device),
+        command(names=settings.names, device=device or settings.device),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -78,11 +82,12 @@ def start(settings: TasksConfig, checkpoint: Path, digest: str, output: Path) ->
         )
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the process, and those that it started."""
+def stop(process: "subprocess.Popen[bytes]", output: Path) -> None:
+    """Ends the process, and those that it started, and removes its export."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    shutil.rmtree(export_beside(output), ignore_errors=True)
 
 
 def command(**asked: Any) -> list[str]:
@@ -98,6 +103,11 @@ def environment(of_rank: Mapping[str, str], threads: int) -> dict[str, str]:
 
 def log_beside(output: Path) -> Path:
     return output.with_suffix(".log")
+
+
+def export_beside(output: Path) -> Path:
+    """Where the evaluation exports the checkpoint to, while it runs."""
+    return output.with_name(f".export-{output.stem}")
 
 
 def problem_in(said: str, status: int) -> str:

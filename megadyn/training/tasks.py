@@ -12,6 +12,7 @@ A file `being-evaluated` marks a checkpoint from when it is asked for until its 
 before, and the next start takes up what is marked. So each checkpoint is evaluated once, also where a run was killed.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from megadyn.parallel.objects import all_gather
 from megadyn.progress import duration
 from megadyn.telemetry.telemetry import Silent
 from megadyn.training import task_process
-from megadyn.training.mirroring import ASKS_S, ENDING_S
+from megadyn.training.mirroring import ASKS_S
 
 FOLDER = "tasks"
 
@@ -84,7 +85,7 @@ class Tasks:
         """Leaves out checkpoints after `iteration`, from which the run goes on another way."""
         running = self._running
         if running is not None and layout.iteration_of(running.checkpoint) > iteration:
-            task_process.stop(running.process)
+            task_process.stop(running.process, self._file(running.checkpoint))
             self._running = None
             self._leave_out(running.checkpoint, "the run has gone back")
         if self._waiting is not None and layout.iteration_of(self._waiting) > iteration:
@@ -211,7 +212,7 @@ class Tasks:
             self.watchdog.progress("waiting for training.tasks")
             is_waiting = self._running is not None and time.monotonic() < end
             states = all_gather((is_waiting, self.watchdog.seconds_left()))
-            if not states[0][0] or min(left for _, left in states) < ENDING_S:
+            if not states[0][0] or min(left for _, left in states) < math.inf:  # asked to stop
                 break
             time.sleep(ASKS_S)
             self.collect()
@@ -242,7 +243,7 @@ class Tasks:
 
     def _stop(self) -> None:
         if self._running is not None:
-            task_process.stop(self._running.process)
+            task_process.stop(self._running.process, self._file(self._running.checkpoint))
         self._running = self._waiting = None
 
 

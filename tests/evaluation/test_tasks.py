@@ -12,7 +12,7 @@ import torch
 
 from megadyn.errors import UserError
 from megadyn.evaluation.tasks import check_device, scores, specs_of
-from megadyn.training.task_process import environment, problem_in, stop
+from megadyn.training.task_process import environment, export_beside, problem_in, stop
 
 
 def test_of_a_group_with_a_score_its_members_are_left_out():
@@ -112,8 +112,10 @@ def test_the_process_ends_with_the_run(tmp_path: Path):
         said.readline()  # it has begun
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(0.3)
-    stop(waiting)
-    assert waiting.returncode == -signal.SIGKILL
+    output = tmp_path / "iteration-00000010.json"
+    export_beside(output).mkdir()
+    stop(waiting, output)
+    assert waiting.returncode == -signal.SIGKILL and not list(tmp_path.iterdir())
 
 
 def test_it_does_not_take_itself_for_a_rank():

@@ -96,8 +96,11 @@ def test_from_datasets_to_a_row_and_its_table(
     assert "No fit yet" in printed
 
     before = (tmp_path / "results.jsonl").read_bytes()
-    assert grid.main([*words, "--again", "2"]) == 0
-    assert "mod 32x2, 1e+08 operations, rate 0.001, seed 0: the same loss" in capsys.readouterr().out
+    for _ in range(2):
+        assert grid.main([*words, "--again", "2"]) == 0
+        assert "mod 32x2, 1e+08 operations, rate 0.001, seed 0: the same loss" in capsys.readouterr().out
+    assert grid.main(["--output", str(tmp_path), "--fit"]) == 0
+    assert capsys.readouterr().out == ""  # overrides are part of a row
     assert grid.main([*words, "--fit"]) == 0
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="--again 3: .* has 2 rows"):
@@ -132,6 +135,8 @@ def test_the_fit_finds_what_skipped_layers_are_worth(grid: ModuleType) -> None:
         found, interval = line.split("|")[2:4]
         low, high = map(float, interval.split("to"))
         assert low <= float(found) <= high and low - 0.03 < of < high + 0.03 and high - low < 0.2
+    one_seed = [row for row in made_up(worth, 3e-3) if row["seed"] == 1]
+    assert fit.say_fit(one_seed, "dense").count("| needs two seeds of each |") == 2
     few = [row for row in made_up(worth, 0.0) if row["budget"] == 1e13]
     assert "There are 4 of 1." in fit.say_fit(few, "dense")
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.attention.varlen
 from torch.testing import assert_close
 
+from megadyn.config import engine_settings
 from megadyn.errors import ConfigError
 from megadyn.model import attention, attention_choice
 from megadyn.model.attention import ATTENTION, causal_attention
@@ -163,8 +164,8 @@ def test_the_fastest_that_runs_is_taken_and_the_log_tells_all_times(gpu, caplog)
     assert backend == "cudnn"  # whose segments are varlen's
     assert caplog.messages[-1] == (
         "attention: cudnn (auto: measured at 1 x 24 tokens; rows: flash3 3 ms, cudnn 1 ms, flash 2 ms, sdpa 4 ms; "
-        "segments: flash3 2.5 ms, flash none (AttributeError: module 'flash_attn' has no attribute "
-        "'flash_attn_varlen_func'), varlen 2 ms)"
+        "segments: flash3 2.5 ms, flash none (ImportError: cannot import name 'flash_attn_varlen_func' "
+        "from 'flash_attn' (unknown location)), varlen 2 ms)"
     )
 
 
@@ -213,6 +214,8 @@ def test_ranks_agree_on_what_runs_everywhere_by_its_slowest_time(gpu):
     got = []
 
     def gather(mine):
+        if mine is None:  # what keeps this rank from measuring
+            return [None, None]
         got.extend([agreed([mine, other]), agreed([other, mine])])
         return [mine, other]
 
@@ -221,6 +224,33 @@ def test_ranks_agree_on_what_runs_everywhere_by_its_slowest_time(gpu):
     assert got[1]["rows"]["flash3"].problem == "not here"
     for case in other:
         assert fastest(got[0][case]) == fastest(got[1][case])
+
+
+def test_ranks_measure_together_or_none_does(gpu, caplog):
+    config = tiny_config(head_dim=8, precision="bf16")
+    with caplog.at_level(logging.INFO, "megadyn"):
+        backend = choose_attention(config, lambda mine: [mine, "rank 1's GPU is too old"], Clock())
+    assert backend == "sdpa" and "rank 1's GPU is too old" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_flash_attention_is_part_of_a_compiled_graph(packages, with_segments):
+    packages["flash"].flash_attn_func = lambda q, k, v, **options: plain(q, k, v)
+    packages["flash"].flash_attn_varlen_func = lambda q, k, v, *ends, **options: plain(
+        q[None], k[None], v[None]
+    )[0]
+    q, k = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
+    segments = segments_of(torch.zeros(1, 6, dtype=torch.int64), 1, 6) if with_segments else None
+    compiled = torch.compile(causal_attention, backend="eager", fullgraph=True)
+    assert_close(compiled(q, k, k, "flash", segments), plain(q, k, k))
+
+
+@pytest.mark.parametrize("name", ["flash3", "cudnn+flash"])
+def test_calls_that_no_compiled_graph_holds_are_refused(name):
+    config = tiny_config(head_dim=8, precision="bf16", attention=name)
+    config.training.compile = True
+    with pytest.raises(ConfigError, match="without flash3 and cudnn, with training.compile"):
+        engine_settings(config)
 
 
 @pytest.mark.parametrize(
