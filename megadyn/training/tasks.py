@@ -59,6 +59,7 @@ class Tasks:
         self._running: Running | None = None
         self._waiting: Path | None = None
         self._ended: list[Path] = []  # with results that are not in the metrics
+        self._events: list[tuple[int, str, dict[str, Any]]] = []  # that are not in the metrics
 
     # ---- what the loop calls ---------------------------------------------------------------------
 
@@ -69,6 +70,7 @@ class Tasks:
 
     def collect(self) -> None:
         """Reports results that are there, and starts what waits. Takes no time unless something has ended."""
+        self._say_events()
         while self._ended:
             self._report(self._ended.pop(0))
         if self._running is None or self._running.process.poll() is None:
@@ -167,8 +169,14 @@ class Tasks:
         self._event(checkpoint, "tasks_left_out", {"why": why})
 
     def _event(self, checkpoint: Path, name: str, what: dict[str, Any]) -> None:
-        self.telemetry.event(layout.iteration_of(checkpoint), name, what)
+        self._events.append((layout.iteration_of(checkpoint), name, what))
+        self._say_events()
         self._release(checkpoint)
+
+    def _say_events(self) -> None:
+        """Not before the metrics are open, which they are not when a start takes up what was left."""
+        while self._events and type(self.telemetry) is not Silent:
+            self.telemetry.event(*self._events.pop(0))
 
     def _release(self, checkpoint: Path) -> None:
         with suppress(OSError):

@@ -102,6 +102,16 @@ def test_results_count_for_the_very_checkpoint_alone(made: Tasks, monkeypatch: p
     assert not made.take_up(made.root / layout.folder_name(20), is_complete=True)
 
 
+def test_what_is_said_before_the_metrics_are_open_is_in_them_later(made: Tasks):
+    opened, made.telemetry = made.telemetry, Silent()
+    made.saved(checkpoint(made, 10), is_last=False)
+    made.go_back(0)
+    assert not opened.events
+    made.telemetry = opened
+    made.collect()
+    assert opened.events == [(10, "tasks_left_out")]
+
+
 def test_a_run_without_tasks_holds_no_checkpoint_for_them(made: Tasks):
     (checkpoint(made, 10) / layout.EVALUATED).touch()
     made.is_wanted = False
