@@ -101,6 +101,15 @@ def test_a_check_covers_each_phase(config_file, capsys):
         check.main([str(config_file), "--processes", "4"])
 
 
+def test_a_check_leaves_the_gpus_of_tasks_to_the_run(config_file, monkeypatch):
+    """It often runs on a login node, where they are not."""
+    asked = []
+    monkeypatch.setattr(check, "refuse_unknown", lambda settings, device: asked.append(device))
+    tasks = ["training.tasks.names=[piqa]", "training.tasks.device=cuda:1"]
+    assert check.main([str(config_file), "phases=[]", "training.iterations=3", *tasks]) == 0
+    assert asked == ["cpu"]
+
+
 def test_a_check_opens_the_data_of_each_phase(config_file):
     with IndexedWriter(config_file.parent / "corpus", "<u2") as writer:
         writer.add(np.full(90, 65), [90], [1])
