@@ -187,7 +187,7 @@ def task_files(path: Path) -> list[Path]:
     return found
 
 
-class Loader(yaml.SafeLoader):  # type: ignore[misc]
+class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without types
     """Reads `!function` as nothing: lm_eval resolves it."""
 
 

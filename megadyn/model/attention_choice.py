@@ -183,10 +183,10 @@ def choose_attention(config: Config, gather: Gather | None = None, timer: Timer 
     model = config.model
     backend, why = attention_backend(model, config.precision)
     if model.attention == "auto":
-        lacks = [no_kernels_for(model, config.precision)]
-        lacking = next((one for one in (gather(lacks[0]) if gather else lacks) if one is not None), None)
-        if lacking is not None:  # on any rank: they measure together, or none does
-            backend, why = "sdpa", f"auto: {lacking}"
+        lacks = no_kernels_for(model, config.precision)
+        missing = [one for one in (gather(lacks) if gather else [lacks]) if one is not None]
+        if missing:  # on any rank: they measure together, or none does
+            backend, why = "sdpa", f"auto: {missing[0]}"
         elif torch.are_deterministic_algorithms_enabled():
             why += "; not measured, with training.deterministic"
         elif model.sliding_window is not None:
