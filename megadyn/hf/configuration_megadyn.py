@@ -31,6 +31,8 @@ Qwen2's fields, and thirteen of its own:
         dtf           capacity      share of a sequence's tokens that a layer processes under top-k, in (0, 1]
                       ma_window     tokens in the moving average of the static surprise
                       prior_size    inner width of the prior's feed-forward
+                      scale_free    whether surprises are divided by the moving average of the static one (default: false)
+                      relative_gate whether the gate is divided by its moving average (default: false)
                       gate          score
                       score         gate | log: what ranks tokens and is held against the threshold: G, in exports of
                                     earlier versions, whose weights hold `router.ce_offset`; or r = -log(1 - G), with
@@ -66,6 +68,7 @@ class Router(NamedTuple):
 
     required: tuple[str, ...] = ()  # numbers that the weights alone do not tell
     choices: dict[str, tuple[str, ...]] = {}  # keys with a fixed set of values; the first is the default
+    flags: tuple[str, ...] = ()  # keys that are true or false, the default
 
 
 class ExportedKind(NamedTuple):
@@ -142,9 +145,13 @@ def check_routing(routing: dict[str, Any]) -> dict[str, Any]:
         one_of(f"routing.{key} with router_type = {router_type}", routing.get(key, allowed[0]), allowed)
     for key in router.required:
         check_number(key, routing[key])
-    return (
-        {"router_type": router_type} | {key: allowed[0] for key, allowed in router.choices.items()} | routing
+    for key in router.flags:
+        if type(routing.get(key, False)) is not bool:
+            raise ValueError(f"routing.{key} = {routing[key]!r}: must be true or false")
+    defaults = {key: allowed[0] for key, allowed in router.choices.items()} | dict.fromkeys(
+        router.flags, False
     )
+    return {"router_type": router_type} | defaults | routing
 
 
 def has_topk(routing: dict[str, Any]) -> bool:

@@ -43,6 +43,7 @@ class SurpriseRouter(Float32Module):
 
     def __init__(self, config: MegadynConfig) -> None:
         super().__init__()
+        self.scale_free = config.routing["scale_free"]
         for name in ("beta_ce", "beta_cu", "cu_multiplier"):
             self.register_parameter(name, nn.Parameter(torch.empty(1)))
         # Exports of earlier versions hold the offset, not its logarithm. `from_pretrained` loads it, then converts it.
@@ -58,14 +59,25 @@ class SurpriseRouter(Float32Module):
 
     def forward(self, static_BC: Tensor, change_BC: Tensor, average_BC: Tensor) -> Tensor:
         beta_ce, beta_cu, cu_multiplier = (wide(x) for x in (self.beta_ce, self.beta_cu, self.cu_multiplier))
-        a_BC = F.softplus(beta_ce) * (static_BC - change_BC + self.log_offset())
-        b_BC = F.softplus(beta_cu) * (static_BC - cu_multiplier * average_BC)
+        expected_BC, unexpected_BC = static_BC - change_BC, static_BC - cu_multiplier * average_BC
+        if self.scale_free:
+            expected_BC, unexpected_BC = (
+                expected_BC / at_least(average_BC),
+                unexpected_BC / at_least(average_BC),
+            )
+        a_BC = F.softplus(beta_ce) * (expected_BC + self.log_offset())
+        b_BC = F.softplus(beta_cu) * unexpected_BC
         return -(F.logsigmoid(-a_BC) + F.logsigmoid(-b_BC))
 
 
 def log_of_older(offset: Tensor) -> Tensor:
     """lambda_ce of an older export that holds the offset itself, computed as earlier versions did."""
     return (wide(offset) + 1e-10).log()
+
+
+def at_least(average: Tensor) -> Tensor:
+    """A moving average to divide by, not below 1e-12."""
+    return average.clamp(min=1e-12)
 
 
 def gate_of(score: Tensor) -> Tensor:

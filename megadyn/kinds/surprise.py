@@ -7,7 +7,7 @@ from typing import Any
 from megadyn.checks import at_least, in_range
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import SHAPES
+from megadyn.kinds.kind import SHAPES, TRAINED_SO
 from megadyn.kinds.topk import TopK
 
 SURPRISE_LEGEND = {
@@ -42,9 +42,12 @@ class Surprising(TopK):
     is still read and converted."""
     cu_multiplier_init: float = 1.1
     """Initial m_cu, the factor on the moving average."""
+    scale_free: bool = False
+    """Whether D_st and D_ch are divided by the moving average of D_st, so that neither the size of the layer's updates nor the
+    difficulty of a text changes the score."""
 
-    fixed = {"prior_factor": SHAPES}
-    recorded = (*TopK.recorded, "ma_window", "prior_factor")
+    fixed = {"prior_factor": SHAPES, "scale_free": TRAINED_SO}
+    recorded = (*TopK.recorded, "ma_window", "prior_factor", "scale_free")
     shared = ("surprise_megadyn.py",)
 
     def check(self) -> None:

@@ -277,10 +277,21 @@ class Reader:
         for t in range(len(h)):
             last = [d_st[max(s, 0)] for s in range(t - window + 1, t + 1)]  # before the start: D_st[0]
             moving_average = sum(last) / window
-            ce = d_st[t] - d_ch[t] + lambda_ce
-            cu = d_st[t] - m_cu * moving_average
+            unit = moving_average if self.routing.get("scale_free") else 1.0
+            ce = (d_st[t] - d_ch[t]) / unit + lambda_ce
+            cu = (d_st[t] - m_cu * moving_average) / unit
             scores.append(softplus(softplus(beta_ce) * ce) + softplus(softplus(beta_cu) * cu))
         return scores
+
+    def gates(self, scores: list[float]) -> list[float]:
+        """What multiplies each token's update in a Dynamic layer."""
+        gates, window = [1 - math.exp(-r) for r in scores], self.routing["ma_window"]
+        if not self.routing.get("relative_gate"):
+            return gates
+        return [
+            gates[t] / (sum(gates[max(s, 0)] for s in range(t - window + 1, t + 1)) / window)
+            for t in range(len(gates))
+        ]
 
     # ---- STT -------------------------------------------------------------------------------------
 
@@ -431,7 +442,7 @@ class Reader:
             elif kind == "dtf_decision":
                 h, scores = self.decide(h, layer)
             elif kind == "dtf_dynamic":
-                h = self.skip_or_run(h, scores, [1 - math.exp(-r) for r in scores], layer)
+                h = self.skip_or_run(h, scores, self.gates(scores), layer)
             elif kind == "mod":
                 h = self.mixture_of_depths(h, layer)
             elif kind == "stt":

@@ -65,6 +65,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dtrnet-target": {"kind": "dtrnet", "target_share": 0.3, "aux_loss_lambda": 0.05},
     "mod-threshold": {"kind": "mod", "capacity": 0.3, "choose": "threshold", "threshold_start": 1},
     "stt": {"kind": "stt", "ma_window": 7, "prior_loss_weight": 0.1},
+    "stt-scale-free": {"kind": "stt", "ma_window": 7, "prior_loss_weight": 0.1, "scale_free": True},
+    "dtf-relative": {"kind": "dtf", "ma_window": 7, "scale_free": True, "relative_gate": True},
     "fixed": {"kind": "fixed", "capacity": 0.3},
     "fixed-stride": {"kind": "fixed", "capacity": 0.3, "score": "stride"},
     "nested": {"kind": "nested", "capacity": 0.3, "threshold_rate": 0.1},

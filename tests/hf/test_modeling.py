@@ -531,6 +531,7 @@ TOKEN, EXPERT = LAYOUTS["dtrnet-token"][1], LAYOUTS["dtrnet-expert"][1]
         ),
         ({"routing": DTF | {"capacity": 0}}, "routing.capacity = 0: must be a number in"),
         ({"routing": DTF | {"ma_window": 0}}, "routing.ma_window = 0"),
+        ({"routing": DTF | {"relative_gate": 1}}, "routing.relative_gate = 1: must be true or false"),
         ({"routing": MOD | {"capacity": "0.5"}}, "routing.capacity = '0.5': must be a number in"),
         ({"routing": {"kind": "mod"}}, "routing.capacity is missing"),
         ({"routing": MOD | {"gate": "score"}}, "routing.gate .* = 'score': must be one of sigmoid, identity"),

@@ -12,11 +12,12 @@ from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
+from megadyn.parallel.grid import Axis
 from megadyn.routing import surprise
 from megadyn.routing.choice import CausalRouter
 from megadyn.routing.layer import LossScale
 from megadyn.routing.select import Selection
-from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average
+from megadyn.routing.surprise import SurpriseRouter, gate_of, moving_average, relative_gate
 from megadyn.routing.tracker import Monitor, RunningThreshold
 from tests.helpers.naive import prior_update
 from tests.helpers.networks import disturb, layer_context, make_network, param_maker, with_routing
@@ -397,3 +398,39 @@ def test_the_static_surprise_of_a_bf16_layer_is_taken_in_float32():
     assert_close(
         seen[1], (post.float() - (h.float() + update.float())).square().mean(dim=-1), rtol=0.02, atol=0
     )
+
+
+# ---- criteria and gates relative to their own level ----------------------------------------------
+
+
+def test_scale_free_scores_do_not_depend_on_the_size_of_the_updates():
+    config = with_routing(tiny_config(), ma_window=3, scale_free=True)
+    router = disturb(surprise_router(config), param_maker(config))
+    static, change = (x.detach() for x in surprises())
+    score = router(static, change)[0]
+    assert_close(router(100 * static, 100 * change)[0], score)
+    average = moving_average(static, 3)
+    params = {name: getattr(router, name).detach() for name in NAMES}
+    want = reference_gate(static / average, change / average, torch.ones_like(average), params)
+    assert_close(gate_of(score), want)
+    assert not torch.allclose(make_router()(static, change)[0], score)
+
+
+def test_a_layer_that_changes_nothing_has_finite_scale_free_scores():
+    config = with_routing(tiny_config(), scale_free=True)
+    router = surprise_router(config)
+    zeros = torch.zeros(2, 8, dtype=F64, requires_grad=True)
+    score, _ = router(zeros, zeros)
+    score.sum().backward()
+    assert score.isfinite().all() and zeros.grad is not None and zeros.grad.isfinite().all()
+
+
+def test_a_factor_common_to_all_gates_cancels_in_relative_gates_and_their_gradient():
+    gate = (random(2, 8).sigmoid() * 0.9).requires_grad_()
+    scores = [-torch.log1p(-factor * gate) for factor in (1, 0.3)]
+    relative = [relative_gate(score, 4, Axis("seq")) for score in scores]
+    assert_close(relative[0], relative[1])
+    assert_close(relative[0][:, 0], torch.ones(2, dtype=F64))
+    (grad,) = torch.autograd.grad(relative[0], gate, random(2, 8, seed=5))
+    assert grad.abs().max() > 0.1
+    assert_close((grad * gate).sum(dim=1), torch.zeros(2, dtype=F64))

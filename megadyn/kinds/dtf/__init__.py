@@ -14,7 +14,7 @@ from megadyn.costs.memory import (
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
 from megadyn.errors import ConfigError
-from megadyn.kinds.kind import DENSE
+from megadyn.kinds.kind import DENSE, TRAINED_SO
 from megadyn.kinds.surprise import SURPRISE_LEGEND, Surprising
 
 DECISION, DYNAMIC = "dtf_decision", "dtf_dynamic"
@@ -23,6 +23,9 @@ DECISION, DYNAMIC = "dtf_decision", "dtf_dynamic"
 @dataclass
 class Dtf(Surprising):
     kind: str = "dtf"
+    relative_gate: bool = False
+    """Whether a chosen token's update is multiplied by G over the moving average of G (over `ma_window` tokens) instead of by
+    G, so that training cannot close the gates of all tokens alike."""
 
     name = "dtf"
     benchmark = "dtf:0.5"
@@ -36,7 +39,12 @@ class Dtf(Surprising):
     legend = SURPRISE_LEGEND
     layers = {DECISION: "DecisionLayer", DYNAMIC: "DynamicLayer"}
     scores = ("gate", "log")
-    variants = {"threshold": {"choose": "threshold", "threshold_start": 1}}
+    variants = {
+        "threshold": {"choose": "threshold", "threshold_start": 1},
+        "relative": {"scale_free": True, "relative_gate": True},
+    }
+    recorded = (*Surprising.recorded, "relative_gate")
+    fixed = Surprising.fixed | {"relative_gate": TRAINED_SO}
 
     def check_shape(self, shape: Shape) -> None:
         if shape.num_layers < 2:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megadyn.hf.cache_megadyn import LayerCache
 from megadyn.hf.configuration_megadyn import ExportedKind, MegadynConfig, Router
 from megadyn.hf.layers_megadyn import Context, DenseLayer, RoutedLayer, Routing, Stream, ThresholdRule, wide
-from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, gate_of, log_of_older, moving_average
+from megadyn.hf.surprise_megadyn import Prior, SurpriseRouter, at_least, gate_of, log_of_older, moving_average
 
 
 def threshold_of_older(tau: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class DecisionLayer(DenseLayer):
 
 
 class DynamicLayer(RoutedLayer):
-    """Processes only tokens selected by the decision layer's score; the gate is G = 1 - exp(-r)."""
+    """Processes only tokens selected by the decision layer's score; the gate is G = 1 - exp(-r), or G over its moving average."""
 
     def __init__(self, config: MegadynConfig, number: int) -> None:
         super().__init__(config, number)
@@ -79,9 +79,13 @@ class DynamicLayer(RoutedLayer):
     def forward(self, stream: Stream, context: Context, cache: LayerCache | None) -> tuple[Stream, Routing]:
         score_BT = cast(Tensor, stream.score_BC)
         gate_BT = gate_of(score_BT)
+        factor_BT = gate_BT
+        if self.routing["relative_gate"]:
+            average_BT = moving_average(gate_BT, self.routing["ma_window"], context, cache)
+            factor_BT = gate_BT / at_least(average_BT)
         if self.routing["score"] == "gate":
             score_BT = gate_BT
-        return self.route(stream.hidden_BCD, score_BT, gate_BT, context, cache)
+        return self.route(stream.hidden_BCD, score_BT, factor_BT, context, cache)
 
 
 def check_pairs(layer_types: list[str]) -> None:
@@ -103,6 +107,7 @@ EXPORTED = ExportedKind(
         "surprise": Router(
             ("capacity", "ma_window", "prior_size"),
             {"gate": ("score",), "score": ("gate", "log"), "causal": ("threshold", "predictor")},
+            ("scale_free", "relative_gate"),
         )
     },
     check_pairs,

@@ -15,7 +15,7 @@ from megadyn.parallel.mappings import whole_sequence
 from megadyn.routing.choice import gate_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, SkippingLayer, Step
 from megadyn.routing.select import Selection
-from megadyn.routing.surprise import SurpriseRouter, gate_of
+from megadyn.routing.surprise import SurpriseRouter, gate_of, relative_gate
 
 
 class DecisionLayer(RoutedLayer):
@@ -54,9 +54,16 @@ class DecisionLayer(RoutedLayer):
 
 
 class DynamicLayer(SkippingLayer):
-    """post + G Block(post) for the most surprising tokens of each sequence; the others pass unchanged."""
+    """post + G Block(post) for the most surprising tokens of each sequence; the others pass unchanged. With
+    `model.routing.relative_gate`, G over its moving average takes the place of G."""
 
     takes_score = True
+
+    def __init__(self, ctx: LayerContext, index: int, loss_scale: LossScale):
+        super().__init__(ctx, index, loss_scale)
+        routing = ctx.model.routing
+        assert isinstance(routing, Dtf)
+        self.window = routing.ma_window if routing.relative_gate else None
 
     def choose(self, stream: Stream) -> Selection:
         assert stream.score is not None
@@ -72,4 +79,10 @@ class DynamicLayer(SkippingLayer):
         score = whole_sequence(stream.score.detach(), self.seq)
         choice = self.causal_router(score, stream.hidden)
         self.monitor.record(choice.statistics | gate_statistics(gate_of(score), choice.in_top))
-        return self.process(stream, gate_of(stream.score), choice)
+        return self.process(stream, self.gate(stream.score, stream.documents), choice)
+
+    def gate(self, score: Tensor, documents: Documents | None) -> Tensor:
+        """r [B, T/seq] -> what multiplies the block's update, [B, T/seq]."""
+        if self.window is None:
+            return gate_of(score)
+        return relative_gate(score, self.window, self.seq, documents)

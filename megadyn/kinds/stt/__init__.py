@@ -32,6 +32,7 @@ class Stt(Laid, Surprising):
     layers = {"stt": "SubjectiveLayer"}
     fixed = Laid.fixed | Surprising.fixed
     rules = ("predictor",)
+    variants = {"scale_free": {"scale_free": True}}
 
     def check(self) -> None:
         if self.by_threshold:

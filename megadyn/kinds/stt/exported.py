@@ -79,6 +79,7 @@ EXPORTED = ExportedKind(
         "surprise": Router(
             ("capacity", "ma_window", "prior_size"),
             {"gate": ("score",), "score": ("log",), "causal": ("predictor",)},
+            ("scale_free",),
         )
     },
 )
