@@ -97,6 +97,13 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """A number that may be 0."""
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return number
+
+
 def seed(text: str) -> int:
     if not 0 <= (number := int(text)) <= LARGEST:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 2^63")

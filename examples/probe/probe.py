@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megadyn.arguments import positive
+from megadyn.arguments import count, positive
 from megadyn.benchmark.experiments import (
     Row,
     add_row,
@@ -298,12 +298,6 @@ def draw_sample(measured: Any, path: Path, title: str) -> None:
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
-
-def count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return number
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

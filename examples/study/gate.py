@@ -1,0 +1,179 @@
+"""DTF's gates in training: its forms, Mixture-of-Depths, a random choice and dense layers in one small setting, many seeds.
+
+    python examples/study/gate.py --output runs/gate [--seeds 4] [--most N] [--forms NAME ...] [key=value ...]
+    python examples/study/gate.py --output runs/gate --results examples/study/gate.jsonl --most 0
+
+Needs the tokenizer and datasets of `make quickstart`. Takes the runs that have no row in `results.jsonl` yet, one after another,
+seed by seed: what is there is usable at any time, and you can stop the command and start it again. `--most 0` only prints
+the table. `key=value` overrides apply to every run and are part of its row; the table is of the rows with the same ones.
+"""
+
+import argparse
+import re
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megadyn.arguments import count, positive
+from megadyn.benchmark.experiments import (
+    Row,
+    add_row,
+    check_again,
+    markdown,
+    mean_and_spread,
+    read_rows,
+    records_of,
+    train,
+)
+from megadyn.errors import Parser, UserError, did_you_mean, run_tool
+from megadyn.paths import user_path
+
+HERE = Path(__file__).parent
+ROUTED = ["model.routing.capacity=0.25", "model.routing.threshold_momentum=0.9"]
+DTF = ["model.routing.kind=dtf", *ROUTED]
+FORMS: dict[str, list[str]] = {
+    "dense, 4 layers": [],
+    "dense, 3 layers": ["model.num_layers=3"],
+    "random": ["model.routing.kind=fixed", "model.routing.capacity=0.25", "model.routing.score=random"],
+    "mod": ["model.routing.kind=mod", *ROUTED],
+    "dtf": DTF,
+    "dtf, scale-free": [*DTF, "model.routing.scale_free=true"],
+    "dtf, relative gate": [*DTF, "model.routing.relative_gate=true"],
+    "dtf, both": [*DTF, "model.routing.scale_free=true", "model.routing.relative_gate=true"],
+    "dtf, constant offsets": [*DTF, 'optimizer.freeze=["*.ce_log_offset", "*.cu_multiplier"]'],
+}
+"""Every second of four layers processes a quarter of the tokens. `random` is the control that learns no choice; three dense
+layers need more operations than 2.5, but no number of dense layers comes closer from above."""
+CONTROL = "random"
+ROW = ("form", "seed", "overrides", "loss", "course")
+
+
+def command(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool) -> list[str]:
+    """Configuration and overrides of a run; `again`: from the start, in a folder of its own."""
+    name = re.sub(r"[^\w.=-]+", "_", "-".join([form, f"seed{seed}", *overrides]))
+    return [
+        str(HERE / "gate.yaml"),
+        f"output_dir={output / ('again' if again else 'runs') / name}",
+        *(["checkpoint.resume=never"] if again else []),
+        f"training.seed={seed}",
+        *FORMS[form],
+        *overrides,
+    ]
+
+
+def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
+    """Trains one model; the row of its last validation and of its gates on the way."""
+    words = command(form, seed, output, overrides, again=again)
+    folder = Path(words[1].partition("=")[2])
+    if again:
+        shutil.rmtree(folder, ignore_errors=True)
+    train(words)
+    steps, last = records_of(folder)
+    return {
+        "form": form,
+        "seed": seed,
+        "overrides": list(overrides),
+        "loss": last["validation"]["causal"],
+        "topk": last["validation"].get("topk"),
+        "seconds": round(
+            statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1
+        ),
+        "course": course_of(steps),
+    }
+
+
+WATCHED = ("S_CE", "S_CU", "gate_routed", "gate_unrouted", "causal_agreement", "cu_multiplier", "D_st")
+
+
+def course_of(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Means over layers of what was watched, at ten reports spread over the run."""
+    picked = [steps[(len(steps) - 1) * part // 9] for part in range(10)]
+    course = []
+    for step in picked:
+        layers = step.get("routing", {}).values()
+        found = {name: [of[name] for of in layers if of.get(name) is not None] for name in WATCHED}
+        course.append(
+            {"iteration": step["iteration"]}
+            | {name: round(statistics.mean(of), 5) for name, of in found.items() if of}
+        )
+    return course
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line per form: loss, its difference from the control with the same seed, and the gates at the first and last report."""
+    control = {row["seed"]: row["loss"] for row in rows if row["form"] == CONTROL}
+    lines = []
+    for form in FORMS:
+        runs = [row for row in rows if row["form"] == form]
+        if not runs:
+            continue
+        less = [row["loss"] - control[row["seed"]] for row in runs if row["seed"] in control]
+
+        def way(name: str, runs: Sequence[Row] = runs) -> str:
+            ends = [
+                [row["course"][place][name] for row in runs if name in row["course"][place]]
+                for place in (0, -1)
+            ]
+            return " to ".join(f"{statistics.mean(of):.2f}" for of in ends) if all(ends) else "-"
+
+        lines.append(
+            [
+                form,
+                str(len(runs)),
+                mean_and_spread([row["loss"] for row in runs]),
+                "-" if form == CONTROL or not less else mean_and_spread(less),
+                *(way(name) for name in ("gate_routed", "gate_unrouted", "S_CE", "S_CU", "causal_agreement")),
+            ]
+        )
+    head = ["form", "seeds", "loss", f"less {CONTROL}", "gate", "gate of others", "S_CE", "S_CU", "agreement"]
+    return markdown(head, lines)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
+    )
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", type=positive, default=4)
+    parser.add_argument("--most", type=count, metavar="N", help="stop after N runs")
+    parser.add_argument(
+        "--again", type=positive, metavar="LINE", help="make this row of the results again, and compare"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    for form in args.forms:
+        if form not in FORMS:
+            raise UserError(f"--forms {form}: no form of gate.py{did_you_mean(form, FORMS)}")
+    results = args.results or args.output / "results.jsonl"
+    rows = read_rows(results, ROW)
+    if args.again is not None:
+        if args.again > len(rows):
+            raise UserError(f"--again {args.again}: {results} has {len(rows)} rows")
+        before = rows[args.again - 1]
+        row = run(before["form"], before["seed"], args.output, before["overrides"], again=True)
+        name = f"{row['form']}, seed {row['seed']}"
+        check_again(name, row["loss"], before["loss"])
+        print(f"{name}: the same loss")
+        return 0
+    there = {(row["form"], row["seed"], tuple(row["overrides"])) for row in rows}
+    wanted = [(form, seed, tuple(args.overrides)) for seed in range(1, args.seeds + 1) for form in args.forms]
+    for form, seed, overrides in [key for key in wanted if key not in there][: args.most]:
+        row = run(form, seed, args.output, overrides)
+        add_row(results, row)
+        print(f"{form}, seed {seed}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
+    rows = [row for row in read_rows(results, ROW) if row["overrides"] == args.overrides]
+    if rows:
+        print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_tool(main))
