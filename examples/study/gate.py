@@ -1,4 +1,5 @@
-"""DTF's gates in training: its forms, Mixture-of-Depths, a random choice and dense layers in one small setting, many seeds.
+"""Forms of routing against a random choice and dense layers in one small setting, many seeds: DTF's gates, and training by
+top-k or by the threshold.
 
     python examples/study/gate.py --output runs/gate [--seeds 4] [--most N] [--forms NAME ...] [key=value ...]
     python examples/study/gate.py --output runs/gate --results examples/study/gate.jsonl --most 0
@@ -25,6 +26,7 @@ from megadyn.benchmark.experiments import (
     mean_and_spread,
     read_rows,
     records_of,
+    shares_of,
     train,
 )
 from megadyn.errors import Parser, UserError, did_you_mean, run_tool
@@ -32,17 +34,29 @@ from megadyn.paths import user_path
 
 HERE = Path(__file__).parent
 ROUTED = ["model.routing.capacity=0.25", "model.routing.threshold_momentum=0.9"]
-DTF = ["model.routing.kind=dtf", *ROUTED]
+DTF, MOD = (["model.routing.kind=" + kind, *ROUTED] for kind in ("dtf", "mod"))
+DTRNET = ["model.routing.kind=dtrnet", "model.routing.router_type=expert_choice", *ROUTED]
+BY_THRESHOLD = "model.routing.choose=threshold"
 FORMS: dict[str, list[str]] = {
     "dense, 4 layers": [],
     "dense, 3 layers": ["model.num_layers=3"],
     "random": ["model.routing.kind=fixed", "model.routing.capacity=0.25", "model.routing.score=random"],
-    "mod": ["model.routing.kind=mod", *ROUTED],
+    "mod": MOD,
+    "mod, by threshold": [*MOD, BY_THRESHOLD],
     "dtf": DTF,
     "dtf, scale-free": [*DTF, "model.routing.scale_free=true"],
     "dtf, relative gate": [*DTF, "model.routing.relative_gate=true"],
     "dtf, both": [*DTF, "model.routing.scale_free=true", "model.routing.relative_gate=true"],
     "dtf, constant offsets": [*DTF, 'optimizer.freeze=["*.ce_log_offset", "*.cu_multiplier"]'],
+    "dtf, by threshold": [*DTF, BY_THRESHOLD],
+    "dtf, both, by threshold": [
+        *DTF,
+        "model.routing.scale_free=true",
+        "model.routing.relative_gate=true",
+        BY_THRESHOLD,
+    ],
+    "dtrnet": DTRNET,
+    "dtrnet, by threshold": [*DTRNET, BY_THRESHOLD],
 }
 """Every second of four layers processes a quarter of the tokens. `random` is the control that learns no choice; three dense
 layers need more operations than 2.5, but no number of dense layers comes closer from above."""
@@ -71,17 +85,28 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         shutil.rmtree(folder, ignore_errors=True)
     train(words)
     steps, last = records_of(folder)
+    shares = [share for step in steps[len(steps) // 2 :] for share in shares_of(step).values()]
     return {
         "form": form,
         "seed": seed,
         "overrides": list(overrides),
         "loss": last["validation"]["causal"],
         "topk": last["validation"].get("topk"),
+        "shares": [min(shares), statistics.mean(shares), max(shares)] if shares else None,
         "seconds": round(
             statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1
         ),
         "course": course_of(steps),
     }
+
+
+def say_shares(runs: Sequence[Row]) -> str:
+    """Share of the tokens that a layer took in the second half of the run: mean, and the range over layers, reports and seeds."""
+    found = [row["shares"] for row in runs if row["shares"]]
+    if not found:
+        return "-"
+    least, most = min(of[0] for of in found), max(of[2] for of in found)
+    return f"{statistics.mean(of[1] for of in found):.3f} ({least:.3f} to {most:.3f})"
 
 
 WATCHED = ("S_CE", "S_CU", "gate_routed", "gate_unrouted", "causal_agreement", "cu_multiplier", "D_st")
@@ -124,10 +149,22 @@ def table(rows: Sequence[Row]) -> str:
                 str(len(runs)),
                 mean_and_spread([row["loss"] for row in runs]),
                 "-" if form == CONTROL or not less else mean_and_spread(less),
+                say_shares(runs),
                 *(way(name) for name in ("gate_routed", "gate_unrouted", "S_CE", "S_CU", "causal_agreement")),
             ]
         )
-    head = ["form", "seeds", "loss", f"less {CONTROL}", "gate", "gate of others", "S_CE", "S_CU", "agreement"]
+    head = [
+        "form",
+        "seeds",
+        "loss",
+        f"less {CONTROL}",
+        "share",
+        "gate",
+        "gate of others",
+        "S_CE",
+        "S_CU",
+        "agreement",
+    ]
     return markdown(head, lines)
 
 
