@@ -11,7 +11,6 @@ compared: their loss must come out within 1e-3.
 
 import argparse
 import math
-import re
 import shutil
 import statistics
 import time
@@ -26,6 +25,7 @@ from megadyn.benchmark.experiments import (
     Row,
     add_row,
     check_again,
+    folder_name,
     markdown,
     mean_and_spread,
     pyplot,
@@ -76,7 +76,7 @@ def command(
 ) -> list[str]:
     """Configuration and overrides of a run; `again`: from the start, in a folder of its own."""
     data = output / "data"
-    name = re.sub(r"[^\w.=-]", "_", "-".join([f"seed{seed}", *overrides]))
+    name = folder_name(f"seed{seed}", overrides)
     folder = (output / "again" if again else output) / model / name
     return [
         str(HERE / f"{model}.yaml"),

@@ -10,7 +10,6 @@ the table. `key=value` overrides apply to every run and are part of its row; the
 """
 
 import argparse
-import re
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from megadyn.benchmark.experiments import (
     Row,
     add_row,
     check_again,
+    folder_name,
     markdown,
     mean_and_spread,
     read_rows,
@@ -66,7 +66,7 @@ ROW = ("form", "seed", "overrides", "loss", "course")
 
 def command(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool) -> list[str]:
     """Configuration and overrides of a run; `again`: from the start, in a folder of its own."""
-    name = re.sub(r"[^\w.=-]+", "_", "-".join([form, f"seed{seed}", *overrides]))
+    name = folder_name(f"{form}-seed{seed}", overrides)
     return [
         str(HERE / "gate.yaml"),
         f"output_dir={output / ('again' if again else 'runs') / name}",

@@ -13,7 +13,6 @@ row: tables and fit are of the rows with the same ones.
 import argparse
 import math
 import os
-import re
 import shutil
 import statistics
 import time
@@ -27,6 +26,7 @@ from megadyn.benchmark.experiments import (
     Row,
     add_row,
     check_again,
+    folder_name,
     markdown,
     mean_and_spread,
     read_rows,
@@ -104,7 +104,7 @@ def command(cell: Cell, output: Path, *, again: bool = False) -> list[str]:
     """Configuration and overrides; `again`: from the start, in a folder of its own."""
     width = SIZES[cell.size]
     name = f"{cell.budget:g}-{cell.size}-{cell.kind}-{cell.rate:g}-seed{cell.seed}"
-    name = re.sub(r"[^\w.=+-]", "_", "-".join([name, *cell.overrides]))
+    name = folder_name(name, cell.overrides)
     words = [
         f"output_dir={output / ('again' if again else 'runs') / name}",
         *(["checkpoint.resume=never"] if again else []),

@@ -2,9 +2,11 @@
 figures are made. Whoever stops an experiment and starts it again repeats no run that has its row.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,6 +19,17 @@ from megadyn.errors import UserError
 TOLERANCE = 1e-3
 """Within which the loss of a run that is made again must be that of its row, in nats per token."""
 Row = dict[str, Any]
+LONGEST = 150
+"""Characters in the name of a run's folder."""
+
+
+def folder_name(name: str, overrides: Iterable[str]) -> str:
+    """The name of a run's folder: readable, or, where that is too long for a file system, ended by a hash."""
+    whole = "-".join([name, *overrides])
+    readable = re.sub(r"[^\w.=+-]+", "_", whole)
+    if len(readable) <= LONGEST:
+        return readable
+    return f"{readable[: LONGEST - 13]}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 
 def train(words: Sequence[str]) -> None:

@@ -302,6 +302,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "examples/eval/make_tasks.py": check_own_arguments,
     "examples/study/study.py": check_tool,
     "examples/study/grid.py": check_tool,
+    "examples/study/gate.py": check_tool,
     "examples/probe/probe.py": check_tool,
     "examples/eval/run.sh": check_script,
     "examples/eval/longbench.sh": check_script,

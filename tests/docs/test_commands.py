@@ -57,6 +57,7 @@ RUN_BY = {
     "examples/quickstart/run.sh": "tests/docs/test_commands.py::test_the_quickstart_takes_the_steps_that_are_tested_here",
     "examples/study/study.py": "tests/docs/test_commands.py::test_the_studys_runs_can_be_loaded",
     "examples/study/grid.py": "tests/examples/test_grid.py",
+    "examples/study/gate.py": "tests/examples/test_gate.py",
     "examples/study/make_corpus.py": "tests/examples/test_grid.py",
     "examples/probe/probe.py": "tests/examples/test_probe.py",
     "examples/eval/run.sh": "tests/hf/test_lm_eval.py::scores",

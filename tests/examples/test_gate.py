@@ -1,0 +1,76 @@
+"""Forms of routing in one small setting: from runs to rows and their table, and a row made again."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from megadyn.data.indexed_writer import IndexedWriter
+from megadyn.errors import UserError
+from tests.docs.commands import load
+from tests.examples.test_probe import in_folder
+from tests.helpers.crew import Crew
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script; its runs are forked processes."""
+    module = load("examples/study/gate.py")
+    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 1))
+
+    def train(words: Sequence[str]) -> None:
+        Path(words[1].partition("=")[2]).mkdir(parents=True, exist_ok=True)
+        crew = Crew(Path(words[0]), *words[1:])
+        assert crew.wait() == [0], crew.output()
+
+    monkeypatch.setattr(module, "train", train)
+    return module
+
+
+def test_from_runs_to_rows_and_a_table(
+    gate: ModuleType, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train", "validation"):
+        with IndexedWriter(tmp_path / part, "<i4") as writer:
+            writer.add(np.arange(200) % 250, [200], [1])
+            writer.finish()
+    tiny = [
+        f"tokenizer.path={tokenizer_folder}",
+        *(f"data.{part}={tmp_path / part}" for part in ("train", "validation")),
+        "model.hidden_size=32",
+        "model.ffn_size=32",
+        "training.sequence_length=8",
+        "training.iterations=6",
+        "training.global_batch_size=2",
+        "training.micro_batch_size=2",
+        "training.eval_samples=2",
+        "optimizer.warmup_iterations=1",
+        "logging.interval=2",
+    ]
+    forms = ["dtf, both", "dtf, constant offsets", "random"]
+    words = ["--output", str(tmp_path), *tiny, "--seeds", "1", "--forms", *forms]
+    assert gate.main([*words, "--most", "2"]) == 0
+    assert gate.main(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["form"] for row in rows] == forms
+    both, constant, random = rows
+    assert [step["iteration"] for step in both["course"]] == [2, 2, 2, 2, 2, 4, 4, 4, 4, 6]
+    assert 0 < both["course"][-1]["gate_routed"] < 1
+    multipliers = [step["cu_multiplier"] for step in both["course"]]
+    assert len(set(multipliers)) > 1, "it is learned"
+    assert {step["cu_multiplier"] for step in constant["course"]} == {1.1}
+    assert random["shares"][1] == pytest.approx(0.25) and "gate_routed" not in random["course"][0]
+    printed = capsys.readouterr().out
+    assert f"| dtf, both | 1 | {both['loss']:.3f} | {both['loss'] - random['loss']:.3f} | 0.250 (" in printed
+
+    assert gate.main([*words, "--again", "1"]) == 0
+    assert "dtf, both, seed 1: the same loss" in capsys.readouterr().out
+    for wrong, message in (
+        (["--again", "4"], "has 3 rows"),
+        (["--forms", "dtf, bth"], "did you mean 'dtf, both'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gate.main(["--output", str(tmp_path), *wrong])
