@@ -269,12 +269,40 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
     pyplot().close(figure)
 
 
-def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str) -> None:
+def draw_lists(rows: Sequence[Row], path: Path) -> None:
+    """Of every model: accuracy on lists by their steps; and the share of these positions that its routed layers took."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name, runs in by_model(rows).items():
+        of_list = [group for group in groups_of(runs) if group[0] == "state"]
+        found = {group[1]: values(runs, group, "accuracy") for group in of_list}
+        look = {"color": str(1 - runs[0]["layers_of_model"] / 10), "lw": 1} if is_dense(runs[0]) else {}
+        line = draw_means(left, found, "--" if look else "-", say_capacity(name), **look)
+        taken = {
+            group[1]: [statistics.mean(of.values()) for of in values(runs, group, "chosen")]
+            for group in of_list
+            if runs[0]["layers"]
+        }
+        if taken:
+            draw_means(right, taken, "-", say_capacity(name), color=line.get_color())
+    left.set_ylabel("accuracy, routed causally")
+    right.set_ylabel("share of positions in routed layers")
+    for axis in (left, right):
+        axis.set_xlabel("permutations in the list: steps needed")
+        axis.set_ylim(0, 1.03)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str, **look: Any) -> Any:
     """A line through the means of what was found at each place, and a dot for each value."""
     means = [statistics.mean(of) if of else math.nan for of in found.values()]
-    line = axis.plot(list(found), means, style, label=label)[0]
+    line = axis.plot(list(found), means, style, label=label, **look)[0]
     for place, of in found.items():
         axis.scatter([place] * len(of), of, s=14, color=line.get_color())
+    return line
 
 
 def draw_sample(measured: Any, path: Path, title: str) -> None:
@@ -344,6 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "\n".join(tables(rows))
         (args.output / "table.md").write_text(text)
         draw_depth(rows, args.output / "depth.png")
+        draw_lists(rows, args.output / "lists.png")
         print(text)
     return 0
 

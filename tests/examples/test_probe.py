@@ -74,7 +74,7 @@ def test_from_generation_to_figures(
         of_run["routed_fraction"], abs=1e-6
     )
     assert 0 < rows[1]["layers"]["1"]["area"] < 1
-    for figure in (tmp_path / "depth.png", folder / "sample.png"):
+    for figure in (tmp_path / "depth.png", tmp_path / "lists.png", folder / "sample.png"):
         assert figure.read_bytes().startswith(PNG)
     table = (tmp_path / "table.md").read_text()
     assert "dense_2" in table and "chase 2" in table and table in capsys.readouterr().out
