@@ -13,6 +13,7 @@ import argparse
 import math
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -273,17 +274,20 @@ def draw_lists(rows: Sequence[Row], path: Path) -> None:
     """Of every model: accuracy on lists by their steps; and the share of these positions that its routed layers took."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name, runs in by_model(rows).items():
+        label = textwrap.shorten(
+            say_capacity(name), 40, placeholder=" ..."
+        )  # a legend must fit into its axes
         of_list = [group for group in groups_of(runs) if group[0] == "state"]
         found = {group[1]: values(runs, group, "accuracy") for group in of_list}
         look = {"color": str(1 - runs[0]["layers_of_model"] / 10), "lw": 1} if is_dense(runs[0]) else {}
-        line = draw_means(left, found, "--" if look else "-", say_capacity(name), **look)
+        line = draw_means(left, found, "--" if look else "-", label, **look)
         taken = {
             group[1]: [statistics.mean(of.values()) for of in values(runs, group, "chosen")]
             for group in of_list
             if runs[0]["layers"]
         }
         if taken:
-            draw_means(right, taken, "-", say_capacity(name), color=line.get_color())
+            draw_means(right, taken, "-", label, color=line.get_color())
     left.set_ylabel("accuracy, routed causally")
     right.set_ylabel("share of positions in routed layers")
     for axis in (left, right):
