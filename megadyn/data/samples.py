@@ -109,24 +109,29 @@ class SampleSet:
     def take(self, ids: Sequence[int] | Indices) -> Indices:
         """Tokens [B, L + 1] of the samples `ids` [B], counted from the start of the run."""
         rows = np.empty((len(ids), self.sequence_length + 1), np.int64)
+        tokens = self.dataset.tokens
         for row, s in zip(rows, np.asarray(ids, np.int64).tolist(), strict=True):
-            epoch, place = divmod(s, self._samples)
-            if s < 0 or (epoch and not self.shuffle):
-                raise IndexError(f"sample {s} of {self._samples}")
-            index = self._epoch(epoch)
-            row[:] = self._cut(index, int(index.order[place]))
+            row[:] = np.concatenate([tokens[part] for part in self._parts(s)])
         return rows
 
-    def _cut(self, epoch: Epoch, k: int) -> NDArray[Any]:
-        """Tokens [L + 1] of sample `k` of the stream, in the dtype of the file."""
+    def places(self, s: int) -> Indices:
+        """Where in the dataset's file the tokens [L + 1] of sample `s` are, counted in tokens."""
+        return np.concatenate([np.arange(part.start, part.stop) for part in self._parts(s)])
+
+    def _parts(self, s: int) -> list[slice]:
+        """The parts of the file that sample `s` is put together from, counted from the start of the run."""
+        number, place = divmod(s, self._samples)
+        if s < 0 or (number and not self.shuffle):
+            raise IndexError(f"sample {s} of {self._samples}")
+        epoch = self._epoch(number)
+        k = int(epoch.order[place])
         (first, skip), (last, keep) = epoch.places[k : k + 2].tolist()
         touched = epoch.sequences[first : last + 1]
         starts = self.dataset.starts(touched)
         begins, ends = starts.tolist(), (starts + self.dataset.sizes[touched]).tolist()
         ends[-1] = begins[-1] + keep + 1
         begins[0] += skip
-        tokens = self.dataset.tokens
-        return np.concatenate([tokens[begin:end] for begin, end in zip(begins, ends, strict=True)])
+        return [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
     def _load(self, number: int) -> Epoch:
         """The index of one epoch, read from the cache or built and cached."""

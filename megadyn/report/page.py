@@ -263,9 +263,17 @@ def text_section(subject: Subject, several: bool) -> str:
         hint = f"{piece!r}: {did} in {len(through)} of {total} routed layers" + (
             f" ({', '.join(through)})" if through else ""
         )
+        steps = ""
+        if found.following:
+            name, needed = found.following[k]
+            hint += f"; predicts {name}, {needed} steps"
+            steps = f"<sub>{needed}</sub>" if needed else ""
         spans.append(
-            f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}</b>'
+            f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}{steps}</b>'
         )
+    labelled = " The number beside a token is how many steps predicting the next one takes." * bool(
+        found.following
+    )
     scale = "".join(
         f'<span class="swatch" style="--k:{shade(k, total):.2g}">{k}</span>' for k in shown_counts(total)
     )
@@ -275,7 +283,7 @@ def text_section(subject: Subject, several: bool) -> str:
     return (
         f"{heading}<p>The first {len(found.pieces):,} tokens of the first validation sample, run through "
         f"{escape(subject.text_from)} with causal routing, as in generation; their mean loss is {found.loss:.3f}. A token's "
-        f"colour shows in how many of the {total} routed layers it {did}; point at it to see which.</p>"
+        f"colour shows in how many of the {total} routed layers it {did}; point at it to see which.{labelled}</p>"
         f'<p class="dim">Share of these tokens routed, by layer: {shares}.</p><div class="card">'
         f'<div class="legend">routed layers: {scale}</div><p class="text">{"".join(spans)}</p><output>&nbsp;</output></div>'
     )

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from megadyn.config import Config, load_config
 from megadyn.data.batches import read_batch
+from megadyn.data.labels import labels_path, read_labels
+from megadyn.data.samples import SampleSet
 from megadyn.errors import UserError
 from megadyn.evaluation.saved import load_network, open_saved
 from megadyn.kinds import DENSE
@@ -30,6 +32,8 @@ class TextMap(NamedTuple):
     """[R, N]"""
     loss: float
     """Mean next-token loss over the tokens, in nats."""
+    following: list[tuple[str, int]] = []
+    """Class and steps needed of the token that each token predicts [N]; empty if the dataset has no labels beside it."""
 
 
 def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
@@ -45,14 +49,14 @@ def map_text(run: Path, checkpoint: Path, tokens: int) -> TextMap:
     try:
         with contextlib.chdir(base):  # the configuration's paths are relative to it
             tokenizer = load_tokenizer(config.tokenizer.path)
-            ids, labels = first_sample(config, tokenizer, tokens)
+            ids, labels, following = first_sample(config, tokenizer, tokens)
             saved = open_saved(checkpoint)
     except UserError as error:
         raise UserError(f"{error} (paths are relative to {base})") from None
     saved.model.attention = "sdpa"  # the other backends need a GPU
     network = load_network(saved, torch.device("cpu"))
     layers, processed, loss = processed_tokens(network, torch.from_numpy(ids), torch.from_numpy(labels))
-    return TextMap(pieces(tokenizer, ids[0].tolist()), layers, processed, loss)
+    return TextMap(pieces(tokenizer, ids[0].tolist()), layers, processed, loss, following)
 
 
 def launch_folder(run: Path, config: Config) -> Path:
@@ -65,8 +69,9 @@ def launch_folder(run: Path, config: Config) -> Path:
 
 def first_sample(
     config: Config, tokenizer: Tokenizer, tokens: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(ids, labels), each [1, N], N at most `tokens`. Raises UserError for ids that the tokenizer does not have."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[tuple[str, int]]]:
+    """(ids, labels), each [1, N], N at most `tokens`; and `TextMap.following`. Raises UserError for ids that the tokenizer does
+    not have."""
     samples = next(iter(open_data(config, start=None).validations.values()), None)
     if samples is None:
         raise UserError("the run has no validation set")
@@ -76,7 +81,12 @@ def first_sample(
             f"the validation set holds token id {largest}, but tokenizer {tokenizer.name} has "
             f"only {tokenizer.vocab_size} ids"
         )
-    return ids, labels
+    following: list[tuple[str, int]] = []
+    if isinstance(samples, SampleSet) and labels_path(samples.dataset.prefix).exists():
+        what = read_labels(samples.dataset)
+        for place in samples.places(0)[1 : 1 + ids.shape[1]].tolist():
+            following.append((what.names[what.classes[place]], int(what.hops[place])))
+    return ids, labels, following
 
 
 @torch.no_grad()

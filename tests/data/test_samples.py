@@ -55,6 +55,9 @@ def test_samples_equal_a_naive_loop(case, write_dataset):
     )
     assert [sample.tolist() for sample in unshuffled] == naive_epoch(dataset, documents, lambda s: s, length)
 
+    for place in rng.integers(0, 2 * len(samples), 5).tolist():  # a file is the sequences, one after another
+        assert np.array_equal(dataset.tokens[samples.places(place)], samples[place])
+
     ids = rng.integers(0, 3 * len(samples), 20)  # of several epochs, some twice, in any order
     for dataset_read in (dataset, IndexedDataset(dataset.prefix, mmap=False)):
         again = SampleSet(dataset_read, sequence_length=length, seed=case, documents=mask(dataset, documents))

@@ -192,6 +192,14 @@ def test_no_text_of_a_run_becomes_markup(make_run, tmp_path):
     assert [tag for tag, _ in outline.tags].count("script") == 1
     assert "".join(outline.text["title"]) == "<b>run"
     assert hostile in "".join(outline.text["pre"])
+    assert "sub" not in outline.text
+    labelled = subject._replace(
+        text=subject.text._replace(following=[(hostile, 12), ("text", 0), ("sum", 3)])
+    )
+    outline = Outline(page([labelled]))
+    assert "".join(outline.text["sub"]) == "123", (
+        "the steps that predicting the next token takes, where there are any"
+    )
     write_metrics(run, lines)
     assert [tag for tag, _ in Outline(made([run, make_run("mod")], tmp_path / "b.html")).tags].count(
         "script"

@@ -1,5 +1,6 @@
 """The decisions on a real text: those that the layers took, causally, token for token."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import sentencepiece
 import torch
 
 from megadyn.config import load_config
+from megadyn.data.labels import Labels, write_labels
 from megadyn.errors import UserError
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.report.text_map import launch_folder, map_text, pieces, processed_tokens
@@ -68,6 +70,17 @@ def test_a_checkpoint_is_run_on_the_first_validation_sample(kind, make_run):
     assert np.array_equal(short.processed, whole.processed[:, :10])
     assert whole.loss != short.loss
     assert 0 < whole.loss < 50
+
+
+def test_labels_beside_the_dataset_say_what_each_token_predicts(make_run, tmp_path):
+    run = make_run("mod")
+    assert map_text(run, checkpoint_of(run), 10).following == []
+    count = len(TEXT.encode())
+    hops = (np.arange(count) % 5).astype(np.uint8)
+    digest = hashlib.sha256((tmp_path / "text.bin").read_bytes()).hexdigest()
+    write_labels(tmp_path / "text", Labels(("text", "state"), (hops > 0).astype(np.uint8), hops), digest)
+    found = map_text(run, checkpoint_of(run), 10).following
+    assert found == [("state" if place % 5 else "text", place % 5) for place in range(1, 11)]
 
 
 def test_pieces_put_together_are_the_text(tmp_path):
