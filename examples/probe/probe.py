@@ -47,6 +47,7 @@ HERE = Path(__file__).parent
 MODELS = (
     *("dense_8", "dense_4", "dense_2"),
     *("fixed_random", "mod", "dtf", "dense_6", "dense_5"),
+    "oracle",
     *("subskip", "dtrnet", "stt", "nested", "skip_middle", "fixed_stride", "dense_narrow"),
 )
 """Configurations of this folder, in the order in which they are run."""
@@ -102,6 +103,12 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
     if again:
         shutil.rmtree(config.output_dir, ignore_errors=True)
     start = time.perf_counter()
+    if model == "oracle":
+        from oracle import write_oracle  # beside this file
+
+        told = Path(config.output_dir) / "told"
+        write_oracle(load_config(words[0], words[1:]), told)
+        words.append(f"training.routing_replay={told}")
     train(words)
     seconds = time.perf_counter() - start
     from megadyn.evaluation.by_label import measure  # seconds of imports, which help and mistakes do without

@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from megadyn.config import load_config
+from megadyn.data.indexed import IndexedDataset
+from megadyn.data.labels import read_labels
 from megadyn.errors import ConfigError, UserError
 from megadyn.evaluation.losses import evaluate
 from megadyn.prepare import probe as language
+from megadyn.routing.recording import Recording
+from megadyn.training.data import open_data
 from tests.docs.commands import load
 from tests.helpers.crew import Crew
 from tests.helpers.tiny import ROOT
@@ -33,6 +38,7 @@ PNG = b"\x89PNG"
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with few documents, and runs in forked processes."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples/probe"))
     module = load("examples/probe/probe.py")
     monkeypatch.setattr(language, "AT_ONCE", 16)
     monkeypatch.setattr(module, "DATA", {"train": (40, 1), "validation": (17, 2)})
@@ -88,6 +94,40 @@ def test_from_generation_to_figures(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"dense_2, seed 1: loss \d\.\d+, but its row says 9\.00000"):
         probe.check_again("dense_2, seed 1", rows[0]["loss"], 9.0)
+
+
+def test_a_model_is_told_which_tokens_need_depth(probe: ModuleType, tmp_path: Path) -> None:
+    from oracle import merit
+
+    hops = np.array([[0, 0, 1, 2, 0, 0, 0, 3, 0]], np.uint8)
+    best_first = np.argsort(-merit(hops)[0], kind="stable").tolist()
+    assert best_first == [
+        1,
+        2,
+        6,
+        0,
+        5,
+        3,
+        4,
+        7,
+    ]  # predict 1, 2 and 3 steps; stand before these; the rest in order
+
+    words = ["--output", str(tmp_path), "--seeds", "1", "--models", "oracle"]
+    assert probe.main([*words[:2], *TINY, *words[2:]]) == 0
+    folder = next((tmp_path / "oracle").iterdir())
+    config = load_config(folder / "config.yaml")
+    dataset = IndexedDataset(tmp_path / "data/train")
+    hops = read_labels(dataset).hops
+    of_run = open_data(config).train
+    told = Recording(folder / "told")
+    for step in (1, 2):
+        chosen, _, _, first = told.read(1, step)
+        assert first == 4 * (step - 1) and chosen.sum(axis=1).tolist() == [48] * 4
+        for row, sample in enumerate(of_run.take(range(first, first + 4))):
+            places = of_run.places(first + row)
+            assert np.array_equal(dataset.tokens[places], sample)
+            needs = hops[places[1:]] > 0
+            assert (chosen[row] & needs).sum() == min(48, needs.sum())
 
 
 def test_every_model_has_its_configuration(probe: ModuleType) -> None:
