@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megadyn.checkpoint import layout
+from megadyn.checkpoint.host_copies import HostCopies
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
 from megadyn.checkpoint.same_run import SAME_TRAINING, begins_data, check_same_run
 from megadyn.checkpoint.states import OptimizerAccess
@@ -43,6 +44,7 @@ def snapshot(
     data_key: str = "",
     loss_rule: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
+    copies: HostCopies | None = None,
 ) -> Snapshot:
     """Copies to host memory what a checkpoint holds, each rank its part. Collective.
 
@@ -50,11 +52,12 @@ def snapshot(
         data_key: identifies the training data and their order.
         loss_rule: state of the rule that detects bad steps.
         more: additional entries for the manifest.
+        copies: of an earlier snapshot, whose memory this one takes over.
 
     Raises:
         PoisonedWeights: on every rank, if anything to be saved is NaN or infinite.
     """
-    shards, bad = _shards(engine)
+    shards, bad = _shards(engine, copies or HostCopies())
     stages = [state for state in all_gather(_routing_state(engine)) if state]
     routing: dict[str, dict[str, dict[str, float]]] = {}
     for stage in stages:
@@ -104,17 +107,18 @@ def save(engine: Trained, root: Path, *, iteration: int, consumed_samples: int, 
     return write(taken, root, engine.config)
 
 
-def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+def _shards(engine: Trained, copies: HostCopies) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     """This rank's part of weights and moments, copied to host memory: {file name: {tensor name: tensor}}; and the name
     of the first tensor with NaN or infinity. The device checks, because a CPU core would need seconds per GB."""
     grid, access = engine.grid, OptimizerAccess(engine)
+    copies.begin()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     is_finite: dict[str, Tensor] = {}
     for turn, param in enumerate(engine.parameters()):
         found = access.get(param)  # collective; one of the ranks keeps and writes the result
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
-            values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
+            values = {key: copies.copy(value) for key, value in found.items()}
             # All flags are read once at the end; offloaded states are on the host.
             for key, value in found.items():
                 is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = (
@@ -123,6 +127,7 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
             weights[name_of(param)] = values["weight"]
             moments |= {f"{name_of(param)}/{key}": values[key] for key in access.states(param)}
     found_finite = torch.stack(list(is_finite.values())).tolist() if is_finite else []
+    copies.finish()
     bad = next((name for name, fine in zip(is_finite, found_finite, strict=True) if not fine), None)
     return {
         layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank): tensors
