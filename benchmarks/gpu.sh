@@ -5,8 +5,8 @@
 #   TRIAL=1 FOLDER=DIR benchmarks/gpu.sh  the same commands with tiny shapes on a CPU, to see that they run: no figures
 # Each table is one file. A table that has a file of today is left as it is, so the same call again goes on where it stopped. A call
 # leaves 8 files at most, also if it is cut off. A table that takes longer than 8 minutes has failed. What a failing command says is in NAME.failed.txt until it succeeds; the others go on.
-# Exit status: 0 if all tables asked for are there, 1 if one failed, 2 if a name is wrong, a trial has no folder or no GPU is there,
-# 3 if some are left for the next call.
+# Exit status: 0 if all tables asked for are there, 1 if one failed, 2 if a name is wrong, a trial has no folder, or a package or a GPU
+# is missing, 3 if some are left for the next call.
 set -uo pipefail
 folder=${FOLDER:-benchmarks}
 day=$(date +%F)
@@ -25,6 +25,16 @@ done
 asked=" ${*:-$names} "
 [ -z "${TRIAL:-}" ] || [ -n "${FOLDER:-}" ] || {
     echo "error: TRIAL=1 needs FOLDER=DIR, because its tables must not stand among those with figures" >&2; exit 2; }
+
+# With what the first five require: what `pip install --no-deps` must bring. Triton's kernels run on GPUs only.
+packages="torch transformers pytest numpy safetensors deepspeed einops hjson msgpack psutil"
+packages="$packages pydantic pydantic_core annotated_types typing_inspection omegaconf orjson"
+[ -n "${TRIAL:-}" ] || packages="$packages triton"
+# shellcheck disable=SC2086
+python -c 'import sys
+from importlib.util import find_spec
+lacks = [name for name in sys.argv[1:] if find_spec(name) is None]
+sys.exit("error: this Python lacks {}; benchmarks/GPU.md says how to install them".format(", ".join(lacks)) if lacks else 0)' $packages >/dev/null || exit 2
 
 if [ -n "${TRIAL:-}" ]; then
     export DS_ACCELERATOR=cpu

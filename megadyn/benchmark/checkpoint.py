@@ -26,6 +26,7 @@ from megadyn.arguments import add_json_argument, command_parser
 from megadyn.benchmark.clock import add_device_arguments, device_of, machine, timed, wait
 from megadyn.benchmark.models import DEFAULT_MODELS, add_shape_arguments, config_of, shape_line
 from megadyn.checkpoint import layout, save_load
+from megadyn.checkpoint.host_copies import HostCopies
 from megadyn.checkpoint.writing import Snapshot, Writer
 from megadyn.config import CheckpointConfig, Config, TrainingConfig, batch_plan
 from megadyn.engine.engine import Engine
@@ -73,6 +74,7 @@ class Trainer:
     def __init__(self, config: Config, batch: int, device: torch.device):
         self.config, self.device = config, device
         self.engine = Engine(config, batch_plan(config, 1), Grid())
+        self.copies = HostCopies()
         assert config.model.vocab_size
         tokens = torch.randint(config.model.vocab_size, (batch, config.training.sequence_length + 1))
         self.batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
@@ -149,7 +151,9 @@ def save_once(trainer: Trainer, writer: Writer, iteration: int) -> tuple[Round, 
     beside = []
     wait(trainer.device)
     began = time.perf_counter()
-    snapshot = save_load.snapshot(trainer.engine, iteration=iteration, consumed_samples=0)
+    snapshot = save_load.snapshot(
+        trainer.engine, iteration=iteration, consumed_samples=0, copies=trainer.copies
+    )
     copied = time.perf_counter()
     writer.start(snapshot)
     stall = time.perf_counter() - began

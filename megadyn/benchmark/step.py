@@ -134,15 +134,15 @@ def as_written(module: nn.Module) -> Iterator[None]:
     """Runs layers uncompiled and attention as plain matrix products, whatever the module is configured for."""
     layers = [layer for layer in module.modules() if isinstance(layer, Layer)]
     compiled = [layer.compile_run for layer in layers]
-    backends = [layer.self_attn.backend for layer in layers]
+    backends = [layer.self_attn.backends for layer in layers]
     for layer in layers:
-        layer.compile_run, layer.self_attn.backend = False, "sdpa"
+        layer.compile_run, layer.self_attn.backends = False, ("sdpa", "sdpa")
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for layer, compile_run, backend in zip(layers, compiled, backends):
-            layer.compile_run, layer.self_attn.backend = compile_run, backend
+        for layer, compile_run, pair in zip(layers, compiled, backends):
+            layer.compile_run, layer.self_attn.backends = compile_run, pair
 
 
 def whole_square_flops(model: Model, length: int) -> float:

@@ -1,5 +1,6 @@
 """Joins whole tensors from the parts that ranks wrote, one at a time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,13 @@ class TensorSource(Protocol):
 
     def names(self) -> set[str]: ...
 
+    def shape(self, name: str) -> Sequence[int]: ...
+
     def whole(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """`whole(name)[first:stop]`; only these rows are read."""
+        ...
 
 
 class ShardedTensors:
@@ -56,11 +63,38 @@ class ShardedTensors:
             return log_offset(self._joined(older), f"{self.folder}: {older}")
         return moment(state, self._joined(older), ShardedTensors(self.folder, "weights")._joined(parameter))
 
-    def _joined(self, name: str) -> Tensor:
-        parts = self._parts[name]
-        return self.sharding.uncut(
-            parameter_of(name), [parts[rank].get_tensor(name) for rank in sorted(parts)], self.vocab_size
+    def shape(self, name: str) -> Sequence[int]:
+        if name not in self._parts:
+            return self.whole(name).shape
+        return self._uncut(
+            name, [torch.empty(part.get_shape(), device="meta") for part in self._slices(name)]
+        ).shape
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        if name not in self._parts:
+            return self.whole(name)[first:stop]
+        parts = self._slices(name)
+        if self.sharding.dim(parameter_of(name)) != 0:
+            return self._uncut(name, [part[first:stop] for part in parts])
+        stop = min(stop, self.shape(name)[0])  # the padding of a vocabulary is left out
+        height = parts[0].get_shape()[0]
+        begins = range(0, height * len(parts), height)
+        return torch.cat(
+            [
+                part[max(0, first - begin) : max(0, stop - begin)]
+                for begin, part in zip(begins, parts, strict=True)
+            ]
         )
+
+    def _slices(self, name: str) -> list[Any]:
+        """Of each part, in the order of tensor ranks; reads nothing yet."""
+        return [handle.get_slice(name) for _, handle in sorted(self._parts[name].items())]
+
+    def _joined(self, name: str) -> Tensor:
+        return self._uncut(name, [handle.get_tensor(name) for _, handle in sorted(self._parts[name].items())])
+
+    def _uncut(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        return self.sharding.uncut(parameter_of(name), parts, self.vocab_size)
 
 
 def parameter_of(name: str) -> str:
@@ -68,9 +102,23 @@ def parameter_of(name: str) -> str:
     return name.partition("/")[0]
 
 
-def part_for(source: TensorSource, name: str, sharding: Sharding, rank: int) -> Tensor:
-    """This rank's part of a tensor in fp32, independent of the topology that wrote it."""
-    return sharding.cut(parameter_of(name), source.whole(name), rank).to(torch.float32)
+def part_for(
+    source: TensorSource, name: str, sharding: Sharding, rank: int, shape: Sequence[int], rows: range
+) -> Tensor:
+    """`rows` of this rank's part of a tensor, in fp32, independent of the topology that wrote it. Only they are read, with
+    all columns.
+
+    Raises UserError if the part does not have this `shape`.
+    """
+    whole = source.shape(name)
+    dim, first, stop = sharding.bounds(parameter_of(name), whole, rank)
+    if (*whole[:dim], stop - first, *whole[dim + 1 :]) != tuple(shape):
+        raise UserError(f"{name} has the shape {tuple(whole)}, which is not the model's")
+    if dim:
+        return source.rows(name, rows.start, rows.stop).narrow(dim, first, stop - first).to(torch.float32)
+    found = source.rows(name, first + rows.start, first + rows.stop).to(torch.float32)
+    short = len(rows) - len(found)  # vocabulary rows beyond the last are zero
+    return torch.cat([found, found.new_zeros(short, *found.shape[1:])]) if short else found
 
 
 def routing_state(manifest: dict[str, Any], name: str) -> dict[str, dict[str, float]]:

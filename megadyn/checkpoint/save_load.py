@@ -1,7 +1,6 @@
 """Engine <-> checkpoint.
 
-Weights and optimizer states are accessed per parameter through DeepSpeed. So the files do not contain ZeRO partitions
-and load under any ZeRO stage, data-parallel size and topology.
+The files do not contain ZeRO partitions and load under any ZeRO stage, data-parallel size and topology.
 """
 
 import math
@@ -11,19 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import Tensor, nn
+from torch import Tensor
 
 from megadyn.checkpoint import layout
+from megadyn.checkpoint.host_copies import HostCopies
 from megadyn.checkpoint.merge import ShardedTensors, TensorSource, part_for, routing_state
 from megadyn.checkpoint.same_run import SAME_TRAINING, begins_data, check_same_run
+from megadyn.checkpoint.states import OptimizerAccess
 from megadyn.checkpoint.trained import Trained
 from megadyn.checkpoint.writing import Snapshot, write
 from megadyn.errors import RunError, UserError
@@ -33,112 +26,14 @@ from megadyn.kinds import DENSE, Kind, TopK
 from megadyn.log import log
 from megadyn.network import thresholds_of, trackers_of
 from megadyn.parallel.objects import all_gather
-from megadyn.parallel.params import component, counts_here, is_matrix, name_of
+from megadyn.parallel.params import component, counts_here, name_of, part_shape
 from megadyn.progress import each
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's states of a parameter."""
-MOMENTUM = ("momentum",)
-"""Muon's."""
 
 
 class PoisonedWeights(RunError):
     """Weights, moments or routing state contain NaN or infinity; earlier checkpoints are intact."""
 
     is_everywhere = True
-
-
-class OptimizerAccess:
-    """Each parameter's fp32 weight and optimizer states, whole across data-parallel ranks, under any ZeRO stage."""
-
-    def __init__(self, engine: Trained):
-        self.zero_stage = engine.zero_stage
-        wrapper = engine.engine.optimizer
-        self.optimizer: Any = wrapper if self.zero_stage == 0 else wrapper.optimizer
-        self.uses_muon = engine.config.optimizer.name == "muon"
-        self.dp = engine.grid.dp
-        self._allocate(wrapper)
-
-    def _allocate(self, wrapper: Any) -> None:
-        """Creates the states that the optimizer would create in its first step, so that they can be read and set before it."""
-        held = next(
-            (
-                getattr(wrapper, name)
-                for name in (
-                    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
-                    "fp32_groups_flat_partition",  # the bf16 optimizer
-                    "fp32_partitioned_groups_flat",  # ZeRO-3
-                )
-                if hasattr(wrapper, name)
-            ),
-            None,
-        )
-        if held is None:
-            held = [param for group in self.optimizer.param_groups for param in group["params"]]
-        states = [self.optimizer.state_of(tensor) for tensor in held]
-        self.counts = [state["step"] for state in states if "step" in state]
-        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-            # DeepSpeed links parameters to their moments once, after the first group's first step, when the other
-            # groups have no moments yet. Now that all exist, make it link again.
-            wrapper._hp_optimizer_states_linked = False
-            wrapper._lazy_init_hp_params_optimizer_state()
-
-    @property
-    def steps(self) -> float:
-        """AdamW's steps so far."""
-        return float(self.counts[0])
-
-    @steps.setter
-    def steps(self, value: float) -> None:
-        for count in self.counts:
-            count.fill_(value)
-
-    def states(self, param: nn.Parameter) -> tuple[str, ...]:
-        """Names of a parameter's optimizer states."""
-        return MOMENTUM if self.uses_muon and is_matrix(param) else MOMENTS
-
-    def get(self, param: nn.Parameter) -> dict[str, Tensor]:
-        """`weight` and the optimizer states, fp32. Collective over data-parallel ranks."""
-        names = self.states(param)
-        if self.zero_stage == 0:
-            return {"weight": param.detach()} | {key: self.optimizer.state[param][key] for key in names}
-        return {"weight": safe_get_full_fp32_param(param)} | {
-            key: safe_get_full_optimizer_state(param, key) for key in names
-        }
-
-    def has_states(self, param: Any) -> bool:
-        """Whether this rank has any of the parameter's states. Under ZeRO 1 and 2 it has those of few parameters."""
-        return self.zero_stage not in (1, 2) or param._hp_mapping is not None
-
-    def set(self, param: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Sets `weight` and any of the optimizer states from this tensor rank's part."""
-        values = {key: value.to(param.device) for key, value in values.items()}
-        if self.zero_stage == 3:
-            self._set_partition(param, values)
-            return
-        for key, value in values.items():
-            if key == "weight":
-                param.data.copy_(value)
-                if self.zero_stage:
-                    safe_set_full_fp32_param(param, value)
-            elif self.zero_stage:
-                safe_set_full_optimizer_state(param, value, key)
-            else:
-                self.optimizer.state[param][key].copy_(value)
-
-    def _set_partition(self, param: Any, values: dict[str, Tensor]) -> None:
-        size = param.ds_tensor.numel()
-        for key, value in values.items():
-            padded = value.new_zeros(size * self.dp.size)
-            padded[: value.numel()] = value.flatten()
-            mine = padded[self.dp.rank * size : (self.dp.rank + 1) * size]
-            if key == "weight":
-                param.ds_tensor.data.copy_(mine)
-                if param.numel() == param.ds_numel:  # small parameters stay gathered
-                    param.data.copy_(value.view(param.ds_shape))
-                safe_set_local_fp32_param(param, mine)
-            else:
-                safe_set_local_optimizer_state(param, mine, key)
 
 
 def snapshot(
@@ -149,6 +44,7 @@ def snapshot(
     data_key: str = "",
     loss_rule: dict[str, Any] | None = None,
     more: dict[str, Any] | None = None,
+    copies: HostCopies | None = None,
 ) -> Snapshot:
     """Copies to host memory what a checkpoint holds, each rank its part. Collective.
 
@@ -156,11 +52,12 @@ def snapshot(
         data_key: identifies the training data and their order.
         loss_rule: state of the rule that detects bad steps.
         more: additional entries for the manifest.
+        copies: of an earlier snapshot, whose memory this one takes over.
 
     Raises:
         PoisonedWeights: on every rank, if anything to be saved is NaN or infinite.
     """
-    shards, bad = _shards(engine)
+    shards, bad = _shards(engine, copies or HostCopies())
     stages = [state for state in all_gather(_routing_state(engine)) if state]
     routing: dict[str, dict[str, dict[str, float]]] = {}
     for stage in stages:
@@ -210,17 +107,18 @@ def save(engine: Trained, root: Path, *, iteration: int, consumed_samples: int, 
     return write(taken, root, engine.config)
 
 
-def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
+def _shards(engine: Trained, copies: HostCopies) -> tuple[dict[str, dict[str, Tensor]], str | None]:
     """This rank's part of weights and moments, copied to host memory: {file name: {tensor name: tensor}}; and the name
     of the first tensor with NaN or infinity. The device checks, because a CPU core would need seconds per GB."""
     grid, access = engine.grid, OptimizerAccess(engine)
+    copies.begin()
     weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     is_finite: dict[str, Tensor] = {}
     for turn, param in enumerate(engine.parameters()):
         found = access.get(param)  # collective; one of the ranks keeps and writes the result
         if turn % grid.dp.size == grid.dp.rank and counts_here(param, grid.tp):
-            values = {key: value.to("cpu", copy=True).contiguous() for key, value in found.items()}
+            values = {key: copies.copy(value) for key, value in found.items()}
             # All flags are read once at the end; offloaded states are on the host.
             for key, value in found.items():
                 is_finite[f"{name_of(param)}/{key}".removesuffix("/weight")] = (
@@ -229,6 +127,7 @@ def _shards(engine: Trained) -> tuple[dict[str, dict[str, Tensor]], str | None]:
             weights[name_of(param)] = values["weight"]
             moments |= {f"{name_of(param)}/{key}": values[key] for key in access.states(param)}
     found_finite = torch.stack(list(is_finite.values())).tolist() if is_finite else []
+    copies.finish()
     bad = next((name for name, fine in zip(is_finite, found_finite, strict=True) if not fine), None)
     return {
         layout.shard_file(kind, grid.pp.rank, grid.tp.rank, grid.dp.rank): tensors
@@ -341,10 +240,12 @@ def set_parameters(engine: Trained, weights: TensorSource, moments: TensorSource
     for param in each(parameters, "loading weights", len(parameters)):
         name = name_of(param)
         if name in known:
-            values = {"weight": part_for(weights, name, sharding, rank)}
+            shape, rows = part_shape(param), access.rows(param)
+            values = {"weight": part_for(weights, name, sharding, rank, shape, rows)}
             if moments is not None and access.has_states(param):
                 values |= {
-                    key: part_for(moments, f"{name}/{key}", sharding, rank) for key in access.states(param)
+                    key: part_for(moments, f"{name}/{key}", sharding, rank, shape, rows)
+                    for key in access.states(param)
                 }
             access.set(param, values)
 

@@ -5,7 +5,7 @@ from megadyn.config.checkpoint import AverageConfig, CheckpointConfig
 from megadyn.config.data import DataConfig, Source
 from megadyn.config.load import load_config, resolved_config, save_config
 from megadyn.config.logging import LoggingConfig
-from megadyn.config.model import ATTENTION, ModelConfig
+from megadyn.config.model import ATTENTION, ModelConfig, attention_parts
 from megadyn.config.optimizer import MultipliersConfig, MuonConfig, OptimizerConfig
 from megadyn.config.phase import Phase
 from megadyn.config.phases import config_at, named, phase_configs
@@ -44,6 +44,7 @@ __all__ = [
     "Source",
     "TokenizerConfig",
     "TrainingConfig",
+    "attention_parts",
     "batch_plan",
     "check_together",
     "config_at",

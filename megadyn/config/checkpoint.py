@@ -43,7 +43,8 @@ class CheckpointConfig:
     """In addition, keep checkpoints whose iteration is a multiple of this; 0 for none."""
     background: bool = False
     """Training waits only until a copy is in host memory (12 bytes per parameter, divided among the ranks), and
-    continues while it is written. A run that dies meanwhile resumes from the previous checkpoint."""
+    continues while it is written. From a GPU the copy goes to page-locked memory, which is kept. A run that
+    dies meanwhile resumes from the previous checkpoint."""
     on_error: str = "stop"
     """What to do if a checkpoint cannot be written: `stop`, or `continue` with the earlier ones. The last checkpoint of
     a run must be written in either case."""

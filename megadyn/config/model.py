@@ -26,6 +26,12 @@ ATTENTION = {
 """Attention backends: what computes whole rows, and what computes segments."""
 
 
+def attention_parts(name: str) -> tuple[str, str]:
+    """The backends of `WHOLE/CHOSEN`, or of one name twice: for sequences, and for the chosen tokens of sequences."""
+    whole, _, chosen = name.partition("/")
+    return whole, chosen or whole
+
+
 @dataclass
 class ModelConfig:
     """A Qwen2/Llama-style transformer; `routing` says which of its layers skip tokens."""
@@ -78,7 +84,8 @@ class ModelConfig:
     """Attention backend: `auto` (on a GPU the fastest, measured at the start), `flash` (the flash-attn package), `flash3`
     (flash-attn 3), `cudnn` (torch's SDPA through cuDNN, segments by `varlen`), `varlen` (torch's own, with its kernels for
     segments of different lengths) or `sdpa`, which runs anywhere. `ROWS+SEGMENTS` takes two, for whole rows and for
-    segments: the log names such a choice, for example `cudnn+flash`."""
+    segments, and `WHOLE/CHOSEN` two of all these, for sequences and for the chosen tokens of routed layers: the log names
+    such a choice, for example `cudnn+flash` or `cudnn+flash/flash`."""
     routing: Kind = field(default_factory=lambda: make_kind(DENSE))
     """Which layers skip tokens, and how: `kind` and the keys that this kind has (`megadyn/kinds`)."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -128,7 +135,11 @@ class ModelConfig:
         if self.ffn_size is None:
             self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
         one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
-        one_of("model.attention", self.attention, ("auto", *ATTENTION))
+        if "/" in self.attention:
+            for name in self.attention.split("/", 1):
+                one_of("model.attention", name, tuple(ATTENTION))
+        else:
+            one_of("model.attention", self.attention, ("auto", *ATTENTION))
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         if self.rope.type == "dynamic" and self.head_dim < 4:
             raise ConfigError("model.head_dim", self.head_dim, "at least 4 with model.rope.type = dynamic")

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ class HfFolder:
 
     def names(self) -> set[str]:
         return set(map(newer_name, self._where))
+
+    def shape(self, name: str) -> Sequence[int]:
+        if name not in self._where:
+            return self.whole(name).shape
+        shape: list[int] = self._where[name].get_slice(name).get_shape()
+        return shape
+
+    def rows(self, name: str, first: int, stop: int) -> Tensor:
+        """`whole(name)[first:stop]`; only these rows are read."""
+        if name not in self._where or name.endswith(THRESHOLD):
+            return self.whole(name)[first:stop]
+        found: Tensor = self._where[name].get_slice(name)[first:stop]
+        return found
 
     def whole(self, name: str) -> Tensor:
         if name not in self._where:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megadyn.config import ATTENTION, ModelConfig
+from megadyn.config import ATTENTION, ModelConfig, attention_parts
 from megadyn.errors import ConfigError
 from megadyn.kernels.rule import gpu_lacks, own_device, problem_of
 from megadyn.model.documents import Segments, segments_of
@@ -53,8 +53,9 @@ def attention_backend(model: ModelConfig, precision: str) -> tuple[str, str]:
     no_kernel = no_kernels_for(model, precision)
     window = model.sliding_window
     if asked != "auto":
-        if asked != "sdpa" and (problem := no_kernel or _problem_with(asked, head_dim, precision, window)):
-            raise ConfigError("model.attention", asked, f"sdpa on this machine: {problem}")
+        for name in dict.fromkeys(attention_parts(asked)):
+            if name != "sdpa" and (problem := no_kernel or _problem_with(name, head_dim, precision, window)):
+                raise ConfigError("model.attention", asked, f"sdpa on this machine: {problem}")
         return asked, "as configured"
     if no_kernel:
         return "sdpa", f"auto: {no_kernel}"
@@ -250,10 +251,11 @@ class Attention(nn.Module):
         window: int | None = None,
         recompute: bool = False,
     ):
-        """`turns`: whether queries and keys turn to their positions. `window`: see `causal_attention`."""
+        """`backend`: one, or `WHOLE/CHOSEN` for all tokens and for chosen ones. `turns`: whether queries and keys turn to their
+        positions. `window`: see `causal_attention`."""
         super().__init__()
         assert model.head_dim is not None and model.num_kv_heads is not None
-        d, self.head_dim, self.backend = model.hidden_size, model.head_dim, backend
+        d, self.head_dim, self.backends = model.hidden_size, model.head_dim, attention_parts(backend)
         self.tp, self.seq, self.recompute, self.window = make.tp, make.seq, recompute, window
         init = normal(model.init_std)
         self.q_proj = ColumnParallelLinear(
@@ -308,8 +310,10 @@ class Attention(nn.Module):
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions, length)
         window = self.window if self.window is not None and self.window < length else None
-        apart = None if whole else positions
-        return causal_attention(q, k, v, self.backend, segments, window, apart).flatten(-2)
+        of_whole, of_chosen = self.backends
+        if whole:
+            return causal_attention(q, k, v, of_whole, segments, window).flatten(-2)
+        return causal_attention(q, k, v, of_chosen, segments, window, positions).flatten(-2)
 
     def term(self, *inputs: Any) -> Tensor:
         """This rank's term of the output, for the arguments of `attend`."""

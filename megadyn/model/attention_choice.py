@@ -1,6 +1,7 @@
 """Which attention `model.attention: auto` takes on a GPU: the fastest one, measured at the run's own shape when the run starts.
 
-Rows without segments and segments are measured apart, forward and backward. A kernel that fails, or computes something
+Rows without segments and segments are measured apart, forward and backward, and rows of the chosen tokens too, where each
+sequence has the same number of these. A kernel that fails, or computes something
 else than torch's plain one, drops out with its reason. All ranks take the same choice: a kernel must run on each of them,
 and counts with its slowest time. Of kernels within `MARGIN` of the fastest the first in a fixed order is taken, so that
 another start of the run hardly ever takes another; where it does, results differ by rounding. The name in the log, as
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megadyn.config import Config
+from megadyn.costs.shape import capacity_count
 from megadyn.kernels.rule import own_device, problem_of
 from megadyn.log import log
 from megadyn.model.attention import (
@@ -53,6 +55,8 @@ class Shape(NamedTuple):
     heads: int
     groups: int
     head_dim: int
+    chosen: int | None = None
+    """Tokens of a row that routed layers take, where that is another number."""
 
 
 class Tried(NamedTuple):
@@ -68,18 +72,21 @@ class Tried(NamedTuple):
 Gather = Callable[[Any], Sequence[Any]]
 """Gives the argument of every rank."""
 Trials = dict[str, dict[str, Tried]]
-"""By case (`rows`, `segments`) and candidate."""
+"""By case (`rows`, `segments`, `chosen`) and candidate."""
 
 
 def shape_of(config: Config) -> Shape:
-    """The shape of this run's attention on one rank, with so many samples of a micro-batch that their tokens are few enough."""
+    """The shapes of this run's attention on one rank, with so many samples of a micro-batch that their tokens are few enough."""
     model, training, tensor = config.model, config.training, config.parallel.tensor
     assert model.num_kv_heads is not None and model.head_dim is not None
     length = training.sequence_length
     rows = max(1, min(training.micro_batch_size, MOST_TOKENS // length))
-    return Shape(
-        rows, length, model.num_heads // tensor, max(1, model.num_kv_heads // tensor), model.head_dim
-    )
+    routing, chosen = model.routing, None
+    if routing.has_capacity and not routing.varies:
+        count = capacity_count(routing.share, length)
+        chosen = count if count < length else None
+    heads, groups = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    return Shape(rows, length, heads, groups, model.head_dim, chosen)
 
 
 def cuda_ms(call: Callable[[], object]) -> float:
@@ -98,31 +105,42 @@ def cuda_ms(call: Callable[[], object]) -> float:
 def try_all(shape: Shape, dtype: torch.dtype, device: torch.device, compile: bool, timer: Timer) -> Trials:
     """Tries every candidate on this rank."""
     drawn = torch.Generator(device).manual_seed(0)  # the run's own draws stay as they are
-    q, k, v, gradient = (
+    tensors = [
         torch.randn(
             shape.rows, shape.length, heads, shape.head_dim, dtype=dtype, device=device, generator=drawn
         )
         for heads in (shape.heads, shape.groups, shape.groups, shape.heads)
-    )
+    ]
     pieces = torch.arange(shape.length, device=device) * PIECES // shape.length
     ids = pieces + PIECES * torch.arange(shape.rows, device=device).unsqueeze(1)
     longest = -(-shape.length // PIECES)
-    cases: dict[str, tuple[Segments | None, Sequence[str]]] = {
-        "rows": (None, ROWS),
-        "segments": (segments_of(ids, PIECES * shape.rows, longest), SEGMENTS),
+    found = {
+        "rows": _tried_each(ROWS, tensors, None, compile, timer),
+        "segments": _tried_each(
+            SEGMENTS, tensors, segments_of(ids, PIECES * shape.rows, longest), compile, timer
+        ),
     }
-    found: Trials = {}
-    for case, (segments, names) in cases.items():
-        with torch.no_grad():
-            right = causal_attention(q, k, v, "sdpa", segments).float()
-        found[case] = {}
-        for name in names:
-            problem = kernel_lacks(name)
-            if compile and name in NOT_COMPILED:
-                problem = "not with training.compile"
-            found[case][name] = (
-                Tried(None, problem) if problem else _tried(name, (q, k, v), gradient, segments, right, timer)
-            )
+    if shape.chosen is not None:
+        chosen = [x[:, : shape.chosen].contiguous() for x in tensors]
+        found["chosen"] = _tried_each(ROWS, chosen, None, compile, timer)
+    return found
+
+
+def _tried_each(
+    names: Sequence[str], tensors: Sequence[Tensor], segments: Segments | None, compile: bool, timer: Timer
+) -> dict[str, Tried]:
+    """Candidates on `tensors`: queries, keys, values and the gradient of the output."""
+    q, k, v, gradient = tensors
+    with torch.no_grad():
+        right = causal_attention(q, k, v, "sdpa", segments).float()
+    found = {}
+    for name in names:
+        problem = kernel_lacks(name)
+        if compile and name in NOT_COMPILED:
+            problem = "not with training.compile"
+        found[name] = (
+            Tried(None, problem) if problem else _tried(name, (q, k, v), gradient, segments, right, timer)
+        )
     return found
 
 
@@ -204,8 +222,12 @@ def _measured(config: Config, gather: Gather | None, timer: Timer) -> tuple[str,
     found = agreed(gather(mine) if gather else [mine])
     rows, segments = fastest(found["rows"]), fastest(found["segments"])
     backend = backend_name(rows, segments) if rows and segments else "sdpa"
+    chosen = fastest(found.get("chosen", {}))
+    if chosen and segments and (other := backend_name(chosen, segments)) != backend:
+        backend = f"{backend}/{other}"
+    titles = {"chosen": f"rows of {shape.chosen} chosen tokens"}
     told = "; ".join(
-        f"{case}: " + ", ".join(f"{name} {one}" for name, one in tried.items())
+        f"{titles.get(case, case)}: " + ", ".join(f"{name} {one}" for name, one in tried.items())
         for case, tried in found.items()
     )
     return backend, f"auto: measured at {shape.rows} x {shape.length} tokens; {told}"

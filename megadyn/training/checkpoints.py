@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megadyn.checkpoint import layout, save_load
+from megadyn.checkpoint.host_copies import HostCopies
 from megadyn.checkpoint.same_run import changes, changes_line
 from megadyn.checkpoint.together import CheckpointError
 from megadyn.checkpoint.trained import Trained
@@ -41,6 +42,7 @@ class Checkpoints:
         self.root = Path(config.output_dir) / layout.CHECKPOINTS
         self.telemetry = Silent()  # until the run's own telemetry is opened
         self.writer = Writer(self.root, config)
+        self.copies = HostCopies()  # each save waits until the one before is written
         self._losses: dict[int, float] = {}  # by iteration, for `checkpoint.keep_best`
         self._snapshot_s = 0.0  # how long training waited for the checkpoint that is being written
 
@@ -114,6 +116,7 @@ class Checkpoints:
                         "data_origin": self.config.data.origin,
                         **({"phases": self.config.phase.passed} if self.config.phase else {}),
                     },
+                    copies=self.copies,
                 )
             )
             self._snapshot_s = time.perf_counter() - began

@@ -19,10 +19,13 @@ NAMES = [
     *("checkpoint", "engine-7b", "step-3b-torch", "layer", "layer-torch", "bytes", "step-7b"),
     *("tests", "scaling"),
 ]
+SCRIPT = ROOT / "benchmarks/gpu.sh"
 STARTS_PROCESSES = ("engine", "engine-7b", "checkpoint", "scaling")
 """Tables whose commands start processes."""
-HOST = ["torch", "triton", "transformers", "pytest", "numpy", "deepspeed", "omegaconf", "orjson", "zstandard"]
-"""Packages, with those that they require, that a bare host has or is given."""
+HOST = ["torch", "triton", "transformers", "pytest"]
+"""Packages that a bare host has, with those that they require."""
+PACKAGES = " ".join(re.findall(r'^packages="(?:\$packages )?(.*)"$', SCRIPT.read_text(), re.M)).split()
+"""Modules that the script asks for first."""
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def call(tmp_path: Path):
 
     def run(*names: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", str(ROOT / "benchmarks/gpu.sh"), *names],
+            ["bash", str(SCRIPT), *names],
             env=environment | more,
             capture_output=True,
             text=True,
@@ -140,8 +143,8 @@ def test_every_benchmark_of_a_trial_runs(call, tmp_path, capsys):
             assert "\n|---" in capsys.readouterr().out, (name, options)
 
 
-def link_packages(names: list[str], site: Path) -> None:
-    """Links the installed packages, and all that they require, into `site`."""
+def link_packages(names: list[str], site: Path, *, with_required: bool) -> None:
+    """Links the installed packages, and perhaps all that they require, into `site`."""
     todo, found = list(names), set()
     while todo:
         if (name := re.sub(r"[-_.]+", "-", todo.pop()).lower()) in found:
@@ -154,16 +157,46 @@ def link_packages(names: list[str], site: Path) -> None:
         for top in {str(file).split("/")[0] for file in package.files or ()} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(package.locate_file(top))
-        todo += [re.match(r"[\w.-]+", need)[0] for need in package.requires or () if "extra ==" not in need]
+        if with_required:
+            todo += [
+                re.match(r"[\w.-]+", need)[0] for need in package.requires or () if "extra ==" not in need
+            ]
 
 
-def test_what_starts_processes_runs_on_a_bare_host(call, tmp_path):
-    """The script's own command, where megadyn is not installed and nothing is that a host with torch may lack; pytest has no
-    plug-ins."""
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a Python without packages, at BARE."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     (site,) = (tmp_path / "bare").glob("lib/python*/site-packages")
-    link_packages(HOST, site)
-    bare = {"PATH": f"{tmp_path}/bare/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return {
+        "BARE": str(site),
+        "PATH": f"{tmp_path}/bare/bin:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": "",
+    }
+
+
+@pytest.mark.parametrize(("trial", "lacks"), [("1", "einops, psutil"), ("", "einops, psutil, triton")])
+def test_packages_that_are_missing_are_named_before_anything_starts(trial, lacks, call, bare, tmp_path):
+    for name in set(PACKAGES) - {"einops", "psutil"}:
+        (Path(bare["BARE"]) / f"{name}.py").touch()
+    done = call("bytes", TRIAL=trial, **bare)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: this Python lacks {lacks}; benchmarks/GPU.md says how to install them\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_packages_are_those_of_the_page():
+    (listed,) = re.findall(r"`pip install --no-deps (.*?)`", (ROOT / "benchmarks/GPU.md").read_text())
+    known = {"torch", "transformers", "pytest", "numpy", "safetensors", "triton"}
+    assert {name.split("==")[0].replace("-", "_") for name in listed.split()} == set(PACKAGES) - known
+
+
+def test_what_starts_processes_runs_on_a_bare_host(call, bare, tmp_path):
+    """The script's own command, where megadyn is not installed and nothing is that a host with torch may lack: of what
+    DeepSpeed and others require, only what the script asks for. pytest has no plug-ins."""
+    link_packages(HOST, Path(bare["BARE"]), with_required=True)
+    link_packages(PACKAGES, Path(bare["BARE"]), with_required=False)
     names = ("tests", *(name for name in STARTS_PROCESSES if name != "engine-7b"))
     done = call(*names, **bare)
     assert done.returncode == 0, "".join(

@@ -24,7 +24,12 @@ from megadyn.model.attention_choice import (
     shape_of,
     try_all,
 )
+from megadyn.model.block import LayerContext
 from megadyn.model.documents import segments_of
+from megadyn.network import Network
+from megadyn.parallel.params import ParamMaker
+from megadyn.parallel.sharding import Sharding
+from megadyn.routing.layer import LossScale
 from tests.helpers.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -158,7 +163,7 @@ def test_without_their_packages_on_a_cpu_all_but_plain_attention_drops_out_with_
 
 def test_the_fastest_that_runs_is_taken_and_the_log_tells_all_times(gpu, caplog):
     del gpu["flash"].flash_attn_varlen_func
-    config = tiny_config(head_dim=8, precision="bf16")
+    config = tiny_config("dense", head_dim=8, precision="bf16")
     with caplog.at_level(logging.INFO, "megadyn"):
         backend = choose_attention(config, timer=Clock(3.0, 1.0, 2.0, 4.0, 2.5, 2.0))
     assert backend == "cudnn"  # whose segments are varlen's
@@ -167,6 +172,80 @@ def test_the_fastest_that_runs_is_taken_and_the_log_tells_all_times(gpu, caplog)
         "segments: flash3 2.5 ms, flash none (ImportError: cannot import name 'flash_attn_varlen_func' "
         "from 'flash_attn' (unknown location)), varlen 2 ms)"
     )
+
+
+def test_rows_of_chosen_tokens_take_the_one_that_is_fastest_at_their_length(gpu, caplog):
+    config = tiny_config(head_dim=8, precision="bf16", micro_batch=2)
+    lengths = []
+    known = gpu["flash3"].flash_attn_func
+    gpu["flash3"].flash_attn_func = lambda q, k, v, **options: (
+        lengths.append(q.shape[:2]),
+        known(q, k, v, **options),
+    )[1]
+    with caplog.at_level(logging.INFO, "megadyn"):
+        clock = Clock(3.0, 1.0, 2.0, 4.0, 2.5, 3.0, 2.0, 0.25, 0.5, 1.0, 1.0)
+        backend = choose_attention(config, timer=clock)
+    assert backend == "cudnn/flash3+varlen" and not clock.left
+    assert set(lengths) == {(2, 24), (2, 12)}
+    assert caplog.messages[-1] == (
+        "attention: cudnn/flash3+varlen (auto: measured at 2 x 24 tokens; rows: flash3 3 ms, cudnn 1 ms, flash 2 ms, "
+        "sdpa 4 ms; segments: flash3 2.5 ms, flash 3 ms, varlen 2 ms; rows of 12 chosen tokens: flash3 0.25 ms, "
+        "cudnn 0.5 ms, flash 1 ms, sdpa 1 ms)"
+    )
+    same = Clock(3.0, 1.0, 2.0, 4.0, 2.5, 3.0, 2.0, 0.5, 0.25, 1.0, 1.0)
+    assert choose_attention(config, timer=same) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "chosen"),
+    [
+        ("mod", {}, 7),
+        ("fixed", {"capacity": 0.25}, 6),
+        ("mod", {"capacity": 1.0}, None),
+        ("dense", {}, None),
+        ("subskip", {}, None),  # its tokens choose for themselves
+        ("dtrnet-token", {}, None),
+        ("dtrnet-expert", {}, 9),
+    ],
+)
+def test_chosen_tokens_are_measured_where_their_number_is_known(kind, keys, chosen):
+    config = tiny_config(kind)
+    for key, value in keys.items():
+        setattr(config.model.routing, key, value)
+    assert shape_of(config).chosen == chosen
+
+
+def test_each_layer_takes_one_for_its_sequence_and_one_for_its_chosen_tokens(packages):
+    """The whole model, in the names of which a run may pin them."""
+    config = tiny_config("mod", attention="cudnn+flash/flash3+flash")
+    called = []
+    for name, module in packages.items():
+        known = module.flash_attn_func
+        module.flash_attn_func = lambda q, k, v, known=known, name=name, **options: (
+            called.append((name, q.shape[1])),
+            known(q, k, v, **options),
+        )[1]
+    network = Network(
+        LayerContext(config.model, ParamMaker(Sharding(1, 2)), config.model.attention), LossScale()
+    )
+    tokens = torch.randint(7, (2, 24))
+    loss = network(tokens, tokens)
+    assert called == [("flash3", 7)] * 2 and torch.isfinite(loss)
+    plain_config = tiny_config("mod", attention="sdpa")
+    context = LayerContext(plain_config.model, ParamMaker(Sharding(1, 2)), "sdpa")
+    assert_close(Network(context, LossScale())(tokens, tokens), loss)
+
+
+@pytest.mark.parametrize("name", ["cudnn/auto", "flash/", "flash/flash/flash", "flash/flash4"])
+def test_a_pair_that_is_none_is_refused(name):
+    with pytest.raises(ConfigError, match=r"model\.attention = .*must be one of flash, flash3"):
+        tiny_config(attention=name)
+
+
+def test_both_of_a_pair_must_run_here(gpu):
+    del gpu["flash3"].flash_attn_func
+    with pytest.raises(ConfigError, match="sdpa on this machine: flash3 attention failed at a first call"):
+        choose_attention(tiny_config(head_dim=8, precision="bf16", attention="varlen/flash3"))
 
 
 def test_what_computes_something_else_is_not_taken(gpu, monkeypatch):
@@ -199,7 +278,7 @@ def test_equally_fast_ones_are_taken_in_a_fixed_order():
 
 def test_ranks_agree_on_what_runs_everywhere_by_its_slowest_time(gpu):
     """Rank 1 has slow cuDNN and no flash-attn 3: alone rank 0 would take other ones."""
-    config = tiny_config(head_dim=8, precision="bf16")
+    config = tiny_config("dense", head_dim=8, precision="bf16")
     other = {
         "rows": {
             "flash3": Tried(None, "not here"),
@@ -293,7 +372,7 @@ def test_one_that_is_asked_for_and_cannot_run_is_an_error(gpu):
 
 def test_the_shape_is_one_rank_s_part_of_a_micro_batch():
     config = tiny_config(tensor=4, micro_batch=4)
-    assert shape_of(config) == Shape(4, 24, 1, 1, 8)
+    assert shape_of(config) == Shape(4, 24, 1, 1, 8, chosen=12)
     config.training.sequence_length = 2**14
     assert shape_of(config).rows == 2
     config.training.sequence_length = 2**17
