@@ -29,8 +29,10 @@ from megadyn.benchmark.experiments import (
     shares_of,
     train,
 )
+from megadyn.config import load_config
 from megadyn.errors import Parser, UserError, did_you_mean, run_tool
 from megadyn.paths import user_path
+from megadyn.planning.flops import training_flops
 
 HERE = Path(__file__).parent
 ROUTED = ["model.routing.capacity=0.25", "model.routing.threshold_momentum=0.9"]
@@ -61,7 +63,7 @@ FORMS: dict[str, list[str]] = {
 """Every second of four layers processes a quarter of the tokens. `random` is the control that learns no choice; three dense
 layers need more operations than 2.5, but no number of dense layers comes closer from above."""
 CONTROL = "random"
-ROW = ("form", "seed", "overrides", "loss", "course")
+ROW = ("form", "seed", "overrides", "flops_per_token", "loss", "course")
 
 
 def command(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool) -> list[str]:
@@ -85,11 +87,14 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         shutil.rmtree(folder, ignore_errors=True)
     train(words)
     steps, last = records_of(folder)
+    config = load_config(folder / "config.yaml")  # as it was run, with the vocabulary
+    length = config.training.sequence_length
     shares = [share for step in steps[len(steps) // 2 :] for share in shares_of(step).values()]
     return {
         "form": form,
         "seed": seed,
         "overrides": list(overrides),
+        "flops_per_token": training_flops(config.model, length) / length,
         "loss": last["validation"]["causal"],
         "topk": last["validation"].get("topk"),
         "shares": [min(shares), statistics.mean(shares), max(shares)] if shares else None,
@@ -98,6 +103,12 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         ),
         "course": course_of(steps),
     }
+
+
+def say_gap(runs: Sequence[Row]) -> str:
+    """The causal loss minus that with top-k; nothing for forms that have only one."""
+    gaps = [row["loss"] - row["topk"] for row in runs if row["shares"] and row["topk"] is not None]
+    return f"{statistics.mean(gaps):.4f}" if gaps else "-"
 
 
 def say_shares(runs: Sequence[Row]) -> str:
@@ -127,7 +138,8 @@ def course_of(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per form: loss, its difference from the control with the same seed, and the gates at the first and last report."""
+    """A line per form: operations per token, causal loss, its difference from the control with the same seed, what top-k's loss
+    is below it, shares, and the gates at the first and last report."""
     control = {row["seed"]: row["loss"] for row in rows if row["form"] == CONTROL}
     lines = []
     for form in FORMS:
@@ -147,8 +159,10 @@ def table(rows: Sequence[Row]) -> str:
             [
                 form,
                 str(len(runs)),
+                f"{runs[0]['flops_per_token'] / 1e6:.2f}",
                 mean_and_spread([row["loss"] for row in runs]),
                 "-" if form == CONTROL or not less else mean_and_spread(less),
+                say_gap(runs),
                 say_shares(runs),
                 *(way(name) for name in ("gate_routed", "gate_unrouted", "S_CE", "S_CU", "causal_agreement")),
             ]
@@ -156,8 +170,10 @@ def table(rows: Sequence[Row]) -> str:
     head = [
         "form",
         "seeds",
+        "MFLOP",
         "loss",
         f"less {CONTROL}",
+        "gap",
         "share",
         "gate",
         "gate of others",

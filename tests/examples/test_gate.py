@@ -13,6 +13,7 @@ from megadyn.errors import UserError
 from tests.docs.commands import load
 from tests.examples.test_probe import in_folder
 from tests.helpers.crew import Crew
+from tests.helpers.tiny import ROOT
 
 
 @pytest.fixture
@@ -28,6 +29,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     monkeypatch.setattr(module, "train", train)
     return module
+
+
+def test_the_page_has_the_table_of_the_committed_rows(gate: ModuleType) -> None:
+    rows = gate.read_rows(ROOT / "examples/study/gate.jsonl", gate.ROW)
+    assert rows
+    assert gate.table(rows) in (ROOT / "docs/skipping.md").read_text(), "the page is to say:\n" + gate.table(
+        rows
+    )
 
 
 def test_from_runs_to_rows_and_a_table(
@@ -64,7 +73,11 @@ def test_from_runs_to_rows_and_a_table(
     assert {step["cu_multiplier"] for step in constant["course"]} == {1.1}
     assert random["shares"][1] == pytest.approx(0.25) and "gate_routed" not in random["course"][0]
     printed = capsys.readouterr().out
-    assert f"| dtf, both | 1 | {both['loss']:.3f} | {both['loss'] - random['loss']:.3f} | 0.250 (" in printed
+    assert (
+        f"| dtf, both | 1 | {both['flops_per_token'] / 1e6:.2f} | {both['loss']:.3f} | {both['loss'] - random['loss']:.3f} | "
+        in printed
+    )
+    assert f"| {both['loss'] - both['topk']:.4f} | 0.250 (" in printed
 
     assert gate.main([*words, "--again", "1"]) == 0
     assert "dtf, both, seed 1: the same loss" in capsys.readouterr().out
