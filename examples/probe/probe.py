@@ -279,11 +279,11 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
 
 def draw_lists(rows: Sequence[Row], path: Path) -> None:
     """Of every model: accuracy on lists by their steps; and the share of these positions that its routed layers took."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for name, runs in by_model(rows).items():
         label = textwrap.shorten(
             say_capacity(name), 40, placeholder=" ..."
-        )  # a legend must fit into its axes
+        )  # the legend must fit into the figure
         of_list = [group for group in groups_of(runs) if group[0] == "state"]
         found = {group[1]: values(runs, group, "accuracy") for group in of_list}
         look = {"color": str(1 - runs[0]["layers_of_model"] / 10), "lw": 1} if is_dense(runs[0]) else {}
@@ -301,8 +301,7 @@ def draw_lists(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("permutations in the list: steps needed")
         axis.set_ylim(0, 1.03)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot().close(figure)
 
