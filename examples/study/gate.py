@@ -172,7 +172,7 @@ def table(rows: Sequence[Row]) -> str:
         "seeds",
         "MFLOP",
         "loss",
-        f"less {CONTROL}",
+        f"minus {CONTROL}",
         "gap",
         "share",
         "gate",

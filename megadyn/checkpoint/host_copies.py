@@ -26,8 +26,9 @@ def wait_for_gpu() -> None:
 class HostCopies:
     """Copies for one checkpoint after another, each in the memory of the one before, which must be written by then.
 
-    From a GPU they go to page-locked memory: several times as fast, and none waits for the one before. Getting such memory takes
-    longer than the copies, so it is kept. torch rounds it up to a power of two, so that tensors share what one request gives.
+    From a GPU they go to page-locked memory, which it writes to by itself, so that none waits for the one before. Getting such
+    memory takes longer than the copies, so it is kept. torch rounds it up to a power of two, so that tensors share what one
+    request gives.
     """
 
     def __init__(

@@ -99,11 +99,15 @@ def check_same_run(config: Config, manifest: dict[str, Any], folder: Path) -> No
     check_phases(config, manifest, folder)
     there = flat({"model": manifest["model"], "training": manifest["training"]})
     here = flat({"model": asdict(config.model), "training": asdict(config.training)})
-    own = {f"model.routing.{key}": reason for key, reason in config.model.routing.fixed.items()}
+    routing = config.model.routing
+    own = {f"model.routing.{key}": reason for key, reason in routing.fixed.items()}
     # What an earlier version did not have, its models had at its default.
-    there = {
-        f"model.{name}": value for name, value in flat(asdict(ModelConfig())).items() if name in LATER
-    } | there
+    defaults = flat({"model": asdict(ModelConfig())})
+    of_kind = flat({"model": {"routing": asdict(type(routing)())}})
+    later = {key: defaults[key] for key in (f"model.{name}" for name in LATER)}
+    if there.get("model.routing.kind") == routing.kind:
+        later |= {key: of_kind[key] for key in own if of_kind[key] is not None}
+    there = later | there
     found = []
     for key, reason in (MUST_EQUAL | own).items():
         if key not in there or key not in here:

@@ -135,11 +135,7 @@ class ModelConfig:
         if self.ffn_size is None:
             self.ffn_size = math.ceil(self.hidden_size * 8 / 3 / 64) * 64
         one_of("model.normalization", self.normalization, ("pre", "lns", "hybridnorm"))
-        if "/" in self.attention:
-            for name in self.attention.split("/", 1):
-                one_of("model.attention", name, tuple(ATTENTION))
-        else:
-            one_of("model.attention", self.attention, ("auto", *ATTENTION))
+        self._check_attention()
         in_range("model.norm_eps", self.norm_eps, 0, 1)
         if self.rope.type == "dynamic" and self.head_dim < 4:
             raise ConfigError("model.head_dim", self.head_dim, "at least 4 with model.rope.type = dynamic")
@@ -147,6 +143,19 @@ class ModelConfig:
         self._check_window()
         at_least("model.init_std", self.init_std, 0)
         self.routing.check_shape(self)
+
+    def _check_attention(self) -> None:
+        if "/" not in self.attention:
+            one_of("model.attention", self.attention, ("auto", *ATTENTION))
+            return
+        if not set(self.attention.split("/", 1)) <= set(ATTENTION):
+            raise ConfigError(
+                "model.attention", self.attention, f"WHOLE/CHOSEN, each one of {', '.join(ATTENTION)}"
+            )
+        if self.routing.name == DENSE:
+            raise ConfigError(
+                "model.attention", self.attention, "one name: no layer of this model chooses tokens"
+            )
 
     def _check_window(self) -> None:
         at_least("model.sliding_window", self.sliding_window, 1)

@@ -23,9 +23,22 @@ class Trail(NamedTuple):
     value_BC: Tensor  # [rows in the call, C, ...]
     before: Tensor  # [rows in the call, ...], for rows without a token
     others: Tensor | None  # [B, ...], for rows that are not in the call
+    new: Packed  # the tokens of the call that it follows, which may be more than the layer holds
 
-    def at_end(self, new: Packed) -> Tensor:
-        return put_rows(self.others, new, at_last(self.value_BC, new, self.before))
+    def at_end(self) -> Tensor:
+        return put_rows(self.others, self.new, at_last(self.value_BC, self.new, self.before))
+
+    def cropped(self, kept: list[int]) -> "Trail":
+        """The trail of only the first `kept` tokens of each row."""
+        return self._replace(new=self.new._replace(counts=counts_within(self.new, kept)))
+
+
+def counts_within(new: Packed, kept: list[int]) -> list[int]:
+    """How many of each packed row's tokens are among the first `kept` of the row, as given."""
+    rows = range(new.batch) if new.rows is None else new.rows
+    kept_B = torch.tensor([kept[row] for row in rows], device=new.valid_BC.device)
+    counts: list[int] = ((new.columns() < kept_B[:, None]) & new.valid_BC).sum(1).tolist()
+    return counts
 
 
 class LayerCache:
@@ -35,7 +48,7 @@ class LayerCache:
         self.keys, self.values = Room(2), Room(2)  # [B, G, P, K]
         self.places = Room(1)  # of each token in its text, if the layer has a sliding window
         self.segments = Room(1)  # the text that each token belongs to; without a block each row is one text
-        self.recent_BW: Tensor | None = None  # the W - 1 latest static surprises
+        self.recent_BW: Tensor | None = None  # the W - 1 latest values of a moving average
         self.last_BD: Tensor | None = None  # the layer's output for its latest token
         self.again: LayerCache | None = None  # cache of the second pass, if the layer processes tokens twice
         self.counts: list[int] = []  # tokens held, per row
@@ -110,21 +123,18 @@ class LayerCache:
 
     def keep_latest(self, name: str, value_BC: Tensor, before: Tensor, new: Packed) -> None:
         """Sets the attribute `name`, `recent_BW` or `last_BD`, to the value of each row's last new token."""
-        self.trails[name] = Trail(value_BC, before, getattr(self, name))
-        setattr(self, name, self.trails[name].at_end(new))
+        self.trails[name] = Trail(value_BC, before, getattr(self, name), new)
+        setattr(self, name, self.trails[name].at_end())
 
     def crop(self, kept: list[int]) -> None:
         """Of the latest call, keeps only what belongs to the first `kept` tokens of each row."""
         if self.again is not None:
             self.again.crop(kept)
-        if self.latest is None:
-            return
-        new = self.latest.new
-        kept_B = torch.tensor([kept[row] for row in self.latest.rows], device=new.valid_BC.device)
-        counts = ((new.columns() < kept_B[:, None]) & new.valid_BC).sum(1).tolist()
-        self.set_counts([old + count for old, count in zip(self.latest.before, counts, strict=True)])
-        for name, trail in self.trails.items():
-            setattr(self, name, trail.at_end(new._replace(counts=counts)))
+        if self.latest is not None:
+            counts = counts_within(self.latest.new, kept)
+            self.set_counts([old + count for old, count in zip(self.latest.before, counts, strict=True)])
+        for name, trail in self.trails.items():  # a layer may follow tokens of which it holds none
+            setattr(self, name, trail.cropped(kept).at_end())
         self.begin_call()
 
     def mask(self, slots: Slots, longest: int, device: torch.device, window: int | None) -> Tensor | None:

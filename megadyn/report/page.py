@@ -266,7 +266,7 @@ def text_section(subject: Subject, several: bool) -> str:
         steps = ""
         if found.following:
             name, needed = found.following[k]
-            hint += f"; predicts {name}, {needed} steps"
+            hint += f"; predicts {name}, {needed} step{'s' * (needed != 1)}"
             steps = f"<sub>{needed}</sub>" if needed else ""
         spans.append(
             f'<b style="--k:{shade(counts[k], total):.2g}" title="{escape(hint)}">{visible(piece)}{steps}</b>'

@@ -112,6 +112,17 @@ def test_what_an_earlier_version_did_not_have_its_models_did_without(key, value)
     check_same_run(before, manifest, Path("there"))
 
 
+def test_an_option_of_the_kind_that_came_later_was_off_before():
+    before, now = changed("dtf", model__routing__scale_free=True)
+    manifest = manifest_of(before)
+    del manifest["model"]["routing"]["scale_free"]
+    with pytest.raises(
+        UserError, match=r"model\.routing\.scale_free is False in the checkpoint and True here"
+    ):
+        check_same_run(now, manifest, Path("there"))
+    check_same_run(before, manifest, Path("there"))
+
+
 @pytest.mark.parametrize(
     ("origin", "consumed", "begun", "begins"),
     [(12, 12, 0, True), (12, 16, 0, True), (12, 11, 0, False), (12, 40, 12, False), (0, 40, 0, False)],

@@ -318,6 +318,11 @@ IMPOSSIBLE = [
         "in [0, 1)",
     ),
     ("model.routing.kind=dtf model.routing.ma_window=0", "model.routing.ma_window", "at least 1"),
+    (
+        "model.routing.kind=dtf model.routing.ma_window=1 model.routing.relative_gate=true",
+        "model.routing.ma_window",
+        "at least 2 with model.routing.relative_gate",
+    ),
     ("model.routing.kind=dtf model.routing.prior_factor=0", "model.routing.prior_factor", "in (0, 4]"),
     (
         "model.routing.kind=dtf model.routing.prior_loss_weight=.nan",
@@ -356,6 +361,12 @@ IMPOSSIBLE = [
     ("model.head_dim=15", "model.head_dim", "even"),
     ("model.normalization=post", "model.normalization", "one of pre"),
     ("model.attention=flsh", "model.attention", "did you mean 'flash'?"),
+    ("model.attention=flash/sdpa", "model.attention", "no layer of this model chooses tokens"),
+    (
+        "model.routing.kind=mod model.attention=flash/",
+        "model.attention",
+        "WHOLE/CHOSEN, each one of",
+    ),
     ("model.norm_eps=0", "model.norm_eps", "in (0, 1]"),
     ("model.rope_theta=1", "model.rope.theta", "in (1, inf]"),
     ("model.init_std=-1", "model.init_std", "at least 0"),

@@ -15,6 +15,10 @@ LAYOUTS: dict[str, tuple[list[str], dict]] = {
     "dtf4": (["dtf_decision", "dtf_dynamic"] * 2, DTF),
     "dtf5": (["dtf_decision", "dtf_dynamic"] * 2 + ["dense"], DTF),
     "dtf-predictor": (["dense", "dtf_decision", "dtf_dynamic"], DTF | {"causal": "predictor"}),
+    "dtf-relative": (
+        ["dtf_decision", "dtf_dynamic"] * 2,
+        DTF | {"scale_free": True, "relative_gate": True},
+    ),
     "mod": (["dense", "mod"] * 2, MOD),
     "mod-identity": (["mod", "dense", "mod"], MOD | {"gate": "identity"}),
     "mod-predictor": (["dense", "mod", "mod"], MOD | {"causal": "predictor"}),

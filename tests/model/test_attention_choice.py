@@ -238,7 +238,9 @@ def test_each_layer_takes_one_for_its_sequence_and_one_for_its_chosen_tokens(pac
 
 @pytest.mark.parametrize("name", ["cudnn/auto", "flash/", "flash/flash/flash", "flash/flash4"])
 def test_a_pair_that_is_none_is_refused(name):
-    with pytest.raises(ConfigError, match=r"model\.attention = .*must be one of flash, flash3"):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention = .*must be WHOLE/CHOSEN, each one of flash, flash3"
+    ):
         tiny_config(attention=name)
 
 

@@ -46,6 +46,20 @@ class Dtf(Surprising):
     recorded = (*Surprising.recorded, "relative_gate")
     fixed = Surprising.fixed | {"relative_gate": TRAINED_SO}
 
+    @property
+    def gate_is_chance(self) -> bool:
+        """The statistics have G, which is divided by its average before it multiplies."""
+        return self.relative_gate
+
+    def check(self) -> None:
+        super().check()
+        if self.relative_gate and self.ma_window == 1:
+            raise ConfigError(
+                "model.routing.ma_window",
+                1,
+                "at least 2 with model.routing.relative_gate: a gate over itself is 1",
+            )
+
     def check_shape(self, shape: Shape) -> None:
         if shape.num_layers < 2:
             raise ConfigError(

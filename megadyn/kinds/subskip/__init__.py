@@ -43,7 +43,10 @@ class Subskip(Laid, OwnChoice):
     totals = ("kept",)
     straight_through = True
     held_in_mean = True
-    gate_is_chance = True
+
+    @property
+    def gate_is_chance(self) -> bool:
+        return True
 
     def check(self) -> None:
         super().check()
