@@ -24,6 +24,7 @@ import numpy as np
 from megadyn.arguments import count, positive
 from megadyn.benchmark.experiments import (
     Row,
+    add_options,
     add_row,
     check_again,
     folder_name,
@@ -38,7 +39,6 @@ from megadyn.benchmark.experiments import (
 from megadyn.config import load_config
 from megadyn.data.record import read_record
 from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_tool
-from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 from megadyn.planning.parameters import total_parameters
 from megadyn.prepare.probe import ANSWERS, Language, write_dataset, write_tokenizer
@@ -340,10 +340,7 @@ def draw_sample(measured: Any, path: Path, title: str) -> None:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
-    )
+    add_options(parser)
     parser.add_argument(
         "--models", nargs="+", default=MODELS, metavar="NAME", help="configurations of this folder"
     )
@@ -352,7 +349,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--again", action="store_true", help="make the rows that are there once more, and compare"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
 

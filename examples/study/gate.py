@@ -19,6 +19,7 @@ from typing import Any
 from megadyn.arguments import count, positive
 from megadyn.benchmark.experiments import (
     Row,
+    add_options,
     add_row,
     check_again,
     folder_name,
@@ -31,7 +32,6 @@ from megadyn.benchmark.experiments import (
 )
 from megadyn.config import load_config
 from megadyn.errors import Parser, UserError, did_you_mean, run_tool
-from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 
 HERE = Path(__file__).parent
@@ -186,17 +186,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
-    )
+    add_options(parser)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), metavar="NAME", help="default: all")
     parser.add_argument("--seeds", type=positive, default=4)
     parser.add_argument("--most", type=count, metavar="N", help="stop after N runs")
     parser.add_argument(
         "--again", type=positive, metavar="LINE", help="make this row of the results again, and compare"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from megadyn.arguments import positive
 from megadyn.benchmark.experiments import (
     Row,
+    add_options,
     add_row,
     check_again,
     folder_name,
@@ -38,7 +39,6 @@ from megadyn.benchmark.experiments import (
 from megadyn.config import Config, load_config
 from megadyn.errors import Parser, UserError, run_tool
 from megadyn.kinds import DENSE
-from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 from megadyn.planning.parameters import layer_parameters
 
@@ -289,10 +289,7 @@ def report(rows: Sequence[Row]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
-    parser.add_argument(
-        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
-    )
+    add_options(parser)
     parser.add_argument("--most", type=positive, metavar="N", help="stop after N runs")
     parser.add_argument("--minutes", type=positive, metavar="M", help="begin no run after this time")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
@@ -301,7 +298,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--again", type=positive, metavar="LINE", help="make this row of the results again, and compare"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args(argv)
 
 

@@ -2,6 +2,7 @@
 figures are made. Whoever stops an experiment and starts it again repeats no run that has its row.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -15,12 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.errors import UserError
+from megadyn.paths import user_path
 
 TOLERANCE = 1e-3
 """Within which the loss of a run that is made again must be that of its row, in nats per token."""
 Row = dict[str, Any]
 LONGEST = 150
 """Characters in the name of a run's folder."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where runs and rows go, and overrides of every run."""
+    parser.add_argument("--output", type=user_path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--results", type=user_path, metavar="FILE", help="rows (default: OUTPUT/results.jsonl)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def folder_name(name: str, overrides: Iterable[str]) -> str:

@@ -102,5 +102,5 @@ def moving_average(value_BC: Tensor, window: int, context: Context, cache: Layer
         is_before_BCW = is_before_BCW & (first_BC >= 0)[..., None]
         windows_BCW = torch.where(is_before_BCW, value_of_first_BC[..., None], windows_BCW)
     if cache is not None:
-        cache.keep_latest("recent_BW", windows_BCW[..., 1:], history_BW, context.tokens)
+        cache.keep_latest("recent_BW", windows_BCW[..., 1:].detach(), history_BW, context.tokens)
     return windows_BCW.mean(-1)

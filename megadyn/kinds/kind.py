@@ -75,6 +75,8 @@ class Kind:
     """Whether its routers' gradients intentionally differ from those of the loss."""
     held_in_mean: ClassVar[bool] = False
     """Whether `share` is an average over all routed layers; one layer may take more than another."""
+    gate_is_chance: ClassVar[bool] = False
+    """Whether the gate in its statistics is the probability that a token is chosen, and multiplies nothing."""
     benchmark: ClassVar[str] = ""
     """Default for benchmarks, `NAME:CAPACITY`; empty: just its name."""
     equals_dense: ClassVar[bool] = True
@@ -115,11 +117,6 @@ class Kind:
     @property
     def has_signed_gate(self) -> bool:
         """Whether gates can be any number, not only values in [0, 1]."""
-        return False
-
-    @property
-    def gate_is_chance(self) -> bool:
-        """Whether the gate in its statistics is a probability that multiplies nothing as it is."""
         return False
 
     @property

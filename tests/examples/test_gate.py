@@ -1,7 +1,6 @@
 """Forms of routing in one small setting: from runs to rows and their table, and a row made again."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -11,8 +10,7 @@ import pytest
 from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from tests.docs.commands import load
-from tests.examples.test_probe import in_folder
-from tests.helpers.crew import Crew
+from tests.examples.test_probe import run_in_crew
 from tests.helpers.tiny import ROOT
 
 
@@ -20,14 +18,7 @@ from tests.helpers.tiny import ROOT
 def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script; its runs are forked processes."""
     module = load("examples/study/gate.py")
-    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 1))
-
-    def train(words: Sequence[str]) -> None:
-        Path(words[1].partition("=")[2]).mkdir(parents=True, exist_ok=True)
-        crew = Crew(Path(words[0]), *words[1:])
-        assert crew.wait() == [0], crew.output()
-
-    monkeypatch.setattr(module, "train", train)
+    run_in_crew(module, monkeypatch, at=1)
     return module
 
 

@@ -1,7 +1,6 @@
 """The grid of models at equal operations: the order of its runs, from datasets to tables, the fit, the corpus."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,8 +11,7 @@ from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.planning.flops import training_flops
 from tests.docs.commands import load
-from tests.examples.test_probe import in_folder
-from tests.helpers.crew import Crew
+from tests.examples.test_probe import run_in_crew
 from tests.helpers.tiny import ROOT
 
 TINY = (
@@ -34,14 +32,7 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "RATES", (1e-3, 2e-3))
     monkeypatch.setattr(module, "BUDGETS", (1e8, 2e8))
     monkeypatch.setattr(module, "VOCABULARY", 300)
-    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 1))
-
-    def train(words: Sequence[str]) -> None:
-        Path(words[1].partition("=")[2]).mkdir(parents=True, exist_ok=True)
-        crew = Crew(Path(words[0]), *words[1:])
-        assert crew.wait() == [0], crew.output()
-
-    monkeypatch.setattr(module, "train", train)
+    run_in_crew(module, monkeypatch, at=1)
     return module
 
 

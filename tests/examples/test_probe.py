@@ -42,24 +42,25 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = load("examples/probe/probe.py")
     monkeypatch.setattr(language, "AT_ONCE", 16)
     monkeypatch.setattr(module, "DATA", {"train": (40, 1), "validation": (17, 2)})
-
-    def train(words: Sequence[str]) -> None:
-        Path(words[2].partition("=")[2]).mkdir(parents=True, exist_ok=True)
-        crew = Crew(Path(words[0]), *words[1:])
-        assert crew.wait() == [0], crew.output()
-
-    monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(Crew, "_start", in_folder(Crew._start, 2))
+    run_in_crew(module, monkeypatch, at=2)
     return module
 
 
-def in_folder(start, at: int):
-    """Logs of the ranks go into the run's folder, word `at`, instead of that of the configuration, in the repository."""
+def run_in_crew(module: ModuleType, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """The script's runs become forked processes. Logs of the ranks go into the run's folder, word `at` of its command, instead
+    of that of the configuration, in the repository."""
+    start = Crew._start
 
     def started(self, folder: Path, world: int, job, words: list[str], *rest) -> None:
         start(self, Path(words[at].partition("=")[2]), world, job, words, *rest)
 
-    return started
+    def train(words: Sequence[str]) -> None:
+        Path(words[at].partition("=")[2]).mkdir(parents=True, exist_ok=True)
+        crew = Crew(Path(words[0]), *words[1:])
+        assert crew.wait() == [0], crew.output()
+
+    monkeypatch.setattr(Crew, "_start", started)
+    monkeypatch.setattr(module, "train", train)
 
 
 def test_from_generation_to_figures(

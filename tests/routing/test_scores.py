@@ -12,6 +12,7 @@ from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf.layers import DecisionLayer, DynamicLayer
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import Stream
+from megadyn.network import routed_layers
 from megadyn.parallel.grid import Axis
 from megadyn.routing import surprise
 from megadyn.routing.choice import CausalRouter
@@ -434,3 +435,15 @@ def test_a_factor_common_to_all_gates_cancels_in_relative_gates_and_their_gradie
     (grad,) = torch.autograd.grad(relative[0], gate, random(2, 8, seed=5))
     assert grad.abs().max() > 0.1
     assert_close((grad * gate).sum(dim=1), torch.zeros(2, dtype=F64))
+
+
+def test_the_statistics_have_what_multiplies_the_update():
+    config = tiny_config("dtf-relative")
+    network = make_network(config)
+    tokens = tiny_tokens(1)[0]
+    network(tokens[:, :-1], tokens[:, 1:])
+    for layer in (layer for layer in routed_layers(network) if layer.chooses):
+        found = layer.monitor.read()
+        share = float(found["routed_fraction"])
+        mean = share * float(found["gate_routed"]) + (1 - share) * float(found["gate_unrouted"])
+        assert mean == pytest.approx(1, abs=0.05) and found["gate_routed"] > found["gate_unrouted"]

@@ -47,8 +47,7 @@ class Dtf(Surprising):
     fixed = Surprising.fixed | {"relative_gate": TRAINED_SO}
 
     @property
-    def gate_is_chance(self) -> bool:
-        """The statistics have G, which is divided by its average before it multiplies."""
+    def has_signed_gate(self) -> bool:
         return self.relative_gate
 
     def check(self) -> None:

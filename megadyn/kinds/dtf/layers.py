@@ -11,6 +11,7 @@ from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf.prior import Prior
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.documents import Documents
+from megadyn.parallel.grid import Axis
 from megadyn.parallel.mappings import whole_sequence
 from megadyn.routing.choice import gate_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, SkippingLayer, Step
@@ -78,11 +79,12 @@ class DynamicLayer(SkippingLayer):
         assert stream.score is not None, "a Dynamic layer follows its Decision layer"
         score = whole_sequence(stream.score.detach(), self.seq)
         choice = self.causal_router(score, stream.hidden)
-        self.monitor.record(choice.statistics | gate_statistics(gate_of(score), choice.in_top))
-        return self.process(stream, self.gate(stream.score, stream.documents), choice)
+        of_all = self.gate(score, stream.documents, Axis("whole"))
+        self.monitor.record(choice.statistics | gate_statistics(of_all, choice.in_top))
+        return self.process(stream, self.gate(stream.score, stream.documents, self.seq), choice)
 
-    def gate(self, score: Tensor, documents: Documents | None) -> Tensor:
+    def gate(self, score: Tensor, documents: Documents | None, seq: Axis) -> Tensor:
         """r [B, T/seq] -> what multiplies the block's update, [B, T/seq]."""
         if self.window is None:
             return gate_of(score)
-        return relative_gate(score, self.window, self.seq, documents)
+        return relative_gate(score, self.window, seq, documents)

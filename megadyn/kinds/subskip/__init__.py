@@ -43,10 +43,7 @@ class Subskip(Laid, OwnChoice):
     totals = ("kept",)
     straight_through = True
     held_in_mean = True
-
-    @property
-    def gate_is_chance(self) -> bool:
-        return True
+    gate_is_chance = True
 
     def check(self) -> None:
         super().check()
