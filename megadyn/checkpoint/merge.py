@@ -114,7 +114,7 @@ def part_for(
     dim, first, stop = sharding.bounds(parameter_of(name), whole, rank)
     if (*whole[:dim], stop - first, *whole[dim + 1 :]) != tuple(shape):
         raise UserError(
-            f"{name} has the shape {tuple(whole)}; a rank's part of it would not be the model's {tuple(shape)}"
+            f"{name} has the shape {tuple(whole)}, which is not the model's: a rank's part has {tuple(shape)}"
         )
     if dim:
         return source.rows(name, rows.start, rows.stop).narrow(dim, first, stop - first).to(torch.float32)
