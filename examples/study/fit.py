@@ -6,10 +6,11 @@ The form is that of arXiv 2203.15556 (section 3.3); that of N follows arXiv 2604
 that are repeated. N counts the parameters of layers, the skipped ones being those that some tokens pass by; D are
 tokens. `worth` is how many dense layers one skipped layer stands for. A skipped layer costs about its capacity of a
 dense layer's operations, so skipping pays where `worth` exceeds the capacity. Errors are differences of logarithms,
-weighed by Huber's function. Intervals are from 200 samples of the seeds, with replacement, in every cell.
+weighed by Huber's function. Intervals are from 200 samples: each row is the mean of its cell (budget, size, kind) plus a
+deviation drawn, with replacement, from those of all cells with several seeds. So cells with one seed have their share of
+the deviation, and cells of three do not stand for their own three deviations alone.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,12 +60,36 @@ def fit(rows: Sequence[Row], kinds: Sequence[str], start: np.ndarray | None = No
     )
 
 
-def sampled(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
-    """As many rows of each cell, drawn with replacement."""
-    cells: dict[tuple[Any, ...], list[Row]] = {}
+def cell_of(row: Row) -> tuple[Any, ...]:
+    return row["budget"], row["size"], row["kind"]
+
+
+def losses_of(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[float]]:
+    """Logarithms of the losses of each cell's seeds."""
+    cells: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        cells.setdefault((row["budget"], row["size"], row["kind"]), []).append(row)
-    return [of[i] for of in cells.values() for i in random.integers(len(of), size=len(of))]
+        cells.setdefault(cell_of(row), []).append(float(np.log(row["loss"])))
+    return cells
+
+
+def deviations_of(cells: dict[tuple[Any, ...], list[float]]) -> list[float]:
+    """From the means of cells with several seeds, as large as those of single runs from the mean of all."""
+    return [
+        float((loss - np.mean(losses)) * np.sqrt(len(losses) / (len(losses) - 1)))
+        for losses in cells.values()
+        if len(losses) > 1
+        for loss in losses
+    ]
+
+
+def sampled(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
+    """Each row with its cell's mean in place of its loss, and a deviation."""
+    cells = losses_of(rows)
+    drawn = random.choice(deviations_of(cells), size=len(rows))
+    means = {cell: np.mean(losses) for cell, losses in cells.items()}
+    return [
+        row | {"loss": float(np.exp(means[cell_of(row)] + of))} for row, of in zip(rows, drawn, strict=True)
+    ]
 
 
 def say_fit(rows: Sequence[Row], dense: str) -> str:
@@ -78,11 +103,11 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
             f"There are {len(cells)} of {len(budgets)}.\n"
         )
     found = fit(rows, kinds)
-    seeds = Counter((row["budget"], row["size"], row["kind"]) for row in rows)
-    has_spread = min(seeds.values()) > 1  # a cell with one seed would seem to be exact
-    random = np.random.default_rng(0)
-    samples = np.array([fit(sampled(rows, random), kinds, found) for _ in range(SAMPLES)])
-    low, high = np.percentile(samples, INTERVAL, axis=0)
+    has_spread = bool(deviations_of(losses_of(rows)))
+    if has_spread:
+        random = np.random.default_rng(0)
+        samples = np.array([fit(sampled(rows, random), kinds, found) for _ in range(SAMPLES)])
+        low, high = np.percentile(samples, INTERVAL, axis=0)
     e, a, b, alpha, beta = found[:5]
     lines = [
         f"L = {np.exp(e):.3f} + {np.exp(a):.4g} N^-{alpha:.3f} + {np.exp(b):.4g} D^-{beta:.3f}, over {len(rows)} runs.\n",
@@ -90,7 +115,7 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
         "| --- | --- | --- |",
         *(
             f"| {kind} | {found[5 + i]:.2f} | "
-            + (f"{low[5 + i]:.2f} to {high[5 + i]:.2f} |" if has_spread else "needs two seeds of each |")
+            + (f"{low[5 + i]:.2f} to {high[5 + i]:.2f} |" if has_spread else "needs two seeds |")
             for i, kind in enumerate(kinds)
         ),
     ]

@@ -2,50 +2,54 @@
 
     python examples/study/grid.py --output runs/grid [--most N] [--jobs 2] [--minutes M] [--device cpu] [key=value ...]
     python examples/study/grid.py --output runs/grid --results examples/study/grid.jsonl --fit
+    python examples/study/grid.py --output runs/grid --decode
 
 Makes corpus, tokenizer and datasets if they are not there. Then takes the runs that have no row in `results.jsonl`
 yet. For each budget, smallest first, it tries the rates on a dense and on a routed model of one size; then it takes
 every size and kind with the best rate, seed by seed. What is there is usable at any time: you can stop the command and
-start it again. `--fit` runs nothing and prints tables and the fit of the rows that are there. Overrides are part of a
-row: tables and fit are of the rows with the same ones.
+start it again. `--fit` runs nothing: it prints tables and the fit of the rows that are there, and draws them beside the
+rows. `--decode` measures how fast each kind decodes at its best size, from the runs in OUTPUT. Overrides are part of a row:
+tables and fit are of the rows with the same ones.
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
+from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, report  # beside this file
+
 from megadyn.arguments import positive
+from megadyn.benchmark import generate
 from megadyn.benchmark.experiments import (
     Row,
     add_options,
     add_row,
     check_again,
     folder_name,
-    markdown,
-    mean_and_spread,
     read_rows,
     records_of,
     shares_of,
     start,
     train,
 )
+from megadyn.commands import export
 from megadyn.config import Config, load_config
 from megadyn.errors import Parser, UserError, run_tool
-from megadyn.kinds import DENSE
 from megadyn.planning.flops import training_flops
 from megadyn.planning.parameters import layer_parameters
 
 HERE = Path(__file__).parent
-BUDGETS = (1e13, 3e13, 1e14)
+BUDGETS = (3e12, 6e12, 1.2e13, 2.4e13)
 """Operations of a run, forward and backward."""
-SIZES = {"64x4": 64, "96x6": 96, "128x8": 128, "160x10": 160}
+SIZES = {"32x4": 32, "64x4": 64, "64x8": 64, "96x8": 96}
 """Name, width by layers, and width; heads are of 32, a feed-forward is three times as wide."""
 SEEDS = (1, 2, 3)
 KINDS: dict[str, list[str]] = {
@@ -55,12 +59,26 @@ KINDS: dict[str, list[str]] = {
     "random": ["model.routing.kind=fixed", "model.routing.capacity=0.25", "model.routing.score=random"],
 }
 """Every second layer processes a quarter of the tokens; `random` is the control that learns no choice."""
-SWEPT, SWEPT_KINDS = "96x6", ("dense", "mod")
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-SWEEP_SEED = 0
+SWEPT, SWEPT_KINDS = "64x4", ("dense", "mod")
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 VOCABULARY = 8192
 WARMUP = 0.1
 """Share of the steps."""
+DECODED = (
+    "--batch",
+    "1",
+    "--context",
+    "192",
+    "--steps",
+    "64",
+    "--rounds",
+    "5",
+    "--device",
+    "cpu",
+    "--cpu-time",
+)
+"""Within the length of training."""
+DECODED_ROW = ("kind", "size", "budget", "tokens_per_second", "kv_bytes")
 ROW = ("kind", "size", "budget", "seed", "rate", "overrides", "loss")
 
 
@@ -205,83 +223,57 @@ def next_cells(rows: Sequence[Row], overrides: tuple[str, ...]) -> list[Cell]:
 def take_runs(args: argparse.Namespace, results: Path) -> None:
     """Runs until nothing is left, `--most` are made, or `--minutes` are over; a run that has begun is ended."""
     end = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
-    made, overrides = 0, tuple(args.overrides)
-
-    def one(cell: Cell) -> None:
-        if time.monotonic() < end:
-            row = run(cell, args.output)
-            add_row(results, row)
-            print(f"{cell}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
-
-    while todo := next_cells(read_rows(results, ROW), overrides)[: args.jobs]:
-        if args.most is not None:
-            todo = todo[: args.most - made]
-        if not todo or time.monotonic() >= end:
-            return
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(one, todo))
-        made += len(todo)
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def grid_rows(rows: Sequence[Row]) -> list[Row]:
-    """Those that are not of a sweep."""
-    return [row for row in rows if row["seed"] != SWEEP_SEED]
+    left = math.inf if args.most is None else args.most
+    overrides = tuple(args.overrides)
+    running: dict[Future[Row], Cell] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        while True:
+            ahead = [
+                cell
+                for cell in next_cells(read_rows(results, ROW), overrides)
+                if cell not in running.values()
+            ]
+            while ahead and len(running) < args.jobs and left and time.monotonic() < end:
+                cell, left = ahead.pop(0), left - 1
+                running[pool.submit(run, cell, args.output)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, row = running.pop(future), future.result()
+                add_row(results, row)
+                print(f"{cell}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
 
 
-def loss_table(rows: Sequence[Row]) -> str:
-    """A line per budget and kind: mean loss over seeds by size, and where a parabola through them is lowest."""
-    lines = []
-    for budget in sorted({row["budget"] for row in rows}):
-        for kind in KINDS:
-            runs = [row for row in rows if (row["budget"], row["kind"]) == (budget, kind)]
-            if not runs:
-                continue
-            cells = {size: [row["loss"] for row in runs if row["size"] == size] for size in SIZES}
-            seconds = statistics.mean(row["seconds"] for row in runs)
-            lines.append(
-                [
-                    f"{budget:g}",
-                    kind,
-                    *(mean_and_spread(of, 4) if of else "-" for of in cells.values()),
-                    say_optimum(runs),
-                    f"{seconds:.0f}",
-                ]
-            )
-    return markdown(["operations", "kind", *SIZES, "best parameters of layers", "seconds"], lines)
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def say_optimum(runs: Sequence[Row]) -> str:
-    """From a parabola in the logarithm of the layers' parameters."""
-    import numpy as np
+def decode(rows: Sequence[Row], output: Path) -> list[Row]:
+    """Each kind at its best size of the largest budget that all have, exported and decoded in turns, one token at a time."""
+    import torch
 
-    sizes = np.log([sum(row["parameters"]) for row in runs])
-    if len(set(sizes)) < 3:
-        return "-"
-    square, slope, at_0 = np.polyfit(sizes, [row["loss"] for row in runs], 2)
-    best = -slope / (2 * square)
-    if square <= 0 or not sizes.min() < best < sizes.max():
-        return "at an end"
-    return f"{math.exp(best):.3g}, loss {at_0 + slope * best + square * best**2:.4f}"
-
-
-def sweep_table(rows: Sequence[Row]) -> str:
-    """Losses of the rates that were tried."""
-    lines = [
-        [f"{row['budget']:g}", row["kind"], f"{row['rate']:g}", f"{row['loss']:.4f}"]
-        for row in rows
-        if row["seed"] == SWEEP_SEED
+    best = at_optimum(grid_rows(rows))
+    if not best:
+        raise UserError("--decode: needs rows of every size and kind of a budget")
+    exports = [exported(cell_of(row), output) for row in best]
+    torch.set_num_threads(1)
+    figures, _ = generate.measure(generate.parse_args([*DECODED, "--export", *exports]), torch.device("cpu"))
+    return [
+        {name: row[name] for name in ("kind", "size", "budget", "seed", "overrides")}
+        | {"tokens_per_second": figure.decode.tokens_per_second, "kv_bytes": figure.kv_bytes}
+        for row, figure in zip(best, figures[1:], strict=True)  # behind a Qwen2
     ]
-    return markdown(["operations", "kind", "rate", "loss"], lines)
 
 
-def report(rows: Sequence[Row]) -> str:
-    """All that the rows say, in Markdown."""
-    from fit import say_fit  # beside this file
-
-    return "\n".join([sweep_table(rows), loss_table(grid_rows(rows)), say_fit(grid_rows(rows), DENSE)])
+def exported(cell: Cell, output: Path) -> str:
+    """The folder of a run's export. Raises UserError if the run was not made in `output`."""
+    folder = Path(settled(command(cell, output)[1:]).output_dir)
+    if not (folder / "checkpoints").is_dir():
+        raise UserError(
+            f"--decode: {cell} was not trained in {output}; train it there, with --results of its own"
+        )
+    path = str(output / "exports" / folder.name)
+    export.main(["--checkpoint", str(folder), "--output", path, "--overwrite"])
+    return path
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -294,7 +286,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=positive, metavar="M", help="begin no run after this time")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--fit", action="store_true", help="print tables and the fit, run nothing")
+    parser.add_argument("--fit", action="store_true", help="print tables and the fit, draw them, run nothing")
+    parser.add_argument("--decode", action="store_true", help="measure decoding, run nothing")
     parser.add_argument(
         "--again", type=positive, metavar="LINE", help="make this row of the results again, and compare"
     )
@@ -306,24 +299,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = args.results or args.output / "results.jsonl"
     rows = read_rows(results, ROW)
     os.environ["DS_ACCELERATOR"] = args.device
-    if args.again is not None and args.again > len(rows):
-        raise UserError(f"--again {args.again}: {results} has {len(rows)} rows")
-    if not args.fit:
-        make_data(args.output)
     if args.again is not None:
-        cell = cell_of(rows[args.again - 1])
-        row = run(cell, args.output, again=True)
-        check_again(str(cell), row["loss"], rows[args.again - 1]["loss"])
-        print(f"{cell}: the same loss")
+        if args.again > len(rows):
+            raise UserError(f"--again {args.again}: {results} has {len(rows)} rows")
+        make_data(args.output)
+        make_again(rows[args.again - 1], args.output)
         return 0
-    if not args.fit:
+    if not args.fit and not args.decode:
+        make_data(args.output)
         take_runs(args, results)
     rows = [row for row in read_rows(results, ROW) if row["overrides"] == args.overrides]
+    measured = results.with_suffix(".decode.jsonl")
+    if args.decode:
+        found = [json.dumps(row) + "\n" for row in decode(rows, args.output)]
+        measured.write_text("".join(found))
     if rows:
+        said = report(rows, read_rows(measured, DECODED_ROW))
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "table.md").write_text(report(rows))
-        print(report(rows))
+        (args.output / "table.md").write_text(said)
+        if runs := grid_rows(rows):
+            draw(runs, results.with_suffix(".png"))
+        print(said)
     return 0
+
+
+def make_again(before: Row, output: Path) -> None:
+    """Raises UserError if the loss comes out otherwise."""
+    cell = cell_of(before)
+    check_again(str(cell), run(cell, output, again=True)["loss"], before["loss"])
+    print(f"{cell}: the same loss")
 
 
 if __name__ == "__main__":

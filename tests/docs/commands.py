@@ -137,10 +137,12 @@ def script_of(words: list[str]) -> tuple[str, list[str]]:
 
 @cache
 def load(script: str) -> ModuleType:
-    """A script of the repository as a module."""
+    """A script of the repository as a module; as when it is started, it finds the files beside it."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / script).parent))
+        spec.loader.exec_module(module)
     return module
 
 

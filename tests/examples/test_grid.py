@@ -25,7 +25,7 @@ TINY = (
 @pytest.fixture
 def grid(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with one size and few operations; runs are forked processes."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples/study"))  # for `fit` in the tests
     module = load("examples/study/grid.py")
     monkeypatch.setattr(module, "SIZES", {"32x2": 32})
     monkeypatch.setattr(module, "SWEPT", "32x2")
@@ -83,7 +83,10 @@ def test_from_datasets_to_a_row_and_its_table(
         assert (row["parameters"][1] > 0) == bool(skipped)
     assert rows[1]["steps"] > rows[0]["steps"]  # what is skipped is trained longer
     printed = capsys.readouterr().out
-    assert f"| 1e+08 | mod | 0.001 | {rows[1]['loss']:.4f} |" in printed
+    assert (
+        f"| operations | kind | rate 0.001 |\n| --- | --- | --- |\n| 1e+08 | dense | {rows[0]['loss']:.4f} |"
+        in printed
+    )
     assert "No fit yet" in printed
 
     before = (tmp_path / "results.jsonl").read_bytes()
@@ -96,6 +99,55 @@ def test_from_datasets_to_a_row_and_its_table(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="--again 3: .* has 2 rows"):
         grid.main([*words, "--again", "3"])
+
+
+def test_the_best_of_each_kind_are_decoded(
+    grid: ModuleType,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A dense and a routed model of one size, and a budget that is not whole."""
+    monkeypatch.setattr(grid, "make_data", lambda output: None)
+    monkeypatch.setattr(grid, "DECODED", ("--batch", "1", "--context", "4", "--steps", "2", "--rounds", "1"))
+    monkeypatch.setattr(grid, "KINDS", {name: grid.KINDS[name] for name in ("dense", "random")})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    for part in ("train", "validation"):
+        with IndexedWriter(tmp_path / "data" / part, "<i4") as writer:
+            writer.add(np.arange(200) % 250, [200], [1])
+            writer.finish()
+    words = ["--output", str(tmp_path), *TINY]
+    overrides = {"overrides": list(TINY)}
+    for cell in ((1e8, 0, "32x2", kind, rate) for kind in ("dense", "mod") for rate in grid.RATES):
+        grid.add_row(tmp_path / "results.jsonl", row_of(cell, 5.0, grid) | overrides)
+    with pytest.raises(UserError, match="--decode: needs rows of every size and kind"):
+        grid.main([*words, "--decode"])
+    assert grid.main([*words, "--most", "2", "--jobs", "2"]) == 0
+    larger = row_of((2e8, 1, "32x2", "dense", 1e-3), 1.0, grid) | {
+        "parameters": [1, 0],
+        "tokens": 1,
+        "seconds": 1.0,
+    }
+    grid.add_row(tmp_path / "results.jsonl", larger | overrides)
+    capsys.readouterr()
+    assert grid.main([*words, "--decode"]) == 0
+    dense, random = (
+        json.loads(line) for line in (tmp_path / "results.decode.jsonl").read_text().splitlines()
+    )
+    assert (dense["kind"], random["kind"]) == ("dense", "random") and {dense["budget"], random["budget"]} == {
+        1e8
+    }
+    of_layer = 2 * 32 * 4  # keys and values of one head, in fp32
+    assert dense["kv_bytes"] == 2 * of_layer and random["kv_bytes"] < dense["kv_bytes"]
+    assert dense["tokens_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert f"| dense | 32x2 | 1e+08 | {dense['tokens_per_second']:.0f} | 512 |" in printed
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="--decode: dense 32x2, 1e.08 operations, .* was not trained in"):
+        grid.main([*words, "--decode"])
 
 
 def made_up(worth: dict[str, float], noise: float) -> list[dict]:
@@ -127,17 +179,19 @@ def test_the_fit_finds_what_skipped_layers_are_worth(grid: ModuleType) -> None:
         low, high = map(float, interval.split("to"))
         assert low <= float(found) <= high and low - 0.03 < of < high + 0.03 and high - low < 0.2
     one_seed = [row for row in made_up(worth, 3e-3) if row["seed"] == 1]
-    assert fit.say_fit(one_seed, "dense").count("| needs two seeds of each |") == 2
+    assert fit.say_fit(one_seed, "dense").count("| needs two seeds |") == 2
     few = [row for row in made_up(worth, 0.0) if row["budget"] == 1e13]
     assert "There are 4 of 1." in fit.say_fit(few, "dense")
 
 
 def test_the_best_size_is_where_a_parabola_is_lowest(grid: ModuleType) -> None:
+    from grid_tables import say_optimum
+
     runs = [{"parameters": [np.exp(x), 0], "loss": 3 + (x - 2) ** 2} for x in (1, 2.5, 4)]
-    assert grid.say_optimum(runs) == f"{np.exp(2):.3g}, loss 3.0000"
-    assert grid.say_optimum(runs[:2]) == "-"
+    assert say_optimum(runs) == f"{np.exp(2):.3g}, loss 3.0000"
+    assert say_optimum(runs[:2]) == "-"
     falling = [run | {"loss": (np.log(run["parameters"][0]) - 9) ** 2} for run in runs]
-    assert grid.say_optimum(falling) == "at an end"
+    assert say_optimum(falling) == "at an end"
 
 
 def test_the_corpus_holds_projects_out_and_takes_words_once(tmp_path: Path) -> None:

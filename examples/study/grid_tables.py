@@ -1,0 +1,165 @@
+"""Tables and figure of the grid's rows; `grid.py` makes the rows."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from fit import say_fit  # beside this file
+
+from megadyn.benchmark.experiments import Row, markdown, mean_and_spread, pyplot
+from megadyn.kinds import DENSE
+
+SWEEP_SEED = 0
+"""Of runs that only try rates."""
+
+
+def grid_rows(rows: Sequence[Row]) -> list[Row]:
+    """Those that are not of a sweep."""
+    return [row for row in rows if row["seed"] != SWEEP_SEED]
+
+
+def in_order(rows: Sequence[Row], name: str) -> list:
+    """The values of a key, in the order of their first rows."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def mean_loss(rows: Sequence[Row]) -> float:
+    return statistics.mean(row["loss"] for row in rows)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def report(rows: Sequence[Row], decoded: Sequence[Row]) -> str:
+    """All that the rows say, in Markdown."""
+    runs = grid_rows(rows)
+    parts = [sweep_table(rows), loss_table(runs), say_fit(runs, DENSE)]
+    if decoded:
+        parts.append(decode_table(decoded))
+    return "\n".join(parts)
+
+
+def sweep_table(rows: Sequence[Row]) -> str:
+    """Losses of the rates that were tried."""
+    swept = [row for row in rows if row["seed"] == SWEEP_SEED]
+    rates = sorted(in_order(swept, "rate"))
+    lines = []
+    for budget in in_order(swept, "budget"):
+        for kind in in_order(swept, "kind"):
+            losses = {
+                row["rate"]: f"{row['loss']:.4f}"
+                for row in swept
+                if (row["budget"], row["kind"]) == (budget, kind)
+            }
+            if losses:
+                lines.append([f"{budget:g}", kind, *(losses.get(rate, "-") for rate in rates)])
+    return markdown(["operations", "kind", *(f"rate {rate:g}" for rate in rates)], lines)
+
+
+def loss_table(rows: Sequence[Row]) -> str:
+    """A line per budget and kind: mean loss over seeds by size, where a parabola through them is lowest, and the seconds of
+    a run, over sizes."""
+    sizes = in_order(rows, "size")
+    lines = []
+    for budget in in_order(rows, "budget"):
+        for kind in in_order(rows, "kind"):
+            runs = [row for row in rows if (row["budget"], row["kind"]) == (budget, kind)]
+            if not runs:
+                continue
+            cells = {size: [row["loss"] for row in runs if row["size"] == size] for size in sizes}
+            seconds = [
+                statistics.mean(row["seconds"] for row in runs if row["size"] == of)
+                for of in cells
+                if cells[of]
+            ]
+            lines.append(
+                [
+                    f"{budget:g}",
+                    kind,
+                    *(mean_and_spread(of) if of else "-" for of in cells.values()),
+                    say_optimum(runs),
+                    f"{statistics.mean(seconds):.0f}",
+                ]
+            )
+    return markdown(["operations", "kind", *sizes, "best parameters of layers", "seconds"], lines)
+
+
+def say_optimum(runs: Sequence[Row]) -> str:
+    """From a parabola in the logarithm of the layers' parameters."""
+    import numpy as np
+
+    sizes = np.log([sum(row["parameters"]) for row in runs])
+    if len(set(sizes)) < 3:
+        return "-"
+    square, slope, at_0 = np.polyfit(sizes, [row["loss"] for row in runs], 2)
+    best = -slope / (2 * square)
+    if square <= 0 or not sizes.min() < best < sizes.max():
+        return "at an end"
+    return f"{math.exp(best):.3g}, loss {at_0 + slope * best + square * best**2:.4f}"
+
+
+def at_optimum(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each kind at its size of lowest mean loss, in the largest budget that has all sizes of all kinds."""
+    kinds, sizes = in_order(rows, "kind"), in_order(rows, "size")
+    cells: dict[tuple, list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["budget"], row["kind"], row["size"]), []).append(row)
+    whole = [
+        budget
+        for budget in in_order(rows, "budget")
+        if all((budget, kind, size) in cells for kind in kinds for size in sizes)
+    ]
+    if not whole:
+        return []
+    found = [[cells[max(whole), kind, size] for size in sizes] for kind in kinds]
+    return [min(of, key=mean_loss)[0] for of in found]
+
+
+def decode_table(decoded: Sequence[Row]) -> str:
+    """Speed and cache of each kind at its size of lowest loss."""
+    lines = [
+        [
+            row["kind"],
+            row["size"],
+            f"{row['budget']:g}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['kv_bytes']:.0f}",
+        ]
+        for row in decoded
+    ]
+    return markdown(["kind", "best size", "operations", "decoded tokens/s", "KV, bytes per token"], lines)
+
+
+# ---- figure ----------------------------------------------------------------------------------------------------------
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Mean loss over the layers' parameters, a line per kind and budget; and over seconds of training, a point per size."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    kinds, budgets = in_order(rows, "kind"), sorted(in_order(rows, "budget"))
+    for number, kind in enumerate(kinds):
+        for budget, style in zip(budgets, ("-", "--", ":", "-."), strict=False):
+            cells = [
+                cell
+                for size in in_order(rows, "size")
+                if (
+                    cell := [
+                        row
+                        for row in rows
+                        if (row["kind"], row["budget"], row["size"]) == (kind, budget, size)
+                    ]
+                )
+            ]
+            losses = [mean_loss(cell) for cell in cells]
+            look = {"color": f"C{number}", "marker": "o", "label": f"{kind}, {budget:g} operations"}
+            left.plot([sum(cell[0]["parameters"]) for cell in cells], losses, style, **look)
+            seconds = [statistics.mean(row["seconds"] for row in cell) for cell in cells]
+            right.plot(seconds, losses, style, **look)
+    left.set(xscale="log", xlabel="parameters of layers", ylabel="validation loss, causal routing")
+    right.set(xlabel="seconds of training, one thread")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
