@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, report  # beside this file
+from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, parts_of_report  # beside this file
 
 from megadyn.arguments import positive
 from megadyn.benchmark import generate
@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [json.dumps(row) + "\n" for row in decode(rows, args.output)]
         measured.write_text("".join(found))
     if rows:
-        said = report(rows, read_rows(measured, DECODED_ROW))
+        said = "\n".join(parts_of_report(rows, read_rows(measured, DECODED_ROW)))
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(said)
         if runs := grid_rows(rows):

@@ -31,13 +31,11 @@ def mean_loss(rows: Sequence[Row]) -> float:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], decoded: Sequence[Row]) -> str:
+def parts_of_report(rows: Sequence[Row], decoded: Sequence[Row]) -> list[str]:
     """All that the rows say, in Markdown."""
     runs = grid_rows(rows)
     parts = [sweep_table(rows), loss_table(runs), say_fit(runs, DENSE)]
-    if decoded:
-        parts.append(decode_table(decoded))
-    return "\n".join(parts)
+    return [*parts, decode_table(decoded)] if decoded else parts
 
 
 def sweep_table(rows: Sequence[Row]) -> str:

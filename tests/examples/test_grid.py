@@ -36,6 +36,16 @@ def grid(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_the_page_has_the_tables_and_the_fit_of_the_committed_rows() -> None:
+    grid = load("examples/study/grid.py")
+    rows = grid.read_rows(ROOT / "examples/study/grid.jsonl", grid.ROW)
+    decoded = grid.read_rows(ROOT / "examples/study/grid.decode.jsonl", grid.DECODED_ROW)
+    assert rows and decoded
+    page = (ROOT / "docs/skipping.md").read_text()
+    for part in grid.parts_of_report(rows, decoded):
+        assert part in page, "the page is to say:\n" + part
+
+
 def row_of(cell: tuple, loss: float, grid: ModuleType) -> dict:
     return grid.Cell(*cell)._asdict() | {"overrides": [], "loss": loss}
 
