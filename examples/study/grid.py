@@ -271,8 +271,9 @@ def exported(cell: Cell, output: Path) -> str:
         raise UserError(
             f"--decode: {cell} was not trained in {output}; train it there, with --results of its own"
         )
-    path = str(output / "exports" / folder.name)
-    export.main(["--checkpoint", str(folder), "--output", path, "--overwrite"])
+    path = str(output / "exports" / cell.kind)  # transformers wants names of folders to be Python's
+    tokenizer = str(output / "tokenizer")
+    export.main(["--checkpoint", str(folder), "--output", path, "--tokenizer", tokenizer, "--overwrite"])
     return path
 
 
