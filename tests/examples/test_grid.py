@@ -178,9 +178,12 @@ def made_up(worth: dict[str, float], noise: float) -> list[dict]:
     return rows
 
 
-def test_the_fit_finds_what_skipped_layers_are_worth(grid: ModuleType) -> None:
+def test_the_fit_finds_what_skipped_layers_are_worth(
+    grid: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fit
 
+    monkeypatch.setattr(fit, "SAMPLES", 40)
     worth = {"dense": 1.0, "mod": 0.4, "random": 0.1}
     assert fit.fit(made_up(worth, 0.0), ["mod", "random"])[5:] == pytest.approx([0.4, 0.1], abs=0.01)
     said = fit.say_fit(made_up(worth, 3e-3), "dense").splitlines()
@@ -192,6 +195,35 @@ def test_the_fit_finds_what_skipped_layers_are_worth(grid: ModuleType) -> None:
     assert fit.say_fit(one_seed, "dense").count("| needs two seeds |") == 2
     few = [row for row in made_up(worth, 0.0) if row["budget"] == 1e13]
     assert "There are 4 of 1." in fit.say_fit(few, "dense")
+
+
+def test_the_fit_says_when_sizes_hardly_matter(grid: ModuleType) -> None:
+    """Only the smallest size is worse: that is a cliff, not a power of N."""
+    import fit
+
+    rows = [row for row in made_up({"dense": 1.0, "mod": 0.4}, 0.0) if row["seed"] == 1]
+    law = fit.say_fit(rows, "dense").splitlines()[0]
+    assert "bound" not in law and "Rows differ from it by 0.0" in law
+    for row in rows:
+        row["loss"] = 1.5 + 245 * row["tokens"] ** -0.4 + (0.3 if row["size"] == "64x4" else 0.0)
+    assert "The exponent of N is at its bound" in fit.say_fit(rows, "dense")
+
+
+def test_one_seed_has_its_share_of_the_deviation(grid: ModuleType) -> None:
+    import fit
+
+    cells = {"a": [1.0, 1.2], "b": [3.0]}
+    assert sorted(fit.deviations_of(cells)) == pytest.approx([-0.1 * 2**0.5, 0.1 * 2**0.5])
+    rows = [
+        {"budget": 1, "size": "x", "kind": kind, "loss": np.exp(of)} for kind in cells for of in cells[kind]
+    ]
+    losses = [
+        [np.log(row["loss"]) for row in fit.sampled(rows, np.random.default_rng(seed))] for seed in range(400)
+    ]
+    first, second, alone = np.transpose(losses)
+    assert np.mean(first) == pytest.approx(1.1, abs=0.03) and np.mean(alone) == pytest.approx(3.0, abs=0.03)
+    for of in (first, second, alone):
+        assert np.std(of) == pytest.approx(0.1 * 2**0.5, rel=0.01)
 
 
 def test_the_best_size_is_where_a_parabola_is_lowest(grid: ModuleType) -> None:
