@@ -6,11 +6,12 @@ The form is that of arXiv 2203.15556 (section 3.3); that of N follows arXiv 2604
 that are repeated. N counts the parameters of layers, the skipped ones being those that some tokens pass by; D are
 tokens. `worth` is how many dense layers one skipped layer stands for. A skipped layer costs about its capacity of a
 dense layer's operations, so skipping pays where `worth` exceeds the capacity. Errors are differences of logarithms,
-weighed by Huber's function. Intervals are from 200 samples: each row is the mean of its cell (budget, size, kind) plus a
-deviation drawn, with replacement, from those of all cells with several seeds. So cells with one seed have their share of
-the deviation, and cells of three do not stand for their own three deviations alone.
+weighed by Huber's function. Intervals are from 200 samples of the rows. In a sample, the logarithm of a row's loss is the mean of
+its cell (budget, size, kind), plus a deviation that all cells of one budget and seed share, plus one of its own; both are
+drawn, with replacement, from those of the cells that have several seeds.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ LARGEST_ERROR = 1e-2
 LARGEST_WORTH = 4.0
 """In dense layers, to which the fit is bound: the few rows of a sample may not hold it."""
 LEAST_CELLS = 6
+"""Dense ones, for a fit."""
+LEAST_REPEATED = 8
+"""Cells with several seeds, for an interval."""
+NEAR = 1e-2
+"""Relative to a bound, from which on a value counts as being at it."""
 Row = dict[str, Any]
 
 
@@ -78,51 +84,48 @@ def cell_of(row: Row) -> tuple[Any, ...]:
     return row["budget"], row["size"], row["kind"]
 
 
-def losses_of(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[float]]:
-    """Logarithms of the losses of each cell's seeds."""
-    cells: dict[tuple[Any, ...], list[float]] = {}
+def deviations_of(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Of logarithms of losses, from cells with several seeds: what the cells of one budget and seed share, and what is left.
+    Both are scaled to be as large as those of single runs from the mean of all."""
+    cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        cells.setdefault(cell_of(row), []).append(float(np.log(row["loss"])))
-    return cells
+        cells.setdefault(cell_of(row), []).append(row)
+    by_seed: dict[tuple[Any, ...], list[float]] = {}
+    for of in cells.values():
+        if len(of) > 1:
+            losses = np.log([row["loss"] for row in of])
+            scaled = (losses - losses.mean()) * np.sqrt(len(of) / (len(of) - 1))
+            for row, deviation in zip(of, scaled, strict=True):
+                by_seed.setdefault((row["budget"], row["seed"]), []).append(deviation)
+    shared = {key: float(np.mean(found)) for key, found in by_seed.items()}
+    return list(shared.values()), [of - shared[key] for key, found in by_seed.items() for of in found]
 
 
-def deviations_of(cells: dict[tuple[Any, ...], list[float]]) -> list[float]:
-    """From the means of cells with several seeds, as large as those of single runs from the mean of all."""
-    return [
-        float((loss - np.mean(losses)) * np.sqrt(len(losses) / (len(losses) - 1)))
-        for losses in cells.values()
-        if len(losses) > 1
-        for loss in losses
-    ]
+def repeated(rows: Sequence[Row]) -> int:
+    """Cells with several seeds."""
+    return sum(count > 1 for count in Counter(map(cell_of, rows)).values())
 
 
 def sampled(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
-    """Each row with its cell's mean in place of its loss, and a deviation."""
-    cells = losses_of(rows)
-    drawn = random.choice(deviations_of(cells), size=len(rows))
-    means = {cell: np.mean(losses) for cell, losses in cells.items()}
-    return [
-        row | {"loss": float(np.exp(means[cell_of(row)] + of))} for row, of in zip(rows, drawn, strict=True)
-    ]
+    """Each row with its cell's mean in place of its loss, and the two deviations."""
+    shared, own = deviations_of(rows)
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        cells.setdefault(cell_of(row), []).append(np.log(row["loss"]))
+    of_seed = {
+        key: random.choice(shared) for key in dict.fromkeys((row["budget"], row["seed"]) for row in rows)
+    }
+    found = []
+    for row in rows:
+        deviation = of_seed[row["budget"], row["seed"]] + random.choice(own)
+        found.append(row | {"loss": float(np.exp(np.mean(cells[cell_of(row)]) + deviation))})
+    return found
 
 
-def say_errors(
-    rows: Sequence[Row], kinds: Sequence[str], found: np.ndarray, deviations: Sequence[float]
-) -> str:
-    """How far the rows are from the fit, beside how far seeds are from each other; and whether an exponent is at its bound."""
-    errors = residuals(rows, kinds)(found)
-    said = f"Rows differ from it by {np.sqrt(np.mean(errors**2)):.2%} (root mean square)"
-    if deviations:
-        said += f"; seeds of one cell differ from their mean by {np.sqrt(np.mean(np.square(deviations))):.2%}"
-    bound = [name for name, of in zip(("N", "D"), found[3:5], strict=True) if of > 0.99 * LARGEST_EXPONENT]
-    return (
-        said
-        + "."
-        + "".join(
-            f" The exponent of {name} is at its bound: these rows hardly tell what {name} is worth."
-            for name in bound
-        )
-    )
+def at_bound(values: np.ndarray) -> bool:
+    """Whether a bound, and not the rows, decides an exponent or a worth."""
+    largest = np.append(np.full(2, LARGEST_EXPONENT), np.full(len(values) - 5, LARGEST_WORTH))
+    return bool(np.any((values[3:] > (1 - NEAR) * largest) | (values[3:] < NEAR * largest)))
 
 
 def say_fit(rows: Sequence[Row], dense: str) -> str:
@@ -132,25 +135,36 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
     budgets = {budget for budget, _ in cells}
     if not kinds or len(budgets) < 2 or len(cells) < LEAST_CELLS:
         return (
-            f"No fit yet: it takes routed runs, and dense ones of {LEAST_CELLS} sizes and budgets, two budgets among them. "
-            f"There are {len(cells)} of {len(budgets)}.\n"
+            f"No fit yet: it needs routed runs, and {LEAST_CELLS} sizes of dense ones, counted in each budget, of two budgets. "
+            f"There are {len(cells)}, of {len(budgets)}.\n"
         )
     found = fit(rows, kinds)
-    deviations = deviations_of(losses_of(rows))
-    if deviations:
+    e, a, b, alpha, beta = found[:5]
+    error = np.sqrt(np.mean(residuals(rows, kinds)(found) ** 2))
+    said = (
+        f"L = {np.exp(e):.3f} + {np.exp(a):.4g} N^-{alpha:.3f} + {np.exp(b):.4g} D^-{beta:.3f}, over {len(rows)} runs. "
+        f"Losses differ from it by {error:.2%} (root mean square)"
+    )
+    intervals = ["needs more seeds"] * len(kinds)
+    if repeated(rows) >= LEAST_REPEATED:
         random = np.random.default_rng(0)
         samples = np.array([fit(sampled(rows, random), kinds) for _ in range(SAMPLES)])
         low, high = np.percentile(samples, INTERVAL, axis=0)
-    e, a, b, alpha, beta = found[:5]
+        intervals = [f"{low[5 + i]:.2f} to {high[5 + i]:.2f}" for i in range(len(kinds))]
+        bound = np.mean([at_bound(sample) for sample in samples])
+        said += (
+            f"; the standard deviation over seeds is {np.sqrt(sum(np.mean(np.square(of)) for of in deviations_of(rows))):.2%}. "
+            f"In {bound:.0%} of the samples a bound decides an exponent or a worth"
+        )
+    if at_bound(found):
+        said += ". Here a bound decides one, not the rows"
     lines = [
-        f"L = {np.exp(e):.3f} + {np.exp(a):.4g} N^-{alpha:.3f} + {np.exp(b):.4g} D^-{beta:.3f}, over {len(rows)} runs. "
-        f"{say_errors(rows, kinds, found, deviations)}\n",
+        said + ".\n",
         "| kind | a skipped layer is worth, in dense layers | 90 % interval |",
         "| --- | --- | --- |",
         *(
-            f"| {kind} | {found[5 + i]:.2f} | "
-            + (f"{low[5 + i]:.2f} to {high[5 + i]:.2f} |" if deviations else "needs two seeds |")
-            for i, kind in enumerate(kinds)
+            f"| {kind} | {worth:.2f} | {interval} |"
+            for kind, worth, interval in zip(kinds, found[5:], intervals, strict=True)
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -8,8 +8,8 @@ Makes corpus, tokenizer and datasets if they are not there. Then takes the runs 
 yet. For each budget, smallest first, it tries the rates on a dense and on a routed model of one size; then it takes
 every size and kind with the best rate, seed by seed. What is there is usable at any time: you can stop the command and
 start it again. `--fit` runs nothing: it prints tables and the fit of the rows that are there, and draws them beside the
-rows. `--decode` measures how fast each kind decodes at its best size, from the runs in OUTPUT. Overrides are part of a row:
-tables and fit are of the rows with the same ones.
+rows. `--decode` measures how fast each kind decodes random tokens at its best size, from the runs in OUTPUT. Overrides are
+part of a row: tables, fit and figure are of the rows with the same ones.
 """
 
 import argparse
@@ -78,8 +78,9 @@ DECODED = (
     "--cpu-time",
 )
 """Within the length of training."""
-DECODED_ROW = ("kind", "size", "budget", "tokens_per_second", "kv_bytes")
-ROW = ("kind", "size", "budget", "seed", "rate", "overrides", "loss")
+DECODED_ROW = ("kind", "size", "budget", "overrides", "tokens_per_second", "kv_bytes")
+CELL = ("kind", "size", "budget", "seed", "rate", "overrides")
+ROW = (*CELL, "loss", "parameters", "tokens", "steps", "seconds")
 
 
 class Cell(NamedTuple):
@@ -97,6 +98,10 @@ class Cell(NamedTuple):
 
 
 def cell_of(row: Row) -> Cell:
+    """Raises UserError for a row of another grid."""
+    for name, known in (("size", SIZES), ("kind", KINDS)):
+        if row[name] not in known:
+            raise UserError(f"a row has {name} {row[name]!r}, but the grid has {', '.join(known)}; remove it")
     return Cell(row["budget"], row["seed"], row["size"], row["kind"], row["rate"], tuple(row["overrides"]))
 
 
@@ -162,6 +167,9 @@ def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
     train(words)
     model, length = config.model, config.training.sequence_length
     steps, last = records_of(Path(config.output_dir))
+    losses = last["validation"] or {}
+    if losses.get("causal") is None:
+        raise UserError(f"{cell}: the run in {config.output_dir} has no finite loss")
     parameters = layer_parameters(model)
     skipped = [index for index, of in enumerate(model.layer_types) if index in shares_of(steps[-1])]
     return {
@@ -178,9 +186,17 @@ def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
         "seconds": round(
             statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1
         ),
-        "loss": last["validation"]["causal"],
-        "topk": last["validation"]["topk"],
+        "loss": losses["causal"],
+        "topk": losses["topk"],
     }
+
+
+def in_grid_order(rows: Sequence[Row]) -> list[Row]:
+    """By budget, size, kind and seed: the order of tables does not depend on which run ended first."""
+    sizes, kinds = list(SIZES), list(KINDS)
+    cells = [(cell_of(row), row) for row in rows]
+    cells.sort(key=lambda of: (of[0].budget, sizes.index(of[0].size), kinds.index(of[0].kind), of[0].seed))
+    return [row for _, row in cells]
 
 
 # ---- which runs, in which order --------------------------------------------------------------------------------------
@@ -221,59 +237,64 @@ def next_cells(rows: Sequence[Row], overrides: tuple[str, ...]) -> list[Cell]:
 
 
 def take_runs(args: argparse.Namespace, results: Path) -> None:
-    """Runs until nothing is left, `--most` are made, or `--minutes` are over; a run that has begun is ended."""
+    """Runs until nothing is left, `--most` are made, or `--minutes` are over; a run that has begun is finished. After a run
+    that fails nothing new begins, the others are finished, and its error is raised."""
     end = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     left = math.inf if args.most is None else args.most
     overrides = tuple(args.overrides)
-    running: dict[Future[Row], Cell] = {}
+    running: dict[Future[None], Cell] = {}
+
+    def one(cell: Cell) -> None:
+        row = run(cell, args.output)
+        add_row(results, row)
+        print(f"{cell}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
+
     with ThreadPoolExecutor(args.jobs) as pool:
         while True:
-            ahead = [
-                cell
-                for cell in next_cells(read_rows(results, ROW), overrides)
-                if cell not in running.values()
-            ]
+            todo = next_cells(read_rows(results, ROW), overrides)
+            ahead = [cell for cell in todo if cell not in running.values()]
             while ahead and len(running) < args.jobs and left and time.monotonic() < end:
                 cell, left = ahead.pop(0), left - 1
-                running[pool.submit(run, cell, args.output)] = cell
+                running[pool.submit(one, cell)] = cell
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, row = running.pop(future), future.result()
-                add_row(results, row)
-                print(f"{cell}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
+                del running[future]
+                future.result()
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def decode(rows: Sequence[Row], output: Path) -> list[Row]:
-    """Each kind at its best size of the largest budget that all have, exported and decoded in turns, one token at a time."""
+    """Each kind at its best size of the largest whole budget, exported and decoded in turns, one random token at a time."""
     import torch
 
-    best = at_optimum(grid_rows(rows))
+    best = at_optimum(grid_rows(rows), SIZES, KINDS)
     if not best:
         raise UserError("--decode: needs rows of every size and kind of a budget")
-    exports = [exported(cell_of(row), output) for row in best]
+    exports = [exported(row, output) for row in best]
     torch.set_num_threads(1)
     figures, _ = generate.measure(generate.parse_args([*DECODED, "--export", *exports]), torch.device("cpu"))
     return [
-        {name: row[name] for name in ("kind", "size", "budget", "seed", "overrides")}
+        {name: row[name] for name in CELL}
         | {"tokens_per_second": figure.decode.tokens_per_second, "kv_bytes": figure.kv_bytes}
         for row, figure in zip(best, figures[1:], strict=True)  # behind a Qwen2
     ]
 
 
-def exported(cell: Cell, output: Path) -> str:
-    """The folder of a run's export. Raises UserError if the run was not made in `output`."""
+def exported(row: Row, output: Path) -> str:
+    """The folder of the export of a row's run. Raises UserError unless the run was finished in `output`."""
+    cell = cell_of(row)
     folder = Path(settled(command(cell, output)[1:]).output_dir)
-    if not (folder / "checkpoints").is_dir():
+    checkpoint = folder / f"checkpoints/iteration-{row['steps']:08d}"
+    if not checkpoint.is_dir():
         raise UserError(
-            f"--decode: {cell} was not trained in {output}; train it there, with --results of its own"
+            f"--decode: {checkpoint} is not there; train {cell} there first: this command without --results and --decode"
         )
-    path = str(output / "exports" / cell.kind)  # transformers wants names of folders to be Python's
+    path = str(output / "exports" / cell.kind)  # a name that Python can import: transformers asks for it
     tokenizer = str(output / "tokenizer")
-    export.main(["--checkpoint", str(folder), "--output", path, "--tokenizer", tokenizer, "--overwrite"])
+    export.main(["--checkpoint", str(checkpoint), "--output", path, "--tokenizer", tokenizer, "--overwrite"])
     return path
 
 
@@ -309,16 +330,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.fit and not args.decode:
         make_data(args.output)
         take_runs(args, results)
-    rows = [row for row in read_rows(results, ROW) if row["overrides"] == args.overrides]
+    rows = in_grid_order([row for row in read_rows(results, ROW) if row["overrides"] == args.overrides])
     measured = results.with_suffix(".decode.jsonl")
     if args.decode:
-        found = [json.dumps(row) + "\n" for row in decode(rows, args.output)]
+        others = [row for row in read_rows(measured, DECODED_ROW) if row["overrides"] != args.overrides]
+        found = [json.dumps(row) + "\n" for row in [*others, *decode(rows, args.output)]]
         measured.write_text("".join(found))
     if rows:
-        said = "\n".join(parts_of_report(rows, read_rows(measured, DECODED_ROW)))
+        decoded = [row for row in read_rows(measured, DECODED_ROW) if row["overrides"] == args.overrides]
+        said = "\n".join(parts_of_report(rows, decoded))
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(said)
-        if runs := grid_rows(rows):
+        if args.fit and (runs := grid_rows(rows)):
             draw(runs, results.with_suffix(".png"))
         print(said)
     return 0

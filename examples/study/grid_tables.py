@@ -2,10 +2,9 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import cycle
 from pathlib import Path
-
-from fit import say_fit  # beside this file
 
 from megadyn.benchmark.experiments import Row, markdown, mean_and_spread, pyplot
 from megadyn.kinds import DENSE
@@ -32,7 +31,9 @@ def mean_loss(rows: Sequence[Row]) -> float:
 
 
 def parts_of_report(rows: Sequence[Row], decoded: Sequence[Row]) -> list[str]:
-    """All that the rows say, in Markdown."""
+    """All that the rows say, in Markdown. Sizes and kinds stand in the order of the rows."""
+    from fit import say_fit  # beside this file; needs scipy
+
     runs = grid_rows(rows)
     parts = [sweep_table(rows), loss_table(runs), say_fit(runs, DENSE)]
     return [*parts, decode_table(decoded)] if decoded else parts
@@ -97,21 +98,23 @@ def say_optimum(runs: Sequence[Row]) -> str:
     return f"{math.exp(best):.3g}, loss {at_0 + slope * best + square * best**2:.4f}"
 
 
-def at_optimum(rows: Sequence[Row]) -> list[Row]:
-    """The first row of each kind at its size of lowest mean loss, in the largest budget that has all sizes of all kinds."""
-    kinds, sizes = in_order(rows, "kind"), in_order(rows, "size")
-    cells: dict[tuple, list[Row]] = {}
+def at_optimum(rows: Sequence[Row], sizes: Collection[str], kinds: Collection[str]) -> list[Row]:
+    """A row of each kind, at its size of lowest mean loss, of the largest budget in which a seed has all sizes and kinds.
+    Means are over such seeds. Empty without one."""
+    runs: dict[tuple, list[Row]] = {}
     for row in rows:
-        cells.setdefault((row["budget"], row["kind"], row["size"]), []).append(row)
-    whole = [
-        budget
-        for budget in in_order(rows, "budget")
-        if all((budget, kind, size) in cells for kind in kinds for size in sizes)
-    ]
+        runs.setdefault((row["budget"], row["seed"]), []).append(row)
+    whole = {key: of for key, of in runs.items() if len(of) == len(sizes) * len(kinds)}
     if not whole:
         return []
-    found = [[cells[max(whole), kind, size] for size in sizes] for kind in kinds]
-    return [min(of, key=mean_loss)[0] for of in found]
+    largest = max(budget for budget, _ in whole)
+    compared = [row for (budget, _), of in whole.items() if budget == largest for row in of]
+    cells = {
+        (kind, size): [row for row in compared if (row["kind"], row["size"]) == (kind, size)]
+        for kind in kinds
+        for size in sizes
+    }
+    return [min((cells[kind, size] for size in sizes), key=mean_loss)[0] for kind in kinds]
 
 
 def decode_table(decoded: Sequence[Row]) -> str:
@@ -126,7 +129,16 @@ def decode_table(decoded: Sequence[Row]) -> str:
         ]
         for row in decoded
     ]
-    return markdown(["kind", "best size", "operations", "decoded tokens/s", "KV, bytes per token"], lines)
+    return markdown(
+        [
+            "kind",
+            "best size",
+            "operations",
+            "decoded random tokens per CPU second",
+            "their KV, bytes per token",
+        ],
+        lines,
+    )
 
 
 # ---- figure ----------------------------------------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     kinds, budgets = in_order(rows, "kind"), sorted(in_order(rows, "budget"))
     for number, kind in enumerate(kinds):
-        for budget, style in zip(budgets, ("-", "--", ":", "-."), strict=False):
+        for budget, style in zip(budgets, cycle(("-", "--", ":", "-.")), strict=False):
             cells = [
                 cell
                 for size in in_order(rows, "size")
