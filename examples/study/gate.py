@@ -22,12 +22,14 @@ from megadyn.benchmark.experiments import (
     add_options,
     add_row,
     check_again,
+    check_text,
     folder_name,
     markdown,
     mean_and_spread,
     read_rows,
     records_of,
     shares_of,
+    text_of,
     train,
 )
 from megadyn.config import load_config
@@ -63,7 +65,7 @@ FORMS: dict[str, list[str]] = {
 """Every second of four layers processes a quarter of the tokens. `random` is the control that learns no choice; three dense
 layers need more operations than 2.5, but no number of dense layers comes closer from above."""
 CONTROL = "random"
-ROW = ("form", "seed", "overrides", "flops_per_token", "loss", "course")
+ROW = ("form", "seed", "overrides", "text", "flops_per_token", "loss", "course")
 
 
 def command(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool) -> list[str]:
@@ -77,6 +79,10 @@ def command(form: str, seed: int, output: Path, overrides: Sequence[str], *, aga
         *FORMS[form],
         *overrides,
     ]
+
+
+def text_here(overrides: Sequence[str]) -> str:
+    return text_of(load_config(HERE / "gate.yaml", list(overrides)).data)
 
 
 def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
@@ -94,6 +100,7 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         "form": form,
         "seed": seed,
         "overrides": list(overrides),
+        "text": text_here(overrides),
         "flops_per_token": training_flops(config.model, length) / length,
         "loss": last["validation"]["causal"],
         "topk": last["validation"].get("topk"),
@@ -207,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.again > len(rows):
             raise UserError(f"--again {args.again}: {results} has {len(rows)} rows")
         before = rows[args.again - 1]
+        check_text([before], text_here(before["overrides"]))
         row = run(before["form"], before["seed"], args.output, before["overrides"], again=True)
         name = f"{row['form']}, seed {row['seed']}"
         check_again(name, row["loss"], before["loss"])
@@ -214,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     there = {(row["form"], row["seed"], tuple(row["overrides"])) for row in rows}
     wanted = [(form, seed, tuple(args.overrides)) for seed in range(1, args.seeds + 1) for form in args.forms]
-    for form, seed, overrides in [key for key in wanted if key not in there][: args.most]:
+    todo = [key for key in wanted if key not in there][: args.most]
+    compared = [row for row in rows if row["overrides"] == args.overrides]
+    if todo and compared:
+        check_text(compared, text_here(args.overrides))
+    for form, seed, overrides in todo:
         row = run(form, seed, args.output, overrides)
         add_row(results, row)
         print(f"{form}, seed {seed}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)

@@ -33,11 +33,13 @@ from megadyn.benchmark.experiments import (
     add_options,
     add_row,
     check_again,
+    check_text,
     folder_name,
     read_rows,
     records_of,
     shares_of,
     start,
+    text_of,
     train,
 )
 from megadyn.commands import export
@@ -80,7 +82,7 @@ DECODED = (
 """Within the length of training."""
 DECODED_ROW = ("kind", "size", "budget", "overrides", "tokens_per_second", "kv_bytes")
 CELL = ("kind", "size", "budget", "seed", "rate", "overrides")
-ROW = (*CELL, "loss", "parameters", "tokens", "steps", "seconds")
+ROW = (*CELL, "text", "loss", "parameters", "tokens", "steps", "seconds")
 
 
 class Cell(NamedTuple):
@@ -123,6 +125,20 @@ def make_data(output: Path) -> None:
             start(["-m", "megadyn", "preprocess", *words, "--output-prefix", str(prefix), "--append-eod"])
 
 
+def data_of(output: Path) -> list[str]:
+    """Overrides that name what `make_data` makes."""
+    data = output / "data"
+    return [
+        f"tokenizer.path={output / 'tokenizer'}",
+        f"data.train={data / 'train'}",
+        f"data.validation={data / 'validation'}",
+    ]
+
+
+def text_here(output: Path) -> str:
+    return text_of(load_config(HERE / "grid.yaml", data_of(output)).data)
+
+
 def command(cell: Cell, output: Path, *, again: bool = False) -> list[str]:
     """Configuration and overrides; `again`: from the start, in a folder of its own."""
     width = SIZES[cell.size]
@@ -131,9 +147,7 @@ def command(cell: Cell, output: Path, *, again: bool = False) -> list[str]:
     words = [
         f"output_dir={output / ('again' if again else 'runs') / name}",
         *(["checkpoint.resume=never"] if again else []),
-        f"tokenizer.path={output / 'tokenizer'}",
-        f"data.train={output / 'data/train'}",
-        f"data.validation={output / 'data/validation'}",
+        *data_of(output),
         f"model.hidden_size={width}",
         f"model.num_layers={cell.size.partition('x')[2]}",
         f"model.num_heads={width // 32}",
@@ -175,6 +189,7 @@ def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
     return {
         **cell._asdict(),
         "overrides": list(cell.overrides),
+        "text": text_of(config.data),
         "steps": config.training.iterations,
         "tokens": steps[-1]["consumed_tokens"],
         "parameters": [
@@ -242,6 +257,8 @@ def take_runs(args: argparse.Namespace, results: Path) -> None:
     end = math.inf if args.minutes is None else time.monotonic() + 60 * args.minutes
     left = math.inf if args.most is None else args.most
     overrides = tuple(args.overrides)
+    if compared := [row for row in read_rows(results, ROW) if row["overrides"] == args.overrides]:
+        check_text(compared, text_here(args.output))
     running: dict[Future[None], Cell] = {}
 
     def one(cell: Cell) -> None:
@@ -348,8 +365,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_again(before: Row, output: Path) -> None:
-    """Raises UserError if the loss comes out otherwise."""
+    """Raises UserError if the text is another one, or the loss comes out otherwise."""
     cell = cell_of(before)
+    check_text([before], text_here(output))
     check_again(str(cell), run(cell, output, again=True)["loss"], before["loss"])
     print(f"{cell}: the same loss")
 

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megadyn.config.data import DataConfig
 from megadyn.errors import UserError
+from megadyn.files import os_errors_named
 from megadyn.paths import user_path
 
 TOLERANCE = 1e-3
@@ -98,6 +100,27 @@ def add_row(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def text_of(data: DataConfig) -> str:
+    """Tells data apart: part of a hash of the tokens of training and validation. Raises UserError if they are not there."""
+    sources = [*data.sources("train"), *(of for found in data.validation_sources().values() for of in found)]
+    found = hashlib.sha256()
+    for source in sources:
+        path = f"{source.prefix}.bin"
+        with os_errors_named(path), open(path, "rb") as tokens:
+            found.update(hashlib.file_digest(tokens, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
+def check_text(rows: Iterable[Row], text: str) -> None:
+    """Raises UserError if a row is of a run on other text: two machines may have other versions of it."""
+    others = {row["text"] for row in rows} - {text}
+    if others:
+        raise UserError(
+            f"the text here is {text}, but rows are of {', '.join(sorted(others))}: losses cannot be compared. "
+            "Make all runs here, with --results of their own"
+        )
 
 
 def check_again(name: str, loss: float, before: float) -> None:

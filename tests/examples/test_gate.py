@@ -72,6 +72,15 @@ def test_from_runs_to_rows_and_a_table(
     )
     assert f"| {both['loss'] - both['topk']:.4f} | 0.250 (" in printed
 
+    validation = tmp_path / "validation.bin"
+    tokens = validation.read_bytes()
+    validation.write_bytes(tokens[4:] + tokens[:4])
+    for more in (["--again", "1"], ["--seeds", "2"]):
+        with pytest.raises(
+            UserError, match="the text here is .*, but rows are of .*: losses cannot be compared"
+        ):
+            gate.main([*words, *more])
+    validation.write_bytes(tokens)
     assert gate.main([*words, "--again", "1"]) == 0
     assert "dtf, both, seed 1: the same loss" in capsys.readouterr().out
     for wrong, message in (

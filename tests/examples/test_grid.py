@@ -61,7 +61,7 @@ def test_the_page_has_the_tables_and_the_fit_of_the_committed_rows(monkeypatch: 
 
 def row_of(cell: tuple, loss: float, grid: ModuleType) -> dict:
     """What the order of runs needs, and numbers that tables need."""
-    known = {"loss": loss, "parameters": [1, 0], "tokens": 1, "steps": 1, "seconds": 1.0}
+    known = {"text": "0", "loss": loss, "parameters": [1, 0], "tokens": 1, "steps": 1, "seconds": 1.0}
     return grid.Cell(*cell)._asdict() | {"overrides": []} | known
 
 
@@ -150,6 +150,12 @@ def test_the_best_of_each_kind_are_decoded(
         grid.add_row(tmp_path / "results.jsonl", row_of(cell, 5.0, grid) | overrides)
     with pytest.raises(UserError, match="--decode: needs rows of every size and kind"):
         grid.main([*words, "--decode"])
+    with pytest.raises(UserError, match="the text here is .*, but rows are of 0: losses cannot be compared"):
+        grid.main([*words, "--most", "2"])
+    with pytest.raises(UserError, match="the text here is"):
+        grid.main([*words, "--again", "1"])
+    results = tmp_path / "results.jsonl"
+    results.write_text(results.read_text().replace('"text": "0"', f'"text": "{grid.text_here(tmp_path)}"'))
     assert grid.main([*words, "--most", "2", "--jobs", "2"]) == 0
     larger = row_of((2e8, 1, "32x2", "dense", 1e-3), 1.0, grid)
     grid.add_row(tmp_path / "results.jsonl", larger | overrides)
@@ -194,9 +200,12 @@ def test_after_a_failed_run_the_others_are_finished_and_have_their_rows(
     assert [(row["kind"], row["rate"]) for row in rows] == [("mod", 1e-3)]
 
 
-def test_rows_of_another_grid_are_refused(grid: ModuleType, tmp_path: Path) -> None:
+def test_rows_of_another_grid_are_refused(
+    grid: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "make_data", lambda output: None)
     grid.add_row(tmp_path / "results.jsonl", row_of((1e8, 1, "96x6", "dense", 1e-3), 5.0, grid))
-    for words in (["--fit"], ["--again", "1"], []):
+    for words in (["--fit"], ["--again", "1"]):
         with pytest.raises(UserError, match="a row has size '96x6', but the grid has 32x2; remove it"):
             grid.main(["--output", str(tmp_path), *words])
 
