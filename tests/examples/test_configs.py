@@ -24,7 +24,7 @@ CONFIGS = sorted(
 ON_A_CPU = {
     "quickstart/config.yaml": ["model.vocab_size=4096"],
     "study/config.yaml": ["model.vocab_size=4096"],
-    "study/grid.yaml": ["model.vocab_size=8192", "training.micro_batch_size=8"],
+    "study/grid.yaml": ["model.vocab_size=8192", "training.micro_batch_size=4"],
     "study/gate.yaml": ["model.vocab_size=4096", "training.micro_batch_size=4"],
     "phases/config.yaml": ["model.vocab_size=4096"],
     **{
