@@ -11,7 +11,6 @@ its cell (budget, size, kind), plus a deviation that all cells of one budget and
 drawn, with replacement, from those of the cells that have several seeds.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,12 +63,12 @@ def residuals(rows: Sequence[Row], kinds: Sequence[str]) -> Callable[[np.ndarray
 
 def fit(rows: Sequence[Row], kinds: Sequence[str]) -> np.ndarray:
     """e, a, b, alpha, beta, and the worth of a skipped layer of each of `kinds`."""
-    count = len(STARTS[0]) + len(kinds)
+    errors, count = residuals(rows, kinds), len(STARTS[0]) + len(kinds)
     low, high = np.full(count, -np.inf), np.full(count, np.inf)
     low[3:], high[3:5], high[5:] = 0, LARGEST_EXPONENT, LARGEST_WORTH
     found = [
         least_squares(
-            residuals(rows, kinds),
+            errors,
             np.append(start, np.full(len(kinds), 0.5)),
             bounds=(low, high),
             loss="huber",
@@ -80,18 +79,19 @@ def fit(rows: Sequence[Row], kinds: Sequence[str]) -> np.ndarray:
     return np.asarray(min(found, key=lambda of: of.cost).x)
 
 
-def cell_of(row: Row) -> tuple[Any, ...]:
-    return row["budget"], row["size"], row["kind"]
+def cells_of(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by budget, size and kind: those of a cell differ in their seeds."""
+    cells: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["budget"], row["size"], row["kind"]), []).append(row)
+    return cells
 
 
 def deviations_of(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     """Of logarithms of losses, from cells with several seeds: what the cells of one budget and seed share, and what is left.
     Both are scaled to be as large as those of single runs from the mean of all."""
-    cells: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        cells.setdefault(cell_of(row), []).append(row)
     by_seed: dict[tuple[Any, ...], list[float]] = {}
-    for of in cells.values():
+    for of in cells_of(rows).values():
         if len(of) > 1:
             losses = np.log([row["loss"] for row in of])
             scaled = (losses - losses.mean()) * np.sqrt(len(of) / (len(of) - 1))
@@ -101,24 +101,18 @@ def deviations_of(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return list(shared.values()), [of - shared[key] for key, found in by_seed.items() for of in found]
 
 
-def repeated(rows: Sequence[Row]) -> int:
-    """Cells with several seeds."""
-    return sum(count > 1 for count in Counter(map(cell_of, rows)).values())
-
-
 def sampled(rows: Sequence[Row], random: np.random.Generator) -> list[Row]:
-    """Each row with its cell's mean in place of its loss, and the two deviations."""
+    """Each row, in the order of the cells, with its cell's mean in place of its loss, and the two deviations."""
     shared, own = deviations_of(rows)
-    cells: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        cells.setdefault(cell_of(row), []).append(np.log(row["loss"]))
-    of_seed = {
-        key: random.choice(shared) for key in dict.fromkeys((row["budget"], row["seed"]) for row in rows)
-    }
+    of_seed: dict[tuple[Any, ...], float] = {}
     found = []
-    for row in rows:
-        deviation = of_seed[row["budget"], row["seed"]] + random.choice(own)
-        found.append(row | {"loss": float(np.exp(np.mean(cells[cell_of(row)]) + deviation))})
+    for of in cells_of(rows).values():
+        mean = np.mean(np.log([row["loss"] for row in of]))
+        for row in of:
+            key = (row["budget"], row["seed"])
+            if key not in of_seed:
+                of_seed[key] = random.choice(shared)
+            found.append(row | {"loss": float(np.exp(mean + of_seed[key] + random.choice(own)))})
     return found
 
 
@@ -135,8 +129,8 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
     budgets = {budget for budget, _ in cells}
     if not kinds or len(budgets) < 2 or len(cells) < LEAST_CELLS:
         return (
-            f"No fit yet: it needs routed runs, and {LEAST_CELLS} sizes of dense ones, counted in each budget, of two budgets. "
-            f"There are {len(cells)}, of {len(budgets)}.\n"
+            f"No fit yet: it needs routed runs, and dense runs of {LEAST_CELLS} cells (a size in a budget) and two budgets. "
+            f"There are {len(cells)} dense cells, of {len(budgets)} budgets.\n"
         )
     found = fit(rows, kinds)
     e, a, b, alpha, beta = found[:5]
@@ -146,18 +140,19 @@ def say_fit(rows: Sequence[Row], dense: str) -> str:
         f"Losses differ from it by {error:.2%} (root mean square)"
     )
     intervals = ["needs more seeds"] * len(kinds)
-    if repeated(rows) >= LEAST_REPEATED:
+    if sum(len(of) > 1 for of in cells_of(rows).values()) >= LEAST_REPEATED:
         random = np.random.default_rng(0)
         samples = np.array([fit(sampled(rows, random), kinds) for _ in range(SAMPLES)])
         low, high = np.percentile(samples, INTERVAL, axis=0)
         intervals = [f"{low[5 + i]:.2f} to {high[5 + i]:.2f}" for i in range(len(kinds))]
         bound = np.mean([at_bound(sample) for sample in samples])
+        spread = np.sqrt(sum(np.mean(np.square(of)) for of in deviations_of(rows)))
         said += (
-            f"; the standard deviation over seeds is {np.sqrt(sum(np.mean(np.square(of)) for of in deviations_of(rows))):.2%}. "
-            f"In {bound:.0%} of the samples a bound decides an exponent or a worth"
+            f"; the standard deviation over seeds is {spread:.2%}. In {bound:.0%} of the samples an exponent or a worth ends at "
+            "a bound"
         )
     if at_bound(found):
-        said += ". Here a bound decides one, not the rows"
+        said += ". The fit itself ends at a bound: the rows do not determine all of its values"
     lines = [
         said + ".\n",
         "| kind | a skipped layer is worth, in dense layers | 90 % interval |",

@@ -138,14 +138,15 @@ def _begin_together(begin: Callable[[], None], address: str, moves: Moves, watch
     if thread is not None:
         thread.start()
     _wait_together(thread, "fetching from checkpoint.mirror", moves, watchdog, math.inf)
-    error = problem[0] if problem else None
-    text = (
-        None
-        if error is None
-        else f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{one_line(error)}"
-    )
+    text = said(problem[0]) if problem else None
     if (text := all_gather(text)[0]) is not None:
         raise UserError(f"checkpoint.mirror = {address!r}: {text}")
+
+
+def said(error: BaseException) -> str:
+    """In one line; a UserError is a sentence, others need their names."""
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return name + one_line(error)
 
 
 def _end_together(copying: Copying | None, config: Config, moves: Moves, watchdog: Watchdog) -> None:

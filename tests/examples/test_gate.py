@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
-from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from tests.docs.commands import load
-from tests.examples.test_probe import run_in_crew
+from tests.examples.test_probe import run_in_crew, write_parts
 from tests.helpers.tiny import ROOT
 
 
@@ -35,10 +33,7 @@ def test_the_page_has_the_tables_of_the_committed_rows(gate: ModuleType) -> None
 def test_from_runs_to_rows_and_a_table(
     gate: ModuleType, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for part in ("train", "validation"):
-        with IndexedWriter(tmp_path / part, "<i4") as writer:
-            writer.add(np.arange(200) % 250, [200], [1])
-            writer.finish()
+    write_parts(tmp_path)
     tiny = [
         f"tokenizer.path={tokenizer_folder}",
         *(f"data.{part}={tmp_path / part}" for part in ("train", "validation")),

@@ -9,11 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.planning.flops import training_flops
 from tests.docs.commands import load
-from tests.examples.test_probe import run_in_crew
+from tests.examples.test_probe import run_in_crew, write_parts
 from tests.helpers.tiny import ROOT
 
 TINY = (
@@ -42,7 +41,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def test_the_page_has_the_tables_and_the_fit_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fit's numbers to a tenth: 600 minima are not the same bit for bit on every machine."""
+    """The fit's numbers closely: 600 minima are not the same bit for bit on every machine."""
     monkeypatch.syspath_prepend(str(ROOT / "examples/study"))
     grid = load("examples/study/grid.py")
     rows = grid.in_grid_order(grid.read_rows(ROOT / "examples/study/grid.jsonl", grid.ROW))
@@ -56,7 +55,7 @@ def test_the_page_has_the_tables_and_the_fit_of_the_committed_rows(monkeypatch: 
     said = page[start : page.index("\n\n", page.index("| 90 % interval |", start)) + 1]
     assert NUMBER.sub("#", said) == NUMBER.sub("#", law), "the page is to say:\n" + law
     numbers = [np.array(NUMBER.findall(text), float) for text in (said, law)]
-    assert numbers[0] == pytest.approx(numbers[1], rel=0.1, abs=0.1), "the page is to say:\n" + law
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=0.03), "the page is to say:\n" + law
 
 
 def row_of(cell: tuple, loss: float, grid: ModuleType) -> dict:
@@ -87,14 +86,10 @@ def test_a_budget_begins_with_its_sweep_and_every_prefix_of_its_grid_has_whole_s
 def test_from_datasets_to_a_row_and_its_table(
     grid: ModuleType, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("corpus", "data"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/train.jsonl").touch()
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
-    for part in ("train", "validation"):
-        with IndexedWriter(tmp_path / "data" / part, "<i4") as writer:
-            writer.add(np.arange(200) % 250, [200], [1])
-            writer.finish()
+    write_parts(tmp_path / "data")
     words = ["--output", str(tmp_path), *TINY]
     assert grid.main([*words, "--most", "2"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -138,12 +133,8 @@ def test_the_best_of_each_kind_are_decoded(
     monkeypatch.setattr(grid, "DECODED", ("--batch", "1", "--context", "4", "--steps", "2", "--rounds", "1"))
     monkeypatch.setattr(grid, "KINDS", {name: grid.KINDS[name] for name in ("dense", "random")})
     monkeypatch.setattr(grid, "SWEPT_KINDS", ("dense", "random"))
-    (tmp_path / "data").mkdir()
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
-    for part in ("train", "validation"):
-        with IndexedWriter(tmp_path / "data" / part, "<i4") as writer:
-            writer.add(np.arange(200) % 250, [200], [1])
-            writer.finish()
+    write_parts(tmp_path / "data")
     words = ["--output", str(tmp_path), *TINY]
     overrides = {"overrides": list(TINY)}
     for cell in ((1e8, 0, "32x2", kind, rate) for kind in grid.KINDS for rate in grid.RATES):
@@ -257,7 +248,7 @@ def test_the_fit_finds_what_skipped_layers_are_worth(
     one_seed = [row for row in made_up(worth, 3e-3) if row["seed"] == 1]
     assert fit.say_fit(one_seed, "dense").count("| needs more seeds |") == 2
     few = [row for row in made_up(worth, 0.0) if row["budget"] == 1e13]
-    assert "There are 4, of 1." in fit.say_fit(few, "dense")
+    assert "There are 4 dense cells, of 1 budgets." in fit.say_fit(few, "dense")
 
 
 def test_the_fit_says_when_sizes_hardly_matter(grid: ModuleType) -> None:
@@ -269,7 +260,7 @@ def test_the_fit_says_when_sizes_hardly_matter(grid: ModuleType) -> None:
     assert "bound" not in law and "Losses differ from it by 0.0" in law
     for row in rows:
         row["loss"] = 1.5 + 245 * row["tokens"] ** -0.4 + (0.3 if row["size"] == "64x4" else 0.0)
-    assert "Here a bound decides one, not the rows" in fit.say_fit(rows, "dense")
+    assert "The fit itself ends at a bound" in fit.say_fit(rows, "dense")
 
 
 def test_samples_deviate_as_seeds_do(grid: ModuleType) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megadyn.config import load_config
 from megadyn.data.indexed import IndexedDataset
+from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.labels import read_labels
 from megadyn.errors import ConfigError, UserError
 from megadyn.evaluation.losses import evaluate
@@ -61,6 +62,15 @@ def run_in_crew(module: ModuleType, monkeypatch: pytest.MonkeyPatch, at: int) ->
 
     monkeypatch.setattr(Crew, "_start", started)
     monkeypatch.setattr(module, "train", train)
+
+
+def write_parts(folder: Path) -> None:
+    """Datasets of a few tokens, for training and validation."""
+    folder.mkdir(exist_ok=True)
+    for part in ("train", "validation"):
+        with IndexedWriter(folder / part, "<i4") as writer:
+            writer.add(np.arange(200) % 250, [200], [1])
+            writer.finish()
 
 
 def test_from_generation_to_figures(
