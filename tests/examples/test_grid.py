@@ -284,7 +284,7 @@ def test_samples_deviate_as_seeds_do(grid: ModuleType) -> None:
     assert sorted(shared) == pytest.approx([-0.1 * 2**0.5, 0.1 * 2**0.5])
     assert sorted(own) == pytest.approx([-0.01 * 2**0.5] * 2 + [0.01 * 2**0.5] * 2)
     samples = [fit.sampled(rows, np.random.default_rng(seed)) for seed in range(400)]
-    a1, b1, a2, _, c1 = np.transpose([[np.log(row["loss"]) for row in sample] for sample in samples])
+    a1, a2, b1, _, c1 = np.transpose([[np.log(row["loss"]) for row in sample] for sample in samples])
     for column, mean in ((a1, 1.0), (b1, 2.0), (c1, 3.0)):
         assert column.mean() == pytest.approx(mean, abs=0.03) and column.std() == pytest.approx(
             0.142, rel=0.02
