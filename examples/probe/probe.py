@@ -10,16 +10,14 @@ compared: their loss must come out within 1e-3.
 """
 
 import argparse
-import math
 import shutil
-import statistics
-import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from probe_tables import draw_depth, draw_lists, draw_samples, tables
 
 from megadyn.arguments import count, positive
 from megadyn.benchmark.experiments import (
@@ -28,9 +26,6 @@ from megadyn.benchmark.experiments import (
     add_row,
     check_again,
     folder_name,
-    markdown,
-    mean_and_spread,
-    pyplot,
     read_rows,
     records_of,
     shares_of,
@@ -41,7 +36,7 @@ from megadyn.data.record import read_record
 from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_tool
 from megadyn.planning.flops import training_flops
 from megadyn.planning.parameters import total_parameters
-from megadyn.prepare.probe import ANSWERS, Language, write_dataset, write_tokenizer
+from megadyn.prepare.probe import Language, write_dataset, write_tokenizer
 
 HERE = Path(__file__).parent
 MODELS = (
@@ -115,10 +110,9 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
 
     measured = measure(Path(config.output_dir), output / "data/validation")
     length = config.training.sequence_length
+    chosen = measured.passed.chosen
     shares = {int(layer): found["share"] for layer, found in measured.result["layers"].items()}
     steps, last = records_of(Path(config.output_dir))
-    if shares:
-        draw_sample(measured, Path(config.output_dir) / "sample.png", f"{model}, seed {seed}")
     return {
         "model": model,
         "seed": seed,
@@ -131,208 +125,18 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "seconds": round(seconds, 1),
         "validation": last["validation"],
         "shares": [list(shares_of(step).values()) for step in steps[len(steps) // 2 :]] if shares else [],
+        "sample": {str(layer): marks_of(mask[:length]) for layer, mask in chosen.items()},
         **measured.result,
     }
 
 
+def marks_of(mask: NDArray[np.bool_]) -> str:
+    """A digit per token: 1 for chosen ones."""
+    return "".join("01"[int(chosen)] for chosen in mask)
+
+
 def key_of(row: Row) -> tuple[str, int, tuple[str, ...]]:
     return row["model"], row["seed"], tuple(row["overrides"])
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
-def groups_of(rows: Iterable[Row]) -> list[tuple[str, int]]:
-    """Class and hops of what can be predicted, in order: text, then answers."""
-    found = {(group["class"], group["hops"]) for row in rows for group in row["groups"]}
-    deep = sorted(
-        (group for group in found if group[0] in ANSWERS), key=lambda of: (ANSWERS.index(of[0]), of[1])
-    )
-    return [("text", 0), *deep]
-
-
-def name_of(group: tuple[str, int]) -> str:
-    return f"{group[0]} {group[1]}" if group[1] else group[0]
-
-
-def values(rows: Sequence[Row], group: tuple[str, int], key: str) -> list[Any]:
-    """A value of this group, per row."""
-    return [of[key] for row in rows for of in row["groups"] if (of["class"], of["hops"]) == group]
-
-
-def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by model and overrides, in order of appearance."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(" ".join([row["model"], *row["overrides"]]), []).append(row)
-    return found
-
-
-def is_dense(row: Row) -> bool:
-    """Whether every layer of the model processes every token."""
-    return bool(row["kind"] == "dense") and not row["overrides"]
-
-
-def say_capacity(name: str) -> str:
-    """A model's name with its overrides, as short as it can be read."""
-    return name.replace("model.routing.", "")
-
-
-def loss_table(rows: Sequence[Row]) -> str:
-    """Of the dense models, a column for each, means over seeds: loss and accuracy by class and hops."""
-    models = by_model([row for row in rows if is_dense(row)])
-    lines = [["seeds", *(str(len(runs)) for runs in models.values())]]
-    for group in groups_of(rows):
-        cells = []
-        for runs in models.values():
-            losses, accuracies = (values(runs, group, key) for key in ("within", "accuracy"))
-            cells.append(f"{mean_and_spread(losses)} ({statistics.mean(accuracies):.0%})" if losses else "-")
-        lines.append([name_of(group), *cells])
-    return markdown(["", *models], lines)
-
-
-def accuracy_table(rows: Sequence[Row]) -> str:
-    """A line per model, means over seeds, from the best: operations, loss, what top-k's loss is below it, accuracy by class."""
-    groups = [group for group in groups_of(rows) if group != ("text", 0)]
-    lines = []
-    for name, runs in by_model(rows).items():
-        gaps = [
-            row["validation"]["causal"] - row["validation"]["topk"]
-            for row in runs
-            if "topk" in row.get("validation", {})
-        ]
-        accuracies = [values(runs, group, "accuracy") for group in groups]
-        lines.append(
-            (
-                statistics.mean(row["loss"] for row in runs),
-                [
-                    say_capacity(name),
-                    str(len(runs)),
-                    f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.1f}",
-                    mean_and_spread([row["loss"] for row in runs]),
-                    f"{statistics.mean(gaps):.4f}" if gaps and runs[0]["layers"] else "-",
-                    *(f"{statistics.mean(of):.0%}" if of else "-" for of in accuracies),
-                ],
-            )
-        )
-    head = ["model", "seeds", "MFLOP", "loss", "gap", *map(name_of, groups)]
-    return markdown(head, [line for _, line in sorted(lines, key=lambda of: of[0])])
-
-
-def choice_table(rows: Sequence[Row]) -> str:
-    """Per routed layer, mean over seeds: share chosen of all tokens and by class and hops, and the area under the curve."""
-    routed = [row for row in rows if row["layers"]]
-    groups = [("table", 0), *groups_of(routed)]
-    lines = []
-    for name, runs in by_model(routed).items():
-        for layer in runs[0]["layers"]:
-            found = [row["layers"][layer] for row in runs]
-            areas = [of["area"] for of in found if of["area"] is not None]
-            shares = [[of[layer] for of in values(runs, group, "chosen")] for group in groups]
-            lines.append(
-                [
-                    say_capacity(name),
-                    layer,
-                    f"{statistics.mean(of['share'] for of in found):.0%}",
-                    mean_and_spread(areas) if areas else "-",
-                    *(f"{statistics.mean(share):.0%}" if share else "-" for share in shares),
-                ]
-            )
-    return markdown(["model", "layer", "chosen", "area", *map(name_of, groups)], lines) if lines else ""
-
-
-def tables(rows: Sequence[Row]) -> list[str]:
-    """Those of which there are rows."""
-    return [table for table in (accuracy_table(rows), loss_table(rows), choice_table(rows)) if table]
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def draw_depth(rows: Sequence[Row], path: Path) -> None:
-    """Of the models in which no layer chooses: loss of a list's state against its steps, and of all else against depth."""
-    dense = [row for row in rows if is_dense(row) and row["model"] != "dense_narrow"]
-    of_depth = {
-        depth: [row for row in dense if row["layers_of_model"] == depth]
-        for depth in sorted({row["layers_of_model"] for row in dense})
-    }
-    groups = groups_of(dense)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for depth, runs in of_depth.items():
-        found = {group[1]: values(runs, group, "within") for group in groups if group[0] == "state"}
-        draw_means(left, found, "-", f"{depth} layers")
-    left.set_xlabel("permutations in the list")
-    left.set_ylabel("loss of the answer among its class, nats")
-    for group in groups:
-        if group[0] != "state":
-            found = {depth: values(runs, group, "within") for depth, runs in of_depth.items()}
-            draw_means(right, found, {"text": ":", "sum": "--"}.get(group[0], "-"), name_of(group))
-    right.set_xlabel("dense layers")
-    right.set_xticks(list(of_depth))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
-
-
-def draw_lists(rows: Sequence[Row], path: Path) -> None:
-    """Of every model: accuracy on lists by their steps; and the share of these positions that its routed layers took."""
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    for name, runs in by_model(rows).items():
-        label = textwrap.shorten(
-            say_capacity(name), 40, placeholder=" ..."
-        )  # the legend must fit into the figure
-        of_list = [group for group in groups_of(runs) if group[0] == "state"]
-        found = {group[1]: values(runs, group, "accuracy") for group in of_list}
-        look = {"color": str(1 - runs[0]["layers_of_model"] / 10), "lw": 1} if is_dense(runs[0]) else {}
-        line = draw_means(left, found, "--" if look else "-", label, **look)
-        taken = {
-            group[1]: [statistics.mean(of.values()) for of in values(runs, group, "chosen")]
-            for group in of_list
-            if runs[0]["layers"]
-        }
-        if taken:
-            draw_means(right, taken, "-", label, color=line.get_color())
-    left.set_ylabel("accuracy, routed causally")
-    right.set_ylabel("share of positions in routed layers")
-    for axis in (left, right):
-        axis.set_xlabel("permutations in the list: steps needed")
-        axis.set_ylim(0, 1.03)
-        axis.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
-
-
-def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str, **look: Any) -> Any:
-    """A line through the means of what was found at each place, and a dot for each value."""
-    means = [statistics.mean(of) if of else math.nan for of in found.values()]
-    line = axis.plot(list(found), means, style, label=label, **look)[0]
-    for place, of in found.items():
-        axis.scatter([place] * len(of), of, s=14, color=line.get_color())
-    return line
-
-
-def draw_sample(measured: Any, path: Path, title: str) -> None:
-    """The first document: above, the steps that each token needs to predict the next; below, what each layer processed."""
-    length = measured.length
-    words = [LANGUAGE.vocabulary[token] for token in measured.passed.tokens[:length]]
-    needed = measured.passed.hops[:length].astype(float)
-    chosen = [mask[:length].astype(float) for mask in measured.passed.chosen.values()]
-    figure, (above, below) = pyplot().subplots(
-        2, 1, figsize=(0.19 * length + 1.5, 1.6 + 0.25 * len(chosen)), layout="constrained", sharex=True,
-        height_ratios=[1, max(1, len(chosen))],
-    )  # fmt: skip
-    above.imshow(needed[None], aspect="auto", cmap="Oranges", vmin=0, vmax=max(1.0, needed.max()))
-    above.set_yticks([0], ["steps needed"])
-    below.imshow(np.stack(chosen), aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    below.set_yticks(range(len(chosen)), [f"layer {layer}" for layer in measured.passed.chosen])
-    below.set_xticks(range(length), words, rotation=90, fontsize=7)
-    above.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -379,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.output / "table.md").write_text(text)
         draw_depth(rows, args.output / "depth.png")
         draw_lists(rows, args.output / "lists.png")
+        draw_samples(rows, LANGUAGE, args.output / "data/validation", args.output / "samples.png")
         print(text)
     return 0
 

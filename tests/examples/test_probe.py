@@ -80,7 +80,6 @@ def test_from_generation_to_figures(
     assert probe.main(words) == 0
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["model"] for row in rows] == ["dense_2", "mod"]
-    folder = next((tmp_path / "mod").iterdir())
     for row, name in zip(rows, ["dense_2", "mod"]):
         of_run = evaluate(next((tmp_path / name).iterdir()), tmp_path / "data/validation", modes=["causal"])
         assert row["loss"] == pytest.approx(of_run["causal"], abs=1e-5)
@@ -91,8 +90,10 @@ def test_from_generation_to_figures(
         of_run["routed_fraction"], abs=1e-6
     )
     assert 0 < rows[1]["layers"]["1"]["area"] < 1
-    for figure in (tmp_path / "depth.png", tmp_path / "lists.png", folder / "sample.png"):
-        assert figure.read_bytes().startswith(PNG)
+    taken = rows[1]["sample"]["1"]  # of the first document, one of those that the row is about
+    assert rows[0]["sample"] == {} and len(taken) == probe.LANGUAGE.length and set(taken) == {"0", "1"}
+    for figure in ("depth.png", "lists.png", "samples.png"):
+        assert (tmp_path / figure).read_bytes().startswith(PNG)
     table = (tmp_path / "table.md").read_text()
     assert "dense_2" in table and "chase 2" in table and table in capsys.readouterr().out
 
