@@ -11,6 +11,7 @@ compared: their loss must come out within 1e-3.
 
 import argparse
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ from megadyn.benchmark.experiments import (
     folder_name,
     read_rows,
     records_of,
-    shares_of,
     train,
 )
 from megadyn.config import load_config
@@ -87,7 +87,8 @@ def command(
 
 
 def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
-    """Trains and measures one model; draws its first validation document if it routes."""
+    """Trains and measures one model. Operations are counted at the mean shares of the second half of training, statistics that
+    are fractions are averaged over it."""
     words = command(model, seed, output, overrides, again=again)
     config = load_config(words[0], words[1:])
     config.model.vocab_size = len(LANGUAGE.vocabulary)
@@ -110,9 +111,9 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
 
     measured = measure(Path(config.output_dir), output / "data/validation")
     length = config.training.sequence_length
-    chosen = measured.passed.chosen
-    shares = {int(layer): found["share"] for layer, found in measured.result["layers"].items()}
     steps, last = records_of(Path(config.output_dir))
+    fractions = fractions_of(steps[len(steps) // 2 :])
+    shares = {int(layer): found["routed_fraction"] for layer, found in fractions.items()}
     return {
         "model": model,
         "seed": seed,
@@ -124,9 +125,24 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "flops_per_token": training_flops(config.model, length, shares) / length,
         "seconds": round(seconds, 1),
         "validation": last["validation"],
-        "shares": [list(shares_of(step).values()) for step in steps[len(steps) // 2 :]] if shares else [],
-        "sample": {str(layer): marks_of(mask[:length]) for layer, mask in chosen.items()},
+        "fractions": fractions,
+        "sample": {str(layer): marks_of(mask[:length]) for layer, mask in measured.passed.chosen.items()},
         **measured.result,
+    }
+
+
+def fractions_of(steps: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """By routed layer: means of the statistics that are shares of tokens, by name."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for step in steps:
+        for layer, measured in step.get("routing", {}).items():
+            if "routed_fraction" not in measured:
+                continue
+            for name in measured:
+                if name.endswith("_fraction"):
+                    found.setdefault(layer, {}).setdefault(name, []).append(measured[name])
+    return {
+        layer: {name: statistics.mean(of) for name, of in names.items()} for layer, names in found.items()
     }
 
 

@@ -14,6 +14,7 @@ from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.data.labels import read_labels
 from megadyn.errors import ConfigError, UserError
 from megadyn.evaluation.losses import evaluate
+from megadyn.planning.flops import training_flops
 from megadyn.prepare import probe as language
 from megadyn.routing.recording import Recording
 from megadyn.training.data import open_data
@@ -33,6 +34,7 @@ TINY = [
     "training.eval_samples=4",
     "optimizer.warmup_iterations=1",
 ]
+LOG_EACH = "logging.interval=1"
 PNG = b"\x89PNG"
 
 
@@ -106,6 +108,24 @@ def test_from_generation_to_figures(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"dense_2, seed 1: loss \d\.\d+, but its row says 9\.00000"):
         probe.check_again("dense_2, seed 1", rows[0]["loss"], 9.0)
+
+
+def test_operations_count_what_a_layer_runs_of_both_halves(probe: ModuleType, tmp_path: Path) -> None:
+    """subskip reports the tokens that attend; its layers may run fewer or more tokens' feed-forward."""
+    assert (
+        probe.main(["--output", str(tmp_path), "--models", "subskip", "--seeds", "1", *TINY, LOG_EACH]) == 0
+    )
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    folder = next((tmp_path / "subskip").iterdir())
+    steps, _ = probe.records_of(folder)
+    last = steps[-1]["routing"]["1"]  # of two steps, the second half
+    assert row["fractions"]["1"]["mlp_fraction"] == last["mlp_fraction"]
+    model = load_config(folder / "config.yaml").model
+    length = probe.LANGUAGE.length
+    assert row["flops_per_token"] == pytest.approx(
+        training_flops(model, length, {1: last["routed_fraction"]}) / length
+    )
+    assert last["routed_fraction"] != pytest.approx(row["layers"]["1"]["share"], abs=1e-3)
 
 
 def test_a_model_is_told_which_tokens_need_depth(probe: ModuleType, tmp_path: Path) -> None:
