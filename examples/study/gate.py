@@ -52,9 +52,6 @@ FORMS: dict[str, list[str]] = {
     "dtf, relative gate": [*DTF, "model.routing.relative_gate=true"],
     "dtf, both": [*DTF, "model.routing.scale_free=true", "model.routing.relative_gate=true"],
     "dtf, constant offsets": [*DTF, 'optimizer.freeze=["*.ce_log_offset", "*.cu_multiplier"]'],
-    "dtf, utility 0.01": [*DTF, "model.routing.utility_weight=0.01"],
-    "dtf, utility 0.1": [*DTF, "model.routing.utility_weight=0.1"],
-    "dtf, utility 1": [*DTF, "model.routing.utility_weight=1"],
     "dtf, by threshold": [*DTF, BY_THRESHOLD],
     "dtf, both, by threshold": [
         *DTF,
@@ -130,17 +127,7 @@ def say_shares(runs: Sequence[Row]) -> str:
     return f"{statistics.mean(of[1] for of in found):.3f} ({least:.3f} to {most:.3f})"
 
 
-WATCHED = (
-    "S_CE",
-    "S_CU",
-    "gate_routed",
-    "gate_unrouted",
-    "causal_agreement",
-    "cu_multiplier",
-    "D_st",
-    "rank_agreement",
-    "utility_size",
-)
+WATCHED = ("S_CE", "S_CU", "gate_routed", "gate_unrouted", "causal_agreement", "cu_multiplier", "D_st")
 
 
 def course_of(steps: Sequence[dict[str, Any]]) -> list[dict[str, float]]:

@@ -27,8 +27,6 @@ class Dtf(Surprising):
     """Whether a chosen token's update is multiplied by G over the moving average of G (over `ma_window` tokens) instead of by
     G, so that training cannot close the gates of all tokens alike."""
 
-    utility_weight: float = 0.0
-
     name = "dtf"
     benchmark = "dtf:0.5"
     title = "Dynamic Transformer (DTF)"

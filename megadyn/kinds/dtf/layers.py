@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megadyn.kinds.dtf import Dtf
 from megadyn.kinds.dtf.prior import Prior
-from megadyn.kinds.dtf.utility import Utility, agreement, disagreement
 from megadyn.model.block import LayerContext, Stream
 from megadyn.model.documents import Documents
 from megadyn.parallel.grid import Axis
@@ -66,9 +65,6 @@ class DynamicLayer(SkippingLayer):
         routing = ctx.model.routing
         assert isinstance(routing, Dtf)
         self.window = routing.ma_window if routing.relative_gate else None
-        self.utility_weight = routing.utility_weight
-        if self.utility_weight:
-            self.utility = Utility(f"{self.name}.utility", ctx)
 
     def choose(self, stream: Stream) -> Selection:
         assert stream.score is not None
@@ -85,19 +81,7 @@ class DynamicLayer(SkippingLayer):
         choice = self.causal_router(score, stream.hidden)
         of_all = self.gate(score, stream.documents, Axis("whole"))
         self.monitor.record(choice.statistics | gate_statistics(of_all, choice.in_top))
-        gate, loss = self.gate(stream.score, stream.documents, self.seq), None
-        if self.utility_weight:
-            predicted = self.utility(stream.hidden)
-            of_layer = self.loss_scale.value / self.like_this
-            gate = self.utility.watch(gate, predicted, choice.in_top, of_layer)
-            loss = self.utility_weight * disagreement(stream.score, predicted.detach())
-            self.monitor.record(
-                {
-                    "rank_agreement": agreement(stream.score, predicted).detach(),
-                    "utility_size": predicted.detach().std(),
-                }
-            )
-        return self.process(stream, gate, choice, loss)
+        return self.process(stream, self.gate(stream.score, stream.documents, self.seq), choice)
 
     def gate(self, score: Tensor, documents: Documents | None, seq: Axis) -> Tensor:
         """r [B, T/seq] -> what multiplies the block's update, [B, T/seq]."""
