@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from megadyn.kinds.nested.layers import FollowingThreshold
+from megadyn.kinds.nested.layers import FollowingThreshold, logit
 from megadyn.model.block import Stream
 from megadyn.network import routed_layers, thresholds_of
 from megadyn.parallel.grid import Axis
@@ -56,15 +56,38 @@ def test_a_threshold_that_no_token_reaches_leaves_the_dense_layer(norm):
     assert not layer.router.weight.grad.any()
 
 
-def test_the_threshold_moves_by_the_excess_of_the_share():
+def end_of_step(threshold: FollowingThreshold) -> None:
+    threshold.end_step(threshold.take_step_mean())
+
+
+def test_the_threshold_moves_by_a_part_of_its_distance_from_the_share():
     threshold = FollowingThreshold(start=0.5, rate=0.1, share=0.2)
-    threshold.end_step(torch.tensor(0.7))
-    threshold.end_step(torch.tensor(0.1))
-    assert float(threshold.value) == pytest.approx(0.5 + 0.1 * 0.5 - 0.1 * 0.1)
+    score = torch.tensor([[0.0, 1.0, 2.0, -3.0]], dtype=torch.float64).sigmoid()
+    threshold.watch_taken(score, score >= 0.5)  # three of four, at a mean distance of 6 / 4
+    end_of_step(threshold)
+    assert logit(threshold.average).item() == pytest.approx(0.1 * 4 * 1.5 * (0.75 - 0.2))
     again = FollowingThreshold(start=0.9, rate=0.1, share=0.2)
     again.set_state(threshold.state(), torch.device("cpu"))
     assert again.state() == threshold.state()
     assert again.value == threshold.value
+
+
+@pytest.mark.parametrize("centre", [0.0, -12.0, 12.0])
+def test_the_share_is_kept_where_scores_are_saturated(centre: float):
+    """Scores near 0 or 1, of which a few are at the other end, move with every step."""
+    threshold = FollowingThreshold(start=0.5, rate=0.02, share=0.3)
+    generator = torch.Generator().manual_seed(1)
+    shares = []
+    for step in range(600):
+        logits = min(step / 300, 1) * centre + torch.randn(4, 64, generator=generator)
+        logits[:, :4] = -centre
+        score = logits.sigmoid()
+        taken = score >= threshold.value
+        threshold.watch_taken(score, taken)
+        end_of_step(threshold)
+        shares.append(float(taken.float().mean()))
+    assert sum(shares[-100:]) / 100 == pytest.approx(0.3, abs=0.02)
+    assert min(shares[-100:]) > 0.15 and max(shares[-100:]) < 0.45
 
 
 def test_the_share_taken_comes_to_the_capacity():

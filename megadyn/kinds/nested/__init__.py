@@ -20,7 +20,8 @@ class Nested(Laid, OwnChoice):
     threshold_start: float = 0.5
     """The initial threshold; scores are in (0, 1)."""
     threshold_rate: float = 0.02
-    """Change of the threshold per step, as a multiple of (share taken - `capacity`)."""
+    """How far the threshold moves per step, as a share of its estimated distance from where it would take `capacity`; both are
+    measured in the router's logits."""
 
     name = "nested"
     title = "Dynamic Nested Depth"

@@ -9,21 +9,38 @@ from megadyn.model.block import LayerContext, Stream
 from megadyn.parallel.mappings import whole_sequence
 from megadyn.routing.choice import LinearRouter, gate_statistics, share_statistics
 from megadyn.routing.layer import LossScale, RoutedLayer, Step
+from megadyn.routing.quantile import GAIN
 from megadyn.routing.select import Selection, choose_where, origins, put_back_gated, shared_out, take_out
 from megadyn.routing.tracker import RunningThreshold, StepTracker
 
 
 class FollowingThreshold(RunningThreshold):
-    """tau, which rises while more than `share` of the tokens reach it and falls while fewer do: tau += rate (taken -
-    share), once per step, where `taken` is the share over the whole global batch."""
+    """tau, which follows the (1 - share)-quantile of a step's scores p over the whole global batch.
+
+    Each step moves its logit towards that quantile of the router's logits by about the share `rate` of the distance,
+    estimated as in `routing/quantile.py` from the share taken and the mean distance of logits to tau's. In p itself a step
+    of fixed size would jump over all scores at once where these are close to 0 or 1.
+    """
 
     def __init__(self, start: float, rate: float, share: float):
         super().__init__(momentum=0.0, average=start)  # without momentum the average is the value itself
         self.rate, self.share = rate, share
 
+    def watch_taken(self, score: Tensor, taken: Tensor) -> None:
+        """Observes a training micro-batch: p [B, T], and the mask [B, T] of tokens that passed twice."""
+        distance = logit(score) - logit(self.average.to(score.device))
+        self.observe(torch.stack([taken.double().mean(), distance.abs().mean()]))
+
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
-        self.average = self.average.to(mean.device) + self.rate * (mean - self.share)
+        taken, spread = mean.unbind()
+        move = self.rate * GAIN * spread * (taken - self.share)
+        self.average = (logit(self.average.to(mean.device)) + move).sigmoid()
         self.steps += 1
+
+
+def logit(p: Tensor) -> Tensor:
+    """In float64; that of 0 and 1 is finite."""
+    return p.double().logit(eps=1e-12)
 
 
 class NestedLayer(RoutedLayer):
@@ -75,7 +92,7 @@ class NestedLayer(RoutedLayer):
             | {"threshold": self.threshold.value.to(score)}
         )
         if torch.is_grad_enabled():
-            self.threshold.observe(mask.float().mean())
+            self.threshold.watch_taken(score, mask)
         out = self.run(self.repeat, Stream(post, documents=stream.documents), gate, choose_where(mask))
         return Stream(out, documents=stream.documents)
 
