@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from probe_tables import draw_depth, draw_lists, draw_samples, tables
+from probe_tables import draw_all_lists, draw_depth, draw_samples, tables
 
 from megadyn.arguments import count, positive
 from megadyn.benchmark.experiments import (
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "\n".join(tables(rows))
         (args.output / "table.md").write_text(text)
         draw_depth(rows, args.output / "depth.png")
-        draw_lists(rows, args.output / "lists.png")
+        draw_all_lists(rows, args.output / "lists.png", args.output / "kinds.png")
         draw_samples(rows, LANGUAGE, args.output / "data/validation", args.output / "samples.png")
         print(text)
     return 0

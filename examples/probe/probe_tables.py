@@ -152,6 +152,19 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
     pyplot().close(figure)
 
 
+BOTH = ("dense_8", "dense_6", "oracle")
+FIRST = (*BOTH, "dense_4", "dense_2", "fixed_random", "mod", "dtf")
+"""Models of the first figure of lists; the second has all others, and in BOTH those that they are compared with."""
+
+
+def draw_all_lists(rows: Sequence[Row], first: Path, second: Path) -> None:
+    """`draw_lists` twice, because more than ten curves cannot be told apart."""
+    draw_lists([row for row in rows if row["model"] in FIRST and not row["overrides"]], first)
+    draw_lists(
+        [row for row in rows if row["model"] in BOTH or row["model"] not in FIRST or row["overrides"]], second
+    )
+
+
 def draw_lists(rows: Sequence[Row], path: Path) -> None:
     """Of every model: accuracy on lists by their steps; and the share of these positions that its routed layers took."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.8), layout="constrained")
@@ -162,7 +175,8 @@ def draw_lists(rows: Sequence[Row], path: Path) -> None:
         of_list = [group for group in groups_of(runs) if group[0] == "state"]
         found = {group[1]: values(runs, group, "accuracy") for group in of_list}
         look = {"color": str(1 - runs[0]["layers_of_model"] / 10), "lw": 1} if is_dense(runs[0]) else {}
-        line = draw_means(left, found, "--" if look else "-", label, **look)
+        style = ":" if name == "dense_narrow" else "--" if look else "-"
+        line = draw_means(left, found, style, label, **look)
         taken = {
             group[1]: [statistics.mean(of.values()) for of in values(runs, group, "chosen")]
             for group in of_list

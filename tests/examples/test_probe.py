@@ -94,7 +94,7 @@ def test_from_generation_to_figures(
     assert 0 < rows[1]["layers"]["1"]["area"] < 1
     taken = rows[1]["sample"]["1"]  # of the first document, one of those that the row is about
     assert rows[0]["sample"] == {} and len(taken) == probe.LANGUAGE.length and set(taken) == {"0", "1"}
-    for figure in ("depth.png", "lists.png", "samples.png"):
+    for figure in ("depth.png", "lists.png", "kinds.png", "samples.png"):
         assert (tmp_path / figure).read_bytes().startswith(PNG)
     table = (tmp_path / "table.md").read_text()
     assert "dense_2" in table and "chase 2" in table and table in capsys.readouterr().out
