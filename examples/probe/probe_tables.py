@@ -158,11 +158,17 @@ FIRST = (*BOTH, "dense_4", "dense_2", "fixed_random", "mod", "dtf")
 
 
 def draw_all_lists(rows: Sequence[Row], first: Path, second: Path) -> None:
-    """`draw_lists` twice, because more than ten curves cannot be told apart."""
-    draw_lists([row for row in rows if row["model"] in FIRST and not row["overrides"]], first)
-    draw_lists(
-        [row for row in rows if row["model"] in BOTH or row["model"] not in FIRST or row["overrides"]], second
-    )
+    """`draw_lists` twice, because more than ten curves cannot be told apart. Beside a model without overrides, those with
+    overrides are in the second figure."""
+    plain = {row["model"] for row in rows if not row["overrides"]}
+    of_first = [
+        row for row in rows if row["model"] in FIRST and not (row["overrides"] and row["model"] in plain)
+    ]
+    others = [row for row in rows if row not in of_first]
+    compared = [row for row in of_first if row["model"] in BOTH] if others else []
+    for part, path in ((of_first, first), ([*compared, *others], second)):
+        if part:
+            draw_lists(part, path)
 
 
 def draw_lists(rows: Sequence[Row], path: Path) -> None:
@@ -207,8 +213,8 @@ def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str,
 def draw_samples(rows: Sequence[Row], language: Language, data: Path, path: Path) -> None:
     """The first document: above, the steps that it takes to predict what follows each token; below, what the routed layers of
     each model with the lowest seed processed. `data`: the labelled documents that the rows were measured on."""
-    of_model = {name: min(runs, key=lambda row: row["seed"]) for name, runs in by_model(rows).items()}
-    routed = {name: row for name, row in of_model.items() if row.get("sample")}
+    known = [row for row in rows if row.get("sample")]  # not of dense models, and not in older rows
+    routed = {name: min(runs, key=lambda row: row["seed"]) for name, runs in by_model(known).items()}
     if not routed:
         return
     dataset = IndexedDataset(data)

@@ -94,7 +94,7 @@ def test_from_generation_to_figures(
     assert 0 < rows[1]["layers"]["1"]["area"] < 1
     taken = rows[1]["sample"]["1"]  # of the first document, one of those that the row is about
     assert rows[0]["sample"] == {} and len(taken) == probe.LANGUAGE.length and set(taken) == {"0", "1"}
-    for figure in ("depth.png", "lists.png", "kinds.png", "samples.png"):
+    for figure in ("depth.png", "lists.png", "samples.png"):
         assert (tmp_path / figure).read_bytes().startswith(PNG)
     table = (tmp_path / "table.md").read_text()
     assert "dense_2" in table and "chase 2" in table and table in capsys.readouterr().out
@@ -108,6 +108,32 @@ def test_from_generation_to_figures(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match=r"dense_2, seed 1: loss \d\.\d+, but its row says 9\.00000"):
         probe.check_again("dense_2, seed 1", rows[0]["loss"], 9.0)
+
+
+def test_every_model_is_in_one_of_the_figures_of_lists(
+    probe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import probe_tables
+
+    drawn: dict[str, list[str]] = {}
+    monkeypatch.setattr(
+        probe_tables,
+        "draw_lists",
+        lambda rows, path: drawn.update({path.name: list(probe_tables.by_model(rows))}),
+    )
+
+    def draw(*models: str) -> dict[str, list[str]]:
+        drawn.clear()
+        rows = [{"model": name.split()[0], "overrides": name.split()[1:]} for name in models]
+        probe_tables.draw_all_lists(rows, Path("first"), Path("second"))
+        return drawn
+
+    assert draw("dense_8", "mod", "stt", "mod x=1") == {
+        "first": ["dense_8", "mod"],
+        "second": ["dense_8", "stt", "mod x=1"],
+    }
+    assert draw("dense_8 x=1", "mod x=1") == {"first": ["dense_8 x=1", "mod x=1"]}
+    assert draw("stt") == {"second": ["stt"]}
 
 
 def test_operations_count_what_a_layer_runs_of_both_halves(probe: ModuleType, tmp_path: Path) -> None:

@@ -63,16 +63,45 @@ def end_of_step(threshold: FollowingThreshold) -> None:
 def test_the_threshold_moves_by_a_part_of_its_distance_from_the_share():
     threshold = FollowingThreshold(start=0.5, rate=0.1, share=0.2)
     score = torch.tensor([[0.0, 1.0, 2.0, -3.0]], dtype=torch.float64).sigmoid()
-    threshold.watch_taken(score, score >= 0.5)  # three of four, at a mean distance of 6 / 4
+    threshold.watch_reached(score, score >= 0.5)  # three of four, at a mean distance of 6 / 4
     end_of_step(threshold)
     assert logit(threshold.average).item() == pytest.approx(0.1 * 4 * 1.5 * (0.75 - 0.2))
     again = FollowingThreshold(start=0.9, rate=0.1, share=0.2)
     again.set_state(threshold.state(), torch.device("cpu"))
+    for other in (threshold, again):  # goes on alike
+        other.watch_reached(score, score >= other.value)
+        end_of_step(other)
     assert again.state() == threshold.state()
-    assert again.value == threshold.value
+    assert again.average.dtype == torch.float64
 
 
-@pytest.mark.parametrize("centre", [0.0, -12.0, 12.0])
+def test_the_threshold_does_not_depend_on_how_a_step_is_split():
+    score = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).sigmoid()
+    found = []
+    for parts in (1, 2, 8):
+        threshold = FollowingThreshold(start=0.4, rate=0.1, share=0.2)
+        for part in score.chunk(parts):
+            threshold.watch_reached(part, part >= threshold.value)
+        end_of_step(threshold)
+        found.append(float(threshold.average))
+    assert found == [pytest.approx(found[0], abs=1e-12)] * 3
+
+
+@pytest.mark.parametrize("average", [-0.01, 0.0, 1.0, 1.01])
+def test_a_saved_threshold_outside_of_all_scores_starts_anew(average: float):
+    threshold = FollowingThreshold(start=0.3, rate=0.1, share=0.2)
+    threshold.set_state({"average": average, "steps": 7}, torch.device("cpu"))
+    assert threshold.state() == {"average": 0.3, "steps": 7}
+
+
+def test_a_rate_of_0_holds_the_threshold():
+    threshold = FollowingThreshold(start=0.3, rate=0.0, share=0.2)
+    threshold.watch_reached(torch.ones(1, 4), torch.ones(1, 4).bool())
+    end_of_step(threshold)
+    assert float(threshold.average) == 0.3
+
+
+@pytest.mark.parametrize("centre", [0.0, -40.0, -12.0, 12.0])
 def test_the_share_is_kept_where_scores_are_saturated(centre: float):
     """Scores near 0 or 1, of which a few are at the other end, move with every step."""
     threshold = FollowingThreshold(start=0.5, rate=0.02, share=0.3)
@@ -83,7 +112,7 @@ def test_the_share_is_kept_where_scores_are_saturated(centre: float):
         logits[:, :4] = -centre
         score = logits.sigmoid()
         taken = score >= threshold.value
-        threshold.watch_taken(score, taken)
+        threshold.watch_reached(score, taken)
         end_of_step(threshold)
         shares.append(float(taken.float().mean()))
     assert sum(shares[-100:]) / 100 == pytest.approx(0.3, abs=0.02)

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megadyn.checks import at_least
 from megadyn.costs.memory import Kept, Workload, dense_kept, skipping_kept
 from megadyn.costs.operations import LayerFlops, flops_of_layer
 from megadyn.costs.shape import Shape
+from megadyn.errors import ConfigError
 from megadyn.kinds.kind import DENSE, OwnChoice
 from megadyn.kinds.laid import Laid
 
@@ -20,8 +20,8 @@ class Nested(Laid, OwnChoice):
     threshold_start: float = 0.5
     """The initial threshold; scores are in (0, 1)."""
     threshold_rate: float = 0.02
-    """How far the threshold moves per step, as a share of its estimated distance from where it would take `capacity`; both are
-    measured in the router's logits."""
+    """How far the threshold moves per step, in the router's logits, as a share of its estimated distance from where it would
+    take `capacity`; 0 holds it."""
 
     name = "nested"
     title = "Dynamic Nested Depth"
@@ -37,7 +37,10 @@ class Nested(Laid, OwnChoice):
 
     def check(self) -> None:
         super().check()
-        at_least("model.routing.threshold_rate", self.threshold_rate, 0)
+        if not 0 < self.threshold_start < 1:
+            raise ConfigError("model.routing.threshold_start", self.threshold_start, "between 0 and 1")
+        if not 0 <= self.threshold_rate <= 1:
+            raise ConfigError("model.routing.threshold_rate", self.threshold_rate, "from 0 to 1")
 
     @property
     def uses_threshold(self) -> bool:

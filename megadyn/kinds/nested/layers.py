@@ -17,30 +17,37 @@ from megadyn.routing.tracker import RunningThreshold, StepTracker
 class FollowingThreshold(RunningThreshold):
     """tau, which follows the (1 - share)-quantile of a step's scores p over the whole global batch.
 
-    Each step moves its logit towards that quantile of the router's logits by about the share `rate` of the distance,
-    estimated as in `routing/quantile.py` from the share taken and the mean distance of logits to tau's. In p itself a step
-    of fixed size would jump over all scores at once where these are close to 0 or 1.
+    Each step moves its logit towards that quantile of the router's logits, in proportion to the excess of the share and to
+    the mean distance of logits to tau's, as in `routing/quantile.py`; near the quantile that is about the share `rate` of
+    the distance. A step of p itself would not shrink with the scores: where these are close to 0 or 1 it would jump over
+    all of them at once.
     """
 
     def __init__(self, start: float, rate: float, share: float):
         super().__init__(momentum=0.0, average=start)  # without momentum the average is the value itself
-        self.rate, self.share = rate, share
+        self.start, self.rate, self.share = start, rate, share
 
-    def watch_taken(self, score: Tensor, taken: Tensor) -> None:
-        """Observes a training micro-batch: p [B, T], and the mask [B, T] of tokens that passed twice."""
+    def watch_reached(self, score: Tensor, reached: Tensor) -> None:
+        """Observes a training micro-batch: p [B, T], and the mask [B, T] of tokens with p >= tau."""
         distance = logit(score) - logit(self.average.to(score.device))
-        self.observe(torch.stack([taken.double().mean(), distance.abs().mean()]))
+        self.observe(torch.stack([reached.double().mean(), distance.abs().mean()]))
 
     def end_step(self, mean: Tensor, total: Tensor | None = None, rate: float = 0.0) -> None:
-        taken, spread = mean.unbind()
-        move = self.rate * GAIN * spread * (taken - self.share)
-        self.average = (logit(self.average.to(mean.device)) + move).sigmoid()
+        reached, spread = mean.unbind()
+        move = self.rate * GAIN * spread * (reached - self.share)
+        if self.rate:
+            self.average = (logit(self.average.to(mean.device)) + move).sigmoid()
         self.steps += 1
+
+    def set_state(self, state: dict[str, float], device: torch.device) -> None:
+        """Starts anew from a threshold that no score can have, which an earlier form of the rule could leave."""
+        average = state["average"] if 0 < state["average"] < 1 else self.start
+        super().set_state(state | {"average": average}, device)
 
 
 def logit(p: Tensor) -> Tensor:
-    """In float64; that of 0 and 1 is finite."""
-    return p.double().logit(eps=1e-12)
+    """In float64, from the least to the largest float32 inside (0, 1): -87 to 17."""
+    return torch.logit(p.double().clamp(min=1e-38, max=1 - 2**-25))
 
 
 class NestedLayer(RoutedLayer):
@@ -85,14 +92,15 @@ class NestedLayer(RoutedLayer):
     def forward(self, stream: Stream) -> Stream:
         post = self.run(self.dense, stream.hidden, stream.documents)
         gate, score = self.score(post)
-        mask = self.decisions.settle(self.reach(score), score, self.threshold.value)
+        reached = self.reach(score)
+        mask = self.decisions.settle(reached, score, self.threshold.value)
         self.monitor.record(
             share_statistics(mask)
             | gate_statistics(score, mask)
             | {"threshold": self.threshold.value.to(score)}
         )
         if torch.is_grad_enabled():
-            self.threshold.watch_taken(score, mask)
+            self.threshold.watch_reached(score, reached)
         out = self.run(self.repeat, Stream(post, documents=stream.documents), gate, choose_where(mask))
         return Stream(out, documents=stream.documents)
 
