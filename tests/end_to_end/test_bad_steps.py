@@ -111,8 +111,9 @@ def test_a_spike_is_skipped_and_the_median_survives_a_restart(config_file: Path)
 
 
 def test_a_step_with_a_large_gradient_is_skipped(config_file: Path) -> None:
-    rule = ("training.on_bad_step=skip", "training.norm_spike_factor=2", "training.spike_window=3")
-    crew = run(config_file, *rule, factors={5: 6.0})
+    # The corpus is this project's code, so norms change with it: the factor leaves room for those of ordinary steps.
+    rule = ("training.on_bad_step=skip", "training.norm_spike_factor=5", "training.spike_window=3")
+    crew = run(config_file, *rule, factors={5: 40.0})
     assert crew.statuses == [0], crew.output(0)
     ((at, event),) = events(config_file)
     assert at == 5
