@@ -12,7 +12,6 @@ compared: their loss must come out within 1e-3.
 import argparse
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +25,11 @@ from megadyn.benchmark.experiments import (
     add_options,
     add_row,
     check_again,
+    end_runs_at_sigterm,
     folder_name,
     read_rows,
     records_of,
+    seconds_of,
     train,
 )
 from megadyn.config import load_config
@@ -98,7 +99,6 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         )
     if again:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-    start = time.perf_counter()
     if model == "oracle":
         from oracle import write_oracle  # beside this file
 
@@ -106,12 +106,11 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         write_oracle(load_config(words[0], words[1:]), told)
         words.append(f"training.routing_replay={told}")
     train(words)
-    seconds = time.perf_counter() - start
+    steps, last = records_of(Path(config.output_dir), config.training.iterations)
     from megadyn.evaluation.by_label import measure  # seconds of imports, which help and mistakes do without
 
     measured = measure(Path(config.output_dir), output / "data/validation")
     length = config.training.sequence_length
-    steps, last = records_of(Path(config.output_dir))
     fractions = fractions_of(steps[len(steps) // 2 :])
     shares = {int(layer): found["routed_fraction"] for layer, found in fractions.items()}
     return {
@@ -123,7 +122,7 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "steps": config.training.iterations,
         "parameters": total_parameters(config.model),
         "flops_per_token": training_flops(config.model, length, shares) / length,
-        "seconds": round(seconds, 1),
+        "seconds": seconds_of(steps),
         "validation": last["validation"],
         "fractions": fractions,
         "sample": {str(layer): marks_of(mask[:length]) for layer, mask in measured.passed.chosen.items()},
@@ -174,6 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    end_runs_at_sigterm()
     for model in args.models:
         if model not in MODELS:
             raise UserError(f"--models {model}: no configuration of the probe{did_you_mean(model, MODELS)}")

@@ -23,11 +23,13 @@ from megadyn.benchmark.experiments import (
     add_row,
     check_again,
     check_text,
+    end_runs_at_sigterm,
     folder_name,
     markdown,
     mean_and_spread,
     read_rows,
     records_of,
+    seconds_of,
     shares_of,
     text_of,
     train,
@@ -92,8 +94,8 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
     if again:
         shutil.rmtree(folder, ignore_errors=True)
     train(words)
-    steps, last = records_of(folder)
     config = load_config(folder / "config.yaml")  # as it was run, with the vocabulary
+    steps, last = records_of(folder, config.training.iterations)
     length = config.training.sequence_length
     shares = [share for step in steps[len(steps) // 2 :] for share in shares_of(step).values()]
     return {
@@ -105,9 +107,7 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         "loss": last["validation"]["causal"],
         "topk": last["validation"].get("topk"),
         "shares": [min(shares), statistics.mean(shares), max(shares)] if shares else None,
-        "seconds": round(
-            statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1
-        ),
+        "seconds": seconds_of(steps),
         "course": course_of(steps),
     }
 
@@ -205,6 +205,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    end_runs_at_sigterm()
     for form in args.forms:
         if form not in FORMS:
             raise UserError(f"--forms {form}: no form of gate.py{did_you_mean(form, FORMS)}")

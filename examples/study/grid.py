@@ -34,9 +34,11 @@ from megadyn.benchmark.experiments import (
     add_row,
     check_again,
     check_text,
+    end_runs_at_sigterm,
     folder_name,
     read_rows,
     records_of,
+    seconds_of,
     shares_of,
     start,
     text_of,
@@ -180,7 +182,7 @@ def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
         shutil.rmtree(config.output_dir, ignore_errors=True)
     train(words)
     model, length = config.model, config.training.sequence_length
-    steps, last = records_of(Path(config.output_dir))
+    steps, last = records_of(Path(config.output_dir), config.training.iterations)
     losses = last["validation"] or {}
     if losses.get("causal") is None:
         raise UserError(f"{cell}: the run in {config.output_dir} has no finite loss")
@@ -198,9 +200,7 @@ def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
         ],
         "flops_per_token": training_flops(model, length) / length,
         "flops": training_flops(model, length) / length * steps[-1]["consumed_tokens"],
-        "seconds": round(
-            statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1
-        ),
+        "seconds": seconds_of(steps),
         "loss": losses["causal"],
         "topk": losses["topk"],
     }
@@ -335,6 +335,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    end_runs_at_sigterm()
     results = args.results or args.output / "results.jsonl"
     rows = read_rows(results, ROW)
     os.environ["DS_ACCELERATOR"] = args.device

@@ -18,9 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from megadyn.arguments import positive
-from megadyn.benchmark.experiments import markdown, mean_and_spread, pyplot, records_of, shares_of, train
+from megadyn.benchmark.experiments import (
+    end_runs_at_sigterm,
+    markdown,
+    mean_and_spread,
+    pyplot,
+    records_of,
+    shares_of,
+    train,
+)
 from megadyn.config import Config, load_config
-from megadyn.errors import Parser, run_tool
+from megadyn.errors import Parser, UserError, run_tool
 from megadyn.paths import user_path
 from megadyn.planning.flops import training_flops
 
@@ -65,10 +73,10 @@ def command(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> lis
 
 def finished(folder: Path, iterations: int) -> bool:
     try:
-        _, last = records_of(folder)
-    except (OSError, IndexError, ValueError):
+        records_of(folder, iterations)
+    except (OSError, ValueError, UserError):
         return False
-    return bool(last["iteration"] == iterations)
+    return True
 
 
 def time_steps(
@@ -89,14 +97,14 @@ def time_steps(
                 "logging.interval=1",
             ]
             train(command(name, 1, run, further))
-            steps, _ = records_of(run)
+            steps, _ = records_of(run, iterations + TIMED_STEPS)
             found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
     return {name: min(medians) for name, medians in found.items()}
 
 
 def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
     """Results of one finished run; `seconds` per step."""
-    steps, last = records_of(folder)
+    steps, last = records_of(folder, config.training.iterations)
     layers = steps[-1]["routing"].values()
     taken = shares_of(steps[-1]).values()
     fraction = statistics.mean(taken) if taken else 1.0
@@ -163,6 +171,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    end_runs_at_sigterm()
     folders = {
         (name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
         for name in MODELS

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,23 +53,54 @@ def train(words: Sequence[str]) -> None:
 
 def start(words: Sequence[str]) -> None:
     """Python with these words, on one thread. Raises UserError with its last line if it fails."""
-    done = subprocess.run(
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
         [sys.executable, *words],
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
+        env=environment,
     )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
+    RUNNING.add(process)
+    try:
+        _, errors = process.communicate()
+    finally:
+        process.wait()  # after Ctrl-C, which also reaches the run: until it has saved
+        RUNNING.remove(process)
+    if process.returncode:
+        said = errors.strip().splitlines() or ["no message"]
         raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
 
 
-def records_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of a run's training steps, and that of its last validation."""
+RUNNING: set["subprocess.Popen[str]"] = set()
+"""Runs that `start` waits for."""
+
+
+def end_runs_at_sigterm() -> None:
+    """From now on SIGTERM to this process also asks its runs to save and end. Without that they would go on, and hold their
+    folders when the experiment is started again."""
+
+    def end(*_: object) -> None:
+        for process in RUNNING:
+            process.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def records_of(folder: Path, iterations: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The records of a run's training steps, and that of its last validation. Raises UserError unless that is the one after
+    `iterations` steps: a run that was asked to stop also ends with status 0."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     validations = [record for record in records if "validation" in record]
+    if not validations or validations[-1]["iteration"] != iterations:
+        raise UserError(f"the run in {folder} was stopped before its end; start again to go on with it")
     return [record for record in records if "lm_loss" in record], validations[-1]
+
+
+def seconds_of(steps: Sequence[Row]) -> float:
+    """Of all training steps, also of those before a stop, from the records of some."""
+    return round(statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1)
 
 
 def shares_of(record: dict[str, Any]) -> dict[int, float]:

@@ -143,7 +143,7 @@ def test_operations_count_what_a_layer_runs_of_both_halves(probe: ModuleType, tm
     )
     row = json.loads((tmp_path / "results.jsonl").read_text())
     folder = next((tmp_path / "subskip").iterdir())
-    steps, _ = probe.records_of(folder)
+    steps, _ = probe.records_of(folder, 2)
     last = steps[-1]["routing"]["1"]  # of two steps, the second half
     assert row["fractions"]["1"]["mlp_fraction"] == last["mlp_fraction"]
     model = load_config(folder / "config.yaml").model
