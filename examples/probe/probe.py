@@ -30,6 +30,7 @@ from megadyn.benchmark.experiments import (
     read_rows,
     records_of,
     seconds_of,
+    start,
     train,
 )
 from megadyn.config import load_config
@@ -45,6 +46,7 @@ MODELS = (
     *("fixed_random", "mod", "dtf", "dense_6", "dense_5"),
     "oracle",
     *("subskip", "dtrnet", "stt", "nested", "skip_middle", "fixed_stride", "dense_narrow"),
+    "mod_from_oracle",
 )
 """Configurations of this folder, in the order in which they are run."""
 LANGUAGE = Language()
@@ -105,6 +107,8 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         told = Path(config.output_dir) / "told"
         write_oracle(load_config(words[0], words[1:]), told)
         words.append(f"training.routing_replay={told}")
+    if model == "mod_from_oracle":
+        words.append(f"checkpoint.init_from={exported_oracle(seed, output, overrides)}")
     train(words)
     steps, last = records_of(Path(config.output_dir), config.training.iterations)
     from megadyn.evaluation.by_label import measure  # seconds of imports, which help and mistakes do without
@@ -128,6 +132,23 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "sample": {str(layer): marks_of(mask[:length]) for layer, mask in measured.passed.chosen.items()},
         **measured.result,
     }
+
+
+def exported_oracle(seed: int, output: Path, overrides: Sequence[str]) -> Path:
+    """The export of the oracle's run, made anew. Raises UserError unless that was finished in `output`."""
+    words = command("oracle", seed, output, overrides)
+    config = load_config(words[0], words[1:])
+    folder = Path(config.output_dir)
+    checkpoint = folder / f"checkpoints/iteration-{config.training.iterations:08d}"
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"mod_from_oracle, seed {seed}: {checkpoint} is not there; train it first, with --models oracle and no --results"
+        )
+    target = folder / "hf"
+    start(
+        ["-m", "megadyn", "export", "--checkpoint", str(checkpoint), "--output", str(target), "--overwrite"]
+    )
+    return target
 
 
 def fractions_of(steps: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -198,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "\n".join(tables(rows))
         (args.output / "table.md").write_text(text)
         draw_depth(rows, args.output / "depth.png")
-        draw_all_lists(rows, args.output / "lists.png", args.output / "kinds.png")
+        draw_all_lists(rows, args.output)
         draw_samples(rows, LANGUAGE, args.output / "data/validation", args.output / "samples.png")
         print(text)
     return 0

@@ -43,6 +43,18 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+CAPACITY = "model.routing.capacity="
+
+
+def by_capacity(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the capacity that overrides name; under "" those of which the configuration says it, in which dense ones are."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        named = [word.removeprefix(CAPACITY) for word in row["overrides"] if word.startswith(CAPACITY)]
+        found.setdefault(named[-1] if named else "", []).append(row)
+    return found
+
+
 def is_dense(row: Row) -> bool:
     """Whether every layer of the model processes every token."""
     return bool(row["kind"] == "dense") and not row["overrides"]
@@ -117,8 +129,13 @@ def choice_table(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Those of which there are rows."""
-    return [table for table in (accuracy_table(rows), loss_table(rows), choice_table(rows)) if table]
+    """Those of which there are rows, for each capacity; dense models are in all tables of accuracy."""
+    dense = [row for row in rows if is_dense(row)]
+    found = []
+    for capacity, group in by_capacity(rows).items():
+        losses = loss_table(group) if not capacity else ""
+        found += [accuracy_table([*dense, *group] if capacity else group), losses, choice_table(group)]
+    return [table for table in found if table]
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -155,20 +172,27 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
 BOTH = ("dense_8", "dense_6", "oracle")
 FIRST = (*BOTH, "dense_4", "dense_2", "fixed_random", "mod", "dtf")
 """Models of the first figure of lists; the second has all others, and in BOTH those that they are compared with."""
+QUARTER = ("dense_8", "dense_5", "dense_4")
+"""What other capacities than those of the configurations are compared with."""
 
 
-def draw_all_lists(rows: Sequence[Row], first: Path, second: Path) -> None:
-    """`draw_lists` twice, because more than ten curves cannot be told apart. Beside a model without overrides, those with
-    overrides are in the second figure."""
-    plain = {row["model"] for row in rows if not row["overrides"]}
+def draw_all_lists(rows: Sequence[Row], folder: Path) -> None:
+    """`draw_lists` several times, because more than ten curves cannot be told apart: `lists.png` and `kinds.png`, where beside a
+    model without overrides those with overrides are; and `capacity_C.png` for each capacity that overrides name."""
+    of_capacity = by_capacity(rows)
+    usual = of_capacity.pop("", [])
+    plain = {row["model"] for row in usual if not row["overrides"]}
     of_first = [
-        row for row in rows if row["model"] in FIRST and not (row["overrides"] and row["model"] in plain)
+        row for row in usual if row["model"] in FIRST and not (row["overrides"] and row["model"] in plain)
     ]
-    others = [row for row in rows if row not in of_first]
+    others = [row for row in usual if row not in of_first]
     compared = [row for row in of_first if row["model"] in BOTH] if others else []
-    for part, path in ((of_first, first), ([*compared, *others], second)):
+    parts = {"lists": of_first, "kinds": [*compared, *others]}
+    dense = [row for row in usual if row["model"] in QUARTER and not row["overrides"]]
+    parts |= {f"capacity_{capacity}": [*dense, *group] for capacity, group in of_capacity.items()}
+    for name, part in parts.items():
         if part:
-            draw_lists(part, path)
+            draw_lists(part, folder / f"{name}.png")
 
 
 def draw_lists(rows: Sequence[Row], path: Path) -> None:
@@ -212,8 +236,10 @@ def draw_means(axis: Any, found: dict[int, list[float]], style: str, label: str,
 
 def draw_samples(rows: Sequence[Row], language: Language, data: Path, path: Path) -> None:
     """The first document: above, the steps that it takes to predict what follows each token; below, what the routed layers of
-    each model with the lowest seed processed. `data`: the labelled documents that the rows were measured on."""
-    known = [row for row in rows if row.get("sample")]  # not of dense models, and not in older rows
+    each model with the lowest seed processed, at the capacity of its configuration. `data`: the labelled documents that the rows
+    were measured on."""
+    usual = by_capacity(rows).get("", [])
+    known = [row for row in usual if row.get("sample")]  # not of dense models, and not in older rows
     routed = {name: min(runs, key=lambda row: row["seed"]) for name, runs in by_model(known).items()}
     if not routed:
         return

@@ -119,21 +119,26 @@ def test_every_model_is_in_one_of_the_figures_of_lists(
     monkeypatch.setattr(
         probe_tables,
         "draw_lists",
-        lambda rows, path: drawn.update({path.name: list(probe_tables.by_model(rows))}),
+        lambda rows, path: drawn.update({path.stem: list(probe_tables.by_model(rows))}),
     )
 
     def draw(*models: str) -> dict[str, list[str]]:
         drawn.clear()
         rows = [{"model": name.split()[0], "overrides": name.split()[1:]} for name in models]
-        probe_tables.draw_all_lists(rows, Path("first"), Path("second"))
+        probe_tables.draw_all_lists(rows, Path())
         return drawn
 
     assert draw("dense_8", "mod", "stt", "mod x=1") == {
-        "first": ["dense_8", "mod"],
-        "second": ["dense_8", "stt", "mod x=1"],
+        "lists": ["dense_8", "mod"],
+        "kinds": ["dense_8", "stt", "mod x=1"],
     }
-    assert draw("dense_8 x=1", "mod x=1") == {"first": ["dense_8 x=1", "mod x=1"]}
-    assert draw("stt") == {"second": ["stt"]}
+    quarter = "mod model.routing.capacity=0.25"
+    assert draw("dense_8", "mod", quarter) == {
+        "lists": ["dense_8", "mod"],
+        "capacity_0.25": ["dense_8", quarter],
+    }
+    assert draw("dense_8 x=1", "mod x=1") == {"lists": ["dense_8 x=1", "mod x=1"]}
+    assert draw("stt") == {"kinds": ["stt"]}
 
 
 def test_operations_count_what_a_layer_runs_of_both_halves(probe: ModuleType, tmp_path: Path) -> None:
