@@ -110,6 +110,19 @@ def test_from_generation_to_figures(
         probe.check_again("dense_2, seed 1", rows[0]["loss"], 9.0)
 
 
+def test_each_capacity_has_tables_of_its_own(probe: ModuleType) -> None:
+    rows = probe.read_rows(ROOT / "examples/probe/results.jsonl", probe.ROW)
+    usual = [row for row in rows if row["model"] in ("dense_8", "mod") and not row["overrides"]]
+    other = [row | {"overrides": ["model.routing.capacity=0.125"]} for row in usual if row["model"] == "mod"]
+    before, after = probe.tables(usual), probe.tables([*usual, *other])
+    assert after[: len(before)] == before
+    accuracies, choices = after[len(before) :]
+    assert (
+        "| dense_8 |" in accuracies and "| mod capacity=0.125 |" in accuracies and "| mod |" not in accuracies
+    )
+    assert "| mod capacity=0.125 | 1 |" in choices and "dense_8" not in choices
+
+
 def test_every_model_is_in_one_of_the_figures_of_lists(
     probe: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +204,18 @@ def test_a_model_is_told_which_tokens_need_depth(probe: ModuleType, tmp_path: Pa
             assert np.array_equal(dataset.tokens[places], sample)
             needs = hops[places[1:]] > 0
             assert (chosen[row] & needs).sum() == min(48, needs.sum())
+
+
+def test_a_model_starts_from_the_weights_of_the_oracle(probe: ModuleType, tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path), *TINY, "--seeds", "1", "--models"]
+    with pytest.raises(UserError, match="mod_from_oracle, seed 1: .* is not there; train it first"):
+        probe.main([*words, "mod_from_oracle"])
+    assert probe.main([*words, "oracle", "mod_from_oracle"]) == 0
+    validations = [
+        [json.loads(line)["validation"] for line in path.read_text().splitlines() if "validation" in line]
+        for path in sorted(tmp_path.glob("*/*/metrics.jsonl"))
+    ]
+    assert validations[0][0] == pytest.approx(validations[1][-1], abs=1e-5)  # mod_from_oracle, oracle
 
 
 def test_every_model_has_its_configuration(probe: ModuleType) -> None:
