@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, parts_of_report  # beside this file
+from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, parts_of_report, say_loss  # beside this file
 
 from megadyn.arguments import positive
 from megadyn.benchmark import generate
@@ -32,10 +32,12 @@ from megadyn.benchmark.experiments import (
     Row,
     add_options,
     add_row,
+    all_records,
     check_again,
     check_text,
     end_runs_at_sigterm,
     folder_name,
+    has_diverged,
     read_rows,
     records_of,
     seconds_of,
@@ -175,34 +177,41 @@ def settled(words: Sequence[str]) -> Config:
 
 
 def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
-    """Trains one model; the row of its last validation."""
+    """Trains one model; the row of its last validation. A run of a sweep may diverge; its loss is None then."""
     words = command(cell, output, again=again)
     config = settled(words[1:])
     if again:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-    train(words)
+    folder, is_sweep = Path(config.output_dir), cell.seed == SWEEP_SEED
+    try:
+        train(words)
+        steps, last = records_of(folder, config.training.iterations)
+        losses = last["validation"] or {}
+    except UserError:
+        if not (is_sweep and has_diverged(folder)):
+            raise
+        steps, losses = [record for record in all_records(folder) if "lm_loss" in record], {}
+    if losses.get("causal") is None and not is_sweep:
+        raise UserError(f"{cell}: the run in {folder} has no finite loss")
     model, length = config.model, config.training.sequence_length
-    steps, last = records_of(Path(config.output_dir), config.training.iterations)
-    losses = last["validation"] or {}
-    if losses.get("causal") is None:
-        raise UserError(f"{cell}: the run in {config.output_dir} has no finite loss")
+    end = steps[-1] if steps else {"consumed_tokens": 0}
     parameters = layer_parameters(model)
-    skipped = [index for index, of in enumerate(model.layer_types) if index in shares_of(steps[-1])]
+    skipped = [index for index, of in enumerate(model.layer_types) if index in shares_of(end)]
     return {
         **cell._asdict(),
         "overrides": list(cell.overrides),
         "text": text_of(config.data),
         "steps": config.training.iterations,
-        "tokens": steps[-1]["consumed_tokens"],
+        "tokens": end["consumed_tokens"],
         "parameters": [
             sum(of for index, of in enumerate(parameters) if index not in skipped),
             sum(parameters[index] for index in skipped),
         ],
         "flops_per_token": training_flops(model, length) / length,
-        "flops": training_flops(model, length) / length * steps[-1]["consumed_tokens"],
+        "flops": training_flops(model, length) / length * end["consumed_tokens"],
         "seconds": seconds_of(steps),
-        "loss": losses["causal"],
-        "topk": losses["topk"],
+        "loss": losses.get("causal"),
+        "topk": losses.get("topk"),
     }
 
 
@@ -218,14 +227,17 @@ def in_grid_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def best_rate(rows: Sequence[Row], budget: float, overrides: tuple[str, ...]) -> float | None:
-    """The rate at which the swept kinds have the lowest mean loss; None if a run of the sweep is missing."""
+    """The rate at which the swept kinds have the lowest mean loss; None if a run of the sweep is missing. A rate at which one
+    diverged is never the best. Raises UserError if there is no other."""
     losses = {cell_of(row): row["loss"] for row in rows}
     means = {}
     for rate in RATES:
         cells = [Cell(budget, SWEEP_SEED, SWEPT, kind, rate, overrides) for kind in SWEPT_KINDS]
         if not all(cell in losses for cell in cells):
             return None
-        means[rate] = statistics.mean(losses[cell] for cell in cells)
+        means[rate] = statistics.mean(math.inf if losses[cell] is None else losses[cell] for cell in cells)
+    if min(means.values()) == math.inf:
+        raise UserError(f"{budget:g} operations: at every rate of the sweep a run diverged")
     return min(means, key=lambda rate: means[rate])
 
 
@@ -264,7 +276,7 @@ def take_runs(args: argparse.Namespace, results: Path) -> None:
     def one(cell: Cell) -> None:
         row = run(cell, args.output)
         add_row(results, row)
-        print(f"{cell}: loss {row['loss']:.4f} after {row['seconds']:.0f} s", flush=True)
+        print(f"{cell}: loss {say_loss(row)} after {row['seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         while True:

@@ -23,6 +23,10 @@ def in_order(rows: Sequence[Row], name: str) -> list:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
+def say_loss(row: Row) -> str:
+    return "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
+
+
 def mean_loss(rows: Sequence[Row]) -> float:
     return statistics.mean(row["loss"] for row in rows)
 
@@ -47,9 +51,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
     for budget in in_order(swept, "budget"):
         for kind in in_order(swept, "kind"):
             losses = {
-                row["rate"]: f"{row['loss']:.4f}"
-                for row in swept
-                if (row["budget"], row["kind"]) == (budget, kind)
+                row["rate"]: say_loss(row) for row in swept if (row["budget"], row["kind"]) == (budget, kind)
             }
             if losses:
                 lines.append([f"{budget:g}", kind, *(losses.get(rate, "-") for rate in rates)])

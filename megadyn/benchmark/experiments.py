@@ -91,15 +91,26 @@ def end_runs_at_sigterm() -> None:
 def records_of(folder: Path, iterations: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The records of a run's training steps, and that of its last validation. Raises UserError unless that is the one after
     `iterations` steps: a run that was asked to stop also ends with status 0."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = all_records(folder)
     validations = [record for record in records if "validation" in record]
     if not validations or validations[-1]["iteration"] != iterations:
         raise UserError(f"the run in {folder} was stopped before its end; start again to go on with it")
     return [record for record in records if "lm_loss" in record], validations[-1]
 
 
+def all_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def has_diverged(folder: Path) -> bool:
+    """Whether a run in this folder failed because of a loss or a gradient that is not finite, or a spike."""
+    return (folder / "metrics.jsonl").exists() and "bad_step" in all_records(folder)[-1]
+
+
 def seconds_of(steps: Sequence[Row]) -> float:
     """Of all training steps, also of those before a stop, from the records of some."""
+    if not steps:
+        return 0.0
     return round(statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1)
 
 
@@ -155,10 +166,11 @@ def check_text(rows: Iterable[Row], text: str) -> None:
         )
 
 
-def check_again(name: str, loss: float, before: float) -> None:
-    """Raises UserError if a run that was made again came out otherwise than its row says."""
-    if not math.isclose(loss, before, rel_tol=0, abs_tol=TOLERANCE):
-        raise UserError(f"{name}: loss {loss:.5f}, but its row says {before:.5f}")
+def check_again(name: str, loss: float | None, before: float | None) -> None:
+    """Raises UserError if a run that was made again came out otherwise than its row says. None: it diverged."""
+    found, said = (math.inf if of is None else of for of in (loss, before))
+    if not math.isclose(found, said, rel_tol=0, abs_tol=TOLERANCE):
+        raise UserError(f"{name}: loss {found:.5f}, but its row says {said:.5f}")
 
 
 # ---- tables and figures ----------------------------------------------------------------------------------------------

@@ -193,8 +193,11 @@ class WeightsAndBiases:
         pass  # see the class docstring
 
     def close(self) -> None:
+        import wandb
+
         with service_errors_named():
             self.run.finish()
+            wandb.teardown()  # `finish` may return before its service has written the last records of an offline run
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -119,6 +120,47 @@ def test_from_datasets_to_a_row_and_its_table(
     assert (tmp_path / "results.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="--again 3: .* has 2 rows"):
         grid.main([*words, "--again", "3"])
+
+
+def test_a_rate_at_which_a_run_diverges_is_not_the_best(
+    grid: ModuleType, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
+    write_parts(tmp_path / "data")
+    words = [*TINY, "optimizer.name=adamw"]
+    in_crew = grid.train
+
+    def train(words: Sequence[str]) -> None:
+        try:
+            in_crew(words)
+        except AssertionError as error:
+            raise UserError(str(error)) from None
+
+    monkeypatch.setattr(grid, "train", train)
+
+    def run(seed: int, rate: float) -> dict:
+        return grid.run(grid.Cell(1e8, seed, "32x2", "dense", rate, tuple(words)), tmp_path)
+
+    row = run(grid.SWEEP_SEED, 1e30)
+    assert row["loss"] is None and row["topk"] is None and row["steps"] > 1
+    with pytest.raises(UserError, match="is bad: "):
+        run(1, 1e30)
+    assert run(grid.SWEEP_SEED, 1e30) == row | {"seconds": pytest.approx(row["seconds"], abs=9)}  # again
+
+    def swept(*losses: float | None) -> list[dict]:
+        cells = [
+            (1e8, grid.SWEEP_SEED, "32x2", kind, rate) for rate in grid.RATES for kind in ("dense", "mod")
+        ]
+        return [row_of(cell, loss, grid) for cell, loss in zip(cells, losses)]
+
+    rows = swept(5.0, 5.2, 4.0, None)
+    assert {cell.rate for cell in grid.next_cells(rows, ())} == {1e-3}
+    assert "| 1e+08 | mod | 5.2000 | diverged |" in grid.parts_of_report(rows, [])[0]
+    with pytest.raises(UserError, match=r"1e\+08 operations: at every rate of the sweep a run diverged"):
+        grid.next_cells(swept(5.0, None, 4.0, None), ())
+    grid.check_again("it", None, None)
+    with pytest.raises(UserError, match="it: loss inf, but its row says 4.0"):
+        grid.check_again("it", None, 4.0)
 
 
 def test_the_best_of_each_kind_are_decoded(
