@@ -25,15 +25,15 @@ from megadyn.benchmark.experiments import (
     add_options,
     add_row,
     check_again,
-    end_runs_at_sigterm,
+    end_runs_on_signals,
     folder_name,
     read_rows,
     records_of,
+    run_python,
     seconds_of,
-    start,
     train,
 )
-from megadyn.config import load_config
+from megadyn.config import Config, load_config
 from megadyn.data.record import read_record
 from megadyn.errors import ConfigError, Parser, UserError, did_you_mean, run_tool
 from megadyn.planning.flops import training_flops
@@ -89,28 +89,39 @@ def command(
     ]
 
 
-def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
-    """Trains and measures one model. Operations are counted at the mean shares of the second half of training, statistics that
-    are fractions are averaged over it."""
+def trained(
+    model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool
+) -> tuple[Config, list[Row], Row]:
+    """Trains a model to its end, unless that is done, and what it starts from. Returns its configuration, the records of its
+    steps, and that of its last validation."""
     words = command(model, seed, output, overrides, again=again)
     config = load_config(words[0], words[1:])
-    config.model.vocab_size = len(LANGUAGE.vocabulary)
     if config.training.sequence_length != LANGUAGE.length:
         raise ConfigError(
             "training.sequence_length", config.training.sequence_length, f"{LANGUAGE.length}, a document"
         )
+    folder = Path(config.output_dir)
     if again:
-        shutil.rmtree(config.output_dir, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     if model == "oracle":
         from oracle import write_oracle  # beside this file
 
-        told = Path(config.output_dir) / "told"
-        write_oracle(load_config(words[0], words[1:]), told)
-        words.append(f"training.routing_replay={told}")
+        write_oracle(load_config(words[0], words[1:]), folder / "told")
+        words.append(f"training.routing_replay={folder / 'told'}")
     if model == "mod_from_oracle":
-        words.append(f"checkpoint.init_from={exported_oracle(seed, output, overrides)}")
+        told, *_ = trained("oracle", seed, output, overrides, again=again)
+        export = ["--checkpoint", told.output_dir, "--output", str(folder / "start"), "--overwrite"]
+        run_python(["-m", "megadyn", "export", *export])
+        words.append(f"checkpoint.init_from={folder / 'start'}")
     train(words)
-    steps, last = records_of(Path(config.output_dir), config.training.iterations)
+    return config, *records_of(folder)
+
+
+def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again: bool = False) -> Row:
+    """Trains and measures one model. Operations are counted at the mean shares of the second half of training, statistics that
+    are fractions are averaged over it."""
+    config, steps, last = trained(model, seed, output, overrides, again=again)
+    config.model.vocab_size = len(LANGUAGE.vocabulary)
     from megadyn.evaluation.by_label import measure  # seconds of imports, which help and mistakes do without
 
     measured = measure(Path(config.output_dir), output / "data/validation")
@@ -123,7 +134,7 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "overrides": list(overrides),
         "layers_of_model": config.model.num_layers,
         "kind": config.model.routing.describe(),
-        "steps": config.training.iterations,
+        "steps": last["iteration"],
         "parameters": total_parameters(config.model),
         "flops_per_token": training_flops(config.model, length, shares) / length,
         "seconds": seconds_of(steps),
@@ -132,23 +143,6 @@ def run(model: str, seed: int, output: Path, overrides: Sequence[str], *, again:
         "sample": {str(layer): marks_of(mask[:length]) for layer, mask in measured.passed.chosen.items()},
         **measured.result,
     }
-
-
-def exported_oracle(seed: int, output: Path, overrides: Sequence[str]) -> Path:
-    """The export of the oracle's run, made anew. Raises UserError unless that was finished in `output`."""
-    words = command("oracle", seed, output, overrides)
-    config = load_config(words[0], words[1:])
-    folder = Path(config.output_dir)
-    checkpoint = folder / f"checkpoints/iteration-{config.training.iterations:08d}"
-    if not checkpoint.is_dir():
-        raise UserError(
-            f"mod_from_oracle, seed {seed}: {checkpoint} is not there; train it first, with --models oracle and no --results"
-        )
-    target = folder / "hf"
-    start(
-        ["-m", "megadyn", "export", "--checkpoint", str(checkpoint), "--output", str(target), "--overwrite"]
-    )
-    return target
 
 
 def fractions_of(steps: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -194,7 +188,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    end_runs_at_sigterm()
+    end_runs_on_signals()
     for model in args.models:
         if model not in MODELS:
             raise UserError(f"--models {model}: no configuration of the probe{did_you_mean(model, MODELS)}")

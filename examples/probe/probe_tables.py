@@ -47,7 +47,7 @@ CAPACITY = "model.routing.capacity="
 
 
 def by_capacity(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by the capacity that overrides name; under "" those of which the configuration says it, in which dense ones are."""
+    """Rows by the capacity that overrides name; under "" those with the capacity of their configuration, and dense ones."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         named = [word.removeprefix(CAPACITY) for word in row["overrides"] if word.startswith(CAPACITY)]
@@ -172,8 +172,8 @@ def draw_depth(rows: Sequence[Row], path: Path) -> None:
 BOTH = ("dense_8", "dense_6", "oracle")
 FIRST = (*BOTH, "dense_4", "dense_2", "fixed_random", "mod", "dtf")
 """Models of the first figure of lists; the second has all others, and in BOTH those that they are compared with."""
-QUARTER = ("dense_8", "dense_5", "dense_4")
-"""What other capacities than those of the configurations are compared with."""
+AT_OTHER_CAPACITIES = ("dense_8", "dense_5", "dense_4")
+"""Dense models that those with another capacity than their configuration's are compared with."""
 
 
 def draw_all_lists(rows: Sequence[Row], folder: Path) -> None:
@@ -188,7 +188,7 @@ def draw_all_lists(rows: Sequence[Row], folder: Path) -> None:
     others = [row for row in usual if row not in of_first]
     compared = [row for row in of_first if row["model"] in BOTH] if others else []
     parts = {"lists": of_first, "kinds": [*compared, *others]}
-    dense = [row for row in usual if row["model"] in QUARTER and not row["overrides"]]
+    dense = [row for row in usual if row["model"] in AT_OTHER_CAPACITIES and not row["overrides"]]
     parts |= {f"capacity_{capacity}": [*dense, *group] for capacity, group in of_capacity.items()}
     for name, part in parts.items():
         if part:

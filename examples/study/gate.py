@@ -23,7 +23,7 @@ from megadyn.benchmark.experiments import (
     add_row,
     check_again,
     check_text,
-    end_runs_at_sigterm,
+    end_runs_on_signals,
     folder_name,
     markdown,
     mean_and_spread,
@@ -95,7 +95,7 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
         shutil.rmtree(folder, ignore_errors=True)
     train(words)
     config = load_config(folder / "config.yaml")  # as it was run, with the vocabulary
-    steps, last = records_of(folder, config.training.iterations)
+    steps, last = records_of(folder)
     length = config.training.sequence_length
     shares = [share for step in steps[len(steps) // 2 :] for share in shares_of(step).values()]
     return {
@@ -205,7 +205,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    end_runs_at_sigterm()
+    end_runs_on_signals()
     for form in args.forms:
         if form not in FORMS:
             raise UserError(f"--forms {form}: no form of gate.py{did_you_mean(form, FORMS)}")

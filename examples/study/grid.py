@@ -32,17 +32,16 @@ from megadyn.benchmark.experiments import (
     Row,
     add_options,
     add_row,
-    all_records,
     check_again,
     check_text,
-    end_runs_at_sigterm,
+    end_runs_on_signals,
     folder_name,
     has_diverged,
     read_rows,
     records_of,
+    run_python,
     seconds_of,
     shares_of,
-    start,
     text_of,
     train,
 )
@@ -86,7 +85,8 @@ DECODED = (
 """Within the length of training."""
 DECODED_ROW = ("kind", "size", "budget", "overrides", "tokens_per_second", "kv_bytes")
 CELL = ("kind", "size", "budget", "seed", "rate", "overrides")
-ROW = (*CELL, "text", "loss", "parameters", "tokens", "steps", "seconds")
+MEASURED = ("loss", "topk", "parameters", "tokens", "steps", "seconds")
+ROW = (*CELL, "text", *(name for name in MEASURED if name != "topk"))
 
 
 class Cell(NamedTuple):
@@ -118,15 +118,17 @@ def make_data(output: Path) -> None:
     """Corpus, tokenizer and datasets under `output`, unless they are there."""
     corpus, tokenizer = output / "corpus", output / "tokenizer"
     if not (corpus / "train.jsonl").exists():
-        start([str(HERE / "make_corpus.py"), str(corpus)])
+        run_python([str(HERE / "make_corpus.py"), str(corpus)])
     if not tokenizer.exists():
         words = ["--input", str(corpus / "train.jsonl"), "--vocab-size", str(VOCABULARY)]
-        start(["-m", "megadyn", "tokenizer", *words, "--output", str(tokenizer)])
+        run_python(["-m", "megadyn", "tokenizer", *words, "--output", str(tokenizer)])
     for part in ("train", "validation"):
         prefix = output / "data" / part
         if not prefix.with_suffix(".idx").exists():
             words = ["--input", f"{corpus / part}.jsonl", "--tokenizer", str(tokenizer)]
-            start(["-m", "megadyn", "preprocess", *words, "--output-prefix", str(prefix), "--append-eod"])
+            run_python(
+                ["-m", "megadyn", "preprocess", *words, "--output-prefix", str(prefix), "--append-eod"]
+            )
 
 
 def data_of(output: Path) -> list[str]:
@@ -177,41 +179,37 @@ def settled(words: Sequence[str]) -> Config:
 
 
 def run(cell: Cell, output: Path, *, again: bool = False) -> Row:
-    """Trains one model; the row of its last validation. A run of a sweep may diverge; its loss is None then."""
+    """Trains one model; the row of its last validation. A run of a sweep may diverge; all that is measured is None then."""
     words = command(cell, output, again=again)
     config = settled(words[1:])
     if again:
         shutil.rmtree(config.output_dir, ignore_errors=True)
-    folder, is_sweep = Path(config.output_dir), cell.seed == SWEEP_SEED
+    folder = Path(config.output_dir)
+    known = cell._asdict() | {"overrides": list(cell.overrides), "text": text_of(config.data)}
     try:
         train(words)
-        steps, last = records_of(folder, config.training.iterations)
-        losses = last["validation"] or {}
     except UserError:
-        if not (is_sweep and has_diverged(folder)):
-            raise
-        steps, losses = [record for record in all_records(folder) if "lm_loss" in record], {}
-    if losses.get("causal") is None and not is_sweep:
-        raise UserError(f"{cell}: the run in {folder} has no finite loss")
+        if cell.seed == SWEEP_SEED and has_diverged(folder):
+            return known | dict.fromkeys(MEASURED)
+        raise
+    steps, last = records_of(folder)
+    losses = last["validation"]
     model, length = config.model, config.training.sequence_length
-    end = steps[-1] if steps else {"consumed_tokens": 0}
     parameters = layer_parameters(model)
-    skipped = [index for index, of in enumerate(model.layer_types) if index in shares_of(end)]
+    skipped = [index for index, of in enumerate(model.layer_types) if index in shares_of(steps[-1])]
     return {
-        **cell._asdict(),
-        "overrides": list(cell.overrides),
-        "text": text_of(config.data),
+        **known,
         "steps": config.training.iterations,
-        "tokens": end["consumed_tokens"],
+        "tokens": steps[-1]["consumed_tokens"],
         "parameters": [
             sum(of for index, of in enumerate(parameters) if index not in skipped),
             sum(parameters[index] for index in skipped),
         ],
         "flops_per_token": training_flops(model, length) / length,
-        "flops": training_flops(model, length) / length * end["consumed_tokens"],
+        "flops": training_flops(model, length) / length * steps[-1]["consumed_tokens"],
         "seconds": seconds_of(steps),
-        "loss": losses.get("causal"),
-        "topk": losses.get("topk"),
+        "loss": losses["causal"],
+        "topk": losses["topk"],
     }
 
 
@@ -237,7 +235,9 @@ def best_rate(rows: Sequence[Row], budget: float, overrides: tuple[str, ...]) ->
             return None
         means[rate] = statistics.mean(math.inf if losses[cell] is None else losses[cell] for cell in cells)
     if min(means.values()) == math.inf:
-        raise UserError(f"{budget:g} operations: at every rate of the sweep a run diverged")
+        raise UserError(
+            f"{budget:g} operations: at every rate of the sweep a run diverged; RATES of grid.py needs lower ones"
+        )
     return min(means, key=lambda rate: means[rate])
 
 
@@ -347,7 +347,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    end_runs_at_sigterm()
+    end_runs_on_signals()
     results = args.results or args.output / "results.jsonl"
     rows = read_rows(results, ROW)
     os.environ["DS_ACCELERATOR"] = args.device

@@ -19,7 +19,7 @@ from typing import Any
 
 from megadyn.arguments import positive
 from megadyn.benchmark.experiments import (
-    end_runs_at_sigterm,
+    end_runs_on_signals,
     markdown,
     mean_and_spread,
     pyplot,
@@ -73,10 +73,10 @@ def command(name: str, seed: int, folder: Path, overrides: Sequence[str]) -> lis
 
 def finished(folder: Path, iterations: int) -> bool:
     try:
-        records_of(folder, iterations)
-    except (OSError, ValueError, UserError):
+        _, last = records_of(folder)
+    except UserError:
         return False
-    return True
+    return bool(last["iteration"] == iterations)
 
 
 def time_steps(
@@ -97,14 +97,14 @@ def time_steps(
                 "logging.interval=1",
             ]
             train(command(name, 1, run, further))
-            steps, _ = records_of(run, iterations + TIMED_STEPS)
+            steps, _ = records_of(run)
             found[name].append(statistics.median(step["step_time_ms"] for step in steps[2:]) / 1e3)
     return {name: min(medians) for name, medians in found.items()}
 
 
 def measure(config: Config, folder: Path, seconds: float) -> dict[str, float]:
     """Results of one finished run; `seconds` per step."""
-    steps, last = records_of(folder, config.training.iterations)
+    steps, last = records_of(folder)
     layers = steps[-1]["routing"].values()
     taken = shares_of(steps[-1]).values()
     fraction = statistics.mean(taken) if taken else 1.0
@@ -171,7 +171,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    end_runs_at_sigterm()
+    end_runs_on_signals()
     folders = {
         (name, seed): args.output / name.replace(" ", "-").replace(",", "").replace("%", "pc") / f"seed{seed}"
         for name in MODELS
@@ -187,11 +187,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing = args.output / "timing.json"
     if open_runs:
         timing.unlink(missing_ok=True)
+
+    def one(name: str, seed: int) -> None:
+        train(command(name, seed, folders[name, seed], args.overrides))
+        records_of(folders[name, seed])
+        print(f"trained {name}, seed {seed}", flush=True)
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {key: pool.submit(train, command(*key, folders[key], args.overrides)) for key in open_runs}
-        for (name, seed), job in jobs.items():
-            job.result()
-            print(f"trained {name}, seed {seed}", flush=True)
+        jobs = [pool.submit(one, *key) for key in open_runs]
+        try:
+            for job in jobs:
+                job.result()
+        except UserError:
+            pool.shutdown(wait=False, cancel_futures=True)  # what is at work is finished
+            raise
     if not timing.exists():
         with tempfile.TemporaryDirectory(dir=args.output) as scratch:
             first_seeds = {name: folders[name, 1] for name in MODELS}

@@ -14,7 +14,6 @@ they start.
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -257,7 +256,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the run at work ends too
     device = device_of(args)
     launch.check_device(device.type)
     figures = measure(args, device.type)

@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from megadyn.config.data import DataConfig
 from megadyn.errors import UserError
 from megadyn.files import os_errors_named
 from megadyn.paths import user_path
+from megadyn.report.run import read_run
 
 TOLERANCE = 1e-3
 """Within which the loss of a run that is made again must be that of its row, in nats per token."""
@@ -48,63 +50,80 @@ def folder_name(name: str, overrides: Iterable[str]) -> str:
 
 def train(words: Sequence[str]) -> None:
     """One run on one thread, with a configuration's path and overrides. Raises UserError with its last line if it fails."""
-    start(["-m", "megadyn.pretrain", *words])
+    run_python(["-m", "megadyn.pretrain", *words])
 
 
-def start(words: Sequence[str]) -> None:
-    """Python with these words, on one thread. Raises UserError with its last line if it fails."""
+def run_python(words: Sequence[str]) -> None:
+    """Python with these words, on one thread, to its end. Raises UserError with its last line if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    RUNNING.add(process)
+    with LOCK:
+        if ENDING.is_set():
+            raise UserError(f"{' '.join(words)}: was not begun")
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # a signal to the terminal or the group reaches the run once, by `end_runs_on_signals`
+        )
+        RUNNING.add(process)
     try:
         _, errors = process.communicate()
     finally:
-        process.wait()  # after Ctrl-C, which also reaches the run: until it has saved
+        process.wait()  # after a signal: until the run has saved
         RUNNING.remove(process)
     if process.returncode:
         said = errors.strip().splitlines() or ["no message"]
         raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
 
 
+LOCK = threading.RLock()
+"""For what follows. The main thread may hold it when a signal arrives."""
+ENDING = threading.Event()
+"""Whether no more runs begin."""
 RUNNING: set["subprocess.Popen[str]"] = set()
-"""Runs that `start` waits for."""
+"""What `run_python` waits for."""
 
 
-def end_runs_at_sigterm() -> None:
-    """From now on SIGTERM to this process also asks its runs to save and end. Without that they would go on, and hold their
-    folders when the experiment is started again."""
+def end_runs_on_signals() -> None:
+    """From now on SIGTERM and Ctrl-C ask the runs at work to save and end, and begin no others; this process ends after them.
+    A second signal ends it at once."""
 
-    def end(*_: object) -> None:
-        for process in RUNNING:
-            process.terminate()
-        sys.exit(128 + signal.SIGTERM)
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        with LOCK:
+            ENDING.set()
+            for process in RUNNING:
+                process.terminate()
+            if RUNNING:
+                os.write(2, f"waiting for {len(RUNNING)} of the runs to save\n".encode())
+        sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
-
-
-def records_of(folder: Path, iterations: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The records of a run's training steps, and that of its last validation. Raises UserError unless that is the one after
-    `iterations` steps: a run that was asked to stop also ends with status 0."""
-    records = all_records(folder)
-    validations = [record for record in records if "validation" in record]
-    if not validations or validations[-1]["iteration"] != iterations:
-        raise UserError(f"the run in {folder} was stopped before its end; start again to go on with it")
-    return [record for record in records if "lm_loss" in record], validations[-1]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
-def all_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def records_of(folder: Path) -> tuple[list[Row], Row]:
+    """The records of a run's training steps, and that of the validation after the last one. Raises UserError if there is none: a
+    run that was asked to stop also ends with status 0."""
+    run = read_run(folder, str(folder))
+    last = run.evaluations.get("validation", [{}])[-1]
+    if not run.is_over or last.get("iteration") != run.last_iteration:
+        raise UserError(
+            f"the run in {folder} has no validation after its last step, because it was stopped; start again to go on with it, "
+            "or remove it if that has been tried"
+        )
+    return run.training, last
 
 
 def has_diverged(folder: Path) -> bool:
-    """Whether a run in this folder failed because of a loss or a gradient that is not finite, or a spike."""
-    return (folder / "metrics.jsonl").exists() and "bad_step" in all_records(folder)[-1]
+    """Whether a run in this folder ended because losses, gradients or weights were not finite, or spiked."""
+    try:
+        run = read_run(folder, str(folder))
+    except UserError:  # it did not begin
+        return False
+    return any("diverged" in record for record in run.events)
 
 
 def seconds_of(steps: Sequence[Row]) -> float:
@@ -168,9 +187,10 @@ def check_text(rows: Iterable[Row], text: str) -> None:
 
 def check_again(name: str, loss: float | None, before: float | None) -> None:
     """Raises UserError if a run that was made again came out otherwise than its row says. None: it diverged."""
-    found, said = (math.inf if of is None else of for of in (loss, before))
-    if not math.isclose(found, said, rel_tol=0, abs_tol=TOLERANCE):
-        raise UserError(f"{name}: loss {found:.5f}, but its row says {said:.5f}")
+    found, wanted = (math.inf if of is None else of for of in (loss, before))
+    if not math.isclose(found, wanted, rel_tol=0, abs_tol=TOLERANCE):
+        said = [f"{of:.5f}" if math.isfinite(of) else "none, it diverged" for of in (found, wanted)]
+        raise UserError(f"{name}: loss {said[0]}, but its row says {said[1]}")
 
 
 # ---- tables and figures ----------------------------------------------------------------------------------------------

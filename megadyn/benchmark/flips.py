@@ -16,7 +16,6 @@ any model.
 import argparse
 import json
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from megadyn.config import load_config
 from megadyn.errors import RunError
 from megadyn.files import refuse_existing
 from megadyn.paths import user_path
+from megadyn.report.run import read_run
 from megadyn.routing.recording import flips
 
 PROMISED = 1e-5
@@ -91,6 +91,8 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
     )
     if status:
         raise RunError(f"{folder}: {last_error(log)}")
+    if not read_run(folder, folder.name).is_over:
+        raise RunError(f"{folder}: the run was stopped before its last step")
     print(f"{folder.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return curves_of(folder / "metrics.jsonl"), time.perf_counter() - began
 
@@ -191,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.config, args.output = args.config.absolute(), args.output.absolute()
     args.overrides.append(f"training.iterations={args.steps}")
     config = load_config(args.config, args.overrides)  # report a mistake in it before training
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running ranks also end
     found = measure(args)
     print(
         f"{config.model.routing.describe()}, {config.precision}, {args.steps} steps; {args.layout} (tensor x pipeline x data) "

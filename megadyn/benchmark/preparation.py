@@ -181,12 +181,18 @@ def start_to_finish(corpus: Path, tokenizer: Path, prefix: Path, workers: int) -
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         watch = MemoryWatch(process.pid)
-        output, error = process.communicate()
-    seconds = time.perf_counter() - began
+        try:
+            output, error = process.communicate()
+            seconds = time.perf_counter() - began
+        except BaseException:  # a signal to this process or its terminal does not reach another session
+            process.terminate()
+            raise
+        finally:
+            peak = watch.peak_mb()
     if process.returncode:
         raise UserError(f"megadyn preprocess failed: {error}")
     record = json.loads(output.splitlines()[-1])
-    return Run(record["text_bytes"], seconds, cpu_of_children() - before, watch.peak_mb())
+    return Run(record["text_bytes"], seconds, cpu_of_children() - before, peak)
 
 
 Prepare = Callable[[Path, Path, int, int], Callable[[], int]]

@@ -222,6 +222,9 @@ def in_a_process(run: Callable[..., Spent], *args: object) -> tuple[Spent, float
         spent, peak = here.recv()
     except EOFError:
         raise UserError(f"measuring {run.__name__} failed") from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         process.join()
     return spent, peak

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 import sysconfig
@@ -35,6 +34,7 @@ from megadyn.data.indexed_writer import IndexedWriter
 from megadyn.errors import UserError
 from megadyn.kinds import DENSE, Kind, known_kinds, make_kind, settings_of
 from megadyn.paths import user_path
+from megadyn.report.run import read_run
 
 LENGTH, BATCH, LAYERS = 32, 8, 4
 """Tokens in a sample, samples in a step, layers of the full models."""
@@ -181,6 +181,8 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
     seconds = time.perf_counter() - began
     curves = curves_of(folder / "metrics.jsonl")
     ended = "" if status == 0 else last_error(log)
+    if not ended and not read_run(folder, case.name).is_over:
+        ended = "it was stopped before its last step"
     return Soaked(
         case.name,
         case.rule,
@@ -339,7 +341,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the ranks of the case at work end too
     found: dict[str, Any] = run_all(chosen(args.cases), args.output, args.steps, again=args.again)
     text, broken = table(found)
     print(text)

@@ -14,7 +14,6 @@ the loss at the end, beside that of the dense model after as many steps. Needs t
 import argparse
 import json
 import multiprocessing
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from megadyn.errors import RunError
 from megadyn.files import refuse_existing
 from megadyn.kinds import DENSE
 from megadyn.paths import user_path
+from megadyn.report.run import read_run
 
 DEFAULTS = tuple(rule for rule in RULES if rule.endswith("-default"))
 SLOWER, ROUTERS = 10, 10
@@ -92,6 +92,8 @@ def train(folder: Path, args: argparse.Namespace, *overrides: str) -> Losses:
     status = run_job([str(args.config), *args.overrides, *shared, f"output_dir={folder}", *overrides], 1, log)
     if status:
         raise RunError(f"{folder}: {last_error(log)}")
+    if not read_run(folder, folder.name).is_over:
+        raise RunError(f"{folder}: the run was stopped before its last step")
     return validation(folder / "metrics.jsonl")
 
 
@@ -202,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.config, args.output = args.config.absolute(), args.output.absolute()
     refuse_existing([args.output], args.overwrite)
     rmtree(args.output, ignore_errors=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running rank also ends
     found = measure(args)
     print(as_table(found))
     if args.json:

@@ -17,6 +17,7 @@ Each has its own `--help`, and `--json`.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,4 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(words[:1])
     log.info("loading the benchmark")
+    # As Ctrl-C does: whatever a benchmark has started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     import_module(BENCHMARKS[args.what]).main(words[1:])

@@ -14,7 +14,7 @@ from megadyn.report.charts import HEAT_COLUMNS, Curve, heat_map, line_chart
 from megadyn.report.curves import MFU, STYLES, loss_section, optimization_section, speed_section
 from megadyn.report.environment import difference_table, environment_differences, environment_section
 from megadyn.report.phases import phase_section
-from megadyn.report.run import Checkpoint, Run, Values, differences, planned_iterations
+from megadyn.report.run import Checkpoint, Run, Values, differences
 from megadyn.report.tasks import tasks_section
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def facts(run: Run) -> list[str]:
     def fact(name: str, value: str) -> str:
         return f"<div><span>{name}</span><b>{value}</b></div>"
 
-    planned = planned_iterations(run)
+    planned = run.planned_iterations
     found = [
         fact("iteration", f"{run.last_iteration:,}" + (f" of {planned:,}" if planned is not None else ""))
     ]

@@ -95,6 +95,24 @@ class Run:
         return [found[number] for number in sorted(found)]
 
     @property
+    def ended_by_time(self) -> bool:
+        """Whether the run ended because `training.seconds` were over."""
+        over = [record for record in self.events if "time_is_up" in record]
+        return bool(over) and over[-1]["iteration"] == self.last_iteration
+
+    @property
+    def planned_iterations(self) -> int | None:
+        """Number of the run's last step, from its newest start or the configuration; None if neither is known."""
+        last_start = self.starts[-1] if self.starts else {}
+        planned = last_start.get("iterations", self.config.get("training.iterations"))
+        return planned if isinstance(planned, int) else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there are records of the last step. A run that was asked to stop also ends with status 0."""
+        return self.ended_by_time or self.last_iteration == self.planned_iterations
+
+    @property
     def iterations(self) -> Values:
         return np.array([record["iteration"] for record in self.training], np.float64)
 
@@ -194,9 +212,8 @@ def read_run(folder: Path, name: str) -> Run:
         )
     _take_config(run)
     _take_starts(run)
-    planned = planned_iterations(run)
-    over = [record for record in run.events if "time_is_up" in record]
-    if over and over[-1]["iteration"] == run.last_iteration:
+    planned = run.planned_iterations
+    if run.ended_by_time:
         run.notes.append(
             f"The run ended at iteration {run.last_iteration:,}, when training.seconds were over."
         )
@@ -205,13 +222,6 @@ def read_run(folder: Path, name: str) -> Run:
             f"The last record is of iteration {run.last_iteration:,} of {planned:,}: the run is still going, or stopped."
         )
     return run
-
-
-def planned_iterations(run: Run) -> int | None:
-    """Number of the run's last step, from its newest start or the configuration; None if neither is known."""
-    last_start = run.starts[-1] if run.starts else {}
-    planned = last_start.get("iterations", run.config.get("training.iterations"))
-    return planned if isinstance(planned, int) else None
 
 
 def _take_records(run: Run, text: str) -> None:

@@ -161,6 +161,8 @@ class WeightsAndBiases:
         import wandb
 
         asked = config.logging
+        self._is_alone = wandb.run is None
+        """Whether this process has no other run of W&B, which the end of its service would end too."""
         try:
             self.run = wandb.init(
                 project=asked.wandb_project,
@@ -196,8 +198,11 @@ class WeightsAndBiases:
         import wandb
 
         with service_errors_named():
-            self.run.finish()
-            wandb.teardown()  # `finish` may return before its service has written the last records of an offline run
+            try:
+                self.run.finish()
+            finally:
+                if self._is_alone:
+                    wandb.teardown()  # `finish` may return before the service has written the last records of an offline run
 
 
 @contextmanager

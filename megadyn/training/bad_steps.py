@@ -20,22 +20,15 @@ class BadSteps:
         state, at, loss = self.state, self.state.iteration, float(result.loss)
         state.loss_rule.note_bad(at, loss)
         said = f"step {at} ({self._samples()}) is bad: {result.problem}"
-        try:
-            self._go_on(said)
-            if self.config.on_bad_step == "rollback":
-                self.telemetry.go_back(state.iteration, state.config.last_iteration)
-        finally:
-            self._record(at, result.problem, loss)
-
-    def _record(self, at: int, problem: str | None, loss: float) -> None:
-        """Also of a step that ends the run."""
-        state = self.state
+        self._go_on(said)
+        if self.config.on_bad_step == "rollback":
+            self.telemetry.go_back(state.iteration, state.config.last_iteration)
         self.telemetry.event(
             state.iteration,
             "bad_step",
             {
                 "iteration": at,
-                "problem": problem,
+                "problem": result.problem,
                 "action": self.config.on_bad_step,
                 "lm_loss": loss,
                 "consumed_samples": state.consumed_samples,

@@ -1,6 +1,7 @@
 """The console command: what it lists, what it loads, and its answers to slips."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -147,3 +148,21 @@ def test_each_benchmark_shows_how_it_is_started():
         text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         assert f'command_parser("benchmark {name}", __doc__)' in text
         assert f"    megadyn benchmark {name}" in text.split('"""')[1]
+
+
+def test_a_benchmark_that_is_ended_leaves_by_way_of_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whatever ends its processes is run."""
+
+    class Benchmark:
+        @staticmethod
+        def main(_words: list[str]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    monkeypatch.setattr("megadyn.commands.benchmark.import_module", lambda name: Benchmark)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["benchmark", "samples"])
+    finally:
+        signal.signal(signal.SIGTERM, before)

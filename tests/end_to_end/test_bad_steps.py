@@ -54,8 +54,8 @@ def test_stop_is_one_sentence_and_leaves_what_was_saved(config_file: Path) -> No
     assert "Traceback" not in crew.output(0) + crew.output(1)
     folders = config_file.parent / "out/checkpoints"
     assert {path.name for path in folders.iterdir()} == {"iteration-00000002", "latest"}
-    of_step = {"iteration": 4, "problem": "a loss of nan", "action": "stop", "consumed_samples": 16}
-    assert events(config_file) == [(4, of_step | {"lm_loss": None, "bad_steps": 1})]
+    problem = crew.errors(0)[0].removeprefix("error: ")
+    assert lines(config_file.parent / "out")[-1] == {"iteration": 4, "diverged": {"problem": problem}}
 
 
 def test_skip_passes_over_the_samples_and_counts(config_file: Path) -> None:
@@ -154,6 +154,8 @@ def test_weights_that_overflow_are_never_saved(config_file: Path) -> None:
     )
     assert crew.statuses == [1]
     assert "is NaN or infinite at iteration 1: nothing was saved" in crew.errors()[0]
+    problem = crew.errors()[0].removeprefix("error: ")
+    assert lines(config_file.parent / "out")[-1] == {"iteration": 1, "diverged": {"problem": problem}}
     assert not list((config_file.parent / "out").glob("checkpoints/iteration-*"))
 
 

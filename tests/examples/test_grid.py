@@ -142,10 +142,10 @@ def test_a_rate_at_which_a_run_diverges_is_not_the_best(
         return grid.run(grid.Cell(1e8, seed, "32x2", "dense", rate, tuple(words)), tmp_path)
 
     row = run(grid.SWEEP_SEED, 1e30)
-    assert row["loss"] is None and row["topk"] is None and row["steps"] > 1
+    assert all(row[name] is None for name in grid.MEASURED)
     with pytest.raises(UserError, match="is bad: "):
         run(1, 1e30)
-    assert run(grid.SWEEP_SEED, 1e30) == row | {"seconds": pytest.approx(row["seconds"], abs=9)}  # again
+    assert run(grid.SWEEP_SEED, 1e30) == row  # again
 
     def swept(*losses: float | None) -> list[dict]:
         cells = [
@@ -156,10 +156,12 @@ def test_a_rate_at_which_a_run_diverges_is_not_the_best(
     rows = swept(5.0, 5.2, 4.0, None)
     assert {cell.rate for cell in grid.next_cells(rows, ())} == {1e-3}
     assert "| 1e+08 | mod | 5.2000 | diverged |" in grid.parts_of_report(rows, [])[0]
-    with pytest.raises(UserError, match=r"1e\+08 operations: at every rate of the sweep a run diverged"):
+    with pytest.raises(
+        UserError, match=r"1e\+08 operations: at every rate of the sweep a run diverged; RATES"
+    ):
         grid.next_cells(swept(5.0, None, 4.0, None), ())
     grid.check_again("it", None, None)
-    with pytest.raises(UserError, match="it: loss inf, but its row says 4.0"):
+    with pytest.raises(UserError, match="it: loss none, it diverged, but its row says 4.0"):
         grid.check_again("it", None, 4.0)
 
 

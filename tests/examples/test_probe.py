@@ -161,7 +161,7 @@ def test_operations_count_what_a_layer_runs_of_both_halves(probe: ModuleType, tm
     )
     row = json.loads((tmp_path / "results.jsonl").read_text())
     folder = next((tmp_path / "subskip").iterdir())
-    steps, _ = probe.records_of(folder, 2)
+    steps, _ = probe.records_of(folder)
     last = steps[-1]["routing"]["1"]  # of two steps, the second half
     assert row["fractions"]["1"]["mlp_fraction"] == last["mlp_fraction"]
     model = load_config(folder / "config.yaml").model
@@ -208,9 +208,12 @@ def test_a_model_is_told_which_tokens_need_depth(probe: ModuleType, tmp_path: Pa
 
 def test_a_model_starts_from_the_weights_of_the_oracle(probe: ModuleType, tmp_path: Path) -> None:
     words = ["--output", str(tmp_path), *TINY, "--seeds", "1", "--models"]
-    with pytest.raises(UserError, match="mod_from_oracle, seed 1: .* is not there; train it first"):
-        probe.main([*words, "mod_from_oracle"])
-    assert probe.main([*words, "oracle", "mod_from_oracle"]) == 0
+    assert probe.main([*words, "mod_from_oracle"]) == 0  # trains the oracle first
+    (oracle,) = tmp_path.glob("oracle/*/metrics.jsonl")
+    changed = oracle.stat().st_mtime_ns
+    assert probe.main([*words, "oracle"]) == 0
+    rows = [json.loads(line)["model"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows == ["mod_from_oracle", "oracle"] and oracle.stat().st_mtime_ns == changed
     validations = [
         [json.loads(line)["validation"] for line in path.read_text().splitlines() if "validation" in line]
         for path in sorted(tmp_path.glob("*/*/metrics.jsonl"))
