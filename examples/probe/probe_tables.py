@@ -97,7 +97,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
                     str(len(runs)),
                     f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.1f}",
                     mean_and_spread([row["loss"] for row in runs]),
-                    f"{statistics.mean(gaps):.4f}" if gaps and runs[0]["layers"] else "-",
+                    f"{round(statistics.mean(gaps), 4) + 0.0:.4f}" if gaps and runs[0]["layers"] else "-",
                     *(f"{statistics.mean(of):.0%}" if of else "-" for of in accuracies),
                 ],
             )
@@ -259,7 +259,7 @@ def draw_samples(rows: Sequence[Row], language: Language, data: Path, path: Path
         axis.imshow(taken, aspect="auto", cmap="Blues", vmin=0, vmax=1.3)
         axis.set_yticks(range(len(taken)), list(row["sample"]), fontsize=7)
         axis.set_ylabel(
-            textwrap.fill(say_capacity(name), 14), rotation=0, ha="right", va="center", fontsize=8
+            textwrap.fill(say_capacity(name), 15), rotation=0, ha="right", va="center", fontsize=8
         )
     below[-1].set_xticks(range(length), words, rotation=90, fontsize=6)
     figure.savefig(path, dpi=110)
