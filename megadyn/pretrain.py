@@ -26,7 +26,6 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megadyn.checkpoint import layout
-from megadyn.checkpoint.save_load import PoisonedWeights
 from megadyn.checkpoint.start import find_start
 from megadyn.config import Config, load_config
 from megadyn.data.batches import micro_batch_ids
@@ -151,11 +150,7 @@ def train_part(
         if state.begins_phase:
             telemetry.event(state.iteration, "phase_begins", phase_record(config))
         job = Job(config, engine, data, state, checkpoints, telemetry, windows, signals, watchdog)
-        try:
-            has_stopped = job.train()
-        except (TrainingDiverged, PoisonedWeights) as error:
-            telemetry.event(state.iteration, "diverged", {"problem": str(error)})
-            raise
+        has_stopped = job.train()
         tasks.end(is_last=part.is_last and not has_stopped)
         watchdog.progress("ending")  # skipped on failure, so that the watchdog reports what the run was doing
     return has_stopped

@@ -97,7 +97,7 @@ def accuracy_table(rows: Sequence[Row]) -> str:
                     str(len(runs)),
                     f"{statistics.mean(row['flops_per_token'] for row in runs) / 1e6:.1f}",
                     mean_and_spread([row["loss"] for row in runs]),
-                    f"{round(statistics.mean(gaps), 4) + 0.0:.4f}" if gaps and runs[0]["layers"] else "-",
+                    f"{statistics.mean(gaps):z.4f}" if gaps and runs[0]["layers"] else "-",
                     *(f"{statistics.mean(of):.0%}" if of else "-" for of in accuracies),
                 ],
             )
@@ -129,12 +129,13 @@ def choice_table(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Those of which there are rows, for each capacity; dense models are in all tables of accuracy."""
-    dense = [row for row in rows if is_dense(row)]
-    found = []
-    for capacity, group in by_capacity(rows).items():
-        losses = loss_table(group) if not capacity else ""
-        found += [accuracy_table([*dense, *group] if capacity else group), losses, choice_table(group)]
+    """Those of which there are rows: with the capacities of the configurations; then for each other one, beside dense models."""
+    of_capacity = by_capacity(rows)
+    usual = of_capacity.pop("", [])
+    found = [accuracy_table(usual), loss_table(usual), choice_table(usual)] if usual else []
+    dense = [row for row in usual if is_dense(row)]
+    for group in of_capacity.values():
+        found += [accuracy_table([*dense, *group]), choice_table(group)]
     return [table for table in found if table]
 
 

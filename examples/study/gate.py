@@ -115,7 +115,7 @@ def run(form: str, seed: int, output: Path, overrides: Sequence[str], *, again: 
 def say_gap(runs: Sequence[Row]) -> str:
     """The causal loss minus that with top-k; nothing for forms that have only one."""
     gaps = [row["loss"] - row["topk"] for row in runs if row["shares"] and row["topk"] is not None]
-    return f"{round(statistics.mean(gaps), 4) + 0.0:.4f}" if gaps else "-"  # never -0.0000
+    return f"{statistics.mean(gaps):z.4f}" if gaps else "-"
 
 
 def say_shares(runs: Sequence[Row]) -> str:

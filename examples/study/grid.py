@@ -24,7 +24,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, parts_of_report, say_loss  # beside this file
+from grid_tables import SWEEP_SEED, at_optimum, draw, grid_rows, parts_of_report, say_row  # beside this file
 
 from megadyn.arguments import positive
 from megadyn.benchmark import generate
@@ -276,7 +276,7 @@ def take_runs(args: argparse.Namespace, results: Path) -> None:
     def one(cell: Cell) -> None:
         row = run(cell, args.output)
         add_row(results, row)
-        print(f"{cell}: loss {say_loss(row)} after {row['seconds']:.0f} s", flush=True)
+        print(f"{cell}: {say_row(row)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         while True:

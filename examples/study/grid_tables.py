@@ -27,6 +27,10 @@ def say_loss(row: Row) -> str:
     return "diverged" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
+def say_row(row: Row) -> str:
+    return say_loss(row) if row["loss"] is None else f"loss {say_loss(row)} after {row['seconds']:.0f} s"
+
+
 def mean_loss(rows: Sequence[Row]) -> float:
     return statistics.mean(row["loss"] for row in rows)
 

@@ -72,7 +72,8 @@ def run_python(words: Sequence[str]) -> None:
         _, errors = process.communicate()
     finally:
         process.wait()  # after a signal: until the run has saved
-        RUNNING.remove(process)
+        with LOCK:
+            RUNNING.remove(process)
     if process.returncode:
         said = errors.strip().splitlines() or ["no message"]
         raise UserError(f"{' '.join(words)}: {said[-1].removeprefix('error: ')}")
@@ -97,7 +98,7 @@ def end_runs_on_signals() -> None:
             for process in RUNNING:
                 process.terminate()
             if RUNNING:
-                os.write(2, f"waiting for {len(RUNNING)} of the runs to save\n".encode())
+                os.write(2, f"waiting for runs to save: {len(RUNNING)}\n".encode())
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,8 +129,6 @@ def has_diverged(folder: Path) -> bool:
 
 def seconds_of(steps: Sequence[Row]) -> float:
     """Of all training steps, also of those before a stop, from the records of some."""
-    if not steps:
-        return 0.0
     return round(statistics.mean(step["step_time_ms"] for step in steps) * steps[-1]["iteration"] / 1e3, 1)
 
 

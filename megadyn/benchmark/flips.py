@@ -25,13 +25,12 @@ from shutil import rmtree
 
 from megadyn.arguments import add_json_argument, command_parser, positive
 from megadyn.benchmark.scaling import Layout, layout_of
-from megadyn.benchmark.soak import curves_of, last_error, run_job
+from megadyn.benchmark.soak import curves_of, problem_of_job
 from megadyn.benchmark.soak_bounds import Curves
 from megadyn.config import load_config
 from megadyn.errors import RunError
 from megadyn.files import refuse_existing
 from megadyn.paths import user_path
-from megadyn.report.run import read_run
 from megadyn.routing.recording import flips
 
 PROMISED = 1e-5
@@ -69,8 +68,7 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
     """Runs the main job in `folder`; returns its curves and its seconds. Raises RunError if the run fails."""
     folder.mkdir(parents=True)
     began = time.perf_counter()
-    log = folder / "rank0.log"
-    status = run_job(
+    problem = problem_of_job(
         [
             str(args.config),
             *args.overrides,
@@ -87,12 +85,10 @@ def train(folder: Path, layout: Layout, args: argparse.Namespace, *overrides: st
             *overrides,
         ],
         layout.processes,
-        log,
+        folder,
     )
-    if status:
-        raise RunError(f"{folder}: {last_error(log)}")
-    if not read_run(folder, folder.name).is_over:
-        raise RunError(f"{folder}: the run was stopped before its last step")
+    if problem:
+        raise RunError(f"{folder}: {problem}")
     print(f"{folder.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return curves_of(folder / "metrics.jsonl"), time.perf_counter() - began
 

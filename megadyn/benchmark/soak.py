@@ -176,13 +176,9 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
     folder = base.parent / "cases" / case.name.replace("/", "-")
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    log = folder / "rank0.log"
-    status = run_job([str(base), *case.overrides(folder, steps)], case.how.tensor, log)
+    ended = problem_of_job([str(base), *case.overrides(folder, steps)], case.how.tensor, folder)
     seconds = time.perf_counter() - began
     curves = curves_of(folder / "metrics.jsonl")
-    ended = "" if status == 0 else last_error(log)
-    if not ended and not read_run(folder, case.name).is_over:
-        ended = "it was stopped before its last step"
     return Soaked(
         case.name,
         case.rule,
@@ -202,6 +198,14 @@ def soak(case: Case, base: Path, steps: int) -> Soaked:
 def share_held(routing: Kind) -> float | None:
     """Share of tokens that a routed layer is held to; None where nothing holds it."""
     return routing.share if routing.name != DENSE and routing.holds_share else None
+
+
+def problem_of_job(arguments: list[str], processes: int, folder: Path) -> str:
+    """Runs the main job, whose output folder is `folder`; returns why it did not come to its end, or "" if it did."""
+    log = folder / "rank0.log"
+    if run_job(arguments, processes, log):
+        return last_error(log)
+    return "" if read_run(folder, str(folder)).is_over else "the run was stopped before its last step"
 
 
 def run_job(arguments: list[str], processes: int, log: Path) -> int:

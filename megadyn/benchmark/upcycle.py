@@ -21,14 +21,13 @@ from pathlib import Path
 from shutil import rmtree
 
 from megadyn.arguments import add_json_argument, command_parser, positive
-from megadyn.benchmark.soak import RULES, last_error, run_job
+from megadyn.benchmark.soak import RULES, problem_of_job
 from megadyn.config import load_config
 from megadyn.config.data import UNNAMED
 from megadyn.errors import RunError
 from megadyn.files import refuse_existing
 from megadyn.kinds import DENSE
 from megadyn.paths import user_path
-from megadyn.report.run import read_run
 
 DEFAULTS = tuple(rule for rule in RULES if rule.endswith("-default"))
 SLOWER, ROUTERS = 10, 10
@@ -87,13 +86,10 @@ def validation(metrics: Path) -> Losses:
 def train(folder: Path, args: argparse.Namespace, *overrides: str) -> Losses:
     """Runs the main job in `folder`; raises RunError if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "rank0.log"
     shared = ["logging.tensorboard=false", "logging.live=never", "parallel.tensor=1", "parallel.pipeline=1"]
-    status = run_job([str(args.config), *args.overrides, *shared, f"output_dir={folder}", *overrides], 1, log)
-    if status:
-        raise RunError(f"{folder}: {last_error(log)}")
-    if not read_run(folder, folder.name).is_over:
-        raise RunError(f"{folder}: the run was stopped before its last step")
+    words = [str(args.config), *args.overrides, *shared, f"output_dir={folder}", *overrides]
+    if problem := problem_of_job(words, 1, folder):
+        raise RunError(f"{folder}: {problem}")
     return validation(folder / "metrics.jsonl")
 
 

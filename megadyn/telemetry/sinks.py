@@ -153,7 +153,7 @@ class TensorBoard:
 
 class WeightsAndBiases:
     """A W&B run, which a resumed run continues. Curves are drawn over `iteration`, not over W&B's own step, which can
-    only rise. So a run that goes back overdraws its earlier points."""
+    only rise. So a run that goes back overdraws its earlier points. Closing it ends W&B's service in this process."""
 
     name = "Weights & Biases"
 
@@ -161,8 +161,6 @@ class WeightsAndBiases:
         import wandb
 
         asked = config.logging
-        self._is_alone = wandb.run is None
-        """Whether this process has no other run of W&B, which the end of its service would end too."""
         try:
             self.run = wandb.init(
                 project=asked.wandb_project,
@@ -198,11 +196,8 @@ class WeightsAndBiases:
         import wandb
 
         with service_errors_named():
-            try:
-                self.run.finish()
-            finally:
-                if self._is_alone:
-                    wandb.teardown()  # `finish` may return before the service has written the last records of an offline run
+            self.run.finish()
+            wandb.teardown()  # `finish` may return before the service has written the last records of an offline run
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megadyn.checkpoint.save_load import PoisonedWeights
 from megadyn.config import Config, save_config
 from megadyn.engine.engine import Engine
 from megadyn.engine.optimizer import schedule_problem
@@ -16,6 +17,7 @@ from megadyn.log import log
 from megadyn.telemetry.profile import Windows
 from megadyn.telemetry.telemetry import Silent, Telemetry
 from megadyn.training.length import schedule_steps
+from megadyn.training.loss_rule import TrainingDiverged
 from megadyn.training.phases import Part, say_phase
 from megadyn.training.state import RunState
 
@@ -24,7 +26,8 @@ from megadyn.training.state import RunState
 def output_folder(
     whole: Config, part: Part, engine: Engine, state: RunState
 ) -> Iterator[tuple[Silent, Windows]]:
-    """Creates the output folder and opens what the run reports to; closed also if the run fails. Collective."""
+    """Creates the output folder and opens what the run reports to; closed also if the run fails. The metrics name a divergence
+    that ends the run. Collective."""
     config = part.config
     folder, rank, device = Path(config.output_dir), dist.get_rank(), engine.device
     telemetry = Silent()
@@ -52,6 +55,9 @@ def output_folder(
             )
     try:
         yield telemetry, windows
+    except (TrainingDiverged, PoisonedWeights) as error:
+        telemetry.event(state.iteration, "diverged", {"problem": str(error)})
+        raise
     finally:
         windows.finish(state.iteration)
         telemetry.close()

@@ -102,7 +102,7 @@ def test_a_signal_lets_the_runs_at_work_save_and_begins_no_others(
     until(lambda: len(list(tmp_path.iterdir())) == 2)
     send(experiment.pid, number)
     _, said = experiment.communicate(timeout=60)
-    assert experiment.returncode == 128 + number and said == "waiting for 2 of the runs to save\n"
+    assert experiment.returncode == 128 + number and said == "waiting for runs to save: 2\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-begun", "a-saved", "b-begun", "b-saved"]
 
 

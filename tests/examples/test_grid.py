@@ -123,8 +123,14 @@ def test_from_datasets_to_a_row_and_its_table(
 
 
 def test_a_rate_at_which_a_run_diverges_is_not_the_best(
-    grid: ModuleType, tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    grid: ModuleType,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/train.jsonl").touch()
     (tmp_path / "tokenizer").symlink_to(tokenizer_folder)
     write_parts(tmp_path / "data")
     words = [*TINY, "optimizer.name=adamw"]
@@ -146,6 +152,11 @@ def test_a_rate_at_which_a_run_diverges_is_not_the_best(
     with pytest.raises(UserError, match="is bad: "):
         run(1, 1e30)
     assert run(grid.SWEEP_SEED, 1e30) == row  # again
+
+    monkeypatch.setattr(grid, "RATES", (1e30,))
+    assert grid.main(["--output", str(tmp_path), *words, "--most", "1"]) == 0
+    assert "dense 32x2, 1e+08 operations, rate 1e+30, seed 0: diverged" in capsys.readouterr().out
+    monkeypatch.setattr(grid, "RATES", (1e-3, 2e-3))
 
     def swept(*losses: float | None) -> list[dict]:
         cells = [
